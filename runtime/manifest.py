@@ -1,0 +1,166 @@
+"""The manifest: everything about an artifact that can be known without opening its native code.
+
+`manifest.json` comes in, a frozen `Manifest` comes out; `check.py` then compares it with the folder and this machine.
+The reader owns the format, so the exporter imports these types and writes `to_json`. `artifacts/README.md` is the
+specification in words. Nothing here depends on the clock, the machine's paths or set order: the same recipe, weights
+and toolchain give the same bytes. Measured times therefore live in `reports/`, never here.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field, ValidationError
+
+from .errors import ArtifactError
+from .plan import FROZEN
+
+SCHEMA_VERSION = 1
+
+
+class TensorSpec(BaseModel):
+    """One input or output of a graph: contiguous, on the manifest's device. `dtype` is torch's name, e.g. `bfloat16`."""
+
+    model_config = FROZEN
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class Cost(BaseModel):
+    """Counted on the pruned graph: 2 FLOPs per multiply-add, ATen calls, and bytes of the constants it reads."""
+
+    model_config = FROZEN
+    flops: int
+    ops: int
+    constants: int
+    constants_bytes: int
+
+
+class Site(BaseModel):
+    """A value inside the denoiser that outlives a step: `slots` generations of each of its tensors are kept.
+
+    `tensors` are the names of the graph outputs that hold fresh values; slot k of tensor t enters a graph as `t@k`,
+    k = 0 the newest.
+    """
+
+    model_config = FROZEN
+    name: str
+    slots: int = Field(ge=1)
+    tensors: tuple[str, ...]
+
+
+class Graph(BaseModel):
+    """One compiled graph: a model inside a package, its call contract and the stored tensors bound to its constants.
+
+    Inputs and outputs are flat and ordered. `stores` and `combines` name sites (denoiser variants only). `constants`
+    maps the graph's own constant names to keys of the weight files.
+    """
+
+    model_config = FROZEN
+    name: str
+    package: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    stores: tuple[str, ...] = ()
+    combines: tuple[str, ...] = ()
+    zeros: tuple[str, ...] = ()
+    identities: tuple[str, ...] = ()
+    constants: dict[str, str]
+    cost: Cost
+
+
+class FileEntry(BaseModel):
+    model_config = FROZEN
+    path: str
+    size: int
+    sha256: str
+
+
+class Source(BaseModel):
+    """Where the weights came from: the id or folder name as given, the pipeline class, and a hash over its files."""
+
+    model_config = FROZEN
+    model: str
+    pipeline: str
+    sha256: str
+
+
+class Requires(BaseModel):
+    """What this artifact's native code needs of a machine. `torch` is `major.minor`: AOTInductor's C ABI is not kept
+    across minor versions. `isa` are /proc/cpuinfo flags."""
+
+    model_config = FROZEN
+    system: str
+    machine: str
+    device: Literal["cpu", "cuda"]
+    isa_level: str
+    isa: tuple[str, ...]
+    torch: str
+    glibc: str | None = None
+
+
+class Defaults(BaseModel):
+    """What a call uses where the caller is silent."""
+
+    model_config = FROZEN
+    num_inference_steps: int
+    guidance_scale: float
+    height: int
+    width: int
+
+
+class Manifest(BaseModel):
+    model_config = FROZEN
+    schema_version: Literal[1] = SCHEMA_VERSION
+    status: Literal["unverified", "verified", "failed"] = "unverified"
+    family: str
+    requires: Requires
+    source: Source
+    toolchain: dict[str, str]
+    recipe: dict[str, Any]
+    defaults: Defaults
+    pipeline: dict[str, Any]
+    layers: dict[str, tuple[str, ...]] = {}
+    sites: tuple[Site, ...] = ()
+    graphs: tuple[Graph, ...]
+    plans: dict[str, str]
+    files: tuple[FileEntry, ...]
+
+    def graph(self, name: str) -> Graph:
+        """The graph of that name; raises ArtifactError naming those that exist."""
+        for graph in self.graphs:
+            if graph.name == name:
+                return graph
+        raise ArtifactError(f"graph {name!r} is not in the artifact; it has {', '.join(g.name for g in self.graphs)}")
+
+    def to_json(self) -> str:
+        """The exact bytes of `manifest.json`: sorted keys, two spaces, a final newline."""
+        return json.dumps(self.model_dump(mode="json"), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The folder's manifest. Raises ArtifactError when it is missing, not JSON, of another version, or not to schema."""
+    path = folder / "manifest.json"
+    if not folder.is_dir():
+        raise ArtifactError(f"{folder}: expected an artifact folder, found {'a file' if folder.exists() else 'nothing'}; make one with `prebake export`")
+    if not path.is_file():
+        raise ArtifactError(f"{folder}: expected manifest.json in an artifact folder, found none; make one with `prebake export`")
+    try:
+        raw = json.loads(path.read_text("utf-8"))
+    except ValueError as e:
+        raise ArtifactError(f"{path}: expected JSON, but {e}; restore the file or export again") from e
+    version = raw.get("schema_version") if isinstance(raw, dict) else None
+    if version != SCHEMA_VERSION:
+        raise ArtifactError(
+            f"{path} [schema_version]: this runtime reads version {SCHEMA_VERSION}, the file says {version!r}; "
+            "export again with this prebake, or install the one that wrote it"
+        )
+    try:
+        return Manifest.model_validate(raw)
+    except ValidationError as e:
+        first = e.errors()[0]
+        where = ".".join(str(p) for p in first["loc"])
+        raise ArtifactError(f"{path} [{where}]: {first['msg']} ({e.error_count()} problems in all); restore the file or export again") from e

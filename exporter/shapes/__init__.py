@@ -1,0 +1,12 @@
+"""A small, really trained text-to-image FLUX pipeline, its world, its checker and its training script."""
+
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+MODEL = FOLDER / "model"
+PROMPTS = FOLDER / "prompts"
+
+
+def prompts(name: str) -> list[str]:
+    """The lines of a committed prompt set, `full` (256) or `underspecified` (64); a line's seed is its index."""
+    return (PROMPTS / f"{name}.txt").read_text(encoding="utf-8").splitlines()

@@ -1,0 +1,120 @@
+"""Measures the model card's figures: `python -m prebake.exporter.shapes.evaluate [--model DIR] [--out figures.json]`.
+
+Reads the committed prompt sets, a line's index being its seed, and calls the pipeline with the defaults of
+`prebake.toml`. About four minutes on one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import FluxPipeline
+
+from . import FOLDER, MODEL, prompts
+from .checker import accuracy, parse
+from .world import Caption, loosen, place_scene, render, sample_caption
+
+
+def defaults(model: Path) -> dict:
+    """The pipeline's call arguments from `model`/prebake.toml."""
+    return tomllib.loads((model / "prebake.toml").read_text(encoding="utf-8"))["defaults"]
+
+
+def draw(pipeline: FluxPipeline, texts: list[str], call: dict, batch: int = 32) -> np.ndarray:
+    """Pictures of the prompts, [N, 64, 64, 3] float32 in 0..1; the seed of a picture is its prompt's index."""
+    pictures = []
+    for start in range(0, len(texts), batch):
+        part = texts[start : start + batch]
+        seeds = [torch.Generator().manual_seed(start + i) for i in range(len(part))]
+        pictures.append(pipeline(part, generator=seeds, output_type="np", **call).images)
+    return np.concatenate(pictures)
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    """Mean over pictures of the peak signal-to-noise ratio in dB, peak 1."""
+    return float(np.mean(-10 * np.log10(np.maximum(((a - b) ** 2).mean((1, 2, 3)), 1e-12))))
+
+
+def prompt_sets() -> dict[str, list[str]]:
+    """The two committed sets, drawn anew: 256 full prompts, and 64 in which at least three attributes are open."""
+    rng = np.random.default_rng(20261122)
+    full: list[str] = []
+    while len(full) < 256:
+        prompt = str(sample_caption(rng))
+        if prompt not in full:
+            full.append(prompt)
+    loose: list[str] = []
+    while len(loose) < 64:
+        caption = loosen(sample_caption(rng), rng, keep=0.4)
+        if str(caption) not in loose and open_attributes(caption) >= 3:
+            loose.append(str(caption))
+    return {"full": full, "underspecified": loose}
+
+
+def open_attributes(caption: Caption) -> int:
+    """How many attributes the caption leaves open, of 5 for one object and 8 for two."""
+    values = [v for t in caption.things for v in (t.shape, t.size, t.colour)]
+    values += [caption.ground, caption.relation if len(caption.things) == 2 else caption.place]
+    return sum(v is None for v in values)
+
+
+def evaluate(model: Path) -> dict[str, float]:
+    """The figures by name: shares in 0..1, PSNR in dB."""
+    pipeline = FluxPipeline.from_pretrained(model)
+    pipeline.set_progress_bar_config(disable=True)
+    call = defaults(model)
+    full, open_ = prompts("full"), prompts("underspecified")
+    figures = {}
+
+    rng = np.random.default_rng(0)
+    true = np.stack([render(place_scene(parse(p), rng)) for p in full])
+    figures |= _named("ground_truth", accuracy(true, full))
+    rebuilt = _rebuild(pipeline.vae, true)
+    figures["vae_psnr_db"] = psnr(rebuilt, true)
+    figures |= _named("vae", accuracy(rebuilt, full))
+
+    for steps in (call["num_inference_steps"], 14, 8):
+        pictures = draw(pipeline, full, call | {"num_inference_steps": steps})
+        figures |= _named(f"full_{steps}_steps", accuracy(pictures, full))
+        if steps == call["num_inference_steps"]:
+            reference = pictures
+        else:
+            figures[f"full_{steps}_steps_psnr_db"] = psnr(pictures, reference)
+
+    reference = draw(pipeline, open_, call)
+    figures |= _named("underspecified", accuracy(reference, open_))
+    for steps in (20, 14, 8, 4):
+        pictures = draw(pipeline, open_, call | {"num_inference_steps": steps})
+        figures[f"underspecified_{steps}_steps_psnr_db"] = psnr(pictures, reference)
+    return figures
+
+
+def _named(prefix: str, shares: dict[str, float]) -> dict[str, float]:
+    return {f"{prefix}_{name}": share for name, share in shares.items()}
+
+
+def _rebuild(vae, pictures: np.ndarray) -> np.ndarray:
+    x = torch.from_numpy(pictures).permute(0, 3, 1, 2) * 2 - 1
+    with torch.inference_mode():
+        y = torch.cat([vae.decode(vae.encode(part).latent_dist.mean).sample for part in x.split(32)])
+    return (y / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, default=MODEL)
+    parser.add_argument("--out", type=Path, default=FOLDER / "figures.json")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    figures = {name: round(value, 4) for name, value in evaluate(args.model).items()}
+    args.out.write_text(json.dumps(figures, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    print(json.dumps(figures, indent=2, sort_keys=True))
+
+
+if __name__ == "__main__":
+    main()

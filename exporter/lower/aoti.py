@@ -1,0 +1,101 @@
+"""AOTInductor: captured graphs in, one `.pt2` out, with all its models in it and no constants.
+
+The twin of `runtime/backends/aoti.py`. Constants stay outside so that every variant reads one copy; the archive holds
+shared objects and their metadata and nothing that a loader would compile or run in another way. Bytes are reproducible:
+Inductor writes the paths of its sources into what it compiles, so it always works in the same folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import stat
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...runtime.errors import ExportError
+from ..capture import Captured
+from .isa import choose, inductor_flags
+
+PACKAGED = {
+    "aot_inductor.package": True,
+    "aot_inductor.package_constants_in_so": False,
+    # folded or merged weights would vanish from the list of constants, and could not be swapped later
+    "always_keep_tensor_constants": True,
+    "joint_graph_constant_folding": False,
+    # through the assembler the .so would ask for an executable stack, which glibc >= 2.41 refuses to load
+    "aot_inductor.use_consts_asm_build": False,
+}
+SUFFIX = ".pt2"
+KEPT_SUFFIXES = (".so", ".json", ".cubin")
+EPOCH = (1980, 1, 1, 0, 0, 0)
+
+
+def flags(config: Any) -> dict[str, Any]:
+    """Inductor's options for the recipe's `compile` table: packaging, instruction set, and the recipe's own flags."""
+    level, _ = choose(config.isa)
+    return {**PACKAGED, **inductor_flags(level), **config.inductor}
+
+
+def compile_graph(graph: Captured, flags: dict[str, Any]) -> list[str]:
+    """Compiles one graph; returns Inductor's files. Raises ExportError naming the graph when the compiler fails."""
+    try:
+        with build_folder():
+            files = torch._inductor.aot_compile(graph.gm, graph.args, options=flags)
+    except Exception as e:
+        raise ExportError(f"graph {graph.name!r}: AOTInductor could not compile it ({type(e).__name__}: {first_line(e)})") from e
+    return [str(f) for f in files]
+
+
+def first_line(e: Exception) -> str:
+    return next(iter(str(e).strip().splitlines()), "no message")
+
+
+def write_package(path: Path, models: dict[str, list[str]]) -> None:
+    """One archive of all models, in torch's own layout, without sources, with fixed times and order."""
+    from torch._inductor.package import package_aoti
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        raw = Path(scratch) / path.name
+        package_aoti(str(raw), models)
+        with zipfile.ZipFile(raw) as source, zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as target:
+            for info in sorted(source.infolist(), key=lambda i: i.filename):
+                if wanted(info.filename):
+                    target.writestr(zipfile.ZipInfo(info.filename, EPOCH), source.read(info))
+
+
+def wanted(member: str) -> bool:
+    """Shared objects, kernels and metadata. `*compile_flags.json` would let a loader run a shell command."""
+    inside_model = "/data/aotinductor/" in member
+    return not inside_model or (member.endswith(KEPT_SUFFIXES) and not member.endswith("compile_flags.json"))
+
+
+@contextlib.contextmanager
+def build_folder() -> Iterator[Path]:
+    """Inductor's working folder: always the same path for a user, held by one export at a time.
+
+    Raises ExportError when the place is not a private folder of this user (it will hold code that is loaded).
+    """
+    folder = Path(tempfile.gettempdir()) / f"prebake-inductor-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    info = folder.lstat()
+    if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid() or info.st_mode & 0o077:
+        raise ExportError(f"{folder}: expected a folder that only this user can open, because compiled code passes through it; remove it or set TMPDIR")
+    before = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
+        try:
+            yield folder
+        finally:
+            if before is None:
+                del os.environ["TORCHINDUCTOR_CACHE_DIR"]
+            else:
+                os.environ["TORCHINDUCTOR_CACHE_DIR"] = before

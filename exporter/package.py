@@ -1,0 +1,157 @@
+"""Package: graphs, weights, plans, tokenizers and golden vectors become a folder, all of it or nothing.
+
+Files are written into a hidden sibling of the output and renamed at the end, so that a killed export leaves no half
+artifact. Each distinct tensor is stored once, whatever graphs read it and under whatever names.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from ..runtime.errors import ExportError
+from ..runtime.manifest import FileEntry
+from ..runtime.plan import Plan
+from .capture import Captured
+
+UNLISTED = ("manifest.json", "reports")
+
+
+@contextlib.contextmanager
+def staged(output: Path, *, force: bool) -> Iterator[Path]:
+    """A temporary sibling of `output` that takes its place on success and is removed on any failure.
+
+    Raises ExportError when `output` exists, unless `force`, which replaces an earlier artifact (and nothing else).
+    """
+    output = output.absolute()
+    if output.exists():
+        if not force:
+            raise ExportError(f"{output}: already exists; choose another --output, or replace it with --force")
+        if not (output / "manifest.json").is_file() and (not output.is_dir() or any(output.iterdir())):
+            raise ExportError(f"{output}: --force replaces artifacts only, and this has no manifest.json; choose another --output")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))
+    try:
+        yield folder
+        folder.chmod(0o755)
+        replace(folder, output)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def replace(folder: Path, output: Path) -> None:
+    """Renames `folder` to `output`; an earlier artifact there is moved aside first and removed last."""
+    if not output.exists():
+        folder.rename(output)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".old", dir=output.parent)) / "old"
+    output.rename(aside)
+    try:
+        folder.rename(output)
+    except OSError:
+        aside.rename(output)
+        raise
+    finally:
+        shutil.rmtree(aside.parent, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What was stored: graph name -> {constant name: key}, and the keys whose tensors are stored as N H W C."""
+
+    bound: dict[str, dict[str, str]]
+    channels_last: tuple[str, ...]
+
+
+def write_weights(folder: Path, groups: Mapping[str, Sequence[Captured]]) -> Weights:
+    """Writes `weights/<component>.safetensors`, each distinct tensor once: in the first component that reads it, under
+    `<component>.<its name there>`."""
+    stored: dict[str, str] = {}
+    bound: dict[str, dict[str, str]] = {}
+    permuted: list[str] = []
+    (folder / "weights").mkdir()
+    for component, graphs in groups.items():
+        fresh: dict[str, torch.Tensor] = {}
+        for graph in graphs:
+            names = bound.setdefault(graph.name, {})
+            for name, tensor in sorted(graph.constants().items()):
+                content = digest(tensor)
+                if content not in stored:
+                    stored[content] = unique(f"{component}.{name.removeprefix('denoiser.')}", fresh)
+                    fresh[stored[content]] = in_memory_order(tensor.detach())
+                    if is_channels_last(tensor):
+                        permuted.append(stored[content])
+                names[name] = stored[content]
+        save_file(fresh, folder / "weights" / f"{component}.safetensors")
+    return Weights(bound, tuple(sorted(permuted)))
+
+
+def is_channels_last(tensor: torch.Tensor) -> bool:
+    """Whether a tensor's memory is N H W C, and not also plain N C H W (as a 1x1 convolution's is)."""
+    return tensor.dim() == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
+
+
+def in_memory_order(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor with its dimensions in the order of its memory: compiled code reads constants by their strides."""
+    if is_channels_last(tensor):
+        return tensor.permute(0, 2, 3, 1)
+    if not tensor.is_contiguous():
+        raise ExportError(f"a constant of shape {tuple(tensor.shape)} has strides {tensor.stride()}, which safetensors cannot keep; this is a bug in a rewrite")
+    return tensor
+
+
+def digest(tensor: torch.Tensor) -> str:
+    """A hash of dtype, shape, strides and bytes."""
+    data = in_memory_order(tensor.detach()).reshape(-1).view(torch.uint8)
+    return f"{tensor.dtype} {tuple(tensor.shape)} {tensor.stride()} {hashlib.sha256(data.numpy()).hexdigest()}"
+
+
+def unique(key: str, taken: Mapping[str, torch.Tensor]) -> str:
+    """`key`, or `key.1`, `key.2`, ...: folded values of two variants may share a name and not a value."""
+    n = 0
+    candidate = key
+    while candidate in taken:
+        n += 1
+        candidate = f"{key}.{n}"
+    return candidate
+
+
+def plan_path(plan: Plan) -> str:
+    return f"plans/{plan.name}.json"
+
+
+def write_plans(folder: Path, plans: Sequence[Plan]) -> None:
+    """One JSON file per plan; floats by `repr`, so that what is read is what was computed."""
+    (folder / "plans").mkdir()
+    for plan in plans:
+        (folder / plan_path(plan)).write_text(json.dumps(plan.model_dump(mode="json"), indent=1) + "\n", "utf-8")
+
+
+def write_tokenizers(folder: Path, tokenizers: Mapping[str, Any]) -> None:
+    """`tokenizer.json` of each, which is all that the runtime's `tokenizers` library reads. Raises ExportError without one."""
+    for path, tokenizer in tokenizers.items():
+        if not getattr(tokenizer, "is_fast", False):
+            raise ExportError(f"{path}: expected a fast tokenizer, got {type(tokenizer).__name__}; convert it with transformers first")
+        (folder / path).mkdir(parents=True)
+        tokenizer.backend_tokenizer.save(str(folder / path / "tokenizer.json"))
+
+
+def file_entries(folder: Path) -> tuple[FileEntry, ...]:
+    """Path, size and sha256 of every file that the manifest answers for, sorted by path."""
+    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.relative_to(folder).parts[0] not in UNLISTED)
+    entries = []
+    for path in paths:
+        with path.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        entries.append(FileEntry(path=path.relative_to(folder).as_posix(), size=path.stat().st_size, sha256=sha256))
+    return tuple(entries)

@@ -1,0 +1,282 @@
+"""An export from end to end; read this file first. A recipe goes in, a verified artifact comes out.
+
+    load ─ rewrite ─ plan ─ capture ─ lower ─ package ─ verify
+
+Each stage is a module of that name (plan and rewrite are packages), takes values and returns values. What is decided
+here once is never asked again at run time.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..runtime.errors import ExportError
+from ..runtime.manifest import Cost, Defaults, Graph, Manifest, Requires, Site, Source
+from ..runtime.plan import Plan
+from . import package, source
+from .capture import Captured, capture
+from .cost import check_skips, cost, module_flops
+from .lower import BACKENDS
+from .lower.isa import choose
+from .package import Weights
+from .plan import Planned, plan, without_dead
+from .plan.sampler import Table, tabulate
+from .progress import Progress
+from .recipe import Recipe
+from .rewrite import Layers, rewrite
+from .sites import Mark, Variant, VariantModule
+from .toolchain import glibc_version, versions
+from .verify import settle_verdict, write_golden
+
+FAMILIES = {"FluxPipeline": "flux"}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Choices of one run that do not belong to a recipe. `keep_failed` writes an artifact that misses its thresholds,
+    marked as failed; `verify=False` writes it unverified."""
+
+    force: bool = False
+    keep_failed: bool = False
+    verify: bool = True
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that is known before anything is compiled: what `--dry-run` prints."""
+
+    recipe: Recipe
+    family: Any
+    pipe: Any
+    size: Any
+    source: Source
+    defaults: Defaults
+    layers: Layers
+    planned: Planned
+    graphs: dict[str, tuple[Captured, ...]]
+    costs: dict[str, Cost]
+
+
+def export(recipe: Recipe, output: Path, options: Options, progress: Progress) -> Path:
+    """Writes the artifact folder `output` and returns it. Raises RecipeError or ExportError; then nothing is written."""
+    with package.staged(output, force=options.force) as folder:
+        prepared = prepare(recipe, progress)
+        files = lower(prepared, progress)
+        manifest = write(folder, prepared, files, progress)
+        verify(folder, prepared, manifest, options, progress)
+    return output
+
+
+def prepare(recipe: Recipe, progress: Progress) -> Prepared:
+    """load, rewrite, plan and capture: the graphs and their costs, before any of them is compiled."""
+    with progress.stage("load"):
+        progress.doing(recipe.model.id)
+        loaded = source.load(recipe.model.id, recipe.model.revision, dtypes(recipe))
+        family = family_of(loaded.pipe)
+        defaults, size, steps = settle(recipe, family, loaded)
+        pipe = with_scheduler(loaded.pipe, recipe.sampler.scheduler)
+    with progress.stage("rewrite"):
+        layers = rewrite(pipe, recipe)
+    with progress.stage("plan", len(steps)):
+        tables = {n: sampler_table(family, pipe, size, n, progress) for n in steps}
+        planned = plan(recipe.cache, family.layout(pipe), tables)
+    with progress.stage("capture", len(planned.variants) + 3):
+        planned, variants = capture_variants(family.denoiser(pipe, size), planned, progress)
+        others = capture_others(family.others(pipe, size, channels_last=recipe.compile.channels_last_vae), progress)
+        graphs = {"denoiser": variants, **{g.name: (g,) for g in others}}
+        costs = {g.name: cost(g) for group in graphs.values() for g in group}
+        check_variants(family.denoiser(pipe, size), planned, costs)
+    return Prepared(recipe, family, pipe, size, loaded.source, defaults, layers, planned, graphs, costs)
+
+
+def lower(prepared: Prepared, progress: Progress) -> dict[str, dict[str, list[str]]]:
+    """Component -> graph name -> compiled files."""
+    backend = importlib.import_module(BACKENDS[prepared.recipe.compile.backend], f"{__package__}.lower")
+    flags = backend.flags(prepared.recipe.compile)
+    files: dict[str, dict[str, list[str]]] = {}
+    with progress.stage("lower", sum(map(len, prepared.graphs.values()))):
+        for component, graphs in prepared.graphs.items():
+            for graph in graphs:
+                progress.doing(f"{component}: {graph.name}" if component != graph.name else component)
+                files.setdefault(component, {})[graph.name] = backend.compile_graph(graph, flags)
+    return files
+
+
+def write(folder: Path, prepared: Prepared, files: dict[str, dict[str, list[str]]], progress: Progress) -> Manifest:
+    """Packages, weights, plans and tokenizers in the folder, and the manifest that describes them."""
+    backend = importlib.import_module(BACKENDS[prepared.recipe.compile.backend], f"{__package__}.lower")
+    with progress.stage("package", len(files) + 1):
+        for component, models in files.items():
+            progress.doing(f"graphs/{component}{backend.SUFFIX}")
+            backend.write_package(folder / "graphs" / f"{component}{backend.SUFFIX}", models)
+        progress.doing("weights")
+        weights = package.write_weights(folder, prepared.graphs)
+        package.write_plans(folder, prepared.planned.plans)
+        package.write_tokenizers(folder, prepared.family.tokenizers(prepared.pipe))
+        manifest = describe(folder, prepared, weights, backend.SUFFIX)
+        (folder / "manifest.json").write_text(manifest.to_json(), "utf-8")
+    return manifest
+
+
+def verify(folder: Path, prepared: Prepared, manifest: Manifest, options: Options, progress: Progress) -> None:
+    """Replays the folder as a user would, adds golden vectors, and holds it against the eager pipeline.
+
+    Raises ExportError with the figures that miss the recipe's thresholds, unless `keep_failed`.
+    """
+    with progress.stage("verify", len(manifest.plans) + 1):
+        progress.doing("golden vectors")
+        manifest = write_golden(folder, manifest, prepared.recipe)
+        if options.verify:
+            settle_verdict(folder, manifest, prepared.recipe, options.keep_failed, progress)
+
+
+def dtypes(recipe: Recipe) -> dict[str, torch.dtype]:
+    """Component -> dtype, as `from_pretrained(torch_dtype=...)` takes it."""
+    of = recipe.precision
+    names = {"transformer": of.denoiser, "text_encoder": of.text_encoders, "text_encoder_2": of.text_encoders, "vae": of.vae}
+    return {"default": torch.float32, **{component: getattr(torch, name) for component, name in names.items()}}
+
+
+def family_of(pipe: Any) -> Any:
+    """The family module of a pipeline. Raises ExportError with those that exist."""
+    name = type(pipe).__name__
+    if name not in FAMILIES:
+        raise ExportError(f"pipeline {name} cannot be exported yet; families that can: {', '.join(sorted(FAMILIES))}")
+    return importlib.import_module(f".families.{FAMILIES[name]}", __package__)
+
+
+def settle(recipe: Recipe, family: Any, loaded: source.Loaded) -> tuple[Defaults, Any, tuple[int, ...]]:
+    """Sizes, steps and guidance: the recipe's word, else the model's own default, else the family's."""
+    usual = {**family.DEFAULTS, **loaded.defaults}
+    asked = {**recipe.shapes.model_dump(), "guidance_scale": recipe.sampler.guidance_scale}
+    chosen = {name: usual[name] if asked.get(name) is None else asked[name] for name in usual}
+    steps = recipe.sampler.steps or (usual["num_inference_steps"],)
+    size = family.Size(chosen["height"], chosen["width"], chosen["max_sequence_length"])
+    family.check_size(loaded.pipe, size)
+    defaults = Defaults(
+        num_inference_steps=steps[0],
+        guidance_scale=float(chosen["guidance_scale"]),
+        height=size.height,
+        width=size.width,
+    )
+    return defaults, size, steps
+
+
+def with_scheduler(pipe: Any, name: str) -> Any:
+    """The pipeline with the named diffusers scheduler made from its own one's configuration."""
+    if name != "model":
+        import diffusers
+
+        pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config)
+    return pipe
+
+
+def sampler_table(family: Any, pipe: Any, size: Any, steps: int, progress: Progress) -> Table:
+    progress.doing(f"{type(pipe.scheduler).__name__}, {steps} steps")
+    return tabulate(pipe.scheduler, steps, **family.scheduler_arguments(pipe, size, steps))
+
+
+def capture_variants(denoiser: Any, planned: Planned, progress: Progress) -> tuple[Planned, tuple[Captured, ...]]:
+    """Every variant as a graph. Variants that read stored values go first: what none of them reads is not stored."""
+
+    def captured(variant: Variant, marks: tuple[Mark, ...]) -> Captured:
+        module = VariantModule(denoiser.module, marks, variant, denoiser.inputs)
+        return capture(variant.name, module, module.examples(denoiser.args), module.inputs, module.outputs)
+
+    readers = [v for v in planned.variants if v.having("combine")]
+    for variant in readers:
+        progress.doing(f"denoiser: {variant.name}, reads")
+    read = [captured(v, planned.marks) for v in readers]
+    stored = {s.name for g in read for s in g.inputs if "@" in s.name}
+    used = {s.name for g in read for s in g.live_inputs()}
+    dead = {name.partition("@")[0] for name in stored} - {name.partition("@")[0] for name in used}
+    planned = replace(planned, marks=without_dead(planned.marks, frozenset(dead)))
+    graphs = []
+    for variant in planned.variants:
+        progress.doing(f"denoiser: {variant.name}")
+        again = dead or variant not in readers
+        graphs.append(captured(variant, planned.marks) if again else read[readers.index(variant)])
+    return planned, tuple(graphs)
+
+
+def capture_others(components: tuple[Any, ...], progress: Progress) -> tuple[Captured, ...]:
+    graphs = []
+    for component in components:
+        progress.doing(component.name)
+        graphs.append(capture(component.name, component.module, component.args, component.inputs, component.outputs))
+    return tuple(graphs)
+
+
+def check_variants(denoiser: Any, planned: Planned, costs: dict[str, Cost]) -> None:
+    """Holds each variant's counted FLOPs against those of the modules that it should skip."""
+    if len(planned.variants) == 1:
+        return
+    inside = module_flops(denoiser.module, denoiser.args)
+    for variant in planned.variants[1:]:
+        skipped = {site for site, action in variant.actions if action != "compute"}
+        paths = {path for mark in planned.marks if mark.name in skipped for path in mark.modules}
+        check_skips(costs["full"], costs[variant.name], variant.name, sum(inside.get(p, 0) for p in paths))
+
+
+def describe(folder: Path, prepared: Prepared, weights: Weights, suffix: str) -> Manifest:
+    """The manifest, still unverified."""
+    level, flags = choose(prepared.recipe.compile.isa)
+    planned = prepared.planned
+    combined = {site for v in planned.variants for site in v.having("combine")}
+    marks = tuple(m for m in planned.marks if m.name in combined)
+    variants = {v.name: v for v in planned.variants}
+    graphs = []
+    for component, group in prepared.graphs.items():
+        for g in group:
+            variant = variants.get(g.name, Variant(g.name, ()))
+            graphs.append(
+                Graph(
+                    name=g.name,
+                    package=f"graphs/{component}{suffix}",
+                    inputs=g.inputs,
+                    outputs=g.outputs,
+                    stores=tuple(m.name for m in marks if m.name in variant.having("compute")),
+                    combines=variant.having("combine"),
+                    zeros=variant.having("zero"),
+                    identities=variant.having("identity"),
+                    constants=weights.bound[g.name],
+                    cost=prepared.costs[g.name],
+                )
+            )
+    return Manifest(
+        family=FAMILIES[type(prepared.pipe).__name__],
+        requires=Requires(isa_level=level, isa=flags, glibc=glibc_version(), **machine(prepared.recipe)),
+        source=prepared.source,
+        toolchain=versions(),
+        recipe=prepared.recipe.model_copy(update={"model": prepared.recipe.model.model_copy(update={"id": prepared.source.model})}).model_dump(mode="json"),
+        defaults=prepared.defaults,
+        pipeline=prepared.family.facts(prepared.pipe, prepared.size),
+        layers=prepared.layers,
+        channels_last=weights.channels_last,
+        sites=tuple(Site(name=m.name, slots=m.slots, tensors=m.tensors) for m in marks),
+        graphs=tuple(graphs),
+        plans={p.name: package.plan_path(p) for p in planned.plans},
+        files=package.file_entries(folder),
+    )
+
+
+def machine(recipe: Recipe) -> dict[str, Any]:
+    """System, processor family, device and torch's major.minor, as `Requires` names them."""
+    import platform
+
+    return {
+        "system": platform.system(),
+        "machine": platform.machine(),
+        "device": recipe.compile.device,
+        "torch": ".".join(torch.__version__.split(".")[:2]),
+    }
+
+
+def plan_summary(plan: Plan, costs: dict[str, Cost]) -> float:
+    """A plan's FLOPs as a share of the same evaluations all computed."""
+    return sum(costs[e.variant].flops for e in plan.evaluations) / (len(plan.evaluations) * costs["full"].flops)

@@ -1,0 +1,102 @@
+"""What an export says while it runs: a bar on a terminal, JSON lines for CI, or nothing. Stages only know `Progress`."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any, Literal
+
+Mode = Literal["rich", "json", "quiet"]
+
+
+class Progress:
+    """The base is the quiet one: it says nothing, and times stages for the report."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Nothing to close."""
+
+    @contextlib.contextmanager
+    def stage(self, name: str, total: int = 1) -> Iterator[None]:
+        """One stage of the export, made of `total` things to do."""
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - start
+
+    def doing(self, what: str) -> None:
+        """The next thing begins; the one before it is done."""
+
+
+class JsonLines(Progress):
+    """One object per event on stderr: {"stage": ..., "doing": ..., "elapsed_s": ...}; stdout stays for the result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.start, self.current = time.perf_counter(), ""
+
+    @contextlib.contextmanager
+    def stage(self, name: str, total: int = 1) -> Iterator[None]:
+        self.current = name
+        self.say(event="start")
+        with super().stage(name, total):
+            yield
+        self.say(event="done")
+
+    def doing(self, what: str) -> None:
+        self.say(event="doing", what=what)
+
+    def say(self, **event: Any) -> None:
+        print(json.dumps({"stage": self.current, "elapsed_s": round(time.perf_counter() - self.start, 2), **event}), file=sys.stderr, flush=True)
+
+
+class Bar(Progress):
+    """A rich bar on stderr: stage, what is being compiled, position, elapsed. Finished stages stay as lines."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import Progress as RichProgress
+
+        columns = (
+            SpinnerColumn(finished_text="[green]✓"),
+            TextColumn("[bold]{task.description:<8}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[what]}", style="dim"),
+        )
+        self.rich = RichProgress(*columns, console=Console(stderr=True))
+        self.task: Any = None
+        self.busy = False
+
+    def __enter__(self) -> Bar:
+        self.rich.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.rich.stop()
+
+    @contextlib.contextmanager
+    def stage(self, name: str, total: int = 1) -> Iterator[None]:
+        self.task, self.busy = self.rich.add_task(name, total=total, what=""), False
+        with super().stage(name, total):
+            yield
+        self.rich.update(self.task, completed=total, what="")
+
+    def doing(self, what: str) -> None:
+        self.rich.update(self.task, what=what, advance=1 if self.busy else 0)
+        self.busy = True
+
+
+def progress(mode: Mode) -> Progress:
+    """What to say for that mode; enter it before the first stage."""
+    return {"rich": Bar, "json": JsonLines, "quiet": Progress}[mode]()

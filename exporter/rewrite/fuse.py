@@ -1,0 +1,31 @@
+"""Fused projections: q, k and v as one matrix product, by diffusers' own `fuse_qkv_projections`.
+
+    before  q = x Wq, k = x Wk, v = x Wv        after  q, k, v = (x [Wq Wk Wv]).chunk(3)
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ...runtime.errors import ExportError
+
+PARTS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
+
+
+def fuse_qkv(component: str, model: nn.Module, *, key: str) -> int:
+    """How many attentions were fused, always at least one: raises ExportError naming `key` when none could be.
+
+    diffusers keeps the parts beside the fused matrix; they are dropped here, or they would be quantized and stored too.
+    """
+    if not hasattr(model, "fuse_qkv_projections"):
+        raise ExportError(f"{key}: {type(model).__name__} ({component}) has no fuse_qkv_projections; set {key}=false")
+    model.fuse_qkv_projections()
+    fused = [m for m in model.modules() if getattr(m, "fused_projections", False) and (hasattr(m, "to_qkv") or hasattr(m, "to_kv"))]
+    if not fused:
+        raise ExportError(f"{key}: diffusers found no attention to fuse in the {component} ({type(model).__name__}); set {key}=false")
+    for attention in fused:
+        whole = ["to_q"] if not hasattr(attention, "to_qkv") else []
+        for part in PARTS:
+            if hasattr(attention, part) and part not in whole:
+                delattr(attention, part)
+    return len(fused)

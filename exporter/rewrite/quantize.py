@@ -1,0 +1,67 @@
+"""int8 dynamic: weights as int8 with a scale per row, activations quantized per token as they come, by torchao.
+
+Which Linear is quantized goes by its kind (attention and feed-forward yes; modulation, embeddings and the final
+projection no: they are small, run on one row, or carry the whole signal) and by its size against the model's width.
+The filter is that of diffusion-fast and flux-fast, said by role instead of by name. torchao's tensor subclasses are
+unwrapped at the end, so that every stored weight is a plain tensor.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from torch import nn
+
+from ...runtime.errors import ExportError
+
+KINDS = (
+    (re.compile(r"(^|\.)norm\w*\.linear(_\d)?$|(^|\.)norm_out\."), "modulation"),
+    (re.compile(r"embed"), "embedding"),
+    (re.compile(r"^proj_out$"), "final projection"),
+    (re.compile(r"\.attn\d?\.|\.to_(q|k|v|qkv|kv|out|add_out|added_qkv)(\.\d)?$"), "attention"),
+    (re.compile(r"\.ff\w*\.|\.proj_mlp$|_blocks\.\d+\.proj_out$"), "feed-forward"),
+)
+QUANTIZED_KINDS = ("attention", "feed-forward")
+
+
+def kind(name: str) -> str:
+    """A Linear's role in the model, by its place: modulation, embedding, final projection, attention, feed-forward, other."""
+    return next((k for pattern, k in KINDS if pattern.search(name)), "other")
+
+
+def treatment(name: str, linear: nn.Linear, config: Any, width: int) -> tuple[str, str]:
+    """("int8" or "kept", the reason in a few words) for one Linear of a model of inner width `width`."""
+    role = kind(name)
+    if role not in QUANTIZED_KINDS:
+        return "kept", role
+    if any(re.search(p, name) for p in config.exclude):
+        return "kept", "quantize.exclude"
+    if not any(re.search(p, name) for p in config.include):
+        return "kept", "not in quantize.include"
+    smallest = config.min_width_ratio * width
+    if min(linear.in_features, linear.out_features) < smallest:
+        return "kept", f"{role}, {linear.in_features}x{linear.out_features} is smaller than {smallest:g}"
+    return "int8", f"{role}, {linear.in_features}x{linear.out_features}"
+
+
+def quantize(model: nn.Module, config: Any, width: int) -> dict[str, tuple[str, str]]:
+    """Quantizes `model` in place; returns every Linear's treatment. Raises ExportError when no layer qualifies."""
+    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    if config.method == "none":
+        return {name: ("kept", "quantize.method is none") for name in linears}
+    layers = {name: treatment(name, m, config, width) for name, m in linears.items()}
+    chosen = {name for name, (what, _) in layers.items() if what == "int8"}
+    if not chosen:
+        reasons = sorted({why for _, why in layers.values()})
+        raise ExportError(
+            f"quantize.method {config.method!r} fits none of the model's {len(layers)} Linear layers ({'; '.join(reasons[:4])}); "
+            "relax quantize.include, exclude or min_width_ratio, or set quantize.method=none"
+        )
+    from torch._functorch._aot_autograd.subclass_parametrization import unwrap_tensor_subclass_parameters
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    # set_inductor_config would change Inductor's global flags behind the recipe's back
+    quantize_(model, Int8DynamicActivationInt8WeightConfig(set_inductor_config=False), lambda _, name: name in chosen)
+    unwrap_tensor_subclass_parameters(model)
+    return layers

@@ -1,0 +1,89 @@
+"""Load: a model id, a folder or `shapes` comes in, a diffusers pipeline in the asked dtypes comes out, with its origin."""
+
+from __future__ import annotations
+
+import hashlib
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..runtime.errors import ExportError
+from ..runtime.manifest import Source
+
+EMBEDDED = {"shapes": Path(__file__).parent / "shapes" / "model"}
+SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".toml", ".bin")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A pipeline as loaded, where it came from, and the defaults that it brings (`prebake.toml` beside its weights)."""
+
+    pipe: Any
+    source: Source
+    folder: Path
+    defaults: dict[str, Any]
+
+
+def load(model: str, revision: str | None, dtypes: dict[str, torch.dtype]) -> Loaded:
+    """The pipeline on the CPU in eval mode, weights frozen; `dtypes` maps component -> dtype (`default` for the rest).
+
+    Raises ExportError when nothing of that name can be read.
+    """
+    from diffusers import DiffusionPipeline
+    from diffusers.utils import logging
+
+    logging.disable_progress_bar()
+    folder = find(model, revision)
+    try:
+        pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=dtypes, local_files_only=True)
+    except Exception as e:
+        raise ExportError(f"model {model!r}: diffusers could not read {folder} ({type(e).__name__}: {str(e).splitlines()[0]})") from e
+    for component in pipe.components.values():
+        if isinstance(component, torch.nn.Module):
+            component.eval().requires_grad_(False)
+    source = Source(model=name_of(model), pipeline=type(pipe).__name__, sha256=fingerprint(folder))
+    return Loaded(pipe, source, folder, own_defaults(folder))
+
+
+def find(model: str, revision: str | None = None) -> Path:
+    """The folder of an embedded model, a local folder, or a hub id (downloaded, or from the hub's cache)."""
+    if model in EMBEDDED:
+        return EMBEDDED[model]
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        if not (folder / "model_index.json").is_file():
+            raise ExportError(f"model {model!r}: expected a pipeline folder with model_index.json, as save_pretrained writes it, found none")
+        return folder
+    from diffusers import DiffusionPipeline
+
+    try:
+        return Path(DiffusionPipeline.download(model, revision=revision))
+    except Exception as e:
+        raise ExportError(
+            f"model {model!r}: expected {', '.join(EMBEDDED)}, a folder, or a hub id that can be downloaded; the hub says "
+            f"{type(e).__name__}: {str(e).strip().splitlines()[0]}"
+        ) from e
+
+
+def name_of(model: str) -> str:
+    """The id, or a folder's last part: no absolute path reaches the manifest."""
+    return Path(model).name if Path(model).expanduser().is_dir() and model not in EMBEDDED else model
+
+
+def fingerprint(folder: Path) -> str:
+    """sha256 over the relative names and the sha256 of every configuration, tokenizer and weight file."""
+    whole = hashlib.sha256()
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix in SUFFIXES):
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        whole.update(f"{path.relative_to(folder).as_posix()} {digest}\n".encode())
+    return whole.hexdigest()
+
+
+def own_defaults(folder: Path) -> dict[str, Any]:
+    """The `[defaults]` table of the folder's `prebake.toml`, or nothing: sizes and steps that the model was made for."""
+    path = folder / "prebake.toml"
+    return tomllib.loads(path.read_text("utf-8")).get("defaults", {}) if path.is_file() else {}

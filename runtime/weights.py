@@ -1,0 +1,36 @@
+"""The weights, mapped into memory once; every graph of an artifact is bound to these same tensors.
+
+Pages are read from disk when a kernel first touches them and belong to the page cache, so a second variant, or a second
+process on the same artifact, adds no memory for weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from .errors import ArtifactError
+
+
+def map_weights(files: Iterable[Path], device: torch.device, channels_last: Collection[str] = ()) -> dict[str, torch.Tensor]:
+    """Key -> tensor over all files: mapped on the CPU, copied once to any other device.
+
+    The keys in `channels_last` are stored as N H W C and come back as N C H W views, the layout they were compiled with.
+
+    Raises ArtifactError for a file that is not safetensors and for a key that occurs twice.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    for path in files:
+        try:
+            with safe_open(path, framework="pt", device=str(device)) as file:
+                for key in file.keys():  # noqa: SIM118  (safe_open is not iterable)
+                    if key in tensors:
+                        raise ArtifactError(f"{path}: key {key!r} is in another weight file too; export again")
+                    tensor = file.get_tensor(key)
+                    tensors[key] = tensor.permute(0, 3, 1, 2) if key in channels_last else tensor
+        except SafetensorError as e:
+            raise ArtifactError(f"{path}: expected safetensors, but {e}; restore the file or export again") from e
+    return tensors

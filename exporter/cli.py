@@ -1,0 +1,316 @@
+"""The command `prebake`: arguments come in, an exit code comes out. 0 = done, 2 = refused with a reason, 130 = interrupted.
+
+`recipes`, `export` and `verify` are here, `run` and `inspect` in `runtime/cli.py`. torch and diffusers are imported by the
+commands that need them and never for `--help`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from .pipeline import Prepared
+    from .recipe import Recipe
+
+EXPORT_EXTRA = (
+    "diffusers",
+    "transformers",
+    "torchao",
+    "accelerate",
+    "sentencepiece",
+    "google",
+    "rich",
+    "skimage",
+    "setuptools",
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command. What prebake refuses goes to stderr, a line per problem; anything else is a bug and keeps its traceback."""
+    args = _parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except KeyboardInterrupt:
+        print("prebake: interrupted" + ("; nothing was written" if args.command == "export" else ""), file=sys.stderr)
+        return 130
+    except ModuleNotFoundError as e:
+        package = (e.name or "").partition(".")[0]
+        if package not in EXPORT_EXTRA:
+            raise
+        return _refuse(f"`prebake {args.command}` needs {package}: pip install 'prebake[export]'")
+    except Exception as e:
+        from ..runtime.errors import PrebakeError
+
+        if not isinstance(e, PrebakeError):
+            raise
+        return _refuse(str(e))
+
+
+def export_main() -> int:
+    """The second entry point: `export --recipe flux-fast` is `prebake export --recipe flux-fast`."""
+    return main(["export", *sys.argv[1:]])
+
+
+def _refuse(message: str) -> int:
+    for line in message.splitlines():
+        print(f"prebake: error: {line}", file=sys.stderr)
+    return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="prebake", description="Exports diffusers pipelines ahead of time, and runs what it exported."
+    )
+    parser.add_argument("--version", action="version", version=f"prebake {version('prebake')}")
+    commands = parser.add_subparsers(dest="command", metavar="command", required=True)
+    _add_export(commands)
+    _add_verify(commands)
+    _add_recipes(commands)
+    _add_runtime(commands)
+    return parser
+
+
+def _add_runtime(commands: argparse._SubParsersAction) -> None:
+    """`run` and `inspect`. TODO: import without a guard once runtime/cli.py is in the tree."""
+    try:
+        from ..runtime.cli import add_commands
+    except ModuleNotFoundError as e:
+        if not (e.name or "").endswith("runtime.cli"):
+            raise
+    else:
+        add_commands(commands)
+
+
+def _add_overrides(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model",
+        metavar="ID|FOLDER|shapes",
+        help="the model, in place of the recipe's: hub id, folder, or the small one that ships",
+    )
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="table.key=value",
+        help="change one value of the recipe; may be repeated",
+    )
+
+
+# prebake recipes
+
+
+def _add_recipes(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "recipes",
+        help="list the recipes, or show one",
+        description="Lists the recipes that ship. With a name or a file: the recipe as it resolves, in TOML, under the file as comments.",
+    )
+    parser.add_argument("name", nargs="?", metavar="NAME|FILE", help="a recipe that ships, or a .toml file")
+    _add_overrides(parser)
+    parser.add_argument("--json", action="store_true", help="JSON in place of text")
+    parser.add_argument("--schema", action="store_true", help="print the JSON schema of recipe files, for editors")
+    parser.set_defaults(run=_recipes)
+
+
+def _recipes(args: argparse.Namespace) -> int:
+    from ..runtime.errors import RecipeError
+    from . import recipe
+
+    if args.schema:
+        _print_json(recipe.schema())
+    elif args.name is not None:
+        _show(args)
+    elif args.overrides or args.model:
+        raise RecipeError(
+            "`prebake recipes` with --set or --model needs the name of a recipe: prebake recipes flux-fast --set cache.method=none"
+        )
+    else:
+        _list(as_json=args.json)
+    return 0
+
+
+def _show(args: argparse.Namespace) -> None:
+    from .recipe import read, resolve, to_toml
+
+    resolved = resolve(args.name, args.overrides, args.model)
+    if args.json:
+        return _print_json(resolved.model_dump(mode="json"))
+    file = read(args.name)
+    print(f"# {file.label}:", "#", *(f"# {line}".rstrip() for line in file.text.splitlines()), "#", sep="\n")
+    print(
+        "# resolved, with every default:"
+        if not args.overrides
+        else f"# resolved, with every default and {len(args.overrides)} --set:"
+    )
+    print(f"\n{to_toml(resolved)}", end="")
+    return None
+
+
+def _list(*, as_json: bool) -> None:
+    from .recipe import names, read
+
+    rows = [(name, str(read(name).data["description"])) for name in names()]
+    if as_json:
+        _print_json([{"name": name, "description": description} for name, description in rows])
+    elif not (sys.stdout.isatty() and _table(rows)):
+        for name, description in rows:
+            print(f"{name}\t{description}")
+
+
+def _table(rows: list[tuple[str, str]]) -> bool:
+    """Draws the rows with rich; False where rich is not installed (it comes with the `export` extra)."""
+    try:
+        from rich import box
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        return False
+    table = Table("recipe", "what it does", box=box.SIMPLE_HEAD)
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+    return True
+
+
+def _print_json(value: object) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+# prebake export
+
+
+def _add_export(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "export",
+        help="compile a pipeline into an artifact",
+        description="Compiles a diffusers pipeline into an artifact, verifies it against the pipeline, and puts it in place only if it holds.",
+    )
+    parser.add_argument(
+        "--recipe",
+        required=True,
+        metavar="NAME|FILE",
+        help="a recipe that ships (see `prebake recipes`), or a .toml file",
+    )
+    _add_overrides(parser)
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR", help="where the artifact goes (default: artifacts/<recipe>-<model name>)"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="resolve, load and plan, say what would be compiled, and stop"
+    )
+    parser.add_argument(
+        "--keep-failed",
+        action="store_true",
+        help="keep an artifact that missed its thresholds, beside the output and marked failed",
+    )
+    parser.add_argument("--force", action="store_true", help="replace an artifact that is already there")
+    parser.add_argument(
+        "--no-verify",
+        action="store_true",
+        help="skip the comparison with the pipeline; the manifest then says unverified",
+    )
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    how.add_argument(
+        "--json", action="store_true", help="JSON lines about progress on stderr, one JSON result on stdout"
+    )
+    parser.set_defaults(run=_export)
+
+
+def _export(args: argparse.Namespace) -> int:
+    from .recipe import check_inductor_flags, check_scheduler, resolve
+
+    recipe = resolve(args.recipe, args.overrides, args.model)
+    check_inductor_flags(recipe.compile.inductor)
+    check_scheduler(recipe.sampler.scheduler)
+    _run_export(recipe, args.output or default_output(recipe), args)
+    return 0
+
+
+def _run_export(recipe: Recipe, output: Path, args: argparse.Namespace) -> None:
+    from .pipeline import Options, export, prepare
+    from .progress import progress
+
+    options = Options(force=args.force, keep_failed=args.keep_failed, verify=not args.no_verify)
+    with progress(_mode(args)) as shown:
+        if args.dry_run:
+            result = _forecast(prepare(recipe, shown))
+        else:
+            result = {"artifact": str(export(recipe, output, options, shown))}
+    if args.json:
+        _print_json({**result, "seconds": shown.seconds})
+    elif not args.quiet:
+        print(*_lines(result), sep="\n")
+
+
+def _mode(args: argparse.Namespace) -> Literal["rich", "json", "quiet"]:
+    return "json" if args.json else "quiet" if args.quiet else "rich"
+
+
+def _forecast(prepared: Prepared) -> dict[str, Any]:
+    """What `--dry-run` says: the graphs that would be compiled, and the plans with their share of uncached FLOPs."""
+    from .pipeline import plan_summary
+
+    plans = {
+        p.name: {"evaluations": len(p.evaluations), "flops_share": plan_summary(p, prepared.costs)}
+        for p in prepared.planned.plans
+    }
+    return {"graphs": {name: cost.model_dump() for name, cost in prepared.costs.items()}, "plans": plans}
+
+
+def _lines(result: dict[str, Any]) -> Iterator[str]:
+    """The result for people: `graph full: 1.2 GFLOPs, 340 ops, 12.0 MB of constants`."""
+    if "artifact" in result:
+        yield result["artifact"]
+    for name, cost in result.get("graphs", {}).items():
+        yield f"graph {name}: {cost['flops'] / 1e9:.1f} GFLOPs, {cost['ops']} ops, {cost['constants_bytes'] / 1e6:.1f} MB of constants"
+    for name, plan in result.get("plans", {}).items():
+        yield f"plan {name}: {plan['evaluations']} evaluations, {plan['flops_share']:.1%} of the FLOPs of computing all of them"
+
+
+def default_output(recipe: Recipe) -> Path:
+    """`artifacts/<recipe>-<model name>`: the last part of a hub id or of a folder's path."""
+    model = Path(recipe.model.id)
+    name = model.name or model.resolve().name or "model"
+    return Path("artifacts") / f"{recipe.name}-{name if name != '..' else model.resolve().name}"
+
+
+# prebake verify
+
+
+def _add_verify(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "verify",
+        help="compare an artifact with its pipeline again",
+        description="Draws the recipe's prompts with the artifact and with the eager pipeline, on this machine, and checks its thresholds.",
+    )
+    parser.add_argument("artifact", type=Path, metavar="ARTIFACT", help="an artifact folder")
+    parser.add_argument(
+        "--model", metavar="ID|FOLDER|shapes", help="where the pipeline is, if not where the manifest says"
+    )
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    how.add_argument(
+        "--json", action="store_true", help="JSON lines about progress on stderr, the report as JSON on stdout"
+    )
+    parser.set_defaults(run=_verify)
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from .progress import progress
+    from .verify import verify_artifact
+
+    with progress(_mode(args)) as shown:
+        report = verify_artifact(args.artifact, model=args.model, progress=shown)
+    if args.json:
+        _print_json(report)
+    elif not args.quiet:
+        print(*(f"{name}: {value}" for name, value in report.items()), sep="\n")
+    return 0

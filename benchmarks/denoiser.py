@@ -1,0 +1,140 @@
+"""Time per denoiser evaluation, side by side in one run: eager, torch.compile and the artifact's variants.
+
+    python benchmarks/denoiser.py --model shapes
+    python benchmarks/denoiser.py --model wide      # random weights, 205M parameters, 1024 image + 16 text tokens
+
+Every line is timed in turn (A B C A B C ...), so that a machine whose speed drifts moves all of them alike; medians and
+their ratio to eager float32 are printed, and written as JSON with --output. The artifact is a real one, exported with
+the recipe named by --recipe; `wide` is `shapes` with a larger transformer, and its variants come from `cache.method=pab`
+so that one computes every attention and the other reuses all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prebake.exporter import source
+from prebake.exporter.families import flux
+from prebake.exporter.pipeline import Options, export
+from prebake.exporter.progress import progress
+from prebake.exporter.recipe import resolve
+from prebake.runtime.artifact import Artifact, open_artifact
+
+WIDE = {"num_layers": 3, "num_single_layers": 7, "attention_head_dim": 64, "num_attention_heads": 16, "axes_dims_rope": (8, 28, 28)}
+WIDE_DEFAULTS = "[defaults]\nheight = 256\nwidth = 256\nmax_sequence_length = 16\nnum_inference_steps = 28\nguidance_scale = 3.5\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="shapes", help="shapes, wide, or a pipeline folder")
+    parser.add_argument("--base", default="shapes", help="the pipeline whose text encoders and VAE `wide` borrows")
+    parser.add_argument("--recipe", default="flux-fast")
+    parser.add_argument("--set", dest="overrides", action="append", default=["cache.method=pab", "verify.cached_psnr_db=1"])
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--artifact", type=Path, help="an artifact exported before, instead of exporting one now")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--output", type=Path, help="write the figures as JSON")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.set_grad_enabled(False)
+    with tempfile.TemporaryDirectory() as scratch:
+        model = wide(Path(scratch) / "wide", args.base) if args.model == "wide" else args.model
+        folder = args.artifact or exported(model, Path(scratch) / "artifact", args)
+        report(measure(model, open_artifact(folder), args), args)
+
+
+def wide(folder: Path, base: str) -> str:
+    """A pipeline folder with a random transformer of 1024 width in place of the base's."""
+    from diffusers import FluxTransformer2DModel
+
+    pipe = source.load(base, None, {"default": torch.float32}).pipe
+    torch.manual_seed(0)
+    kept = {k: pipe.transformer.config[k] for k in ("patch_size", "in_channels", "joint_attention_dim", "pooled_projection_dim", "guidance_embeds")}
+    pipe.register_modules(transformer=FluxTransformer2DModel(**kept, **WIDE))
+    pipe.save_pretrained(folder)
+    (folder / "prebake.toml").write_text(WIDE_DEFAULTS, "utf-8")
+    return str(folder)
+
+
+def exported(model: str, folder: Path, args: argparse.Namespace) -> Path:
+    with progress("rich") as bar:
+        return export(resolve(args.recipe, args.overrides, model), folder, Options(verify=False), bar)
+
+
+def measure(model: str, artifact: Artifact, args: argparse.Namespace) -> dict[str, Any]:
+    """Median milliseconds of one evaluation for each way of running it, and each way's error against eager float32."""
+    size = flux.Size(artifact.manifest.defaults.height, artifact.manifest.defaults.width, artifact.manifest.pipeline["prompts"][1]["max_length"])
+    component = flux.denoiser(source.load(model, None, {"default": torch.float32}).pipe, size)
+    half = flux.denoiser(source.load(model, None, {"default": torch.bfloat16}).pipe, size)
+    ways: dict[str, Callable[[], torch.Tensor]] = {
+        "eager float32": lambda: component.module(*component.args),
+        "eager bfloat16": lambda: half.module(*component.args),
+    }
+    if not args.no_compile:
+        fast, fast_half = torch.compile(component.module), torch.compile(half.module)
+        ways["torch.compile float32"] = lambda: fast(*component.args)
+        ways["torch.compile bfloat16"] = lambda: fast_half(*component.args)
+    named = dict(zip(component.inputs, component.args, strict=True))
+    costs = {name: v.graph.cost.flops for name, v in artifact.variants.items()}
+    for name, variant in artifact.variants.items():
+        ways[f"artifact: {name}"] = call(variant, artifact, named)
+    truth = ways["eager float32"]()
+    errors = {way: float((run() - truth).norm() / truth.norm()) for way, run in ways.items()}
+    times: dict[str, list[float]] = {way: [] for way in ways}
+    for _ in range(args.repeats):
+        for way, run in ways.items():
+            start = time.perf_counter()
+            run()
+            times[way].append((time.perf_counter() - start) * 1e3)
+    parameters = sum(p.numel() for p in component.module.parameters())
+    tokens = component.args[0].shape[1] + component.args[1].shape[1]
+    medians = {way: statistics.median(t) for way, t in times.items()}
+    return {"parameters": parameters, "tokens": tokens, "median_ms": medians, "relative_error": errors, "flops": costs, "torch": torch.__version__}
+
+
+def call(variant: Any, artifact: Artifact, named: dict[str, torch.Tensor]) -> Callable[[], torch.Tensor]:
+    """One evaluation of a variant; slots hold what the full variant computes for the same input."""
+    fresh = artifact.graphs["full"](narrowed(artifact.graphs["full"].graph, named))
+    inputs = narrowed(variant.graph, named)
+    for spec in variant.graph.inputs:
+        if "@" in spec.name:
+            inputs[spec.name] = fresh[spec.name.partition("@")[0]]
+        elif spec.name == "coefficients":
+            inputs[spec.name] = torch.ones(spec.shape)
+    return lambda: variant.call(inputs)["sample"]
+
+
+def narrowed(graph: Any, named: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The named tensors that the graph takes, in its dtypes."""
+    return {s.name: named[s.name].to(getattr(torch, s.dtype)) for s in graph.inputs if s.name in named}
+
+
+def report(figures: dict[str, Any], args: argparse.Namespace) -> None:
+    base = figures["median_ms"]["eager float32"]
+    print(f"{args.model}: {figures['parameters'] / 1e6:.0f}M parameters, {figures['tokens']} tokens, {args.threads} thread(s), torch {figures['torch']}")
+    print(f"{'':28s}{'ms':>10s}{'x eager':>10s}{'error':>10s}{'FLOPs':>8s}")
+    full = figures["flops"]["full"]
+    for way, ms in figures["median_ms"].items():
+        share = figures["flops"].get(way.removeprefix("artifact: "))
+        shown = f"{share / full:8.0%}" if share else ""
+        print(f"{way:28s}{ms:10.2f}{base / ms:10.2f}{figures['relative_error'][way]:10.1e}{shown}")
+    for name, flops in figures["flops"].items():
+        if name != "full":
+            ratio = figures["median_ms"][f"artifact: {name}"] / figures["median_ms"]["artifact: full"]
+            print(f"{name} / full: {ratio:.3f} of the time for {flops / full:.3f} of the FLOPs")
+    if args.output:
+        args.output.write_text(json.dumps(figures, indent=2, sort_keys=True) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main()

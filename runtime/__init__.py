@@ -1,1 +1,38 @@
-"""prebake.runtime."""
+"""Replays a prebake artifact: `from prebake.runtime import load`, and no diffusers, transformers or compiler comes in.
+
+The names below are looked up on first use, so that `prebake --help` and the light modules (`errors`, `manifest`,
+`plan`) do not pay for torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .errors import ArtifactError, ExportError, PrebakeError, RecipeError
+    from .pipeline import load
+
+    __version__: str
+
+__all__ = ["ArtifactError", "ExportError", "PrebakeError", "RecipeError", "__version__", "load"]
+
+_HOME = {
+    "load": ".pipeline",
+    "ArtifactError": ".errors",
+    "ExportError": ".errors",
+    "PrebakeError": ".errors",
+    "RecipeError": ".errors",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("prebake")
+    if name in _HOME:
+        return getattr(import_module(_HOME[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

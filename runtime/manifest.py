@@ -113,6 +113,9 @@ class Defaults(BaseModel):
 
 
 class Manifest(BaseModel):
+    """`layers` says of each Linear of the denoiser whether it is "int8" or "kept", and why. `channels_last` are the keys
+    of stored tensors that lie in memory as N H W C; they are bound as N C H W views of it."""
+
     model_config = FROZEN
     schema_version: Literal[1] = SCHEMA_VERSION
     status: Literal["unverified", "verified", "failed"] = "unverified"
@@ -123,7 +126,8 @@ class Manifest(BaseModel):
     recipe: dict[str, Any]
     defaults: Defaults
     pipeline: dict[str, Any]
-    layers: dict[str, tuple[str, ...]] = {}
+    layers: dict[str, tuple[str, str]] = {}
+    channels_last: tuple[str, ...] = ()
     sites: tuple[Site, ...] = ()
     graphs: tuple[Graph, ...]
     plans: dict[str, str]
@@ -145,9 +149,13 @@ def read_manifest(folder: Path) -> Manifest:
     """The folder's manifest. Raises ArtifactError when it is missing, not JSON, of another version, or not to schema."""
     path = folder / "manifest.json"
     if not folder.is_dir():
-        raise ArtifactError(f"{folder}: expected an artifact folder, found {'a file' if folder.exists() else 'nothing'}; make one with `prebake export`")
+        raise ArtifactError(
+            f"{folder}: expected an artifact folder, found {'a file' if folder.exists() else 'nothing'}; make one with `prebake export`"
+        )
     if not path.is_file():
-        raise ArtifactError(f"{folder}: expected manifest.json in an artifact folder, found none; make one with `prebake export`")
+        raise ArtifactError(
+            f"{folder}: expected manifest.json in an artifact folder, found none; make one with `prebake export`"
+        )
     try:
         raw = json.loads(path.read_text("utf-8"))
     except ValueError as e:
@@ -163,4 +171,6 @@ def read_manifest(folder: Path) -> Manifest:
     except ValidationError as e:
         first = e.errors()[0]
         where = ".".join(str(p) for p in first["loc"])
-        raise ArtifactError(f"{path} [{where}]: {first['msg']} ({e.error_count()} problems in all); restore the file or export again") from e
+        raise ArtifactError(
+            f"{path} [{where}]: {first['msg']} ({e.error_count()} problems in all); restore the file or export again"
+        ) from e

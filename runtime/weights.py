@@ -15,7 +15,9 @@ from safetensors import SafetensorError, safe_open
 from .errors import ArtifactError
 
 
-def map_weights(files: Iterable[Path], device: torch.device, channels_last: Collection[str] = ()) -> dict[str, torch.Tensor]:
+def map_weights(
+    files: Iterable[Path], device: torch.device, channels_last: Collection[str] = ()
+) -> dict[str, torch.Tensor]:
     """Key -> tensor over all files: mapped on the CPU, copied once to any other device.
 
     The keys in `channels_last` are stored as N H W C and come back as N C H W views, the layout they were compiled with.

@@ -1,0 +1,149 @@
+"""Opens an artifact: a folder comes in, checked, with its graphs bound to one mapped copy of the weights.
+
+The order is the point: schema, names, sizes, machine, hashes, plans; then weights; and machine code last. What comes
+out is immutable and may be shared by any number of threads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+
+from .backends.aoti import NativeModel, open_model
+from .backends.unpack import unpacked
+from .check import check, hash_problem, plan_problems, raise_all
+from .contract import Contract, torch_dtype
+from .errors import ArtifactError
+from .manifest import Graph, Manifest, Site, read_manifest
+from .plan import Plan
+from .replay import Tables, Tensors, Variant, tables_on
+from .weights import map_weights
+
+
+class BoundGraph:
+    """A compiled graph that is ready to be called: constants bound, every call checked against the manifest."""
+
+    def __init__(self, graph: Graph, model: NativeModel, device: torch.device):
+        self.graph = graph
+        self._model = model
+        self._contract = Contract(graph, device)
+
+    def __call__(self, inputs: Mapping[str, torch.Tensor]) -> Tensors:
+        """Outputs by name. Raises ArtifactError, naming the input, unless the inputs are exactly the manifest's."""
+        return self._contract.outputs(self._model(self._contract.inputs(inputs)))
+
+    def output_dtype(self, name: str) -> torch.dtype:
+        return next(torch_dtype(spec.dtype) for spec in self.graph.outputs if spec.name == name)
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """An open artifact. `graphs` and `plans` are by name; `device` is where every tensor of a call must lie."""
+
+    folder: Path
+    manifest: Manifest
+    device: torch.device
+    weights: Mapping[str, torch.Tensor]
+    graphs: Mapping[str, BoundGraph]
+    plans: Mapping[str, Plan]
+    tables: Mapping[str, Tables]
+
+    @property
+    def variants(self) -> dict[str, Variant]:
+        """The denoiser's variants: the graphs that some plan calls."""
+        names = {name for plan in self.plans.values() for name in plan.variants()}
+        return {name: Variant(self.graphs[name].graph, self.graphs[name]) for name in sorted(names)}
+
+    @property
+    def sites(self) -> dict[str, Site]:
+        return {site.name: site for site in self.manifest.sites}
+
+    def graph(self, name: str) -> BoundGraph:
+        """The graph of that name; raises ArtifactError naming those that exist."""
+        self.manifest.graph(name)
+        return self.graphs[name]
+
+
+def open_artifact(folder: str | Path, *, cache_dir: str | Path | None = None, hash_weights: bool = True) -> Artifact:
+    """The artifact in `folder`, checked and opened. Raises ArtifactError with all that is wrong with it.
+
+    Machine code is unpacked to `cache_dir` (default: `$XDG_CACHE_HOME/prebake`). `hash_weights=False` trusts the
+    weight files' content and compares their sizes only.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    check(folder, manifest, hash_weights=hash_weights)
+    plans = read_plans(folder, manifest)
+    device = torch.device(manifest.requires.device)
+    weights = map_weights((folder / path for path in weight_files(manifest)), device, manifest.channels_last)
+    graphs = open_graphs(folder, manifest, weights, device, Path(cache_dir) if cache_dir else None)
+    timestep_scale = float(manifest.pipeline.get("timestep_scale", 1.0))
+    tables = {name: tables_on(plan, device, timestep_scale) for name, plan in plans.items()}
+    return Artifact(folder, manifest, device, weights, graphs, plans, tables)
+
+
+def read_plans(folder: Path, manifest: Manifest) -> dict[str, Plan]:
+    """Every plan by name, in the manifest's order. Raises ArtifactError for one that no loop could run."""
+    plans = {}
+    for name, path in manifest.plans.items():
+        try:
+            plans[name] = Plan.model_validate_json((folder / path).read_bytes())
+        except ValidationError as e:
+            first = e.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise ArtifactError(
+                f"{folder / path} [{where}]: {first['msg']} ({e.error_count()} problems in all); export again"
+            ) from e
+    raise_all(folder, plan_problems(plans, manifest))
+    return plans
+
+
+def weight_files(manifest: Manifest) -> list[str]:
+    return [entry.path for entry in manifest.files if entry.path.startswith("weights/")]
+
+
+def open_graphs(
+    folder: Path, manifest: Manifest, weights: Mapping[str, torch.Tensor], device: torch.device, cache_dir: Path | None
+) -> dict[str, BoundGraph]:
+    """Every graph by name, its constants bound to `weights`. From here on, machine code of the artifact runs."""
+    models: dict[str, NativeModel] = {}
+    for package in dict.fromkeys(graph.package for graph in manifest.graphs):
+        wanted = [graph.name for graph in manifest.graphs if graph.package == package]
+        models.update(open_package(folder, manifest, package, wanted, device, cache_dir))
+    graphs = {}
+    for graph in manifest.graphs:
+        models[graph.name].bind(constants_of(graph, weights))
+        graphs[graph.name] = BoundGraph(graph, models[graph.name], device)
+    return graphs
+
+
+def open_package(
+    folder: Path, manifest: Manifest, package: str, wanted: list[str], device: torch.device, cache_dir: Path | None
+) -> dict[str, NativeModel]:
+    """The models of one `.pt2`, opened. Its bytes are read once: what was hashed is what is unpacked."""
+    data = (folder / package).read_bytes()
+    sha256 = hashlib.sha256(data).hexdigest()
+    expected = next(entry.sha256 for entry in manifest.files if entry.path == package)
+    if sha256 != expected:
+        raise ArtifactError(f"{folder}: {hash_problem(package, sha256, expected)}")
+    with unpacked(f"{folder / package}", data, sha256, cache_dir) as libraries:
+        if sorted(libraries) != sorted(wanted):
+            raise ArtifactError(
+                f"{folder / package}: the manifest names the models {', '.join(sorted(wanted))}, "
+                f"the package has {', '.join(sorted(libraries)) or 'none'}; export again"
+            )
+        return {name: open_model(so, device) for name, so in libraries.items()}
+
+
+def constants_of(graph: Graph, weights: Mapping[str, torch.Tensor]) -> Tensors:
+    """The graph's constants by its own names. Raises ArtifactError for a key that no weight file has."""
+    if absent := sorted(key for key in graph.constants.values() if key not in weights):
+        raise ArtifactError(
+            f"graph {graph.name!r}: weight {absent[0]!r} is in no weight file ({len(absent)} in all); export again"
+        )
+    return {name: weights[key] for name, key in graph.constants.items()}

@@ -1,0 +1,104 @@
+"""Every call into AOTInductor's private API, torch 2.11 to 2.13, so that a new torch is a change in this file alone.
+
+A path to an unpacked `.so` comes in, a `NativeModel` comes out. The stock loader (`torch._inductor.aoti_load_package`)
+unzips into a temporary folder and runs the C++ compiler hundreds of times to print an advisory; the container runner
+used here only calls dlopen. What the stock runner leaves to chance is refused here: running before the constants are
+bound is a segmentation fault there, an ArtifactError here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from ..errors import ArtifactError
+
+
+def open_model(so: Path, device: torch.device) -> NativeModel:
+    """The compiled model in `so`, opened but not yet callable: `bind` its constants first.
+
+    This maps and runs machine code. Raises ArtifactError when the file cannot be opened as an AOTInductor model.
+    """
+    if device.type != "cpu":
+        raise ArtifactError(f"{so.name}: this runtime opens models for the cpu, the artifact is for {device.type}")
+    try:
+        # One model instance per container: `run` holds the GIL, so a second one would never be used.
+        return NativeModel(so.parent.name, torch._C._aoti.AOTIModelContainerRunnerCpu(str(so), 1))
+    except RuntimeError as e:
+        raise ArtifactError(
+            f"{so}: expected a model compiled by AOTInductor, but {_first_line(e)}; "
+            "export again with this torch, or give load() a cache_dir on a disk that allows execution"
+        ) from e
+
+
+class NativeModel:
+    """A model's machine code. `constants` are the names that `bind` wants; call it with flat tensors after that."""
+
+    def __init__(self, name: str, runner: torch._C._aoti.AOTIModelContainerRunnerCpu):
+        self.name = name
+        self._runner = runner
+        self._internal = {fqn: name for name, fqn in runner.get_constant_names_to_original_fqns().items()}
+        self._bound = not self._internal
+
+    @property
+    def constants(self) -> frozenset[str]:
+        return frozenset(self._internal)
+
+    def bind(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Points every constant at the caller's tensor; nothing is copied, so many models can share one tensor.
+
+        torch keeps its references for the life of the process. Raises ArtifactError unless `tensors` has exactly the
+        model's constants, with the dtypes that it was compiled for.
+        """
+        self._check_constants(tensors)
+        by_internal_name = {self._internal[fqn]: tensor for fqn, tensor in tensors.items()}
+        self._runner.update_constant_buffer(by_internal_name, False, True, user_managed=True)
+        self._bound = True
+
+    def __call__(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The model's outputs, freshly allocated. The caller has checked the inputs: nothing below this line does."""
+        if not self._bound:
+            raise ArtifactError(f"graph {self.name!r}: called before its {len(self._internal)} constants were bound")
+        return self._runner.run(list(inputs))
+
+    def _check_constants(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        if missing := sorted(self.constants - tensors.keys()):
+            raise ArtifactError(
+                f"graph {self.name!r}: constant {missing[0]!r} is not bound ({len(missing)} in all); export again"
+            )
+        if unknown := sorted(tensors.keys() - self.constants):
+            raise ArtifactError(
+                f"graph {self.name!r}: has no constant {unknown[0]!r} ({len(unknown)} in all); export again"
+            )
+        codes = self._runner.get_constant_names_to_dtypes()
+        for fqn, tensor in tensors.items():
+            if _DTYPE_CODES.get(tensor.dtype) not in (None, codes[self._internal[fqn]]):
+                raise ArtifactError(
+                    f"graph {self.name!r}: constant {fqn!r} was compiled for {_dtype_named(codes[self._internal[fqn]])}, "
+                    f"the weight file holds {tensor.dtype}; export again"
+                )
+
+
+# c10::ScalarType, which is part of torch's serialization format and does not change.
+_DTYPE_CODES = {
+    torch.uint8: 0,
+    torch.int8: 1,
+    torch.int16: 2,
+    torch.int32: 3,
+    torch.int64: 4,
+    torch.float16: 5,
+    torch.float32: 6,
+    torch.float64: 7,
+    torch.bool: 11,
+    torch.bfloat16: 15,
+}
+
+
+def _dtype_named(code: int) -> str:
+    return next((str(dtype) for dtype, c in _DTYPE_CODES.items() if c == code), f"dtype {code}")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

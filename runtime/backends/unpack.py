@@ -1,0 +1,159 @@
+"""The machine code of a `.pt2`, unpacked once per content into a private cache folder.
+
+Bytes come in whose sha256 has been checked against the manifest; paths of `.so` files come out. dlopen needs a real
+file, and a content-addressed folder lets many processes share it. An entry is compared with the package's bytes at
+every load, so a half-written or tampered one is replaced, never opened.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+
+from ..errors import ArtifactError
+
+SUFFIXES = (".so", ".json", ".cubin")
+
+
+@contextmanager
+def unpacked(package: str, data: bytes, sha256: str, cache_dir: Path | None = None) -> Iterator[dict[str, Path]]:
+    """Model name -> its `.so`, for the length of the block (a mapped file outlives its name on Linux).
+
+    `package` is for messages. Files go to `<cache_dir>/<sha256>/<model>/`; when that place cannot be written or does
+    not belong to this user, to a temporary folder that is removed at the end. Raises ArtifactError on a member that
+    does not belong into a package.
+    """
+    members = read_members(package, data)
+    with _folder(members, sha256, cache_dir or default_cache()) as folder:
+        yield {model: folder / model / _so_name(files) for model, files in members.items()}
+
+
+def default_cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "prebake"
+
+
+def read_members(package: str, data: bytes) -> dict[str, dict[str, bytes]]:
+    """Model -> file name -> bytes, of everything under `<stem>/data/aotinductor/`; nothing is written yet.
+
+    Raises ArtifactError for a name that could leave the folder, a duplicate, a symlink, compression, C++ source or
+    compile flags (torch's loader would run a shell command made of them), and for a model without exactly one `.so`.
+    """
+    try:
+        with zipfile.ZipFile(BytesIO(data)) as archive:
+            infos = archive.infolist()
+            _refuse_hostile(package, infos)
+            found: dict[str, dict[str, bytes]] = {}
+            for info in infos:
+                if model_file := _model_file(info.filename):
+                    found.setdefault(model_file[0], {})[model_file[1]] = archive.read(info)
+    except (zipfile.BadZipFile, EOFError) as e:
+        raise ArtifactError(f"{package}: expected a .pt2 package, but {e}; restore the file or export again") from e
+    for model, files in found.items():
+        libraries = sum(name.endswith(".so") for name in files)
+        if libraries != 1:
+            raise ArtifactError(f"{package}: model {model!r} must have one .so, it has {libraries}; export again")
+    return found
+
+
+def _refuse_hostile(package: str, infos: list[zipfile.ZipInfo]) -> None:
+    seen: set[str] = set()
+    for info in infos:
+        if reason := _why_refused(info, seen):
+            raise ArtifactError(f"{package}: member {info.orig_filename!r} {reason}; do not open this package")
+        seen.add(info.filename)
+
+
+def _why_refused(info: zipfile.ZipInfo, seen: set[str]) -> str | None:
+    name = info.orig_filename
+    parts = name.split("/")
+    if name != info.filename or "\\" in name or name.startswith("/") or ".." in parts or "" in parts[:-1]:
+        return "has a name that could leave the package's folder"
+    if name in seen:
+        return "occurs twice"
+    if stat.S_ISLNK(info.external_attr >> 16):
+        return "is a symbolic link"
+    if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 0x1:
+        return "is compressed or encrypted; torch's packages are stored plainly"
+    if name.endswith((".cpp", "compile_flags.json")):
+        return "is source code or compile flags, which a loader would compile and run"
+    if _model_file(name) and not name.endswith(SUFFIXES):
+        return f"is not one of {', '.join(SUFFIXES)}"
+    return None
+
+
+def _model_file(name: str) -> tuple[str, str] | None:
+    """(model, file) of `<stem>/data/aotinductor/<model>/<file>`; None for torch's own bookkeeping members."""
+    parts = name.split("/")
+    if len(parts) == 5 and parts[1:3] == ["data", "aotinductor"] and parts[4]:
+        return parts[3], parts[4]
+    return None
+
+
+def _so_name(files: dict[str, bytes]) -> str:
+    return next(name for name in files if name.endswith(".so"))
+
+
+@contextmanager
+def _folder(members: dict[str, dict[str, bytes]], sha256: str, cache: Path) -> Iterator[Path]:
+    try:
+        cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not _is_private(cache):
+            raise PermissionError(f"{cache} can be written by other users")
+        folder = cache / sha256
+        if not _holds(folder, members):
+            _replace(folder, members)
+    except OSError:
+        with tempfile.TemporaryDirectory(prefix="prebake-") as temporary:
+            _write(Path(temporary), members)
+            yield Path(temporary)
+    else:
+        yield folder
+
+
+def _is_private(folder: Path) -> bool:
+    """Whether nobody but this user can change what is in the folder."""
+    info = folder.lstat()
+    return stat.S_ISDIR(info.st_mode) and info.st_uid == os.geteuid() and not info.st_mode & 0o022
+
+
+def _holds(folder: Path, members: dict[str, dict[str, bytes]]) -> bool:
+    """Whether the folder holds these files, byte for byte, and nothing else."""
+    if not folder.is_dir() or not _is_private(folder):
+        return False
+    want = {folder / model / name: content for model, files in members.items() for name, content in files.items()}
+    have = {path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()}
+    return have == want.keys() and all(not p.is_symlink() and p.read_bytes() == content for p, content in want.items())
+
+
+def _replace(folder: Path, members: dict[str, dict[str, bytes]]) -> None:
+    """Puts a fresh folder in place by one rename; where another process was faster, its equal folder stays."""
+    fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))  # mode 0700
+    old = fresh.with_name(fresh.name + ".old")
+    try:
+        _write(fresh, members)
+        if folder.exists() or folder.is_symlink():
+            folder.rename(old)
+        try:
+            fresh.rename(folder)
+        except OSError:
+            if not _holds(folder, members):
+                raise
+    finally:
+        for leftover in (fresh, old):
+            if leftover.is_symlink() or leftover.is_file():
+                leftover.unlink()
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _write(folder: Path, members: dict[str, dict[str, bytes]]) -> None:
+    for model, files in members.items():
+        (folder / model).mkdir(mode=0o700)
+        for name, content in files.items():
+            (folder / model / name).write_bytes(content)

@@ -1,0 +1,307 @@
+"""The callable that an artifact becomes: `load("artifacts/x")("a red circle", seed=7).images[0]`.
+
+It has diffusers' calling conventions, and its order: prompts to embeddings, noise, the loop, the decoder. Graphs are
+compiled for a batch of one, so a batch is a loop over images; its noise is drawn at once all the same, and equals
+what diffusers draws from the same generator.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from .artifact import Artifact, open_artifact
+from .errors import ArtifactError
+from .families import flux
+from .prompts import PromptTokenizer
+from .replay import StopReplay, Tables, Tensors, ends_step, replay
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+Callback = Callable[["Pipeline", int, float, dict[str, torch.Tensor]], dict[str, torch.Tensor] | None]
+
+
+def load(folder: str | Path, *, cache_dir: str | Path | None = None, hash_weights: bool = True) -> Pipeline:
+    """The artifact in `folder`, checked, opened, and ready to be called.
+
+    An artifact holds machine code: take it only from someone you trust. `cache_dir` is where that code is unpacked
+    (default: `$XDG_CACHE_HOME/prebake`, private to the user). `hash_weights=False` skips hashing `weights/`, which is
+    most of the time for large models. Raises ArtifactError with everything that is wrong, or does not fit this machine.
+    """
+    artifact = open_artifact(folder, cache_dir=cache_dir, hash_weights=hash_weights)
+    if artifact.manifest.status == "failed":
+        raise ArtifactError(
+            f"{folder}: its verification failed, see reports/; export again, or use `prebake verify` to look closer"
+        )
+    return Pipeline(artifact)
+
+
+@dataclass(frozen=True)
+class PipelineOutput:
+    """`images`: a list of PIL images, or an array or tensor over all images, as `output_type` says."""
+
+    images: Any
+
+
+class Pipeline:
+    """An open artifact of family `flux`. One may be called from many threads: nothing of a call is kept here.
+
+    A callback stops its own call by `pipe._interrupt = True`, as in diffusers.
+    """
+
+    def __init__(self, artifact: Artifact):
+        if artifact.manifest.family != "flux":
+            raise ArtifactError(
+                f"{artifact.folder}: family {artifact.manifest.family!r} is not one that this runtime replays: flux"
+            )
+        self.artifact = artifact
+        self.settings = flux.read_settings(artifact.manifest.pipeline)
+        self._tokenizers = [_tokenizer(artifact, prompt) for prompt in self.settings.prompts]
+        self._encoders = [artifact.graph(prompt.graph) for prompt in self.settings.prompts]
+        self._decoder = artifact.graph("vae_decoder")
+        self._variants, self._sites = artifact.variants, artifact.sites
+        self._request = threading.local()
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        prompt_2: str | list[str] | None = None,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        num_images_per_prompt: int = 1,
+        generator: flux.Generators = None,
+        seed: int | None = None,
+        latents: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        pooled_prompt_embeds: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        max_sequence_length: int | None = None,
+        cache: bool = True,
+    ) -> PipelineOutput | tuple[Any]:
+        """Images for the prompt or prompts, `num_images_per_prompt` of each, prompt after prompt.
+
+        `num_inference_steps` picks one of the artifact's plans, `cache=False` that plan without its cache. `seed` is
+        short for `generator=torch.Generator().manual_seed(seed)`. `guidance_scale` has no effect where the model takes
+        none, as in diffusers. `latents` are packed, [B, N, C], and so is the output of `output_type="latent"`.
+        `callback_on_step_end(pipe, step, timestep, {"latents": [1, N, C]})` is called after each step of each image; the
+        latents that it returns replace the loop's. An interrupted call gives the images up to the interrupted one.
+
+        Raises ArtifactError for what the artifact was not exported for, naming what it has.
+        """
+        tables = self._tables(num_inference_steps, cache)
+        self._check_size(height, width, max_sequence_length)
+        self._check_choices(output_type, num_images_per_prompt, callback_on_step_end_tensor_inputs)
+
+        conditions = self._encode(prompt, prompt_2, prompt_embeds, pooled_prompt_embeds)
+        conditions = [c for c in conditions for _ in range(num_images_per_prompt)]
+        generator = _generator(seed, generator, len(conditions))
+        start = self._start(latents, len(conditions), generator, tables)
+        noise = self._noise(tables, start.shape, generator)
+        if self.settings.guidance_embeds:
+            scale = self.artifact.manifest.defaults.guidance_scale if guidance_scale is None else guidance_scale
+            guidance = {"guidance": torch.full([1], scale, dtype=torch.float32, device=self.artifact.device)}
+        else:
+            guidance = {}
+
+        self._interrupt = False
+        after = self._after_evaluation(tables, callback_on_step_end, callback_on_step_end_tensor_inputs)
+        finals = []
+        for i, condition in enumerate(conditions):
+            draws = [z[i : i + 1] for z in noise]
+            inputs = {**condition, **guidance}
+            finals.append(
+                replay(tables, self._variants, self._sites, inputs, start[i : i + 1], noise=draws, on_evaluation=after)
+            )
+            if self._interrupt:
+                break
+        images = self._decode(finals, output_type)
+        return PipelineOutput(images) if return_dict else (images,)
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether the call that this thread is in has been told to stop."""
+        return self._interrupt
+
+    @property
+    def _interrupt(self) -> bool:
+        return getattr(self._request, "interrupt", False)
+
+    @_interrupt.setter
+    def _interrupt(self, value: bool) -> None:
+        self._request.interrupt = value
+
+    # --- what the caller asked for, against what the artifact has -----------------------------------------------
+
+    def _tables(self, steps: int | None, cache: bool) -> Tables:
+        """The plan for that number of steps, with its cache or without."""
+        plans = self.artifact.tables
+        steps = self.artifact.manifest.defaults.num_inference_steps if steps is None else steps
+        name = str(steps)
+        if not cache and name in plans and plans[name].plan.cache != "none":
+            name += "-uncached"
+        if name not in plans:
+            asked = f"num_inference_steps={steps}" + ("" if cache else ", cache=False")
+            raise ArtifactError(
+                f"{asked}: the artifact has the plans {', '.join(plans)}; export again with another one"
+            )
+        return plans[name]
+
+    def _check_size(self, height: int | None, width: int | None, max_sequence_length: int | None) -> None:
+        defaults, length = self.artifact.manifest.defaults, self.settings.prompts[1].max_length
+        if (height or defaults.height, width or defaults.width) != (defaults.height, defaults.width):
+            raise ArtifactError(
+                f"height={height}, width={width}: the artifact makes images of height {defaults.height}, "
+                f"width {defaults.width} only; export again for another size"
+            )
+        if max_sequence_length not in (None, length):
+            raise ArtifactError(
+                f"max_sequence_length={max_sequence_length}: the artifact was exported for {length} tokens"
+            )
+
+    def _check_choices(self, output_type: str, images: int, callback_inputs: Sequence[str]) -> None:
+        if output_type not in OUTPUT_TYPES:
+            raise ArtifactError(f"output_type={output_type!r}: expected one of {', '.join(OUTPUT_TYPES)}")
+        if images < 1:
+            raise ArtifactError(f"num_images_per_prompt={images}: expected 1 or more")
+        if unknown := [name for name in callback_inputs if name != "latents"]:
+            raise ArtifactError(
+                f"callback_on_step_end_tensor_inputs: {unknown[0]!r} is not a tensor of the loop; it has latents"
+            )
+
+    # --- prompts, noise, images ---------------------------------------------------------------------------------
+
+    def _encode(
+        self,
+        prompt: str | list[str] | None,
+        prompt_2: str | list[str] | None,
+        prompt_embeds: torch.Tensor | None,
+        pooled_prompt_embeds: torch.Tensor | None,
+    ) -> list[Tensors]:
+        """The denoiser's text inputs, one dict for each prompt."""
+        if prompt_embeds is not None or pooled_prompt_embeds is not None:
+            if prompt is not None or prompt_2 is not None or prompt_embeds is None or pooled_prompt_embeds is None:
+                raise ArtifactError("expected either prompt, or both prompt_embeds and pooled_prompt_embeds")
+            return self._given_embeddings(prompt_embeds, pooled_prompt_embeds)
+        first = _texts("prompt", prompt)
+        second = first if prompt_2 is None else _texts("prompt_2", prompt_2)
+        if len(first) != len(second):
+            raise ArtifactError(f"prompt_2: expected {len(first)} texts, one for each prompt, got {len(second)}")
+        return [self._encode_one(texts) for texts in zip(first, second, strict=True)]
+
+    def _encode_one(self, texts: tuple[str, str]) -> Tensors:
+        embeddings = {}
+        for prompt, tokenize, encode, text in zip(
+            self.settings.prompts, self._tokenizers, self._encoders, texts, strict=True
+        ):
+            ids = tokenize(text).to(self.artifact.device)
+            embeddings[prompt.output] = encode({"input_ids": ids})[prompt.output]
+        return embeddings
+
+    def _given_embeddings(self, prompt_embeds: torch.Tensor, pooled: torch.Tensor) -> list[Tensors]:
+        if len(prompt_embeds) != len(pooled):
+            raise ArtifactError(f"pooled_prompt_embeds: expected a batch of {len(prompt_embeds)}, got {len(pooled)}")
+        named = zip(self.settings.prompts, (pooled, prompt_embeds), strict=True)
+        dtypes = {
+            prompt.output: encoder.output_dtype(prompt.output)
+            for prompt, encoder in zip(self.settings.prompts, self._encoders, strict=True)
+        }
+        whole = {p.output: x.to(self.artifact.device, dtypes[p.output]).contiguous() for p, x in named}
+        return [{name: x[i : i + 1] for name, x in whole.items()} for i in range(len(pooled))]
+
+    def _start(
+        self, latents: torch.Tensor | None, batch: int, generator: flux.Generators, tables: Tables
+    ) -> torch.Tensor:
+        """The latents before the first step, float32 [B, N, C] on the artifact's device."""
+        shape = (batch, *flux.packed_shape(self.settings.latents_shape))
+        if latents is None:
+            latents = flux.draw_latents(self.settings.latents_shape, batch, generator)
+        elif tuple(latents.shape) != shape:
+            raise ArtifactError(f"latents: expected packed latents {list(shape)}, got {list(latents.shape)}")
+        latents = latents.to(self.artifact.device, torch.float32).contiguous()
+        return latents if tables.plan.init_noise_sigma == 1.0 else latents * tables.plan.init_noise_sigma
+
+    def _noise(self, tables: Tables, shape: torch.Size, generator: flux.Generators) -> list[torch.Tensor]:
+        """A draw [B, N, C] for each evaluation that adds noise, in the order in which diffusers draws them."""
+        noisy = [e for e in tables.plan.evaluations if e.update.noise]
+        return [flux.draw(tuple(shape), generator).to(self.artifact.device) for _ in noisy]
+
+    def _decode(self, finals: list[torch.Tensor], output_type: str) -> Any:
+        if output_type == "latent":
+            return torch.cat(finals)
+        images = torch.cat(
+            [self._decoder({"latents": x.contiguous()})["image"] for x in finals]
+        )  # [B, 3, H, W] in [0, 1]
+        if output_type == "pt":
+            return images
+        array = images.permute(0, 2, 3, 1).float().cpu().numpy()  # [B, H, W, 3]
+        if output_type == "np":
+            return array
+        return [Image.fromarray(x) for x in (array * 255).round().astype(np.uint8)]
+
+    def _after_evaluation(
+        self, tables: Tables, callback: Callback | None, callback_inputs: Sequence[str]
+    ) -> Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor | None] | None:
+        """The caller's callback as `replay` wants it, or None."""
+        if callback is None:
+            return None
+
+        def after_evaluation(e: int, output: torch.Tensor, latents: torch.Tensor) -> torch.Tensor | None:
+            if not ends_step(tables.plan, e):
+                return None
+            evaluation = tables.plan.evaluations[e]
+            returned = (
+                callback(self, evaluation.step, evaluation.timestep, dict.fromkeys(callback_inputs, latents)) or {}
+            )
+            if unknown := sorted(returned.keys() - {"latents"}):
+                raise ArtifactError(f"callback_on_step_end returned {unknown[0]!r}; only latents can be replaced")
+            latents = returned.get("latents", latents)
+            if self._interrupt:
+                raise StopReplay(latents)
+            return latents
+
+        return after_evaluation
+
+
+def _tokenizer(artifact: Artifact, prompt: flux.Prompt) -> PromptTokenizer:
+    if prompt.tokenizer not in {entry.path for entry in artifact.manifest.files}:
+        raise ArtifactError(
+            f"{artifact.folder}: manifest.json [pipeline.prompts]: {prompt.tokenizer!r} is not in files; export again"
+        )
+    path = artifact.folder / prompt.tokenizer
+    return PromptTokenizer(path, max_length=prompt.max_length, pad_id=prompt.pad_id, pad_token=prompt.pad_token)
+
+
+def _texts(name: str, value: str | list[str] | None) -> list[str]:
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+        raise ArtifactError(f"{name}: expected a text or a list of texts, got {value!r}")
+    return texts
+
+
+def _generator(seed: int | None, generator: flux.Generators, batch: int) -> flux.Generators:
+    """The one generator of the call, or one for each image, or None for torch's global one."""
+    if seed is not None:
+        if generator is not None:
+            raise ArtifactError("expected seed or generator, got both")
+        return torch.Generator().manual_seed(seed)
+    if generator is None:
+        return None
+    each = [generator] if isinstance(generator, torch.Generator) else list(generator)
+    if not isinstance(generator, torch.Generator) and len(each) != batch:
+        raise ArtifactError(f"generator: expected one, or a list of {batch}, one for each image; got {len(each)}")
+    if other := [g.device for g in each if g.device.type != "cpu"]:
+        raise ArtifactError(f"generator: expected a generator on the cpu, where noise is drawn, got one on {other[0]}")
+    return generator

@@ -1,0 +1,147 @@
+"""The denoising loop: a plan's evaluations, one after the other. There is no scheduler, no model and no cache code here.
+
+The exporter decided everything: which variant runs, at which timestep, what its stored values are multiplied with, and
+how latents and outputs add up to the next latents. So the loop below calls graphs and adds tensors. It never reads a
+tensor back, which on a GPU would wait for it. All state is local to one call of `replay`: any number of requests may
+use one open artifact at the same time.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .manifest import Graph, Site
+from .plan import Plan, Update
+
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Tables:
+    """A plan whose per-evaluation numbers already lie on the device: made once, when an artifact is opened."""
+
+    plan: Plan
+    timesteps: tuple[torch.Tensor, ...]  # one [1] for each evaluation, in the denoiser's unit
+    coefficients: tuple[torch.Tensor, ...]  # one [K] for each evaluation, K as the variant wants; views of one tensor
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A denoiser that can be called by name of input, with what the manifest says about it."""
+
+    graph: Graph
+    call: Callable[[Mapping[str, torch.Tensor]], Tensors]
+
+
+class StopReplay(Exception):
+    """Raised by `on_evaluation` to end a replay early; `latents` is what `replay` then returns."""
+
+    def __init__(self, latents: torch.Tensor):
+        self.latents = latents
+
+
+def replay(
+    tables: Tables,
+    variants: Mapping[str, Variant],
+    sites: Mapping[str, Site],
+    inputs: Mapping[str, torch.Tensor],
+    latents: torch.Tensor,
+    *,
+    noise: Iterable[torch.Tensor] = (),
+    on_evaluation: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor | None] | None = None,
+) -> torch.Tensor:
+    """The final latents [1, N, C], float32, from noise of the same shape.
+
+    `inputs` are the denoiser's other inputs, equal at every step. `noise` gives one draw [1, N, C] for each evaluation
+    whose update asks for it. `on_evaluation(e, output, latents)` sees the denoiser's output at evaluation e and the
+    latents after it; it may return other latents to go on with, or raise StopReplay.
+    """
+    plan = tables.plan
+    depth = max(len(table) for e in plan.evaluations for table in (e.update.latents, e.update.outputs))
+    starts: deque[torch.Tensor] = deque(maxlen=depth)  # x[e], x[e-1], ...: newest first, as in Update
+    outputs: deque[torch.Tensor] = deque(maxlen=depth)
+    stored: dict[str, deque[Tensors]] = {}
+    draws = iter(noise)
+
+    for e, evaluation in enumerate(plan.evaluations):
+        variant = variants[evaluation.variant]
+        call = {**inputs, "hidden_states": scaled(latents, evaluation.input_scale), "timestep": tables.timesteps[e]}
+        if variant.graph.combines:
+            call["coefficients"] = tables.coefficients[e]
+            call.update(slots(variant.graph, stored))
+        result = variant.call(call)
+        store(variant.graph, sites, stored, result)
+
+        starts.appendleft(latents)
+        outputs.appendleft(result["sample"])
+        latents = updated(evaluation.update, starts, outputs, draws)
+        if on_evaluation is not None:
+            try:
+                replaced = on_evaluation(e, outputs[0], latents)
+            except StopReplay as stop:
+                return stop.latents
+            latents = latents if replaced is None else replaced
+    return latents
+
+
+def updated(
+    update: Update, starts: Iterable[torch.Tensor], outputs: Iterable[torch.Tensor], draws: Iterator[torch.Tensor]
+) -> torch.Tensor:
+    """x' = sum a_k x[e-k] + sum b_k m[e-k] + noise z: the scheduler's step as the plan wrote it down."""
+    terms = [*zip(update.latents, starts, strict=False), *zip(update.outputs, outputs, strict=False)]
+    if update.noise:
+        terms.append((update.noise, next(draws)))
+    (scale, tensor), *rest = [term for term in terms if term[0]] or terms[:1]
+    x = scaled(tensor, scale)
+    for scale, tensor in rest:
+        x = torch.add(x, tensor, alpha=scale)
+    return x
+
+
+def scaled(x: torch.Tensor, scale: float) -> torch.Tensor:
+    return x if scale == 1.0 else x * scale
+
+
+def slots(graph: Graph, stored: Mapping[str, Sequence[Tensors]]) -> Tensors:
+    """The stored values that the variant combines, as inputs `<tensor>@<k>`, k = 0 the newest."""
+    return {
+        f"{name}@{k}": tensor
+        for site in graph.combines
+        for k, generation in enumerate(stored[site])
+        for name, tensor in generation.items()
+    }
+
+
+def store(graph: Graph, sites: Mapping[str, Site], stored: dict[str, deque[Tensors]], result: Tensors) -> None:
+    """Shifts the generations of every site that this variant stores: the references move, the tensors stay.
+
+    The first store of a replay fills every slot, so a combination is defined from then on.
+    """
+    for name in graph.stores:
+        site = sites[name]
+        fresh = {tensor: result[tensor] for tensor in site.tensors}
+        if name in stored:
+            stored[name].appendleft(fresh)
+        else:
+            stored[name] = deque([fresh] * site.slots, maxlen=site.slots)
+
+
+def tables_on(plan: Plan, device: torch.device, timestep_scale: float = 1.0) -> Tables:
+    """The plan with its timesteps and coefficients as rows of two small float32 tensors on the device."""
+    timesteps = torch.tensor([e.timestep * timestep_scale for e in plan.evaluations], dtype=torch.float32)
+    flat = torch.tensor([c for e in plan.evaluations for c in e.coefficients], dtype=torch.float32)
+    return Tables(
+        plan,
+        timesteps=timesteps.to(device).split(1),
+        coefficients=flat.to(device).split([len(e.coefficients) for e in plan.evaluations]),
+    )
+
+
+def ends_step(plan: Plan, e: int) -> bool:
+    """Whether evaluation e is the last of its step (a Heun step has two)."""
+    following = plan.evaluations[e + 1 : e + 2]
+    return not following or following[0].step != plan.evaluations[e].step

@@ -41,20 +41,19 @@ def raise_all(folder: Path, problems: Iterable[str]) -> None:
 def name_problems(manifest: Manifest) -> Iterator[str]:
     """Listed files whose names could lead out of the folder, or that are listed twice."""
     for path, count in Counter(entry.path for entry in manifest.files).items():
-        parts = PurePosixPath(path).parts
-        if (
-            not path
-            or path.startswith("/")
-            or "\\" in path
-            or ".." in parts
-            or path != str(PurePosixPath(path))
-            or "\0" in path
-        ):
+        if not is_plain_name(path):
             yield f"manifest.json [files]: {path!r} is not a plain name inside the folder; {TRUST}"
+        elif path == "manifest.json" or path.split("/")[0] == FREE:
+            yield f"manifest.json [files]: {path!r} cannot be listed; export again"
         elif count > 1:
             yield f"manifest.json [files]: {path!r} is listed {count} times; export again"
-        elif path == "manifest.json" or parts[0] == FREE:
-            yield f"manifest.json [files]: {path!r} cannot be listed; export again"
+
+
+def is_plain_name(path: str) -> bool:
+    """Whether the path is relative, in its shortest form, and stays inside the folder on every system."""
+    if not path or path.startswith("/") or "\\" in path or ":" in path or "\0" in path:
+        return False
+    return ".." not in PurePosixPath(path).parts and path == str(PurePosixPath(path)) and path != "."
 
 
 def file_problems(folder: Path, manifest: Manifest) -> Iterator[str]:

@@ -110,11 +110,7 @@ class Pipeline:
         generator = _generator(seed, generator, len(conditions))
         start = self._start(latents, len(conditions), generator, tables)
         noise = self._noise(tables, start.shape, generator)
-        if self.settings.guidance_embeds:
-            scale = self.artifact.manifest.defaults.guidance_scale if guidance_scale is None else guidance_scale
-            guidance = {"guidance": torch.full([1], scale, dtype=torch.float32, device=self.artifact.device)}
-        else:
-            guidance = {}
+        guidance = self._guidance(guidance_scale)
 
         self._interrupt = False
         after = self._after_evaluation(tables, callback_on_step_end, callback_on_step_end_tensor_inputs)
@@ -237,6 +233,13 @@ class Pipeline:
         """A draw [B, N, C] for each evaluation that adds noise, in the order in which diffusers draws them."""
         noisy = [e for e in tables.plan.evaluations if e.update.noise]
         return [flux.draw(tuple(shape), generator).to(self.artifact.device) for _ in noisy]
+
+    def _guidance(self, scale: float | None) -> Tensors:
+        """The denoiser's guidance input, float32 [1], where the model takes one."""
+        if not self.settings.guidance_embeds:
+            return {}
+        scale = self.artifact.manifest.defaults.guidance_scale if scale is None else scale
+        return {"guidance": torch.full([1], scale, dtype=torch.float32, device=self.artifact.device)}
 
     def _decode(self, finals: list[torch.Tensor], output_type: str) -> Any:
         if output_type == "latent":

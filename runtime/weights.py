@@ -20,9 +20,8 @@ def map_weights(
 ) -> dict[str, torch.Tensor]:
     """Key -> tensor over all files: mapped on the CPU, copied once to any other device.
 
-    The keys in `channels_last` are stored as N H W C and come back as N C H W views, the layout they were compiled with.
-
-    Raises ArtifactError for a file that is not safetensors and for a key that occurs twice.
+    Keys in `channels_last` are stored [N, H, W, C] and come out as [N, C, H, W] views, with the strides that compiled
+    code expects. Raises ArtifactError for a file that is not safetensors and for a key that occurs twice.
     """
     tensors: dict[str, torch.Tensor] = {}
     for path in files:
@@ -31,8 +30,13 @@ def map_weights(
                 for key in file.keys():  # noqa: SIM118  (safe_open is not iterable)
                     if key in tensors:
                         raise ArtifactError(f"{path}: key {key!r} is in another weight file too; export again")
-                    tensor = file.get_tensor(key)
-                    tensors[key] = tensor.permute(0, 3, 1, 2) if key in channels_last else tensor
+                    tensors[key] = file.get_tensor(key)
         except SafetensorError as e:
             raise ArtifactError(f"{path}: expected safetensors, but {e}; restore the file or export again") from e
+    for key in channels_last:
+        if key not in tensors or tensors[key].dim() != 4:
+            raise ArtifactError(
+                f"manifest.json [channels_last]: {key!r} is not a stored tensor [N, H, W, C]; export again"
+            )
+        tensors[key] = tensors[key].permute(0, 3, 1, 2)
     return tensors

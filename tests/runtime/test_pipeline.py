@@ -1,9 +1,6 @@
 import pytest
 import torch
-
 from prebake.runtime.families import flux
-
-import toy
 
 IDS = torch.tensor([[3, 4, 0, 0, 0]])
 IDS_2 = torch.tensor([[3, 4, 0, 0, 0, 0]])

@@ -8,15 +8,15 @@ import hashlib
 import json
 import platform
 import zipfile
+from itertools import pairwise
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
-from torch import nn
-
 from prebake.runtime.check import cpu_flags
 from prebake.runtime.manifest import Cost, Defaults, FileEntry, Graph, Manifest, Requires, Site, Source, TensorSpec
 from prebake.runtime.plan import Evaluation, Plan, Update
+from safetensors.torch import save_file
+from torch import nn
 
 N, C, T, D, P, L = 4, 8, 6, 8, 6, 5
 WORDS = ["[PAD]", "[UNK]", "a", "red", "circle", "blue", "square", "of", "left"]
@@ -96,7 +96,7 @@ class Eager:
     def latents(self, ids, ids_2, noise, guidance, cached=True):
         pooled, hidden = self.text(ids), self.text_2(ids_2)
         x, stored = noise, None
-        for i, (sigma, after) in enumerate(zip(SIGMAS, SIGMAS[1:], strict=False)):
+        for i, (sigma, after) in enumerate(pairwise(SIGMAS)):
             args = (x, hidden, pooled, torch.tensor([sigma]), torch.tensor([guidance]))
             if cached and i % 2:
                 c = torch.tensor(TABLE[i - 1])

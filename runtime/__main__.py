@@ -1,0 +1,22 @@
+"""`python -m prebake.runtime run|inspect ...`: the commands that need nothing but the slim runtime."""
+
+import argparse
+import sys
+
+from .cli import add_commands
+from .errors import PrebakeError
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m prebake.runtime", description="Replays and describes artifacts.")
+    add_commands(parser.add_subparsers(dest="command", metavar="command", required=True))
+    args = parser.parse_args(argv)
+    try:
+        return args.run(args)
+    except PrebakeError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,257 @@
+"""The commands `run` and `inspect`. Both work with the slim runtime alone; `inspect` and `--help` need no torch.
+
+Each command is a function from parsed arguments to an exit code. Errors are raised; whoever owns `main` prints them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .errors import ArtifactError
+from .manifest import Manifest, read_manifest
+from .plan import Plan
+
+
+def add_commands(subparsers: Any) -> None:
+    """Adds `run` and `inspect` to an argparse subparsers object; each sets `run`, a function of the parsed arguments."""
+    _add_run(subparsers)
+    _add_inspect(subparsers)
+
+
+# --- run --------------------------------------------------------------------------------------------------------------
+
+
+def _add_run(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "run", help="make images from an artifact", description="Makes images from an artifact."
+    )
+    parser.add_argument("artifact", metavar="ARTIFACT", help="an artifact's folder")
+    parser.add_argument("prompts", nargs="+", metavar="PROMPT", help="what to draw; one image or more for each")
+    parser.add_argument(
+        "--output",
+        default="image.png",
+        metavar="FILE",
+        help="where to write (default: %(default)s); several images are numbered",
+    )
+    parser.add_argument("--seed", type=int, help="makes the images reproducible")
+    parser.add_argument("--steps", type=int, help="one of the artifact's plans (default: the artifact's own)")
+    parser.add_argument("--guidance-scale", type=float, metavar="SCALE", help="default: the artifact's own")
+    parser.add_argument("--no-cache", action="store_true", help="compute everything at every step")
+    parser.add_argument("--num-images", type=int, default=1, metavar="N", help="images for each prompt (default: 1)")
+    parser.add_argument("--json", action="store_true", help="print JSON in place of text")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Makes the images and writes them. Raises ArtifactError for what the artifact cannot do."""
+    started = time.perf_counter()
+    from .pipeline import load
+
+    pipe = load(args.artifact)
+    loaded = time.perf_counter()
+    output = pipe(
+        args.prompts,
+        num_inference_steps=args.steps,
+        guidance_scale=args.guidance_scale,
+        seed=args.seed,
+        num_images_per_prompt=args.num_images,
+        cache=not args.no_cache,
+    )
+    done = time.perf_counter()
+    paths = numbered(Path(args.output), len(output.images))
+    for image, path in zip(output.images, paths, strict=True):
+        save(image, path)
+    seconds = {"load_seconds": round(loaded - started, 3), "images_seconds": round(done - loaded, 3)}
+    if args.json:
+        print(json.dumps({"images": [str(path) for path in paths], **seconds}))
+    else:
+        print(*paths, sep="\n")
+        print(f"loaded in {seconds['load_seconds']:.2f} s, {len(paths)} images in {seconds['images_seconds']:.2f} s")
+    return 0
+
+
+def numbered(path: Path, count: int) -> list[Path]:
+    """`x.png` alone, or `x-0.png`, `x-1.png` and so on."""
+    return [path] if count == 1 else [path.with_stem(f"{path.stem}-{i}") for i in range(count)]
+
+
+def save(image: Any, path: Path) -> None:
+    try:
+        image.save(path)
+    except (OSError, ValueError) as e:
+        raise ArtifactError(
+            f"{path}: the image could not be written: {e}; give --output a .png in a folder that exists"
+        ) from e
+
+
+# --- inspect ----------------------------------------------------------------------------------------------------------
+
+
+def _add_inspect(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "inspect",
+        help="say what is in an artifact",
+        description="Says what is in an artifact, without opening its machine code.",
+    )
+    parser.add_argument("artifact", metavar="ARTIFACT", help="an artifact's folder")
+    parser.add_argument("--layers", action="store_true", help="list every layer: quantized or not, and why")
+    parser.add_argument("--json", action="store_true", help="print JSON in place of text")
+    parser.set_defaults(run=inspect)
+
+
+def inspect(args: argparse.Namespace) -> int:
+    """Prints what the manifest and the plans say. Raises ArtifactError when they cannot be read."""
+    folder = Path(args.artifact)
+    manifest = read_manifest(folder)
+    plans = {name: _read_plan(folder, path) for name, path in manifest.plans.items()}
+    if args.json:
+        print(json.dumps(as_json(manifest, plans), indent=2, ensure_ascii=False))
+    else:
+        print("\n".join(as_text(folder, manifest, plans, layers=args.layers)))
+    return 0
+
+
+def _read_plan(folder: Path, path: str) -> Plan:
+    from .check import is_plain_name
+
+    if not is_plain_name(path):
+        raise ArtifactError(f"{folder}: manifest.json [plans]: {path!r} is not a plain name inside the folder")
+    try:
+        return Plan.model_validate_json((folder / path).read_bytes())
+    except (OSError, ValueError) as e:
+        raise ArtifactError(f"{folder / path}: expected a plan, but {e}; restore the file or export again") from e
+
+
+def as_json(manifest: Manifest, plans: Mapping[str, Plan]) -> dict[str, Any]:
+    """The manifest without its list of constants, and the plans as step strips, with sizes and shares."""
+    graphs = [
+        g.model_dump(mode="json", exclude={"constants"}) | {"share": share} for g, share in _shares(manifest, plans)
+    ]
+    rest = manifest.model_dump(mode="json", exclude={"graphs", "plans", "files"})
+    strips = {
+        name: {
+            "steps": plan.steps,
+            "cache": plan.cache,
+            "scheduler": plan.scheduler,
+            "strip": strip(plan, letters(manifest, plans.values())),
+        }
+        for name, plan in plans.items()
+    }
+    return rest | {
+        "graphs": graphs,
+        "plans": strips,
+        "variants": letters(manifest, plans.values()),
+        "sizes": sizes(manifest),
+    }
+
+
+def as_text(folder: Path, manifest: Manifest, plans: Mapping[str, Plan], *, layers: bool) -> list[str]:
+    """The lines of `prebake inspect`."""
+    needs, defaults = manifest.requires, manifest.defaults
+    glibc = f", glibc {needs.glibc}" if needs.glibc else ""
+    lines = table(
+        [
+            ("artifact", f"{folder} ({manifest.family}, {manifest.status})"),
+            ("source", f"{manifest.source.model} ({manifest.source.pipeline}, sha256 {manifest.source.sha256[:12]}..)"),
+            ("needs", f"{needs.system} {needs.machine}, {needs.device}, {needs.isa_level}, torch {needs.torch}{glibc}"),
+            (
+                "defaults",
+                f"{defaults.num_inference_steps} steps, guidance {defaults.guidance_scale:g}, {defaults.width} x {defaults.height} pixels",
+            ),
+            ("sizes", ", ".join(f"{name} {in_bytes(size)}" for name, size in sizes(manifest).items())),
+        ]
+    )
+    rows = [("graph", "FLOPs", "of an image", "ops", "constants", "bytes", "package")]
+    for graph, share in _shares(manifest, plans):
+        cost = graph.cost
+        rows.append(
+            (
+                graph.name,
+                short(cost.flops),
+                f"{share:.1%}",
+                str(cost.ops),
+                str(cost.constants),
+                in_bytes(cost.constants_bytes),
+                graph.package,
+            )
+        )
+    names = letters(manifest, plans.values())
+    lines += ["", *table(rows, right=range(1, 6)), "", "plan"]
+    width = max(len(name) for name in plans) if plans else 0
+    lines += [
+        f"{name:<{width}}  {strip(plan, names)}  cache {plan.cache}, {plan.scheduler}" for name, plan in plans.items()
+    ]
+    lines += [f"{'':<{width}}  {', '.join(f'{letter} = {name}' for name, letter in names.items())}"]
+    return [*lines, "", *_layer_lines(manifest, layers)]
+
+
+def _layer_lines(manifest: Manifest, every: bool) -> list[str]:
+    if every:
+        return table([("layer", "treatment", "reason"), *((name, *said) for name, said in manifest.layers.items())])
+    counts = Counter(said[0] for said in manifest.layers.values())
+    summary = ", ".join(f"{count} {treatment}" for treatment, count in sorted(counts.items())) or "none listed"
+    return [f"layers  {summary} (--layers says why)" if counts else f"layers  {summary}"]
+
+
+def letters(manifest: Manifest, plans: Iterable[Plan]) -> dict[str, str]:
+    """Variant -> its sign in a step strip: 1 computes everything, 0 is the first that does not, then a, b, c and so on."""
+    graphs = {graph.name: graph for graph in manifest.graphs}
+    used = list(dict.fromkeys(name for plan in plans for name in plan.variants()))
+    cheaper = [n for n in used if n in graphs and (graphs[n].combines or graphs[n].zeros or graphs[n].identities)]
+    signs = dict(zip(cheaper, "0abcdefghijklmnopqrstuvwxyz", strict=False))
+    return {name: signs.get(name, "?") if name in cheaper else "1" for name in used}
+
+
+def strip(plan: Plan, signs: Mapping[str, str]) -> str:
+    """One sign for each evaluation, e.g. `110100`."""
+    return "".join(signs[evaluation.variant] for evaluation in plan.evaluations)
+
+
+def sizes(manifest: Manifest) -> dict[str, int]:
+    """Bytes by top-level folder, and in all."""
+    total: Counter[str] = Counter()
+    for entry in manifest.files:
+        total[entry.path.split("/")[0]] += entry.size
+    return dict(sorted(total.items())) | {"total": sum(total.values())}
+
+
+def _shares(manifest: Manifest, plans: Mapping[str, Plan]) -> list[tuple[Any, float]]:
+    """(graph, its share of one image's FLOPs): every graph once, denoiser variants as often as the default plan says."""
+    calls = Counter({graph.name: 1 for graph in manifest.graphs})
+    for name in {variant for plan in plans.values() for variant in plan.variants()}:
+        calls[name] = 0
+    if default := plans.get(str(manifest.defaults.num_inference_steps)):
+        calls.update(evaluation.variant for evaluation in default.evaluations)
+    total = sum(calls[graph.name] * graph.cost.flops for graph in manifest.graphs) or 1
+    return [(graph, calls[graph.name] * graph.cost.flops / total) for graph in manifest.graphs]
+
+
+def table(rows: Sequence[tuple[str, ...]], right: Iterable[int] = ()) -> list[str]:
+    """The rows in aligned columns, two spaces between them; the columns in `right` are aligned to the right."""
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    right = set(right)
+    return [
+        "  ".join(
+            c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def short(count: float) -> str:
+    """Three digits and a decimal prefix: 1.23G."""
+    for unit in ("", "k", "M", "G", "T"):
+        if abs(count) < 999.5:
+            return f"{count:.3g}{unit}"
+        count /= 1000
+    return f"{count:.3g}P"
+
+
+def in_bytes(count: int) -> str:
+    return f"{short(count)}B"

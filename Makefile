@@ -1,0 +1,72 @@
+# Every target sets itself up: a virtual environment in .venv, once, and again when pyproject.toml changes.
+# Needed: Linux, python3 (3.11 or later) with pip, gcc and g++. Nothing is installed outside this folder.
+
+VENV     ?= .venv
+PYTHON   ?= python3
+RECIPE   ?= flux-fast
+MODEL    ?= shapes
+PROMPT   ?= a large red star left of a small blue circle on a white background
+SEED     ?= 0
+ARTIFACT ?= artifacts/$(RECIPE)-$(notdir $(patsubst %/,%,$(MODEL)))
+PICTURE  ?= artifacts/demo.png
+PYTEST   ?= -n 2 --dist loadfile
+
+export PROMPT
+python  = $(VENV)/bin/python
+prebake = $(VENV)/bin/prebake
+pip     = $(PYTHON) -m pip --python $(python) install --quiet --disable-pip-version-check
+step    = @printf '\n\033[1m%s\033[0m\n'
+
+.PHONY: help demo test lint format install clean
+.NOTPARALLEL:
+
+help:
+	@echo 'make demo     export RECIPE=$(RECIPE) on MODEL=$(MODEL), verify it, and draw PROMPT into $(PICTURE)'
+	@echo 'make test     run the tests'
+	@echo 'make lint     run ruff and the type checker'
+	@echo 'make format   let ruff format and sort what it can'
+	@echo 'make clean    remove .venv and the artifacts that are not in git'
+
+# Always exports anew, so that what you see comes from the code as it is now.
+demo: $(VENV)/installed
+	$(step) 'export: $(RECIPE) on $(MODEL)'
+	$(prebake) export --recipe $(RECIPE) --model $(MODEL) --output $(ARTIFACT) --force $(EXPORT)
+	$(step) 'verify: its golden vectors, replayed'
+	$(prebake) verify $(ARTIFACT)
+	$(step) "run: $$PROMPT"
+	$(prebake) run $(ARTIFACT) "$$PROMPT" --seed $(SEED) --output $(PICTURE)
+	$(step) 'Done. The picture is $(PICTURE), the artifact is $(ARTIFACT). Another one:'
+	@echo "    $(VENV)/bin/prebake run $(ARTIFACT) 'a small green heart above a large pink square' --output another.png"
+
+test: $(VENV)/installed
+	$(python) -m pytest $(PYTEST)
+
+lint: $(VENV)/installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/basedpyright --pythonpath $(python)
+
+format: $(VENV)/installed
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+install: $(VENV)/installed
+
+# torch comes first and only if there is none, so that a build that you chose yourself (CPU, a certain CUDA) stays.
+$(VENV)/installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo 'prebake needs Python 3.11 or later, and $(PYTHON) is older: make PYTHON=python3.12 $(MAKECMDGOALS)' >&2; exit 1; }
+	@$(PYTHON) -m pip --version >/dev/null 2>&1 || \
+		{ echo '$(PYTHON) has no pip: apt-get install python3-pip' >&2; exit 1; }
+	@for tool in gcc g++; do command -v $$tool >/dev/null || \
+		{ echo "prebake compiles graphs with $$tool, and there is none: apt-get install gcc g++" >&2; exit 1; }; done
+	@test -x $(python) || $(PYTHON) -m venv --without-pip $(VENV) || \
+		{ echo '$(PYTHON) cannot make a virtual environment: apt-get install python3-venv' >&2; exit 1; }
+	@echo 'Installing into $(VENV): some minutes the first time.'
+	@$(python) -c 'import torch' 2>/dev/null || $(pip) 'torch==2.13.0'
+	@$(pip) pip --editable '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info
+	find artifacts -mindepth 1 -maxdepth 1 ! -name README.md ! -name demo.png -exec rm -rf {} +

@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from ..runtime.errors import ExportError
 from ..runtime.manifest import TensorSpec
 from .rewrite.fold import fold_constants
+from .rewrite.functional import functionalize
 from .rewrite.prune import prune
 
 PASSES: tuple[Callable[[fx.GraphModule], fx.GraphModule], ...] = (
@@ -53,11 +54,13 @@ def capture(name: str, module: nn.Module, args: tuple[Tensor, ...], inputs: tupl
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            program = torch.export.export(module, args, strict=False).run_decompositions({})
+            program = torch.export.export(module, args, strict=False)
+            gm = program.module()
+            if not functionalize(gm):
+                gm = program.run_decompositions({}).module()
         except Exception as e:
             first = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
             raise ExportError(f"graph {name!r}: torch.export could not trace it ({type(e).__name__}: {first})") from e
-        gm = program.module()
         results = [n.meta["val"] for n in output_nodes(gm)]
         if strided := [n for n, t in zip(outputs, results, strict=True) if not t.is_contiguous()]:
             raise ExportError(f"graph {name!r}: outputs {', '.join(strided)} are not contiguous, which the call contract asks for")

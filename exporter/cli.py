@@ -1,4 +1,5 @@
-"""The command `prebake`: arguments come in, an exit code comes out. 0 = done, 2 = refused with a reason, 130 = interrupted.
+"""The command `prebake`: arguments come in, an exit code comes out. 0 = done, 1 = verified and found to miss a threshold,
+2 = refused with a reason, 130 = interrupted.
 
 `recipes`, `export` and `verify` are here, `run` and `inspect` in `runtime/cli.py`. torch and diffusers are imported by the
 commands that need them and never for `--help`.
@@ -225,9 +226,11 @@ def _add_export(commands: argparse._SubParsersAction) -> None:
 
 
 def _export(args: argparse.Namespace) -> int:
+    from .hush import hush
     from .recipe import check_inductor_flags, check_scheduler, resolve
 
     recipe = resolve(args.recipe, args.overrides, args.model)
+    hush()
     check_inductor_flags(recipe.compile.inductor)
     check_scheduler(recipe.sampler.scheduler)
     _run_export(recipe, args.output or default_output(recipe), args)
@@ -288,12 +291,35 @@ def default_output(recipe: Recipe) -> Path:
 def _add_verify(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "verify",
-        help="compare an artifact with its pipeline again",
-        description="Draws the recipe's prompts with the artifact and with the eager pipeline, on this machine, and checks its thresholds.",
+        help="replay an artifact's golden vectors here, or compare it with its pipeline again",
+        description="Replays the artifact's golden vectors on this machine. With --source, also draws prompts with the artifact "
+        "and with the eager float32 pipeline, and holds the figures to the recipe's thresholds. Exit code 1: something misses.",
     )
     parser.add_argument("artifact", type=Path, metavar="ARTIFACT", help="an artifact folder")
     parser.add_argument(
-        "--model", metavar="ID|FOLDER|shapes", help="where the pipeline is, if not where the manifest says"
+        "--source", action="store_true", help="run the pipeline it came from as well, with the same seeds and prompts"
+    )
+    parser.add_argument(
+        "--model",
+        metavar="ID|FOLDER|shapes",
+        help="where the pipeline is, if not where the manifest says; with --source",
+    )
+    parser.add_argument(
+        "--prompt-set",
+        choices=("recipe", "accuracy", "all"),
+        default="all",
+        help="the recipe's prompts, those that the model's checker judges, or both (default: all)",
+    )
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help="prompts in place of the recipe's, one a line")
+    parser.add_argument(
+        "--seeds", type=_positive, metavar="N", help="seeds 0 to N - 1 for each prompt, in place of the recipe's number"
+    )
+    parser.add_argument("--limit", type=_positive, metavar="N", help="at most N prompts of each set")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="where the report goes (default with --source: ARTIFACT/reports; else nowhere)",
     )
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--quiet", action="store_true", help="print nothing but errors")
@@ -303,14 +329,29 @@ def _add_verify(commands: argparse._SubParsersAction) -> None:
     parser.set_defaults(run=_verify)
 
 
-def _verify(args: argparse.Namespace) -> int:
-    from .progress import progress
-    from .verify import verify_artifact
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, got {number}")
+    return number
 
+
+def _verify(args: argparse.Namespace) -> int:
+    from . import report
+    from .hush import hush
+    from .progress import progress
+    from .verify import Choices, verify_artifact
+
+    hush()
+    choices = Choices(args.source, args.model, args.prompts, args.prompt_set, args.seeds, args.limit)
     with progress(_mode(args)) as shown:
-        report = verify_artifact(args.artifact, model=args.model, progress=shown)
+        manifest, outcome = verify_artifact(args.artifact, choices, shown)
+    if args.output or args.source:
+        report.write(args.output or args.artifact / "reports", manifest, outcome)
     if args.json:
-        _print_json(report)
-    elif not args.quiet:
-        print(*(f"{name}: {value}" for name, value in report.items()), sep="\n")
-    return 0
+        print(report.to_json(report.describe(manifest, outcome)), end="")
+    elif args.quiet:
+        print(*outcome.missed, sep="\n", end="\n" if outcome.missed else "", file=sys.stderr)
+    else:
+        report.show(manifest, outcome, sys.stdout)
+    return 1 if outcome.missed else 0

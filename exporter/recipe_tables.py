@@ -285,7 +285,8 @@ class Verify(Table):
 
     `psnr_db` is the mean over prompts and seeds of a plan without cache, `cached_psnr_db` of a plan with one;
     `relative_error` is the largest L2 error of one evaluation of the denoiser relative to its output;
-    `prompt_accuracy_drop` is in points, for models that come with a checker, None = not gated.
+    `prompt_accuracy_drop` is in points, for models that come with a checker, None = not gated; an export measures it on
+    the first `accuracy_prompts` of the model's checked prompts, `prebake verify --source` on all of them.
     `prompts` empty = the model's own set; each is drawn with seeds 0 to `seeds` - 1.
     """
 
@@ -293,6 +294,7 @@ class Verify(Table):
     cached_psnr_db: float | None = Field(default=None, gt=0)
     relative_error: float = Field(default=0.05, gt=0)
     prompt_accuracy_drop: float | None = Field(default=None, ge=0)
+    accuracy_prompts: int = Field(default=64, ge=1)
     prompts: Annotated[tuple[str, ...], Field(strict=False)] = ()
     seeds: int = Field(default=4, ge=1)
 

@@ -33,12 +33,10 @@ def load(model: str, revision: str | None, dtypes: dict[str, torch.dtype]) -> Lo
     Raises ExportError when nothing of that name can be read.
     """
     from diffusers import DiffusionPipeline
-    from diffusers.utils import logging
 
-    logging.disable_progress_bar()
     folder = find(model, revision)
     try:
-        pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=dtypes, local_files_only=True)
+        pipe = DiffusionPipeline.from_pretrained(folder, dtype=dtypes, local_files_only=True)
     except Exception as e:
         raise ExportError(f"model {model!r}: diffusers could not read {folder} ({type(e).__name__}: {str(e).splitlines()[0]})") from e
     for component in pipe.components.values():

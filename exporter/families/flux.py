@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ...runtime.errors import ExportError
+from ...runtime.manifest import Manifest
 from ..plan.policies import Attention, Layout
 from ..sites import Mark
 
@@ -233,3 +234,30 @@ def layout(pipe: Any) -> Layout:
     )
     blocks = tuple(f"transformer.{b}.{i}" for b in BLOCK_LISTS for i in range(len(getattr(transformer, b))))
     return Layout(attentions, blocks, BLOCK_STREAMS)
+
+
+def size_of(manifest: Manifest) -> Size:
+    """The size that an artifact was exported for."""
+    return Size(manifest.defaults.height, manifest.defaults.width, manifest.pipeline["prompts"][-1]["max_length"])
+
+
+def draw(pipe: Any, prompt: str, seed: int, steps: int, guidance_scale: float, size: Size) -> tuple[Tensor, Tensor]:
+    """Final latents [1, N, C] and image [1, 3, H, W] in 0..1 of the plain diffusers call: what an artifact is held against."""
+    last: dict[str, Tensor] = {}
+
+    def keep(pipe: Any, step: int, timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        last.update(tensors)
+        return {}
+
+    image = pipe(
+        prompt,
+        height=size.height,
+        width=size.width,
+        num_inference_steps=steps,
+        guidance_scale=guidance_scale,
+        max_sequence_length=size.tokens,
+        generator=torch.Generator().manual_seed(seed),
+        output_type="pt",
+        callback_on_step_end=keep,
+    ).images
+    return last["latents"], image

@@ -1,0 +1,27 @@
+"""Other libraries' chatter, kept off the terminal: bars, deprecations and optional kernels that are not what went wrong.
+
+Only the command line calls this; a program that imports the exporter keeps its own logging.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+
+CHATTY = ("torchao", "torch.utils._pytree", "diffusers", "transformers", "torch._inductor", "torch.export")
+
+
+def hush() -> None:
+    """Errors alone from the libraries underneath; their exceptions are untouched."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    for name in CHATTY:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module="torch|diffusers|transformers|torchao")
+    import torch  # its own loggers are set up, with a level of their own, when it is imported
+
+    torch._logging.set_logs(all=logging.ERROR)

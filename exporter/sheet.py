@@ -1,0 +1,72 @@
+"""The sheet: prompts x (eager, artifact, 8 x difference) in one picture, so that a person can see what the figures mean."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from ..runtime.manifest import Manifest
+from ..runtime.plan import Plan
+from .quality import Row
+
+GAIN = 8  # of the difference
+GAP, LINE, FONT_SIZE = 8, 18, 13
+TALLEST = 224  # pixels of a shown picture, so that six rows stay under 1600
+
+
+def shown_plans(manifest: Manifest, plans: Mapping[str, Plan]) -> tuple[Plan, ...]:
+    """The plans of the default number of steps, without cache first."""
+    mine = [p for p in plans.values() if p.steps == manifest.defaults.num_inference_steps] or list(plans.values())[:2]
+    return tuple(sorted(mine, key=lambda p: p.cache != "none"))
+
+
+def sheet(rows: Sequence[Row], plans: Sequence[Plan]) -> Image.Image:
+    """A row for each prompt, and eager beside each plan's picture and their difference, times 8, black where equal."""
+    headings = [f"eager, {plans[0].steps} steps"]
+    for plan in plans:
+        headings += [
+            f"artifact, {'uncached' if plan.cache == 'none' else 'cache ' + plan.cache}",
+            f"difference x {GAIN}",
+        ]
+    cells = [[scaled(picture) for picture in pictures(row, plans)] for row in rows]
+    width, height = cells[0][0].size
+    size = (GAP + len(headings) * (width + GAP), GAP + LINE + len(rows) * (height + LINE + 2 * GAP))
+    image = Image.new("RGB", size, "white")
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(FONT_SIZE)
+    for column, heading in enumerate(headings):
+        draw.text((GAP + column * (width + GAP), GAP), heading, "black", font)
+    for r, (row, line) in enumerate(zip(rows, cells, strict=True)):
+        y = GAP + LINE + r * (height + LINE + 2 * GAP)
+        draw.text((GAP, y + GAP), fitted(f"{row.prompt}  (seed {row.seed})", size[0] - 2 * GAP, font), "black", font)
+        for column, picture in enumerate(line):
+            image.paste(picture, (GAP + column * (width + GAP), y + GAP + LINE))
+    return image
+
+
+def pictures(row: Row, plans: Sequence[Plan]) -> list[Tensor]:
+    """Eager, then picture and difference of each plan, [1, 3, H, W] in 0..1."""
+    shown = [row.eager[plans[0].steps].image]
+    for plan in plans:
+        ours = row.plans[plan.name].image
+        shown += [ours, (GAIN * (ours - row.eager[plan.steps].image).abs()).clamp(0, 1)]
+    return shown
+
+
+def scaled(picture: Tensor) -> Image.Image:
+    """Enlarged a whole number of times to 224 pixels or less, pixels kept square; shrunk to 224 if it is taller."""
+    array = (picture[0].permute(1, 2, 0).float().cpu().nan_to_num() * 255).round().to(torch.uint8).numpy()
+    image = Image.fromarray(array)
+    times = TALLEST // image.height
+    if times:
+        return image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)
+    return image.resize((round(image.width * TALLEST / image.height), TALLEST), Image.Resampling.LANCZOS)
+
+
+def fitted(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    """The text, its end cut off where it is wider than `width` pixels."""
+    while len(text) > 4 and font.getlength(text) > width:
+        text = text[:-4].rstrip() + "..."
+    return text

@@ -1,0 +1,316 @@
+"""Verify: an artifact and the eager pipeline draw the same prompts, and the recipe's thresholds decide.
+
+`pipeline.py` calls `write_golden` (in `golden.py`) and `settle_verdict` on the staged folder; `prebake verify` calls
+`verify_artifact` on a finished one. `quality.py` measures, `report.py` writes down; here the figures are judged. An
+artifact that goes on has the status "verified", or "failed" if that was asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+
+from ..runtime.artifact import open_artifact
+from ..runtime.errors import ArtifactError, ExportError, RecipeError
+from ..runtime.manifest import Manifest
+from ..runtime.plan import Plan
+from . import report, source
+from .golden import Replayed, replay_golden, write_golden
+from .progress import Progress
+from .quality import Checked, Comparison, Job, Reference, Replayer, Sample, checked_prompts, measure, picture_prompts
+from .recipe import Recipe
+
+__all__ = ["Choices", "Verdict", "settle_verdict", "verify_artifact", "write_golden"]
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What one `prebake verify` draws. Without `with_source`, only the golden vectors are replayed.
+
+    `model` says where the pipeline is, if not where the manifest says. `prompts` and `seeds` stand in for the recipe's;
+    `prompt_set` is "recipe", "accuracy" (the prompts that the model's checker judges), or "all". `limit` is the largest
+    number of prompts of each.
+    """
+
+    with_source: bool = False
+    model: str | None = None
+    prompts: Path | None = None
+    prompt_set: str = "all"
+    seeds: int | None = None
+    limit: int | None = None
+
+
+def settle_verdict(folder: Path, manifest: Manifest, recipe: Recipe, keep_failed: bool, progress: Progress) -> None:
+    """Compares the staged folder with eager, writes `reports/`, and writes "verified" or "failed" into its manifest.
+
+    Raises ExportError with every threshold that is missed, unless `keep_failed`.
+    """
+    replayer = Replayer(open_artifact(folder))
+    outcome = settled(replayer, recipe, recipe.model.id, picture_jobs(recipe), gate_prompts(recipe, manifest), progress)
+    if outcome.missed and not keep_failed:
+        way_out = "the artifact is not written; --keep-failed writes it all the same, marked as failed"
+        raise ExportError("\n".join([*outcome.missed, way_out]))
+    manifest = manifest.model_copy(update={"status": "failed" if outcome.missed else "verified"})
+    (folder / "manifest.json").write_text(manifest.to_json(), "utf-8")
+    report.write(folder / "reports", manifest, outcome)
+
+
+def verify_artifact(folder: Path, choices: Choices, progress: Progress) -> tuple[Manifest, Outcome]:
+    """The manifest, and what was found: the golden vectors of `folder` replayed here and, `with_source`, the comparison with eager as far as it was chosen.
+
+    Raises ArtifactError for a folder that cannot be opened or was written without a recipe that this version reads, and
+    RecipeError for choices that do not fit it.
+    """
+    replayer = Replayer(open_artifact(folder))
+    manifest = replayer.artifact.manifest
+    recipe = recipe_of(folder, manifest)
+    if not choices.with_source:
+        refuse_source_choices(choices)
+        with progress.stage("verify", len(replayer.artifact.plans)):
+            return manifest, Outcome(recipe, replayer.artifact.plans, replay_all(replayer, progress))
+    recipe = asked(recipe, choices)
+    jobs = () if choices.prompt_set == "accuracy" else picture_jobs(recipe, choices.limit)
+    checked = None if choices.prompt_set == "recipe" else first(checked_prompts(manifest.source.model), choices.limit)
+    if not jobs and checked is None:
+        raise RecipeError(
+            f"--prompt-set accuracy: model {manifest.source.model!r} has no checker; leave the option out"
+        )
+    with progress.stage("verify", len(replayer.artifact.plans) + 2):
+        return manifest, settled(replayer, recipe, choices.model or model_of(manifest), jobs, checked, progress)
+
+
+def refuse_source_choices(choices: Choices) -> None:
+    """Raises RecipeError for choices that would have no effect."""
+    chosen = {
+        "--model": choices.model,
+        "--prompts": choices.prompts,
+        "--seeds": choices.seeds,
+        "--limit": choices.limit,
+    }
+    given = [name for name, value in chosen.items() if value is not None] + ["--prompt-set"] * (
+        choices.prompt_set != "all"
+    )
+    if given:
+        raise RecipeError(
+            f"{', '.join(given)}: says how the artifact is compared with its pipeline; add --source, or leave it out"
+        )
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One figure of one plan against the recipe. A figure that is NaN never passes."""
+
+    plan: str
+    figure: str
+    value: float
+    threshold: float
+    at_least: bool
+    over: str
+    way_out: str
+
+    @property
+    def passed(self) -> bool:
+        return self.value >= self.threshold if self.at_least else self.value <= self.threshold
+
+    @property
+    def sentence(self) -> str:
+        relation = "at least" if self.at_least else "at most"
+        return f"plan {self.plan!r}: {self.figure} is {self.value:.4g} ({self.over}), expected {relation} {self.threshold:g}; {self.way_out}"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Everything that one verification found. `comparison` is None where only golden vectors were replayed."""
+
+    recipe: Recipe
+    plans: Mapping[str, Plan]
+    golden: tuple[Replayed, ...]
+    comparison: Comparison | None = None
+    verdicts: tuple[Verdict, ...] = ()
+    not_measured: tuple[str, ...] = (
+        "the artifact was not compared with the eager pipeline: that is `prebake verify --source`",
+    )
+
+    @property
+    def missed(self) -> tuple[str, ...]:
+        """A sentence for each figure that misses its threshold; empty if the artifact passes."""
+        return (*(v.sentence for v in self.verdicts if not v.passed), *(p for g in self.golden for p in g.problems))
+
+
+def settled(
+    replayer: Replayer, recipe: Recipe, model: str, jobs: Sequence[Job], checked: Checked | None, progress: Progress
+) -> Outcome:
+    """Golden vectors, then the comparison, then the verdicts."""
+    manifest, plans = replayer.artifact.manifest, replayer.artifact.plans
+    reference = load_reference(manifest, recipe, model)
+    golden = replay_all(replayer, progress)
+    comparison = measure(replayer, reference, jobs, checked, progress)
+    verdicts = judge(manifest, recipe, plans, comparison)
+    return Outcome(recipe, plans, golden, comparison, verdicts, gaps(recipe, plans, comparison))
+
+
+def replay_all(replayer: Replayer, progress: Progress) -> tuple[Replayed, ...]:
+    replayed = []
+    for name, plan in replayer.artifact.plans.items():
+        progress.doing(f"golden vectors of plan {name}")
+        replayed.append(replay_golden(replayer, plan))
+    return tuple(replayed)
+
+
+# --- what is drawn, and with which pipeline -------------------------------------------------------------------------
+
+
+def load_reference(manifest: Manifest, recipe: Recipe, model: str) -> Reference:
+    """The manifest's pipeline, loaded again in float32 and left as it is, with the recipe's scheduler.
+
+    Raises RecipeError when `model` is not the one that the artifact was made of.
+    """
+    loaded = source.load(model, recipe.model.revision, {"default": torch.float32})
+    if loaded.source.sha256 != manifest.source.sha256:
+        raise RecipeError(
+            f"model {model!r}: sha256 over its files is {loaded.source.sha256}, the artifact was made of "
+            f"{manifest.source.model!r} with {manifest.source.sha256}; name that one with --model, or export again"
+        )
+    pipe = loaded.pipe
+    pipe.set_progress_bar_config(disable=True)
+    if recipe.sampler.scheduler != "model":
+        import diffusers
+
+        pipe.scheduler = getattr(diffusers, recipe.sampler.scheduler).from_config(pipe.scheduler.config)
+    return Reference(pipe, importlib.import_module(f".families.{manifest.family}", __package__), manifest)
+
+
+def model_of(manifest: Manifest) -> str:
+    """What to load where the caller is silent. Raises RecipeError for a folder, of which the manifest has only the name."""
+    model = manifest.source.model
+    if model in source.EMBEDDED or "/" in model:
+        return model
+    raise RecipeError(
+        f"the artifact was made of a folder named {model!r}, and does not say where it lies; add --model FOLDER"
+    )
+
+
+def recipe_of(folder: Path, manifest: Manifest) -> Recipe:
+    try:
+        return Recipe.model_validate(manifest.recipe)
+    except ValidationError as e:
+        first = e.errors()[0]
+        where = ".".join(("recipe", *(str(part) for part in first["loc"])))
+        raise ArtifactError(
+            f"{folder / 'manifest.json'} [{where}]: {first['msg']} ({e.error_count()} problems in all); export again"
+        ) from e
+
+
+def asked(recipe: Recipe, choices: Choices) -> Recipe:
+    """The recipe with the prompts and seeds of the command line. Raises RecipeError for a file without prompts."""
+    changes: dict[str, Any] = {} if choices.seeds is None else {"seeds": choices.seeds}
+    if choices.prompts is not None:
+        changes["prompts"] = read_prompts(choices.prompts)
+    return recipe.model_copy(update={"verify": recipe.verify.model_copy(update=changes)})
+
+
+def read_prompts(path: Path) -> tuple[str, ...]:
+    """The file's lines that are not empty: one prompt each."""
+    try:
+        prompts = tuple(line.strip() for line in path.read_text("utf-8").splitlines() if line.strip())
+    except OSError as e:
+        raise RecipeError(f"--prompts {path}: expected a text file with one prompt a line, but {e.strerror}") from e
+    if not prompts:
+        raise RecipeError(f"--prompts {path}: expected one prompt a line, the file has none")
+    return prompts
+
+
+def picture_jobs(recipe: Recipe, limit: int | None = None) -> tuple[Job, ...]:
+    """The recipe's prompts with each of its seeds."""
+    return tuple((prompt, seed) for seed in range(recipe.verify.seeds) for prompt in picture_prompts(recipe)[:limit])
+
+
+def gate_prompts(recipe: Recipe, manifest: Manifest) -> Checked | None:
+    """The checked prompts of an export: only as many as the recipe says, since all of them take minutes."""
+    if recipe.verify.prompt_accuracy_drop is None:
+        return None
+    return first(checked_prompts(manifest.source.model), recipe.verify.accuracy_prompts)
+
+
+def first(checked: Checked | None, limit: int | None) -> Checked | None:
+    return checked and replace(checked, prompts=checked.prompts[:limit])
+
+
+# --- verdicts -------------------------------------------------------------------------------------------------------
+
+
+def judge(manifest: Manifest, recipe: Recipe, plans: Mapping[str, Plan], comparison: Comparison) -> tuple[Verdict, ...]:
+    """Every threshold of the recipe that this comparison can be held to."""
+    verdicts = []
+    for name, plan in plans.items():
+        samples = [s for s in comparison.pictures if s.plan == name]
+        if samples:
+            verdicts.append(judge_psnr(recipe, plan, samples))
+            verdicts.append(judge_evaluations(manifest, recipe, plan, samples))
+        if comparison.exact and recipe.verify.prompt_accuracy_drop is not None:
+            verdicts.append(judge_accuracy(recipe, plan, comparison))
+    return tuple(verdicts)
+
+
+def judge_psnr(recipe: Recipe, plan: Plan, samples: Sequence[Sample]) -> Verdict:
+    """The mean over pictures of each picture's PSNR."""
+    key, threshold = "psnr_db", recipe.verify.psnr_db
+    way_out = "quantize fewer layers (quantize.exclude), take a wider precision, or lower verify.psnr_db"
+    if plan.cache != "none" and recipe.verify.cached_psnr_db is not None:
+        key, threshold = "cached_psnr_db", recipe.verify.cached_psnr_db
+        way_out = "let the cache compute at more steps, or lower verify.cached_psnr_db"
+    value = statistics.fmean(s.psnr_db for s in samples)
+    return Verdict(plan.name, key, value, threshold, True, f"mean of {len(samples)} pictures", way_out)
+
+
+def judge_evaluations(manifest: Manifest, recipe: Recipe, plan: Plan, samples: Sequence[Sample]) -> Verdict:
+    """The largest error of an evaluation that computes everything; what a cache predicts is judged by its pictures."""
+    whole = whole_variants(manifest)
+    errors = [
+        error
+        for s in samples
+        for error, (variant, _) in zip(s.evaluation_errors, s.variant_ms, strict=False)
+        if variant in whole
+    ]
+    value = max(errors, key=lambda error: (error != error, error))  # NaN is the largest
+    way_out = "quantize fewer layers (quantize.exclude), take a wider precision, or raise verify.relative_error"
+    over = f"largest of {len(errors)} evaluations that compute everything"
+    return Verdict(plan.name, "relative_error", value, recipe.verify.relative_error, False, over, way_out)
+
+
+def judge_accuracy(recipe: Recipe, plan: Plan, comparison: Comparison) -> Verdict:
+    """Points that the plan loses of eager's accuracy."""
+    drop = 100 * (comparison.exact_eager[plan.steps] - comparison.exact[plan.name])
+    way_out = "quantize or cache less, or raise verify.prompt_accuracy_drop"
+    over = f"points, on {comparison.checked_pictures} prompts"
+    return Verdict(
+        plan.name, "prompt_accuracy_drop", drop, recipe.verify.prompt_accuracy_drop or 0.0, False, over, way_out
+    )
+
+
+def whole_variants(manifest: Manifest) -> frozenset[str]:
+    """Graphs in which every site computes."""
+    return frozenset(g.name for g in manifest.graphs if not (g.combines or g.zeros or g.identities))
+
+
+def gaps(recipe: Recipe, plans: Mapping[str, Plan], comparison: Comparison) -> tuple[str, ...]:
+    """What the recipe asks for and this comparison cannot say, a sentence each."""
+    found = []
+    if not comparison.pictures:
+        found.append(
+            "PSNR and evaluations were not held to the recipe: its own prompts were not drawn (--prompt-set accuracy)"
+        )
+    if recipe.verify.prompt_accuracy_drop is not None and not comparison.exact:
+        found.append("prompt accuracy was not measured: the model has no checker, or its prompts were not asked for")
+    if any(plan.cache != "none" for plan in plans.values()):
+        found.append(
+            "the evaluations that the cache predicts are reported and have no threshold of their own; the cached plan's pictures have"
+        )
+    return tuple(found)

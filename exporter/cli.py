@@ -261,21 +261,45 @@ def _forecast(prepared: Prepared) -> dict[str, Any]:
     """What `--dry-run` says: the graphs that would be compiled, and the plans with their share of uncached FLOPs."""
     from .pipeline import plan_summary
 
+    names = [v.name for v in prepared.planned.variants]
+    letters = dict(zip(names, "1023456789", strict=False))  # 1 computes all, as in `cache.mask`
     plans = {
-        p.name: {"evaluations": len(p.evaluations), "flops_share": plan_summary(p, prepared.costs)}
+        p.name: {
+            "evaluations": len(p.evaluations),
+            "flops_share": plan_summary(p, prepared.costs),
+            "strip": "".join(letters.get(e.variant, "?") for e in p.evaluations),
+        }
         for p in prepared.planned.plans
     }
-    return {"graphs": {name: cost.model_dump() for name, cost in prepared.costs.items()}, "plans": plans}
+    return {
+        "graphs": {name: cost.model_dump() for name, cost in prepared.costs.items()},
+        "plans": plans,
+        "legend": ", ".join(f"{letter} = {name}" for name, letter in letters.items()),
+    }
 
 
 def _lines(result: dict[str, Any]) -> Iterator[str]:
-    """The result for people: `graph full: 1.2 GFLOPs, 340 ops, 12.0 MB of constants`."""
+    """The result for people: where the artifact is, or what `--dry-run` found, in aligned columns."""
     if "artifact" in result:
         yield result["artifact"]
-    for name, cost in result.get("graphs", {}).items():
-        yield f"graph {name}: {cost['flops'] / 1e9:.1f} GFLOPs, {cost['ops']} ops, {cost['constants_bytes'] / 1e6:.1f} MB of constants"
-    for name, plan in result.get("plans", {}).items():
-        yield f"plan {name}: {plan['evaluations']} evaluations, {plan['flops_share']:.1%} of the FLOPs of computing all of them"
+    graphs, plans = result.get("graphs", {}), result.get("plans", {})
+    if graphs:
+        yield f"{'graph':<16}{'FLOPs':>9}{'ops':>7}{'weights':>10}"
+    for name, cost in graphs.items():
+        yield f"{name:<16}{_scaled(cost['flops']):>9}{cost['ops']:>7}{_scaled(cost['constants_bytes']) + 'B':>10}"
+    if plans:
+        yield f"\n{'plan':<16}{'FLOPs':>9}  variant of each evaluation: {result['legend']}"
+    for name, plan in plans.items():
+        yield f"{name:<16}{plan['flops_share']:>9.1%}  {plan['strip']}"
+
+
+def _scaled(n: float) -> str:
+    """1,234,567 as 1.23M."""
+    for unit in ("", "k", "M", "G", "T"):
+        if n < 1000:
+            return f"{n:.3g}{unit}"
+        n /= 1000
+    return f"{n:.3g}P"
 
 
 def default_output(recipe: Recipe) -> Path:

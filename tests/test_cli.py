@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from prebake.exporter import cli
 from prebake.exporter.recipe import names, resolve, schema
+from prebake.exporter.sites import Variant
 from prebake.runtime.errors import ExportError
 from prebake.runtime.manifest import Cost
 from prebake.runtime.plan import Evaluation, Plan, Update
@@ -37,7 +38,7 @@ def fake_pipeline(monkeypatch):
 
     def prepare(recipe, progress):
         cost = Cost(flops=2_500_000_000, ops=7, constants=1, constants_bytes=1_000_000)
-        return types.SimpleNamespace(costs={"full": cost}, planned=types.SimpleNamespace(plans=(PLAN,)))
+        return types.SimpleNamespace(costs={"full": cost}, planned=types.SimpleNamespace(plans=(PLAN,), variants=(Variant("full", ()),)))
 
     fake.Options, fake.export, fake.prepare, fake.plan_summary = (
         types.SimpleNamespace,
@@ -196,15 +197,18 @@ def test_dry_run_says_what_would_be_compiled_and_exports_nothing(fake_pipeline, 
     assert cli.main(["export", "--recipe", "baseline", "--dry-run"]) == 0
     assert fake_pipeline.calls == []
     assert capsys.readouterr().out.splitlines() == [
-        "graph full: 2.5 GFLOPs, 7 ops, 1.0 MB of constants",
-        "plan 1: 1 evaluations, 50.0% of the FLOPs of computing all of them",
+        "graph               FLOPs    ops   weights",
+        "full                 2.5G      7       1MB",
+        "",
+        "plan                FLOPs  variant of each evaluation: 1 = full",
+        "1                   50.0%  1",
     ]
 
 
 def test_dry_run_json(fake_pipeline, capsys):
     assert cli.main(["export", "--recipe", "baseline", "--dry-run", "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
-    assert printed["plans"] == {"1": {"evaluations": 1, "flops_share": 0.5}}
+    assert printed["plans"] == {"1": {"evaluations": 1, "flops_share": 0.5, "strip": "1"}}
     assert printed["graphs"]["full"]["ops"] == 7
 
 

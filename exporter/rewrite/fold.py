@@ -10,6 +10,8 @@ a second time in another shape (its transpose, its float copy) is left in the gr
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import fx
 
@@ -41,7 +43,7 @@ def kept(gm: fx.GraphModule, folded: dict[str, torch.Tensor], value: torch.Tenso
     for name, other in folded.items():
         if other.shape == value.shape and other.dtype == value.dtype and torch.equal(other, value):
             return name
-    name = f"folded_{len(folded)}"
+    name = next(n for n in (f"folded_{i}" for i in itertools.count(len(folded))) if not hasattr(gm, n))
     gm.register_buffer(name, value)
     folded[name] = value
     return name

@@ -28,10 +28,10 @@ from .weights import map_weights
 class BoundGraph:
     """A compiled graph that is ready to be called: constants bound, every call checked against the manifest."""
 
-    def __init__(self, graph: Graph, model: NativeModel, device: torch.device):
+    def __init__(self, graph: Graph, model: NativeModel, contract: Contract):
         self.graph = graph
         self._model = model
-        self._contract = Contract(graph, device)
+        self._contract = contract
 
     def __call__(self, inputs: Mapping[str, torch.Tensor]) -> Tensors:
         """Outputs by name. Raises ArtifactError, naming the input, unless the inputs are exactly the manifest's."""
@@ -110,16 +110,17 @@ def weight_files(manifest: Manifest) -> list[str]:
 def open_graphs(
     folder: Path, manifest: Manifest, weights: Mapping[str, torch.Tensor], device: torch.device, cache_dir: Path | None
 ) -> dict[str, BoundGraph]:
-    """Every graph by name, its constants bound to `weights`. From here on, machine code of the artifact runs."""
+    """Every graph by name, its constants bound to `weights`. From its second half on, the artifact's code runs."""
+    contracts = {graph.name: Contract(graph, device) for graph in manifest.graphs}
+    constants = {graph.name: constants_of(graph, weights) for graph in manifest.graphs}
+
     models: dict[str, NativeModel] = {}
     for package in dict.fromkeys(graph.package for graph in manifest.graphs):
         wanted = [graph.name for graph in manifest.graphs if graph.package == package]
         models.update(open_package(folder, manifest, package, wanted, device, cache_dir))
-    graphs = {}
-    for graph in manifest.graphs:
-        models[graph.name].bind(constants_of(graph, weights))
-        graphs[graph.name] = BoundGraph(graph, models[graph.name], device)
-    return graphs
+    for name, model in models.items():
+        model.bind(constants[name])
+    return {graph.name: BoundGraph(graph, models[graph.name], contracts[graph.name]) for graph in manifest.graphs}
 
 
 def open_package(

@@ -1,0 +1,20 @@
+import paper as paper_artifact
+import pytest
+
+
+@pytest.fixture
+def paper(tmp_path):
+    """A good artifact whose machine code is none: see paper.py."""
+    return paper_artifact.build(tmp_path / "artifact")
+
+
+@pytest.fixture
+def never_opened(monkeypatch, tmp_path):
+    """Fails the test when anything gets as far as dlopen; the cache is a folder of the test."""
+    import prebake.runtime.artifact
+
+    def open_model(so, device):
+        raise AssertionError(f"{so} was opened")
+
+    monkeypatch.setattr(prebake.runtime.artifact, "open_model", open_model)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

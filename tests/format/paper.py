@@ -1,0 +1,121 @@
+"""An artifact on paper: every file is there and listed, and its `.so` files are not machine code.
+
+So these tests cost nothing, and whatever gets past the checks fails at dlopen, which the fixture `never_opened` turns
+into a failure of the test.
+"""
+
+import hashlib
+import json
+import platform
+import zipfile
+
+import torch
+from prebake.runtime.manifest import Cost, Defaults, FileEntry, Graph, Manifest, Requires, Site, Source, TensorSpec
+from prebake.runtime.plan import Evaluation, Plan, Update
+from safetensors.torch import save_file
+
+X = TensorSpec(name="hidden_states", shape=(1, 2, 3), dtype="float32")
+T = TensorSpec(name="timestep", shape=(1,), dtype="float32")
+K = TensorSpec(name="coefficients", shape=(1,), dtype="float32")
+SAMPLE = TensorSpec(name="sample", shape=(1, 2, 3), dtype="float32")
+COST = Cost(flops=2, ops=1, constants=1, constants_bytes=12)
+EULER = Update(latents=(1.0,), outputs=(-0.5,))
+PLAN = Plan(
+    name="2",
+    steps=2,
+    cache="reuse",
+    scheduler="Euler",
+    evaluations=(
+        Evaluation(step=0, variant="full", timestep=1000.0, update=EULER),
+        Evaluation(step=1, variant="reuse", timestep=500.0, coefficients=(1.0,), update=EULER),
+    ),
+)
+
+
+def write_package(path, models=("full", "reuse"), extra=()):
+    """A `.pt2` whose `.so` is text; `extra` are (name or ZipInfo, data) put in at the end."""
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("denoiser/archive_version", "0")
+        for model in models:
+            archive.writestr(f"denoiser/data/aotinductor/{model}/a.wrapper.so", "not machine code")
+            archive.writestr(f"denoiser/data/aotinductor/{model}/a.wrapper_metadata.json", "{}")
+        for name, data in extra:
+            archive.writestr(name, data)
+
+
+def manifest_of(folder):
+    files = tuple(
+        FileEntry(
+            path=p.relative_to(folder).as_posix(),
+            size=p.stat().st_size,
+            sha256=hashlib.sha256(p.read_bytes()).hexdigest(),
+        )
+        for p in sorted(folder.rglob("*"))
+        if p.is_file() and p.name != "manifest.json"
+    )
+    slot = TensorSpec(name="a@0", shape=(1, 2), dtype="float32")
+    stored = TensorSpec(name="a", shape=(1, 2), dtype="float32")
+    constants = {"w": "denoiser.w"}
+    package = "graphs/denoiser.pt2"
+    full = Graph(
+        name="full",
+        package=package,
+        inputs=(X, T),
+        outputs=(SAMPLE, stored),
+        constants=constants,
+        cost=COST,
+        stores=("s",),
+    )
+    reuse = Graph(
+        name="reuse",
+        package=package,
+        inputs=(X, T, K, slot),
+        outputs=(SAMPLE,),
+        constants=constants,
+        cost=COST,
+        combines=("s",),
+    )
+    return Manifest(
+        family="flux",
+        requires=Requires(
+            system=platform.system(),
+            machine=platform.machine(),
+            device="cpu",
+            isa_level="any",
+            isa=(),
+            torch=".".join(torch.__version__.split(".")[:2]),
+        ),
+        source=Source(model="m", pipeline="FluxPipeline", sha256="0" * 64),
+        toolchain={},
+        recipe={},
+        defaults=Defaults(num_inference_steps=2, guidance_scale=3.5, height=8, width=8),
+        pipeline={},
+        sites=(Site(name="s", slots=1, tensors=("a",)),),
+        graphs=(full, reuse),
+        plans={"2": "plans/2.json"},
+        files=files,
+    )
+
+
+def build(folder):
+    """Writes the paper artifact to `folder`."""
+    for name in ("graphs", "plans", "weights", "reports"):
+        (folder / name).mkdir(parents=True)
+    write_package(folder / "graphs/denoiser.pt2")
+    (folder / "plans/2.json").write_text(PLAN.model_dump_json())
+    save_file({"denoiser.w": torch.ones(3)}, folder / "weights/denoiser.safetensors")
+    relist(folder)
+    return folder
+
+
+def relist(folder):
+    """Writes the manifest anew for the files as they are."""
+    (folder / "manifest.json").write_text(manifest_of(folder).to_json(), "utf-8")
+
+
+def edit(folder, change):
+    """Applies `change` to the manifest as parsed JSON."""
+    path = folder / "manifest.json"
+    raw = json.loads(path.read_text())
+    change(raw)
+    path.write_text(json.dumps(raw))

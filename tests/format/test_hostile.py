@@ -1,0 +1,298 @@
+"""One damaged or malicious artifact for each rule of artifacts/README.md; nothing of it is ever opened.
+
+`RULES` maps a rule to what is done to a good artifact and to a part of what is said about it.
+"""
+
+import stat
+import zipfile
+
+import pytest
+from paper import EULER, PLAN, edit, relist, write_package
+from prebake.runtime import ArtifactError
+from prebake.runtime.artifact import open_artifact
+from prebake.runtime.plan import Evaluation, Update
+
+PACKAGE = "graphs/denoiser.pt2"
+
+
+def listed(path):
+    """The manifest lists this name, whatever it is."""
+    return lambda folder: edit(folder, lambda m: m["files"].append({"path": path, "size": 1, "sha256": "00"}))
+
+
+def field(*keys, to):
+    """The manifest says `to` at this place."""
+
+    def change(raw):
+        for key in keys[:-1]:
+            raw = raw[key]
+        raw[keys[-1]] = to
+
+    return lambda folder: edit(folder, change)
+
+
+def written(path, text):
+    """The file has this text, and the manifest does not know."""
+    return lambda folder: (folder / path).write_text(text)
+
+
+def package(**kwargs):
+    """The package is another one, correctly listed."""
+
+    def damage(folder):
+        write_package(folder / PACKAGE, **kwargs)
+        relist(folder)
+
+    return damage
+
+
+def member(name, data=""):
+    return package(extra=[(name, data)])
+
+
+def plan(*evaluations):
+    """The plan is another one, correctly listed."""
+
+    def damage(folder):
+        (folder / "plans/2.json").write_text(PLAN.model_copy(update={"evaluations": evaluations}).model_dump_json())
+        relist(folder)
+
+    return damage
+
+
+def linked(folder):
+    target = folder / "weights/denoiser.safetensors"
+    target.rename(folder.parent / "elsewhere")
+    target.symlink_to(folder.parent / "elsewhere")
+
+
+def linked_folder(folder):
+    (folder / "plans").rename(folder.parent / "elsewhere")
+    (folder / "plans").symlink_to(folder.parent / "elsewhere")
+
+
+def flipped(path):
+    def damage(folder):
+        data = bytearray((folder / path).read_bytes())
+        data[-1] ^= 1
+        (folder / path).write_bytes(data)
+
+    return damage
+
+
+def symlink_member():
+    info = zipfile.ZipInfo("denoiser/data/aotinductor/full/b.json")
+    info.external_attr = (stat.S_IFLNK | 0o777) << 16
+    return package(extra=[(info, "/etc/passwd")])
+
+
+def compressed_member():
+    info = zipfile.ZipInfo("denoiser/extra/x.json")
+    info.compress_type = zipfile.ZIP_DEFLATED
+    return package(extra=[(info, "x" * 100)])
+
+
+def not_a_zip(folder):
+    (folder / PACKAGE).write_text("no")
+    relist(folder)
+
+
+def short_safetensors(folder):
+    path = folder / "weights/denoiser.safetensors"
+    path.write_bytes(path.read_bytes()[:-4])
+    relist(folder)
+
+
+def twice_stored(folder):
+    (folder / "weights/more.safetensors").write_bytes((folder / "weights/denoiser.safetensors").read_bytes())
+    relist(folder)
+
+
+def evaluation(**changes):
+    return Evaluation(**{"step": 0, "variant": "full", "timestep": 1.0, "update": EULER, **changes})
+
+
+RULES = {
+    # the manifest
+    "no manifest": (
+        lambda f: (f / "manifest.json").unlink(),
+        "expected manifest.json in an artifact folder, found none",
+    ),
+    "not JSON": (written("manifest.json", "{"), "expected JSON, but"),
+    "not an object": (
+        written("manifest.json", "[]"),
+        "[schema_version]: this runtime reads version 1, the file says None",
+    ),
+    "newer version": (field("schema_version", to=2), "[schema_version]: this runtime reads version 1, the file says 2"),
+    "unknown key": (field("trust_me", to=True), "manifest.json [trust_me]: Extra inputs are not permitted"),
+    "missing key": (lambda f: edit(f, lambda m: m.pop("requires")), "manifest.json [requires]: Field required"),
+    "wrong type": (
+        field("files", 0, "size", to="big"),
+        "manifest.json [files.0.size]: Input should be a valid integer",
+    ),
+    # names
+    "absolute name": (
+        listed("/etc/passwd"),
+        "'/etc/passwd' is not a plain name inside the folder; an artifact holds machine code",
+    ),
+    "climbing name": (listed("weights/../../x"), "'weights/../../x' is not a plain name inside the folder"),
+    "backslash": (listed("weights\\x"), "is not a plain name inside the folder"),
+    "empty name": (listed(""), "'' is not a plain name inside the folder"),
+    "name in two forms": (listed("./plans/2.json"), "'./plans/2.json' is not a plain name inside the folder"),
+    "listed twice": (listed("plans/2.json"), "'plans/2.json' is listed 2 times"),
+    "lists itself": (listed("manifest.json"), "'manifest.json' cannot be listed"),
+    "lists a report": (listed("reports/x"), "'reports/x' cannot be listed"),
+    # files
+    "missing file": (
+        lambda f: (f / "plans/2.json").unlink(),
+        "plans/2.json is missing, the manifest lists it; restore the file",
+    ),
+    "short file": (written("plans/2.json", "{}"), "plans/2.json has 2 bytes, the manifest says"),
+    "unlisted file": (
+        written("weights/evil.so", ""),
+        "weights/evil.so is not in the manifest; remove it, or put it under reports/",
+    ),
+    "linked file": (linked, "weights/denoiser.safetensors is a symbolic link, an artifact holds plain files only"),
+    "linked folder": (linked_folder, "plans is a symbolic link, an artifact holds plain files only"),
+    "wrong hash of code": (flipped(PACKAGE), "graphs/denoiser.pt2: sha256 is"),
+    "wrong hash of weights": (flipped("weights/denoiser.safetensors"), "take it only from someone you trust"),
+    # this machine
+    "other system": (field("requires", "system", to="Plan9"), "was compiled for Plan9"),
+    "other machine": (field("requires", "machine", to="pdp11"), "pdp11, this machine is"),
+    "missing instructions": (
+        field("requires", "isa", to=["avx2048"]),
+        "this CPU lacks avx2048; export again on this machine, or with a lower",
+    ),
+    "other torch": (field("requires", "torch", to="1.0"), "was compiled with torch 1.0, this is torch 2."),
+    "newer glibc": (field("requires", "glibc", to="99.1"), "needs glibc 99.1, this system has"),
+    # references
+    "unlisted package": (field("graphs", 0, "package", to="graphs/x.pt2"), "'graphs/x.pt2' is used but not in files"),
+    "unlisted plan": (field("plans", "9", to="plans/9.json"), "'plans/9.json' is used but not in files"),
+    "same name twice": (field("graphs", 1, "name", to="full"), "[graphs]: 'full' occurs 2 times"),
+    "unknown site": (field("graphs", 0, "stores", to=["x"]), "[graphs.full]: site 'x' is not in sites"),
+    "slots without inputs": (
+        field("sites", 0, "slots", to=2),
+        "[graphs.reuse]: combines need the inputs ['a@0', 'a@1'], it has ['a@0']",
+    ),
+    "store without output": (
+        lambda f: edit(f, lambda m: m["graphs"][0]["outputs"].pop()),
+        "[graphs.full]: stores 'a', which is not among its outputs",
+    ),
+    "unknown dtype": (field("graphs", 0, "inputs", 0, "dtype", to="load"), "'load' is not a dtype of this torch"),
+    # plans
+    "plan not to schema": (
+        lambda f: ((f / "plans/2.json").write_text("{}"), relist(f)),
+        "plans/2.json [name]: Field required",
+    ),
+    "empty plan": (plan(), "plans/2.json: has no evaluations"),
+    "unknown variant": (
+        plan(evaluation(variant="x")),
+        "[evaluation 0]: variant 'x' is not in the artifact, it has full, reuse",
+    ),
+    "read before write": (
+        plan(evaluation(variant="reuse", coefficients=(1.0,))),
+        "[evaluation 0]: combines site 's' before any evaluation stored it",
+    ),
+    "reads the future": (
+        plan(evaluation(update=Update(latents=(1.0, 1.0), outputs=()))),
+        "the update reads 2 evaluations, there are 1 so far",
+    ),
+    "reads nothing": (
+        plan(evaluation(update=Update(latents=(), outputs=()))),
+        "the update reads 0 evaluations, there are 1 so far",
+    ),
+    "coefficients": (
+        plan(evaluation(), evaluation(variant="reuse")),
+        "[evaluation 1]: has 0 coefficients, variant 'reuse' takes 1",
+    ),
+    # weights
+    "short weights": (short_safetensors, "denoiser.safetensors: expected safetensors, but"),
+    "key in two files": (twice_stored, "key 'denoiser.w' is in another weight file too"),
+    "permuted vector": (
+        field("channels_last", to=["denoiser.w"]),
+        "[channels_last]: 'denoiser.w' is not a stored tensor [N, H, W, C]",
+    ),
+    "weight in no file": (
+        field("graphs", 1, "constants", to={"w": "denoiser.v"}),
+        "graph 'reuse': weight 'denoiser.v' is in no weight file (1 in all)",
+    ),
+    # packages
+    "not a zip": (not_a_zip, "denoiser.pt2: expected a .pt2 package, but File is not a zip file"),
+    "zip slip": (
+        member("denoiser/data/aotinductor/full/../../../../x"),
+        "has a name that could leave the package's folder; do not open",
+    ),
+    "absolute member": (member("/tmp/x"), "member '/tmp/x' has a name that could leave the package's folder"),
+    "backslash member": (member("denoiser\\x"), "has a name that could leave the package's folder"),
+    "member twice": (member("denoiser/data/aotinductor/full/a.wrapper.so"), "a.wrapper.so' occurs twice"),
+    "linked member": (symlink_member(), "b.json' is a symbolic link"),
+    "compressed member": (compressed_member(), "x.json' is compressed or encrypted"),
+    "source code": (member("denoiser/data/aotinductor/full/a.cpp"), "a.cpp' is source code or compile flags"),
+    "compile flags": (
+        member("denoiser/data/aotinductor/full/a_compile_flags.json"),
+        "flags.json' is source code or compile flags",
+    ),
+    "other suffix": (member("denoiser/data/aotinductor/full/w.blob"), "w.blob' is not one of .so, .json, .cubin"),
+    "no library": (member("denoiser/data/aotinductor/third/a.json"), "model 'third' must have one .so, it has 0"),
+    "two libraries": (member("denoiser/data/aotinductor/full/b.so"), "model 'full' must have one .so, it has 2"),
+    "model missing": (
+        package(models=("full",)),
+        "the manifest names the models full, reuse, the package has full; export again",
+    ),
+    "model too many": (package(models=("full", "reuse", "spy")), "the package has full, reuse, spy"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+@pytest.mark.parametrize("rule", RULES)
+def test_it_is_refused_in_words_before_anything_is_opened(paper, never_opened, rule):
+    damage, words = RULES[rule]
+    damage(paper)
+    with pytest.raises(ArtifactError) as caught:
+        open_artifact(paper)
+    assert words in str(caught.value)
+
+
+def test_the_undamaged_one_gets_as_far_as_its_machine_code(paper, never_opened):
+    with pytest.raises(AssertionError, match=r"a\.wrapper\.so was opened"):
+        open_artifact(paper)
+
+
+def test_all_problems_are_told_at_once(paper, never_opened):
+    field("requires", "torch", to="1.0")(paper)
+    field("requires", "isa", to=["avx2048"])(paper)
+    listed("../x")(paper)
+    with pytest.raises(ArtifactError) as caught:
+        open_artifact(paper)
+    assert len(str(caught.value).splitlines()) == 3
+    assert all(line.startswith(f"{paper}: ") for line in str(caught.value).splitlines())
+
+
+def test_without_hashing_weights_their_content_is_not_read_twice(paper, never_opened):
+    flipped("weights/denoiser.safetensors")(paper)
+    with pytest.raises(AssertionError, match="was opened"):
+        open_artifact(paper, hash_weights=False)
+
+
+def test_code_is_hashed_always(paper, never_opened):
+    flipped(PACKAGE)(paper)
+    with pytest.raises(ArtifactError, match="sha256 is"):
+        open_artifact(paper, hash_weights=False)
+
+
+def test_a_file_in_place_of_a_folder_is_named(paper, never_opened):
+    with pytest.raises(ArtifactError, match="expected an artifact folder, found a file"):
+        open_artifact(paper / "manifest.json")
+
+
+def test_a_report_may_lie_beside(paper, never_opened):
+    (paper / "reports/times.json").write_text("{}")
+    with pytest.raises(AssertionError, match="was opened"):
+        open_artifact(paper)
+
+
+def test_what_is_not_machine_code_is_an_error_of_ours(paper, tmp_path):
+    with pytest.raises(
+        ArtifactError, match=r"a\.wrapper\.so: expected a model compiled by AOTInductor, but .*; export again"
+    ):
+        open_artifact(paper, cache_dir=tmp_path / "cache")

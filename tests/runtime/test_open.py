@@ -1,0 +1,415 @@
+"""What opening an artifact does and does not do: contracts, constants, the cache of machine code, memory, imports."""
+
+import json
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import toy
+from prebake.runtime import ArtifactError, load
+from prebake.runtime.artifact import open_artifact
+from prebake.runtime.backends import aoti
+from prebake.runtime.backends.unpack import default_cache, unpacked
+
+
+@pytest.fixture(scope="module")
+def artifact(toy_artifact, cache_dir):
+    return open_artifact(toy_artifact, cache_dir=cache_dir)
+
+
+def python(code, *args, **env):
+    """What a fresh process prints, parsed as JSON."""
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, args)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **env},
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+# --- the call contract ------------------------------------------------------------------------------------------------
+
+
+def denoiser_inputs():
+    return {
+        "hidden_states": torch.zeros(1, toy.N, toy.C),
+        "encoder_hidden_states": torch.zeros(1, toy.T, toy.D),
+        "pooled_projections": torch.zeros(1, toy.P),
+        "timestep": torch.ones(1),
+        "guidance": torch.ones(1),
+    }
+
+
+WRONG_INPUTS = {
+    "shape": (torch.zeros(1, 5, toy.C), "got float32 [1, 5, 8] on cpu"),
+    "batch": (torch.zeros(2, toy.N, toy.C), "got float32 [2, 4, 8] on cpu"),
+    "rank": (torch.zeros(toy.N, toy.C), "got float32 [4, 8] on cpu"),
+    "dtype": (torch.zeros(1, toy.N, toy.C, dtype=torch.float64), "got float64 [1, 4, 8] on cpu"),
+    "strides": (torch.zeros(1, toy.C, toy.N).mT, "got float32 [1, 4, 8] on cpu with strides (32, 1, 4)"),
+    "device": (torch.zeros(1, toy.N, toy.C, device="meta"), "got float32 [1, 4, 8] on meta"),
+    "scalar": (5.0, "got float"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG_INPUTS)
+def test_a_wrong_input_is_named_with_what_was_expected_and_what_came(artifact, what):
+    tensor, came = WRONG_INPUTS[what]
+    with pytest.raises(ArtifactError) as caught:
+        artifact.graph("full")({**denoiser_inputs(), "hidden_states": tensor})
+    assert (
+        str(caught.value)
+        == f"graph 'full': input 'hidden_states': expected contiguous float32 [1, 4, 8] on cpu, {came}"
+    )
+
+
+def test_missing_and_unknown_inputs_are_named(artifact):
+    inputs = denoiser_inputs()
+    inputs["sigma"] = inputs.pop("timestep")
+    with pytest.raises(ArtifactError) as caught:
+        artifact.graph("full")(inputs)
+    assert str(caught.value) == (
+        "graph 'full': 'timestep' is missing; 'sigma' is not an input; it takes hidden_states, encoder_hidden_states, "
+        "pooled_projections, timestep, guidance"
+    )
+
+
+def test_an_output_that_is_not_the_promised_one_is_named(artifact_copy, cache_dir):
+    graphs = json.loads((artifact_copy / "manifest.json").read_text())["graphs"]
+    graphs[4]["outputs"][0]["shape"] = [1, 3, 16, 16]
+    toy.edit_manifest(artifact_copy, graphs=graphs)
+    decode = open_artifact(artifact_copy, cache_dir=cache_dir).graph("vae_decoder")
+    with pytest.raises(ArtifactError) as caught:
+        decode({"latents": torch.zeros(1, toy.N, toy.C)})
+    assert str(caught.value) == (
+        "graph 'vae_decoder': output 'image': expected contiguous float32 [1, 3, 16, 16] on cpu, got float32 [1, 3, 8, 8] on cpu"
+    )
+
+
+def test_an_unknown_graph_is_answered_with_those_that_exist(artifact):
+    with pytest.raises(ArtifactError, match="graph 'x' is not in the artifact; it has full, reuse, text_encoder"):
+        artifact.graph("x")
+
+
+def test_the_check_costs_microseconds(artifact):
+    contract, inputs = artifact.graph("full")._contract, denoiser_inputs()
+    best = min(_seconds(lambda: contract.inputs(inputs)) for _ in range(200))
+    assert best < 100e-6  # measured: 2.5 us for five inputs
+
+
+def _seconds(call):
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+# --- constants --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def unbound(toy_artifact, tmp_path):
+    """The toy's decoder, opened and without constants."""
+    data = (toy_artifact / "graphs/vae_decoder.pt2").read_bytes()
+    with unpacked("p", data, "x", tmp_path / "cache") as libraries:
+        return aoti.open_model(libraries["vae_decoder"], torch.device("cpu"))
+
+
+def test_a_graph_is_not_callable_before_its_constants_are_bound(unbound):
+    with pytest.raises(ArtifactError, match="graph 'vae_decoder': called before its 2 constants were bound"):
+        unbound([torch.zeros(1, toy.N, toy.C)])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"out.bias": None}, "graph 'vae_decoder': constant 'out.bias' is not bound (1 in all); export again"),
+        ({"more": torch.zeros(1)}, "graph 'vae_decoder': has no constant 'more' (1 in all); export again"),
+        (
+            {"out.bias": torch.zeros(192, dtype=torch.float16)},
+            "graph 'vae_decoder': constant 'out.bias' was compiled for torch.float32, the weight file holds torch.float16; export again",
+        ),
+    ],
+)
+def test_constants_must_be_exactly_the_compiled_ones(unbound, eager, change, words):
+    tensors = {**eager.decoder.state_dict(), **change}
+    with pytest.raises(ArtifactError) as caught:
+        unbound.bind({name: tensor for name, tensor in tensors.items() if tensor is not None})
+    assert str(caught.value) == words
+    with pytest.raises(ArtifactError, match="called before"):
+        unbound([torch.zeros(1, toy.N, toy.C)])
+
+
+def test_variants_are_bound_to_the_same_mapped_tensors(artifact, toy_artifact):
+    full, reuse = (artifact.graphs[name].graph.constants for name in ("full", "reuse"))
+    assert set(reuse.values()) < set(full.values())
+    maps = Path("/proc/self/maps").read_text()
+    assert str(toy_artifact / "weights/denoiser.safetensors") in maps
+
+
+def test_channels_last_tensors_are_views_of_what_is_stored(tmp_path):
+    from prebake.runtime.weights import map_weights
+    from safetensors.torch import save_file
+
+    x = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    save_file({"w": x.permute(0, 2, 3, 1)}, tmp_path / "w.safetensors")
+    got = map_weights([tmp_path / "w.safetensors"], torch.device("cpu"), ["w"])["w"]
+    assert torch.equal(got, x)
+    assert got.stride() == x.stride()
+
+
+# --- the cache of machine code ----------------------------------------------------------------------------------------
+
+
+def entry(cache):
+    """The one folder that the decoder's package was unpacked to."""
+    return next(path for path in cache.iterdir() if (path / "vae_decoder").is_dir())
+
+
+def test_the_cache_is_private_and_holds_no_leftovers(toy_artifact, tmp_path):
+    open_artifact(toy_artifact, cache_dir=tmp_path / "cache")
+    folders = [tmp_path / "cache", *(tmp_path / "cache").iterdir()]
+    assert len(folders) == 1 + 4
+    assert {stat.S_IMODE(folder.stat().st_mode) for folder in folders} == {0o700}
+    assert not [folder.name for folder in folders if folder.name.startswith(".")]
+
+
+def test_a_second_load_writes_nothing(toy_artifact, tmp_path):
+    def times():
+        return {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*")}
+
+    open_artifact(toy_artifact, cache_dir=tmp_path / "cache")
+    before = times()
+    open_artifact(toy_artifact, cache_dir=tmp_path / "cache")
+    assert times() == before
+
+
+def _tampered(folder):
+    so = next(folder.rglob("*.so"))
+    so.write_bytes(so.read_bytes()[:-1] + b"x")
+
+
+def _half(folder):
+    next(folder.rglob("*.so")).unlink()
+
+
+def _crowded(folder):
+    (folder / "vae_decoder" / "evil.json").write_text("{}")
+
+
+def _linked(folder):
+    so = next(folder.rglob("*.so"))
+    so.rename(folder.parent / "moved.so")
+    so.symlink_to(folder.parent / "moved.so")
+
+
+def _open_to_all(folder):
+    folder.chmod(0o777)
+
+
+def _replaced_by_link(folder):
+    folder.rename(folder.parent / "moved")
+    folder.symlink_to(folder.parent / "moved")
+
+
+@pytest.mark.parametrize("damage", [_tampered, _half, _crowded, _linked, _open_to_all, _replaced_by_link])
+def test_a_damaged_cache_entry_is_replaced(toy_artifact, tmp_path, damage):
+    package = toy_artifact / "graphs/vae_decoder.pt2"
+    with unpacked("p", package.read_bytes(), "x", tmp_path / "cache") as libraries:
+        good = libraries["vae_decoder"].read_bytes()
+    damage(tmp_path / "cache/x")
+    with unpacked("p", package.read_bytes(), "x", tmp_path / "cache") as libraries:
+        so = libraries["vae_decoder"]
+        assert so.read_bytes() == good
+        assert not so.is_symlink()
+        assert so.is_relative_to(tmp_path / "cache/x")
+        assert stat.S_IMODE((tmp_path / "cache/x").lstat().st_mode) == 0o700
+        assert not (so.parent / "evil.json").exists()
+
+
+def test_a_cache_that_cannot_be_had_is_a_temporary_folder(toy_artifact, tmp_path):
+    data = (toy_artifact / "graphs/vae_decoder.pt2").read_bytes()
+    (tmp_path / "file").write_text("")
+    with unpacked("p", data, "x", tmp_path / "file" / "cache") as libraries:
+        so = libraries["vae_decoder"]
+        assert so.exists()
+    assert not so.exists()
+
+
+def test_a_cache_that_others_can_write_is_not_used(toy_artifact, tmp_path):
+    data = (toy_artifact / "graphs/vae_decoder.pt2").read_bytes()
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache").chmod(0o777)
+    with unpacked("p", data, "x", tmp_path / "cache") as libraries:
+        assert not libraries["vae_decoder"].is_relative_to(tmp_path)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_the_default_cache_follows_xdg(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert default_cache() == tmp_path / "prebake"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", "/home/x")
+    assert default_cache() == Path("/home/x/.cache/prebake")
+
+
+def test_an_artifact_can_be_moved(artifact_copy, tmp_path, cache_dir):
+    moved = shutil.move(artifact_copy, tmp_path / "elsewhere")
+    assert len(load(moved, cache_dir=cache_dir)("red", seed=1).images) == 1
+
+
+# --- what a process that replays does not pay for ---------------------------------------------------------------------
+
+HEAVY = ("diffusers", "transformers", "torchao", "accelerate", "torch._dynamo", "torch._inductor", "prebake.exporter")
+
+
+def test_replaying_brings_in_no_compiler_and_no_model_library(toy_artifact, cache_dir):
+    code = """
+import json, sys
+from prebake.runtime import load
+load(sys.argv[1], cache_dir=sys.argv[2])("a red circle", seed=7).images[0]
+print(json.dumps(sorted(sys.modules)))
+"""
+    loaded = python(code, toy_artifact, cache_dir)
+    assert [m for m in HEAVY if m in loaded] == []
+
+
+def test_loading_starts_no_process_and_needs_no_compiler(toy_artifact, cache_dir):
+    code = """
+import json, os, sys
+started = []
+sys.addaudithook(lambda event, args: started.append(event) if event in ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork") else None)
+from prebake.runtime import load
+load(sys.argv[1], cache_dir=sys.argv[2])("a red circle", seed=7)
+print(json.dumps(started))
+"""
+    assert python(code, toy_artifact, cache_dir, PATH="/nonexistent") == []
+
+
+def test_loading_takes_well_under_a_second(toy_artifact, cache_dir):
+    code = """
+import json, sys, time
+import torch
+from prebake.runtime import load
+seconds = []
+for _ in range(3):
+    started = time.perf_counter()
+    load(sys.argv[1], cache_dir=sys.argv[2])
+    seconds.append(time.perf_counter() - started)
+print(json.dumps(seconds))
+"""
+    assert min(python(code, toy_artifact, cache_dir)) < 0.5  # measured: 0.03 s
+
+
+def test_light_modules_need_no_torch(toy_artifact):
+    code = """
+import json, sys
+import prebake.runtime, prebake.runtime.errors, prebake.runtime.manifest, prebake.runtime.plan
+from prebake.runtime import ArtifactError, __version__
+from prebake.runtime.__main__ import main
+sys.stdout, out = sys.stderr, sys.stdout
+main(["inspect", sys.argv[1]])
+print(json.dumps("torch" in sys.modules), file=out)
+"""
+    assert python(code, toy_artifact) is False
+
+
+def test_importing_the_runtime_costs_hardly_more_than_torch():
+    def seconds(statement):
+        code = f"import json, time; t = time.perf_counter(); {statement}; print(json.dumps(time.perf_counter() - t))"
+        return min(python(code) for _ in range(3))
+
+    seconds("import torch")  # fills the page cache
+    assert seconds("from prebake.runtime import load") < 1.3 * seconds("import torch")
+
+
+def test_unknown_names_are_attribute_errors():
+    import prebake.runtime
+
+    assert set(prebake.runtime.__all__) <= set(dir(prebake.runtime))
+    with pytest.raises(AttributeError, match="has no attribute 'nope'"):
+        _ = prebake.runtime.nope
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+MEMORY = """
+import json, sys
+import torch
+from prebake.runtime.artifact import open_artifact
+
+def memory():
+    fields = dict(line.split(":", 1) for line in open("/proc/self/status"))
+    return {k: int(fields[k].split()[0]) / 1024 for k in ("VmRSS", "RssAnon", "RssFile")}
+
+before = memory()
+graphs = open_artifact(sys.argv[1], cache_dir=sys.argv[2]).graphs
+opened = memory()
+x = {"x": torch.ones(1, 4096)}
+graphs["full"](x)
+one = memory()
+graphs["reuse"](x)
+two = memory()
+print(json.dumps([before, opened, one, two]))
+"""
+
+
+class Wide(torch.nn.Module):
+    """Four layers of 64 MiB each."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(4096, 4096, bias=False) for _ in range(4))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+@pytest.fixture(scope="module")
+def wide_artifact(tmp_path_factory):
+    from safetensors.torch import save_file
+
+    folder = tmp_path_factory.mktemp("wide")
+    x, wide = torch.ones(1, 4096), Wide().eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        toy.compile_package(folder / "graphs/denoiser.pt2", {"full": (wide, (x,))})
+    _add_copy(folder / "graphs/denoiser.pt2", "full", "reuse")
+    (folder / "weights").mkdir()
+    save_file(wide.state_dict(), folder / "weights/w.safetensors")
+    constants = {name: name for name in wide.state_dict()}
+    graphs = tuple(
+        toy.graph(name, "graphs/denoiser.pt2", toy.specs(x=x), toy.specs(y=x), constants) for name in ("full", "reuse")
+    )
+    toy.write_manifest(folder, graphs=graphs, plans={}, pipeline={})
+    return folder
+
+
+def _add_copy(path, model, copy):
+    """Puts the model's members into the package a second time, as another model: compiling it again would be the same."""
+    import zipfile
+
+    with zipfile.ZipFile(path, "a") as archive:
+        for info in archive.infolist():
+            if f"/{model}/" in info.filename:
+                archive.writestr(zipfile.ZipInfo(info.filename.replace(f"/{model}/", f"/{copy}/")), archive.read(info))
+
+
+def test_a_second_variant_adds_no_memory_for_weights(wide_artifact, tmp_path):
+    before, opened, one, two = python(MEMORY, wide_artifact, tmp_path / "cache")
+    print(f"MiB before {before}, opened {opened}, one variant {one}, two variants {two}")
+    weights = 256.0
+    assert opened["VmRSS"] - before["VmRSS"] < 0.25 * weights  # nothing is read yet; hashing leaves no pages behind
+    assert one["RssFile"] - before["RssFile"] > 0.9 * weights  # all of them are now, from the file
+    assert one["RssAnon"] - before["RssAnon"] < 0.1 * weights  # and none was copied
+    assert two["VmRSS"] - one["VmRSS"] < 0.1 * weights

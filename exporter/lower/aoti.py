@@ -33,6 +33,9 @@ PACKAGED = {
     "aot_inductor.use_consts_asm_build": False,
 }
 SUFFIX = ".pt2"
+# Loops ask for the number of threads when they run; the count here only decides which loops are split at all. Left to
+# Inductor, the exporting machine's core count would be compiled into every kernel.
+THREADS = {"cpp.dynamic_threads": True, "cpp.threads": 16}
 KEPT_SUFFIXES = (".so", ".json", ".cubin")
 EPOCH = (1980, 1, 1, 0, 0, 0)
 
@@ -40,16 +43,16 @@ EPOCH = (1980, 1, 1, 0, 0, 0)
 def flags(config: Any) -> dict[str, Any]:
     """Inductor's options for the recipe's `compile` table: packaging, instruction set, and the recipe's own flags."""
     level, _ = choose(config.isa)
-    return {**PACKAGED, **inductor_flags(level), **config.inductor}
+    return {**PACKAGED, **THREADS, **inductor_flags(level), **config.inductor}
 
 
 def compile_graph(graph: Captured, flags: dict[str, Any]) -> list[str]:
     """Compiles one graph; returns Inductor's files. Raises ExportError naming the graph when the compiler fails."""
-    try:
-        with build_folder():
+    with build_folder():
+        try:
             files = torch._inductor.aot_compile(graph.gm, graph.args, options=flags)
-    except Exception as e:
-        raise ExportError(f"graph {graph.name!r}: AOTInductor could not compile it ({type(e).__name__}: {first_line(e)})") from e
+        except Exception as e:
+            raise ExportError(f"graph {graph.name!r}: AOTInductor could not compile it ({type(e).__name__}: {first_line(e)})") from e
     return [str(f) for f in files]
 
 

@@ -10,7 +10,6 @@ import json
 import math
 import platform
 import statistics
-import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -34,7 +33,7 @@ METHOD = {
     "relative_error": "L2 norm of the difference over L2 norm of eager's output; eager's denoiser is given the artifact's own inputs, on the pictures of seed 0",
     "latents_relative_error": "the same of the final latents, each from its own trajectory",
     "accuracy_percent": "share of pictures that show everything that their prompt says, by the model's checker",
-    "times": "medians; eager and artifact took turns in one process on the machine named here",
+    "times": "medians over pictures, of a plan's evaluations the mean within each; eager and artifact took turns in one process on the machine named here",
 }
 
 
@@ -146,7 +145,7 @@ def eager(plans: Mapping[str, Plan], comparison: Comparison) -> dict[str, Any]:
         samples = [s for s in every(comparison) if plans[s.plan].steps == steps]
         found[str(steps)] = {
             "image_s": median([s.eager_seconds for s in samples]),
-            "evaluation_ms": median([ms for s in samples for ms in s.eager_ms]),
+            "evaluation_ms": median([statistics.fmean(s.eager_ms) for s in samples if s.eager_ms]),
             "accuracy_percent": percent(comparison.exact_eager.get(steps)),
         }
     return found
@@ -167,7 +166,7 @@ def plan_figures(plan: Plan, shares: Mapping[str, float], comparison: Comparison
         "relative_error": evaluation_errors(plan, pictures),
         "accuracy_percent": percent(comparison.exact.get(plan.name)),
         "image_s": median([s.seconds for s in samples]),
-        "evaluation_ms": median([ms for s in samples for _, ms in s.variant_ms]),
+        "evaluation_ms": median([statistics.fmean(ms for _, ms in s.variant_ms) for s in samples]),
         "speedup": ratio(median([s.eager_seconds for s in samples]), median([s.seconds for s in samples])),
     }
 
@@ -250,9 +249,8 @@ def percent(share: float | None) -> float | None:
 Cells = list[tuple[str, ...]]
 
 
-def show(manifest: Manifest, outcome: Outcome, file: TextIO | None = None) -> None:
-    """Tables on `file` (stdout): drawn by rich where it is installed, columns of plain text where it is not."""
-    file = sys.stdout if file is None else file
+def show(manifest: Manifest, outcome: Outcome, file: TextIO) -> None:
+    """Tables on `file`: drawn by rich where it is installed, columns of plain text where it is not."""
     described = describe(manifest, outcome)
     tables = [("golden vectors, replayed here", golden_cells(described["golden"]))]
     if outcome.comparison:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from pathlib import Path
 
@@ -13,11 +14,16 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
-def tiny_folder(tmp_path_factory) -> Path:
+def tiny_folder(shared_tmp) -> Path:
     """A random FLUX pipeline, 64 wide, as `save_pretrained` writes it."""
     from tiny import save_tiny
 
-    return save_tiny(tmp_path_factory.mktemp("tiny") / "model")
+    folder = shared_tmp / "tiny-model"
+    with (shared_tmp / "tiny-model.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "prebake.toml").exists():  # written last
+            save_tiny(folder)
+    return folder
 
 
 @pytest.fixture
@@ -29,15 +35,26 @@ def tiny_pipe(tiny_folder):
 
 
 @pytest.fixture(scope="session")
-def tiny_artifact(tiny_folder, tmp_path_factory) -> Path:
-    """`flux-fast` on the tiny pipeline, with attention reuse, 8 steps: compiled once."""
+def tiny_artifact(tiny_folder, shared_tmp) -> Path:
+    """`flux-fast` on the tiny pipeline, with attention reuse, 8 steps: compiled once per run, whatever the workers."""
     from prebake.exporter.pipeline import Options, export
     from prebake.exporter.progress import progress
     from prebake.exporter.recipe import resolve
 
-    recipe = resolve("flux-fast", TINY_OVERRIDES, str(tiny_folder))
-    with progress("quiet") as quiet:
-        return export(recipe, tmp_path_factory.mktemp("artifacts") / "tiny", Options(), quiet)
+    folder = shared_tmp / "artifacts" / "tiny"
+    with (shared_tmp / "tiny-artifact.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            with progress("quiet") as quiet:
+                export(resolve("flux-fast", TINY_OVERRIDES, str(tiny_folder)), folder, Options(), quiet)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shared_tmp(tmp_path_factory, request) -> Path:
+    """The run's temporary folder; under xdist the one above the workers' own."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if hasattr(request.config, "workerinput") else base
 
 
 TINY_OVERRIDES = ("cache.method=pab", "sampler.steps=8", "verify.psnr_db=30", "verify.cached_psnr_db=20")

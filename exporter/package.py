@@ -37,16 +37,27 @@ def staged(output: Path, *, force: bool) -> Iterator[Path]:
     if output.exists():
         if not force:
             raise ExportError(f"{output}: already exists; choose another --output, or replace it with --force")
-        if not (output / "manifest.json").is_file() and (not output.is_dir() or any(output.iterdir())):
-            raise ExportError(f"{output}: --force replaces artifacts only, and this has no manifest.json; choose another --output")
+        if not is_artifact(output) and (not output.is_dir() or any(output.iterdir())):
+            raise ExportError(f"{output}: --force replaces artifacts only, and this has no manifest.json of one; choose another --output")
     output.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))
     try:
         yield folder
         folder.chmod(0o755)
+        if output.exists() and not force:
+            raise ExportError(f"{output}: already exists since this export began; choose another --output, or replace it with --force")
         replace(folder, output)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def is_artifact(folder: Path) -> bool:
+    """Whether there is a manifest of any version of prebake; other tools' manifest.json files are none."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(manifest, dict) and "schema_version" in manifest
 
 
 def replace(folder: Path, output: Path) -> None:

@@ -17,6 +17,9 @@ EMBEDDED = {"shapes": Path(__file__).parent / "shapes" / "model"}
 SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".toml", ".bin")
 
 
+DEFAULTS = {"height": int, "width": int, "max_sequence_length": int, "num_inference_steps": int, "guidance_scale": int | float}
+
+
 @dataclass(frozen=True)
 class Loaded:
     """A pipeline as loaded, where it came from, and the defaults that it brings (`prebake.toml` beside its weights)."""
@@ -68,7 +71,7 @@ def find(model: str, revision: str | None = None) -> Path:
 
 def name_of(model: str) -> str:
     """The id, or a folder's last part: no absolute path reaches the manifest."""
-    return Path(model).name if Path(model).expanduser().is_dir() and model not in EMBEDDED else model
+    return Path(model).expanduser().resolve().name if Path(model).expanduser().is_dir() and model not in EMBEDDED else model
 
 
 def fingerprint(folder: Path) -> str:
@@ -82,6 +85,20 @@ def fingerprint(folder: Path) -> str:
 
 
 def own_defaults(folder: Path) -> dict[str, Any]:
-    """The `[defaults]` table of the folder's `prebake.toml`, or nothing: sizes and steps that the model was made for."""
+    """The `[defaults]` table of the folder's `prebake.toml`, or nothing: sizes and steps that the model was made for.
+
+    Raises ExportError for a file that is not TOML, and for keys and values that no export could use.
+    """
     path = folder / "prebake.toml"
-    return tomllib.loads(path.read_text("utf-8")).get("defaults", {}) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    try:
+        table = tomllib.loads(path.read_text("utf-8")).get("defaults", {})
+    except ValueError as e:
+        raise ExportError(f"{path}: not valid TOML: {e}; repair or remove it") from e
+    if not isinstance(table, dict) or set(table) - set(DEFAULTS):
+        raise ExportError(f"{path} [defaults]: expected a table of {', '.join(DEFAULTS)}, got {table!r}")
+    for key, value in table.items():
+        if isinstance(value, bool) or not isinstance(value, DEFAULTS[key]):
+            raise ExportError(f"{path} [defaults]: expected a number for {key}, got {value!r}")
+    return table

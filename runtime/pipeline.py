@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -42,9 +41,11 @@ def load(folder: str | Path, *, cache_dir: str | Path | None = None, hash_weight
     return Pipeline(artifact)
 
 
-@dataclass(frozen=True)
-class PipelineOutput:
-    """`images`: a list of PIL images, or an array or tensor over all images, as `output_type` says."""
+class PipelineOutput(NamedTuple):
+    """`images`: a list of PIL images, or an array or tensor over all images, as `output_type` says.
+
+    It is also the plain tuple that diffusers gives for `return_dict=False`.
+    """
 
     images: Any
 
@@ -90,7 +91,7 @@ class Pipeline:
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         max_sequence_length: int | None = None,
         cache: bool = True,
-    ) -> PipelineOutput | tuple[Any]:
+    ) -> PipelineOutput:
         """Images for the prompt or prompts, `num_images_per_prompt` of each, prompt after prompt.
 
         `num_inference_steps` picks one of the artifact's plans, `cache=False` that plan without its cache. `seed` is
@@ -98,6 +99,7 @@ class Pipeline:
         none, as in diffusers. `latents` are packed, [B, N, C], and so is the output of `output_type="latent"`.
         `callback_on_step_end(pipe, step, timestep, {"latents": [1, N, C]})` is called after each step of each image; the
         latents that it returns replace the loop's. An interrupted call gives the images up to the interrupted one.
+        `return_dict` may be given and changes nothing: the output is a tuple either way.
 
         Raises ArtifactError for what the artifact was not exported for, naming what it has.
         """
@@ -123,8 +125,7 @@ class Pipeline:
             )
             if self._interrupt:
                 break
-        images = self._decode(finals, output_type)
-        return PipelineOutput(images) if return_dict else (images,)
+        return PipelineOutput(self._decode(finals, output_type))
 
     @property
     def interrupt(self) -> bool:

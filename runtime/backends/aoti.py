@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from torch._C import _aoti  # pyright: ignore[reportAttributeAccessIssue]  (private, so not in the stubs)
 
 from ..errors import ArtifactError
 
@@ -25,7 +26,7 @@ def open_model(so: Path, device: torch.device) -> NativeModel:
         raise ArtifactError(f"{so.name}: this runtime opens models for the cpu, the artifact is for {device.type}")
     try:
         # One model instance per container: `run` holds the GIL, so a second one would never be used.
-        return NativeModel(so.parent.name, torch._C._aoti.AOTIModelContainerRunnerCpu(str(so), 1))
+        return NativeModel(so.parent.name, _aoti.AOTIModelContainerRunnerCpu(str(so), 1))
     except RuntimeError as e:
         raise ArtifactError(
             f"{so}: expected a model compiled by AOTInductor, but {_first_line(e)}; "
@@ -36,7 +37,7 @@ def open_model(so: Path, device: torch.device) -> NativeModel:
 class NativeModel:
     """A model's machine code. `constants` are the names that `bind` wants; call it with flat tensors after that."""
 
-    def __init__(self, name: str, runner: torch._C._aoti.AOTIModelContainerRunnerCpu):
+    def __init__(self, name: str, runner: _aoti.AOTIModelContainerRunnerCpu):
         self.name = name
         self._runner = runner
         self._internal = {fqn: name for name, fqn in runner.get_constant_names_to_original_fqns().items()}

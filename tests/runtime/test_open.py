@@ -7,7 +7,7 @@ import stat
 import subprocess
 import sys
 import time
-import warnings
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,8 @@ from prebake.runtime import ArtifactError, load
 from prebake.runtime.artifact import open_artifact
 from prebake.runtime.backends import aoti
 from prebake.runtime.backends.unpack import default_cache, unpacked
+from prebake.runtime.weights import map_weights
+from safetensors.torch import save_file
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +105,7 @@ def test_an_unknown_graph_is_answered_with_those_that_exist(artifact):
 def test_the_check_costs_microseconds(artifact):
     contract, inputs = artifact.graph("full")._contract, denoiser_inputs()
     best = min(_seconds(lambda: contract.inputs(inputs)) for _ in range(200))
-    assert best < 100e-6  # measured: 2.5 us for five inputs
+    assert best < 100e-6  # measured: 2 us for five inputs
 
 
 def _seconds(call):
@@ -156,9 +158,6 @@ def test_variants_are_bound_to_the_same_mapped_tensors(artifact, toy_artifact):
 
 
 def test_channels_last_tensors_are_views_of_what_is_stored(tmp_path):
-    from prebake.runtime.weights import map_weights
-    from safetensors.torch import save_file
-
     x = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
     save_file({"w": x.permute(0, 2, 3, 1)}, tmp_path / "w.safetensors")
     got = map_weights([tmp_path / "w.safetensors"], torch.device("cpu"), ["w"])["w"]
@@ -306,7 +305,7 @@ for _ in range(3):
     seconds.append(time.perf_counter() - started)
 print(json.dumps(seconds))
 """
-    assert min(python(code, toy_artifact, cache_dir)) < 0.5  # measured: 0.03 s
+    assert min(python(code, toy_artifact, cache_dir)) < 0.5  # measured: 0.02 s
 
 
 def test_light_modules_need_no_torch(toy_artifact):
@@ -323,12 +322,17 @@ print(json.dumps("torch" in sys.modules), file=out)
 
 
 def test_importing_the_runtime_costs_hardly_more_than_torch():
-    def seconds(statement):
-        code = f"import json, time; t = time.perf_counter(); {statement}; print(json.dumps(time.perf_counter() - t))"
-        return min(python(code) for _ in range(3))
-
-    seconds("import torch")  # fills the page cache
-    assert seconds("from prebake.runtime import load") < 1.3 * seconds("import torch")
+    """CPU seconds, both in one process, so that a busy machine does not matter."""
+    code = """
+import json, time
+started = time.process_time()
+import torch
+torch_done = time.process_time()
+from prebake.runtime import load
+print(json.dumps([torch_done - started, time.process_time() - torch_done]))
+"""
+    ratios = [1 + ours / torchs for torchs, ours in (python(code) for _ in range(3))]
+    assert min(ratios) < 1.3  # measured: 1.2, most of it pydantic
 
 
 def test_unknown_names_are_attribute_errors():
@@ -375,38 +379,30 @@ class Wide(torch.nn.Module):
         return x
 
 
-@pytest.fixture(scope="module")
-def wide_artifact(tmp_path_factory):
-    from safetensors.torch import save_file
-
-    folder = tmp_path_factory.mktemp("wide")
+def build_wide(folder):
+    """An artifact of two variants, which are the same graph, on 256 MiB of random weights."""
     x, wide = torch.ones(1, 4096), Wide().eval()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        toy.compile_package(folder / "graphs/denoiser.pt2", {"full": (wide, (x,))})
+    toy.compile_package(folder / "graphs/denoiser.pt2", {"full": (wide, (x,))})
     _add_copy(folder / "graphs/denoiser.pt2", "full", "reuse")
     (folder / "weights").mkdir()
     save_file(wide.state_dict(), folder / "weights/w.safetensors")
     constants = {name: name for name in wide.state_dict()}
-    graphs = tuple(
-        toy.graph(name, "graphs/denoiser.pt2", toy.specs(x=x), toy.specs(y=x), constants) for name in ("full", "reuse")
-    )
+    package, io = "graphs/denoiser.pt2", (toy.specs(x=x), toy.specs(y=x))
+    graphs = tuple(toy.graph(name, package, *io, constants) for name in ("full", "reuse"))
     toy.write_manifest(folder, graphs=graphs, plans={}, pipeline={})
-    return folder
 
 
 def _add_copy(path, model, copy):
     """Puts the model's members into the package a second time, as another model: compiling it again would be the same."""
-    import zipfile
-
     with zipfile.ZipFile(path, "a") as archive:
         for info in archive.infolist():
             if f"/{model}/" in info.filename:
                 archive.writestr(zipfile.ZipInfo(info.filename.replace(f"/{model}/", f"/{copy}/")), archive.read(info))
 
 
-def test_a_second_variant_adds_no_memory_for_weights(wide_artifact, tmp_path):
-    before, opened, one, two = python(MEMORY, wide_artifact, tmp_path / "cache")
+def test_a_second_variant_adds_no_memory_for_weights(tmp_path):
+    build_wide(tmp_path / "wide")
+    before, opened, one, two = python(MEMORY, tmp_path / "wide", tmp_path / "cache")
     print(f"MiB before {before}, opened {opened}, one variant {one}, two variants {two}")
     weights = 256.0
     assert opened["VmRSS"] - before["VmRSS"] < 0.25 * weights  # nothing is read yet; hashing leaves no pages behind

@@ -87,7 +87,8 @@ def build_folder() -> Iterator[Path]:
     Raises ExportError when the place is not a private folder of this user (it will hold code that is loaded).
     """
     folder = Path(tempfile.gettempdir()) / f"prebake-inductor-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
     info = folder.lstat()
     if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid() or info.st_mode & 0o077:
         raise ExportError(f"{folder}: expected a folder that only this user can open, because compiled code passes through it; remove it or set TMPDIR")

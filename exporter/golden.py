@@ -21,7 +21,7 @@ from ..runtime.errors import ArtifactError, ExportError
 from ..runtime.manifest import Manifest
 from ..runtime.plan import Plan
 from .package import file_entries
-from .quality import Drawn, Replayer, as_array, picture_prompts, psnr_db, relative_error
+from .quality import Drawn, Replayer, as_array, largest, picture_prompts, psnr_db, relative_error
 from .recipe import Recipe
 
 GOLDEN_BYTES = 64 << 20  # of one plan's denoiser outputs
@@ -133,7 +133,7 @@ class Replayed:
     @property
     def problems(self) -> tuple[str, ...]:
         """What is not as it was at export, one sentence each; none if the replay passes."""
-        largest, allowed = max(self.evaluation_errors), self.tolerance.relative_error
+        allowed = self.tolerance.relative_error
         found = []
         if not self.input_ids_equal:
             found.append(
@@ -145,7 +145,7 @@ class Replayed:
             )
         for what, error in (
             ("embeddings", self.embeddings_relative_error),
-            ("denoiser outputs", largest),
+            ("denoiser outputs", largest(self.evaluation_errors)),
             ("final latents", self.final_latents_relative_error),
         ):
             if not error <= allowed:
@@ -174,7 +174,7 @@ def replay_golden(replayer: Replayer, plan: Plan) -> Replayed:
         plan=plan.name,
         evaluations=tuple(kept),
         evaluation_errors=tuple(map(relative_error, fresh["outputs"], stored["outputs"])),
-        embeddings_relative_error=max(relative_error(fresh[name], stored[name]) for name in embeddings),
+        embeddings_relative_error=largest(relative_error(fresh[name], stored[name]) for name in embeddings),
         initial_latents_equal=torch.equal(fresh["initial_latents"], stored["initial_latents"]),
         input_ids_equal=all(torch.equal(fresh[name], stored[name]) for name in stored if name.startswith("input_ids.")),
         final_latents_relative_error=relative_error(fresh["final_latents"], stored["final_latents"]),

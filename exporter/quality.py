@@ -47,9 +47,16 @@ def ssim(a: Tensor, b: Tensor) -> float:
 
 
 def relative_error(value: Tensor, reference: Tensor) -> float:
-    """|value - reference| / |reference| in L2; 0 where both are zero. NaN and inf stay what they are."""
-    difference = (value.double() - reference.double()).norm().item()
-    return difference / reference.double().norm().item() if difference else 0.0
+    """|value - reference| / |reference| in L2: 0 where both are zero, inf where only the reference is. NaN stays NaN."""
+    difference, size = (value.double() - reference.double()).norm().item(), reference.double().norm().item()
+    if difference == 0:
+        return 0.0
+    return difference / size if size else math.inf
+
+
+def largest(errors: Iterable[float]) -> float:
+    """The largest, and NaN is larger than any: `max` would pass over it."""
+    return max(errors, key=lambda error: (math.isnan(error), error))
 
 
 # --- drawing --------------------------------------------------------------------------------------------------------
@@ -307,5 +314,5 @@ def checked_prompts(model: str) -> Checked | None:
 
 
 def as_array(image: Tensor) -> np.ndarray:
-    """[1, 3, H, W] in 0..1 as float32 [H, W, 3]."""
-    return image[0].permute(1, 2, 0).float().cpu().numpy()
+    """[1, 3, H, W] in 0..1 as float32 [H, W, 3]; NaN is black."""
+    return image[0].permute(1, 2, 0).float().nan_to_num().cpu().numpy()

@@ -20,7 +20,7 @@ import torch
 from ..runtime.errors import ArtifactError
 from ..runtime.manifest import Manifest
 from ..runtime.plan import Plan
-from .quality import Comparison, Sample
+from .quality import Comparison, Sample, largest
 from .sheet import sheet, shown_plans
 
 if TYPE_CHECKING:
@@ -205,7 +205,7 @@ def closeness(samples: Sequence[Sample]) -> dict[str, Any] | None:
         "ssim": statistics.fmean(s.ssim for s in samples),
         "ssim_min": min(s.ssim for s in samples),
         "latents_relative_error": statistics.fmean(s.latents_relative_error for s in samples),
-        "latents_relative_error_max": max(s.latents_relative_error for s in samples),
+        "latents_relative_error_max": largest(s.latents_relative_error for s in samples),
     }
 
 
@@ -221,10 +221,10 @@ def evaluation_errors(plan: Plan, samples: Sequence[Sample]) -> dict[str, Any] |
     }
     return {
         "pictures": len(table),
-        "max": max(map(max, columns)),
+        "max": largest(x for column in columns for x in column),
         "mean": statistics.fmean(x for column in columns for x in column),
-        "max_per_evaluation": [max(column) for column in columns],
-        "max_per_variant": {name: max(errors) for name, errors in by_variant.items()},
+        "max_per_evaluation": [largest(column) for column in columns],
+        "max_per_variant": {name: largest(errors) for name, errors in by_variant.items()},
     }
 
 
@@ -273,7 +273,7 @@ def golden_cells(replays: Mapping[str, Any]) -> Cells:
             ("same to the bit" if g["bitwise"] else f"passed: {g['tolerance']['reason']}") if g["passed"] else "FAILED"
         )
         figures = (g["relative_error_per_evaluation"], g["final_latents_relative_error"], g["image_psnr_db"])
-        cells.append((plan, f"{max(figures[0]):.2g}", f"{figures[1]:.2g}", f"{figures[2]:.1f} dB", allowed, how))
+        cells.append((plan, f"{largest(figures[0]):.2g}", f"{figures[1]:.2g}", f"{figures[2]:.1f} dB", allowed, how))
     return cells
 
 

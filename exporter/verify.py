@@ -24,7 +24,18 @@ from ..runtime.plan import Plan
 from . import report, source
 from .golden import Replayed, replay_golden, write_golden
 from .progress import Progress
-from .quality import Checked, Comparison, Job, Reference, Replayer, Sample, checked_prompts, measure, picture_prompts
+from .quality import (
+    Checked,
+    Comparison,
+    Job,
+    Reference,
+    Replayer,
+    Sample,
+    checked_prompts,
+    largest,
+    measure,
+    picture_prompts,
+)
 from .recipe import Recipe
 
 __all__ = ["Choices", "Verdict", "settle_verdict", "verify_artifact", "write_golden"]
@@ -279,7 +290,7 @@ def judge_evaluations(manifest: Manifest, recipe: Recipe, plan: Plan, samples: S
         for error, (variant, _) in zip(s.evaluation_errors, s.variant_ms, strict=False)
         if variant in whole
     ]
-    value = max(errors, key=lambda error: (error != error, error))  # NaN is the largest
+    value = largest(errors)
     way_out = "quantize fewer layers (quantize.exclude), take a wider precision, or raise verify.relative_error"
     over = f"largest of {len(errors)} evaluations that compute everything"
     return Verdict(plan.name, "relative_error", value, recipe.verify.relative_error, False, over, way_out)

@@ -1,0 +1,160 @@
+"""Reports: what is in the JSON, that the tables need no rich, and that the sheet can be looked at."""
+
+import io
+import json
+import sys
+from math import inf, nan
+
+import pytest
+import torch
+
+from prebake.exporter import report
+from prebake.exporter.progress import Progress
+from prebake.exporter.quality import Checked, Drawn, Replayer, Row
+from prebake.exporter.sheet import GAP, LINE, fitted, pictures, scaled, sheet, shown_plans
+from prebake.exporter.verify import Choices, settled, verify_artifact
+from prebake.runtime.artifact import open_artifact
+from prebake.runtime.plan import Evaluation, Plan, Update
+
+
+def plan(name="28", cache="none", steps=28):
+    return Plan(name=name, steps=steps, cache=cache, scheduler="Euler", evaluations=(Evaluation(step=0, variant="full", timestep=1.0, update=Update(latents=(1.0,), outputs=(-1.0,))),))  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def verified(tiny_artifact, tiny_folder):
+    """The manifest, and an outcome with pictures and checked prompts."""
+    replayer = Replayer(open_artifact(tiny_artifact))
+    manifest = replayer.artifact.manifest
+    from prebake.exporter.recipe import Recipe
+
+    recipe = Recipe.model_validate(manifest.recipe)
+    checked = Checked(("a red circle", "a blue square"), lambda images, prompts: 0.5)
+    return manifest, settled(replayer, recipe, str(tiny_folder), (("a small square", 0),), checked, Progress())
+
+
+def test_json_has_sorted_keys_and_numbers_that_json_knows():
+    text = report.to_json({"b_ms": nan, "a": [inf, {"z": 1.0, "y": -inf}]})
+    assert (
+        text == '{\n  "a": [\n    "inf",\n    {\n      "y": "-inf",\n      "z": 1.0\n    }\n  ],\n  "b_ms": "nan"\n}\n'
+    )
+
+
+def test_report_has_every_figure(verified):
+    described = json.loads(report.to_json(report.describe(*verified)))
+    assert described["passed"]
+    assert set(described["plans"]) == {"8", "8-uncached"}
+    cached = described["plans"]["8"]
+    assert cached["accuracy_percent"] == described["eager"]["8"]["accuracy_percent"] == 50.0
+    assert cached["pictures"]["psnr_db"] < described["plans"]["8-uncached"]["pictures"]["psnr_db"]
+    assert cached["checked_pictures"]["pictures"] == 2
+    assert len(cached["relative_error"]["max_per_evaluation"]) == 8
+    assert set(cached["relative_error"]["max_per_variant"]) == set(described["variants"])
+    assert 0 < cached["flops_share_percent"] < 100 == described["plans"]["8-uncached"]["flops_share_percent"]
+    for figure in (
+        cached["image_s"],
+        cached["evaluation_ms"],
+        described["eager"]["8"]["image_s"],
+        described["eager"]["8"]["evaluation_ms"],
+    ):
+        assert figure > 0
+    assert {v["figure"] for v in described["verdicts"]} == {
+        "psnr_db",
+        "cached_psnr_db",
+        "relative_error",
+        "prompt_accuracy_drop",
+    }
+    assert described["machine"]["threads"] == torch.get_num_threads()
+    assert described["thresholds"]["psnr_db"] == 30.0
+    assert described["exported_with"]["torch"] == torch.__version__
+
+
+def test_each_variant_has_its_time_beside_its_flops(verified):
+    manifest, _ = verified
+    described = report.describe(*verified)
+    full, *others = described["variants"].items()
+    assert full[1]["flops_share_percent"] == full[1]["time_share_percent"] == 100.0
+    for name, measured in others:
+        assert measured["flops_share_percent"] == pytest.approx(
+            100 * manifest.graph(name).cost.flops / manifest.graph("full").cost.flops
+        )
+        assert measured["evaluation_ms"] > 0
+
+
+def test_report_says_what_was_not_measured(verified, tiny_artifact):
+    described = report.describe(*verified)
+    assert described["not_measured"] == [
+        "the evaluations that the cache predicts are reported and have no threshold of their own; the cached plan's pictures have"
+    ]
+    replayed = report.describe(*verify_artifact(tiny_artifact, Choices(), Progress()))
+    assert replayed["not_measured"] == [
+        "the artifact was not compared with the eager pipeline: that is `prebake verify --source`"
+    ]
+    assert "plans" not in replayed
+
+
+@pytest.mark.parametrize("with_rich", [True, False])
+def test_tables_show_every_plan(verified, with_rich, monkeypatch):
+    if not with_rich:
+        monkeypatch.setitem(sys.modules, "rich", None)
+    file = io.StringIO()
+    report.show(*verified, file)
+    text = file.getvalue()
+    for expected in (
+        "eager, 8 steps",
+        "plan 8, cache pab",
+        "plan 8-uncached",
+        "PSNR dB",
+        "variants",
+        "prompt_accuracy_drop",
+        "50.0",
+    ):
+        assert expected in text
+    assert "FAILED" not in text
+
+
+def row(side, shift):
+    image = torch.full((1, 3, side, side), 0.5)
+    eager = Drawn(image, image, 1.0)
+    return Row("a large red star " * 40, 3, {28: eager}, {"28": Drawn(image + shift, image, 1.0), "28-uncached": eager})
+
+
+PLANS = (plan("28-uncached"), plan("28", "mask"))
+
+
+def test_sheet_has_eager_artifacts_and_differences_times_eight():
+    eager, uncached, same, _, difference = pictures(row(16, 0.05), PLANS)
+    assert torch.equal(eager, uncached)
+    assert same.max() == 0
+    assert difference.min() == pytest.approx(0.4)
+    assert pictures(row(16, 0.5), PLANS)[-1].max() == 1.0
+    image = sheet([row(16, 0.05)], PLANS)
+    x, y = GAP + 5, GAP + LINE + GAP + LINE + 5
+    assert image.getpixel((x, y)) == (128, 128, 128)
+    assert image.getpixel((x + 2 * (224 + GAP), y)) == (0, 0, 0)
+    assert image.getpixel((x + 4 * (224 + GAP), y)) == (102, 102, 102)
+
+
+@pytest.mark.parametrize(("side", "shown"), [(32, 224), (64, 192), (1024, 224)])
+def test_sheet_is_large_enough_to_see_and_not_taller_than_a_screen_or_two(side, shown):
+    assert scaled(torch.zeros(1, 3, side, side)).size == (shown, shown)
+    image = sheet([row(side, 0.0)] * 6, PLANS)
+    assert image.height <= 1600
+    assert image.width < 1300
+
+
+def test_long_prompts_are_cut_to_the_sheet():
+    from PIL import ImageFont
+
+    font = ImageFont.load_default(13)
+    assert fitted("short", 300, font) == "short"
+    cut = fitted("a very long prompt " * 20, 300, font)
+    assert cut.endswith("...")
+    assert font.getlength(cut) <= 300
+
+
+def test_sheet_shows_the_default_steps_uncached_first(verified):
+    manifest, outcome = verified
+    assert [p.name for p in shown_plans(manifest, outcome.plans)] == ["8-uncached", "8"]
+    other = {**outcome.plans, "4": plan("4", "none", 4)}
+    assert [p.name for p in shown_plans(manifest, other)] == ["8-uncached", "8"]

@@ -40,13 +40,14 @@ def tiny_artifact(tiny_folder, shared_tmp) -> Path:
     from prebake.exporter.pipeline import Options, export
     from prebake.exporter.progress import progress
     from prebake.exporter.recipe import resolve
+    from tiny import OVERRIDES
 
     folder = shared_tmp / "artifacts" / "tiny"
     with (shared_tmp / "tiny-artifact.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not folder.exists():
             with progress("quiet") as quiet:
-                export(resolve("flux-fast", TINY_OVERRIDES, str(tiny_folder)), folder, Options(), quiet)
+                export(resolve("flux-fast", OVERRIDES, str(tiny_folder)), folder, Options(), quiet)
     return folder
 
 
@@ -55,6 +56,3 @@ def shared_tmp(tmp_path_factory, request) -> Path:
     """The run's temporary folder; under xdist the one above the workers' own."""
     base = tmp_path_factory.getbasetemp()
     return base.parent if hasattr(request.config, "workerinput") else base
-
-
-TINY_OVERRIDES = ("cache.method=pab", "sampler.steps=8", "verify.psnr_db=30", "verify.cached_psnr_db=20")

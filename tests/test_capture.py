@@ -28,9 +28,17 @@ def captured(f, *args, outputs=("y",), **constants):
 
 
 def test_the_contract_lists_inputs_and_outputs_in_order():
-    got = captured(lambda m, a, b: (a.sum(), (a @ b).to(torch.bfloat16)), torch.ones(2, 3), torch.ones(3, 4), outputs=("total", "product"))
+    got = captured(
+        lambda m, a, b: (a.sum(), (a @ b).to(torch.bfloat16)),
+        torch.ones(2, 3),
+        torch.ones(3, 4),
+        outputs=("total", "product"),
+    )
     assert [(s.name, s.shape, s.dtype) for s in got.inputs] == [("x0", (2, 3), "float32"), ("x1", (3, 4), "float32")]
-    assert [(s.name, s.shape, s.dtype) for s in got.outputs] == [("total", (), "float32"), ("product", (2, 4), "bfloat16")]
+    assert [(s.name, s.shape, s.dtype) for s in got.outputs] == [
+        ("total", (), "float32"),
+        ("product", (2, 4), "bfloat16"),
+    ]
 
 
 def test_live_inputs_leave_out_what_the_graph_ignores():
@@ -67,7 +75,10 @@ def test_the_graph_holds_no_in_place_operator():
         return (b,)
 
     got = captured(f, torch.ones(2))
-    assert [str(n.target) for n in got.gm.graph.nodes if n.op == "call_function"] == ["aten.add.Tensor", "aten.mul.Tensor"]
+    assert [str(n.target) for n in got.gm.graph.nodes if n.op == "call_function"] == [
+        "aten.add.Tensor",
+        "aten.mul.Tensor",
+    ]
     assert got.gm(torch.ones(2))[0].tolist() == [4.0, 4.0]
 
 
@@ -90,7 +101,9 @@ def test_an_exception_without_words_is_named_by_its_type():
 
 
 def test_a_strided_output_is_refused_by_its_name():
-    with pytest.raises(ExportError, match=r"graph 'g': outputs turned are not contiguous, which the call contract asks for"):
+    with pytest.raises(
+        ExportError, match=r"graph 'g': outputs turned are not contiguous, which the call contract asks for"
+    ):
         captured(lambda m, a: (a + 1, a.t()), torch.ones(2, 3), outputs=("plain", "turned"))
 
 

@@ -94,7 +94,10 @@ def of(flops: int) -> Cost:
 
 
 def test_a_variant_dearer_than_promised_is_refused():
-    with pytest.raises(ExportError, match=r"variant 'reuse' should cost 6,000 FLOPs after skipping its sites, its graph has 6,101; something outside the sites reads"):
+    with pytest.raises(
+        ExportError,
+        match=r"variant 'reuse' should cost 6,000 FLOPs after skipping its sites, its graph has 6,101; something outside the sites reads",
+    ):
         check_skips(of(10_000), of(6_101), "reuse", 4_000)
 
 

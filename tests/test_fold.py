@@ -64,7 +64,9 @@ class Int8(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         seeded = torch.Generator().manual_seed(0)
-        self.weight = nn.Parameter(torch.randint(-127, 127, (64, 16), dtype=torch.int8, generator=seeded), requires_grad=False)
+        self.weight = nn.Parameter(
+            torch.randint(-127, 127, (64, 16), dtype=torch.int8, generator=seeded), requires_grad=False
+        )
 
     def forward(self, x):
         compensation = self.weight.sum(0, dtype=torch.int32) * 128

@@ -50,7 +50,10 @@ def test_a_level_and_the_flags_that_it_needs(cpu, flags, asked, level, needs):
 
 def test_a_level_above_this_cpu_is_refused_with_what_lacks(cpu):
     cpu(*(V4 - {"avx512bw", "avx512vl"}))
-    with pytest.raises(ExportError, match=r"compile\.isa 'x86-64-v4' needs avx512bw, avx512vl, which this CPU lacks, .*choose a lower level"):
+    with pytest.raises(
+        ExportError,
+        match=r"compile\.isa 'x86-64-v4' needs avx512bw, avx512vl, which this CPU lacks, .*choose a lower level",
+    ):
         isa.choose("x86-64-v4")
 
 
@@ -116,7 +119,9 @@ def fake_compiler(monkeypatch, error: BaseException) -> None:
 
 def test_a_compiler_error_names_the_graph(graph, monkeypatch):
     fake_compiler(monkeypatch, RuntimeError("g++ has no words\nand a second line"))
-    with pytest.raises(ExportError, match=r"^graph 'small': AOTInductor could not compile it \(RuntimeError: g\+\+ has no words\)$"):
+    with pytest.raises(
+        ExportError, match=r"^graph 'small': AOTInductor could not compile it \(RuntimeError: g\+\+ has no words\)$"
+    ):
         aoti.compile_graph(graph, {})
 
 
@@ -169,7 +174,11 @@ def test_a_graph_compiled_twice_gives_the_same_bytes(graph, elsewhere, tmp_path)
 
 def differing(first: Path, second: Path) -> list[str]:
     with zipfile.ZipFile(first) as a, zipfile.ZipFile(second) as b:
-        return sorted(n for n in {*a.namelist(), *b.namelist()} if n not in a.namelist() or n not in b.namelist() or a.read(n) != b.read(n))
+        return sorted(
+            n
+            for n in {*a.namelist(), *b.namelist()}
+            if n not in a.namelist() or n not in b.namelist() or a.read(n) != b.read(n)
+        )
 
 
 # what is said meanwhile

@@ -76,14 +76,19 @@ def test_force_takes_an_empty_folder(tmp_path):
     assert listing(tmp_path) == ["out", "out/new"]
 
 
-@pytest.mark.parametrize("content", [None, "{}", "no json", '["schema_version"]', '{"name": "an extension", "manifest_version": 3}'])
+@pytest.mark.parametrize(
+    "content", [None, "{}", "no json", '["schema_version"]', '{"name": "an extension", "manifest_version": 3}']
+)
 def test_force_never_replaces_what_is_not_an_artifact(tmp_path, content):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("years of work")
     if content is not None:
         (tmp_path / "out" / "manifest.json").write_text(content)
     before = listing(tmp_path)
-    with pytest.raises(ExportError, match=r"out: --force replaces artifacts only, and this has no manifest\.json of one; choose another --output"):
+    with pytest.raises(
+        ExportError,
+        match=r"out: --force replaces artifacts only, and this has no manifest\.json of one; choose another --output",
+    ):
         staged(tmp_path / "out", force=True)
     assert listing(tmp_path) == before
 
@@ -96,7 +101,7 @@ def test_force_never_replaces_a_file(tmp_path):
 
 
 def test_an_output_that_appears_meanwhile_is_not_overwritten(tmp_path):
-    with pytest.raises(ExportError, match="already exists"), package.staged(tmp_path / "out", force=False) as folder:
+    with pytest.raises(ExportError, match="already exists"), package.staged(tmp_path / "out", force=False) as folder:  # noqa: PT012 (its end raises)
         (folder / "new").write_text("new")
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "precious").write_text("another export's")
@@ -132,7 +137,10 @@ def table(seed: int, *shape: int, dtype=torch.float32) -> torch.Tensor:
 
 def test_variants_and_components_share_equal_tensors(tmp_path):
     a, b = table(0, 200, 100), table(1, 200, 100)
-    groups = {"denoiser": (graph("full", a=a, b=b), graph("reuse", a=a)), "text_encoder": (graph("text_encoder", other=b.clone()),)}
+    groups = {
+        "denoiser": (graph("full", a=a, b=b), graph("reuse", a=a)),
+        "text_encoder": (graph("text_encoder", other=b.clone()),),
+    }
     weights = package.write_weights(tmp_path, groups)
     assert weights.bound == {
         "full": {"a": "denoiser.a", "b": "denoiser.b"},
@@ -175,7 +183,9 @@ def test_every_dtype_comes_back_bit_by_bit(tmp_path, dtype):
 
 
 def test_other_strides_are_refused():
-    with pytest.raises(ExportError, match=r"a constant of shape \(3, 2\) has strides \(1, 3\), which safetensors cannot keep"):
+    with pytest.raises(
+        ExportError, match=r"a constant of shape \(3, 2\) has strides \(1, 3\), which safetensors cannot keep"
+    ):
         package.in_memory_order(torch.ones(2, 3).t())
 
 
@@ -211,7 +221,10 @@ def test_a_package_is_a_plain_archive(tiny_artifact):
     for path in sorted((tiny_artifact / "graphs").glob("*.pt2")):
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-            assert all(i.compress_type == zipfile.ZIP_STORED and i.date_time == (1980, 1, 1, 0, 0, 0) for i in archive.infolist())
+            assert all(
+                i.compress_type == zipfile.ZIP_STORED and i.date_time == (1980, 1, 1, 0, 0, 0)
+                for i in archive.infolist()
+            )
         assert names == sorted(names)
         assert not [n for n in names if n.endswith((".cpp", ".h", "compile_flags.json"))]
         assert any(n.endswith(".so") for n in names)

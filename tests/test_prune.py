@@ -42,7 +42,15 @@ def args():
     return torch.randn(1, 4, 8, generator=seeded), torch.randn(1, 4, 8, generator=seeded)
 
 
-ATTENTION = ["linear.default", "chunk.default", "getitem", "getitem", "getitem", "scaled_dot_product_attention.default", "dropout.default"]
+ATTENTION = [
+    "linear.default",
+    "chunk.default",
+    "getitem",
+    "getitem",
+    "getitem",
+    "scaled_dot_product_attention.default",
+    "dropout.default",
+]
 
 
 def named(found: list[str]) -> list[str]:

@@ -66,7 +66,9 @@ def test_the_vae_decodes_the_same_with_fused_projections(tiny_pipe):
 
 
 def test_a_model_without_fusing_is_refused():
-    with pytest.raises(ExportError, match=r"fuse\.qkv: Linear \(transformer\) has no fuse_qkv_projections; set fuse\.qkv=false"):
+    with pytest.raises(
+        ExportError, match=r"fuse\.qkv: Linear \(transformer\) has no fuse_qkv_projections; set fuse\.qkv=false"
+    ):
         fuse_qkv("transformer", nn.Linear(1, 1), key="fuse.qkv")
 
 
@@ -77,7 +79,8 @@ class NothingToFuse(nn.Module):
 
 def test_a_model_in_which_nothing_was_fused_is_refused():
     with pytest.raises(
-        ExportError, match=r"fuse\.vae_qkv: diffusers found no attention to fuse in the vae \(NothingToFuse\); set fuse\.vae_qkv=false"
+        ExportError,
+        match=r"fuse\.vae_qkv: diffusers found no attention to fuse in the vae \(NothingToFuse\); set fuse\.vae_qkv=false",
     ):
         fuse_qkv("vae", NothingToFuse(), key="fuse.vae_qkv")
 
@@ -117,9 +120,15 @@ def test_int8_takes_attention_and_feed_forward_and_says_why_it_leaves_the_rest(t
     assert set(layers) == linears
     reasons = {why for what, why in layers.values() if what == "kept"}
     assert reasons == {"embedding", "modulation", "final projection"}
-    assert {name for name, (what, _) in layers.items() if what == "int8"} == {n for n in linears if kind(n) in ("attention", "feed-forward")}
+    assert {name for name, (what, _) in layers.items() if what == "int8"} == {
+        n for n in linears if kind(n) in ("attention", "feed-forward")
+    }
     assert layers["transformer_blocks.0.attn.to_qkv"] == ("int8", "attention, 64x192")
-    assert not [n for n, p in tiny_pipe.transformer.named_parameters() if is_traceable_wrapper_subclass(p) or type(p) is not nn.Parameter]
+    assert not [
+        n
+        for n, p in tiny_pipe.transformer.named_parameters()
+        if is_traceable_wrapper_subclass(p) or type(p) is not nn.Parameter
+    ]
     codes = {n for n, t in tiny_pipe.transformer.state_dict().items() if t.dtype == torch.int8 and t.shape[-1] > 1}
     assert len(codes) == sum(what == "int8" for what, _ in layers.values())
     # 127 codes a sign: half a step is 1/254 of a row's largest value, and a few layers add theirs
@@ -193,11 +202,14 @@ def test_a_diffusers_cache_hook_is_refused_by_name(tiny_pipe):
     from diffusers import PyramidAttentionBroadcastConfig, apply_pyramid_attention_broadcast
 
     config = PyramidAttentionBroadcastConfig(
-        spatial_attention_block_skip_range=2, spatial_attention_timestep_skip_range=(100, 800), current_timestep_callback=lambda: 500
+        spatial_attention_block_skip_range=2,
+        spatial_attention_timestep_skip_range=(100, 800),
+        current_timestep_callback=lambda: 500,
     )
     apply_pyramid_attention_broadcast(tiny_pipe.transformer, config)
     with pytest.raises(
-        ExportError, match=r"transformer\.transformer_blocks\.0\.attn carries the diffusers hook pyramid_attention_broadcast, .*recipe's \[cache\] table"
+        ExportError,
+        match=r"transformer\.transformer_blocks\.0\.attn carries the diffusers hook pyramid_attention_broadcast, .*recipe's \[cache\] table",
     ):
         rewrite(tiny_pipe, recipe())
 
@@ -218,7 +230,9 @@ def test_a_pre_hook_is_refused_too():
 def test_a_patched_forward_is_refused_by_place():
     model = nn.Sequential(nn.Linear(1, 1))
     model[0].forward = lambda x: x
-    with pytest.raises(ExportError, match=r"transformer\.0 has a patched forward \(<function .*\), which export cannot trust"):
+    with pytest.raises(
+        ExportError, match=r"transformer\.0 has a patched forward \(<function .*\), which export cannot trust"
+    ):
         refuse_hooked("transformer", model)
 
 

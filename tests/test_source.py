@@ -20,9 +20,15 @@ def copy(tiny_folder, tmp_path):
 
 def test_a_loaded_pipeline_is_frozen_named_and_brings_its_defaults(tiny_folder):
     loaded = source.load(str(tiny_folder), None, {**FLOAT32, "transformer": torch.bfloat16})
-    assert loaded.source.model == "model"
+    assert loaded.source.model == tiny_folder.name
     assert loaded.source.pipeline == "FluxPipeline"
-    assert loaded.defaults == {"height": 32, "width": 32, "max_sequence_length": 8, "num_inference_steps": 4, "guidance_scale": 3.5}
+    assert loaded.defaults == {
+        "height": 32,
+        "width": 32,
+        "max_sequence_length": 8,
+        "num_inference_steps": 4,
+        "guidance_scale": 3.5,
+    }
     assert loaded.pipe.transformer.dtype == torch.bfloat16
     assert loaded.pipe.vae.dtype == torch.float32
     modules = [c for c in loaded.pipe.components.values() if isinstance(c, torch.nn.Module)]
@@ -35,16 +41,24 @@ def test_an_unknown_id_without_a_network_is_refused_with_what_there_is(monkeypat
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ExportError, match=r"model 'nobody/nothing': expected shapes, a folder, or a hub id that can be downloaded; the hub says \w+: .+"):
+    with pytest.raises(
+        ExportError,
+        match=r"model 'nobody/nothing': expected shapes, a folder, or a hub id that can be downloaded; the hub says \w+: .+",
+    ):
         source.load("nobody/nothing", None, FLOAT32)
 
 
 def test_a_folder_without_a_pipeline_is_refused(tmp_path):
-    with pytest.raises(ExportError, match=r"expected a pipeline folder with model_index\.json, as save_pretrained writes it, found none"):
+    with pytest.raises(
+        ExportError,
+        match=r"expected a pipeline folder with model_index\.json, as save_pretrained writes it, found none",
+    ):
         source.load(str(tmp_path), None, FLOAT32)
 
 
-@pytest.mark.parametrize("path", ["model_index.json", "transformer/config.json", "vae/diffusion_pytorch_model.safetensors"])
+@pytest.mark.parametrize(
+    "path", ["model_index.json", "transformer/config.json", "vae/diffusion_pytorch_model.safetensors"]
+)
 def test_a_corrupted_folder_is_refused_with_diffusers_words(copy, path):
     (copy / path).write_bytes(b"{ nonsense")
     with pytest.raises(ExportError, match=r"model '.+copy': diffusers could not read .+ \(\w+: .+\)$") as refused:
@@ -84,7 +98,9 @@ def test_a_folder_without_defaults_brings_none(copy):
     assert source.own_defaults(copy) == {}
 
 
-@pytest.mark.parametrize("text", ["[defaults]\nheight = ", "[defaults]\nheigth = 32", "defaults = 3", "[defaults]\nheight = 'tall'"])
+@pytest.mark.parametrize(
+    "text", ["[defaults]\nheight = ", "[defaults]\nheigth = 32", "defaults = 3", "[defaults]\nheight = 'tall'"]
+)
 def test_defaults_that_cannot_be_used_are_refused_with_the_file(copy, text):
     (copy / "prebake.toml").write_text(text)
     with pytest.raises(ExportError, match=r"prebake\.toml.*: .+"):

@@ -17,6 +17,8 @@ max_sequence_length = 8
 num_inference_steps = 4
 guidance_scale = 3.5
 """
+OVERRIDES = ("cache.method=pab", "sampler.steps=8", "verify.psnr_db=30", "verify.cached_psnr_db=20")
+"""What the fixture `tiny_artifact` changes in `flux-fast`."""
 
 
 def tokenizer(max_length: int, start: str | None) -> PreTrainedTokenizerFast:
@@ -30,7 +32,12 @@ def tokenizer(max_length: int, start: str | None) -> PreTrainedTokenizerFast:
         single=f"{start} $A </s>" if start else "$A </s>", special_tokens=[("</s>", 1), ("<s>", 3)]
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=fast, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", bos_token="<s>", model_max_length=max_length
+        tokenizer_object=fast,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        bos_token="<s>",
+        model_max_length=max_length,
     )
 
 
@@ -78,7 +85,17 @@ def tiny_pipeline(seed: int = 0, *, heads: int = 2, guidance: bool = True) -> Fl
             pad_token_id=0,
         )
     )
-    t5 = T5EncoderModel(T5Config(vocab_size=vocabulary, d_model=32, d_kv=16, d_ff=64, num_layers=1, num_heads=2, feed_forward_proj="gated-gelu"))
+    t5 = T5EncoderModel(
+        T5Config(
+            vocab_size=vocabulary,
+            d_model=32,
+            d_kv=16,
+            d_ff=64,
+            num_layers=1,
+            num_heads=2,
+            feed_forward_proj="gated-gelu",
+        )
+    )
     return FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
         vae=vae,

@@ -133,22 +133,24 @@ def _holds(folder: Path, members: dict[str, dict[str, bytes]]) -> bool:
 
 
 def _replace(folder: Path, members: dict[str, dict[str, bytes]]) -> None:
-    """Puts a fresh folder in place by one rename; where another process was faster, its equal folder stays."""
+    """Puts a fresh folder in place by one rename.
+
+    Where another process was faster its equal folder stays untouched, for that process is about to open it.
+    """
     fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))  # mode 0700
-    old = fresh.with_name(fresh.name + ".old")
+    damaged = fresh.with_name(fresh.name + ".old")
     try:
         _write(fresh, members)
-        if folder.exists() or folder.is_symlink():
-            folder.rename(old)
         try:
             fresh.rename(folder)
-        except OSError:
+        except OSError:  # something is there
             if not _holds(folder, members):
-                raise
+                folder.rename(damaged)
+                fresh.rename(folder)
     finally:
-        for leftover in (fresh, old):
-            if leftover.is_symlink() or leftover.is_file():
-                leftover.unlink()
+        if damaged.is_symlink() or damaged.is_file():
+            damaged.unlink()
+        for leftover in (fresh, damaged):
             shutil.rmtree(leftover, ignore_errors=True)
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 import toy
 from prebake.runtime.check import cpu_flags
 

@@ -8,17 +8,19 @@ import subprocess
 import sys
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
+
 import toy
 from prebake.runtime import ArtifactError, load
 from prebake.runtime.artifact import open_artifact
 from prebake.runtime.backends import aoti
 from prebake.runtime.backends.unpack import default_cache, unpacked
 from prebake.runtime.weights import map_weights
-from safetensors.torch import save_file
 
 
 @pytest.fixture(scope="module")
@@ -168,11 +170,6 @@ def test_channels_last_tensors_are_views_of_what_is_stored(tmp_path):
 # --- the cache of machine code ----------------------------------------------------------------------------------------
 
 
-def entry(cache):
-    """The one folder that the decoder's package was unpacked to."""
-    return next(path for path in cache.iterdir() if (path / "vae_decoder").is_dir())
-
-
 def test_the_cache_is_private_and_holds_no_leftovers(toy_artifact, tmp_path):
     open_artifact(toy_artifact, cache_dir=tmp_path / "cache")
     folders = [tmp_path / "cache", *(tmp_path / "cache").iterdir()]
@@ -232,6 +229,20 @@ def test_a_damaged_cache_entry_is_replaced(toy_artifact, tmp_path, damage):
         assert so.is_relative_to(tmp_path / "cache/x")
         assert stat.S_IMODE((tmp_path / "cache/x").lstat().st_mode) == 0o700
         assert not (so.parent / "evil.json").exists()
+
+
+def test_many_may_unpack_at_once(toy_artifact, tmp_path):
+    data = (toy_artifact / "graphs/vae_decoder.pt2").read_bytes()
+
+    def unpack(_):
+        with unpacked("p", data, "x", tmp_path / "cache") as libraries:
+            so = libraries["vae_decoder"]
+            assert so.is_relative_to(tmp_path / "cache/x")
+            return hash(so.read_bytes())
+
+    with ThreadPoolExecutor(8) as pool:
+        assert len(set(pool.map(unpack, range(32)))) == 1
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["x"]
 
 
 def test_a_cache_that_cannot_be_had_is_a_temporary_folder(toy_artifact, tmp_path):

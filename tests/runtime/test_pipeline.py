@@ -6,6 +6,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+
 import toy
 from prebake.runtime import ArtifactError, load
 from prebake.runtime.families import flux

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from prebake.runtime.manifest import Cost, Graph, Site
 from prebake.runtime.plan import Evaluation, Plan, Update
 from prebake.runtime.replay import StopReplay, Variant, ends_step, replay, tables_on

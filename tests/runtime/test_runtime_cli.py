@@ -3,8 +3,9 @@
 import json
 
 import pytest
-import toy
 from PIL import Image
+
+import toy
 from prebake.runtime.__main__ import main
 from prebake.runtime.cli import numbered, short
 

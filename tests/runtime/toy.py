@@ -12,11 +12,12 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
+from torch import nn
+
 from prebake.runtime.check import cpu_flags
 from prebake.runtime.manifest import Cost, Defaults, FileEntry, Graph, Manifest, Requires, Site, Source, TensorSpec
 from prebake.runtime.plan import Evaluation, Plan, Update
-from safetensors.torch import save_file
-from torch import nn
 
 N, C, T, D, P, L = 4, 8, 6, 8, 6, 5
 WORDS = ["[PAD]", "[UNK]", "a", "red", "circle", "blue", "square", "of", "left"]

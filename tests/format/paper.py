@@ -10,9 +10,10 @@ import platform
 import zipfile
 
 import torch
+from safetensors.torch import save_file
+
 from prebake.runtime.manifest import Cost, Defaults, FileEntry, Graph, Manifest, Requires, Site, Source, TensorSpec
 from prebake.runtime.plan import Evaluation, Plan, Update
-from safetensors.torch import save_file
 
 X = TensorSpec(name="hidden_states", shape=(1, 2, 3), dtype="float32")
 T = TensorSpec(name="timestep", shape=(1,), dtype="float32")

@@ -8,6 +8,7 @@ import zipfile
 
 import pytest
 from paper import EULER, PLAN, edit, relist, write_package
+
 from prebake.runtime import ArtifactError
 from prebake.runtime.artifact import open_artifact
 from prebake.runtime.plan import Evaluation, Update

@@ -124,7 +124,7 @@ def in_memory_order(tensor: torch.Tensor) -> torch.Tensor:
 def digest(tensor: torch.Tensor) -> str:
     """A hash of dtype, shape, strides and bytes."""
     data = in_memory_order(tensor.detach()).reshape(-1).view(torch.uint8)
-    return f"{tensor.dtype} {tuple(tensor.shape)} {tensor.stride()} {hashlib.sha256(data.numpy()).hexdigest()}"
+    return f"{tensor.dtype} {tuple(tensor.shape)} {tensor.stride()} {hashlib.sha256(data.numpy().data).hexdigest()}"
 
 
 def unique(key: str, taken: Mapping[str, torch.Tensor]) -> str:

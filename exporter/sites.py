@@ -143,7 +143,8 @@ def _value(action: Action, base: Tensor | None, stream: Tensor | None, output: T
     if not slots:  # an output that nothing reads: any value of the right shape will do
         return base if base is not None else output
     # float32, as the coefficients are: a bfloat16 sum would lose what order-1 prediction gains
-    total = sum(w * s.float() for w, s in zip(weights, slots, strict=True))
+    first, *rest = (w * s.float() for w, s in zip(weights, slots, strict=True))
+    total = sum(rest, first)
     return (base.float() + total).to(output.dtype) if base is not None else total.to(output.dtype)
 
 

@@ -8,6 +8,7 @@ import types
 from pathlib import Path
 
 import pytest
+
 from prebake.exporter import cli
 from prebake.exporter.recipe import names, resolve, schema
 from prebake.exporter.sites import Variant

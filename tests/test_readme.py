@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+
 from prebake.exporter import cli
 from prebake.exporter.recipe import resolve
 

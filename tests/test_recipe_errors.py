@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+
 from prebake.exporter.recipe import Mask, check_inductor_flags, check_scheduler, resolve
 from prebake.runtime.errors import RecipeError
 

@@ -107,7 +107,7 @@ class Decoder(nn.Module):
 
     def __init__(self, vae: nn.Module, dtype: torch.dtype, rows: int, columns: int, channels_last: bool) -> None:
         super().__init__()
-        self.vae = vae
+        self.vae: Any = vae
         self.dtype, self.rows, self.columns = dtype, rows, columns
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
 

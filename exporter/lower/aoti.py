@@ -50,7 +50,7 @@ def compile_graph(graph: Captured, flags: dict[str, Any]) -> list[str]:
     """Compiles one graph; returns Inductor's files. Raises ExportError naming the graph when the compiler fails."""
     with build_folder():
         try:
-            files = torch._inductor.aot_compile(graph.gm, graph.args, options=flags)
+            files: Any = torch._inductor.aot_compile(graph.gm, graph.args, options=flags)
         except Exception as e:
             raise ExportError(f"graph {graph.name!r}: AOTInductor could not compile it ({type(e).__name__}: {first_line(e)})") from e
     return [str(f) for f in files]
@@ -60,7 +60,7 @@ def first_line(e: Exception) -> str:
     return next(iter(str(e).strip().splitlines()), "no message")
 
 
-def write_package(path: Path, models: dict[str, list[str]]) -> None:
+def write_package(path: Path, models: dict[str, list[Any]]) -> None:
     """One archive of all models, in torch's own layout, without sources, with fixed times and order."""
     from torch._inductor.package import package_aoti
 

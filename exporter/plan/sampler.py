@@ -84,7 +84,8 @@ def probe(scheduler: Any, calls: Sequence[Call]) -> tuple[list[torch.Tensor], tu
     count = len(calls)
     basis = torch.eye((2 + DRAWS) * count, dtype=torch.float64)
     units = basis.view(2 + DRAWS, count, 1, 1, 2 + DRAWS, count)  # [kind, evaluation, B, C, H, W]
-    rows, inputs = loop(scheduler, calls, units[0], units[1], units[2:].transpose(0, 1))
+    draws = [of_evaluation.unbind() for of_evaluation in units[2:].unbind(1)]
+    rows, inputs = loop(scheduler, calls, units[0].unbind(), units[1].unbind(), draws)
     scales = [x[0, 0, 0, e] for e, x in enumerate(inputs)]
     return [row[0, 0] for row in rows], floats(scales)
 
@@ -154,7 +155,7 @@ def replay(
     for e, u in enumerate(table.updates):
         newest_x, newest_m = latents[::-1], outputs[e::-1]
         terms = [*zip(u.latents, newest_x, strict=False), *zip(u.outputs, newest_m, strict=False), (u.noise, noises[e])]
-        latents.append(sum(a * t for a, t in terms))
+        latents.append(sum((a * t for a, t in terms), torch.zeros_like(x)))
     return latents[1:]
 
 

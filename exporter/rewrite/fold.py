@@ -11,6 +11,7 @@ a second time in another shape (its transpose, its float copy) is left in the gr
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import torch
 from torch import fx
@@ -83,15 +84,16 @@ def get_tensor(gm: fx.GraphModule, name: str) -> torch.Tensor:
 
 def evaluate(gm: fx.GraphModule, node: fx.Node) -> torch.Tensor:
     """The node's value, computed from the module's tensors."""
-    values: dict[fx.Node, object] = {}
+    values: dict[fx.Node, Any] = {}
 
-    def value(n: fx.Node):
+    def value(n: fx.Node) -> Any:
         if n not in values:
             if n.op == "get_attr":
                 values[n] = get_tensor(gm, str(n.target))
             else:
                 args, kwargs = fx.map_arg((n.args, n.kwargs), value)
-                values[n] = n.target(*args, **kwargs)
+                target: Any = n.target
+                values[n] = target(*args, **kwargs)
         return values[n]
 
     result = value(node)

@@ -5,14 +5,14 @@
 
 from __future__ import annotations
 
-from torch import nn
+from typing import Any
 
 from ...runtime.errors import ExportError
 
 PARTS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
 
 
-def fuse_qkv(component: str, model: nn.Module, *, key: str) -> int:
+def fuse_qkv(component: str, model: Any, *, key: str) -> int:
     """How many attentions were fused, always at least one: raises ExportError naming `key` when none could be.
 
     diffusers keeps the parts beside the fused matrix; they are dropped here, or they would be quantized and stored too.

@@ -49,7 +49,7 @@ def quantize(model: nn.Module, config: Any, width: int) -> dict[str, tuple[str, 
     """Quantizes `model` in place; returns every Linear's treatment. Raises ExportError when no layer qualifies."""
     linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     if config.method == "none":
-        return {name: ("kept", "quantize.method is none") for name in linears}
+        return dict.fromkeys(linears, ("kept", "quantize.method is none"))
     layers = {name: treatment(name, m, config, width) for name, m in linears.items()}
     chosen = {name for name, (what, _) in layers.items() if what == "int8"}
     if not chosen:

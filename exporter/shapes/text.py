@@ -139,7 +139,8 @@ HEADS = {
 def _loss(head: str, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Mean cross-entropy over the head's questions. logits: [N, sum of classes], labels: [N, questions]."""
     parts = logits.split(HEADS[head], -1)
-    return sum(F.cross_entropy(part, labels[:, k]) for k, part in enumerate(parts)) / len(parts)
+    losses = (F.cross_entropy(part, labels[:, k]) for k, part in enumerate(parts))
+    return sum(losses, logits.new_zeros(())) / len(parts)
 
 
 def _labels(caption: Caption) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

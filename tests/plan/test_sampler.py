@@ -14,6 +14,7 @@ import diffusers.schedulers
 import numpy as np
 import pytest
 import torch
+
 from prebake.exporter.plan.sampler import HISTORY, Table, tabulate
 from prebake.runtime.errors import ExportError, RecipeError
 from prebake.runtime.plan import Update

@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import FluxPipeline
+from tokenizers import Tokenizer
+
 from prebake.exporter.shapes import MODEL, prompts
 from prebake.exporter.shapes.checker import accuracy, check
 from prebake.exporter.shapes.evaluate import defaults, draw
-from tokenizers import Tokenizer
 
 CALL = {"height": 64, "width": 64, "max_sequence_length": 16, "num_inference_steps": 28, "guidance_scale": 3.5}
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from PIL import Image
+
 from prebake.exporter.shapes import prompts
 from prebake.exporter.shapes.checker import accuracy, check, parse
 from prebake.exporter.shapes.evaluate import open_attributes, prompt_sets

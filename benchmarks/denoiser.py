@@ -29,8 +29,16 @@ from prebake.exporter.progress import progress
 from prebake.exporter.recipe import resolve
 from prebake.runtime.artifact import Artifact, open_artifact
 
-WIDE = {"num_layers": 3, "num_single_layers": 7, "attention_head_dim": 64, "num_attention_heads": 16, "axes_dims_rope": (8, 28, 28)}
-WIDE_DEFAULTS = "[defaults]\nheight = 256\nwidth = 256\nmax_sequence_length = 16\nnum_inference_steps = 28\nguidance_scale = 3.5\n"
+WIDE = {
+    "num_layers": 3,
+    "num_single_layers": 7,
+    "attention_head_dim": 64,
+    "num_attention_heads": 16,
+    "axes_dims_rope": (8, 28, 28),
+}
+WIDE_DEFAULTS = (
+    "[defaults]\nheight = 256\nwidth = 256\nmax_sequence_length = 16\nnum_inference_steps = 28\nguidance_scale = 3.5\n"
+)
 
 
 def main() -> None:
@@ -38,7 +46,9 @@ def main() -> None:
     parser.add_argument("--model", default="shapes", help="shapes, wide, or a pipeline folder")
     parser.add_argument("--base", default="shapes", help="the pipeline whose text encoders and VAE `wide` borrows")
     parser.add_argument("--recipe", default="flux-fast")
-    parser.add_argument("--set", dest="overrides", action="append", default=["cache.method=pab", "verify.cached_psnr_db=1"])
+    parser.add_argument(
+        "--set", dest="overrides", action="append", default=["cache.method=pab", "verify.cached_psnr_db=1"]
+    )
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--artifact", type=Path, help="an artifact exported before, instead of exporting one now")
@@ -59,7 +69,10 @@ def wide(folder: Path, base: str) -> str:
 
     pipe = source.load(base, None, {"default": torch.float32}).pipe
     torch.manual_seed(0)
-    kept = {k: pipe.transformer.config[k] for k in ("patch_size", "in_channels", "joint_attention_dim", "pooled_projection_dim", "guidance_embeds")}
+    kept = {
+        k: pipe.transformer.config[k]
+        for k in ("patch_size", "in_channels", "joint_attention_dim", "pooled_projection_dim", "guidance_embeds")
+    }
     pipe.register_modules(transformer=FluxTransformer2DModel(**kept, **WIDE))
     pipe.save_pretrained(folder)
     (folder / "prebake.toml").write_text(WIDE_DEFAULTS, "utf-8")
@@ -73,7 +86,11 @@ def exported(model: str, folder: Path, args: argparse.Namespace) -> Path:
 
 def measure(model: str, artifact: Artifact, args: argparse.Namespace) -> dict[str, Any]:
     """Median milliseconds of one evaluation for each way of running it, and each way's error against eager float32."""
-    size = flux.Size(artifact.manifest.defaults.height, artifact.manifest.defaults.width, artifact.manifest.pipeline["prompts"][1]["max_length"])
+    size = flux.Size(
+        artifact.manifest.defaults.height,
+        artifact.manifest.defaults.width,
+        artifact.manifest.pipeline["prompts"][1]["max_length"],
+    )
     component = flux.denoiser(source.load(model, None, {"default": torch.float32}).pipe, size)
     half = flux.denoiser(source.load(model, None, {"default": torch.bfloat16}).pipe, size)
     ways: dict[str, Callable[[], torch.Tensor]] = {
@@ -99,7 +116,14 @@ def measure(model: str, artifact: Artifact, args: argparse.Namespace) -> dict[st
     parameters = sum(p.numel() for p in component.module.parameters())
     tokens = component.args[0].shape[1] + component.args[1].shape[1]
     medians = {way: statistics.median(t) for way, t in times.items()}
-    return {"parameters": parameters, "tokens": tokens, "median_ms": medians, "relative_error": errors, "flops": costs, "torch": torch.__version__}
+    return {
+        "parameters": parameters,
+        "tokens": tokens,
+        "median_ms": medians,
+        "relative_error": errors,
+        "flops": costs,
+        "torch": torch.__version__,
+    }
 
 
 def call(variant: Any, artifact: Artifact, named: dict[str, torch.Tensor]) -> Callable[[], torch.Tensor]:
@@ -121,7 +145,9 @@ def narrowed(graph: Any, named: dict[str, torch.Tensor]) -> dict[str, torch.Tens
 
 def report(figures: dict[str, Any], args: argparse.Namespace) -> None:
     base = figures["median_ms"]["eager float32"]
-    print(f"{args.model}: {figures['parameters'] / 1e6:.0f}M parameters, {figures['tokens']} tokens, {args.threads} thread(s), torch {figures['torch']}")
+    print(
+        f"{args.model}: {figures['parameters'] / 1e6:.0f}M parameters, {figures['tokens']} tokens, {args.threads} thread(s), torch {figures['torch']}"
+    )
     print(f"{'':28s}{'ms':>10s}{'x eager':>10s}{'error':>10s}{'FLOPs':>8s}")
     full = figures["flops"]["full"]
     for way, ms in figures["median_ms"].items():

@@ -49,7 +49,9 @@ class Captured:
         return tuple(spec for spec, node in zip(self.inputs, placeholders, strict=True) if node.users)
 
 
-def capture(name: str, module: nn.Module, args: tuple[Tensor, ...], inputs: tuple[str, ...], outputs: tuple[str, ...]) -> Captured:
+def capture(
+    name: str, module: nn.Module, args: tuple[Tensor, ...], inputs: tuple[str, ...], outputs: tuple[str, ...]
+) -> Captured:
     """`module(*args)` as a graph. Raises ExportError naming the graph when torch.export cannot trace it."""
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -63,7 +65,9 @@ def capture(name: str, module: nn.Module, args: tuple[Tensor, ...], inputs: tupl
             raise ExportError(f"graph {name!r}: torch.export could not trace it ({type(e).__name__}: {first})") from e
         results = [n.meta["val"] for n in output_nodes(gm)]
         if strided := [n for n, t in zip(outputs, results, strict=True) if not t.is_contiguous()]:
-            raise ExportError(f"graph {name!r}: outputs {', '.join(strided)} are not contiguous, which the call contract asks for")
+            raise ExportError(
+                f"graph {name!r}: outputs {', '.join(strided)} are not contiguous, which the call contract asks for"
+            )
         for rewrite in PASSES:
             gm = rewrite(gm)
     return Captured(name, gm, args, specs(inputs, args), specs(outputs, results))

@@ -47,7 +47,9 @@ def module_flops(module: nn.Module, args: tuple[Tensor, ...]) -> dict[str, int]:
 
 def attention_ops(graph: Captured) -> int:
     """How many attention calls the graph has."""
-    return sum(n.op == "call_function" and any(op in str(n.target) for op in ATTENTION_OPS) for n in graph.gm.graph.nodes)
+    return sum(
+        n.op == "call_function" and any(op in str(n.target) for op in ATTENTION_OPS) for n in graph.gm.graph.nodes
+    )
 
 
 def check_skips(full: Cost, variant: Cost, name: str, skipped_flops: int) -> None:

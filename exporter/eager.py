@@ -45,7 +45,23 @@ def eager_variant(denoiser: Component, planned: Planned, variant: Variant) -> Ru
     return RuntimeVariant(graph, call)
 
 
-def eager_replay(denoiser: Component, planned: Planned, plan: Plan, inputs: Mapping[str, Tensor], latents: Tensor, *, timestep_scale: float, **kwargs) -> Tensor:
+def eager_replay(
+    denoiser: Component,
+    planned: Planned,
+    plan: Plan,
+    inputs: Mapping[str, Tensor],
+    latents: Tensor,
+    *,
+    timestep_scale: float,
+    **kwargs,
+) -> Tensor:
     """The final latents of `plan`; `kwargs` are `replay`'s own."""
     sites = {m.name: Site(name=m.name, slots=m.slots, tensors=m.tensors) for m in planned.marks}
-    return replay(tables_on(plan, latents.device, timestep_scale), eager_variants(denoiser, planned), sites, inputs, latents, **kwargs)
+    return replay(
+        tables_on(plan, latents.device, timestep_scale),
+        eager_variants(denoiser, planned),
+        sites,
+        inputs,
+        latents,
+        **kwargs,
+    )

@@ -38,14 +38,18 @@ def staged(output: Path, *, force: bool) -> Iterator[Path]:
         if not force:
             raise ExportError(f"{output}: already exists; choose another --output, or replace it with --force")
         if not is_artifact(output) and (not output.is_dir() or any(output.iterdir())):
-            raise ExportError(f"{output}: --force replaces artifacts only, and this has no manifest.json of one; choose another --output")
+            raise ExportError(
+                f"{output}: --force replaces artifacts only, and this has no manifest.json of one; choose another --output"
+            )
     output.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))
     try:
         yield folder
         folder.chmod(0o755)
         if output.exists() and not force:
-            raise ExportError(f"{output}: already exists since this export began; choose another --output, or replace it with --force")
+            raise ExportError(
+                f"{output}: already exists since this export began; choose another --output, or replace it with --force"
+            )
         replace(folder, output)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -117,7 +121,9 @@ def in_memory_order(tensor: torch.Tensor) -> torch.Tensor:
     if is_channels_last(tensor):
         return tensor.permute(0, 2, 3, 1)
     if not tensor.is_contiguous():
-        raise ExportError(f"a constant of shape {tuple(tensor.shape)} has strides {tensor.stride()}, which safetensors cannot keep; this is a bug in a rewrite")
+        raise ExportError(
+            f"a constant of shape {tuple(tensor.shape)} has strides {tensor.stride()}, which safetensors cannot keep; this is a bug in a rewrite"
+        )
     return tensor
 
 
@@ -152,7 +158,9 @@ def write_tokenizers(folder: Path, tokenizers: Mapping[str, Any]) -> None:
     """`tokenizer.json` of each, which is all that the runtime's `tokenizers` library reads. Raises ExportError without one."""
     for path, tokenizer in tokenizers.items():
         if not getattr(tokenizer, "is_fast", False):
-            raise ExportError(f"{path}: expected a fast tokenizer, got {type(tokenizer).__name__}; convert it with transformers first")
+            raise ExportError(
+                f"{path}: expected a fast tokenizer, got {type(tokenizer).__name__}; convert it with transformers first"
+            )
         (folder / path).mkdir(parents=True)
         tokenizer.backend_tokenizer.save(str(folder / path / "tokenizer.json"))
 

@@ -138,7 +138,12 @@ def verify(folder: Path, prepared: Prepared, manifest: Manifest, options: Option
 def dtypes(recipe: Recipe) -> dict[str, torch.dtype]:
     """Component -> dtype, as `from_pretrained(torch_dtype=...)` takes it."""
     of = recipe.precision
-    names = {"transformer": of.denoiser, "text_encoder": of.text_encoders, "text_encoder_2": of.text_encoders, "vae": of.vae}
+    names = {
+        "transformer": of.denoiser,
+        "text_encoder": of.text_encoders,
+        "text_encoder_2": of.text_encoders,
+        "vae": of.vae,
+    }
     return {"default": torch.float32, **{component: getattr(torch, name) for component, name in names.items()}}
 
 
@@ -253,7 +258,9 @@ def describe(folder: Path, prepared: Prepared, weights: Weights, suffix: str) ->
         requires=Requires(isa_level=level, isa=flags, glibc=glibc_version(), **machine(prepared.recipe)),
         source=prepared.source,
         toolchain=versions(),
-        recipe=prepared.recipe.model_copy(update={"model": prepared.recipe.model.model_copy(update={"id": prepared.source.model})}).model_dump(mode="json"),
+        recipe=prepared.recipe.model_copy(
+            update={"model": prepared.recipe.model.model_copy(update={"id": prepared.source.model})}
+        ).model_dump(mode="json"),
         defaults=prepared.defaults,
         pipeline=prepared.family.facts(prepared.pipe, prepared.size),
         layers=prepared.layers,

@@ -54,7 +54,11 @@ class JsonLines(Progress):
         self.say(event="doing", what=what)
 
     def say(self, **event: Any) -> None:
-        print(json.dumps({"stage": self.current, "elapsed_s": round(time.perf_counter() - self.start, 2), **event}), file=sys.stderr, flush=True)
+        print(
+            json.dumps({"stage": self.current, "elapsed_s": round(time.perf_counter() - self.start, 2), **event}),
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 class Bar(Progress):

@@ -68,13 +68,19 @@ def submodule(model: nn.Module, path: str) -> nn.Module:
         return model.get_submodule(path)
     except AttributeError as e:
         parent = path.rpartition(".")[0]
-        exists = [n for n, _ in model.named_modules() if n.rpartition(".")[0] == parent] or [n for n, _ in model.named_children()]
+        exists = [n for n, _ in model.named_modules() if n.rpartition(".")[0] == parent] or [
+            n for n, _ in model.named_children()
+        ]
         raise ExportError(f"site {path!r} is not in the model; there it has {', '.join(exists)}") from e
 
 
 @contextmanager
 def applied(
-    model: nn.Module, marks: tuple[Mark, ...], variant: Variant, slots: Mapping[str, Tensor], coefficients: Tensor | None
+    model: nn.Module,
+    marks: tuple[Mark, ...],
+    variant: Variant,
+    slots: Mapping[str, Tensor],
+    coefficients: Tensor | None,
 ) -> Iterator[dict[str, Tensor]]:
     """One forward of `model` inside this context carries out `variant`; yields the dict of fresh site tensors.
 
@@ -113,7 +119,9 @@ def _hook(model, mark: Mark, action: Action, slots, weights, fresh) -> list[Any]
     def act(module, args, kwargs, output):
         outputs = output if isinstance(output, tuple) else (output,)
         if len(outputs) != len(mark.streams):
-            raise ExportError(f"site {mark.name!r}: expected {len(mark.streams)} outputs of {mark.modules[-1]}, got {len(outputs)}")
+            raise ExportError(
+                f"site {mark.name!r}: expected {len(mark.streams)} outputs of {mark.modules[-1]}, got {len(outputs)}"
+            )
         base = [head[s] for s in mark.streams] if mark.residual else None
         if action == "compute":
             values = [o - b for o, b in zip(outputs, base, strict=True)] if base else list(outputs)
@@ -121,7 +129,11 @@ def _hook(model, mark: Mark, action: Action, slots, weights, fresh) -> list[Any]
             return None
         replaced = []
         for i, o in enumerate(outputs):
-            stored = [slots[f"{mark.tensor(i)}@{k}"] for k in range(mark.slots)] if weights and mark.tensor(i) in mark.tensors else []
+            stored = (
+                [slots[f"{mark.tensor(i)}@{k}"] for k in range(mark.slots)]
+                if weights and mark.tensor(i) in mark.tensors
+                else []
+            )
             replaced.append(_value(action, base[i] if base else None, head.get(mark.streams[i]), o, stored, weights))
         return tuple(replaced) if isinstance(output, tuple) else replaced[0]
 
@@ -175,7 +187,11 @@ class VariantModule(nn.Module):
         fresh = dict(zip(everything.outputs, results, strict=True))
         slots = [fresh[name.partition("@")[0]] for name in self.inputs[len(own) + 1 :]]
         seeded = torch.Generator().manual_seed(0)
-        return (*own, torch.ones(self.coefficients), *(torch.randn(t.shape, generator=seeded).to(t.dtype) for t in slots))
+        return (
+            *own,
+            torch.ones(self.coefficients),
+            *(torch.randn(t.shape, generator=seeded).to(t.dtype) for t in slots),
+        )
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         named = dict(zip(self.inputs, tensors, strict=True))

@@ -17,7 +17,13 @@ EMBEDDED = {"shapes": Path(__file__).parent / "shapes" / "model"}
 SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".toml", ".bin")
 
 
-DEFAULTS = {"height": int, "width": int, "max_sequence_length": int, "num_inference_steps": int, "guidance_scale": int | float}
+DEFAULTS = {
+    "height": int,
+    "width": int,
+    "max_sequence_length": int,
+    "num_inference_steps": int,
+    "guidance_scale": int | float,
+}
 
 
 @dataclass(frozen=True)
@@ -41,7 +47,9 @@ def load(model: str, revision: str | None, dtypes: dict[str, torch.dtype]) -> Lo
     try:
         pipe = DiffusionPipeline.from_pretrained(folder, dtype=dtypes, local_files_only=True)
     except Exception as e:
-        raise ExportError(f"model {model!r}: diffusers could not read {folder} ({type(e).__name__}: {str(e).splitlines()[0]})") from e
+        raise ExportError(
+            f"model {model!r}: diffusers could not read {folder} ({type(e).__name__}: {str(e).splitlines()[0]})"
+        ) from e
     for component in pipe.components.values():
         if isinstance(component, torch.nn.Module):
             component.eval().requires_grad_(False)
@@ -56,7 +64,9 @@ def find(model: str, revision: str | None = None) -> Path:
     folder = Path(model).expanduser()
     if folder.is_dir():
         if not (folder / "model_index.json").is_file():
-            raise ExportError(f"model {model!r}: expected a pipeline folder with model_index.json, as save_pretrained writes it, found none")
+            raise ExportError(
+                f"model {model!r}: expected a pipeline folder with model_index.json, as save_pretrained writes it, found none"
+            )
         return folder
     from diffusers import DiffusionPipeline
 
@@ -71,7 +81,11 @@ def find(model: str, revision: str | None = None) -> Path:
 
 def name_of(model: str) -> str:
     """The id, or a folder's last part: no absolute path reaches the manifest."""
-    return Path(model).expanduser().resolve().name if Path(model).expanduser().is_dir() and model not in EMBEDDED else model
+    return (
+        Path(model).expanduser().resolve().name
+        if Path(model).expanduser().is_dir() and model not in EMBEDDED
+        else model
+    )
 
 
 def fingerprint(folder: Path) -> str:

@@ -39,7 +39,9 @@ def fake_pipeline(monkeypatch):
 
     def prepare(recipe, progress):
         cost = Cost(flops=2_500_000_000, ops=7, constants=1, constants_bytes=1_000_000)
-        return types.SimpleNamespace(costs={"full": cost}, planned=types.SimpleNamespace(plans=(PLAN,), variants=(Variant("full", ()),)))
+        return types.SimpleNamespace(
+            costs={"full": cost}, planned=types.SimpleNamespace(plans=(PLAN,), variants=(Variant("full", ()),))
+        )
 
     fake.Options, fake.export, fake.prepare, fake.plan_summary = (
         types.SimpleNamespace,

@@ -31,9 +31,25 @@ def arithmetic(a, b):
 def test_arithmetic_on_fresh_results_becomes_functional():
     a, b = torch.randn(3, 3), torch.randn(3, 3)
     gm = traced(arithmetic, a, b)
-    assert ops(gm) == ["matmul.default", "sub_.Tensor", "mul.Tensor", "reshape.default", "add_.Tensor", "sum.default", "mul.Tensor"]
+    assert ops(gm) == [
+        "matmul.default",
+        "sub_.Tensor",
+        "mul.Tensor",
+        "reshape.default",
+        "add_.Tensor",
+        "sum.default",
+        "mul.Tensor",
+    ]
     assert functionalize(gm)
-    assert ops(gm) == ["matmul.default", "sub.Tensor", "mul.Tensor", "reshape.default", "add.Tensor", "sum.default", "mul.Tensor"]
+    assert ops(gm) == [
+        "matmul.default",
+        "sub.Tensor",
+        "mul.Tensor",
+        "reshape.default",
+        "add.Tensor",
+        "sum.default",
+        "mul.Tensor",
+    ]
     assert torch.equal(gm(a, b)[0], arithmetic(a, b))
 
 

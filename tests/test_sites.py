@@ -67,7 +67,10 @@ def test_a_residual_of_two_slots_extrapolates_linearly(denoiser, tiny_pipe):
     fresh = outputs(variant_of(denoiser, (mark,), "compute"), *denoiser.args)
     module = variant_of(denoiser, (mark,), "combine")
     older = {name: value / 2 for name, value in fresh.items() if name != "sample"}
-    slots = [(fresh if name.endswith("@0") else older)[name.partition("@")[0]] for name in module.inputs[len(denoiser.inputs) + 1 :]]
+    slots = [
+        (fresh if name.endswith("@0") else older)[name.partition("@")[0]]
+        for name in module.inputs[len(denoiser.inputs) + 1 :]
+    ]
     # 2 fresh - older = 1.5 fresh, and the order of the weights matters
     ahead = outputs(module, *denoiser.args, torch.tensor([2.0, -1.0]), *slots)["sample"]
     back = outputs(module, *denoiser.args, torch.tensor([-1.0, 2.0]), *slots)["sample"]
@@ -92,7 +95,9 @@ def test_identity_of_an_attention_returns_its_input(denoiser, attentions):
     denoiser.module(*denoiser.args)
     handle.remove()
     replaced = {}
-    follow = denoiser.module.transformer.transformer_blocks[0].register_forward_hook(lambda m, a, o: replaced.update(out=o))
+    follow = denoiser.module.transformer.transformer_blocks[0].register_forward_hook(
+        lambda m, a, o: replaced.update(out=o)
+    )
     outputs(variant_of(denoiser, attentions[:1], "identity"), *denoiser.args)
     follow.remove()
     assert seen["hidden_states"].shape == replaced["out"][1].shape
@@ -108,5 +113,8 @@ def test_no_hook_stays_behind_also_after_an_error(denoiser, attentions):
 
 
 def test_an_unknown_site_is_refused_with_those_that_exist(denoiser):
-    with pytest.raises(ExportError, match=r"site 'transformer\.transformer_blocks\.30' is not in the model; there it has transformer\.transformer_blocks\.0"):
+    with pytest.raises(
+        ExportError,
+        match=r"site 'transformer\.transformer_blocks\.30' is not in the model; there it has transformer\.transformer_blocks\.0",
+    ):
         submodule(denoiser.module, "transformer.transformer_blocks.30")

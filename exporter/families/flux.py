@@ -129,7 +129,9 @@ def check_size(pipe: Any, size: Size) -> None:
             f"{size.height} x {size.width}; the nearest are {round(size.height / patch) * patch} x {round(size.width / patch) * patch}"
         )
     if not 1 <= size.tokens <= 512:
-        raise ExportError(f"shapes.max_sequence_length: expected 1 to 512 tokens as FluxPipeline does, got {size.tokens}")
+        raise ExportError(
+            f"shapes.max_sequence_length: expected 1 to 512 tokens as FluxPipeline does, got {size.tokens}"
+        )
 
 
 def grid(pipe: Any, size: Size) -> tuple[int, int]:
@@ -147,8 +149,12 @@ def denoiser(pipe: Any, size: Size) -> Component:
     seeded = torch.Generator().manual_seed(0)
     named = {
         "hidden_states": torch.randn(1, rows * columns, config.in_channels, generator=seeded),
-        "encoder_hidden_states": torch.randn(1, size.tokens, config.joint_attention_dim, generator=seeded).to(pipe.text_encoder_2.dtype),
-        "pooled_projections": torch.randn(1, config.pooled_projection_dim, generator=seeded).to(pipe.text_encoder.dtype),
+        "encoder_hidden_states": torch.randn(1, size.tokens, config.joint_attention_dim, generator=seeded).to(
+            pipe.text_encoder_2.dtype
+        ),
+        "pooled_projections": torch.randn(1, config.pooled_projection_dim, generator=seeded).to(
+            pipe.text_encoder.dtype
+        ),
         "timestep": torch.tensor([0.5]),
     }
     if config.guidance_embeds:
@@ -166,8 +172,16 @@ def others(pipe: Any, size: Size, *, channels_last: bool) -> tuple[Component, ..
     latents = torch.zeros(1, rows * columns, pipe.transformer.config.in_channels)
     decoder = Decoder(pipe.vae, pipe.vae.dtype, rows, columns, channels_last)
     return (
-        Component("text_encoder", PooledText(pipe.text_encoder).eval(), ("input_ids",), ("pooled_projections",), (clip_ids,)),
-        Component("text_encoder_2", TextStates(pipe.text_encoder_2).eval(), ("input_ids",), ("encoder_hidden_states",), (t5_ids,)),
+        Component(
+            "text_encoder", PooledText(pipe.text_encoder).eval(), ("input_ids",), ("pooled_projections",), (clip_ids,)
+        ),
+        Component(
+            "text_encoder_2",
+            TextStates(pipe.text_encoder_2).eval(),
+            ("input_ids",),
+            ("encoder_hidden_states",),
+            (t5_ids,),
+        ),
         Component("vae_decoder", decoder.eval(), ("latents",), ("image",), (latents,)),
     )
 
@@ -229,7 +243,9 @@ def layout(pipe: Any) -> Layout:
     transformer = pipe.transformer
     attentions = tuple(
         Attention(Mark(f"{name}.attn", (f"transformer.{name}.attn",), streams))
-        for blocks, streams in zip(BLOCK_LISTS, (("hidden_states", "encoder_hidden_states"), ("hidden_states",)), strict=True)
+        for blocks, streams in zip(
+            BLOCK_LISTS, (("hidden_states", "encoder_hidden_states"), ("hidden_states",)), strict=True
+        )
         for name in (f"{blocks}.{i}" for i in range(len(getattr(transformer, blocks))))
     )
     blocks = tuple(f"transformer.{b}.{i}" for b in BLOCK_LISTS for i in range(len(getattr(transformer, b))))

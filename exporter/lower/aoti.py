@@ -52,7 +52,9 @@ def compile_graph(graph: Captured, flags: dict[str, Any]) -> list[str]:
         try:
             files: Any = torch._inductor.aot_compile(graph.gm, graph.args, options=flags)
         except Exception as e:
-            raise ExportError(f"graph {graph.name!r}: AOTInductor could not compile it ({type(e).__name__}: {first_line(e)})") from e
+            raise ExportError(
+                f"graph {graph.name!r}: AOTInductor could not compile it ({type(e).__name__}: {first_line(e)})"
+            ) from e
     return [str(f) for f in files]
 
 
@@ -91,7 +93,9 @@ def build_folder() -> Iterator[Path]:
         folder.mkdir(mode=0o700)
     info = folder.lstat()
     if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid() or info.st_mode & 0o077:
-        raise ExportError(f"{folder}: expected a folder that only this user can open, because compiled code passes through it; remove it or set TMPDIR")
+        raise ExportError(
+            f"{folder}: expected a folder that only this user can open, because compiled code passes through it; remove it or set TMPDIR"
+        )
     before = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
     with (folder / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -31,11 +31,15 @@ def choose(isa: str) -> tuple[str, tuple[str, ...]]:
     if isa == "host":
         level = next((name for name in ("x86-64-v4", "x86-64-v3") if flags.issuperset(LEVELS[name])), None)
         if level is None:
-            raise ExportError("compile.isa 'host': this CPU has no AVX2, so neither x86-64-v3 nor v4 fits; set compile.isa=native")
+            raise ExportError(
+                "compile.isa 'host': this CPU has no AVX2, so neither x86-64-v3 nor v4 fits; set compile.isa=native"
+            )
         return level, LEVELS[level]
     missing = sorted(set(LEVELS[isa]) - flags)
     if missing:
-        raise ExportError(f"compile.isa {isa!r} needs {', '.join(missing)}, which this CPU lacks, so the result could not be verified here; export on such a machine or choose a lower level")
+        raise ExportError(
+            f"compile.isa {isa!r} needs {', '.join(missing)}, which this CPU lacks, so the result could not be verified here; export on such a machine or choose a lower level"
+        )
     return isa, LEVELS[isa]
 
 

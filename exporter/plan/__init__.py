@@ -85,5 +85,6 @@ def join(name: str, steps: int, cache: str, table: Table, schedule: Schedule, na
 def without_dead(marks: tuple[Mark, ...], dead: frozenset[str]) -> tuple[Mark, ...]:
     """The marks, no longer storing the tensors in `dead`, which no variant reads."""
     return tuple(
-        replace(m, kept=tuple(i for i in range(len(m.streams)) if m.tensor(i) in m.tensors and m.tensor(i) not in dead)) for m in marks
+        replace(m, kept=tuple(i for i in range(len(m.streams)) if m.tensor(i) in m.tensors and m.tensor(i) not in dead))
+        for m in marks
     )

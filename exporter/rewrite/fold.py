@@ -27,7 +27,12 @@ def fold_constants(gm: fx.GraphModule) -> fx.GraphModule:
     sources = constant_sources(gm)
     folded: dict[str, torch.Tensor] = {}
     for node in list(gm.graph.nodes):
-        if node.op != "call_function" or node not in sources or not on_frontier(node, sources) or not worth_it(gm, node, sources[node]):
+        if (
+            node.op != "call_function"
+            or node not in sources
+            or not on_frontier(node, sources)
+            or not worth_it(gm, node, sources[node])
+        ):
             continue
         name = kept(gm, folded, evaluate(gm, node).contiguous().clone())
         with gm.graph.inserting_before(node):

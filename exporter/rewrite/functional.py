@@ -38,7 +38,11 @@ def is_mutating(node: fx.Node) -> bool:
 def understood(node: fx.Node) -> bool:
     """`op_(x, ...)` where a functional `op` exists and nobody else can see the memory of x."""
     target = node.args[0] if node.args else None
-    if not isinstance(node.target, torch._ops.OpOverload) or functional_form(node.target) is None or not isinstance(target, fx.Node):
+    if (
+        not isinstance(node.target, torch._ops.OpOverload)
+        or functional_form(node.target) is None
+        or not isinstance(target, fx.Node)
+    ):
         return False
     same = target.meta["val"].dtype == node.meta["val"].dtype and target.meta["val"].shape == node.meta["val"].shape
     return same and is_private(target) and not any(is_view(user) for user in target.users)
@@ -47,7 +51,11 @@ def understood(node: fx.Node) -> bool:
 def functional_form(op: torch._ops.OpOverload) -> torch._ops.OpOverload | None:
     """`aten.sub.Tensor` for `aten.sub_.Tensor`, or None."""
     name = op._schema.name.removeprefix("aten::")
-    packet = getattr(torch.ops.aten, name.removesuffix("_"), None) if name.endswith("_") and not name.endswith("__") else None
+    packet = (
+        getattr(torch.ops.aten, name.removesuffix("_"), None)
+        if name.endswith("_") and not name.endswith("__")
+        else None
+    )
     return getattr(packet, op._overloadname, None) if packet is not None else None
 
 
@@ -65,5 +73,7 @@ def is_view(node: fx.Node) -> bool:
     """Whether the result may share memory with an argument. `to` and `contiguous` may, so they count."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return True
-    returns_alias = any(r.alias_info is not None for r in node.target._schema.returns) and not node.target._schema.is_mutable
+    returns_alias = (
+        any(r.alias_info is not None for r in node.target._schema.returns) and not node.target._schema.is_mutable
+    )
     return returns_alias or node.target._opname in ("reshape", "contiguous", "to", "flatten", "type_as", "expand_as")

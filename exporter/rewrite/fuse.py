@@ -1,6 +1,6 @@
 """Fused projections: q, k and v as one matrix product, by diffusers' own `fuse_qkv_projections`.
 
-    before  q = x Wq, k = x Wk, v = x Wv        after  q, k, v = (x [Wq Wk Wv]).chunk(3)
+before  q = x Wq, k = x Wk, v = x Wv        after  q, k, v = (x [Wq Wk Wv]).chunk(3)
 """
 
 from __future__ import annotations
@@ -20,9 +20,15 @@ def fuse_qkv(component: str, model: Any, *, key: str) -> int:
     if not hasattr(model, "fuse_qkv_projections"):
         raise ExportError(f"{key}: {type(model).__name__} ({component}) has no fuse_qkv_projections; set {key}=false")
     model.fuse_qkv_projections()
-    fused = [m for m in model.modules() if getattr(m, "fused_projections", False) and (hasattr(m, "to_qkv") or hasattr(m, "to_kv"))]
+    fused = [
+        m
+        for m in model.modules()
+        if getattr(m, "fused_projections", False) and (hasattr(m, "to_qkv") or hasattr(m, "to_kv"))
+    ]
     if not fused:
-        raise ExportError(f"{key}: diffusers found no attention to fuse in the {component} ({type(model).__name__}); set {key}=false")
+        raise ExportError(
+            f"{key}: diffusers found no attention to fuse in the {component} ({type(model).__name__}); set {key}=false"
+        )
     for attention in fused:
         whole = ["to_q"] if not hasattr(attention, "to_qkv") else []
         for part in PARTS:

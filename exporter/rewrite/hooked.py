@@ -15,8 +15,14 @@ def refuse_hooked(component: str, model: nn.Module) -> None:
         where = f"{component}.{name}" if name else component
         registry = getattr(module, "_diffusers_hook", None)
         if registry is not None and registry.hooks:
-            raise ExportError(f"{where} carries the diffusers hook {', '.join(registry.hooks)}, whose state would be baked into the graph; {WAY_OUT}")
+            raise ExportError(
+                f"{where} carries the diffusers hook {', '.join(registry.hooks)}, whose state would be baked into the graph; {WAY_OUT}"
+            )
         if "forward" in vars(module):
-            raise ExportError(f"{where} has a patched forward ({vars(module)['forward']!r:.80}), which export cannot trust; {WAY_OUT}")
+            raise ExportError(
+                f"{where} has a patched forward ({vars(module)['forward']!r:.80}), which export cannot trust; {WAY_OUT}"
+            )
         if module._forward_hooks or module._forward_pre_hooks:
-            raise ExportError(f"{where} carries torch forward hooks, whose state would be baked into the graph; {WAY_OUT}")
+            raise ExportError(
+                f"{where} carries torch forward hooks, whose state would be baked into the graph; {WAY_OUT}"
+            )

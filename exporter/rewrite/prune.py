@@ -25,7 +25,9 @@ def prune(gm: fx.GraphModule) -> fx.GraphModule:
 def drop_unused_tensors(gm: fx.GraphModule) -> None:
     """Deletes parameters and buffers that no node reads, or the skip variants would carry all weights."""
     used = {str(n.target) for n in gm.graph.nodes if n.op == "get_attr"}
-    held = [n for n, _ in gm.named_parameters(remove_duplicate=False)] + [n for n, _ in gm.named_buffers(remove_duplicate=False)]
+    held = [n for n, _ in gm.named_parameters(remove_duplicate=False)] + [
+        n for n, _ in gm.named_buffers(remove_duplicate=False)
+    ]
     for name in held:
         if name not in used:
             path, _, leaf = name.rpartition(".")

@@ -80,7 +80,9 @@ CASES = [(8, 2, (100, 800)), (12, 3, (100, 1000)), (5, 2, (0, 1000)), (28, 6, (2
 
 @pytest.mark.parametrize(("steps", "every", "window"), CASES)
 def test_pab_computes_the_sites_and_reaches_the_latents_of_diffusers(tiny_pipe, steps, every, window):
-    cache = PyramidAttentionBroadcast(spatial_attention_block_skip_range=every, spatial_attention_timestep_skip_range=window)
+    cache = PyramidAttentionBroadcast(
+        spatial_attention_block_skip_range=every, spatial_attention_timestep_skip_range=window
+    )
     ours, table = planned(tiny_pipe, cache, steps)
     denoiser = flux.denoiser(tiny_pipe, SIZE)
     latents = torch.randn(1, 64, 16, generator=torch.Generator().manual_seed(steps))
@@ -95,7 +97,9 @@ def test_pab_computes_the_sites_and_reaches_the_latents_of_diffusers(tiny_pipe, 
 
 
 def test_the_comparison_with_diffusers_can_fail(tiny_pipe):
-    cache = PyramidAttentionBroadcast(spatial_attention_block_skip_range=2, spatial_attention_timestep_skip_range=(0, 1000))
+    cache = PyramidAttentionBroadcast(
+        spatial_attention_block_skip_range=2, spatial_attention_timestep_skip_range=(0, 1000)
+    )
     ours, _ = planned(tiny_pipe, cache, 8)
     denoiser = flux.denoiser(tiny_pipe, SIZE)
     latents = torch.randn(1, 64, 16, generator=torch.Generator().manual_seed(8))
@@ -137,7 +141,11 @@ def test_a_line_through_any_two_points_is_predicted_exactly(tiny_pipe):
         timesteps = tuple(sorted((rng.uniform(0, 1000) for _ in range(9)), reverse=True))
         slope, start = rng.uniform(-2, 2), rng.uniform(-5, 5)
         computed: list[float] = []
-        for d, t in zip(schedule(Mask(mask="11(001)", order=1), flux.layout(tiny_pipe), timesteps, ()).decisions, timesteps, strict=True):
+        for d, t in zip(
+            schedule(Mask(mask="11(001)", order=1), flux.layout(tiny_pipe), timesteps, ()).decisions,
+            timesteps,
+            strict=True,
+        ):
             value = slope * t + start
             for weights in d.coefficients.values():
                 predicted = sum(w * y for w, y in zip(weights, reversed(computed), strict=False))
@@ -161,7 +169,9 @@ def test_plans_never_read_what_was_not_stored_and_every_variant_exists(tiny_pipe
 
 def test_identifiers_that_match_nothing_are_refused_with_the_attentions_that_exist(tiny_pipe):
     cache = PyramidAttentionBroadcast(spatial_attention_block_identifiers=("temporal",))
-    with pytest.raises(ExportError, match=r"\['temporal'\] match no attention of the model; it has transformer_blocks\.0\.attn, "):
+    with pytest.raises(
+        ExportError, match=r"\['temporal'\] match no attention of the model; it has transformer_blocks\.0\.attn, "
+    ):
         planned(tiny_pipe, cache, 8)
 
 

@@ -33,8 +33,16 @@ def residual(cache: Any, layout: Layout) -> Mark:
     bounds = [int(bound) if bound else None for bound in cache.blocks.split(":")]
     chosen = range(len(layout.blocks))[slice(*bounds)]
     if not chosen:
-        raise ExportError(f"cache.blocks {cache.blocks!r} selects none of the model's {len(layout.blocks)} blocks; ':' is all of them")
-    return Mark(f"blocks[{chosen.start}:{chosen.stop}]", layout.blocks[chosen.start : chosen.stop], layout.streams, residual=True, slots=cache.order + 1)
+        raise ExportError(
+            f"cache.blocks {cache.blocks!r} selects none of the model's {len(layout.blocks)} blocks; ':' is all of them"
+        )
+    return Mark(
+        f"blocks[{chosen.start}:{chosen.stop}]",
+        layout.blocks[chosen.start : chosen.stop],
+        layout.streams,
+        residual=True,
+        slots=cache.order + 1,
+    )
 
 
 def prediction(order: int, t: float, computed: list[float]) -> tuple[float, ...]:

@@ -370,12 +370,12 @@ def _verify(args: argparse.Namespace) -> int:
     choices = Choices(args.source, args.model, args.prompts, args.prompt_set, args.seeds, args.limit)
     with progress(_mode(args)) as shown:
         manifest, outcome = verify_artifact(args.artifact, choices, shown)
-    if args.output or args.source:
-        report.write(args.output or args.artifact / "reports", manifest, outcome)
     if args.json:
         print(report.to_json(report.describe(manifest, outcome)), end="")
     elif args.quiet:
         print(*outcome.missed, sep="\n", end="\n" if outcome.missed else "", file=sys.stderr)
     else:
         report.show(manifest, outcome, sys.stdout)
+    if args.output or args.source:  # last, so that a folder that cannot be written costs no result
+        report.write(args.output or args.artifact / "reports", manifest, outcome)
     return 1 if outcome.missed else 0

@@ -74,7 +74,7 @@ def settle_verdict(folder: Path, manifest: Manifest, recipe: Recipe, keep_failed
 
 
 def verify_artifact(folder: Path, choices: Choices, progress: Progress) -> tuple[Manifest, Outcome]:
-    """The manifest, and what was found: the golden vectors of `folder` replayed here and, `with_source`, the comparison with eager as far as it was chosen.
+    """The manifest, and what was found: the golden vectors replayed here and, `with_source`, the chosen comparison.
 
     Raises ArtifactError for a folder that cannot be opened or was written without a recipe that this version reads, and
     RecipeError for choices that do not fit it.

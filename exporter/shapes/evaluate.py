@@ -1,7 +1,7 @@
 """Measures the model card's figures: `python -m prebake.exporter.shapes.evaluate [--model DIR] [--out figures.json]`.
 
 Reads the committed prompt sets, a line's index being its seed, and calls the pipeline with the defaults of
-`prebake.toml`. About four minutes on one core.
+`prebake.toml`. About three minutes on one core.
 """
 
 from __future__ import annotations

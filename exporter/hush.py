@@ -22,6 +22,8 @@ def hush() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module="torch|diffusers|transformers|torchao")
+    import diffusers.utils.logging
     import torch  # its own loggers are set up, with a level of their own, when it is imported
 
+    diffusers.utils.logging.disable_progress_bar()
     torch._logging.set_logs(all=logging.ERROR)

@@ -173,7 +173,7 @@ def test_overrides_apply_and_later_ones_win():
 
 
 def test_an_override_keeps_the_rest_of_its_table():
-    assert resolve("flux-fast", ["cache.order=0"]).cache == Mask(mask="111(0001)", order=0)
+    assert resolve("flux-fast", ["cache.order=0"]).cache == Mask(mask="1111(001)", order=0)
 
 
 def test_changing_the_method_drops_the_keys_of_the_old_one():

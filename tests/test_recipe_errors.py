@@ -115,7 +115,7 @@ SETS = {
     "compile.inductor=3": "key 'inductor': expected a table, got 3",
     "precision.denoiser=float16": 'denoiser = "float16" is not possible on device "cpu"; use "bfloat16" or "float32", or device "cuda"',
     "sampler.steps=two": "key 'steps' item 1: expected a valid integer, got \"two\"",
-    "sampler.steps=2": "mask '111(0001)' needs at least 3 steps, not 2; shorten it or raise sampler.steps",
+    "sampler.steps=2": "mask '1111(001)' needs at least 4 steps, not 2; shorten it or raise sampler.steps",
     "sampler.steps=0": "key 'steps' item 1: expected greater than or equal to 1, got 0",
     "verify.cached_psnr_db=50": "cached_psnr_db = 50.0 asks more of a cached plan than psnr_db = 45.0 of the plan it approximates",
 }

@@ -94,13 +94,12 @@ def measure(model: str, artifact: Artifact, args: argparse.Namespace) -> dict[st
     component = flux.denoiser(source.load(model, None, {"default": torch.float32}).pipe, size)
     half = flux.denoiser(source.load(model, None, {"default": torch.bfloat16}).pipe, size)
     ways: dict[str, Callable[[], torch.Tensor]] = {
-        "eager float32": lambda: component.module(*component.args),
-        "eager bfloat16": lambda: half.module(*component.args),
+        "eager float32": plain(component),
+        "eager bfloat16": plain(half),
     }
     if not args.no_compile:
-        fast, fast_half = torch.compile(component.module), torch.compile(half.module)
-        ways["torch.compile float32"] = lambda: fast(*component.args)
-        ways["torch.compile bfloat16"] = lambda: fast_half(*component.args)
+        ways["torch.compile float32"] = plain(component, torch.compile)
+        ways["torch.compile bfloat16"] = plain(half, torch.compile)
     named = dict(zip(component.inputs, component.args, strict=True))
     costs = {name: v.graph.cost.flops for name, v in artifact.variants.items()}
     for name, variant in artifact.variants.items():
@@ -124,6 +123,16 @@ def measure(model: str, artifact: Artifact, args: argparse.Namespace) -> dict[st
         "flops": costs,
         "torch": torch.__version__,
     }
+
+
+def plain(component: Any, compiled: Callable[[Any], Any] = lambda module: module) -> Callable[[], torch.Tensor]:
+    """diffusers' own transformer, called as FluxPipeline calls it."""
+    module, transformer = component.module, compiled(component.module.transformer)
+    named = dict(zip(component.inputs, component.args, strict=True))
+    floats = ("hidden_states", "encoder_hidden_states", "pooled_projections")
+    inputs = {name: t.to(module.dtype) if name in floats else t for name, t in named.items()}
+    ids = {"img_ids": module.image_ids, "txt_ids": module.text_ids}
+    return lambda: transformer(**inputs, **ids, return_dict=False)[0].float()
 
 
 def call(variant: Any, artifact: Artifact, named: dict[str, torch.Tensor]) -> Callable[[], torch.Tensor]:

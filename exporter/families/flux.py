@@ -7,6 +7,8 @@ scheduler. Latents travel packed and in float32, [1, N, C]; every graph casts in
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,17 +66,33 @@ class Denoiser(nn.Module):
         timestep: Tensor,
         guidance: Tensor | None = None,
     ) -> Tensor:
-        sample = self.transformer(
-            hidden_states=hidden_states.to(self.dtype),
-            encoder_hidden_states=encoder_hidden_states.to(self.dtype),
-            pooled_projections=pooled_projections.to(self.dtype),
-            timestep=timestep,
-            guidance=guidance,
-            img_ids=self.image_ids,
-            txt_ids=self.text_ids,
-            return_dict=False,
-        )[0]
+        with exact_times(self.transformer, timestep, guidance):
+            sample = self.transformer(
+                hidden_states=hidden_states.to(self.dtype),
+                encoder_hidden_states=encoder_hidden_states.to(self.dtype),
+                pooled_projections=pooled_projections.to(self.dtype),
+                timestep=timestep,
+                guidance=guidance,
+                img_ids=self.image_ids,
+                txt_ids=self.text_ids,
+                return_dict=False,
+            )[0]
         return sample.float()
+
+
+@contextlib.contextmanager
+def exact_times(transformer: nn.Module, timestep: Tensor, guidance: Tensor | None) -> Iterator[None]:
+    """Inside, the sinusoids of timestep and guidance are taken of float32 values.
+
+    `FluxTransformer2DModel.forward` rounds both to the model's dtype first. In bfloat16 guidance 3.5 becomes 3504 of 3500
+    and timestep 977.3 becomes 976; without that, the first evaluation of `shapes` is off by 0.005 in place of 0.063.
+    """
+    times = tuple(t * 1000 for t in (timestep, guidance) if t is not None)
+    handle = transformer.time_text_embed.register_forward_pre_hook(lambda _, args: (*times, args[-1]))
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 class PooledText(nn.Module):

@@ -80,7 +80,7 @@ class Bar(Progress):
         )
         self.rich = RichProgress(*columns, console=Console(stderr=True))
         self.task: Any = None
-        self.busy = False
+        self.begun, self.total = 0, 1
 
     def __enter__(self) -> Bar:
         self.rich.start()
@@ -91,14 +91,15 @@ class Bar(Progress):
 
     @contextlib.contextmanager
     def stage(self, name: str, total: int = 1) -> Iterator[None]:
-        self.task, self.busy = self.rich.add_task(name, total=total, what=""), False
+        self.task, self.begun, self.total = self.rich.add_task(name, total=total, what=""), 0, total
         with super().stage(name, total):
             yield
         self.rich.update(self.task, completed=total, what="")
 
     def doing(self, what: str) -> None:
-        self.rich.update(self.task, what=what, advance=1 if self.busy else 0)
-        self.busy = True
+        # one short of the total at most: a full bar stops its clock, and stages may do more than they announced
+        self.rich.update(self.task, what=what, completed=min(self.begun, self.total - 1))
+        self.begun += 1
 
 
 def progress(mode: Mode) -> Progress:

@@ -18,7 +18,7 @@ def tiny_folder(shared_tmp) -> Path:
     """A random FLUX pipeline, 64 wide, as `save_pretrained` writes it."""
     from tiny import save_tiny
 
-    folder = shared_tmp / "tiny-model"
+    folder = shared_tmp / "tiny" / "model"
     with (shared_tmp / "tiny-model.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder / "prebake.toml").exists():  # written last

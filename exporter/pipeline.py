@@ -118,7 +118,7 @@ def write(folder: Path, prepared: Prepared, files: dict[str, dict[str, list[str]
         weights = package.write_weights(folder, prepared.graphs)
         package.write_plans(folder, prepared.planned.plans)
         package.write_tokenizers(folder, prepared.family.tokenizers(prepared.pipe))
-        manifest = describe(folder, prepared, weights, backend.SUFFIX)
+        manifest = describe(folder, prepared, weights, backend)
         (folder / "manifest.json").write_text(manifest.to_json(), "utf-8")
     return manifest
 
@@ -228,7 +228,7 @@ def check_variants(denoiser: Any, planned: Planned, costs: dict[str, Cost]) -> N
         check_skips(costs["full"], costs[variant.name], variant.name, sum(inside.get(p, 0) for p in paths))
 
 
-def describe(folder: Path, prepared: Prepared, weights: Weights, suffix: str) -> Manifest:
+def describe(folder: Path, prepared: Prepared, weights: Weights, backend: Any) -> Manifest:
     """The manifest, still unverified."""
     level, flags = choose(prepared.recipe.compile.isa)
     planned = prepared.planned
@@ -242,7 +242,7 @@ def describe(folder: Path, prepared: Prepared, weights: Weights, suffix: str) ->
             graphs.append(
                 Graph(
                     name=g.name,
-                    package=f"graphs/{component}{suffix}",
+                    package=f"graphs/{component}{backend.SUFFIX}",
                     inputs=g.inputs,
                     outputs=g.outputs,
                     stores=tuple(m.name for m in marks if m.name in variant.having("compute")),
@@ -257,7 +257,7 @@ def describe(folder: Path, prepared: Prepared, weights: Weights, suffix: str) ->
         family=FAMILIES[type(prepared.pipe).__name__],
         requires=Requires(isa_level=level, isa=flags, glibc=glibc_version(), **machine(prepared.recipe)),
         source=prepared.source,
-        toolchain=versions(),
+        toolchain={**versions(), **backend.toolchain(prepared.recipe.compile)},
         recipe=prepared.recipe.model_copy(
             update={"model": prepared.recipe.model.model_copy(update={"id": prepared.source.model})}
         ).model_dump(mode="json"),

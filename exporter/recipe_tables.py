@@ -269,13 +269,16 @@ class Compile(Table):
     """How graphs become machine code.
 
     `isa` is the CPU instruction set that the code may use: an x86-64 level runs on every CPU of that level, `host` is
-    the highest of them that the exporting CPU has, `native` is everything that CPU has. `inductor` holds flags of
-    `torch._inductor.config` by their dotted names; `check_inductor_flags` compares them with the installed torch.
+    the highest of them that the exporting CPU has, `native` is everything that CPU has. `threads` is how many threads
+    the compiled loops fork, None = as many as torch uses where it is exported; matrix products ask at run time. `inductor`
+    holds flags of `torch._inductor.config` by their dotted names; `check_inductor_flags` compares them with the installed
+    torch.
     """
 
     backend: Literal["aoti"] = "aoti"
     device: Literal["cpu", "cuda"] = "cpu"
     isa: Literal["host", "native", "x86-64-v3", "x86-64-v4"] = "host"
+    threads: int | None = Field(default=None, ge=1)
     channels_last_vae: bool = True
     inductor: Flags = {}
 

@@ -33,9 +33,6 @@ PACKAGED = {
     "aot_inductor.use_consts_asm_build": False,
 }
 SUFFIX = ".pt2"
-# Loops ask for the number of threads when they run; the count here only decides which loops are split at all. Left to
-# Inductor, the exporting machine's core count would be compiled into every kernel.
-THREADS = {"cpp.dynamic_threads": True, "cpp.threads": 16}
 KEPT_SUFFIXES = (".so", ".json", ".cubin")
 EPOCH = (1980, 1, 1, 0, 0, 0)
 
@@ -43,7 +40,21 @@ EPOCH = (1980, 1, 1, 0, 0, 0)
 def flags(config: Any) -> dict[str, Any]:
     """Inductor's options for the recipe's `compile` table: packaging, instruction set, and the recipe's own flags."""
     level, _ = choose(config.isa)
-    return {**PACKAGED, **THREADS, **inductor_flags(level), **config.inductor}
+    return {**PACKAGED, "cpp.threads": threads(config), **inductor_flags(level), **config.inductor}
+
+
+def threads(config: Any) -> int:
+    """How many threads the loops of the compiled code fork, `compile.threads` or what torch uses here.
+
+    Inductor writes the number into each loop that is worth splitting. Its alternative, asking at run time, splits every
+    loop, however small.
+    """
+    return config.threads or torch.get_num_threads()
+
+
+def toolchain(config: Any) -> dict[str, str]:
+    """What else of this machine went into the code, for the manifest."""
+    return {"threads": str(threads(config))}
 
 
 def compile_graph(graph: Captured, flags: dict[str, Any]) -> list[str]:

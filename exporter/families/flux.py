@@ -88,7 +88,8 @@ def exact_times(transformer: nn.Module, timestep: Tensor, guidance: Tensor | Non
     and timestep 977.3 becomes 976; without that, the first evaluation of `shapes` is off by 0.005 in place of 0.063.
     """
     times = tuple(t * 1000 for t in (timestep, guidance) if t is not None)
-    handle = transformer.time_text_embed.register_forward_pre_hook(lambda _, args: (*times, args[-1]))
+    embed = transformer.get_submodule("time_text_embed")
+    handle = embed.register_forward_pre_hook(lambda _, args: (*times, args[-1]))
     try:
         yield
     finally:

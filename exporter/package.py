@@ -45,7 +45,7 @@ def staged(output: Path, *, force: bool) -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))
     try:
         yield folder
-        folder.chmod(0o755)
+        make_readable(folder)
         if output.exists() and not force:
             raise ExportError(
                 f"{output}: already exists since this export began; choose another --output, or replace it with --force"
@@ -62,6 +62,12 @@ def is_artifact(folder: Path) -> bool:
     except (OSError, ValueError):
         return False
     return isinstance(manifest, dict) and "schema_version" in manifest
+
+
+def make_readable(folder: Path) -> None:
+    """Everyone may read it, as with any file that is written; safetensors and mkdtemp let the owner alone."""
+    for path in (folder, *folder.rglob("*")):
+        path.chmod(0o755 if path.is_dir() else 0o644)
 
 
 def replace(folder: Path, output: Path) -> None:

@@ -22,7 +22,7 @@ from . import package, source
 from .capture import Captured, capture
 from .cost import check_skips, cost, module_flops
 from .lower import BACKENDS
-from .lower.isa import choose
+from .lower.isa import choose, int8_flags
 from .package import Weights
 from .plan import Planned, plan, without_dead
 from .plan.sampler import Table, tabulate
@@ -231,6 +231,8 @@ def check_variants(denoiser: Any, planned: Planned, costs: dict[str, Cost]) -> N
 def describe(folder: Path, prepared: Prepared, weights: Weights, backend: Any) -> Manifest:
     """The manifest, still unverified."""
     level, flags = choose(prepared.recipe.compile.isa)
+    if prepared.recipe.quantize.method == "int8_dynamic":
+        flags = tuple(sorted({*flags, *int8_flags()}))
     planned = prepared.planned
     combined = {site for v in planned.variants for site in v.having("combine")}
     marks = tuple(m for m in planned.marks if m.name in combined)

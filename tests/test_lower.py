@@ -215,3 +215,10 @@ def test_the_bar_is_on_stderr_and_names_the_stage(capsys):
     out, err = capsys.readouterr()
     assert out == ""
     assert "lower" in err
+
+
+def test_int8_code_asks_for_vnni_where_the_exporting_cpu_has_it(monkeypatch):
+    monkeypatch.setattr(isa, "host_flags", lambda: frozenset({*isa.V4, "avx512_vnni", "avx_vnni"}))
+    assert isa.int8_flags() == ("avx512_vnni",)
+    monkeypatch.setattr(isa, "host_flags", lambda: frozenset(isa.V3))
+    assert isa.int8_flags() == ()

@@ -228,3 +228,11 @@ def test_a_package_is_a_plain_archive(tiny_artifact):
         assert names == sorted(names)
         assert not [n for n in names if n.endswith((".cpp", ".h", "compile_flags.json"))]
         assert any(n.endswith(".so") for n in names)
+
+
+def test_everyone_may_read_an_artifact(tmp_path):
+    with package.staged(tmp_path / "out", force=False) as folder:
+        (folder / "weights").mkdir(mode=0o700)
+        (folder / "weights" / "a.safetensors").touch(mode=0o600)
+    modes = {p.name: p.stat().st_mode & 0o777 for p in (tmp_path / "out").rglob("*")}
+    assert modes == {"weights": 0o755, "a.safetensors": 0o644}

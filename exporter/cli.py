@@ -65,6 +65,8 @@ def _refuse(message: str) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from ..runtime.cli import add_commands as add_runtime_commands
+
     parser = argparse.ArgumentParser(
         prog="prebake", description="Exports diffusers pipelines ahead of time, and runs what it exported."
     )
@@ -73,19 +75,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_export(commands)
     _add_verify(commands)
     _add_recipes(commands)
-    _add_runtime(commands)
+    add_runtime_commands(commands)
     return parser
-
-
-def _add_runtime(commands: argparse._SubParsersAction) -> None:
-    """`run` and `inspect`. TODO: import without a guard once runtime/cli.py is in the tree."""
-    try:
-        from ..runtime.cli import add_commands
-    except ModuleNotFoundError as e:
-        if not (e.name or "").endswith("runtime.cli"):
-            raise
-    else:
-        add_commands(commands)
 
 
 def _add_overrides(parser: argparse.ArgumentParser) -> None:

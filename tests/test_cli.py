@@ -113,7 +113,7 @@ def test_recipes_lists_plain_lines_where_there_is_no_terminal(capsys):
 
 
 def test_recipes_draws_a_table_on_a_terminal(capsys, monkeypatch):
-    pytest.importorskip("rich")
+    pytest.importorskip("rich", reason="rich is not installed: it comes with the export extra")
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     assert cli.main(["recipes"]) == 0
     printed = capsys.readouterr().out

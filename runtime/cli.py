@@ -72,7 +72,8 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps({"images": [str(path) for path in paths], **seconds}))
     else:
         print(*paths, sep="\n")
-        print(f"loaded in {seconds['load_seconds']:.2f} s, {len(paths)} images in {seconds['images_seconds']:.2f} s")
+        images = "1 image" if len(paths) == 1 else f"{len(paths)} images"
+        print(f"loaded in {seconds['load_seconds']:.2f} s, {images} in {seconds['images_seconds']:.2f} s")
     return 0
 
 

@@ -222,3 +222,12 @@ def test_int8_code_asks_for_vnni_where_the_exporting_cpu_has_it(monkeypatch):
     assert isa.int8_flags() == ("avx512_vnni",)
     monkeypatch.setattr(isa, "host_flags", lambda: frozenset(isa.V3))
     assert isa.int8_flags() == ()
+
+
+def test_the_serialization_id_covers_what_is_kept_and_nothing_else():
+    members = {"m/.data/serialization_id": b"1", "m/data/x.so": b"code"}
+    same = aoti.serialization_id({**members, "m/.data/serialization_id": b"2"})
+    assert aoti.serialization_id(members) == same
+    assert len(same) == 40
+    assert same.isdigit()
+    assert aoti.serialization_id({**members, "m/data/x.so": b"node"}) != same

@@ -18,7 +18,7 @@ import torch
 from pydantic import ValidationError
 
 from ..runtime.artifact import open_artifact
-from ..runtime.errors import ArtifactError, ExportError, RecipeError
+from ..runtime.errors import ArtifactError, ExportError, RecipeError, misfit
 from ..runtime.manifest import Manifest
 from ..runtime.plan import Plan
 from . import report, source
@@ -212,11 +212,7 @@ def recipe_of(folder: Path, manifest: Manifest) -> Recipe:
     try:
         return Recipe.model_validate(manifest.recipe)
     except ValidationError as e:
-        first = e.errors()[0]
-        where = ".".join(("recipe", *(str(part) for part in first["loc"])))
-        raise ArtifactError(
-            f"{folder / 'manifest.json'} [{where}]: {first['msg']} ({e.error_count()} problems in all); export again"
-        ) from e
+        raise ArtifactError(f"{misfit(folder / 'manifest.json', e, 'recipe')}; export again") from e
 
 
 def asked(recipe: Recipe, choices: Choices) -> Recipe:

@@ -18,7 +18,7 @@ from .backends.aoti import NativeModel, open_model
 from .backends.unpack import unpacked
 from .check import check, hash_problem, plan_problems, raise_all
 from .contract import Contract, torch_dtype
-from .errors import ArtifactError
+from .errors import ArtifactError, misfit
 from .manifest import Graph, Manifest, Site, read_manifest
 from .plan import Plan
 from .replay import Tables, Tensors, Variant, tables_on
@@ -94,11 +94,7 @@ def read_plans(folder: Path, manifest: Manifest) -> dict[str, Plan]:
         try:
             plans[name] = Plan.model_validate_json((folder / path).read_bytes())
         except ValidationError as e:
-            first = e.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise ArtifactError(
-                f"{folder / path} [{where}]: {first['msg']} ({e.error_count()} problems in all); export again"
-            ) from e
+            raise ArtifactError(f"{misfit(folder / path, e)}; export again") from e
     raise_all(folder, plan_problems(plans, manifest))
     return plans
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError
 
-from .errors import ArtifactError
+from .errors import ArtifactError, misfit
 from .plan import FROZEN
 
 SCHEMA_VERSION = 1
@@ -169,8 +169,4 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         return Manifest.model_validate(raw)
     except ValidationError as e:
-        first = e.errors()[0]
-        where = ".".join(str(p) for p in first["loc"])
-        raise ArtifactError(
-            f"{path} [{where}]: {first['msg']} ({e.error_count()} problems in all); restore the file or export again"
-        ) from e
+        raise ArtifactError(f"{misfit(path, e)}; restore the file or export again") from e

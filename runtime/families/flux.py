@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ValidationError
 
-from ..errors import ArtifactError
+from ..errors import ArtifactError, misfit
 from ..plan import FROZEN
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
@@ -47,11 +47,7 @@ def read_settings(pipeline: dict[str, Any]) -> Settings:
     try:
         return Settings.model_validate(pipeline)
     except ValidationError as e:
-        first = e.errors()[0]
-        where = ".".join(("pipeline", *(str(part) for part in first["loc"])))
-        raise ArtifactError(
-            f"manifest.json [{where}]: {first['msg']} ({e.error_count()} problems in all); export again"
-        ) from e
+        raise ArtifactError(f"{misfit('manifest.json', e, 'pipeline')}; export again") from e
 
 
 def draw_latents(shape: tuple[int, int, int], batch: int, generator: Generators) -> torch.Tensor:

@@ -16,6 +16,7 @@ import torch
 
 import prebake.exporter.shapes
 from prebake.exporter import source
+from prebake.exporter.discover import discover
 from prebake.exporter.eager import eager_replay
 from prebake.exporter.families import flux
 from prebake.exporter.plan import plan
@@ -46,7 +47,7 @@ class Trial:
         self.size = flux.Size(64, 64, 16)
         self.denoiser = flux.denoiser(self.pipe, self.size)
         self.decoder = flux.others(self.pipe, self.size, channels_last=False)[-1].module
-        self.layout = flux.layout(self.pipe)
+        self.layout = discover(self.denoiser)
         shape = tuple(flux.facts(self.pipe, self.size)["latents_shape"])
         self.noise = [draw_latents(shape, 1, torch.Generator().manual_seed(i)) for i in range(len(prompts))]
         self.inputs = [self.encode(prompt) for prompt in prompts]

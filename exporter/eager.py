@@ -13,9 +13,10 @@ from ..runtime.plan import Plan
 from ..runtime.replay import Variant as RuntimeVariant
 from ..runtime.replay import replay, tables_on
 from .capture import specs
-from .families.flux import Component
+from .component import Component
+from .marks import Variant
 from .plan import Planned
-from .sites import Variant, VariantModule
+from .sites import VariantModule
 
 NOTHING = Cost(flops=0, ops=0, constants=0, constants_bytes=0)
 
@@ -32,7 +33,7 @@ def eager_variant(denoiser: Component, planned: Planned, variant: Variant) -> Ru
         package="eager",
         inputs=specs(denoiser.inputs, denoiser.args),
         outputs=(),
-        stores=variant.having("compute"),
+        stores=tuple(m.name for m in variant.storing(planned.marks)),
         combines=variant.having("combine"),
         constants={},
         cost=NOTHING,

@@ -21,15 +21,17 @@ from ..runtime.plan import Plan
 from . import package, source
 from .capture import Captured, capture
 from .cost import check_skips, cost, module_flops
+from .discover import discover
 from .lower import BACKENDS
 from .lower.isa import choose, int8_flags
+from .marks import Mark, Variant
 from .package import Weights
 from .plan import Planned, plan, without_dead
 from .plan.sampler import Table, tabulate
 from .progress import Progress
 from .recipe import Recipe
 from .rewrite import Layers, rewrite
-from .sites import Mark, Variant, VariantModule
+from .sites import VariantModule
 from .toolchain import glibc_version, versions
 from .verify import settle_verdict, write_golden
 
@@ -84,13 +86,14 @@ def prepare(recipe: Recipe, progress: Progress) -> Prepared:
         layers = rewrite(pipe, recipe)
     with progress.stage("plan", len(steps)):
         tables = {n: sampler_table(family, pipe, size, n, progress) for n in steps}
-        planned = plan(recipe.cache, family.layout(pipe), tables)
+        denoiser = family.denoiser(pipe, size)
+        planned = plan(recipe.cache, discover(denoiser), tables)
     with progress.stage("capture", len(planned.variants) + 3):
-        planned, variants = capture_variants(family.denoiser(pipe, size), planned, progress)
+        planned, variants = capture_variants(denoiser, planned, progress)
         others = capture_others(family.others(pipe, size, channels_last=recipe.compile.channels_last_vae), progress)
         graphs = {"denoiser": variants, **{g.name: (g,) for g in others}}
         costs = {g.name: cost(g) for group in graphs.values() for g in group}
-        check_variants(family.denoiser(pipe, size), planned, costs)
+        check_variants(denoiser, planned, costs)
     return Prepared(recipe, family, pipe, size, loaded.source, defaults, layers, planned, graphs, costs)
 
 
@@ -247,7 +250,7 @@ def describe(folder: Path, prepared: Prepared, weights: Weights, backend: Any) -
                     package=f"graphs/{component}{backend.SUFFIX}",
                     inputs=g.inputs,
                     outputs=g.outputs,
-                    stores=tuple(m.name for m in marks if m.name in variant.having("compute")),
+                    stores=tuple(m.name for m in variant.storing(marks)) if component == "denoiser" else (),
                     combines=variant.having("combine"),
                     zeros=variant.having("zero"),
                     identities=variant.having("identity"),

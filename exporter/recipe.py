@@ -21,19 +21,16 @@ from pydantic import ValidationError
 
 from .. import recipes as shipped
 from ..runtime.errors import RecipeError
+from .caches import Cache, Mask, NoCache, PyramidAttentionBroadcast
 from .recipe_problems import did_you_mean, sentences, unknown
 from .recipe_tables import (
     Attention,
-    Cache,
     Compile,
     Fuse,
     Int8Dynamic,
-    Mask,
     Model,
-    NoCache,
     NoQuantize,
     Precision,
-    PyramidAttentionBroadcast,
     Quantize,
     Recipe,
     Sampler,

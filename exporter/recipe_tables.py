@@ -11,32 +11,13 @@ import re
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from ..runtime.errors import RecipeError
+from .caches import Cache, Mask, NoCache
+from .tables import Conflicts, Problem, Regexes, Table
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-Problem = tuple[tuple[str, ...], str]
-
-
-class Conflicts(ValueError):
-    """Values that are fine alone and not together: pairs of the keys involved (the one to change first) and a sentence.
-
-    Keys are relative to the model that raises: `mask` inside a table, `cache.mask` from the recipe.
-    """
-
-    def __init__(self, *problems: Problem) -> None:
-        super().__init__("; ".join(sentence for _, sentence in problems))
-        self.problems = problems
-
-
-def _regex(pattern: str) -> str:
-    """The pattern itself; ValueError where `re` cannot compile it."""
-    try:
-        re.compile(pattern)
-    except re.error as e:
-        raise ValueError(f"{pattern!r} is not a regular expression: {e}") from e
-    return pattern
 
 
 def _flat(flags: Any, prefix: str = "") -> Any:
@@ -56,15 +37,7 @@ def _flat(flags: Any, prefix: str = "") -> Any:
     return flat
 
 
-Regex = Annotated[str, AfterValidator(_regex)]
-Regexes = Annotated[tuple[Regex, ...], Field(strict=False)]
 Flags = Annotated[dict[str, bool | int | float | str], BeforeValidator(_flat)]
-
-
-class Table(BaseModel):
-    """Strict, so that `true` is no number and "28" no count; lists are read into tuples."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class Model(Table):
@@ -113,113 +86,6 @@ class Attention(Table):
     """Which implementation of attention is captured: `sdpa` is `torch.nn.functional.scaled_dot_product_attention`."""
 
     backend: Literal["sdpa"] = "sdpa"
-
-
-class NoCache(Table):
-    """Every step computes everything."""
-
-    method: Literal["none"] = "none"
-
-
-class PyramidAttentionBroadcast(Table):
-    """Attention outputs are reused between steps; names and meaning of diffusers' `PyramidAttentionBroadcastConfig`.
-
-    Attention computes where `timestep` is outside the open interval `spatial_attention_timestep_skip_range` and, inside
-    it, at every `spatial_attention_block_skip_range`-th step. arXiv:2408.12588.
-    """
-
-    method: Literal["pab"] = "pab"
-    spatial_attention_block_skip_range: int = Field(default=2, ge=2)
-    spatial_attention_timestep_skip_range: Annotated[tuple[int, int], Field(strict=False)] = (100, 800)
-    spatial_attention_block_identifiers: Annotated[tuple[Regex, ...], Field(strict=False, min_length=1)] = (
-        "blocks",
-        "transformer_blocks",
-        "single_transformer_blocks",
-        "layers",
-        "visual_transformer_blocks",
-    )
-
-    @model_validator(mode="after")
-    def _range_is_open(self) -> PyramidAttentionBroadcast:
-        low, high = self.spatial_attention_timestep_skip_range
-        if not 0 <= low < high <= 1000:
-            raise Conflicts(
-                (
-                    ("spatial_attention_timestep_skip_range",),
-                    f"key 'spatial_attention_timestep_skip_range': expected 0 <= low < high <= 1000, got [{low}, {high}]",
-                )
-            )
-        return self
-
-
-class Mask(Table):
-    """Which steps compute (1) the transformer blocks, and which predict (0) the residual that the blocks would add.
-
-    `mask` is a prefix, an optional group in parentheses that repeats until the steps are filled, and an optional
-    suffix: `111(0001)` at 9 steps is 111000100. Without a group its length must equal the number of steps.
-    `order` 0 reuses the last computed residual, 1 draws a line through the last two. `blocks` is a slice `start:stop`
-    of the transformer blocks in their order of execution.
-    """
-
-    method: Literal["mask"] = "mask"
-    mask: str
-    order: Literal[0, 1] = 0
-    blocks: str = ":"
-
-    @model_validator(mode="after")
-    def _is_well_formed(self) -> Mask:
-        problems = []
-        if not re.fullmatch(r"(?=.)[01]*(\([01]+\)[01]*)?", self.mask):
-            problems.append(
-                (
-                    ("mask",),
-                    f"key 'mask': expected 0s and 1s with at most one repeating group, such as '111(0001)', got {self.mask!r}",
-                )
-            )
-        elif reason := self._starts_too_soon(self._parts()[0] + self._parts()[1] * 2 + self._parts()[2]):
-            problems.append((("mask", "order"), reason))
-        if not re.fullmatch(r"(-?\d+)?:(-?\d+)?", self.blocks):
-            problems.append(
-                (
-                    ("blocks",),
-                    f"key 'blocks': expected a slice 'start:stop' such as ':', '1:' or '2:-1', got {self.blocks!r}",
-                )
-            )
-        if problems:
-            raise Conflicts(*problems)
-        return self
-
-    def _parts(self) -> tuple[str, str, str]:
-        """Prefix, group and suffix; a mask without a group is all prefix."""
-        prefix, _, rest = self.mask.partition("(")
-        group, _, suffix = rest.partition(")")
-        return prefix, group, suffix
-
-    def _starts_too_soon(self, bits: str) -> str:
-        """Why these steps predict from nothing, or ''."""
-        if "0" not in bits[: 1 + self.order]:
-            return ""
-        if self.order == 0:
-            return f"mask {self.mask!r} skips the first step, when there is nothing to reuse; start it with 1"
-        return f"mask {self.mask!r} skips one of the first two steps, which order = 1 predicts from; start it with 11 or set order = 0"
-
-    def expand(self, steps: int) -> tuple[bool, ...]:
-        """One bool per step, True = compute. Raises RecipeError where the mask does not fit that many steps."""
-        prefix, group, suffix = self._parts()
-        fixed = len(prefix) + len(suffix)
-        if not group and fixed != steps:
-            raise RecipeError(
-                f"mask {self.mask!r} is for {fixed} steps, not for {steps}; give it a repeating group, such as '111(0001)', or set sampler.steps = [{fixed}]"
-            )
-        if fixed > steps:
-            raise RecipeError(
-                f"mask {self.mask!r} needs at least {fixed} steps, not {steps}; shorten it or raise sampler.steps"
-            )
-        room = steps - fixed
-        bits = prefix + (group * room)[:room] + suffix
-        if reason := self._starts_too_soon(bits):
-            raise RecipeError(f"{reason} (at {steps} steps)")
-        return tuple(bit == "1" for bit in bits)
 
 
 class Sampler(Table):
@@ -280,7 +146,7 @@ class Compile(Table):
     isa: Literal["host", "native", "x86-64-v3", "x86-64-v4"] = "host"
     threads: int | None = Field(default=None, ge=1)
     channels_last_vae: bool = True
-    inductor: Flags = {}
+    inductor: Flags = Field(default={})
 
 
 class Verify(Table):
@@ -303,7 +169,6 @@ class Verify(Table):
 
 
 Quantize = Annotated[NoQuantize | Int8Dynamic, Field(discriminator="method")]
-Cache = Annotated[NoCache | PyramidAttentionBroadcast | Mask, Field(discriminator="method")]
 
 
 class Recipe(Table):

@@ -8,58 +8,17 @@ Tensor names (`site:0`, slot `site:0@1`) agree with `runtime/manifest.py` and `r
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 from ..runtime.errors import ExportError
-
-Action = Literal["compute", "combine", "zero", "identity"]
-
-
-@dataclass(frozen=True)
-class Mark:
-    """Where a site lives: the output of one module, or, if `residual`, what a run of blocks adds to its input.
-
-    `modules` are the paths of the modules whose work the site stands for, in the order in which they run. `streams` names, output by output, the forward argument that a module's output continues (FLUX blocks return
-    `(encoder_hidden_states, hidden_states)`); it is what IDENTITY passes on and what a residual is taken against.
-    `slots` generations are kept of the outputs in `kept` (None: all), the ones that some variant reads.
-    """
-
-    name: str
-    modules: tuple[str, ...]
-    streams: tuple[str, ...]
-    residual: bool = False
-    slots: int = 1
-    kept: tuple[int, ...] | None = None
-
-    @property
-    def tensors(self) -> tuple[str, ...]:
-        """The values to store, by graph output name."""
-        return tuple(self.tensor(i) for i in range(len(self.streams)) if self.kept is None or i in self.kept)
-
-    def tensor(self, i: int) -> str:
-        return f"{self.name}:{i}"
-
-    def slot_names(self) -> tuple[str, ...]:
-        """Graph inputs of a variant that combines this site: tensor by tensor, newest slot first."""
-        return tuple(f"{t}@{k}" for t in self.tensors for k in range(self.slots))
-
-
-@dataclass(frozen=True)
-class Variant:
-    """The denoiser with one fixed action at every site. Sites that are not named compute."""
-
-    name: str
-    actions: tuple[tuple[str, Action], ...]
-
-    def having(self, action: Action) -> tuple[str, ...]:
-        return tuple(site for site, a in self.actions if a == action)
+from .marks import Action, Mark, Variant
 
 
 def submodule(model: nn.Module, path: str) -> nn.Module:
@@ -104,37 +63,45 @@ def applied(
 
 
 def _hook(model, mark: Mark, action: Action, slots, weights, fresh) -> list[Any]:
+    if mark.part == "scores":
+        return _without_scores(submodule(model, mark.modules[0])) if action == "identity" else []
     head: dict[str, Tensor] = {}
     first, last = (submodule(model, path) for path in (mark.modules[0], mark.modules[-1]))
 
     def remember(module, args, kwargs):
-        missing = [s for s in mark.streams if s not in kwargs]
-        if missing:
+        given = arguments(module, args, kwargs)
+        if missing := [s for s in mark.streams if s and s not in given]:
             raise ExportError(
-                f"site {mark.name!r}: expected {mark.modules[0]} to be called with {', '.join(mark.streams)} as keywords, "
-                f"missing {', '.join(missing)}; this diffusers version calls its blocks in another way"
+                f"site {mark.name!r}: expected {mark.modules[0]} to be called with {', '.join(filter(None, mark.streams))}, "
+                f"missing {', '.join(missing)}; its output cannot be taken against its input, so choose another site"
             )
-        head.update((s, kwargs[s]) for s in mark.streams)
+        head.update((s, given[s]) for s in mark.streams if s)
 
     def act(module, args, kwargs, output):
-        outputs = output if isinstance(output, tuple) else (output,)
+        outputs = flat_outputs(output)
         if len(outputs) != len(mark.streams):
             raise ExportError(
                 f"site {mark.name!r}: expected {len(mark.streams)} outputs of {mark.modules[-1]}, got {len(outputs)}"
             )
-        base = [head[s] for s in mark.streams] if mark.residual else None
-        if action == "compute":
-            values = [o - b for o, b in zip(outputs, base, strict=True)] if base else list(outputs)
-            fresh.update((mark.tensor(i), v) for i, v in enumerate(values) if mark.tensor(i) in mark.tensors)
-            return None
         replaced = []
         for i, o in enumerate(outputs):
-            stored = (
-                [slots[f"{mark.tensor(i)}@{k}"] for k in range(mark.slots)]
-                if weights and mark.tensor(i) in mark.tensors
-                else []
-            )
-            replaced.append(_value(action, base[i] if base else None, head.get(mark.streams[i]), o, stored, weights))
+            if not isinstance(o, Tensor):
+                replaced.append(o)
+                continue
+            base = head[mark.streams[i]] if mark.residual else None
+            kept = mark.tensor(i) in mark.tensors
+            if action == "compute":
+                value = o - base if base is not None else o
+                replaced.append(o)
+            else:
+                stored = [slots[f"{mark.tensor(i)}@{k}"] for k in range(mark.slots)] if weights and kept else []
+                o = _value(action, base, head.get(mark.streams[i]), o, stored, weights)
+                value = o - base if base is not None and mark.emitted else o
+                replaced.append(o)
+            if kept and (action == "compute" or (mark.emitted and action == "combine")):
+                fresh[mark.tensor(i)] = value.to(getattr(torch, mark.dtype)) if mark.dtype else value
+        if action == "compute":
+            return None
         return tuple(replaced) if isinstance(output, tuple) else replaced[0]
 
     handles = []
@@ -142,6 +109,38 @@ def _hook(model, mark: Mark, action: Action, slots, weights, fresh) -> list[Any]
         handles.append(first.register_forward_pre_hook(remember, with_kwargs=True))
     handles.append(last.register_forward_hook(act, with_kwargs=True))
     return handles
+
+
+class Values(torch.overrides.TorchFunctionMode):
+    """Attention weights are the identity: attention returns its values, where there are as many as queries."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            given = dict(zip(("query", "key", "value"), args, strict=False), **(kwargs or {}))
+            if given["query"].shape[2] == given["value"].shape[2]:
+                return given["value"]
+        return func(*args, **(kwargs or {}))
+
+
+def _without_scores(module: nn.Module) -> list[Any]:
+    stack = ExitStack()
+    return [
+        module.register_forward_pre_hook(lambda *_: (stack.enter_context(Values()), None)[1]),
+        module.register_forward_hook(lambda *_: stack.close(), always_call=True),
+    ]
+
+
+def arguments(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """What a call passes, by the names of the module's own `forward`."""
+    bound = inspect.signature(type(module).forward).bind(module, *args, **kwargs).arguments
+    return dict(list(bound.items())[1:])
+
+
+def flat_outputs(output: Any) -> tuple[Any, ...]:
+    """A module's outputs as a tuple: of a tensor, a tuple, or one of diffusers' output classes."""
+    if isinstance(output, Tensor):
+        return (output,)
+    return output if isinstance(output, tuple) else tuple(output.values())
 
 
 def _value(action: Action, base: Tensor | None, stream: Tensor | None, output: Tensor, slots, weights) -> Tensor:
@@ -171,9 +170,8 @@ class VariantModule(nn.Module):
         self.denoiser = denoiser
         self.marks, self.variant, self.own_inputs = marks, variant, inputs
         combined = [m for m in marks if m.name in variant.having("combine")]
-        stored = [m for m in marks if m.name not in dict(variant.actions) or dict(variant.actions)[m.name] == "compute"]
         self.inputs = inputs + (("coefficients", *(s for m in combined for s in m.slot_names())) if combined else ())
-        self.outputs = ("sample", *(t for m in stored for t in m.tensors))
+        self.outputs = ("sample", *(t for m in variant.storing(marks) for t in m.tensors))
         self.coefficients = sum(m.slots for m in combined)
 
     def examples(self, own: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

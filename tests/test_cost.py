@@ -8,11 +8,12 @@ from torch import nn
 
 from prebake.exporter.capture import capture
 from prebake.exporter.cost import attention_ops, check_skips, cost, module_flops
+from prebake.exporter.discover import discover
 from prebake.exporter.families import flux
+from prebake.exporter.marks import Variant
 from prebake.exporter.pipeline import capture_variants, check_variants
 from prebake.exporter.plan import Planned
 from prebake.exporter.progress import progress
-from prebake.exporter.sites import Mark, Variant
 from prebake.exporter.source import load
 from prebake.runtime.errors import ExportError
 from prebake.runtime.manifest import Cost
@@ -48,7 +49,7 @@ def test_flops_ops_and_constants_of_a_graph_counted_by_hand():
 def reused(tiny_folder):
     """The tiny denoiser, its plan with every attention reused, and the graphs `full` and `reuse`; nobody changes them."""
     pipe = load(str(tiny_folder), None, {"default": torch.float32}).pipe
-    marks = tuple(a.mark for a in flux.layout(pipe).attentions)
+    marks = tuple(a.mark() for a in discover(flux.denoiser(pipe, SIZE)).attentions)
     everything, some = tuple((m.name, "compute") for m in marks), tuple((m.name, "combine") for m in marks)
     planned = Planned(marks, (Variant("full", everything), Variant("reuse", some)), ())
     denoiser = flux.denoiser(pipe, SIZE)
@@ -108,8 +109,8 @@ def test_one_percent_is_allowed_and_cheaper_is_fine():
 
 def test_a_value_that_no_variant_reads_is_not_stored(tiny_pipe):
     """Nothing after the last block reads its text."""
-    denoiser, layout = flux.denoiser(tiny_pipe, SIZE), flux.layout(tiny_pipe)
-    mark = Mark("tail", layout.blocks[-1:], layout.streams, residual=True)
+    denoiser, layout = flux.denoiser(tiny_pipe, SIZE), discover(flux.denoiser(tiny_pipe, SIZE))
+    mark = layout.residual("", len(layout.blocks("")) - 1, len(layout.blocks("")), "tail")
     marked = Planned((mark,), (Variant("full", (("tail", "compute"),)), Variant("reuse", (("tail", "combine"),))), ())
     planned, (full, reuse) = capture_variants(denoiser, marked, progress("quiet"))
     assert mark.tensors == ("tail:0", "tail:1")

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from prebake.exporter.discover import discover
 from prebake.exporter.families import flux
-from prebake.exporter.sites import Mark, Variant, VariantModule, submodule
+from prebake.exporter.marks import Mark, Variant
+from prebake.exporter.sites import VariantModule, submodule
 from prebake.runtime.errors import ExportError
 
 SIZE = flux.Size(32, 32, 8)
@@ -19,12 +21,12 @@ def denoiser(tiny_pipe):
 
 @pytest.fixture
 def attentions(tiny_pipe) -> tuple[Mark, ...]:
-    return tuple(a.mark for a in flux.layout(tiny_pipe).attentions)
+    return tuple(a.mark() for a in discover(flux.denoiser(tiny_pipe, SIZE)).attentions)
 
 
 def blocks(tiny_pipe, chosen: slice, slots: int = 1) -> Mark:
-    layout = flux.layout(tiny_pipe)
-    return Mark("blocks", layout.blocks[chosen], layout.streams, residual=True, slots=slots)
+    layout = discover(flux.denoiser(tiny_pipe, SIZE))
+    return layout.residual("", chosen.start, chosen.stop, "blocks", slots=slots)
 
 
 def variant_of(denoiser, marks, action) -> VariantModule:

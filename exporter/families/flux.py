@@ -18,25 +18,10 @@ from torch import Tensor, nn
 
 from ...runtime.errors import ExportError
 from ...runtime.manifest import Manifest
-from ..plan.policies import Attention, Layout
-from ..sites import Mark
+from ..component import Component
 
 PIPELINE = "FluxPipeline"
 DEFAULTS = {"height": 1024, "width": 1024, "max_sequence_length": 512, "num_inference_steps": 28, "guidance_scale": 3.5}
-BLOCK_LISTS = ("transformer_blocks", "single_transformer_blocks")
-BLOCK_STREAMS = ("encoder_hidden_states", "hidden_states")
-"""What each block returns, in order, by the name of the argument that it continues (diffusers 0.42)."""
-
-
-@dataclass(frozen=True)
-class Component:
-    """A module to be captured: positional `args` named by `inputs`, a tuple of tensors named by `outputs` returned."""
-
-    name: str
-    module: nn.Module
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    args: tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -178,7 +163,7 @@ def denoiser(pipe: Any, size: Size) -> Component:
     }
     if config.guidance_embeds:
         named["guidance"] = torch.tensor([3.5])
-    return Component("denoiser", module.eval(), tuple(named), ("sample",), tuple(named.values()))
+    return Component("denoiser", module.eval(), tuple(named), ("sample",), tuple(named.values()), {"": "transformer."})
 
 
 def others(pipe: Any, size: Size, *, channels_last: bool) -> tuple[Component, ...]:
@@ -255,20 +240,6 @@ def facts(pipe: Any, size: Size) -> dict[str, Any]:
             prompt("tokenizer_2", pipe.tokenizer_2, "text_encoder_2", "encoder_hidden_states", size.tokens),
         ],
     }
-
-
-def layout(pipe: Any) -> Layout:
-    """The attention sites and blocks of `Denoiser`, named as in the transformer."""
-    transformer = pipe.transformer
-    attentions = tuple(
-        Attention(Mark(f"{name}.attn", (f"transformer.{name}.attn",), streams))
-        for blocks, streams in zip(
-            BLOCK_LISTS, (("hidden_states", "encoder_hidden_states"), ("hidden_states",)), strict=True
-        )
-        for name in (f"{blocks}.{i}" for i in range(len(getattr(transformer, blocks))))
-    )
-    blocks = tuple(f"transformer.{b}.{i}" for b in BLOCK_LISTS for i in range(len(getattr(transformer, b))))
-    return Layout(attentions, blocks, BLOCK_STREAMS)
 
 
 def size_of(manifest: Manifest) -> Size:

@@ -11,8 +11,9 @@ from typing import Any
 
 from ...runtime.errors import ExportError
 from ...runtime.plan import Evaluation, Plan
-from ..sites import Mark, Variant
-from .policies import Decision, Layout, Schedule, schedule
+from ..caches import Decision, Schedule, Trajectory, schedule
+from ..layout import Layout
+from ..marks import Mark, Variant
 from .sampler import Table
 
 
@@ -25,23 +26,28 @@ class Planned:
     plans: tuple[Plan, ...]
 
 
-def plan(cache: Any, layout: Layout, tables: dict[int, Table]) -> Planned:
+def plan(cache: Any, layout: Layout, tables: dict[int, Table], calibration: Any = None) -> Planned:
     """Plans for every table. Raises ExportError for a cache that skips nothing at any of these step counts."""
-    schedules = {n: schedule(cache, layout, t.timesteps, t.sigmas) for n, t in tables.items()}
+    schedules = {
+        n: schedule(cache, layout, Trajectory(t.timesteps, t.sigmas, t.steps), calibration) for n, t in tables.items()
+    }
     marks = next(iter(schedules.values())).marks
     names = variant_names(schedules, marks)
     plans = []
     for n, table in tables.items():
         plans.append(join(str(n), n, cache.method, table, schedules[n], names))
         if cache.method != "none":
-            everything = Schedule(marks, tuple(Decision({m.name: "compute" for m in marks}, {}) for _ in table.updates))
+            everything = Schedule(marks, tuple(Decision() for _ in table.updates))
             plans.append(join(f"{n}-uncached", n, "none", table, everything, names))
     if cache.method != "none" and len(names) == 1:
         raise ExportError(
             f"cache.method {cache.method!r} skips nothing at {', '.join(map(str, tables))} steps; "
             "widen its range, take more steps, or set cache.method=none"
         )
-    return Planned(marks, tuple(Variant(name, actions) for actions, name in names.items()), tuple(plans))
+    variants = tuple(Variant(name, actions) for actions, name in names.items())
+    combined = {site for v in variants for site in v.having("combine")}
+    marks = tuple(m if m.name in combined else replace(m, kept=()) for m in marks)
+    return Planned(marks, variants, tuple(plans))
 
 
 def actions_of(decision: Decision, marks: tuple[Mark, ...]):

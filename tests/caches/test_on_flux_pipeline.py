@@ -9,10 +9,11 @@ import torch
 from diffusers import PyramidAttentionBroadcastConfig, apply_pyramid_attention_broadcast
 from diffusers.hooks import HookRegistry
 
+from prebake.exporter.caches import Trajectory, schedule
+from prebake.exporter.discover import discover
 from prebake.exporter.eager import eager_replay
 from prebake.exporter.families import flux
 from prebake.exporter.plan import plan
-from prebake.exporter.plan.policies import schedule
 from prebake.exporter.plan.sampler import tabulate
 from prebake.exporter.recipe import Mask, PyramidAttentionBroadcast
 from prebake.runtime.errors import ExportError
@@ -22,7 +23,7 @@ SIZE = flux.Size(32, 32, 8)
 
 def planned(pipe, cache, steps: int):
     table = tabulate(pipe.scheduler, steps, **flux.scheduler_arguments(pipe, SIZE, steps))
-    return plan(cache, flux.layout(pipe), {steps: table}), table
+    return plan(cache, discover(flux.denoiser(pipe, SIZE)), {steps: table}), table
 
 
 def inputs_of(denoiser) -> dict[str, torch.Tensor]:
@@ -34,9 +35,9 @@ class Recorder:
 
     def __init__(self, pipe) -> None:
         self.ran: list[set[str]] = []
-        for attention in flux.layout(pipe).attentions:
-            module = pipe.transformer.get_submodule(attention.mark.name)
-            self.watch(module, attention.mark.name)
+        for attention in discover(flux.denoiser(pipe, SIZE)).attentions:
+            module = pipe.transformer.get_submodule(attention.name)
+            self.watch(module, attention.name)
         pipe.transformer.x_embedder.register_forward_hook(lambda *_: self.ran.append(set()))
 
     def watch(self, module, name: str) -> None:
@@ -88,10 +89,12 @@ def test_pab_computes_the_sites_and_reaches_the_latents_of_diffusers(tiny_pipe, 
     latents = torch.randn(1, 64, 16, generator=torch.Generator().manual_seed(steps))
     replayed = eager_replay(denoiser, ours, ours.plans[0], inputs_of(denoiser), latents, timestep_scale=1e-3)
 
+    decisions = schedule(cache, discover(flux.denoiser(tiny_pipe, SIZE)), Trajectory(table.timesteps)).decisions
+
     recorder = Recorder(tiny_pipe)
     peer = diffusers_pab(tiny_pipe, denoiser, cache, steps, latents)
-    decisions = schedule(cache, flux.layout(tiny_pipe), table.timesteps, table.sigmas).decisions
-    assert [{s for s, a in d.actions.items() if a == "compute"} for d in decisions] == recorder.ran
+    every = set(recorder.ran[0])
+    assert [{s for s in every if d.actions.get(s, "compute") == "compute"} for d in decisions] == recorder.ran
     # float32 through up to 28 evaluations whose steps are summed in another order; a wrong step is off by 1e-2
     assert torch.allclose(replayed, peer, rtol=0, atol=2e-5)
 
@@ -126,10 +129,16 @@ def test_an_uncached_plan_is_the_plain_pipeline(tiny_pipe):
 
 def test_a_mask_computes_where_it_says_1_and_draws_a_line_elsewhere(tiny_pipe):
     timesteps = (1000.0, 900.0, 750.0, 500.0, 200.0)
-    got = schedule(Mask(mask="11010", order=1), flux.layout(tiny_pipe), timesteps, ())
+    got = schedule(Mask(mask="11010", order=1), discover(flux.denoiser(tiny_pipe, SIZE)), Trajectory(timesteps))
     (mark,) = got.marks
     assert mark.name == "blocks[0:3]"
-    assert [d.actions[mark.name] for d in got.decisions] == ["compute", "compute", "combine", "compute", "combine"]
+    assert [d.actions.get(mark.name, "compute") for d in got.decisions] == [
+        "compute",
+        "compute",
+        "combine",
+        "compute",
+        "combine",
+    ]
     # at 750 from 900 and 1000: 150 further on where the last two are 100 apart
     assert got.decisions[2].coefficients[mark.name] == (2.5, -1.5)
     assert got.decisions[4].coefficients[mark.name] == (1.75, -0.75)
@@ -142,7 +151,9 @@ def test_a_line_through_any_two_points_is_predicted_exactly(tiny_pipe):
         slope, start = rng.uniform(-2, 2), rng.uniform(-5, 5)
         computed: list[float] = []
         for d, t in zip(
-            schedule(Mask(mask="11(001)", order=1), flux.layout(tiny_pipe), timesteps, ()).decisions,
+            schedule(
+                Mask(mask="11(001)", order=1), discover(flux.denoiser(tiny_pipe, SIZE)), Trajectory(timesteps)
+            ).decisions,
             timesteps,
             strict=True,
         ):

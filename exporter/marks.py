@@ -1,0 +1,69 @@
+"""Marks: which values inside the denoiser may outlive a step, and what a variant does with each. Names, no tensors.
+
+`caches/` chooses marks and actions, `sites.py` carries them out in the model. Tensor names (`site:0`, slot `site:0@1`)
+agree with `runtime/manifest.py` and `runtime/replay.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+Action = Literal["compute", "combine", "zero", "identity"]
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Where a site lives: the output of one module, or, if `residual`, what a run of blocks adds to its input.
+
+    `modules` are the paths of the modules whose work the site stands for, in the order in which they run. `streams` names,
+    output by output, the forward argument that a module's output continues (FLUX blocks return
+    `(encoder_hidden_states, hidden_states)`), "" for an output that is None; it is what IDENTITY passes on and what a
+    residual is taken against.
+
+    `slots` generations are kept of the outputs in `kept` (None: all), the ones that some variant reads. A generation is
+    what was computed; if `emitted`, what was combined is a generation too. `dtype` is what slots are stored in (None: as
+    computed). `part` "scores" stands for the attention weights inside the module: their only action is IDENTITY, by
+    which every token attends to itself.
+    """
+
+    name: str
+    modules: tuple[str, ...]
+    streams: tuple[str, ...]
+    residual: bool = False
+    slots: int = 1
+    kept: tuple[int, ...] | None = None
+    emitted: bool = False
+    dtype: str | None = None
+    part: Literal["output", "scores"] = "output"
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """The values to store, by graph output name."""
+        every = (i for i, stream in enumerate(self.streams) if stream)
+        return tuple(self.tensor(i) for i in every if self.kept is None or i in self.kept)
+
+    def tensor(self, i: int) -> str:
+        return f"{self.name}:{i}"
+
+    def slot_names(self) -> tuple[str, ...]:
+        """Graph inputs of a variant that combines this site: tensor by tensor, newest slot first."""
+        return tuple(f"{t}@{k}" for t in self.tensors for k in range(self.slots))
+
+
+@dataclass(frozen=True)
+class Variant:
+    """The denoiser with one fixed action at every site. Sites that are not named compute."""
+
+    name: str
+    actions: tuple[tuple[str, Action], ...]
+
+    def having(self, action: Action) -> tuple[str, ...]:
+        return tuple(site for site, a in self.actions if a == action)
+
+    def storing(self, marks: Iterable[Mark]) -> tuple[Mark, ...]:
+        """The marks of which this variant returns a new generation."""
+        actions = dict(self.actions)
+        acted = ((m, actions.get(m.name, "compute")) for m in marks if m.tensors)
+        return tuple(m for m, action in acted if action == "compute" or (m.emitted and action == "combine"))

@@ -1,0 +1,162 @@
+"""A calibration: what eager runs of one model at one number of steps showed, as plain numbers in one JSON file.
+
+`calibrators/` (torch) writes it, the data-dependent methods of `caches/` (torch-free) read it, and an artifact whose plan
+rests on one carries it as `calibration.json`. Keys are those of the layout: sites such as `cond/transformer_blocks.0.attn`,
+branches such as `cond` ("" where there is one). Evaluations count from 0; every tuple over evaluations has one entry each.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ..runtime.errors import ExportError, RecipeError, misfit
+from .tables import Table
+
+FROZEN = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+FILE = "calibration.json"
+"""The name that a calibration has in an artifact."""
+
+COMMAND = "prebake calibrate --recipe RECIPE --model MODEL"
+
+
+class Calibrated(Table):
+    """What the tables of all methods that need a calibration share: `calibration` is the file that `prebake calibrate`
+    wrote, looked for beside the recipe, in the current folder, and among the recipes that ship."""
+
+    calibration: str | None = Field(default=None, min_length=1)
+
+
+class Frozen(Calibrated):
+    """A method that decides from the data, run after run; the plan computes where at least the share `quorum` of the
+    calibration's runs did."""
+
+    quorum: float = Field(default=0.5, gt=0, le=1)
+
+
+class Decisions(BaseModel):
+    """What a data-dependent method decided: `computed[key][e]` is the share of runs (a prompt with a seed each) that
+    computed evaluation e. A key is a branch, or what the method decides apart inside one (`cond/transformer_blocks`)."""
+
+    model_config = FROZEN
+    parameters: dict[str, Any]
+    computed: dict[str, tuple[float, ...]]
+
+
+class Calibration(BaseModel):
+    """What was run, and what was seen; all figures are means over the runs.
+
+    `changes`: how far a site's value moved since the evaluation before, mean|y - y'| / mean|y'|, None at evaluation 0;
+    of a block it is what the block adds, of `output` the denoiser's own. `magnitudes`: MagCache's ratios of branch
+    residuals, 1.0 at evaluation 0. `errors`: SmoothCache's, `errors[component][e][j - 1]` = mean|y - y'| / mean|y'| with y'
+    from j evaluations before e. A component is a site, or all sites of a branch with one leaf name (`cond/attn`).
+    """
+
+    model_config = FROZEN
+    schema_version: Literal[1] = 1
+    model: str
+    sha256: str
+    scheduler: str
+    steps: int = Field(ge=1)
+    timesteps: tuple[float, ...]
+    guidance_scale: float
+    prompts: int = Field(ge=1)
+    prompts_sha256: str
+    seeds: int = Field(ge=1)
+    changes: dict[str, tuple[float | None, ...]] = {}
+    magnitudes: dict[str, tuple[float, ...]] = {}
+    errors: dict[str, tuple[tuple[float, ...], ...]] = {}
+    decisions: dict[str, Decisions] = {}
+    auto: dict[str, Any] = {}
+
+    def to_json(self) -> str:
+        """Sorted keys, floats by `repr`, one row of numbers a line: equal calibrations are equal bytes."""
+        lines = []
+        for key, value in sorted(self.model_dump(mode="json").items()):
+            if isinstance(value, dict) and value:
+                rows = (f"  {json.dumps(k)}: {json.dumps(v, sort_keys=True)}" for k, v in sorted(value.items()))
+                lines.append(f" {json.dumps(key)}: {{\n" + ",\n".join(rows) + "\n }")
+            else:
+                lines.append(f" {json.dumps(key)}: {json.dumps(value)}")
+        return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def read(path: Path) -> Calibration:
+    """The calibration in a file. Raises RecipeError where there is none."""
+    try:
+        return Calibration.model_validate_json(path.read_text("utf-8"))
+    except ValidationError as e:
+        raise RecipeError(f"{misfit(path, e)}; make it again with `{COMMAND}`") from e
+    except (OSError, UnicodeDecodeError) as e:
+        raise RecipeError(f"{path}: expected a calibration, but {e}; make one with `{COMMAND}`") from e
+
+
+def required(calibration: Calibration | None, cache: Any, timesteps: Sequence[float], what: str) -> Calibration:
+    """The calibration itself, if it was made at these timesteps. `what` names the part that is needed ("magnitudes").
+
+    Raises ExportError where there is none, where it lacks that part, or where it is for other steps.
+    """
+    method = cache.method
+    if calibration is None:
+        raise ExportError(
+            f"cache.method {method!r} needs a calibration of the model ({what}); run `{COMMAND}`, and name the file that it "
+            "writes in cache.calibration"
+        )
+    if len(calibration.timesteps) != len(timesteps):
+        raise ExportError(
+            f"cache.calibration: made for {calibration.steps} steps ({len(calibration.timesteps)} evaluations), and the plan has "
+            f"{len(timesteps)} evaluations; set sampler.steps = [{calibration.steps}], or run `{COMMAND} --steps N`"
+        )
+    for e, (there, here) in enumerate(zip(calibration.timesteps, timesteps, strict=True)):
+        if abs(there - here) > 1e-4 * max(abs(there), abs(here), 1.0):
+            raise ExportError(
+                f"cache.calibration: made with {calibration.scheduler} at timestep {there:g} of evaluation {e}, where the plan has "
+                f"{here:g}; use its scheduler and size, or run `{COMMAND}` again"
+            )
+    if not getattr(calibration, what):
+        raise ExportError(f"cache.calibration: has no {what}, which method {method!r} needs; run `{COMMAND}` again")
+    return calibration
+
+
+def parameters(cache: Any) -> dict[str, Any]:
+    """What a data-dependent method decides by: every key of its table but the three that no decision depends on."""
+    return cache.model_dump(mode="json", exclude={"method", "calibration", "quorum"})
+
+
+def frozen(
+    calibration: Calibration | None, cache: Any, keys: Sequence[str], timesteps: Sequence[float]
+) -> tuple[dict[str, bool], ...]:
+    """Evaluation by evaluation, which keys (branches) compute: those in which at least `cache.quorum` of the runs did.
+
+    Raises ExportError for a calibration that is missing, or made at other steps, parameters or keys.
+    """
+    calibration = required(calibration, cache, timesteps, "decisions")
+    made = calibration.decisions.get(cache.method)
+    if made is None:
+        raise ExportError(
+            f"cache.calibration: has decisions of {', '.join(sorted(calibration.decisions))} and none of {cache.method!r}; run "
+            f"`{COMMAND}` with the recipe that says method = {cache.method!r}"
+        )
+    if made.parameters != parameters(cache):
+        changed = difference(made.parameters, parameters(cache))
+        raise ExportError(
+            f"cache.calibration: the decisions of {cache.method!r} were made with other parameters ({changed}); run `{COMMAND}` again"
+        )
+    if set(made.computed) != set(keys):
+        raise ExportError(
+            f"cache.calibration: has decisions for {', '.join(map(repr, made.computed))}, and the model has "
+            f"{', '.join(map(repr, keys))}; run `{COMMAND}` again"
+        )
+    return tuple({k: made.computed[k][e] >= cache.quorum for k in keys} for e in range(len(timesteps)))
+
+
+def difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """`threshold is 0.05 there and 0.1 here`, for each key that differs."""
+    keys = sorted({*there, *here})
+    return "; ".join(
+        f"{k} is {there.get(k)!r} there and {here.get(k)!r} here" for k in keys if there.get(k) != here.get(k)
+    )

@@ -1,0 +1,1 @@
+"""Calibration: eager runs of the model, with torch, from which `exporter/calibration.py`'s numbers come."""

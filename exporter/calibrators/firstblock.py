@@ -1,0 +1,47 @@
+"""FirstBlockCache's online rule, as diffusers applies it (hooks/first_block_cache.py, 0.42.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from ..caches.firstblock import FirstBlockCache
+from ..layout import Layout
+from ..marks import Mark
+from ..plan.sampler import Table
+
+
+def probes(cache: FirstBlockCache, layout: Layout) -> tuple[Mark, ...]:
+    """What the first block adds to the hidden states, in each branch."""
+    return tuple(layout.residual(branch, 0, 1) for branch in layout.branches)
+
+
+class Online:
+    """A branch computes where its first block's residual moved by more than `threshold` since it last computed, as a share
+    of that earlier residual's size (means of absolute values); and at its first evaluation."""
+
+    rounds = 1
+
+    def __init__(self, cache: FirstBlockCache, layout: Layout, table: Table) -> None:
+        self.threshold = cache.threshold
+        self.signals = {b: hidden(mark) for b, mark in zip(layout.branches, probes(cache, layout), strict=True)}
+        self.computed: dict[str, Tensor] = {}
+
+    def decide(self, e: int, timestep: float, signals: Mapping[str, Tensor]) -> Mapping[str, bool]:
+        return {branch: self.computes(branch, signals[name]) for branch, name in self.signals.items()}
+
+    def computes(self, branch: str, residual: Tensor) -> bool:
+        before = self.computed.get(branch)
+        if before is None:
+            moved = True
+        else:
+            moved = ((residual - before).abs().mean() / before.abs().mean()).item() > self.threshold
+        if moved:
+            self.computed[branch] = residual
+        return moved
+
+
+def hidden(mark: Mark) -> str:
+    """The tensor of a residual that belongs to the hidden states (FLUX's blocks return the text's states first)."""
+    return mark.tensor(mark.streams.index("hidden_states"))

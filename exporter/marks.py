@@ -12,6 +12,9 @@ from typing import Literal
 
 Action = Literal["compute", "combine", "zero", "identity"]
 
+REST = "..."
+"""As the last of a mark's streams: the outputs from here on, however many, are passed on as they are and never kept."""
+
 
 @dataclass(frozen=True)
 class Mark:
@@ -41,7 +44,7 @@ class Mark:
     @property
     def tensors(self) -> tuple[str, ...]:
         """The values to store, by graph output name."""
-        every = (i for i, stream in enumerate(self.streams) if stream)
+        every = (i for i, stream in enumerate(self.streams) if stream and stream != REST)
         return tuple(self.tensor(i) for i in every if self.kept is None or i in self.kept)
 
     def tensor(self, i: int) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 from ..runtime.errors import ExportError
-from .marks import Action, Mark, Variant
+from .marks import REST, Action, Mark, Variant
 
 
 def submodule(model: nn.Module, path: str) -> nn.Module:
@@ -66,43 +66,46 @@ def _hook(model, mark: Mark, action: Action, slots, weights, fresh) -> list[Any]
     if mark.part == "scores":
         return _without_scores(submodule(model, mark.modules[0])) if action == "identity" else []
     head: dict[str, Tensor] = {}
+    streams = tuple(s for s in mark.streams if s != REST)
     first, last = (submodule(model, path) for path in (mark.modules[0], mark.modules[-1]))
 
     def remember(module, args, kwargs):
         given = arguments(module, args, kwargs)
-        if missing := [s for s in mark.streams if s and s not in given]:
+        if missing := [s for s in streams if s and s not in given]:
             raise ExportError(
-                f"site {mark.name!r}: expected {mark.modules[0]} to be called with {', '.join(filter(None, mark.streams))}, "
+                f"site {mark.name!r}: expected {mark.modules[0]} to be called with {', '.join(filter(None, streams))}, "
                 f"missing {', '.join(missing)}; its output cannot be taken against its input, so choose another site"
             )
-        head.update((s, given[s]) for s in mark.streams if s)
+        head.update((s, given[s]) for s in streams if s)
 
     def act(module, args, kwargs, output):
         outputs = flat_outputs(output)
-        if len(outputs) != len(mark.streams):
+        passed = outputs[len(streams) :] if REST in mark.streams else ()
+        outputs = outputs[: len(outputs) - len(passed)]
+        if len(outputs) != len(streams):
             raise ExportError(
-                f"site {mark.name!r}: expected {len(mark.streams)} outputs of {mark.modules[-1]}, got {len(outputs)}"
+                f"site {mark.name!r}: expected {len(streams)} outputs of {mark.modules[-1]}, got {len(outputs)}"
             )
         replaced = []
         for i, o in enumerate(outputs):
             if not isinstance(o, Tensor):
                 replaced.append(o)
                 continue
-            base = head[mark.streams[i]] if mark.residual else None
+            base = head[streams[i]] if mark.residual else None
             kept = mark.tensor(i) in mark.tensors
             if action == "compute":
                 value = o - base if base is not None else o
                 replaced.append(o)
             else:
                 stored = [slots[f"{mark.tensor(i)}@{k}"] for k in range(mark.slots)] if weights and kept else []
-                o = _value(action, base, head.get(mark.streams[i]), o, stored, weights)
+                o = _value(action, base, head.get(streams[i]), o, stored, weights)
                 value = o - base if base is not None and mark.emitted else o
                 replaced.append(o)
             if kept and (action == "compute" or (mark.emitted and action == "combine")):
                 fresh[mark.tensor(i)] = value.to(getattr(torch, mark.dtype)) if mark.dtype else value
         if action == "compute":
             return None
-        return tuple(replaced) if isinstance(output, tuple) else replaced[0]
+        return (*replaced, *passed) if isinstance(output, tuple) else replaced[0]
 
     handles = []
     if mark.residual or action == "identity":

@@ -1,0 +1,83 @@
+"""DBCache's decisions as they are made: the residual of each list's first blocks against the last computed one's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ..caches.dbcache import Blocks, DBCache, Rule, lists
+from ..layout import Layout
+from ..marks import Mark
+from ..plan.sampler import Table
+
+IMAGE = "hidden_states"
+"""The stream that is compared."""
+
+
+def probes(cache: DBCache, layout: Layout) -> tuple[Mark, ...]:
+    """What the first blocks of each list add."""
+    return tuple(probe(cache, layout, b) for b in lists(cache, layout))
+
+
+def probe(cache: DBCache, layout: Layout, b: Blocks) -> Mark:
+    n = cache.Fn_compute_blocks
+    return layout.residual(b.branch, b.start, b.start + n, name=f"{b.name}[0:{n}]")
+
+
+class Online:
+    """cache-dit's decisions. A later list looks at what an earlier one's decision gave, so there is a round for each."""
+
+    def __init__(self, cache: DBCache, layout: Layout, table: Table) -> None:
+        self.cache, self.branches = cache, layout.branches
+        self.lists = {b.key: b for b in lists(cache, layout)}
+        self.tensors = {key: image(probe(cache, layout, b)) for key, b in self.lists.items()}
+        self.names = list(dict.fromkeys(b.name for b in self.lists.values()))
+        self.rounds, self.calls = len(self.names), 0
+        self.rules: dict[str, Rule] = {}
+        self.computed: dict[str, Tensor] = {}
+
+    def decide(self, e: int, timestep: float, signals: Mapping[str, Tensor]) -> Mapping[str, bool]:
+        name = self.names[self.calls % self.rounds]
+        self.calls += 1
+        fresh = {key: signals[self.tensors[key]] for key, b in self.lists.items() if b.name == name}
+        if self.cache.enable_separate_cfg and len(fresh) == 2:
+            return self.apart(e, fresh)
+        together = torch.cat(list(fresh.values()))  # as pipelines batch them
+        return dict.fromkeys(fresh, self.computes(e, name, together, Difference(self.computed.get(name), together)))
+
+    def apart(self, e: int, fresh: Mapping[str, Tensor]) -> dict[str, bool]:
+        """The two branches, the conditional one first, whose difference may count for the other."""
+        uncond, cond = fresh
+        own = {key: Difference(self.computed.get(key), x) for key, x in fresh.items()}
+        decided = {cond: self.computes(e, cond, fresh[cond], own[cond])}
+        shared = not self.cache.cfg_diff_compute_separate and not self.cache.cfg_compute_first
+        if shared and own[cond].value is not None:
+            own[uncond].value = own[cond].value
+        return decided | {uncond: self.computes(e, uncond, fresh[uncond], own[uncond])}
+
+    def computes(self, e: int, key: str, fresh: Tensor, difference: Difference) -> bool:
+        rule = self.rules.setdefault(key, Rule(self.cache))
+        if computes := rule.computes(e, difference if difference.before is not None else None):
+            self.computed[key] = fresh
+        return computes
+
+
+class Difference:
+    """mean|before - now| / mean|before|, looked at or not: `value` is None until it was."""
+
+    def __init__(self, before: Tensor | None, now: Tensor) -> None:
+        self.before, self.now = before, now
+        self.value: float | None = None
+
+    def __call__(self) -> float:
+        if self.value is None:
+            assert self.before is not None
+            self.value = ((self.before - self.now).abs().mean() / self.before.abs().mean()).item()
+        return self.value
+
+
+def image(mark: Mark) -> str:
+    """The tensor of the mark that continues the image."""
+    return mark.tensor(mark.streams.index(IMAGE))

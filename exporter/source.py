@@ -1,4 +1,4 @@
-"""Load: a model id, a folder or `shapes` comes in, a diffusers pipeline in the asked dtypes comes out, with its origin."""
+"""Load: an id, a folder or an embedded model comes in, a diffusers pipeline in the asked dtypes comes out, with its origin."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ import torch
 from ..runtime.errors import ExportError
 from ..runtime.manifest import Source
 
-EMBEDDED = {"shapes": Path(__file__).parent / "shapes" / "model"}
+EMBEDDED = {
+    "shapes": Path(__file__).parent / "shapes" / "model",
+    "shapes-sd": Path(__file__).parent / "shapes" / "model_sd",
+}
 SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".toml", ".bin")
 
 

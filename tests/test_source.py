@@ -43,7 +43,7 @@ def test_an_unknown_id_without_a_network_is_refused_with_what_there_is(monkeypat
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(
         ExportError,
-        match=r"model 'nobody/nothing': expected shapes, a folder, or a hub id that can be downloaded; the hub says \w+: .+",
+        match=r"model 'nobody/nothing': expected shapes, shapes-sd, a folder, or a hub id that can be downloaded; the hub says \w+: .+",
     ):
         source.load("nobody/nothing", None, FLOAT32)
 

@@ -1,9 +1,10 @@
-"""A small, really trained text-to-image FLUX pipeline, its world, its checker and its training script."""
+"""Two small, really trained text-to-image pipelines, their world, its checker and their training scripts."""
 
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
 MODEL = FOLDER / "model"
+SD_MODEL = FOLDER / "model_sd"
 PROMPTS = FOLDER / "prompts"
 
 

@@ -86,13 +86,7 @@ def make_pool(folder: Path, vae: AutoencoderKL, encoders: Encoders) -> Pool:
     latents, pooled, tokens = [], [], []
     with torch.inference_mode():
         for _ in range(POOL // 100):
-            captions = [sample_caption(rng) for _ in range(100)]
-            captions = [c if rng.random() < 0.55 else loosen(c, rng) for c in captions]
-            pictures = np.stack([render(place_scene(c, rng)) for c in captions])
-            x = torch.from_numpy(pictures).permute(0, 3, 1, 2) * 2 - 1
-            with torch.autocast("cpu", torch.bfloat16):
-                z = vae.encode(x).latent_dist.mean.float()
-            z = (z - vae.config.shift_factor) * vae.config.scaling_factor
+            captions, z = draw_pictures(100, rng, vae)
             latents.append(FluxPipeline._pack_latents(z, *z.shape).half())
             p, t = encoders([str(c) for pair in ((c, loosen(c, rng)) for c in captions) for c in pair])
             pooled.append(p.view(100, 2, WIDTH).half())
@@ -104,6 +98,18 @@ def make_pool(folder: Path, vae: AutoencoderKL, encoders: Encoders) -> Pool:
     torch.save(pool, path.with_suffix(".tmp"))
     os.replace(path.with_suffix(".tmp"), path)
     return pool
+
+
+@torch.inference_mode()
+def draw_pictures(n: int, rng: np.random.Generator, vae: AutoencoderKL) -> tuple[list[Caption], torch.Tensor]:
+    """Captions, 45% of them loosened, and the latents [n, 4, 16, 16] of a picture for each; mean 0, deviation 1."""
+    captions = [sample_caption(rng) for _ in range(n)]
+    captions = [c if rng.random() < 0.55 else loosen(c, rng) for c in captions]
+    pictures = np.stack([render(place_scene(c, rng)) for c in captions])
+    x = torch.from_numpy(pictures).permute(0, 3, 1, 2) * 2 - 1
+    with torch.autocast("cpu", torch.bfloat16):
+        z = vae.encode(x).latent_dist.mean.float()
+    return captions, (z - vae.config.shift_factor) * vae.config.scaling_factor
 
 
 def train(folder: Path, pool: Pool) -> FluxTransformer2DModel:
@@ -158,7 +164,7 @@ def evaluate(flux, noisy, sigma, guidance, pooled, tokens) -> torch.Tensor:
     """The velocity, [B, 64, 16] float32; matrix products in bf16."""
     rows, columns = torch.meshgrid(torch.arange(8.0), torch.arange(8.0), indexing="ij")
     places = torch.stack([torch.zeros_like(rows), rows, columns], -1).view(64, 3)
-    plain = mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", _attention)
+    plain = mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", attention)
     with plain, torch.autocast("cpu", torch.bfloat16):
         return flux(
             hidden_states=noisy,
@@ -172,7 +178,7 @@ def evaluate(flux, noisy, sigma, guidance, pooled, tokens) -> torch.Tensor:
         )[0].float()
 
 
-def _attention(query, key, value, **_) -> torch.Tensor:
+def attention(query, key, value, **_) -> torch.Tensor:
     """Attention as two products: at 80 tokens a third faster to train on a CPU than the fused kernel's backward."""
     scores = torch.matmul(query * query.shape[-1] ** -0.5, key.transpose(-1, -2))
     return torch.matmul(scores.softmax(-1, dtype=torch.float32).to(value.dtype), value)

@@ -7,6 +7,7 @@ is for `verify.py` to say.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -55,16 +56,22 @@ def write_golden(folder: Path, manifest: Manifest, recipe: Recipe) -> Manifest:
     The files depend on the artifact and nothing else. Raises ExportError where the denoiser gives NaN or infinity.
     """
     replayer = Replayer(open_artifact(folder))
-    prompt = picture_prompts(recipe)[0]
-    (folder / "golden").mkdir()
-    for name, plan in replayer.artifact.plans.items():
-        drawn = replayer.draw(prompt, 0, plan)
-        check_finite(replayer, drawn, name)
-        kept, dtype = evaluations_kept(replayer, drawn)
-        save_file(golden_tensors(replayer, drawn, prompt, 0, kept, dtype), folder / golden_path(name))
+    for name in replayer.artifact.plans:
+        write_plan_golden(replayer, recipe, name)
     manifest = manifest.model_copy(update={"files": file_entries(folder)})
     (folder / "manifest.json").write_text(manifest.to_json(), "utf-8")
     return manifest
+
+
+def write_plan_golden(replayer: Replayer, recipe: Recipe, name: str) -> None:
+    """The golden vectors of one plan, in the folder of the replayer's artifact."""
+    plan, prompt = replayer.artifact.plans[name], picture_prompts(recipe)[0]
+    drawn = replayer.draw(prompt, 0, plan)
+    check_finite(replayer, drawn, name)
+    kept, dtype = evaluations_kept(replayer, drawn)
+    path = replayer.artifact.folder / golden_path(name)
+    path.parent.mkdir(exist_ok=True)
+    save_file(golden_tensors(replayer, drawn, prompt, 0, kept, dtype), path)
 
 
 def golden_path(plan: str) -> str:
@@ -95,7 +102,7 @@ def golden_tensors(
 ) -> dict[str, Tensor]:
     """What is kept of one picture. Not safetensors' metadata, which it writes in any order: prompt and seed are tensors too.
 
-    `outputs` are [K, N, C] of the evaluations in `evaluations` [K]; `initial_latents` are as the first evaluation gets
+    `outputs` are [K, ...] of the evaluations in `evaluations` [K]; `initial_latents` are as the first evaluation gets
     them, `final_latents` as the decoder does; `image` is uint8 [H, W, 3].
     """
     evaluations = replayer.evaluations(drawn)
@@ -108,10 +115,13 @@ def golden_tensors(
         "final_latents": drawn.latents,
         "image": torch.from_numpy((as_array(drawn.image) * 255).round().astype("uint8")),
     }
+    encoded: Counter[str] = Counter()  # how often each text encoder was called: a negative prompt is a call more
     for call in drawn.calls:
         if "input_ids" in call.inputs:
-            tensors[f"input_ids.{call.graph}"] = call.inputs["input_ids"]
-            tensors |= {f"embeddings.{call.graph}": t for t in call.outputs.values()}
+            name = f"{call.graph}.{encoded[call.graph]}" if encoded[call.graph] else call.graph
+            encoded[call.graph] += 1
+            tensors[f"input_ids.{name}"] = call.inputs["input_ids"]
+            tensors |= {f"embeddings.{name}": t for t in call.outputs.values()}
     return {name: t.contiguous().clone() for name, t in tensors.items()}
 
 

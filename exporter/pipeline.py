@@ -30,12 +30,12 @@ from .plan import Planned, plan, without_dead
 from .plan.sampler import Table, tabulate
 from .progress import Progress
 from .recipe import Recipe
-from .rewrite import Layers, rewrite
+from .rewrite import DENOISERS, Layers, rewrite
 from .sites import VariantModule
 from .toolchain import glibc_version, versions
 from .verify import settle_verdict, write_golden
 
-FAMILIES = {"FluxPipeline": "flux"}
+FAMILIES = {"FluxPipeline": "flux", "StableDiffusionPipeline": "sd"}
 
 
 @dataclass(frozen=True)
@@ -88,9 +88,10 @@ def prepare(recipe: Recipe, progress: Progress) -> Prepared:
         tables = {n: sampler_table(family, pipe, size, n, progress) for n in steps}
         denoiser = family.denoiser(pipe, size)
         planned = plan(recipe.cache, discover(denoiser), tables)
-    with progress.stage("capture", len(planned.variants) + 3):
+    components = family.others(pipe, size, channels_last=recipe.compile.channels_last_vae)
+    with progress.stage("capture", len(planned.variants) + len(components)):
         planned, variants = capture_variants(denoiser, planned, progress)
-        others = capture_others(family.others(pipe, size, channels_last=recipe.compile.channels_last_vae), progress)
+        others = capture_others(components, progress)
         graphs = {"denoiser": variants, **{g.name: (g,) for g in others}}
         costs = {g.name: cost(g) for group in graphs.values() for g in group}
         check_variants(denoiser, planned, costs)
@@ -139,10 +140,10 @@ def verify(folder: Path, prepared: Prepared, manifest: Manifest, options: Option
 
 
 def dtypes(recipe: Recipe) -> dict[str, torch.dtype]:
-    """Component -> dtype, as `from_pretrained(torch_dtype=...)` takes it."""
+    """Component -> dtype, as `from_pretrained(torch_dtype=...)` takes it; those that a pipeline lacks are passed over."""
     of = recipe.precision
     names = {
-        "transformer": of.denoiser,
+        **dict.fromkeys(DENOISERS, of.denoiser),
         "text_encoder": of.text_encoders,
         "text_encoder_2": of.text_encoders,
         "vae": of.vae,
@@ -160,7 +161,7 @@ def family_of(pipe: Any) -> Any:
 
 def settle(recipe: Recipe, family: Any, loaded: source.Loaded) -> tuple[Defaults, Any, tuple[int, ...]]:
     """Sizes, steps and guidance: the recipe's word, else the model's own default, else the family's."""
-    usual = {**family.DEFAULTS, **loaded.defaults}
+    usual = {**family.defaults(loaded.pipe), **loaded.defaults}
     asked = {**recipe.shapes.model_dump(), "guidance_scale": recipe.sampler.guidance_scale}
     chosen = {name: usual[name] if asked.get(name) is None else asked[name] for name in usual}
     steps = recipe.sampler.steps or (usual["num_inference_steps"],)

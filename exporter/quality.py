@@ -24,6 +24,7 @@ from ..runtime.pipeline import Pipeline
 from ..runtime.plan import Plan
 from .progress import Progress
 from .recipe import Recipe
+from .source import EMBEDDED
 
 ROWS = 6  # that a report shows
 LEAST_MSE = 1e-12  # pictures closer than this are equal: 120 dB
@@ -131,7 +132,7 @@ class Reference:
     def __init__(self, pipe: Any, family: Any, manifest: Any) -> None:
         self._pipe, self._family = pipe, family
         self._size, self._guidance_scale = family.size_of(manifest), manifest.defaults.guidance_scale
-        self._denoiser = family.denoiser(pipe, self._size).module
+        self._denoiser = family.denoiser(pipe, self._size)
 
     @torch.no_grad()
     def draw(self, prompt: str, seed: int, steps: int) -> Drawn:
@@ -142,9 +143,10 @@ class Reference:
     @torch.no_grad()
     def evaluate(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, float]:
         """The denoiser's output at these inputs (the artifact's own, so errors do not add up), and its milliseconds."""
-        given = {n: t.float() if t.is_floating_point() else t for n, t in inputs.items() if n != "coefficients"}
+        given = (inputs[name] for name in self._denoiser.inputs)
+        args = [t.float() if t.is_floating_point() else t for t in given]
         start = time.perf_counter()
-        sample = self._denoiser(**given)
+        sample = self._denoiser.module(*args)
         return sample, (time.perf_counter() - start) * 1e3
 
 
@@ -293,10 +295,10 @@ class Checked:
 
 
 def picture_prompts(recipe: Recipe) -> tuple[str, ...]:
-    """The recipe's prompts; where it names none, eight of `shapes`' own, or four diverse ones for another model."""
+    """The recipe's prompts; where it names none, eight of the embedded models' own, or four diverse ones for another model."""
     if recipe.verify.prompts:
         return recipe.verify.prompts
-    if recipe.model.id != "shapes":
+    if recipe.model.id not in EMBEDDED:
         return DIVERSE
     from .shapes import prompts
 
@@ -305,7 +307,7 @@ def picture_prompts(recipe: Recipe) -> tuple[str, ...]:
 
 def checked_prompts(model: str) -> Checked | None:
     """The accuracy prompts and the checker that come with a model, or None."""
-    if model != "shapes":
+    if model not in EMBEDDED:
         return None
     from .shapes import prompts
     from .shapes.checker import accuracy

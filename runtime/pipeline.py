@@ -18,9 +18,9 @@ from PIL import Image
 
 from .artifact import Artifact, open_artifact
 from .errors import ArtifactError
-from .families import flux
-from .prompts import PromptTokenizer
-from .replay import StopReplay, Tables, Tensors, ends_step, replay
+from .families import family_of
+from .noise import Generators, chosen, draw
+from .replay import StopReplay, Tables, ends_step, replay
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 Callback = Callable[["Pipeline", int, float, dict[str, torch.Tensor]], dict[str, torch.Tensor] | None]
@@ -51,20 +51,14 @@ class PipelineOutput(NamedTuple):
 
 
 class Pipeline:
-    """An open artifact of family `flux`. One may be called from many threads: nothing of a call is kept here.
+    """An open artifact. One may be called from many threads: nothing of a call is kept here.
 
     A callback stops its own call by `pipe._interrupt = True`, as in diffusers.
     """
 
     def __init__(self, artifact: Artifact):
-        if artifact.manifest.family != "flux":
-            raise ArtifactError(
-                f"{artifact.folder}: family {artifact.manifest.family!r} is not one that this runtime replays: flux"
-            )
         self.artifact = artifact
-        self.settings = flux.read_settings(artifact.manifest.pipeline)
-        self._tokenizers = [_tokenizer(artifact, prompt) for prompt in self.settings.prompts]
-        self._encoders = [artifact.graph(prompt.graph) for prompt in self.settings.prompts]
+        self.family = family_of(artifact)
         self._decoder = artifact.graph("vae_decoder")
         self._variants, self._sites = artifact.variants, artifact.sites
         self._request = threading.local()
@@ -75,16 +69,18 @@ class Pipeline:
         prompt: str | list[str] | None = None,
         prompt_2: str | list[str] | None = None,
         *,
+        negative_prompt: str | list[str] | None = None,
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         num_images_per_prompt: int = 1,
-        generator: flux.Generators = None,
+        generator: Generators = None,
         seed: int | None = None,
         latents: torch.Tensor | None = None,
         prompt_embeds: torch.Tensor | None = None,
         pooled_prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callback | None = None,
@@ -96,8 +92,11 @@ class Pipeline:
 
         `num_inference_steps` picks one of the artifact's plans, `cache=False` that plan without its cache. `seed` is
         short for `generator=torch.Generator().manual_seed(seed)`. `guidance_scale` has no effect where the model takes
-        none, as in diffusers. `latents` are packed, [B, N, C], and so is the output of `output_type="latent"`.
-        `callback_on_step_end(pipe, step, timestep, {"latents": [1, N, C]})` is called after each step of each image; the
+        none, as in diffusers. The arguments that say what to draw are those of the artifact's family, `family.arguments`;
+        one `negative_prompt` may stand for all. `latents` are as the family's pipeline has them, FLUX's packed, and so is
+        the output of `output_type="latent"`. What changes the text encoder or the scheduler (`clip_skip`, `eta`,
+        `guidance_rescale`, ...) is no argument here: that was fixed at export.
+        `callback_on_step_end(pipe, step, timestep, {"latents": [1, ...]})` is called after each step of each image; the
         latents that it returns replace the loop's. An interrupted call gives the images up to the interrupted one.
         `return_dict` may be given and changes nothing: the output is a tuple either way.
 
@@ -107,22 +106,29 @@ class Pipeline:
         self._check_size(height, width, max_sequence_length)
         self._check_choices(output_type, num_images_per_prompt, callback_on_step_end_tensor_inputs)
 
-        conditions = self._encode(prompt, prompt_2, prompt_embeds, pooled_prompt_embeds)
+        given = self._given(
+            prompt=prompt,
+            prompt_2=prompt_2,
+            negative_prompt=negative_prompt,
+            prompt_embeds=prompt_embeds,
+            pooled_prompt_embeds=pooled_prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+        )
+        if guidance_scale is None:
+            guidance_scale = self.artifact.manifest.defaults.guidance_scale
+        conditions = self.family.conditions(given, guidance_scale)
         conditions = [c for c in conditions for _ in range(num_images_per_prompt)]
-        generator = _generator(seed, generator, len(conditions))
+        generator = chosen(seed, generator, len(conditions))
         start = self._start(latents, len(conditions), generator, tables)
         noise = self._noise(tables, start.shape, generator)
-        guidance = self._guidance(guidance_scale)
 
         self._interrupt = False
         after = self._after_evaluation(tables, callback_on_step_end, callback_on_step_end_tensor_inputs)
         finals = []
         for i, condition in enumerate(conditions):
             draws = [z[i : i + 1] for z in noise]
-            inputs = {**condition, **guidance}
-            finals.append(
-                replay(tables, self._variants, self._sites, inputs, start[i : i + 1], noise=draws, on_evaluation=after)
-            )
+            x = start[i : i + 1]
+            finals.append(replay(tables, self._variants, self._sites, condition, x, noise=draws, on_evaluation=after))
             if self._interrupt:
                 break
         return PipelineOutput(self._decode(finals, output_type))
@@ -157,7 +163,7 @@ class Pipeline:
         return plans[name]
 
     def _check_size(self, height: int | None, width: int | None, max_sequence_length: int | None) -> None:
-        defaults, length = self.artifact.manifest.defaults, self.settings.prompts[1].max_length
+        defaults, length = self.artifact.manifest.defaults, self.family.max_sequence_length
         if (height or defaults.height, width or defaults.width) != (defaults.height, defaults.width):
             raise ArtifactError(
                 f"height={height}, width={width}: the artifact makes images of height {defaults.height}, "
@@ -178,69 +184,34 @@ class Pipeline:
                 f"callback_on_step_end_tensor_inputs: {unknown[0]!r} is not a tensor of the loop; it has latents"
             )
 
-    # --- prompts, noise, images ---------------------------------------------------------------------------------
+    def _given(self, **arguments: Any) -> dict[str, Any]:
+        """What the caller said of what to draw. Raises ArtifactError for what the family does not know."""
+        given = {name: value for name, value in arguments.items() if value is not None}
+        if foreign := [name for name in given if name not in self.family.arguments]:
+            raise ArtifactError(
+                f"{foreign[0]}: an artifact of {self.artifact.manifest.source.pipeline} does not take it; "
+                f"it takes {', '.join(self.family.arguments)}"
+            )
+        return given
 
-    def _encode(
-        self,
-        prompt: str | list[str] | None,
-        prompt_2: str | list[str] | None,
-        prompt_embeds: torch.Tensor | None,
-        pooled_prompt_embeds: torch.Tensor | None,
-    ) -> list[Tensors]:
-        """The denoiser's text inputs, one dict for each prompt."""
-        if prompt_embeds is not None or pooled_prompt_embeds is not None:
-            if prompt is not None or prompt_2 is not None or prompt_embeds is None or pooled_prompt_embeds is None:
-                raise ArtifactError("expected either prompt, or both prompt_embeds and pooled_prompt_embeds")
-            return self._given_embeddings(prompt_embeds, pooled_prompt_embeds)
-        first = _texts("prompt", prompt)
-        second = first if prompt_2 is None else _texts("prompt_2", prompt_2)
-        if len(first) != len(second):
-            raise ArtifactError(f"prompt_2: expected {len(first)} texts, one for each prompt, got {len(second)}")
-        return [self._encode_one(texts) for texts in zip(first, second, strict=True)]
+    # --- noise and images ---------------------------------------------------------------------------------------
 
-    def _encode_one(self, texts: tuple[str, str]) -> Tensors:
-        embeddings = {}
-        for prompt, tokenize, encode, text in zip(
-            self.settings.prompts, self._tokenizers, self._encoders, texts, strict=True
-        ):
-            ids = tokenize(text).to(self.artifact.device)
-            embeddings[prompt.output] = encode({"input_ids": ids})[prompt.output]
-        return embeddings
-
-    def _given_embeddings(self, prompt_embeds: torch.Tensor, pooled: torch.Tensor) -> list[Tensors]:
-        if len(prompt_embeds) != len(pooled):
-            raise ArtifactError(f"pooled_prompt_embeds: expected a batch of {len(prompt_embeds)}, got {len(pooled)}")
-        named = zip(self.settings.prompts, (pooled, prompt_embeds), strict=True)
-        dtypes = {
-            prompt.output: encoder.output_dtype(prompt.output)
-            for prompt, encoder in zip(self.settings.prompts, self._encoders, strict=True)
-        }
-        whole = {p.output: x.to(self.artifact.device, dtypes[p.output]).contiguous() for p, x in named}
-        return [{name: x[i : i + 1] for name, x in whole.items()} for i in range(len(pooled))]
-
-    def _start(
-        self, latents: torch.Tensor | None, batch: int, generator: flux.Generators, tables: Tables
-    ) -> torch.Tensor:
-        """The latents before the first step, float32 [B, N, C] on the artifact's device."""
-        shape = (batch, *flux.packed_shape(self.settings.latents_shape))
+    def _start(self, latents: torch.Tensor | None, batch: int, generator: Generators, tables: Tables) -> torch.Tensor:
+        """The latents before the first step, float32 [B, ...] on the artifact's device."""
+        shape = (batch, *self.family.latents_shape)
         if latents is None:
-            latents = flux.draw_latents(self.settings.latents_shape, batch, generator)
+            latents = self.family.draw_latents(batch, generator)
         elif tuple(latents.shape) != shape:
-            raise ArtifactError(f"latents: expected packed latents {list(shape)}, got {list(latents.shape)}")
+            raise ArtifactError(
+                f"latents: expected {self.family.latents_name} {list(shape)}, got {list(latents.shape)}"
+            )
         latents = latents.to(self.artifact.device, torch.float32).contiguous()
         return latents if tables.plan.init_noise_sigma == 1.0 else latents * tables.plan.init_noise_sigma
 
-    def _noise(self, tables: Tables, shape: torch.Size, generator: flux.Generators) -> list[torch.Tensor]:
-        """A draw [B, N, C] for each evaluation that adds noise, in the order in which diffusers draws them."""
+    def _noise(self, tables: Tables, shape: torch.Size, generator: Generators) -> list[torch.Tensor]:
+        """A draw [B, ...] for each evaluation that adds noise, in the order in which diffusers draws them."""
         noisy = [e for e in tables.plan.evaluations if e.update.noise]
-        return [flux.draw(tuple(shape), generator).to(self.artifact.device) for _ in noisy]
-
-    def _guidance(self, scale: float | None) -> Tensors:
-        """The denoiser's guidance input, float32 [1], where the model takes one."""
-        if not self.settings.guidance_embeds:
-            return {}
-        scale = self.artifact.manifest.defaults.guidance_scale if scale is None else scale
-        return {"guidance": torch.full([1], scale, dtype=torch.float32, device=self.artifact.device)}
+        return [draw(tuple(shape), generator).to(self.artifact.device) for _ in noisy]
 
     def _decode(self, finals: list[torch.Tensor], output_type: str) -> Any:
         if output_type == "latent":
@@ -277,35 +248,3 @@ class Pipeline:
             return latents
 
         return after_evaluation
-
-
-def _tokenizer(artifact: Artifact, prompt: flux.Prompt) -> PromptTokenizer:
-    if prompt.tokenizer not in {entry.path for entry in artifact.manifest.files}:
-        raise ArtifactError(
-            f"{artifact.folder}: manifest.json [pipeline.prompts]: {prompt.tokenizer!r} is not in files; export again"
-        )
-    path = artifact.folder / prompt.tokenizer
-    return PromptTokenizer(path, max_length=prompt.max_length, pad_id=prompt.pad_id, pad_token=prompt.pad_token)
-
-
-def _texts(name: str, value: str | list[str] | None) -> list[str]:
-    texts = [value] if isinstance(value, str) else value
-    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
-        raise ArtifactError(f"{name}: expected a text or a list of texts, got {value!r}")
-    return texts
-
-
-def _generator(seed: int | None, generator: flux.Generators, batch: int) -> flux.Generators:
-    """The one generator of the call, or one for each image, or None for torch's global one."""
-    if seed is not None:
-        if generator is not None:
-            raise ArtifactError("expected seed or generator, got both")
-        return torch.Generator().manual_seed(seed)
-    if generator is None:
-        return None
-    each = [generator] if isinstance(generator, torch.Generator) else list(generator)
-    if not isinstance(generator, torch.Generator) and len(each) != batch:
-        raise ArtifactError(f"generator: expected one, or a list of {batch}, one for each image; got {len(each)}")
-    if other := [g.device for g in each if g.device.type != "cpu"]:
-        raise ArtifactError(f"generator: expected a generator on the cpu, where noise is drawn, got one on {other[0]}")
-    return generator

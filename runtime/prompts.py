@@ -1,4 +1,5 @@
-"""Prompts to token ids, with the tokenizer file that the model's own library wrote, and nothing of that library."""
+"""Prompts to embeddings: token ids by the tokenizer file that the model's own library wrote, without that library, and
+the text encoder's graph."""
 
 from __future__ import annotations
 
@@ -6,9 +7,61 @@ import warnings
 from pathlib import Path
 
 import torch
+from pydantic import BaseModel
 from tokenizers import Tokenizer
 
+from .artifact import Artifact
 from .errors import ArtifactError
+from .plan import FROZEN
+
+
+class Prompt(BaseModel):
+    """One way in which a prompt enters: through a tokenizer and a graph, to the denoiser's input named `output`."""
+
+    model_config = FROZEN
+    tokenizer: str
+    graph: str
+    output: str
+    max_length: int
+    pad_id: int
+    pad_token: str
+
+
+class TextEncoder:
+    """A `Prompt` of an open artifact, ready to be called."""
+
+    def __init__(self, artifact: Artifact, prompt: Prompt):
+        if prompt.tokenizer not in {entry.path for entry in artifact.manifest.files}:
+            raise ArtifactError(
+                f"{artifact.folder}: manifest.json [pipeline.prompts]: {prompt.tokenizer!r} is not in files; export again"
+            )
+        self.output = prompt.output
+        self._device = artifact.device
+        self._graph = artifact.graph(prompt.graph)
+        self.shape = next(spec.shape for spec in self._graph.graph.outputs if spec.name == prompt.output)
+        self._tokenize = PromptTokenizer(
+            artifact.folder / prompt.tokenizer,
+            max_length=prompt.max_length,
+            pad_id=prompt.pad_id,
+            pad_token=prompt.pad_token,
+        )
+
+    def __call__(self, text: str) -> torch.Tensor:
+        """The embedding, [1, ...], as the denoiser takes it."""
+        return self._graph({"input_ids": self._tokenize(text).to(self._device)})[self.output]
+
+    def given(self, embeddings: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The caller's own embeddings [B, ...] as if they had been encoded here: [1, ...] each."""
+        dtype = self._graph.output_dtype(self.output)
+        return embeddings.to(self._device, dtype).contiguous().split(1)
+
+
+def texts(name: str, value: object) -> list[str]:
+    """The argument `name` as a list of texts. Raises ArtifactError for anything else."""
+    each = [value] if isinstance(value, str) else value
+    if not isinstance(each, list) or not each or not all(isinstance(text, str) for text in each):
+        raise ArtifactError(f"{name}: expected a text or a list of texts, got {value!r}")
+    return each
 
 
 class PromptTokenizer:

@@ -1,21 +1,35 @@
-"""A small random FLUX pipeline, seeded, saved as any pipeline is: for every test that needs structure and not pictures."""
+"""Small random pipelines, seeded, saved as any pipeline is: for every test that needs structure and not pictures."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 WORDS = ("a", "large", "small", "red", "blue", "circle", "square", "left", "of", "on", "white")
+VOCABULARY = 4 + len(WORDS)
 DEFAULTS = """[defaults]
 height = 32
 width = 32
 max_sequence_length = 8
 num_inference_steps = 4
 guidance_scale = 3.5
+"""
+SD_DEFAULTS = """[defaults]
+num_inference_steps = 4
+guidance_scale = 3.0
 """
 OVERRIDES = ("cache.method=pab", "sampler.steps=8", "verify.psnr_db=30", "verify.cached_psnr_db=20")
 """What the fixture `tiny_artifact` changes in `flux-fast`."""
@@ -41,6 +55,40 @@ def tokenizer(max_length: int, start: str | None) -> PreTrainedTokenizerFast:
     )
 
 
+def tiny_vae(*, shift_factor: float | None = None) -> AutoencoderKL:
+    """Two levels, so 2 pixels a latent; 4 latent channels."""
+    return AutoencoderKL(
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        scaling_factor=1.2,
+        shift_factor=shift_factor,
+    )
+
+
+def tiny_clip() -> CLIPTextModel:
+    """One layer, 32 wide, 16 tokens."""
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            intermediate_size=64,
+            projection_dim=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=16,
+            bos_token_id=3,
+            eos_token_id=1,
+            pad_token_id=0,
+        )
+    )
+
+
 def tiny_pipeline(seed: int = 0, *, heads: int = 2, guidance: bool = True) -> FluxPipeline:
     """1 double and 2 single blocks, `heads` x 32 wide, 8x8 tokens of 32x32 pixels at 2x VAE reduction... random weights."""
     torch.manual_seed(seed)
@@ -58,36 +106,10 @@ def tiny_pipeline(seed: int = 0, *, heads: int = 2, guidance: bool = True) -> Fl
         axes_dims_rope=(4, 14, 14),
     )
     assert transformer.inner_dim == width
-    vae = AutoencoderKL(
-        block_out_channels=(8, 16),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=4,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        scaling_factor=1.2,
-        shift_factor=0.1,
-    )
-    vocabulary = 4 + len(WORDS)
-    clip = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=vocabulary,
-            hidden_size=32,
-            intermediate_size=64,
-            projection_dim=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            max_position_embeddings=16,
-            bos_token_id=3,
-            eos_token_id=1,
-            pad_token_id=0,
-        )
-    )
+    vae, clip = tiny_vae(shift_factor=0.1), tiny_clip()
     t5 = T5EncoderModel(
         T5Config(
-            vocab_size=vocabulary,
+            vocab_size=VOCABULARY,
             d_model=32,
             d_kv=16,
             d_ff=64,
@@ -107,8 +129,49 @@ def tiny_pipeline(seed: int = 0, *, heads: int = 2, guidance: bool = True) -> Fl
     )
 
 
+def tiny_sd_pipeline(seed: int = 0) -> StableDiffusionPipeline:
+    """A UNet of two levels, 8 and 16 wide, cross attention in the first; 32x32 pixels are 4x16x16 latents."""
+    torch.manual_seed(seed)
+    unet = UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=(8, 16),
+        layers_per_block=2,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=32,
+        attention_head_dim=2,
+        norm_num_groups=4,
+    )
+    return StableDiffusionPipeline(
+        vae=tiny_vae(),
+        text_encoder=tiny_clip(),
+        tokenizer=tokenizer(16, "<s>"),
+        unet=unet,
+        scheduler=DDIMScheduler(
+            beta_schedule="scaled_linear",
+            beta_start=0.00085,
+            beta_end=0.012,
+            clip_sample=False,
+            set_alpha_to_one=False,
+            steps_offset=1,
+        ),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
 def save_tiny(folder: Path, **kwargs) -> Path:
-    """The pipeline as a folder that `--model` accepts."""
-    tiny_pipeline(**kwargs).save_pretrained(folder)
-    (folder / "prebake.toml").write_text(DEFAULTS, "utf-8")
+    """The FLUX pipeline as a folder that `--model` accepts."""
+    return save(tiny_pipeline(**kwargs), folder, DEFAULTS)
+
+
+def save_tiny_sd(folder: Path, **kwargs) -> Path:
+    """The Stable Diffusion pipeline as such a folder."""
+    return save(tiny_sd_pipeline(**kwargs), folder, SD_DEFAULTS)
+
+
+def save(pipe: DiffusionPipeline, folder: Path, defaults: str) -> Path:
+    pipe.save_pretrained(folder)
+    (folder / "prebake.toml").write_text(defaults, "utf-8")
     return folder

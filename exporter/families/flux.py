@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,20 +17,27 @@ import torch
 from torch import Tensor, nn
 
 from ...runtime.errors import ExportError
-from ...runtime.manifest import Manifest
+from ...runtime.families.flux import draw_latents
 from ..component import Component
+from .picture import Decoder, Size, check_multiples, drawn, size_of
+from .text import PooledText, TextStates, prompt_entry
 
-PIPELINE = "FluxPipeline"
+__all__ = [
+    "Size",
+    "check_size",
+    "defaults",
+    "denoiser",
+    "draw",
+    "encode",
+    "facts",
+    "noise",
+    "others",
+    "scheduler_arguments",
+    "size_of",
+    "tokenizers",
+]
+
 DEFAULTS = {"height": 1024, "width": 1024, "max_sequence_length": 512, "num_inference_steps": 28, "guidance_scale": 3.5}
-
-
-@dataclass(frozen=True)
-class Size:
-    """The static shapes of one export. `height` and `width` in pixels, `tokens` of text."""
-
-    height: int
-    width: int
-    tokens: int
 
 
 class Denoiser(nn.Module):
@@ -81,57 +88,21 @@ def exact_times(transformer: nn.Module, timestep: Tensor, guidance: Tensor | Non
         handle.remove()
 
 
-class PooledText(nn.Module):
-    """CLIP: input_ids [1, L] -> pooled_projections [1, P]."""
-
-    def __init__(self, encoder: nn.Module) -> None:
-        super().__init__()
-        self.encoder = encoder
-
-    def forward(self, input_ids: Tensor) -> tuple[Tensor]:
-        return (self.encoder(input_ids, output_hidden_states=False).pooler_output.contiguous(),)
+def unpacked(latents: Tensor, rows: int, columns: int) -> Tensor:
+    """Packed latents [B, N, C] as [B, C/4, h, w], N = rows x columns: `FluxPipeline._unpack_latents`."""
+    batch, _, channels = latents.shape
+    x = latents.view(batch, rows, columns, channels // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
+    return x.reshape(batch, channels // 4, 2 * rows, 2 * columns)
 
 
-class TextStates(nn.Module):
-    """T5: input_ids [1, T] -> encoder_hidden_states [1, T, D]."""
-
-    def __init__(self, encoder: nn.Module) -> None:
-        super().__init__()
-        self.encoder = encoder
-
-    def forward(self, input_ids: Tensor) -> tuple[Tensor]:
-        return (self.encoder(input_ids, output_hidden_states=False)[0].contiguous(),)
-
-
-class Decoder(nn.Module):
-    """Packed float32 latents [1, N, C] -> float32 image [1, 3, H, W] in 0..1.
-
-    `FluxPipeline._unpack_latents`, the VAE's scaling, `decode` and `VaeImageProcessor.denormalize` in one graph.
-    """
-
-    def __init__(self, vae: nn.Module, dtype: torch.dtype, rows: int, columns: int, channels_last: bool) -> None:
-        super().__init__()
-        self.vae: Any = vae
-        self.dtype, self.rows, self.columns = dtype, rows, columns
-        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-
-    def forward(self, latents: Tensor) -> tuple[Tensor]:
-        batch, _, channels = latents.shape
-        x = latents.view(batch, self.rows, self.columns, channels // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
-        x = x.reshape(batch, channels // 4, 2 * self.rows, 2 * self.columns)  # [B, C, H, W]
-        x = x / self.vae.config.scaling_factor + self.vae.config.shift_factor
-        image = self.vae.decode(x.to(self.dtype).contiguous(memory_format=self.memory_format), return_dict=False)[0]
-        return ((image.float() * 0.5 + 0.5).clamp(0, 1).contiguous(),)
+def defaults(pipe: Any) -> dict[str, Any]:
+    """What `FluxPipeline.__call__` takes where its caller is silent."""
+    return DEFAULTS
 
 
 def check_size(pipe: Any, size: Size) -> None:
     """Raises ExportError unless the picture divides into latent patches and the text fits the encoder's limit."""
-    patch = pipe.vae_scale_factor * 2
-    if size.height % patch or size.width % patch:
-        raise ExportError(
-            f"shapes.height, shapes.width: expected multiples of {patch} (VAE factor {pipe.vae_scale_factor}, patches of 2), got "
-            f"{size.height} x {size.width}; the nearest are {round(size.height / patch) * patch} x {round(size.width / patch) * patch}"
-        )
+    check_multiples(size, pipe.vae_scale_factor * 2, f"VAE factor {pipe.vae_scale_factor}, patches of 2")
     if not 1 <= size.tokens <= 512:
         raise ExportError(
             f"shapes.max_sequence_length: expected 1 to 512 tokens as FluxPipeline does, got {size.tokens}"
@@ -174,7 +145,12 @@ def others(pipe: Any, size: Size, *, channels_last: bool) -> tuple[Component, ..
     clip_ids = torch.zeros(1, pipe.tokenizer_max_length, dtype=torch.int64)
     t5_ids = torch.zeros(1, size.tokens, dtype=torch.int64)
     latents = torch.zeros(1, rows * columns, pipe.transformer.config.in_channels)
-    decoder = Decoder(pipe.vae, pipe.vae.dtype, rows, columns, channels_last)
+    decoder = Decoder(
+        pipe.vae,
+        channels_last=channels_last,
+        shift=pipe.vae.config.shift_factor,
+        arranged=partial(unpacked, rows=rows, columns=columns),
+    )
     return (
         Component(
             "text_encoder", PooledText(pipe.text_encoder).eval(), ("input_ids",), ("pooled_projections",), (clip_ids,)
@@ -218,17 +194,6 @@ def tokenizers(pipe: Any) -> dict[str, Any]:
 
 def facts(pipe: Any, size: Size) -> dict[str, Any]:
     """The manifest's `pipeline` table, which `runtime/families/flux.py` validates and drives."""
-
-    def prompt(name: str, tokenizer: Any, graph: str, output: str, max_length: int) -> dict[str, Any]:
-        return {
-            "tokenizer": f"tokenizers/{name}/tokenizer.json",
-            "graph": graph,
-            "output": output,
-            "max_length": max_length,
-            "pad_id": tokenizer.pad_token_id,
-            "pad_token": tokenizer.pad_token,
-        }
-
     rows, columns = grid(pipe, size)
     config = pipe.transformer.config
     return {
@@ -236,34 +201,34 @@ def facts(pipe: Any, size: Size) -> dict[str, Any]:
         "timestep_scale": 0.001,
         "guidance_embeds": bool(config.guidance_embeds),
         "prompts": [
-            prompt("tokenizer", pipe.tokenizer, "text_encoder", "pooled_projections", pipe.tokenizer_max_length),
-            prompt("tokenizer_2", pipe.tokenizer_2, "text_encoder_2", "encoder_hidden_states", size.tokens),
+            prompt_entry("tokenizer", pipe.tokenizer, "text_encoder", "pooled_projections", pipe.tokenizer_max_length),
+            prompt_entry("tokenizer_2", pipe.tokenizer_2, "text_encoder_2", "encoder_hidden_states", size.tokens),
         ],
     }
 
 
-def size_of(manifest: Manifest) -> Size:
-    """The size that an artifact was exported for."""
-    return Size(manifest.defaults.height, manifest.defaults.width, manifest.pipeline["prompts"][-1]["max_length"])
+def encode(pipe: Any, size: Size, prompt: str, guidance_scale: float) -> dict[str, Tensor]:
+    """The denoiser's inputs that are equal at every step, from the pipeline's own encoders."""
+    states, pooled, _ = pipe.encode_prompt(prompt, prompt, max_sequence_length=size.tokens)
+    guidance = {"guidance": torch.tensor([guidance_scale])} if pipe.transformer.config.guidance_embeds else {}
+    return {"encoder_hidden_states": states, "pooled_projections": pooled, **guidance}
+
+
+def noise(pipe: Any, size: Size, generator: torch.Generator) -> Tensor:
+    """Packed standard normal latents [1, N, C], the numbers that the pipeline draws."""
+    rows, columns = grid(pipe, size)
+    return draw_latents((pipe.transformer.config.in_channels // 4, 2 * rows, 2 * columns), 1, generator)
 
 
 def draw(pipe: Any, prompt: str, seed: int, steps: int, guidance_scale: float, size: Size) -> tuple[Tensor, Tensor]:
     """Final latents [1, N, C] and image [1, 3, H, W] in 0..1 of the plain diffusers call: what an artifact is held against."""
-    last: dict[str, Tensor] = {}
-
-    def keep(pipe: Any, step: int, timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        last.update(tensors)
-        return {}
-
-    image = pipe(
+    return drawn(
+        pipe,
         prompt,
+        seed,
         height=size.height,
         width=size.width,
         num_inference_steps=steps,
         guidance_scale=guidance_scale,
         max_sequence_length=size.tokens,
-        generator=torch.Generator().manual_seed(seed),
-        output_type="pt",
-        callback_on_step_end=keep,
-    ).images
-    return last["latents"], image
+    )

@@ -8,20 +8,31 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+
 from .fuse import fuse_qkv
 from .hooked import refuse_hooked
 from .quantize import quantize
 
+DENOISERS = ("transformer", "unet")
+"""What diffusers' pipelines call the part that is run at every step."""
 Layers = dict[str, tuple[str, str]]
 """Layer name -> (treatment, reason), for `inspect`."""
 
 
 def rewrite(pipe: Any, recipe: Any) -> Layers:
     """Applies the recipe's `fuse` and `quantize` tables to `pipe` in place; returns what happened to each Linear."""
-    for name in ("transformer", "vae", "text_encoder", "text_encoder_2"):
-        refuse_hooked(name, getattr(pipe, name))
+    for name, component in pipe.components.items():
+        if isinstance(component, nn.Module):
+            refuse_hooked(name, component)
+    name, denoiser = next((n, pipe.components[n]) for n in DENOISERS if n in pipe.components)
     if recipe.fuse.qkv:
-        fuse_qkv("transformer", pipe.transformer, key="fuse.qkv")
+        fuse_qkv(name, denoiser, key="fuse.qkv")
     if recipe.fuse.vae_qkv:
         fuse_qkv("vae", pipe.vae, key="fuse.vae_qkv")
-    return quantize(pipe.transformer, recipe.quantize, pipe.transformer.inner_dim)
+    return quantize(denoiser, recipe.quantize, inner_width(denoiser))
+
+
+def inner_width(denoiser: Any) -> int:
+    """A transformer's width; of a UNet, which widens downwards, the least: that of its first level."""
+    return denoiser.inner_dim if hasattr(denoiser, "inner_dim") else min(denoiser.config.block_out_channels)

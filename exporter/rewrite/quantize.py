@@ -16,10 +16,13 @@ from torch import nn
 from ...runtime.errors import ExportError
 
 KINDS = (
-    (re.compile(r"(^|\.)norm\w*\.linear(_\d)?$|(^|\.)norm_out\."), "modulation"),
+    (re.compile(r"(^|\.)norm\w*\.linear(_\d)?$|(^|\.)norm_out\.|\.time_emb_proj$"), "modulation"),
     (re.compile(r"embed"), "embedding"),
     (re.compile(r"^proj_out$"), "final projection"),
-    (re.compile(r"\.attn\d?\.|\.to_(q|k|v|qkv|kv|out|add_out|added_qkv)(\.\d)?$"), "attention"),
+    (
+        re.compile(r"\.attn\d?\.|\.attentions\.\d+\.proj_(in|out)$|\.to_(q|k|v|qkv|kv|out|add_out|added_qkv)(\.\d)?$"),
+        "attention",
+    ),
     (re.compile(r"\.ff\w*\.|\.proj_mlp$|_blocks\.\d+\.proj_out$"), "feed-forward"),
 )
 QUANTIZED_KINDS = ("attention", "feed-forward")

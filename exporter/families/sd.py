@@ -1,0 +1,181 @@
+"""Stable Diffusion 1 and 2 (text to image): which graphs a pipeline becomes, and what the runtime needs to know.
+
+In: a loaded `StableDiffusionPipeline` and a resolved recipe. Out: wrappers with flat, named inputs, example tensors, the
+facts that `runtime/families/sd.py` reads back from the manifest, and the arguments that the pipeline gives its
+scheduler. Both branches of classifier-free guidance are in the denoiser's graph; latents travel as [1, 4, h, w] in
+float32. The safety checker and image prompts are left out, and the text encoder's last layer is the one that is read
+(no `clip_skip`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...runtime.errors import ExportError
+from ..component import Component
+from ..guidance import guided
+from .picture import Decoder, Size, check_multiples, drawn, size_of
+from .text import TextStates, prompt_entry
+
+__all__ = [
+    "Size",
+    "check_size",
+    "defaults",
+    "denoiser",
+    "draw",
+    "encode",
+    "facts",
+    "noise",
+    "others",
+    "scheduler_arguments",
+    "size_of",
+    "tokenizers",
+]
+
+
+class Denoiser(nn.Module):
+    """`UNet2DConditionModel` of one branch: float32 latents in, float32 noise (or v, as the scheduler takes it) out.
+
+    Its sinusoids are of float32 timesteps in any dtype: diffusers casts behind them.
+    """
+
+    def __init__(self, unet: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.unet = unet
+        self.dtype = dtype
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+        states = encoder_hidden_states.to(self.dtype)
+        return self.unet(hidden_states.to(self.dtype), timestep, states, return_dict=False)[0].float()
+
+
+def defaults(pipe: Any) -> dict[str, Any]:
+    """What `StableDiffusionPipeline.__call__` takes where its caller is silent."""
+    sample = pipe.unet.config.sample_size
+    height, width = (sample, sample) if isinstance(sample, int) else sample
+    return {
+        "height": height * pipe.vae_scale_factor,
+        "width": width * pipe.vae_scale_factor,
+        "max_sequence_length": pipe.tokenizer.model_max_length,
+        "num_inference_steps": 50,
+        "guidance_scale": 7.5,
+    }
+
+
+def check_size(pipe: Any, size: Size) -> None:
+    """Raises ExportError for a size that the pipeline would not draw, and for a pipeline that is guided in another way."""
+    check_multiples(size, math.lcm(8, pipe.vae_scale_factor), "as StableDiffusionPipeline asks for")
+    length = pipe.tokenizer.model_max_length
+    if size.tokens != length:
+        raise ExportError(
+            f"shapes.max_sequence_length: expected {length}, to which StableDiffusionPipeline pads, got {size.tokens}"
+        )
+    if pipe.unet.config.time_cond_proj_dim is not None:
+        raise ExportError(
+            "unet.config.time_cond_proj_dim: expected none, got "
+            f"{pipe.unet.config.time_cond_proj_dim}: this UNet takes its guidance as an embedding, and only guidance "
+            "between two branches can be exported; take the model that it was distilled from"
+        )
+    if getattr(pipe.text_encoder.config, "use_attention_mask", False):
+        raise ExportError(
+            "text_encoder.config.use_attention_mask: expected false, got true: text encoders are exported without masks"
+        )
+
+
+def latents_shape(pipe: Any, size: Size) -> tuple[int, int, int]:
+    """[C, h, w]."""
+    return (
+        pipe.unet.config.in_channels,
+        size.height // pipe.vae_scale_factor,
+        size.width // pipe.vae_scale_factor,
+    )
+
+
+def denoiser(pipe: Any, size: Size) -> Component:
+    """The UNet's two branches behind named flat inputs, with example tensors of the export's shapes."""
+    seeded = torch.Generator().manual_seed(0)
+    states = torch.randn(1, size.tokens, pipe.unet.config.cross_attention_dim, generator=seeded)
+    named = {
+        "hidden_states": torch.randn(1, *latents_shape(pipe, size), generator=seeded),
+        "timestep": torch.tensor([500.0]),
+        "encoder_hidden_states": states.to(pipe.text_encoder.dtype),
+    }
+    module = Denoiser(pipe.unet, pipe.unet.dtype).eval()
+    branch = Component("denoiser", module, tuple(named), ("sample",), tuple(named.values()), {"": "unet."})
+    return guided(branch, ("encoder_hidden_states",))
+
+
+def others(pipe: Any, size: Size, *, channels_last: bool) -> tuple[Component, ...]:
+    """The text encoder and the VAE decoder. `StableDiffusionPipeline` scales latents and never shifts them."""
+    if channels_last:
+        pipe.vae.to(memory_format=torch.channels_last)
+    ids = torch.zeros(1, size.tokens, dtype=torch.int64)
+    latents = torch.zeros(1, *latents_shape(pipe, size))
+    encoder, decoder = TextStates(pipe.text_encoder).eval(), Decoder(pipe.vae, channels_last=channels_last).eval()
+    return (
+        Component("text_encoder", encoder, ("input_ids",), ("encoder_hidden_states",), (ids,)),
+        Component("vae_decoder", decoder, ("latents",), ("image",), (latents,)),
+    )
+
+
+def scheduler_arguments(pipe: Any, size: Size, steps: int) -> dict[str, Any]:
+    """Nothing: `StableDiffusionPipeline.__call__` passes the number of steps, and `eta=0`, which is the default."""
+    return {}
+
+
+def tokenizers(pipe: Any) -> dict[str, Any]:
+    """Artifact path -> fast tokenizer, whose `tokenizer.json` is stored there."""
+    return {"tokenizers/tokenizer": pipe.tokenizer}
+
+
+def facts(pipe: Any, size: Size) -> dict[str, Any]:
+    """The manifest's `pipeline` table, which `runtime/families/sd.py` validates and drives."""
+    return {
+        "latents_shape": list(latents_shape(pipe, size)),
+        "timestep_scale": 1.0,
+        "prompts": [prompt_entry("tokenizer", pipe.tokenizer, "text_encoder", "encoder_hidden_states", size.tokens)],
+    }
+
+
+def encode(pipe: Any, size: Size, prompt: str, guidance_scale: float) -> dict[str, Tensor]:
+    """The denoiser's inputs that are equal at every step, from the pipeline's own encoder: both branches' states
+    [2, L, D]. At a guidance of 1 or less both are the prompt's, as in `runtime/families/sd.py`."""
+    states, negative = pipe.encode_prompt(prompt, "cpu", 1, guidance_scale > 1)
+    other = states if negative is None else negative
+    return {"encoder_hidden_states": torch.cat((other, states)), "guidance": torch.tensor([max(guidance_scale, 1.0)])}
+
+
+def noise(pipe: Any, size: Size, generator: torch.Generator) -> Tensor:
+    """Standard normal latents [1, C, h, w], the numbers that the pipeline draws."""
+    return torch.randn(1, *latents_shape(pipe, size), generator=generator)
+
+
+def draw(pipe: Any, prompt: str, seed: int, steps: int, guidance_scale: float, size: Size) -> tuple[Tensor, Tensor]:
+    """Final latents [1, 4, h, w] and image [1, 3, H, W] in 0..1 of the plain diffusers call: what an artifact is held
+    against. Without the safety checker, which would paint some of them black."""
+    with unchecked(pipe):
+        return drawn(
+            pipe,
+            prompt,
+            seed,
+            height=size.height,
+            width=size.width,
+            num_inference_steps=steps,
+            guidance_scale=guidance_scale,
+        )
+
+
+@contextlib.contextmanager
+def unchecked(pipe: Any) -> Iterator[None]:
+    """The pipeline without its safety checker."""
+    checker, pipe.safety_checker = pipe.safety_checker, None
+    try:
+        yield
+    finally:
+        pipe.safety_checker = checker

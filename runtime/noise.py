@@ -1,0 +1,37 @@
+"""Noise: the numbers that diffusers draws from the same generators, on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from .errors import ArtifactError
+
+Generators = torch.Generator | Sequence[torch.Generator] | None
+"""One generator for the whole batch, one for each image, or torch's global one."""
+
+
+def draw(shape: tuple[int, ...], generator: Generators) -> torch.Tensor:
+    """diffusers' randn_tensor, float32 [B, ...]: one generator draws the whole batch, of a list each draws its image."""
+    if isinstance(generator, torch.Generator) or generator is None:
+        return torch.randn(shape, generator=generator, dtype=torch.float32)
+    if len(generator) == 1:
+        return draw(shape, generator[0])
+    return torch.cat([torch.randn((1, *shape[1:]), generator=g, dtype=torch.float32) for g in generator])
+
+
+def chosen(seed: int | None, generator: Generators, batch: int) -> Generators:
+    """The generators of a call for `batch` images. Raises ArtifactError for what does not fit it."""
+    if seed is not None:
+        if generator is not None:
+            raise ArtifactError("expected seed or generator, got both")
+        return torch.Generator().manual_seed(seed)
+    if generator is None:
+        return None
+    each = [generator] if isinstance(generator, torch.Generator) else list(generator)
+    if not isinstance(generator, torch.Generator) and len(each) != batch:
+        raise ArtifactError(f"generator: expected one, or a list of {batch}, one for each image; got {len(each)}")
+    if other := [g.device for g in each if g.device.type != "cpu"]:
+        raise ArtifactError(f"generator: expected a generator on the cpu, where noise is drawn, got one on {other[0]}")
+    return generator

@@ -3,70 +3,78 @@
 An attention computes when `iteration == 0`, when its timestep lies outside the exclusive window, or when
 `iteration % skip_range == 0`; else it returns its last output. `iteration` counts every evaluation since the start, in
 and out of the window, so the phase is locked to step 0 (diffusers hooks/pyramid_attention_broadcast.py, 0.42.1).
+diffusers' hook counts calls; ours counts evaluations of each branch of guidance, which is the same where a pipeline
+runs both branches in one call.
 """
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from ...runtime.errors import ExportError
 from ..layout import Layout
-from ..tables import Conflicts, Regex, Table
+from ..tables import Table
 from .schedule import Decision, Schedule, Trajectory
+from .windows import Group, Identifiers, Window, inside, taken
+
+SPATIAL = ("blocks", "transformer_blocks", "single_transformer_blocks", "layers", "visual_transformer_blocks")
+TEMPORAL = ("temporal_transformer_blocks",)
+CROSS = ("blocks", "transformer_blocks", "layers")
+
+SkipRange = Annotated[int, Field(ge=2)] | None
 
 
 class PyramidAttentionBroadcast(Table):
     """Attention outputs are reused between steps; names and meaning of diffusers' `PyramidAttentionBroadcastConfig`.
 
-    Attention computes where `timestep` is outside the open interval `spatial_attention_timestep_skip_range` and, inside
-    it, at every `spatial_attention_block_skip_range`-th step. arXiv:2408.12588.
+    Attention computes where `timestep` is outside the open interval `*_attention_timestep_skip_range` and, inside it, at
+    every `*_attention_block_skip_range`-th step; a kind of attention without a range always computes. Without any range,
+    spatial attention has 2. arXiv:2408.12588.
     """
 
     method: Literal["pab"] = "pab"
-    spatial_attention_block_skip_range: int = Field(default=2, ge=2)
-    spatial_attention_timestep_skip_range: Annotated[tuple[int, int], Field(strict=False)] = (100, 800)
-    spatial_attention_block_identifiers: Annotated[tuple[Regex, ...], Field(strict=False, min_length=1)] = (
-        "blocks",
-        "transformer_blocks",
-        "single_transformer_blocks",
-        "layers",
-        "visual_transformer_blocks",
-    )
+    spatial_attention_block_skip_range: SkipRange = None
+    temporal_attention_block_skip_range: SkipRange = None
+    cross_attention_block_skip_range: SkipRange = None
+    spatial_attention_timestep_skip_range: Window = (100, 800)
+    temporal_attention_timestep_skip_range: Window = (100, 800)
+    cross_attention_timestep_skip_range: Window = (100, 800)
+    spatial_attention_block_identifiers: Identifiers = SPATIAL
+    temporal_attention_block_identifiers: Identifiers = TEMPORAL
+    cross_attention_block_identifiers: Identifiers = CROSS
 
-    @model_validator(mode="after")
-    def _range_is_open(self) -> PyramidAttentionBroadcast:
-        low, high = self.spatial_attention_timestep_skip_range
-        if not 0 <= low < high <= 1000:
-            raise Conflicts(
-                (
-                    ("spatial_attention_timestep_skip_range",),
-                    f"key 'spatial_attention_timestep_skip_range': expected 0 <= low < high <= 1000, got [{low}, {high}]",
-                )
-            )
-        return self
+    def groups(self) -> tuple[Group, ...]:
+        """Spatial, temporal and cross attention, as far as they have a range, in diffusers' order of precedence."""
+        spatial, temporal, cross = (
+            self.spatial_attention_block_skip_range,
+            self.temporal_attention_block_skip_range,
+            self.cross_attention_block_skip_range,
+        )
+        if not (spatial or temporal or cross):
+            spatial = 2
+        chosen = []
+        if spatial:
+            window, names = self.spatial_attention_timestep_skip_range, self.spatial_attention_block_identifiers
+            chosen.append(Group("spatial_attention", "attention", spatial, window, names, SPATIAL))
+        if temporal:
+            window, names = self.temporal_attention_timestep_skip_range, self.temporal_attention_block_identifiers
+            chosen.append(Group("temporal_attention", "attention", temporal, window, names, TEMPORAL))
+        if cross:
+            window, names = self.cross_attention_timestep_skip_range, self.cross_attention_block_identifiers
+            chosen.append(Group("cross_attention", "cross_attention", cross, window, names, CROSS))
+        return tuple(chosen)
 
 
 def schedule(cache: PyramidAttentionBroadcast, layout: Layout, trajectory: Trajectory, calibration: Any) -> Schedule:
-    """Self attention whose name matches an identifier. Raises ExportError when none does."""
-    low, high = cache.spatial_attention_timestep_skip_range
-    every = cache.spatial_attention_block_skip_range
-    marks = tuple(
-        a.mark()
-        for a in layout.of("attention")
-        if any(re.search(i, a.name) for i in cache.spatial_attention_block_identifiers)
-    )
-    if not marks:
-        raise ExportError(
-            f"cache.spatial_attention_block_identifiers {list(cache.spatial_attention_block_identifiers)} match no attention of the "
-            f"model; it has {layout.names(layout.attentions)}"
-        )
+    """One site for each attention that an identifier takes. Raises ExportError when a kind with a range has none."""
+    sites = [(group, place.mark()) for group, place in taken(cache.groups(), layout, layout.attentions)]
 
     def decide(iteration: int, timestep: float) -> Decision:
-        if iteration == 0 or not low < timestep < high or iteration % every == 0:
-            return Decision()
-        return Decision.reuse(*marks)
+        return Decision.reuse(*(mark for group, mark in sites if reuses(group, iteration, timestep)))
 
-    return Schedule(marks, tuple(decide(i, t) for i, t in enumerate(trajectory.timesteps)))
+    return Schedule(tuple(mark for _, mark in sites), tuple(decide(i, t) for i, t in enumerate(trajectory.timesteps)))
+
+
+def reuses(group: Group, iteration: int, timestep: float) -> bool:
+    return iteration % group.every != 0 and inside(group.window, timestep)

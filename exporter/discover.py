@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 from .component import Component
+from .guidance import LOW
 from .layout import Kind, Layout, Place
 from .sites import arguments, flat_outputs, submodule
 
@@ -34,7 +35,7 @@ def discover(component: Component) -> Layout:
     finally:
         for handle in handles:
             handle.remove()
-    return Layout(tuple(places), tuple(component.branches))
+    return Layout(tuple(places), tuple(component.branches), planes=hasattr(component.module, LOW))
 
 
 def kind_of(root: nn.Module, name: str, module: nn.Module) -> Kind | None:

@@ -39,10 +39,14 @@ class Place:
 
 @dataclass(frozen=True)
 class Layout:
-    """`places` in the order in which they returned; `branches` is `("",)`, or `("uncond", "cond")` with guidance."""
+    """`places` in the order in which they returned; `branches` is `("",)`, or `("uncond", "cond")` with guidance.
+
+    `planes` says whether the difference between the branches passes through `low` and `high` (`guidance.py`).
+    """
 
     places: tuple[Place, ...]
     branches: tuple[str, ...] = ("",)
+    planes: bool = False
 
     def of(self, *kinds: Kind, branch: str | None = None) -> tuple[Place, ...]:
         """The places of these kinds, of one branch or of all."""
@@ -77,4 +81,4 @@ class Layout:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Layout:
         places = tuple(Place(**{**p, "streams": tuple(p["streams"])}) for p in data["places"])
-        return cls(places, tuple(data["branches"]))
+        return cls(places, tuple(data["branches"]), data.get("planes", False))

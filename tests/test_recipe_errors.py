@@ -4,17 +4,19 @@ from pathlib import Path
 
 import pytest
 
+from prebake.exporter import caches
 from prebake.exporter.recipe import Mask, check_inductor_flags, check_scheduler, resolve
 from prebake.runtime.errors import RecipeError
 
 HEAD = 'name = "x"\ndescription = "x"\n'
 MINIMAL = HEAD + '[model]\nid = "a/b"\n'
+METHODS = ["none", *caches.METHODS]
 TABLES = "attention, cache, compile, fuse, model, precision, quantize, sampler, shapes, verify"
 
 # what the file says after MINIMAL -> the message after the file's path
 FILES = {
     "[cache]\nmethod = 'mask'\nmask = '11(01)'\nordr = 1\n[verify]\ncached_psnr_db = 30": (
-        " [cache]: unknown key 'ordr'; did you mean 'order'? known keys: blocks, mask, method, order"
+        " [cache]: unknown key 'ordr'; did you mean 'order'? known keys: blocks, mask, method, order, site"
     ),
     "[cahce]\n": f": unknown table 'cahce'; did you mean 'cache'? known tables: {TABLES}; keys outside of tables: description, lossless, name",
     "[fuse]\nzzz = true": " [fuse]: unknown key 'zzz'; known keys: qkv, vae_qkv",
@@ -41,10 +43,11 @@ FILES = {
     "[quantize]\nmethod = 'int8_dynamic'\nexclude = ['a', '(']": (
         " [quantize]: key 'exclude' item 2: '(' is not a regular expression: missing ), unterminated subpattern at position 0"
     ),
-    "[cache]\norder = 1": " [cache]: missing key 'method'; add it to [cache] or give --set cache.method=...; known methods: none, pab, mask",
+    "[cache]\norder = 1": " [cache]: missing key 'method'; add it to [cache] or give --set cache.method=...; known methods: "
+    + ", ".join(METHODS),
     "[cache]\nmethod = 'mask'": " [cache]: missing key 'mask'; add it to [cache] or give --set cache.mask=...",
     "[cache]\nmethod = 'mask'\nmask = '1(0)(1)'": (
-        " [cache]: key 'mask': expected 0s and 1s with at most one repeating group, such as '111(0001)', got '1(0)(1)'"
+        " [cache]: key 'mask': expected 0s and 1s with at most one repeating group, such as '111(0001)', or one of slow, medium, fast, ultra, got '1(0)(1)'"
     ),
     "[cache]\nmethod = 'mask'\nmask = '(01)'": " [cache]: mask '(01)' skips the first step, when there is nothing to reuse; start it with 1",
     "[cache]\nmethod = 'mask'\nmask = '1(01)'\norder = 1": (
@@ -100,7 +103,7 @@ def test_whole_file_is_refused(text, message, tmp_path):
 
 
 SETS = {
-    "cache.ordr=1": "unknown key 'ordr'; did you mean 'order'? known keys: blocks, mask, method, order",
+    "cache.ordr=1": "unknown key 'ordr'; did you mean 'order'? known keys: blocks, mask, method, order, site",
     "cahce.order=1": f"unknown table 'cahce'; did you mean 'cache'? known tables: {TABLES}",
     "name.x=1": f"unknown table 'name'; known tables: {TABLES}",
     "cache.order": "expected table.key=value, such as cache.method=none",
@@ -108,10 +111,10 @@ SETS = {
     "=": "expected table.key=value, such as cache.method=none",
     "model.id=": "expected a value after '='; leave the argument out to keep the recipe's, or write '\"\"' for an empty string",
     'quantize.exclude=a,"b"': """expected a TOML list, such as '["a", "b"]' with both kinds of quotes""",
-    "cache.order=2": "key 'order': expected 0 or 1, got 2",
-    "cache.mask=1111 (01": "key 'mask': expected 0s and 1s with at most one repeating group, such as '111(0001)', got '1111 (01'",
-    "cache.method=pyramid": "unknown method 'pyramid'; known methods: mask, none, pab",
-    "cache.mask.x=1": "unknown key 'mask.x'; did you mean 'mask'? known keys: blocks, mask, method, order",
+    "cache.order=3": "key 'order': expected 0, 1 or 2, got 3",
+    "cache.mask=1111 (01": "key 'mask': expected 0s and 1s with at most one repeating group, such as '111(0001)', or one of slow, medium, fast, ultra, got '1111 (01'",
+    "cache.method=pyramid": "unknown method 'pyramid'; known methods: " + ", ".join(sorted(METHODS)),
+    "cache.mask.x=1": "unknown key 'mask.x'; did you mean 'mask'? known keys: blocks, mask, method, order, site",
     "compile.inductor=3": "key 'inductor': expected a table, got 3",
     "precision.denoiser=float16": 'denoiser = "float16" is not possible on device "cpu"; use "bfloat16" or "float32", or device "cuda"',
     "sampler.steps=two": "key 'steps' item 1: expected a valid integer, got \"two\"",

@@ -1,50 +1,75 @@
-"""An explicit mask over steps: where it says 0, a range of blocks is not run and its residual is predicted.
+"""An explicit mask over steps: where it says 0, a range of blocks, or the whole denoiser, is not run but predicted.
 
-Order 0 adds the last computed residual again (FORA's and MagCache's reuse). Order 1 continues the line through the last
-two, over timesteps: r(t) = r_a + (t - a) / (a - b) (r_a - r_b), computed at a and before that at b. Unlike TaylorSeer's
-index distance this stays a line on schedules whose steps are not equally long.
+Order 0 takes the last computed value again (FORA's and MagCache's reuse). Orders 1 and 2 continue the line and the
+parabola through the last two and three, over timesteps. Unlike TaylorSeer's index distance this stays exact on schedules
+whose steps are not equally long: r(t) = r_a + (t - a) / (a - b) (r_a - r_b), computed at a and before that at b.
 """
 
 from __future__ import annotations
 
+import json
 import re
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import model_validator
+from pydantic import BeforeValidator, model_validator
 
 from ...runtime.errors import ExportError, RecipeError
 from ..layout import Layout
 from ..marks import Mark
-from ..tables import Conflicts, Table
+from ..tables import Conflicts, Problem, Table
+from .predict import polynomial
 from .schedule import Decision, Schedule, Trajectory
+from .steps_mask import NAMES, steps_mask
+
+
+def _as_text(mask: Any) -> Any:
+    """`[1, 1, 0]` and `[true, true, false]` as "110", also where `--set` hands them over as text; else the value itself."""
+    if isinstance(mask, str) and mask.startswith("["):
+        try:
+            mask = json.loads(mask)
+        except json.JSONDecodeError as e:
+            raise ValueError(f"expected a list of 0 and 1, got {mask!r}") from e
+    if not isinstance(mask, list | tuple):
+        return mask
+    if any(type(bit) not in (bool, int) or bit not in (0, 1) for bit in mask):
+        raise ValueError(f"expected a list of 0 and 1, got {list(mask)}")
+    return "".join("01"[bit] for bit in mask)
+
+
+MaskText = Annotated[str, BeforeValidator(_as_text, json_schema_input_type=str | list[bool | Literal[0, 1]])]
 
 
 class Mask(Table):
-    """Which steps compute (1) the transformer blocks, and which predict (0) the residual that the blocks would add.
+    """Which steps compute (1), and which predict (0) the residual that transformer blocks would add, or the output.
 
     `mask` is a prefix, an optional group in parentheses that repeats until the steps are filled, and an optional
-    suffix: `111(0001)` at 9 steps is 111000100. Without a group its length must equal the number of steps.
-    `order` 0 reuses the last computed residual, 1 draws a line through the last two. `blocks` is a slice `start:stop`
-    of the transformer blocks in their order of execution.
+    suffix: `111(0001)` at 9 steps is 111000100. Without a group its length must equal the number of steps; it may also
+    be a list of 0 and 1, or one of cache-dit's names (slow, medium, fast, ultra). A step with two evaluations computes or
+    skips both. `order` 0 reuses the last computed value, 1 draws a line through the last two, 2 a parabola through the
+    last three. `site` "blocks" predicts the residual of `blocks`, a slice `start:stop` of the transformer blocks in their
+    order of execution; "output" predicts the denoiser's own result, and nothing runs.
     """
 
     method: Literal["mask"] = "mask"
-    mask: str
-    order: Literal[0, 1] = 0
+    mask: MaskText
+    order: Literal[0, 1, 2] = 0
+    site: Literal["blocks", "output"] = "blocks"
     blocks: str = ":"
 
     @model_validator(mode="after")
     def _is_well_formed(self) -> Mask:
-        problems = []
-        if not re.fullmatch(r"(?=.)[01]*(\([01]+\)[01]*)?", self.mask):
+        problems: list[Problem] = []
+        if not self.named and not re.fullmatch(r"(?=.)[01]*(\([01]+\)[01]*)?", self.mask):
             problems.append(
                 (
                     ("mask",),
-                    f"key 'mask': expected 0s and 1s with at most one repeating group, such as '111(0001)', got {self.mask!r}",
+                    f"key 'mask': expected 0s and 1s with at most one repeating group, such as '111(0001)', or one of {', '.join(NAMES)}, got {self.mask!r}",
                 )
             )
-        elif reason := self._starts_too_soon(self._parts()[0] + self._parts()[1] * 2 + self._parts()[2]):
-            problems.append((("mask", "order"), reason))
+        elif not self.named:
+            prefix, group, suffix = self._parts()
+            if reason := self._starts_too_soon(prefix + group * (self.order + 1) + suffix):
+                problems.append((("mask", "order"), reason))
         if not re.fullmatch(r"(-?\d+)?:(-?\d+)?", self.blocks):
             problems.append(
                 (
@@ -52,9 +77,20 @@ class Mask(Table):
                     f"key 'blocks': expected a slice 'start:stop' such as ':', '1:' or '2:-1', got {self.blocks!r}",
                 )
             )
+        if self.site == "output" and self.blocks != ":":
+            problems.append(
+                (
+                    ("blocks", "site"),
+                    f'blocks = {self.blocks!r} selects blocks, and site = "output" skips them all; leave blocks out or set site = "blocks"',
+                )
+            )
         if problems:
             raise Conflicts(*problems)
         return self
+
+    @property
+    def named(self) -> bool:
+        return self.mask in NAMES
 
     def _parts(self) -> tuple[str, str, str]:
         """Prefix, group and suffix; a mask without a group is all prefix."""
@@ -68,10 +104,21 @@ class Mask(Table):
             return ""
         if self.order == 0:
             return f"mask {self.mask!r} skips the first step, when there is nothing to reuse; start it with 1"
-        return f"mask {self.mask!r} skips one of the first two steps, which order = 1 predicts from; start it with 11 or set order = 0"
+        first = {1: "two", 2: "three"}[self.order]
+        return (
+            f"mask {self.mask!r} skips one of the first {first} steps, which order = {self.order} predicts from; "
+            f"start it with {'1' * (self.order + 1)} or set order = 0"
+        )
 
     def expand(self, steps: int) -> tuple[bool, ...]:
         """One bool per step, True = compute. Raises RecipeError where the mask does not fit that many steps."""
+        bits = steps_mask(self.mask, steps) if self.named else self._filled(steps)
+        if reason := self._starts_too_soon(bits):
+            raise RecipeError(f"{reason} (at {steps} steps)")
+        return tuple(bit == "1" for bit in bits)
+
+    def _filled(self, steps: int) -> str:
+        """The mask with its group repeated over the steps that prefix and suffix leave."""
         prefix, group, suffix = self._parts()
         fixed = len(prefix) + len(suffix)
         if not group and fixed != steps:
@@ -83,20 +130,19 @@ class Mask(Table):
                 f"mask {self.mask!r} needs at least {fixed} steps, not {steps}; shorten it or raise sampler.steps"
             )
         room = steps - fixed
-        bits = prefix + (group * room)[:room] + suffix
-        if reason := self._starts_too_soon(bits):
-            raise RecipeError(f"{reason} (at {steps} steps)")
-        return tuple(bit == "1" for bit in bits)
+        return prefix + (group * room)[:room] + suffix
 
 
 def schedule(cache: Mask, layout: Layout, trajectory: Trajectory, calibration: Any) -> Schedule:
-    """One site for each branch, the residual of `cache.blocks`, computed where `cache.mask` says 1."""
-    marks = tuple(residual(cache, layout, branch) for branch in layout.branches)
+    """One site for each branch, the residual of `cache.blocks`, or one for the output; computed where the mask says 1."""
+    marks = sites(cache, layout)
+    steps = trajectory.steps or tuple(range(len(trajectory.timesteps)))
+    bits = cache.expand(steps[-1] + 1)
     computed: list[float] = []
     decisions = []
-    for compute, t in zip(cache.expand(len(trajectory.timesteps)), trajectory.timesteps, strict=True):
-        if compute:
-            computed.append(t)
+    for step, t in zip(steps, trajectory.timesteps, strict=True):
+        if bits[step]:
+            computed.insert(0, t)
             decisions.append(Decision())
         else:
             weights = prediction(cache.order, t, computed)
@@ -104,11 +150,22 @@ def schedule(cache: Mask, layout: Layout, trajectory: Trajectory, calibration: A
     return Schedule(marks, tuple(decisions))
 
 
+def sites(cache: Mask, layout: Layout) -> tuple[Mark, ...]:
+    """The denoiser's output, or the blocks of each branch."""
+    if cache.site == "output":
+        return (layout.output(slots=cache.order + 1),)
+    return tuple(residual(cache, layout, branch) for branch in layout.branches)
+
+
 def residual(cache: Mask, layout: Layout, branch: str) -> Mark:
     """The site of the slice `cache.blocks`, such as ":" or "1:-1". Raises ExportError when it is empty."""
     bounds = [int(bound) if bound else None for bound in cache.blocks.split(":")]
     count = len(layout.blocks(branch))
     chosen = range(count)[slice(*bounds)]
+    if not count:
+        raise ExportError(
+            'cache.site "blocks" needs a stack of transformer blocks, and this model (a UNet, perhaps) has none; set cache.site = "output"'
+        )
     if not chosen:
         raise ExportError(
             f"cache.blocks {cache.blocks!r} selects none of the model's {count} blocks; ':' is all of them"
@@ -117,9 +174,11 @@ def residual(cache: Mask, layout: Layout, branch: str) -> Mark:
 
 
 def prediction(order: int, t: float, computed: list[float]) -> tuple[float, ...]:
-    """Weights of the stored residuals, newest first, at timestep `t`."""
-    if order == 0:
-        return (1.0,)
-    a, b = computed[-1], computed[-2]
-    reach = (t - a) / (a - b)
-    return (1.0 + reach, -reach)
+    """Weights of the stored values at timestep `t`, newest first like the timesteps in `computed`."""
+    nodes = computed[: order + 1]
+    if len(set(nodes)) < len(nodes):
+        raise ExportError(
+            f"cache.order = {order} draws a curve through the last {order + 1} computed values, which here are at timesteps "
+            f"{', '.join(f'{n:g}' for n in nodes)}: this scheduler evaluates one of them twice; take a lower order"
+        )
+    return polynomial(t, nodes)

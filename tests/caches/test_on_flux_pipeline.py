@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-
 import pytest
 import torch
 from diffusers import PyramidAttentionBroadcastConfig, apply_pyramid_attention_broadcast
@@ -127,45 +125,6 @@ def test_an_uncached_plan_is_the_plain_pipeline(tiny_pipe):
     assert HookRegistry  # diffusers' hooks were importable, so the test above ran against them
 
 
-def test_a_mask_computes_where_it_says_1_and_draws_a_line_elsewhere(tiny_pipe):
-    timesteps = (1000.0, 900.0, 750.0, 500.0, 200.0)
-    got = schedule(Mask(mask="11010", order=1), discover(flux.denoiser(tiny_pipe, SIZE)), Trajectory(timesteps))
-    (mark,) = got.marks
-    assert mark.name == "blocks[0:3]"
-    assert [d.actions.get(mark.name, "compute") for d in got.decisions] == [
-        "compute",
-        "compute",
-        "combine",
-        "compute",
-        "combine",
-    ]
-    # at 750 from 900 and 1000: 150 further on where the last two are 100 apart
-    assert got.decisions[2].coefficients[mark.name] == (2.5, -1.5)
-    assert got.decisions[4].coefficients[mark.name] == (1.75, -0.75)
-
-
-def test_a_line_through_any_two_points_is_predicted_exactly(tiny_pipe):
-    rng = random.Random(0)
-    for _ in range(50):
-        timesteps = tuple(sorted((rng.uniform(0, 1000) for _ in range(9)), reverse=True))
-        slope, start = rng.uniform(-2, 2), rng.uniform(-5, 5)
-        computed: list[float] = []
-        for d, t in zip(
-            schedule(
-                Mask(mask="11(001)", order=1), discover(flux.denoiser(tiny_pipe, SIZE)), Trajectory(timesteps)
-            ).decisions,
-            timesteps,
-            strict=True,
-        ):
-            value = slope * t + start
-            for weights in d.coefficients.values():
-                predicted = sum(w * y for w, y in zip(weights, reversed(computed), strict=False))
-                # the two points may lie close together, and the division magnifies their last bits
-                assert predicted == pytest.approx(value, rel=1e-6, abs=1e-6)
-            if not d.coefficients:
-                computed.append(value)
-
-
 def test_plans_never_read_what_was_not_stored_and_every_variant_exists(tiny_pipe):
     for cache in (Mask(mask="1(0001)"), Mask(mask="111(01)", order=1), PyramidAttentionBroadcast()):
         ours, _ = planned(tiny_pipe, cache, 10)
@@ -184,11 +143,6 @@ def test_identifiers_that_match_nothing_are_refused_with_the_attentions_that_exi
         ExportError, match=r"\['temporal'\] match no attention of the model; it has transformer_blocks\.0\.attn, "
     ):
         planned(tiny_pipe, cache, 8)
-
-
-def test_an_empty_block_range_is_refused(tiny_pipe):
-    with pytest.raises(ExportError, match=r"cache\.blocks '5:' selects none of the model's 3 blocks"):
-        planned(tiny_pipe, Mask(mask="1(01)", blocks="5:"), 8)
 
 
 def test_a_cache_that_skips_nothing_is_refused(tiny_pipe):

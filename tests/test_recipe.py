@@ -261,6 +261,11 @@ def test_a_bare_word_is_a_string(word):
 VARIED = [
     (),
     ("cache.method=pab", "sampler.steps=8,28", "sampler.guidance_scale=3.5"),
+    ("cache.mask=[1, true, 0]", "cache.order=0", "cache.site=output"),
+    ("cache.mask=medium", "cache.order=2"),
+    ("cache.method=fora", "cache.interval=3"),
+    ("cache.method=magcache", "cache.mag_ratios=flux"),
+    ("cache.method=magcache", "cache.mag_ratios=[1, 1.5, 0.98]", "cache.threshold=0.1"),
     ("cache.mask=11(0)1", "cache.blocks=1:-1", "shapes.height=512", "model.revision=abc"),
     (
         "quantize.exclude=[]",
@@ -292,8 +297,11 @@ def test_schema_is_valid_and_every_recipe_and_its_resolution_fit_it():
     for name in SHIPPED:
         validator(schema()).validate(tomllib.loads((ROOT / "recipes" / f"{name}.toml").read_text()))
         validator(schema()).validate(resolve(name).model_dump(mode="json"))
-    with pytest.raises(jsonschema.ValidationError):
-        validator(schema()).validate({**read("baseline").data, "cahce": {}})
+    masked = {"method": "mask", "mask": [1, True, 0]}
+    validator(schema()).validate({**read("baseline").data, "cache": masked})
+    for wrong in ({"cahce": {}}, {"cache": {**masked, "mask": [1, 2]}}):
+        with pytest.raises(jsonschema.ValidationError):
+            validator(schema()).validate({**read("baseline").data, **wrong})
 
 
 MINIMAL = 'name = "x"\ndescription = "x"\n[model]\nid = "a/b"\n'

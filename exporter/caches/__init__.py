@@ -13,7 +13,9 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from ..layout import Layout
-from . import mask, pab
+from . import fora, magcache, mask, pab
+from .fora import Fora
+from .magcache import MagCache
 from .mask import Mask
 from .none import NoCache
 from .pab import PyramidAttentionBroadcast
@@ -23,6 +25,8 @@ __all__ = [
     "METHODS",
     "Cache",
     "Decision",
+    "Fora",
+    "MagCache",
     "Mask",
     "NoCache",
     "PyramidAttentionBroadcast",
@@ -31,9 +35,9 @@ __all__ = [
     "schedule",
 ]
 
-METHODS: Mapping[str, Any] = {"mask": mask, "pab": pab}
+METHODS: Mapping[str, Any] = {"fora": fora, "magcache": magcache, "mask": mask, "pab": pab}
 
-Cache = Annotated[NoCache | Mask | PyramidAttentionBroadcast, Field(discriminator="method")]
+Cache = Annotated[NoCache | Fora | MagCache | Mask | PyramidAttentionBroadcast, Field(discriminator="method")]
 
 
 def schedule(cache: Any, layout: Layout, trajectory: Trajectory, calibration: Any = None) -> Schedule:

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from .. import recipes
 from ..runtime.errors import ExportError, RecipeError, misfit
+from ..runtime.manifest import Source
 from .tables import Table
 
 FROZEN = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -47,6 +50,25 @@ class Decisions(BaseModel):
     computed: dict[str, tuple[float, ...]]
 
 
+class Fitted(BaseModel):
+    """A plan that the search found. `cost` is its share of the cost of computing every evaluation. `skips[e]` names what
+    evaluation e predicts ("" where it computes), `weights[e]` the weights of the stored values by site, newest first.
+
+    Figures are mean PSNR in dB of pictures against those of every evaluation computed: `psnr_db` on the prompts that it
+    was fitted on, `held_out_psnr_db` on others, and there also `fewer_steps_psnr_db` of the most plain steps that cost no
+    more, `fewer_steps`.
+    """
+
+    model_config = FROZEN
+    cost: float
+    skips: tuple[str, ...]
+    weights: tuple[dict[str, tuple[float, ...]], ...]
+    psnr_db: float
+    held_out_psnr_db: float
+    fewer_steps: int
+    fewer_steps_psnr_db: float
+
+
 class Calibration(BaseModel):
     """What was run, and what was seen; all figures are means over the runs.
 
@@ -71,7 +93,7 @@ class Calibration(BaseModel):
     magnitudes: dict[str, tuple[float, ...]] = {}
     errors: dict[str, tuple[tuple[float, ...], ...]] = {}
     decisions: dict[str, Decisions] = {}
-    auto: dict[str, Any] = {}
+    auto: tuple[Fitted, ...] = ()
 
     def to_json(self) -> str:
         """Sorted keys, floats by `repr`, one row of numbers a line: equal calibrations are equal bytes."""
@@ -93,6 +115,45 @@ def read(path: Path) -> Calibration:
         raise RecipeError(f"{misfit(path, e)}; make it again with `{COMMAND}`") from e
     except (OSError, UnicodeDecodeError) as e:
         raise RecipeError(f"{path}: expected a calibration, but {e}; make one with `{COMMAND}`") from e
+
+
+def find(name: str, near: Path | None) -> Path:
+    """The file that a recipe calls `name`: beside the recipe (`near`, its folder), in the current folder, or among the
+    recipes that ship. Raises RecipeError where it is in none of them."""
+    places = [*([near] if near else []), Path(), Path(str(resources.files(recipes)))]
+    for path in (place / name for place in places):
+        if path.is_file():
+            return path
+    looked = ", ".join(dict.fromkeys(str(place.resolve()) for place in places))
+    raise RecipeError(f"cache.calibration: no file {name!r} in {looked}; make one with `{COMMAND}`")
+
+
+def load(cache: Any, source: Source, near: Path | None) -> Calibration | None:
+    """The calibration that the cache's table names, None where it names none.
+
+    Raises RecipeError where it is not there or is one of another model.
+    """
+    name = getattr(cache, "calibration", None)
+    if name is None:
+        return None
+    calibration = read(find(name, near))
+    if calibration.sha256 != source.sha256:
+        raise RecipeError(
+            f"cache.calibration {name!r}: made of model {calibration.model!r} with sha256 {calibration.sha256[:12]}.., and this is "
+            f"{source.model!r} with {source.sha256[:12]}..; run `{COMMAND}` for this model"
+        )
+    return calibration
+
+
+def write(path: Path, calibration: Calibration) -> None:
+    """The file, in one move: a killed run leaves what was there before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(calibration.to_json(), "utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def required(calibration: Calibration | None, cache: Any, timesteps: Sequence[float], what: str) -> Calibration:

@@ -1,0 +1,44 @@
+"""The calibration as a picture: sites down, evaluations across, colour for how much a value moved since the one before."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from ..calibration import Calibration
+
+MOST_LABELS = 64  # sites that are named; of more, every n-th
+
+
+def draw(calibration: Calibration, path: Path) -> None:
+    """Writes a PNG of `changes`, colours on a logarithmic scale; evaluation 0 changes from nothing and is left out."""
+    sites = list(calibration.changes)
+    rows = [[math.nan if v is None else v for v in calibration.changes[site]][1:] for site in sites]
+    figure = Figure(
+        figsize=(3.5 + 0.22 * len(calibration.timesteps), 1.6 + 0.17 * min(len(sites), MOST_LABELS)), dpi=120
+    )
+    axes = figure.add_subplot()
+    span = (0.5, len(calibration.timesteps) - 0.5, len(sites) - 0.5, -0.5)  # a column is centred on its evaluation
+    image = axes.imshow(rows, aspect="auto", interpolation="nearest", extent=span, norm=scale(rows), cmap="viridis")
+    every = math.ceil(len(sites) / MOST_LABELS)
+    axes.set_yticks(range(0, len(sites), every), sites[::every], fontsize=7)
+    axes.set_xlabel("evaluation")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_title(
+        f"{calibration.model}, {calibration.scheduler}, {calibration.steps} steps, "
+        f"{calibration.prompts * calibration.seeds} runs",
+        fontsize=9,
+    )
+    figure.colorbar(image, label="relative change (L1) since the evaluation before")
+    figure.savefig(path, bbox_inches="tight", metadata={"Software": None})
+
+
+def scale(rows: list[list[float]]) -> LogNorm:
+    """Logarithmic between the smallest and the largest change there is."""
+    positive = [v for row in rows for v in row if v > 0] or [1.0]
+    low, high = min(positive), max(positive)
+    return LogNorm(low, high if high > low else low * 10)

@@ -1,0 +1,192 @@
+"""Calibrate: a recipe, a model and some prompts come in, eager runs are watched, a `Calibration` comes out.
+
+The model is the plain one: no rewrite, no compilation, so that the numbers describe the model and not one export of it.
+Prompt i of P is drawn with the seeds i, i + P, i + 2 P and so on: as the prompt sets of `shapes` count them, and no two
+runs share their noise.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...runtime.errors import RecipeError
+from .. import pipeline, shapes, source
+from ..caches.smoothcache import SmoothCache
+from ..calibration import Calibration, Decisions, Frozen, parameters
+from ..component import Component
+from ..discover import discover
+from ..layout import Layout
+from ..plan.sampler import Table
+from ..progress import Progress
+from ..recipe import Recipe
+from .dynamic import Replayed, dynamic_replay
+from .observe import Observed, joined, mean_rows, observe
+
+LOOKAHEAD = 3  # evaluations that SmoothCache's errors reach back at least
+
+
+@dataclass(frozen=True)
+class Run:
+    """One trajectory to watch: what to draw and from which noise. `inputs` are the denoiser's constant ones."""
+
+    label: str
+    inputs: Mapping[str, Tensor]
+    latents: Tensor
+    noise: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The model as it is run: the denoiser, what it offers, the sampler's table, and how timesteps reach the denoiser."""
+
+    denoiser: Component
+    layout: Layout
+    table: Table
+    timestep_scale: float
+
+
+def prompts_of(model: str, given: Sequence[str] | None) -> tuple[str, ...]:
+    """The given prompts, or the set that an embedded model brings. Raises RecipeError where there is neither."""
+    if given:
+        return tuple(given)
+    if model in source.EMBEDDED:
+        return tuple(shapes.prompts("underspecified"))
+    raise RecipeError(f"model {model!r} brings no prompts; give some with --prompts FILE, one a line")
+
+
+def calibrate(
+    recipe: Recipe,
+    prompts: Sequence[str],
+    seeds: int,
+    progress: Progress,
+    *,
+    steps: int | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Calibration:
+    """What `seeds` runs of every prompt showed, at `steps` steps or the recipe's first number of them."""
+    with progress.stage("load"):
+        progress.doing(recipe.model.id)
+        loaded = source.load(recipe.model.id, recipe.model.revision, {"default": dtype})
+        family = pipeline.family_of(loaded.pipe)
+        defaults, size, usual = pipeline.settle(recipe, family, loaded)
+        pipe = pipeline.with_scheduler(loaded.pipe, recipe.sampler.scheduler)
+        table = pipeline.sampler_table(family, pipe, size, steps or usual[0], progress)
+        denoiser = family.denoiser(pipe, size)
+        scale = family.facts(pipe, size)["timestep_scale"]
+        subject = Subject(denoiser, discover(denoiser), table, scale)
+    with progress.stage("runs", len(prompts) * seeds):
+        runs = drawn(family, pipe, size, table, prompts, seeds, defaults.guidance_scale)
+        observed, decided = watch(subject, recipe.cache, runs, progress)
+    return Calibration(
+        model=loaded.source.model,
+        sha256=loaded.source.sha256,
+        scheduler=table.scheduler,
+        steps=steps or usual[0],
+        timesteps=table.timesteps,
+        guidance_scale=defaults.guidance_scale,
+        prompts=len(prompts),
+        prompts_sha256=hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
+        seeds=seeds,
+        decisions={recipe.cache.method: shares(recipe.cache, decided)} if decided else {},
+        **means(subject.layout, observed),
+    )
+
+
+def drawn(
+    family: Any, pipe: Any, size: Any, table: Table, prompts: Sequence[str], seeds: int, guidance_scale: float
+) -> Iterator[Run]:
+    """Every prompt with each of its seeds: the noise that diffusers draws from them, latents first."""
+    with torch.no_grad():
+        for i, prompt in enumerate(prompts):
+            inputs = family.encode(pipe, size, prompt, guidance_scale)
+            for seed in range(i, i + len(prompts) * seeds, len(prompts)):
+                generator = torch.Generator().manual_seed(seed)
+                latents = family.noise(pipe, size, generator) * table.init_noise_sigma
+                noise = tuple(torch.randn(latents.shape, generator=generator) for u in table.updates if u.noise)
+                yield Run(f"{prompt!r}, seed {seed}", inputs, latents, noise)
+
+
+def watch(
+    subject: Subject, cache: Any, runs: Iterator[Run], progress: Progress
+) -> tuple[list[Observed], list[list[dict[str, bool]]]]:
+    """Each run's figures, and what the recipe's method decides in it if it decides as it goes."""
+    lookahead = max(LOOKAHEAD, cache.calibration_lookahead if isinstance(cache, SmoothCache) else 0)
+    decides = online(cache)
+    observed, decided = [], []
+    for run in runs:
+        progress.doing(run.label)
+        observed.append(
+            observe(
+                subject.denoiser,
+                subject.layout,
+                subject.table,
+                run.inputs,
+                run.latents,
+                lookahead=lookahead,
+                timestep_scale=subject.timestep_scale,
+                noise=run.noise,
+            )
+        )
+        if decides:
+            decided.append(decides(subject, run).decisions)
+    return observed, decided
+
+
+def online(cache: Any) -> Callable[[Subject, Run], Replayed] | None:
+    """The replay of a data-dependent method by its own rule, or None for a method that does not look at the data."""
+    if not isinstance(cache, Frozen) or getattr(cache, "exact", False):
+        return None
+    method: str = cache.model_dump()["method"]
+    policy = importlib.import_module(f"...caches.{method}", __name__)
+    rule = importlib.import_module(f"..{method}", __name__)
+
+    def replayed(subject: Subject, run: Run) -> Replayed:
+        layout = subject.layout
+        return dynamic_replay(
+            subject.denoiser,
+            policy.marks(cache, layout),
+            rule.probes(cache, layout),
+            rule.Online(cache, layout, subject.table),
+            lambda history: policy.decision(cache, layout, history),
+            subject.table,
+            run.inputs,
+            run.latents,
+            timestep_scale=subject.timestep_scale,
+            noise=run.noise,
+        )
+
+    return replayed
+
+
+def shares(cache: Any, runs: Sequence[Sequence[Mapping[str, bool]]]) -> Decisions:
+    """The share of runs that computed, for each key and evaluation."""
+    computed = {
+        key: tuple(fmean(decisions[e][key] for decisions in runs) for e in range(len(runs[0]))) for key in runs[0][0]
+    }
+    return Decisions(parameters=parameters(cache), computed=computed)
+
+
+def means(layout: Layout, observed: Sequence[Observed]) -> dict[str, Any]:
+    """`changes`, `magnitudes` and `errors` of a `Calibration`: means over the runs."""
+    first = observed[0]
+    changes = {site: tuple(map(mean, zip(*(o.changes[site] for o in observed), strict=True))) for site in first.changes}
+    magnitudes = {
+        branch: tuple(map(fmean, zip(*(o.magnitudes[branch] for o in observed), strict=True)))
+        for branch in first.magnitudes
+    }
+    errors = joined(layout, {site: mean_rows([o.errors[site] for o in observed]) for site in first.errors})
+    return {"changes": changes, "magnitudes": magnitudes, "errors": {k: tuple(rows) for k, rows in errors.items()}}
+
+
+def mean(values: Sequence[float | None]) -> float | None:
+    """The mean, None where the first evaluation has nothing before it."""
+    known = [v for v in values if v is not None]
+    return fmean(known) if known else None

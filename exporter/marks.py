@@ -10,7 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-Action = Literal["compute", "combine", "zero", "identity"]
+Action = Literal["compute", "combine", "pass", "zero", "identity"]
+"""`compute` stores what the site gives; `pass` lets it run and stores nothing, since what it is given is a prediction."""
 
 REST = "..."
 """As the last of a mark's streams: the outputs from here on, however many, are passed on as they are and never kept."""

@@ -1,0 +1,109 @@
+"""The plan that `prebake calibrate` found for this model: what each evaluation skips, and fitted weights.
+
+A candidate skip is "output" (nothing runs; the denoiser's output is a sum of its last ones), a range of blocks such as
+"blocks[1:]" (their residual is), or "attention" (every attention output is). `calibrators/search.py` chooses among them by
+the error of the final picture, which is what LeMiCa (arXiv:2511.00090) says to measure, and fits the weights.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from ...runtime.errors import ExportError
+from ..calibration import Calibrated, Fitted, required
+from ..layout import Layout
+from ..marks import Action, Mark
+from ..tables import Table
+from .schedule import Decision, Schedule, Trajectory
+
+
+class Floor(Table):
+    """The least that held-out pictures may have: mean PSNR in dB against every evaluation computed."""
+
+    psnr: float = Field(gt=0)
+
+
+class Auto(Calibrated):
+    """`budget` is a share of the cost of computing every evaluation, such as 0.4, or a floor, `{ psnr = 40 }`: the best
+    plan within the share, or the cheapest above the floor.
+
+    For the search, and of no effect once it is done: `candidates` are what a step may skip, `slots` how many computed
+    values a prediction may weigh, `max_variants` how many graphs a plan may use, `beam` how many trajectories are kept
+    for each cost, `search_budget` the largest share that is searched.
+    """
+
+    method: Literal["auto"] = "auto"
+    budget: Annotated[float, Field(gt=0, lt=1)] | Floor = 0.5
+    candidates: Annotated[tuple[str, ...], Field(strict=False, min_length=1)] = ("output", "blocks[1:]")
+    slots: int = Field(default=3, ge=1, le=8)
+    max_variants: int = Field(default=3, ge=2)
+    beam: int = Field(default=3, ge=1)
+    search_budget: float = Field(default=0.6, gt=0, lt=1)
+
+
+def schedule(cache: Auto, layout: Layout, trajectory: Trajectory, calibration: Any) -> Schedule:
+    """The chosen plan's sites and decisions. Raises ExportError where no plan fits the budget."""
+    chosen = choose(cache, required(calibration, cache, trajectory.timesteps, "auto").auto)
+    slots = max(len(w) for weights in chosen.weights for w in weights.values())
+    marks_by_skip = {skip: skip_marks(skip, layout, slots) for skip in dict.fromkeys(filter(None, chosen.skips))}
+    marks = tuple(m for group in marks_by_skip.values() for m in group)
+    decisions = tuple(
+        Decision(skip_actions(marks, marks_by_skip[skip]), weights) if skip else Decision()
+        for skip, weights in zip(chosen.skips, chosen.weights, strict=True)
+    )
+    return Schedule(marks, decisions)
+
+
+def choose(cache: Auto, plans: tuple[Fitted, ...]) -> Fitted:
+    """By the figures on held-out prompts, the best plan within the budget or the cheapest above the floor."""
+    if isinstance(cache.budget, Floor):
+        fitting = [p for p in plans if p.held_out_psnr_db >= cache.budget.psnr]
+        asked = f"at least {cache.budget.psnr:g} dB"
+    else:
+        fitting = [p for p in plans if p.cost <= cache.budget + 1e-9]
+        asked = f"at most {cache.budget:g} of the cost"
+    if not fitting:
+        found = ", ".join(f"{p.cost:.2f}: {p.held_out_psnr_db:.1f} dB" for p in plans) or "none"
+        raise ExportError(
+            f"cache.budget: no plan of the calibration has {asked}; it has {found}. Choose one of these, or calibrate with a "
+            "larger cache.search_budget"
+        )
+    cheapest = isinstance(cache.budget, Floor)
+    chosen = min(fitting, key=lambda p: p.cost) if cheapest else max(fitting, key=lambda p: p.held_out_psnr_db)
+    if chosen.held_out_psnr_db < chosen.fewer_steps_psnr_db:
+        raise ExportError(
+            f"cache.budget: the best plan has {chosen.held_out_psnr_db:.1f} dB, and {chosen.fewer_steps} plain steps at no more "
+            f"cost have {chosen.fewer_steps_psnr_db:.1f}; take cache.method=none and sampler.steps={chosen.fewer_steps}"
+        )
+    return chosen
+
+
+def skip_marks(skip: str, layout: Layout, slots: int) -> tuple[Mark, ...]:
+    """The sites that a candidate predicts, of every branch. Raises ExportError for one that the model does not have."""
+    if skip == "output":
+        return (layout.output(slots=slots),)
+    if skip == "attention":
+        marks = tuple(a.mark(slots=slots) for a in layout.attentions)
+    else:
+        parts = re.fullmatch(r"blocks\[(-?\d*):(-?\d*)\]", skip)
+        if not parts:
+            raise ExportError(f"cache.candidates: expected 'output', 'attention' or 'blocks[start:stop]', got {skip!r}")
+        bounds = slice(*(int(b) if b else None for b in parts.groups()))
+        count = len(layout.blocks(layout.branches[0]))
+        chosen = range(count)[bounds]
+        marks = tuple(layout.residual(b, chosen.start, chosen.stop, slots=slots) for b in layout.branches if chosen)
+    if not marks:
+        blocks = len(layout.blocks(layout.branches[0]))
+        raise ExportError(
+            f"cache.candidates: {skip!r} selects nothing; the model has {blocks} transformer blocks and "
+            f"{len(layout.attentions)} attentions, and 'output' always exists"
+        )
+    return marks
+
+
+def skip_actions(marks: tuple[Mark, ...], skipped: tuple[Mark, ...]) -> dict[str, Action]:
+    """These sites are predicted; the others run, and what they give beside a prediction is not stored."""
+    return {m.name: "combine" if m in skipped else "pass" for m in marks}

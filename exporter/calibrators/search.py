@@ -1,0 +1,363 @@
+"""Search: the plans that come nearest to the final picture, one for each cost, with the weights of what they predict.
+
+In: a denoiser, some trajectories to fit on and others to judge by. Out: `Fitted` plans, cheapest first, each better than
+all cheaper ones on prompts that it was not fitted on.
+
+A trajectory is walked once, evaluation by evaluation, by all candidate plans together: a beam for each cost so far. A
+candidate computes, or skips by predicting. What it predicts is a weighted sum of values it stored, and the weights are a
+least-squares fit over all prompts at once. For the denoiser's own output the fit's aim is not the value that was skipped
+but the *uncached trajectory*: the output that would lead from these latents, as they have come to be, to the next latents
+of the run that computes everything. So a prediction also takes back what earlier ones got wrong, and the weights become
+those of a multistep solver made for this model and this schedule. Candidates carry their real latents and stored values,
+so nothing is assumed about how errors add up (LeMiCa, arXiv:2511.00090, adds them along a path).
+
+The weights are as many as there are slots, and the equations as many as there are latent numbers: a dozen prompts fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ...runtime.errors import ExportError
+from ...runtime.plan import Update
+from ...runtime.replay import Tensors, Variant, scaled, updated
+from ..caches.auto import Auto, skip_actions, skip_marks
+from ..calibration import Fitted
+from ..component import Component
+from ..cost import module_flops
+from ..eager import eager_variants
+from ..layout import Layout
+from ..marks import Mark
+from ..marks import Variant as Actions
+from ..plan import Planned
+from ..plan.sampler import Table
+from ..progress import Progress
+
+if TYPE_CHECKING:
+    from .runner import Run, Subject
+
+RIDGE = 0.01  # stored values are trusted to 1 %, so that weights stay small: int8's and bfloat16's rounding pass through them
+Weights = Mapping[str, tuple[float, ...]]
+Step = tuple[str, Weights]  # what an evaluation skips ("" where it computes), and the weights of what it predicts
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Trajectories side by side, P of them: the denoiser's constant inputs, first latents and noise, [P, ...] each, and the
+    latents [P, ...] before every evaluation of the uncached run and after its last."""
+
+    inputs: Mapping[str, Tensor]
+    latents: Tensor
+    noise: tuple[Tensor, ...]
+    uncached: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True)
+class State:
+    """A candidate on its way: its latents and stored values after `len(path)` evaluations, and what they cost so far."""
+
+    latents: Tensor
+    starts: tuple[Tensor, ...]  # newest first, as an Update reads them
+    outputs: tuple[Tensor, ...]
+    stored: Mapping[str, tuple[Tensor, ...]]  # tensor of a site -> values, newest first
+    path: tuple[Step, ...] = ()
+    cost: float = 0.0
+
+
+@dataclass(frozen=True)
+class Skip:
+    """A candidate: the sites that it predicts, and what it still costs, as a share of computing."""
+
+    name: str
+    marks: tuple[Mark, ...]
+    share: float
+
+
+class Walk:
+    """The denoiser as the search drives it: a variant for computing and one for each skip, and the sampler's updates."""
+
+    def __init__(self, denoiser: Component, layout: Layout, table: Table, cache: Auto, timestep_scale: float) -> None:
+        self.table, self.slots, self.timestep_scale = table, cache.slots, timestep_scale
+        self.skips = skips(denoiser, layout, cache)
+        marks = tuple({m.name: m for skip in self.skips for m in skip.marks}.values())
+        variants = [
+            Actions("full", ()),
+            *(Actions(s.name, tuple(skip_actions(marks, s.marks).items())) for s in self.skips),
+        ]
+        self.tensors = {m.name: m.tensors for m in marks}
+        self.variants = eager_variants(denoiser, Planned(marks, tuple(variants), ()))
+        self.history = max(len(part) for u in table.updates for part in (u.latents, u.outputs))
+
+    def start(self, examples: Examples) -> State:
+        return State(examples.latents, (), (), {})
+
+    def evaluated(self, state: State, examples: Examples, step: Step) -> State:
+        """The state after one more evaluation, which computes or takes this step's predictions."""
+        skip, weights = step
+        call = self.call(state, examples)
+        if not skip:
+            result = self.variants["full"].call(call)
+            fresh = {t: result[t] for tensors in self.tensors.values() for t in tensors}
+            stored = {t: (v, *state.stored.get(t, ())[: self.slots - 1]) for t, v in fresh.items()}
+            return self.moved(replace(state, stored=stored), examples, result["sample"], step, 1.0)
+        variant, share = self.variants[skip], next(s.share for s in self.skips if s.name == skip)
+        result = variant.call({**call, **self.predictions(variant, state, weights)})
+        return self.moved(state, examples, result["sample"], step, share)
+
+    def call(self, state: State, examples: Examples) -> Tensors:
+        e = len(state.path)
+        timestep = torch.tensor([self.table.timesteps[e] * self.timestep_scale], dtype=torch.float32)
+        latents = scaled(state.latents, self.table.input_scales[e])
+        return {**examples.inputs, "hidden_states": latents, "timestep": timestep}
+
+    def predictions(self, variant: Variant, state: State, weights: Weights) -> Tensors:
+        """The inputs that a skipping variant has besides the denoiser's own: weights, and the values that they weigh."""
+        sites = variant.graph.combines
+        values = {
+            f"{tensor}@{k}": filled(state.stored[tensor], self.slots)[k]
+            for site in sites
+            for tensor in self.tensors[site]
+            for k in range(self.slots)
+        }
+        return {"coefficients": torch.tensor([w for site in sites for w in weights[site]]), **values}
+
+    def moved(self, state: State, examples: Examples, output: Tensor, step: Step, share: float) -> State:
+        e = len(state.path)
+        starts = (state.latents, *state.starts)[: self.history]
+        outputs = (output, *state.outputs)[: self.history]
+        latents = updated(self.table.updates[e], starts, outputs, iter(drawn(self.table.updates, examples.noise, e)))
+        return replace(
+            state, latents=latents, starts=starts, outputs=outputs, path=(*state.path, step), cost=state.cost + share
+        )
+
+    def computed(self, examples: Examples) -> Examples:
+        """The examples with their uncached trajectories."""
+        states = [self.start(examples)]
+        for _ in self.table.updates:
+            states.append(self.evaluated(states[-1], examples, ("", {})))
+        return replace(examples, uncached=tuple(s.latents for s in states))
+
+    def followed(self, examples: Examples, path: Iterable[Step]) -> Tensor:
+        """The final latents [P, ...] of a plan."""
+        state = self.start(examples)
+        for step in path:
+            state = self.evaluated(state, examples, step)
+        return state.latents
+
+    def aim(self, state: State, examples: Examples) -> Tensor | None:
+        """The output [P, ...] that leads from the state's latents to the uncached run's next; None where none can."""
+        e = len(state.path)
+        update = self.table.updates[e]
+        if not update.outputs[0]:
+            return None
+        nothing = torch.zeros_like(state.latents)
+        starts, outputs = (state.latents, *state.starts), (nothing, *state.outputs)
+        rest = updated(update, starts, outputs, iter(drawn(self.table.updates, examples.noise, e)))
+        return (examples.uncached[e + 1] - rest) / update.outputs[0]
+
+    def fitted(self, state: State, computed: State, examples: Examples, skip: Skip) -> Weights | None:
+        """The weights of this skip's sites; `computed` is the state after computing. None where nothing can be fitted."""
+        weights = {}
+        for mark in skip.marks:
+            if mark.name == "output":
+                aim = self.aim(state, examples)
+                aims = None if aim is None else [aim]
+            else:
+                aims = [computed.stored[t][0] for t in mark.tensors]
+            if aims is None:
+                return None
+            weights[mark.name] = least_squares(aims, [state.stored[t] for t in mark.tensors], self.slots)
+        return weights
+
+
+def skips(denoiser: Component, layout: Layout, cache: Auto) -> tuple[Skip, ...]:
+    """The recipe's candidates on this model, with what is left to compute of each by FLOPs."""
+    inside = module_flops(denoiser.module, denoiser.args)
+    total = max(inside.values())
+    found = []
+    for name in dict.fromkeys(cache.candidates):
+        marks = skip_marks(name, layout, cache.slots)
+        paths = {path for m in marks for path in m.modules}
+        left = 0.0 if name == "output" else 1 - sum(inside.get(path, 0) for path in paths) / total
+        found.append(Skip(name, marks, left))
+    return tuple(found)
+
+
+def least_squares(aims: Sequence[Tensor], values: Sequence[Sequence[Tensor]], slots: int) -> tuple[float, ...]:
+    """The weights w that minimise |aim - sum w_k value_k|^2, over all tensors of a site together, newest value first.
+
+    `RIDGE` is the relative noise that each value is assumed to have. Slots that hold nothing yet get the weight 0.
+    """
+    count = len(values[0])
+    columns = torch.stack([torch.cat([v[k].flatten() for v in values]).double() for k in range(count)], 1)
+    normal = columns.T @ columns
+    normal += RIDGE**2 * torch.diag(normal.diagonal())
+    right = columns.T @ torch.cat([a.flatten() for a in aims]).double()
+    solution = torch.linalg.lstsq(normal, right[:, None]).solution[:, 0]
+    return (*solution.tolist(), *([0.0] * (slots - count)))
+
+
+def search(
+    subject: Subject,
+    cache: Auto,
+    fit: Sequence[Run],
+    judge: Sequence[Run],
+    decode: Callable[[Tensor], Tensor],
+    plain: Callable[[int], Table],
+    progress: Progress,
+) -> tuple[Fitted, ...]:
+    """The best plan for each cost up to the cache's `search_budget`, cheapest first.
+
+    `decode` makes pictures [P, 3, H, W] in 0..1 of latents, `plain(n)` is the table of n steps, and `judge` holds the runs
+    that nothing is fitted on. Raises ExportError where no plan was found.
+    """
+    with torch.no_grad():
+        walk = Walk(subject.denoiser, subject.layout, subject.table, cache, subject.timestep_scale)
+        with progress.stage("search", len(subject.table.updates)):
+            examples = walk.computed(stacked(fit, subject.denoiser))
+            finals = walked(walk, examples, cache, progress)
+            best = finalists(finals, decode, examples.uncached[-1])
+        with progress.stage("judge", len(best)):
+            return judged(walk, subject, best, judge, decode, plain, progress)
+
+
+def walked(walk: Walk, examples: Examples, cache: Auto, progress: Progress) -> list[State]:
+    """The beam's states after the last evaluation."""
+    count = len(walk.table.updates)
+    most = cache.search_budget * count + 1e-9
+    beam = [walk.start(examples)]
+    for e in range(count):
+        following = []
+        for state in beam:
+            following += expanded(walk, state, examples, cache, most)
+        beam = kept(following, examples.uncached[e + 1], cache.beam)
+        progress.doing(f"evaluation {e + 1} of {count}: {len(beam)} candidates")
+    if not beam:
+        raise ExportError(
+            f"cache.search_budget {cache.search_budget:g}: no plan of {count} evaluations costs so little; raise it, take more "
+            "steps, or set cache.method=none"
+        )
+    return beam
+
+
+def expanded(walk: Walk, state: State, examples: Examples, cache: Auto, most: float) -> list[State]:
+    """What may follow a state within the cost `most`: computing, and each skip with its fitted weights."""
+    needs_values = any(m.name != "output" for s in walk.skips for m in s.marks) and bool(state.stored)
+    affordable = state.cost + 1 <= most
+    computed = walk.evaluated(state, examples, ("", {})) if affordable or needs_values else state
+    following = [computed] if affordable else []
+    used = {skip for skip, _ in state.path if skip}
+    for skip in walk.skips if state.stored else ():
+        within = len(used | {skip.name}) < cache.max_variants and state.cost + skip.share <= most
+        weights = walk.fitted(state, computed, examples, skip) if within else None
+        if weights is not None:
+            following.append(walk.evaluated(state, examples, (skip.name, weights)))
+    return following
+
+
+def kept(states: Iterable[State], uncached: Tensor, beam: int) -> list[State]:
+    """The `beam` states nearest to the uncached run's latents, for each cost to the nearest half evaluation."""
+    by_cost: dict[int, list[tuple[float, State]]] = {}
+    for s in states:
+        distance = float((s.latents - uncached).double().pow(2).mean())
+        by_cost.setdefault(round(2 * s.cost), []).append((distance, s))
+    return [s for _, group in sorted(by_cost.items()) for _, s in sorted(group, key=lambda pair: pair[0])[:beam]]
+
+
+def finalists(
+    finals: Sequence[State], decode: Callable[[Tensor], Tensor], uncached: Tensor
+) -> list[tuple[float, State]]:
+    """Of each cost the state whose pictures are nearest, with their PSNR, cheapest first."""
+    truth = decode(uncached)
+    best: dict[int, tuple[float, State]] = {}
+    for state in finals:
+        found = (psnr_db(decode(state.latents), truth), state)
+        best[round(2 * state.cost)] = max(best.get(round(2 * state.cost), found), found, key=lambda pair: pair[0])
+    return [best[cost] for cost in sorted(best)]
+
+
+def judged(
+    walk: Walk,
+    subject: Subject,
+    best: Sequence[tuple[float, State]],
+    judge: Sequence[Run],
+    decode: Callable[[Tensor], Tensor],
+    plain: Callable[[int], Table],
+    progress: Progress,
+) -> tuple[Fitted, ...]:
+    """The plans as `Fitted`, measured on the runs to judge by; one that a cheaper one beats there is left out."""
+    count = len(walk.table.updates)
+    examples = walk.computed(stacked(judge, subject.denoiser))
+    truth = decode(examples.uncached[-1])
+    fewer: dict[int, float] = {}
+    plans: list[Fitted] = []
+    for fit_psnr_db, state in best:
+        progress.doing(f"{state.cost:.1f} of {count} evaluations")
+        steps = max(1, int(state.cost + 1e-9))
+        if steps not in fewer:
+            table = plain(steps)
+            shorter = Walk(
+                subject.denoiser, subject.layout, table, Auto(candidates=("output",)), subject.timestep_scale
+            )
+            again = with_table(examples, table, walk.table.init_noise_sigma)
+            fewer[steps] = psnr_db(decode(shorter.computed(again).uncached[-1]), truth)
+        held_out = psnr_db(decode(walk.followed(examples, state.path)), truth)
+        if all(p.held_out_psnr_db < held_out for p in plans):
+            plans.append(
+                Fitted(
+                    cost=state.cost / count,
+                    skips=tuple(skip for skip, _ in state.path),
+                    weights=tuple(dict(weights) for _, weights in state.path),
+                    psnr_db=fit_psnr_db,
+                    held_out_psnr_db=held_out,
+                    fewer_steps=steps,
+                    fewer_steps_psnr_db=fewer[steps],
+                )
+            )
+    return tuple(plans)
+
+
+def stacked(runs: Sequence[Run], denoiser: Component) -> Examples:
+    """Runs of one prompt each as one batch; an input that holds both branches keeps all unconditional halves first."""
+    doubled: tuple[str, ...] = getattr(denoiser.module, "doubled", ())
+    inputs: dict[str, Any] = {}
+    for name in runs[0].inputs:
+        each = [run.inputs[name] for run in runs]
+        if name == "guidance":
+            inputs[name] = each[0]
+        elif name in doubled:
+            inputs[name] = torch.cat([t.chunk(2)[k] for k in range(2) for t in each])
+        else:
+            inputs[name] = torch.cat(each)
+    noise = tuple(torch.cat(draws) for draws in zip(*(run.noise for run in runs), strict=True))
+    return Examples(inputs, torch.cat([run.latents for run in runs]), noise)
+
+
+def with_table(examples: Examples, table: Table, init_noise_sigma: float) -> Examples:
+    """The examples started for another table, whose noise, if it takes any, is drawn anew."""
+    latents = examples.latents * (table.init_noise_sigma / init_noise_sigma)
+    generator = torch.Generator().manual_seed(0)
+    noise = tuple(torch.randn(latents.shape, generator=generator) for u in table.updates if u.noise)
+    return Examples(examples.inputs, latents, noise)
+
+
+def filled(values: Sequence[Tensor], slots: int) -> tuple[Tensor, ...]:
+    """All slots; those that hold nothing yet repeat the oldest value, whose weight there is 0."""
+    return (*values, *([values[-1]] * (slots - len(values))))
+
+
+def drawn(updates: Sequence[Update], noise: Sequence[Tensor], e: int) -> Sequence[Tensor]:
+    """The noise of evaluation e, if its update takes any."""
+    taken = sum(u.noise != 0 for u in updates[:e])
+    return noise[taken : taken + 1] if updates[e].noise else ()
+
+
+def psnr_db(pictures: Tensor, truth: Tensor) -> float:
+    """Mean over [P, 3, H, W] in 0..1 of each picture's PSNR; equal pictures count 120 dB, as in `quality.py`."""
+    error = (pictures - truth).double().pow(2).mean(dim=(1, 2, 3)).clamp_min(1e-12)
+    return float(-10 * error.log10().mean())

@@ -292,18 +292,11 @@ def test_a_mask_of_ones_is_the_plain_model(name):
     assert uncached.error(peers.ours(component, plain, plain.plans[0], start(component))) == 0.0
 
 
-COMPILED = {
-    "flux": Mask(mask="111(01)", order=2, site="output"),
-    "cogvideox-cfg": Mask(mask="111(01)", order=2, blocks="1:"),
-}
-
-
-@pytest.mark.parametrize("name", COMPILED)
-def test_the_compiled_plan_is_the_eager_one(name):
-    component, layout = denoiser(name)
+def test_a_compiled_output_is_the_eager_one():
+    component, layout = denoiser("flux")
     table = peers.table_of(SCHEDULERS["ddim"](), 7)
-    planned = plan(COMPILED[name], layout, {7: table})
+    planned = plan(Mask(mask="111(01)", order=2, site="output"), layout, {7: table})
     eager = peers.ours(component, planned, planned.plans[0], start(component))
-    artifact = compiled_run(name, component, planned, planned.plans[0], start(component))
-    # the compiler adds in another order; a wrong site or coefficient is off by 1e-2
+    artifact = compiled_run("flux", component, planned, planned.plans[0], start(component))
+    # the compiler adds in another order; a wrong coefficient is off by 1e-2
     assert artifact.error(eager) < 2e-5

@@ -15,34 +15,42 @@ from .sites import arguments, flat_outputs, submodule
 
 
 def discover(component: Component) -> Layout:
-    """The attentions, feed-forwards, blocks and layers of each branch, in the order in which they return."""
-    places: list[Place] = []
+    """The attentions, feed-forwards, blocks, layers and other modules of each branch, in the order in which they return."""
+    places: dict[str, Place] = {}
     handles = []
     for branch, prefix in component.branches.items():
         root = submodule(component.module, prefix.removesuffix("."))
         for name, module in root.named_modules():
-            if kind := kind_of(root, name, module):
+            kind = kind_of(root, name, module)
+            if kind is None:
+                continue
 
-                def returned(module, args, kwargs, output, name=name, branch=branch, path=prefix + name, kind=kind):
-                    if not any(p.path == path for p in places):  # once, also where a module is called twice
-                        streams = streams_of(module, kind, args, kwargs, flat_outputs(output))
-                        places.append(Place(name, branch, path, kind, streams))
+            def returned(module, args, kwargs, output, name=name, branch=branch, path=prefix + name, kind=kind):
+                if path in places:  # once, also where a module is called twice
+                    return
+                parts = output if isinstance(output, tuple) else (output,)
+                if kind == "module" and not all(isinstance(o, Tensor) for o in parts):
+                    return  # answers with something else than tensors, which no site can store
+                streams = streams_of(module, kind, args, kwargs, flat_outputs(output))
+                places[path] = Place(name, branch, path, kind, streams)
 
-                handles.append(module.register_forward_hook(returned, with_kwargs=True))
+            handles.append(module.register_forward_hook(returned, with_kwargs=True))
     try:
         with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as fake:
             component.module(*(fake.from_tensor(t) for t in component.args))
     finally:
         for handle in handles:
             handle.remove()
-    return Layout(tuple(places), tuple(component.branches), planes=hasattr(component.module, LOW))
+    known = tuple(p for p in places.values() if p.kind != "module")
+    others = tuple(p for p in places.values() if p.kind == "module")
+    return Layout(known, tuple(component.branches), hasattr(component.module, LOW), others)
 
 
 def kind_of(root: nn.Module, name: str, module: nn.Module) -> Kind | None:
-    """What a module is to a cache policy; the classes and list names are those of diffusers' own hooks."""
+    """What a module is to a cache policy; the classes and list names are those of diffusers' own hooks. None: no site."""
     from diffusers.hooks._common import _ALL_TRANSFORMER_BLOCK_IDENTIFIERS, _ATTENTION_CLASSES, _FEEDFORWARD_CLASSES
 
-    if not name or isinstance(module, nn.ModuleList):
+    if not name or isinstance(module, (nn.ModuleList, nn.ModuleDict)):
         return None
     if isinstance(module, _ATTENTION_CLASSES):
         return "cross_attention" if getattr(module, "is_cross_attention", False) else "attention"
@@ -53,9 +61,9 @@ def kind_of(root: nn.Module, name: str, module: nn.Module) -> Kind | None:
         return "block"
     inside = name.split(".")
     above = [".".join(inside[:i]) for i in range(1, len(inside))]
-    if any(kind_of(root, a, root.get_submodule(a)) not in (None, "layer") for a in above):
-        return None
-    return "layer" if not parent or isinstance(root.get_submodule(parent), nn.ModuleList) else None
+    if any(kind_of(root, a, root.get_submodule(a)) not in (None, "layer", "module") for a in above):
+        return "module"
+    return "layer" if not parent or isinstance(root.get_submodule(parent), nn.ModuleList) else "module"
 
 
 def streams_of(module: nn.Module, kind: Kind, args: Any, kwargs: Any, outputs: tuple[Any, ...]) -> tuple[str, ...]:

@@ -12,14 +12,15 @@ from typing import Any, Literal
 
 from .marks import Mark
 
-Kind = Literal["attention", "cross_attention", "feed_forward", "block", "layer"]
+Kind = Literal["attention", "cross_attention", "feed_forward", "block", "layer", "module"]
 
 
 @dataclass(frozen=True)
 class Place:
     """A module that ran. `name` is its name in the diffusers model, `path` the one in the component that is captured,
     `streams` as in `Mark`. A "block" is an element of one of the model's own lists of transformer blocks; a "layer" is a
-    direct child of the model, or an element of another list (a UNet's `up_blocks.0.resnets.1`)."""
+    direct child of the model, or an element of another list (a UNet's `up_blocks.0.resnets.1`). A "module" is any other
+    one, such as a single projection."""
 
     name: str
     branch: str
@@ -41,12 +42,14 @@ class Place:
 class Layout:
     """`places` in the order in which they returned; `branches` is `("",)`, or `("uncond", "cond")` with guidance.
 
-    `planes` says whether the difference between the branches passes through `low` and `high` (`guidance.py`).
+    `planes` says whether the difference between the branches passes through `low` and `high` (`guidance.py`). `others`
+    are the places of kind "module", for a policy whose recipe may name any module.
     """
 
     places: tuple[Place, ...]
     branches: tuple[str, ...] = ("",)
     planes: bool = False
+    others: tuple[Place, ...] = ()
 
     def of(self, *kinds: Kind, branch: str | None = None) -> tuple[Place, ...]:
         """The places of these kinds, of one branch or of all."""
@@ -80,5 +83,7 @@ class Layout:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Layout:
-        places = tuple(Place(**{**p, "streams": tuple(p["streams"])}) for p in data["places"])
-        return cls(places, tuple(data["branches"]), data.get("planes", False))
+        places, others = (
+            tuple(Place(**{**p, "streams": tuple(p["streams"])}) for p in data[key]) for key in ("places", "others")
+        )
+        return cls(places, tuple(data["branches"]), data["planes"], others)

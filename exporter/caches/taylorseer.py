@@ -78,12 +78,14 @@ class TaylorSeer(Table):
 
 
 def schedule(cache: TaylorSeer, layout: Layout, trajectory: Trajectory, calibration: Any) -> Schedule:
-    """One site for each module whose name an identifier matches. Raises ExportError for identifiers without a site."""
+    """One site for each module whose whole name an identifier matches. Raises ExportError for identifiers without a site."""
     predicted, zero = modules(cache, layout)
-    chosen = [p for p in layout.places if p in predicted or p in zero]
+    chosen = predicted + zero
     slots = cache.max_order + 1
     marks = tuple(p.mark(slots=slots, dtype=cache.taylor_factors_dtype) if p in predicted else p.mark() for p in chosen)
-    actions: dict[str, Action] = {m.name: "combine" if p in predicted else "zero" for m, p in zip(marks, chosen, strict=True)}
+    actions: dict[str, Action] = {
+        m.name: "combine" if p in predicted else "zero" for m, p in zip(marks, chosen, strict=True)
+    }
     factors: list[list[float]] = []
     last, decisions = 0, []
     for step in range(len(trajectory.timesteps)):
@@ -119,8 +121,9 @@ def prediction(factors: Sequence[Sequence[float]], distance: int, slots: int) ->
 def modules(cache: TaylorSeer, layout: Layout) -> tuple[list[Place], list[Place]]:
     """The places that are predicted, and those that are zero. A module that both name is zero, as in diffusers."""
     cached, skipped = cache.patterns()
-    zero = matching(skipped, layout.places)
-    predicted = [p for p in matching(cached, layout.places) if p not in zero]
+    every = layout.places + layout.others
+    zero = matching(skipped, every)
+    predicted = [p for p in matching(cached, every) if p not in zero]
     check(cache, layout, predicted)
     chosen = predicted + zero
     for inner in chosen:
@@ -147,6 +150,6 @@ def check(cache: TaylorSeer, layout: Layout, predicted: Sequence[Place]) -> None
         )
     keys = [("cache_identifiers", p) for p in cached if cached != ATTENTIONS]
     for key, pattern in [*keys, *(("skip_predict_identifiers", p) for p in skipped)]:
-        if not matching([pattern], layout.places):
+        if not matching([pattern], layout.places + layout.others):
             asked = f"cache.use_lite_mode: {pattern!r}" if cache.use_lite_mode else f"cache.{key} {pattern!r}"
             raise ExportError(f"{asked} matches no whole module name; the model has {layout.names(layout.places)}")

@@ -26,8 +26,9 @@ from prebake.exporter.layout import Layout, Place
 from prebake.exporter.plan import plan
 from prebake.runtime.errors import ExportError
 
-# float32 through up to 16 evaluations, the two halves of a batch run apart; a wrong site or step is off by 1e-2
-CLOSE = 2e-5
+# float32 through up to 16 evaluations, the two halves of a batch run apart: up to 1.2e-6 was seen; a wrong site or step
+# is off by 1e-2
+CLOSE = 5e-6
 MADE = {
     "flux": denoisers.flux(),
     "cogvideox": denoisers.with_guidance(denoisers.cogvideox()),
@@ -175,7 +176,9 @@ def test_the_artifact_is_the_replay():
     planned = plan(cache, discover(one), {steps: table})
     assert len(planned.variants) == 4  # all; self, cross, or both reused
     eager = peers.ours(one, planned, planned.plans[0], latents)
-    assert compiled_run("pixart, one block", one, planned, planned.plans[0], latents).error(eager) < CLOSE
+    assert (
+        compiled_run("pixart, one block", one, planned, planned.plans[0], latents).error(eager) < 2e-5
+    )  # the compiler adds in another order
 
 
 def test_branches_in_two_calls_share_diffusers_state_but_not_ours():

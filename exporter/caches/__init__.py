@@ -13,31 +13,45 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from ..layout import Layout
-from . import fora, magcache, mask, pab
+from . import fastercache, fora, magcache, mask, pab, taylorseer
+from .fastercache import FasterCache
 from .fora import Fora
 from .magcache import MagCache
 from .mask import Mask
 from .none import NoCache
 from .pab import PyramidAttentionBroadcast
 from .schedule import Decision, Schedule, Trajectory
+from .taylorseer import TaylorSeer
 
 __all__ = [
     "METHODS",
     "Cache",
     "Decision",
+    "FasterCache",
     "Fora",
     "MagCache",
     "Mask",
     "NoCache",
     "PyramidAttentionBroadcast",
     "Schedule",
+    "TaylorSeer",
     "Trajectory",
     "schedule",
 ]
 
-METHODS: Mapping[str, Any] = {"fora": fora, "magcache": magcache, "mask": mask, "pab": pab}
+METHODS: Mapping[str, Any] = {
+    "fastercache": fastercache,
+    "fora": fora,
+    "magcache": magcache,
+    "mask": mask,
+    "pab": pab,
+    "taylorseer": taylorseer,
+}
 
-Cache = Annotated[NoCache | Fora | MagCache | Mask | PyramidAttentionBroadcast, Field(discriminator="method")]
+Cache = Annotated[
+    NoCache | FasterCache | Fora | MagCache | Mask | PyramidAttentionBroadcast | TaylorSeer,
+    Field(discriminator="method"),
+]
 
 
 def schedule(cache: Any, layout: Layout, trajectory: Trajectory, calibration: Any = None) -> Schedule:

@@ -104,7 +104,7 @@ class DBCache(Frozen):
         return self.steps_computation_mask is not None and self.steps_computation_policy == "static"
 
     @property
-    def exact(self) -> bool:
+    def data_free(self) -> bool:
         """Whether no decision depends on the data."""
         return self.static or not 0 < self.residual_diff_threshold < 1
 
@@ -303,7 +303,7 @@ def schedule(cache: DBCache, layout: Layout, trajectory: Trajectory, calibration
     evaluations = len(trajectory.timesteps)
     check_length(cache, evaluations)
     keys = [b.key for b in lists(cache, layout)]
-    if cache.exact:
+    if cache.data_free:
         rule = Rule(cache)
         history = tuple(dict.fromkeys(keys, rule.computes(e, None if e == 0 else lambda: 0.0)) for e in range(evaluations))
     else:

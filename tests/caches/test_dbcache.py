@@ -169,7 +169,7 @@ def test_decisions_that_no_data_can_change_need_no_calibration():
     while tried < 100:
         evaluations = rng.randint(2, 24)
         cache = random_rule(rng, evaluations)
-        if not cache.exact:
+        if not cache.data_free:
             continue
         tried += 1
         layout = a_list(3, ("uncond", "cond"))
@@ -349,7 +349,9 @@ def test_a_static_mask_is_a_plan_without_calibration(name):
     decided = [{"transformer_blocks": bool(c), "single_transformer_blocks": bool(c)} for c in MASK]
     assert ran(cache, discover(component), decided) == theirs.ran
     assert close([*ours.outputs, ours.latents], [*theirs.outputs, theirs.latents])
-    plain = peers.ours(component, planned, planned.plans[1], latents)
+    uncached = peers.ours(component, planned, planned.plans[1], latents)
+    plain = peers.peer_replay(component, table, latents, lambda model, clock: None)
+    assert close(uncached.outputs, plain.outputs)
     assert not close(ours.outputs, plain.outputs)
 
 
@@ -444,6 +446,29 @@ def test_more_blocks_than_a_list_has_are_refused_with_the_lists():
             marks(DBCache(Fn_compute_blocks=first, Bn_compute_blocks=last), layout)
     only_double = marks(DBCache(Fn_compute_blocks=3), layout)
     assert [m.name for m in only_double] == ["transformer_blocks[3:4]"]
+
+
+def test_what_cache_dit_stumbles_over_is_refused_before_it_runs():
+    component, table = denoisers.pixart(layers=4), TABLES["ddim"](3)
+    layout, latents = discover(component), latents_of(component, 0)
+    too_many = DBCache(Fn_compute_blocks=5)
+    with pytest.raises(AssertionError, match="must be less than the number of transformer blocks 4"):
+        peer("pixart", component, too_many, table, latents)
+    with pytest.raises(ExportError, match="expected no more blocks than the shortest list has"):
+        plan(too_many, layout, {3: table})
+
+    overlapping = DBCache(Fn_compute_blocks=3, Bn_compute_blocks=2)
+    first_twice = peer("pixart", component, overlapping, table, latents)  # its third block runs in both parts
+    plain = peers.peer_replay(component, table, latents, lambda model, clock: None)
+    assert not close(first_twice.outputs, plain.outputs)
+    with pytest.raises(ExportError, match="expected no more blocks than the shortest list has"):
+        plan(overlapping, layout, {3: table})
+
+    from_nothing = {"Fn_compute_blocks": 1, "steps_computation_mask": (0, 1, 0), "steps_computation_policy": "static"}
+    with pytest.raises(AssertionError, match="must be set before"):
+        peer("pixart", component, DBCache.model_construct(**DBCache().model_dump() | from_nothing), table, latents)
+    with pytest.raises(ValidationError, match="when there is nothing to reuse"):
+        DBCache(**from_nothing)
 
 
 def test_dynamic_decisions_need_a_calibration():

@@ -25,7 +25,7 @@ def discover(component: Component) -> Layout:
             if kind is None:
                 continue
 
-            def returned(module, args, kwargs, output, name=name, branch=branch, path=prefix + name, kind=kind):
+            def returned(module, args, kwargs, output, name=name, branch=branch, path=prefix + name, kind: Kind = kind):
                 if path in places:  # once, also where a module is called twice
                     return
                 parts = output if isinstance(output, tuple) else (output,)

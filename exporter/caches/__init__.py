@@ -13,7 +13,8 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from ..layout import Layout
-from . import fastercache, fora, magcache, mask, pab, taylorseer
+from . import dbcache, fastercache, fora, magcache, mask, pab, taylorseer, teacache
+from .dbcache import DBCache
 from .fastercache import FasterCache
 from .fora import Fora
 from .magcache import MagCache
@@ -22,10 +23,12 @@ from .none import NoCache
 from .pab import PyramidAttentionBroadcast
 from .schedule import Decision, Schedule, Trajectory
 from .taylorseer import TaylorSeer
+from .teacache import TeaCache
 
 __all__ = [
     "METHODS",
     "Cache",
+    "DBCache",
     "Decision",
     "FasterCache",
     "Fora",
@@ -35,21 +38,24 @@ __all__ = [
     "PyramidAttentionBroadcast",
     "Schedule",
     "TaylorSeer",
+    "TeaCache",
     "Trajectory",
     "schedule",
 ]
 
 METHODS: Mapping[str, Any] = {
+    "dbcache": dbcache,
     "fastercache": fastercache,
     "fora": fora,
     "magcache": magcache,
     "mask": mask,
     "pab": pab,
     "taylorseer": taylorseer,
+    "teacache": teacache,
 }
 
 Cache = Annotated[
-    NoCache | FasterCache | Fora | MagCache | Mask | PyramidAttentionBroadcast | TaylorSeer,
+    NoCache | DBCache | FasterCache | Fora | MagCache | Mask | PyramidAttentionBroadcast | TaylorSeer | TeaCache,
     Field(discriminator="method"),
 ]
 

@@ -236,6 +236,19 @@ def test_inputs_that_diffusers_does_not_halve_are_halved_here():
     assert ours.error(peers.peer_replay(component, table, latents, peer_of(cache))) < CLOSE
 
 
+def test_a_tensor_format_changes_no_number():
+    """In diffusers it says which dimensions are folded into the batch before the last two are transformed."""
+    name, cache, scheduler, _ = RUNS["cogvideox, other weights"]
+    component, table, latents, _ = setting(name, scheduler, 6)
+    cache = cache.model_copy(update={"high_frequency_weight": 1.2})
+    other = cache.model_copy(update={"tensor_format": "BCFHW"})
+    run, same = (peers.peer_replay(component, table, latents, peer_of(c)) for c in (cache, other))
+    assert same.error(run) < CLOSE
+    assert schedule(cache, LAYOUTS[name], Trajectory(table.timesteps)) == schedule(
+        other, LAYOUTS[name], Trajectory(table.timesteps)
+    )
+
+
 def test_temporal_attention_has_its_own_range_and_is_chosen_among_diffusers_names():
     places = tuple(
         Place(n, "", n, "attention", ("hidden_states",))

@@ -122,6 +122,11 @@ def model(request) -> tuple[Component, Layout]:
     return component, discover(component)
 
 
+def threshold_of(layout: Layout) -> float:
+    """One at which this model computes at some evaluations and not at others."""
+    return 0.6 if any(p.name.startswith("single") for p in layout.places) else 0.3
+
+
 def close(a: peers.Run | Replayed, b: peers.Run) -> bool:
     """Every evaluation's output and the final latents agree, relative to their largest number."""
     pairs = [*zip(a.outputs, b.outputs, strict=True), (a.latents, b.latents)]
@@ -132,8 +137,8 @@ def test_its_own_rule_decides_and_draws_what_diffusers_does(model):
     component, layout = model
     rng = random.Random(0)
     skipped = kept = 0
-    for case in range(10):
-        table = TABLES[("ddim", "flow", "heun")[case % 3]](rng.randint(2, 10))
+    for case in range(8):
+        table = TABLES[("ddim", "flow", "heun")[case % 3]](rng.randint(2, 9))
         threshold = rng.choice((0.02, 0.2, 0.3, 0.5, 0.7, 1.0))
         x = latents_of(component, case)
         theirs = peer(component, layout, table, x, threshold)
@@ -165,7 +170,7 @@ def calibration(layout: Layout, table: Table, cache: FirstBlockCache, runs: list
 
 def test_the_plan_of_one_run_is_that_run(model):
     component, layout = model
-    table, x, cache = TABLES["flow"](7), latents_of(component, 3), FirstBlockCache(threshold=0.4)
+    table, x, cache = TABLES["ddim"](7), latents_of(component, 3), FirstBlockCache(threshold=threshold_of(layout))
     theirs = peer(component, layout, table, x, cache.threshold)
     made = calibration(layout, table, cache, [dynamic(component, layout, table, x, cache.threshold).decisions])
     planned = plan(cache, layout, {7: table}, made)
@@ -178,9 +183,7 @@ def test_the_plan_of_one_run_is_that_run(model):
 def test_the_plan_of_many_runs_is_the_majority_of_diffusers_own(model):
     component, layout = model
     table, count = TABLES["ddim"](8), 5
-    cache = FirstBlockCache(
-        threshold=0.45 if len(layout.blocks(layout.branches[0])) == 3 and component.inputs[-1] != "guidance" else 0.3
-    )
+    cache = FirstBlockCache(threshold=threshold_of(layout))
     xs = [latents_of(component, seed) for seed in range(count)]
     theirs = [peer(component, layout, table, x, cache.threshold).ran for x in xs]
     made = calibration(
@@ -196,32 +199,48 @@ def test_the_plan_of_many_runs_is_the_majority_of_diffusers_own(model):
                 assert (mark.name not in d.actions) == (votes >= quorum * count)
 
 
-def test_branches_decide_apart_where_diffusers_batch_decides_for_both():
-    component = denoisers.with_guidance(denoisers.cogvideox(layers=3))
-    layout, table = discover(component), TABLES["ddim"](10)
-    apart = 0
-    for seed in range(4):
-        x = latents_of(component, seed)
-        for threshold in (0.25, 0.3, 0.35):
-            ours = dynamic(component, layout, table, x, threshold).decisions
-            apart += sum(d["uncond"] != d["cond"] for d in ours)
-    assert apart > 0
-    batched = peers.peer_replay(
+def moved(component: Component, layout: Layout, table: Table, x: Tensor) -> dict[str, float]:
+    """By how much each branch's first residual moves from evaluation 0 to 1, as a share of its size."""
+    seen: dict[str, list[Tensor]] = {b: [] for b in layout.branches}
+
+    class Recording(firstblock.Online):
+        def computes(self, branch: str, residual: Tensor) -> bool:
+            seen[branch].append(residual)
+            return super().computes(branch, residual)
+
+    cache = FirstBlockCache()
+    dynamic_replay(
+        component, marks(cache, layout), firstblock.probes(cache, layout), Recording(cache, layout, table),
+        lambda history: decision(cache, layout, history), table, peers.inputs_of(component), x,
+    )  # fmt: skip
+    return {b: float((r[1] - r[0]).abs().mean() / r[0].abs().mean()) for b, r in seen.items()}
+
+
+def test_branches_decide_apart_where_a_batch_in_diffusers_decides_for_both():
+    component = KINDS["cogvideox, guided"]()
+    layout, table, x = discover(component), TABLES["flow"](2), latents_of(component, 0)
+    shares_moved = moved(component, layout, table, x)
+    threshold = sum(shares_moved.values()) / 2
+    got = dynamic(component, layout, table, x, threshold)
+    assert got.decisions[1] == {b: share > threshold for b, share in shares_moved.items()}
+    assert sorted(got.decisions[1].values()) == [False, True]
+    apart = peer(component, layout, table, x, threshold)  # two contexts, as diffusers' sequential guidance
+    assert ran(layout, got.decisions) == apart.ran
+    assert close(got, apart)
+    together = peers.peer_replay(
         component, table, x, lambda model, clock: model.enable_cache(FirstBlockCacheConfig(threshold=threshold)),
         call=lambda model, clock: model.cache_context("both"),
     )  # fmt: skip
-    counts = [
-        len([site for site in sites if site.startswith("transformer_blocks.") and site.count(".") == 1])
-        for sites in batched.ran
-    ]
-    assert set(counts) == {1, 3}  # one decision over the batch of two
+    blocks = {p.name for p in layout.blocks("cond")}
+    assert len(together.ran[1] & blocks) in (1, len(blocks))  # one decision over the batch of two
+    assert not close(got, together)
 
 
 @pytest.mark.parametrize("kind", ["flux", "cogvideox, guided"])
 def test_compiled_variants_are_the_eager_ones(kind):
     component = KINDS[kind]()
     layout, table, cache = discover(component), TABLES["flow"](5), FirstBlockCache()
-    runs = [[{b: e % 2 == 0 for b in layout.branches} for e in range(5)]]
+    runs = [[dict.fromkeys(layout.branches, e % 2 == 0) for e in range(5)]]
     planned = plan(cache, layout, {5: table}, calibration(layout, table, cache, runs))
     x = latents_of(component, 1)
     eager = peers.ours(component, planned, planned.plans[0], x)
@@ -243,7 +262,7 @@ def test_what_does_not_fit_the_calibration_is_refused_with_the_command_to_run():
     )
     refused(r"made for 4 steps \(4 evaluations\), and the plan has 6", cache, TABLES["flow"](6), made)
     refused(
-        "made with FlowMatchEuler.* at timestep 1000 of evaluation 0, where the plan has 751",
+        "made with FlowMatchEuler.* at timestep 1000 of evaluation 0, where the plan has 750",
         cache,
         TABLES["ddim"](4),
         made,

@@ -42,6 +42,9 @@ def _add_run(subparsers: Any) -> None:
     parser.add_argument("--seed", type=int, help="makes the images reproducible")
     parser.add_argument("--steps", type=int, help="one of the artifact's plans (default: the artifact's own)")
     parser.add_argument("--guidance-scale", type=float, metavar="SCALE", help="default: the artifact's own")
+    parser.add_argument(
+        "--negative-prompt", metavar="TEXT", help="what to guide away from, where a model takes it (default: nothing)"
+    )
     parser.add_argument("--no-cache", action="store_true", help="compute everything at every step")
     parser.add_argument("--num-images", type=int, default=1, metavar="N", help="images for each prompt (default: 1)")
     parser.add_argument("--json", action="store_true", help="print JSON in place of text")
@@ -59,6 +62,7 @@ def run(args: argparse.Namespace) -> int:
         args.prompts,
         num_inference_steps=args.steps,
         guidance_scale=args.guidance_scale,
+        negative_prompt=args.negative_prompt,
         seed=args.seed,
         num_images_per_prompt=args.num_images,
         cache=not args.no_cache,

@@ -1,4 +1,4 @@
-"""Fixtures for all: one small random FLUX pipeline, and the artifact of it, exported once per run."""
+"""Fixtures for all: a small random FLUX pipeline, one of Stable Diffusion, and their artifacts, exported once per run."""
 
 from __future__ import annotations
 
@@ -36,18 +36,55 @@ def tiny_pipe(tiny_folder):
 
 @pytest.fixture(scope="session")
 def tiny_artifact(tiny_folder, shared_tmp) -> Path:
-    """`flux-fast` on the tiny pipeline, with attention reuse, 8 steps: compiled once per run, whatever the workers."""
+    """`flux-fast` on the tiny pipeline, with attention reuse, 8 steps."""
+    from tiny import OVERRIDES
+
+    return exported(shared_tmp, "tiny", "flux-fast", OVERRIDES, tiny_folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_sd_folder(shared_tmp) -> Path:
+    """A random Stable Diffusion pipeline, as `save_pretrained` writes it."""
+    from tiny import save_tiny_sd
+
+    folder = shared_tmp / "tiny-sd" / "model"
+    with (shared_tmp / "tiny-sd-model.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "prebake.toml").exists():  # written last
+            save_tiny_sd(folder)
+    return folder
+
+
+@pytest.fixture
+def tiny_sd_pipe(tiny_sd_folder):
+    """The same, loaded afresh in float32: tests may change it."""
+    from prebake.exporter.source import load
+
+    pipe = load(str(tiny_sd_folder), None, {"default": torch.float32}).pipe
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="session")
+def tiny_sd_artifact(tiny_sd_folder, shared_tmp) -> Path:
+    """`sd-fast` on it in float32, uncached, 4 steps."""
+    from tiny import SD_OVERRIDES
+
+    return exported(shared_tmp, "tiny-sd", "sd-fast", SD_OVERRIDES, tiny_sd_folder)
+
+
+def exported(shared_tmp: Path, name: str, recipe: str, overrides: tuple[str, ...], model: Path) -> Path:
+    """An artifact, compiled once per run, whatever the workers."""
     from prebake.exporter.pipeline import Options, export
     from prebake.exporter.progress import progress
     from prebake.exporter.recipe import resolve
-    from tiny import OVERRIDES
 
-    folder = shared_tmp / "artifacts" / "tiny"
-    with (shared_tmp / "tiny-artifact.lock").open("w") as lock:
+    folder = shared_tmp / "artifacts" / name
+    with (shared_tmp / f"{name}-artifact.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not folder.exists():
             with progress("quiet") as quiet:
-                export(resolve("flux-fast", OVERRIDES, str(tiny_folder)), folder, Options(), quiet)
+                export(resolve(recipe, overrides, str(model)), folder, Options(), quiet)
     return folder
 
 

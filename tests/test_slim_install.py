@@ -123,6 +123,12 @@ def test_run_draws_a_picture_in_the_slim_environment(how, slim_python, tiny_arti
     assert Image.open(tmp_path / "image.png").size == (32, 32)
 
 
+def test_run_guides_a_unet_in_the_slim_environment(slim_python, tiny_sd_artifact, tmp_path):
+    done = run(slim_python, "-c", RUN, "run", str(tiny_sd_artifact), "a red circle", "--seed", "1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert Image.open(tmp_path / "image.png").size == (32, 32)
+
+
 def test_inspect_works_in_the_slim_environment(slim_python, tiny_artifact, tmp_path):
     done = run(slim_python, "-c", RUN, "inspect", str(tiny_artifact), cwd=tmp_path)
     assert done.returncode == 0, done.stderr

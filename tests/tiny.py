@@ -33,6 +33,16 @@ guidance_scale = 3.0
 """
 OVERRIDES = ("cache.method=pab", "sampler.steps=8", "verify.psnr_db=30", "verify.cached_psnr_db=20")
 """What the fixture `tiny_artifact` changes in `flux-fast`."""
+SD_OVERRIDES = (
+    "cache.method=none",
+    "precision.denoiser=float32",
+    "precision.text_encoders=float32",
+    "precision.vae=float32",
+    "verify.psnr_db=80",
+    "verify.seeds=1",
+    'verify.prompts=["a red circle"]',
+)
+"""What the fixture `tiny_sd_artifact` changes in `sd-fast`."""
 
 
 def tokenizer(max_length: int, start: str | None) -> PreTrainedTokenizerFast:

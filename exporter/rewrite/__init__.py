@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from .fuse import fuse_qkv
@@ -30,6 +31,8 @@ def rewrite(pipe: Any, recipe: Any) -> Layers:
         fuse_qkv(name, denoiser, key="fuse.qkv")
     if recipe.fuse.vae_qkv:
         fuse_qkv("vae", pipe.vae, key="fuse.vae_qkv")
+    if name == "unet":  # Inductor's convolutions read their weights so, and would reorder others at every evaluation
+        denoiser.to(memory_format=torch.channels_last)
     return quantize(denoiser, recipe.quantize, inner_width(denoiser))
 
 

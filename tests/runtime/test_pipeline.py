@@ -215,6 +215,10 @@ REFUSED = {
     "latents": ({"latents": torch.zeros(1, 2, 4, 4)}, "latents: expected packed latents [1, 4, 8], got [1, 2, 4, 4]"),
     "prompt": ({"prompt": None}, "prompt: expected a text or a list of texts, got None"),
     "prompt_2": ({"prompt_2": ["a", "b"]}, "prompt_2: expected 1 texts, one for each prompt, got 2"),
+    "negative_prompt": (
+        {"negative_prompt": "blue"},
+        "negative_prompt: an artifact of FluxPipeline does not take it; it takes prompt, prompt_2, prompt_embeds, pooled_prompt_embeds",
+    ),
     "both": (
         {"prompt_embeds": torch.zeros(1)},
         "expected either prompt, or both prompt_embeds and pooled_prompt_embeds",

@@ -305,7 +305,9 @@ def schedule(cache: DBCache, layout: Layout, trajectory: Trajectory, calibration
     keys = [b.key for b in lists(cache, layout)]
     if cache.data_free:
         rule = Rule(cache)
-        history = tuple(dict.fromkeys(keys, rule.computes(e, None if e == 0 else lambda: 0.0)) for e in range(evaluations))
+        history = tuple(
+            dict.fromkeys(keys, rule.computes(e, None if e == 0 else lambda: 0.0)) for e in range(evaluations)
+        )
     else:
         history = frozen(calibration, cache, keys, trajectory.timesteps)
     chosen = marks(cache, layout)

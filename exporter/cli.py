@@ -1,8 +1,8 @@
 """The command `prebake`: arguments come in, an exit code comes out. 0 = done, 1 = verified and found to miss a threshold,
 2 = refused with a reason, 130 = interrupted.
 
-`recipes`, `export` and `verify` are here, `run` and `inspect` in `runtime/cli.py`. torch and diffusers are imported by the
-commands that need them and never for `--help`.
+`recipes`, `export`, `calibrate` and `verify` are here, `run` and `inspect` in `runtime/cli.py`. torch and diffusers are
+imported by the commands that need them and never for `--help`.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ EXPORT_EXTRA = (
     "google",
     "rich",
     "skimage",
+    "matplotlib",
     "setuptools",
 )
 
@@ -73,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"prebake {version('prebake')}")
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
     _add_export(commands)
+    _add_calibrate(commands)
     _add_verify(commands)
     _add_recipes(commands)
     add_runtime_commands(commands)
@@ -231,11 +233,13 @@ def _export(args: argparse.Namespace) -> int:
 def _run_export(recipe: Recipe, output: Path, args: argparse.Namespace) -> None:
     from .pipeline import Options, export, prepare
     from .progress import progress
+    from .recipe import folder_of
 
-    options = Options(force=args.force, keep_failed=args.keep_failed, verify=not args.no_verify)
+    near = folder_of(args.recipe)
+    options = Options(force=args.force, keep_failed=args.keep_failed, verify=not args.no_verify, near=near)
     with progress(_mode(args)) as shown:
         if args.dry_run:
-            result = _forecast(prepare(recipe, shown))
+            result = _forecast(prepare(recipe, shown, near=near))
         else:
             result = {"artifact": str(export(recipe, output, options, shown))}
     if args.json:
@@ -298,6 +302,79 @@ def default_output(recipe: Recipe) -> Path:
     model = Path(recipe.model.id)
     name = model.name or model.resolve().name or "model"
     return Path("artifacts") / f"{recipe.name}-{name if name != '..' else model.resolve().name}"
+
+
+# prebake calibrate
+
+
+def _add_calibrate(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "calibrate",
+        help="run a model in eager, and record what caches are decided from",
+        description="Runs the model in eager and records, per evaluation, how much each part of it changes and what the recipe's "
+        "cache method decides. Writes one JSON file beside the recipe, and a picture of it. Name the file in cache.calibration.",
+    )
+    parser.add_argument("--recipe", required=True, metavar="NAME|FILE", help="a recipe that ships, or a .toml file")
+    _add_overrides(parser)
+    parser.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="prompts, one a line (default: the set that an embedded model brings)",
+    )
+    parser.add_argument("--seeds", type=_positive, default=1, metavar="N", help="runs of each prompt (default: 1)")
+    parser.add_argument("--steps", type=_positive, metavar="N", help="number of steps (default: the recipe's first)")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="what the model is run in, whatever the recipe's precision (default: float32)",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="where to (default: cache.calibration or RECIPE.calibration.json, beside the recipe's file or else here)",
+    )
+    parser.add_argument("--force", action="store_true", help="replace a file that exists")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    how.add_argument(
+        "--json", action="store_true", help="JSON lines about progress on stderr, one JSON result on stdout"
+    )
+    parser.set_defaults(run=_calibrate)
+
+
+def _calibrate(args: argparse.Namespace) -> int:
+    import torch
+
+    from ..runtime.errors import RecipeError
+    from . import calibration
+    from .calibrators import heatmap, runner
+    from .hush import hush
+    from .progress import progress
+    from .recipe import check_scheduler, folder_of, resolve
+    from .verify import read_prompts
+
+    recipe = resolve(args.recipe, args.overrides, args.model)
+    hush()
+    check_scheduler(recipe.sampler.scheduler)
+    prompts = runner.prompts_of(recipe.model.id, read_prompts(args.prompts) if args.prompts else None)
+    name = getattr(recipe.cache, "calibration", None) or f"{recipe.name}.calibration.json"
+    output = args.output or (folder_of(args.recipe) or Path()) / name
+    picture = output.with_suffix(".png")
+    if output.exists() and not args.force:
+        raise RecipeError(f"{output}: already exists; choose another --output, or replace it with --force")
+    with progress(_mode(args)) as shown:
+        dtype = getattr(torch, args.dtype)
+        made = runner.calibrate(recipe, prompts, args.seeds, shown, steps=args.steps, dtype=dtype)
+    calibration.write(output, made)
+    heatmap.draw(made, picture)
+    if args.json:
+        _print_json({"calibration": str(output), "picture": str(picture), "seconds": shown.seconds})
+    elif not args.quiet:
+        print(output, picture, sep="\n")
+    return 0
 
 
 # prebake verify

@@ -18,10 +18,15 @@ import torch
 from ..runtime.errors import ExportError
 from ..runtime.manifest import Cost, Defaults, Graph, Manifest, Requires, Site, Source
 from ..runtime.plan import Plan
+from . import calibration as calibrations
 from . import package, source
+from .caches import TeaCache
+from .calibration import Calibration
+from .calibrators import teacache
 from .capture import Captured, capture
 from .cost import check_skips, cost, module_flops
 from .discover import discover
+from .layout import Layout
 from .lower import BACKENDS
 from .lower.isa import choose, int8_flags
 from .marks import Mark, Variant
@@ -41,11 +46,12 @@ FAMILIES = {"FluxPipeline": "flux", "StableDiffusionPipeline": "sd"}
 @dataclass(frozen=True)
 class Options:
     """Choices of one run that do not belong to a recipe. `keep_failed` writes an artifact that misses its thresholds,
-    marked as failed; `verify=False` writes it unverified."""
+    marked as failed; `verify=False` writes it unverified; `near` is where the recipe's file lies, and the files it names."""
 
     force: bool = False
     keep_failed: bool = False
     verify: bool = True
+    near: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,7 @@ class Prepared:
     source: Source
     defaults: Defaults
     layers: Layers
+    calibration: Calibration | None
     planned: Planned
     graphs: dict[str, tuple[Captured, ...]]
     costs: dict[str, Cost]
@@ -67,14 +74,14 @@ class Prepared:
 def export(recipe: Recipe, output: Path, options: Options, progress: Progress) -> Path:
     """Writes the artifact folder `output` and returns it. Raises RecipeError or ExportError; then nothing is written."""
     with package.staged(output, force=options.force) as folder:
-        prepared = prepare(recipe, progress)
+        prepared = prepare(recipe, progress, near=options.near)
         files = lower(prepared, progress)
         manifest = write(folder, prepared, files, progress)
         verify(folder, prepared, manifest, options, progress)
     return output
 
 
-def prepare(recipe: Recipe, progress: Progress) -> Prepared:
+def prepare(recipe: Recipe, progress: Progress, *, near: Path | None = None) -> Prepared:
     """load, rewrite, plan and capture: the graphs and their costs, before any of them is compiled."""
     with progress.stage("load"):
         progress.doing(recipe.model.id)
@@ -82,12 +89,16 @@ def prepare(recipe: Recipe, progress: Progress) -> Prepared:
         family = family_of(loaded.pipe)
         defaults, size, steps = settle(recipe, family, loaded)
         pipe = with_scheduler(loaded.pipe, recipe.sampler.scheduler)
+        calibration = calibrations.load(recipe.cache, loaded.source, near)
     with progress.stage("rewrite"):
         layers = rewrite(pipe, recipe)
     with progress.stage("plan", len(steps)):
         tables = {n: sampler_table(family, pipe, size, n, progress) for n in steps}
         denoiser = family.denoiser(pipe, size)
-        planned = plan(recipe.cache, discover(denoiser), tables)
+        layout = discover(denoiser)
+        scale = family.facts(pipe, size)["timestep_scale"]
+        decisions = exact(recipe, denoiser, layout, tables, scale) or calibration
+        planned = plan(recipe.cache, layout, tables, decisions)
     components = family.others(pipe, size, channels_last=recipe.compile.channels_last_vae)
     with progress.stage("capture", len(planned.variants) + len(components)):
         planned, variants = capture_variants(denoiser, planned, progress)
@@ -95,7 +106,14 @@ def prepare(recipe: Recipe, progress: Progress) -> Prepared:
         graphs = {"denoiser": variants, **{g.name: (g,) for g in others}}
         costs = {g.name: cost(g) for group in graphs.values() for g in group}
         check_variants(denoiser, planned, costs)
-    return Prepared(recipe, family, pipe, size, loaded.source, defaults, layers, planned, graphs, costs)
+    return Prepared(recipe, family, pipe, size, loaded.source, defaults, layers, calibration, planned, graphs, costs)
+
+
+def exact(recipe: Recipe, denoiser: Any, layout: Layout, tables: dict[int, Table], scale: float) -> Any:
+    """TeaCache's decisions where its signal is the timestep's embedding, which needs weights and no calibration; else None."""
+    if not isinstance(recipe.cache, TeaCache) or not recipe.cache.exact:
+        return None
+    return teacache.exact(recipe.cache, denoiser, layout, tables, timestep_scale=scale)
 
 
 def lower(prepared: Prepared, progress: Progress) -> dict[str, dict[str, list[str]]]:
@@ -121,6 +139,8 @@ def write(folder: Path, prepared: Prepared, files: dict[str, dict[str, list[str]
         progress.doing("weights")
         weights = package.write_weights(folder, prepared.graphs)
         package.write_plans(folder, prepared.planned.plans)
+        if prepared.calibration:
+            calibrations.write(folder / calibrations.FILE, prepared.calibration)
         package.write_tokenizers(folder, prepared.family.tokenizers(prepared.pipe))
         manifest = describe(folder, prepared, weights, backend)
         (folder / "manifest.json").write_text(manifest.to_json(), "utf-8")
@@ -264,9 +284,7 @@ def describe(folder: Path, prepared: Prepared, weights: Weights, backend: Any) -
         requires=Requires(isa_level=level, isa=flags, glibc=glibc_version(), **machine(prepared.recipe)),
         source=prepared.source,
         toolchain={**versions(), **backend.toolchain(prepared.recipe.compile)},
-        recipe=prepared.recipe.model_copy(
-            update={"model": prepared.recipe.model.model_copy(update={"id": prepared.source.model})}
-        ).model_dump(mode="json"),
+        recipe=own_recipe(prepared).model_dump(mode="json"),
         defaults=prepared.defaults,
         pipeline=prepared.family.facts(prepared.pipe, prepared.size),
         layers=prepared.layers,
@@ -276,6 +294,15 @@ def describe(folder: Path, prepared: Prepared, weights: Weights, backend: Any) -
         plans={p.name: package.plan_path(p) for p in planned.plans},
         files=package.file_entries(folder),
     )
+
+
+def own_recipe(prepared: Prepared) -> Recipe:
+    """The recipe as the artifact has it: the model by its name, the calibration as the artifact's own file."""
+    recipe = prepared.recipe
+    changes: dict[str, Any] = {"model": recipe.model.model_copy(update={"id": prepared.source.model})}
+    if prepared.calibration:
+        changes["cache"] = recipe.cache.model_copy(update={"calibration": calibrations.FILE})
+    return recipe.model_copy(update=changes)
 
 
 def machine(recipe: Recipe) -> dict[str, Any]:

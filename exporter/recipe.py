@@ -60,6 +60,7 @@ __all__ = [
     "Verify",
     "check_inductor_flags",
     "check_scheduler",
+    "folder_of",
     "names",
     "read",
     "resolve",
@@ -103,11 +104,22 @@ def read(name_or_path: str | Path) -> RecipeFile:
     Raises RecipeError where there is no such recipe or file, or where it is not TOML (with the line).
     """
     given = str(name_or_path)
-    if isinstance(name_or_path, Path) or given.endswith(".toml") or "/" in given or "\\" in given:
+    if is_path(name_or_path):
         return _parsed(given, Path(given))
     if given not in names():
         raise RecipeError(f"{unknown('recipe', given, names())}; for a file of your own give its path, ending in .toml")
     return _parsed(f"recipes/{given}.toml", resources.files(shipped) / f"{given}.toml")
+
+
+def is_path(name_or_path: str | Path) -> bool:
+    """Whether it is a file of the user's, and not the name of a recipe that ships."""
+    given = str(name_or_path)
+    return isinstance(name_or_path, Path) or given.endswith(".toml") or "/" in given or "\\" in given
+
+
+def folder_of(name_or_path: str | Path) -> Path | None:
+    """Where a file of the user's lies, None for a recipe that ships: other files that it names are looked for there."""
+    return Path(name_or_path).parent if is_path(name_or_path) else None
 
 
 def _parsed(label: str, path: Any) -> RecipeFile:

@@ -13,15 +13,17 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from ..layout import Layout
-from . import dbcache, fastercache, fora, magcache, mask, pab, taylorseer, teacache
+from . import dbcache, fastercache, firstblock, fora, magcache, mask, pab, smoothcache, taylorseer, teacache
 from .dbcache import DBCache
 from .fastercache import FasterCache
+from .firstblock import FirstBlockCache
 from .fora import Fora
 from .magcache import MagCache
 from .mask import Mask
 from .none import NoCache
 from .pab import PyramidAttentionBroadcast
 from .schedule import Decision, Schedule, Trajectory
+from .smoothcache import SmoothCache
 from .taylorseer import TaylorSeer
 from .teacache import TeaCache
 
@@ -31,12 +33,14 @@ __all__ = [
     "DBCache",
     "Decision",
     "FasterCache",
+    "FirstBlockCache",
     "Fora",
     "MagCache",
     "Mask",
     "NoCache",
     "PyramidAttentionBroadcast",
     "Schedule",
+    "SmoothCache",
     "TaylorSeer",
     "TeaCache",
     "Trajectory",
@@ -46,16 +50,28 @@ __all__ = [
 METHODS: Mapping[str, Any] = {
     "dbcache": dbcache,
     "fastercache": fastercache,
+    "firstblock": firstblock,
     "fora": fora,
     "magcache": magcache,
     "mask": mask,
     "pab": pab,
+    "smoothcache": smoothcache,
     "taylorseer": taylorseer,
     "teacache": teacache,
 }
 
 Cache = Annotated[
-    NoCache | DBCache | FasterCache | Fora | MagCache | Mask | PyramidAttentionBroadcast | TaylorSeer | TeaCache,
+    NoCache
+    | DBCache
+    | FasterCache
+    | FirstBlockCache
+    | Fora
+    | MagCache
+    | Mask
+    | PyramidAttentionBroadcast
+    | SmoothCache
+    | TaylorSeer
+    | TeaCache,
     Field(discriminator="method"),
 ]
 

@@ -1,0 +1,225 @@
+"""`prebake calibrate`, from eager runs to the file that an artifact carries."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from itertools import pairwise
+from pathlib import Path
+from statistics import fmean
+
+import pytest
+import torch
+from PIL import Image
+
+from prebake.exporter import calibration as calibrations
+from prebake.exporter.caches.firstblock import FirstBlockCache, decision, marks
+from prebake.exporter.calibration import Calibration, Decisions, find, frozen, parameters, read
+from prebake.exporter.calibrators import firstblock, runner
+from prebake.exporter.calibrators.dynamic import dynamic_replay
+from prebake.exporter.cli import main
+from prebake.exporter.discover import discover
+from prebake.exporter.families import flux
+from prebake.exporter.pipeline import prepare, sampler_table, write
+from prebake.exporter.progress import progress
+from prebake.exporter.recipe import resolve
+from prebake.exporter.sites import flat_outputs
+from prebake.runtime.errors import ExportError, RecipeError
+from prebake.runtime.manifest import Source
+
+PROMPTS = ("a red circle", "a blue square on white")
+OVERRIDES = ("cache.method=firstblock", "cache.threshold=0.4", "sampler.steps=5")
+QUIET = progress("quiet")
+
+
+@pytest.fixture(scope="module")
+def made(tiny_folder) -> Calibration:
+    """Two prompts, two seeds, five steps, with First Block Cache deciding."""
+    return runner.calibrate(resolve("flux-fast", OVERRIDES, str(tiny_folder)), PROMPTS, 2, QUIET)
+
+
+@pytest.fixture
+def file(made, tmp_path) -> Path:
+    calibrations.write(tmp_path / "made.json", made)
+    return tmp_path / "made.json"
+
+
+def test_it_says_what_was_run(made, tiny_folder):
+    assert (made.model, made.steps, made.prompts, made.seeds) == (tiny_folder.name, 5, 2, 2)
+    assert made.scheduler == "FlowMatchEulerDiscreteScheduler"
+    assert made.guidance_scale == 3.5
+    assert made.prompts_sha256 == hashlib.sha256("\n".join(PROMPTS).encode()).hexdigest()
+    assert len(made.timesteps) == 5
+
+
+def test_every_site_has_its_change_at_every_evaluation(made, tiny_pipe):
+    size = flux.Size(32, 32, 8)
+    layout = discover(flux.denoiser(tiny_pipe, size))
+    sites = {p.site for p in layout.of("attention", "feed_forward", "block")}
+    assert set(made.changes) == {*sites, "blocks[0:3]", "output"}
+    for values in made.changes.values():
+        assert [v is None for v in values] == [True, False, False, False, False]
+    assert set(made.magnitudes) == {""}
+    assert made.magnitudes[""][0] == 1.0
+    assert set(made.errors) == {"attn", "ff", "ff_context"} | {p.site for p in layout.of("attention", "feed_forward")}
+    for rows in made.errors.values():
+        assert [len(row) for row in rows] == [0, 1, 2, 3, 3]
+
+
+def test_changes_are_those_of_diffusers_own_runs_averaged(made, tiny_pipe):
+    block, change = tiny_pipe.transformer.single_transformer_blocks[0].attn, {"attn": [], "output": []}
+    for prompt, seed in ((PROMPTS[0], 0), (PROMPTS[0], 2), (PROMPTS[1], 1), (PROMPTS[1], 3)):
+        seen: dict[str, list] = {"attn": [], "output": []}
+        hooks = [
+            module.register_forward_hook(lambda m, args, y, to=to: to.append(flat_outputs(y)[0].clone()))
+            for module, to in ((block, seen["attn"]), (tiny_pipe.transformer, seen["output"]))
+        ]
+        flux.draw(tiny_pipe, prompt, seed, 5, 3.5, flux.Size(32, 32, 8))
+        for hook in hooks:
+            hook.remove()
+        for name, ys in seen.items():
+            change[name].append([
+                float((b - a).abs().mean() / a.abs().mean()) for a, b in pairwise(ys)
+            ])  # fmt: skip
+    for name, site in (("attn", "single_transformer_blocks.0.attn"), ("output", "output")):
+        means = [fmean(values) for values in zip(*change[name], strict=True)]
+        # the scheduler's own loop adds up in another order
+        assert made.changes[site][1:] == pytest.approx(means, rel=1e-3)
+
+
+def test_decisions_are_the_share_of_runs_that_computed(made, tiny_pipe):
+    size, cache = flux.Size(32, 32, 8), FirstBlockCache(threshold=0.4)
+    denoiser = flux.denoiser(tiny_pipe, size)
+    layout, table = discover(denoiser), sampler_table(flux, tiny_pipe, size, 5, QUIET)
+    computed = []
+    for prompt, seed in ((PROMPTS[0], 0), (PROMPTS[0], 2), (PROMPTS[1], 1), (PROMPTS[1], 3)):
+        run = dynamic_replay(
+            denoiser, marks(cache, layout), firstblock.probes(cache, layout), firstblock.Online(cache, layout, table),
+            lambda history: decision(cache, layout, history), table, flux.encode(tiny_pipe, size, prompt, 3.5),
+            flux.noise(tiny_pipe, size, torch.Generator().manual_seed(seed)), timestep_scale=1e-3,
+        )  # fmt: skip
+        computed.append([d[""] for d in run.decisions])
+    assert made.decisions["firstblock"].parameters == {"threshold": 0.4}
+    assert made.decisions["firstblock"].computed[""] == tuple(map(fmean, zip(*computed, strict=True)))
+    assert 0 < sum(map(sum, computed)) < 20  # some were skipped
+
+
+def test_the_same_runs_give_the_same_bytes_and_the_file_gives_them_back(made, file, tiny_folder):
+    again = runner.calibrate(resolve("flux-fast", OVERRIDES, str(tiny_folder)), PROMPTS, 2, QUIET)
+    assert again.to_json() == made.to_json() == file.read_text("utf-8")
+    assert read(file) == made
+    data = json.loads(file.read_text("utf-8"))
+    assert list(data) == sorted(data)
+    assert sorted(file.parent.iterdir()) == [file]
+
+
+def test_a_file_that_is_no_calibration_is_refused(file):
+    data = json.loads(file.read_text("utf-8"))
+    for change, match in (
+        ({"schema_version": 2}, r"made\.json \[schema_version\]"),
+        ({"steps": "five"}, r"made\.json \[steps\]"),
+        ({"colour": 1}, r"made\.json \[colour\]"),
+    ):
+        file.write_text(json.dumps({**data, **change}), "utf-8")
+        with pytest.raises(RecipeError, match=match):
+            read(file)
+    with pytest.raises(RecipeError, match=r"none\.json: expected a calibration"):
+        read(file.with_name("none.json"))
+
+
+def test_a_plan_computes_where_the_quorum_did(made):
+    cache = FirstBlockCache(threshold=0.4)
+    shares = Decisions(parameters=parameters(cache), computed={"": (1.0, 0.75, 0.5, 0.25, 0.0)})
+    voted = made.model_copy(update={"decisions": {"firstblock": shares}})
+
+    def computed(quorum: float) -> list[bool]:
+        chosen = cache.model_copy(update={"quorum": quorum})
+        return [d[""] for d in frozen(voted, chosen, ("",), made.timesteps)]
+
+    assert computed(0.5) == [True, True, True, False, False]
+    assert computed(0.8) == [True, False, False, False, False]
+    assert computed(0.1) == [True, True, True, True, False]
+
+
+def test_the_file_is_found_beside_the_recipe_then_here_then_among_those_that_ship(tmp_path, monkeypatch):
+    here, beside = tmp_path / "here", tmp_path / "beside"
+    for folder in (here, beside):
+        folder.mkdir()
+    monkeypatch.chdir(here)
+    with pytest.raises(
+        RecipeError, match=r"cache\.calibration: no file 'x\.json' in .*beside, .*here, .*recipes; make one"
+    ):
+        find("x.json", beside)
+    (here / "x.json").touch()
+    assert find("x.json", beside).resolve() == here / "x.json"
+    (beside / "x.json").touch()
+    assert find("x.json", beside) == beside / "x.json"
+    assert find("x.json", None).resolve() == here / "x.json"
+    assert find("baseline.toml", beside).name == "baseline.toml"
+
+
+def test_a_calibration_of_another_model_is_refused(file):
+    other = Source(model="other", pipeline="FluxPipeline", sha256="f" * 64)
+    cache = FirstBlockCache(calibration=file.name)
+    with pytest.raises(
+        RecipeError, match=r"made of model 'model' with sha256 .*, and this is 'other' with ffffffffffff"
+    ):
+        calibrations.load(cache, other, file.parent)
+
+
+def test_an_artifact_carries_the_calibration_that_its_plan_rests_on(made, file, tiny_folder, tmp_path):
+    recipe = resolve("flux-fast", (*OVERRIDES, f"cache.calibration={file.name}"), str(tiny_folder))
+    prepared = prepare(recipe, QUIET, near=file.parent)
+    cached = prepared.planned.plans[0]
+    assert [e.variant == "full" for e in cached.evaluations] == [
+        share >= 0.5 for share in made.decisions["firstblock"].computed[""]
+    ]
+    folder = tmp_path / "artifact"
+    folder.mkdir()
+    manifest = write(folder, prepared, {}, QUIET)
+    assert read(folder / "calibration.json") == made
+    (entry,) = (f for f in manifest.files if f.path == "calibration.json")
+    assert entry.sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
+    assert manifest.recipe["cache"]["calibration"] == "calibration.json"
+
+
+def test_other_steps_than_the_calibrations_are_refused(file, tiny_folder):
+    recipe = resolve("flux-fast", (*OVERRIDES, "sampler.steps=7", f"cache.calibration={file.name}"), str(tiny_folder))
+    with pytest.raises(ExportError, match=r"made for 5 steps \(5 evaluations\), and the plan has 7 evaluations"):
+        prepare(recipe, QUIET, near=file.parent)
+
+
+def test_the_command_writes_one_file_and_its_picture(tiny_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.txt").write_text("a red circle\n", "utf-8")
+    arguments = [
+        "calibrate",
+        "--recipe",
+        "flux-fast",
+        "--model",
+        str(tiny_folder),
+        "--steps",
+        "3",
+        "--prompts",
+        "prompts.txt",
+    ]
+    assert main([*arguments, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["calibration"] == "flux-fast.calibration.json"
+    calibrated = read(tmp_path / result["calibration"])
+    assert (calibrated.steps, calibrated.prompts, calibrated.seeds, calibrated.decisions) == (3, 1, 1, {})
+    assert Image.open(tmp_path / result["picture"]).format == "PNG"
+
+    assert main([*arguments, "--quiet"]) == 2
+    assert "flux-fast.calibration.json: already exists" in capsys.readouterr().err
+    (tmp_path / "own").mkdir()
+    own = tmp_path / "own" / "own.toml"
+    own.write_text('name = "own"\ndescription = "d"\n[model]\nid = "x"\n', "utf-8")
+    assert main([*arguments[:2], str(own), *arguments[3:], "--quiet"]) == 0
+    assert read(own.with_name("own.calibration.json")) == calibrated
+
+
+def test_a_model_without_prompts_of_its_own_needs_some(tiny_folder, capsys):
+    assert main(["calibrate", "--recipe", "flux-fast", "--model", str(tiny_folder), "--quiet"]) == 2
+    assert "brings no prompts; give some with --prompts FILE, one a line" in capsys.readouterr().err
+    assert len(runner.prompts_of("shapes", None)) == 64

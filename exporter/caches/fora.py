@@ -3,7 +3,8 @@
 The first `start_step` evaluations compute, and from there every `interval`-th: at `i` if `i < start_step` or
 `(i - start_step) % interval == 0`. Whole blocks are reused, as in pruna's FORA for FLUX (algorithms/fora.py), not the
 attention and feed-forward outputs that the paper keeps, so a skipped step runs only what lies outside of the blocks:
-the embeddings and the output's norm and projection. A UNet's blocks are its down, middle and up blocks.
+the embeddings and the output's norm and projection. Nothing there reads any block's output but the last one's, so all
+blocks of a branch are one site, which stores that. A UNet's blocks are its down, middle and up blocks.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pydantic import Field
 
 from ...runtime.errors import ExportError
 from ..layout import Layout, Place
+from ..marks import Mark
 from ..tables import Table
 from .schedule import Decision, Schedule, Trajectory
 
@@ -31,14 +33,20 @@ class Fora(Table):
 
 
 def schedule(cache: Fora, layout: Layout, trajectory: Trajectory, calibration: Any) -> Schedule:
-    """One site for every block of every branch. Raises ExportError where the model has no blocks."""
-    marks = tuple(block.mark() for branch in layout.branches for block in blocks(layout, branch))
+    """One site for each branch: all its blocks, as the last one's output. Raises ExportError where there are none."""
+    marks = tuple(stack(layout, branch) for branch in layout.branches)
 
     def decide(i: int) -> Decision:
         computes = i < cache.start_step or (i - cache.start_step) % cache.interval == 0
         return Decision() if computes else Decision.reuse(*marks)
 
     return Schedule(marks, tuple(decide(i) for i in range(len(trajectory.timesteps))))
+
+
+def stack(layout: Layout, branch: str) -> Mark:
+    """The site of what the last block of a branch returns; it stands for the work of all of them."""
+    chosen = blocks(layout, branch)
+    return Mark(f"{branch}/blocks" if branch else "blocks", tuple(p.path for p in chosen), chosen[-1].streams)
 
 
 def blocks(layout: Layout, branch: str) -> tuple[Place, ...]:

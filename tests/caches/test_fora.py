@@ -81,11 +81,11 @@ def check(name: str, cache: Fora, table) -> None:
     ours, peer = sides(name, cache, table)
     _, layout = denoiser(name)
     got = schedule(cache, layout, Trajectory(table.timesteps, table.sigmas, table.steps))
-    for prefix in (f"{b}/" if b else "" for b in layout.branches):
-        marked = {m.name.removeprefix(prefix) for m in got.marks if m.name.startswith(prefix)}
-        computed = [{s.removeprefix(prefix) for s in run if s.startswith(prefix)} for run in peers.computed(got)]
-        assert computed == [run & marked for run in peer.ran]
-        assert marked == set().union(*computed)
+    names = {p.path: p.name for p in layout.places}
+    for mark in got.marks:
+        replaced = {names[path] for path in mark.modules}
+        computed = [replaced if mark.name not in d.actions else set() for d in got.decisions]
+        assert computed == [run & replaced for run in peer.ran]
     # float32 sums in another order; a wrong step is off by 1e-2, as the canary shows
     assert ours.error(peer) < 1e-5
     assert float((ours.latents - peer.latents).abs().max() / peer.latents.abs().max()) < 1e-5

@@ -22,7 +22,7 @@ from .flow import EMPTY, LOOSER, POOL, attention, draw_pictures
 from .text import WIDTH
 from .world import Caption, loosen
 
-STEPS = 6000
+STEPS = 3250
 BATCH = 32
 TIMESTEPS = 840
 
@@ -131,7 +131,7 @@ def train(folder: Path, pool: Pool, clip: CLIPTextModel, *, stop_at: int | None 
         step,
         steps=STEPS,
         optimisers=optimisers(unet, 2e-3),
-        hold=0.45,
+        hold=0.77,
         ema=0.998,
         save_every=250,
         stop_at=stop_at,

@@ -1,8 +1,8 @@
 """The command `prebake`: arguments come in, an exit code comes out. 0 = done, 1 = verified and found to miss a threshold,
 2 = refused with a reason, 130 = interrupted.
 
-`recipes`, `export`, `calibrate` and `verify` are here, `run` and `inspect` in `runtime/cli.py`. torch and diffusers are
-imported by the commands that need them and never for `--help`.
+`recipes`, `export`, `plan`, `calibrate` and `verify` are here, `run` and `inspect` in `runtime/cli.py`. torch and diffusers are imported by the
+commands that need them and never for `--help`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    from .pipeline import Prepared
+    from ..runtime.manifest import Manifest
+    from ..runtime.plan import Plan
     from .recipe import Recipe
 
 EXPORT_EXTRA = (
@@ -39,7 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return args.run(args)
     except KeyboardInterrupt:
-        print("prebake: interrupted" + ("; nothing was written" if args.command == "export" else ""), file=sys.stderr)
+        print(
+            "prebake: interrupted" + ("; nothing was written" if args.command in ("export", "plan") else ""),
+            file=sys.stderr,
+        )
         return 130
     except ModuleNotFoundError as e:
         package = (e.name or "").partition(".")[0]
@@ -76,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_export(commands)
     _add_calibrate(commands)
     _add_verify(commands)
+    _add_plan(commands)
     _add_recipes(commands)
     add_runtime_commands(commands)
     return parser
@@ -197,7 +202,9 @@ def _add_export(commands: argparse._SubParsersAction) -> None:
         "--output", type=Path, metavar="DIR", help="where the artifact goes (default: artifacts/<recipe>-<model name>)"
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="resolve, load and plan, say what would be compiled, and stop"
+        "--dry-run",
+        action="store_true",
+        help="resolve, load, plan and capture, say what each graph and plan would cost on this machine, and stop",
     )
     parser.add_argument(
         "--keep-failed",
@@ -231,6 +238,7 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _run_export(recipe: Recipe, output: Path, args: argparse.Namespace) -> None:
+    from . import forecast
     from .pipeline import Options, export, prepare
     from .progress import progress
     from .recipe import folder_of
@@ -239,7 +247,9 @@ def _run_export(recipe: Recipe, output: Path, args: argparse.Namespace) -> None:
     options = Options(force=args.force, keep_failed=args.keep_failed, verify=not args.no_verify, near=near)
     with progress(_mode(args)) as shown:
         if args.dry_run:
-            result = _forecast(prepare(recipe, shown, near=near))
+            prepared = prepare(recipe, shown, near=near)
+            with shown.stage("forecast"):
+                result = forecast.describe(prepared, forecast.forecasts(prepared))
         else:
             result = {"artifact": str(export(recipe, output, options, shown))}
     if args.json:
@@ -252,49 +262,14 @@ def _mode(args: argparse.Namespace) -> Literal["rich", "json", "quiet"]:
     return "json" if args.json else "quiet" if args.quiet else "rich"
 
 
-def _forecast(prepared: Prepared) -> dict[str, Any]:
-    """What `--dry-run` says: the graphs that would be compiled, and the plans with their share of uncached FLOPs."""
-    from .pipeline import plan_summary
-
-    names = [v.name for v in prepared.planned.variants]
-    letters = dict(zip(names, "1023456789", strict=False))  # 1 computes all, as in `cache.mask`
-    plans = {
-        p.name: {
-            "evaluations": len(p.evaluations),
-            "flops_share": plan_summary(p, prepared.costs),
-            "strip": "".join(letters.get(e.variant, "?") for e in p.evaluations),
-        }
-        for p in prepared.planned.plans
-    }
-    return {
-        "graphs": {name: cost.model_dump() for name, cost in prepared.costs.items()},
-        "plans": plans,
-        "legend": ", ".join(f"{letter} = {name}" for name, letter in letters.items()),
-    }
-
-
 def _lines(result: dict[str, Any]) -> Iterator[str]:
     """The result for people: where the artifact is, or what `--dry-run` found, in aligned columns."""
+    from .forecast import lines
+
     if "artifact" in result:
         yield result["artifact"]
-    graphs, plans = result.get("graphs", {}), result.get("plans", {})
-    if graphs:
-        yield f"{'graph':<16}{'FLOPs':>9}{'ops':>7}{'weights':>10}"
-    for name, cost in graphs.items():
-        yield f"{name:<16}{_scaled(cost['flops']):>9}{cost['ops']:>7}{_scaled(cost['constants_bytes']) + 'B':>10}"
-    if plans:
-        yield f"\n{'plan':<16}{'FLOPs':>9}  variant of each evaluation: {result['legend']}"
-    for name, plan in plans.items():
-        yield f"{name:<16}{plan['flops_share']:>9.1%}  {plan['strip']}"
-
-
-def _scaled(n: float) -> str:
-    """1,234,567 as 1.23M."""
-    for unit in ("", "k", "M", "G", "T"):
-        if n < 1000:
-            return f"{n:.3g}{unit}"
-        n /= 1000
-    return f"{n:.3g}P"
+    if "plans" in result:
+        yield from lines(result, sys.stdout.encoding)
 
 
 def default_output(recipe: Recipe) -> Path:
@@ -302,6 +277,108 @@ def default_output(recipe: Recipe) -> Path:
     model = Path(recipe.model.id)
     name = model.name or model.resolve().name or "model"
     return Path("artifacts") / f"{recipe.name}-{name if name != '..' else model.resolve().name}"
+
+
+# prebake plan
+
+
+def _add_plan(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "plan",
+        help="add a plan to an artifact, or remove one, without compiling",
+        description="Adds the plan for another number of steps, with the artifact's cache and scheduler or others, as long as "
+        "the variants that it needs are compiled. The artifact changes in one move; a run that is stopped leaves it as it was.",
+    )
+    parser.add_argument("artifact", type=Path, metavar="ARTIFACT", help="an artifact folder")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--steps", type=_positive, metavar="N", help="the number of steps, and the plan's name")
+    what.add_argument("--remove", metavar="NAME", help="take the plan of that name out")
+    parser.add_argument("--scheduler", metavar="CLASS", help="a diffusers scheduler (default: the artifact's)")
+    parser.add_argument("--cache", metavar="METHOD", help="another cache method, or none (default: the artifact's)")
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="table.key=value",
+        help="change one value of the artifact's recipe, in cache, sampler or verify; may be repeated",
+    )
+    parser.add_argument("--force", action="store_true", help="replace a plan that is there")
+    parser.add_argument("--dry-run", action="store_true", help="say what the plan would be, and change nothing")
+    parser.add_argument(
+        "--verify", action="store_true", help="compare the plan with the pipeline, and add it if it holds"
+    )
+    parser.add_argument(
+        "--model",
+        metavar="ID|FOLDER|shapes",
+        help="where the pipeline is, if not where the manifest says; with --verify",
+    )
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    how.add_argument(
+        "--json", action="store_true", help="JSON lines about progress on stderr, one JSON result on stdout"
+    )
+    parser.set_defaults(run=_plan)
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from . import replan
+    from .hush import hush
+    from .progress import progress
+
+    hush()
+    folder = args.artifact.resolve()
+    with progress(_mode(args)) as shown:
+        if args.remove is not None:
+            result = {"removed": args.remove, "plans_left": list(replan.remove(folder, args.remove).plans)}
+        else:
+            choices = replan.Choices(args.force, args.verify, args.dry_run, args.model)
+            result = _added(*replan.add(folder, _asked(folder, args), args.steps, choices, shown))
+    if args.json:
+        _print_json({**result, "seconds": shown.seconds})
+    elif not args.quiet and args.remove is not None:
+        print(f"removed {args.remove}; {args.artifact} has the plans {', '.join(result['plans_left'])}")
+    elif not args.quiet:
+        print(*_lines(result), sep="\n")
+        if result["unverified"] and not args.dry_run:
+            print(f"not compared with the pipeline; `prebake verify {args.artifact} --source` does that")
+    return 0
+
+
+def _asked(folder: Path, args: argparse.Namespace) -> Recipe:
+    """The artifact's recipe with what the command line changes in it."""
+    from ..runtime.errors import RecipeError
+    from ..runtime.manifest import read_manifest
+    from .recipe import changed, check_scheduler
+    from .verify import recipe_of
+
+    if foreign := [o for o in args.overrides if not o.strip().startswith(("cache", "sampler.", "verify."))]:
+        raise RecipeError(
+            f"--set {foreign[0]}: is compiled in; a plan can change cache, sampler and verify. Export again"
+        )
+    overrides = [f"sampler.steps={args.steps}"]
+    overrides += [f"sampler.scheduler={args.scheduler}"] if args.scheduler else []
+    overrides += [f"cache.method={args.cache}"] if args.cache else []
+    recipe = changed(
+        recipe_of(folder, read_manifest(folder)), f"{args.artifact}: its recipe", [*overrides, *args.overrides]
+    )
+    check_scheduler(recipe.sampler.scheduler)
+    return recipe
+
+
+def _added(manifest: Manifest, plans: dict[str, Plan]) -> dict[str, Any]:
+    """What was added, as `--dry-run` of an export tells of its plans, without times."""
+    from ..runtime.cli import letters
+    from .forecast import plan_figures
+
+    flops = {g.name: g.cost.flops for g in manifest.graphs}
+    names = letters(manifest, plans.values())
+    shares = {name: flops[name] / flops["full"] for name in names}
+    return {
+        "plans": {name: plan_figures(plan, names, shares) for name, plan in plans.items()},
+        "variants": names,
+        "unverified": [name for name in plans if manifest.status != "verified" or name in manifest.unverified],
+    }
 
 
 # prebake calibrate

@@ -7,8 +7,10 @@ artifact. Each distinct tensor is stored once, whatever graphs read it and under
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -71,9 +73,12 @@ def make_readable(folder: Path) -> None:
 
 
 def replace(folder: Path, output: Path) -> None:
-    """Renames `folder` to `output`; an earlier artifact there is moved aside first and removed last."""
+    """Renames `folder` to `output`. With an earlier artifact there it changes places, which leaves no moment without one;
+    where the file system cannot do that, the earlier one is moved aside first and removed last."""
     if not output.exists():
         folder.rename(output)
+        return
+    if exchanged(folder, output):
         return
     aside = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".old", dir=output.parent)) / "old"
     output.rename(aside)
@@ -84,6 +89,15 @@ def replace(folder: Path, output: Path) -> None:
         raise
     finally:
         shutil.rmtree(aside.parent, ignore_errors=True)
+
+
+def exchanged(a: Path, b: Path) -> bool:
+    """Whether two folders now have each other's name: renameat2 with RENAME_EXCHANGE, which Linux has and Python lacks."""
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
+    if renameat2 is None:
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return renameat2(here, os.fsencode(a), here, os.fsencode(b), exchange) == 0
 
 
 @dataclass(frozen=True)
@@ -155,7 +169,7 @@ def plan_path(plan: Plan) -> str:
 
 def write_plans(folder: Path, plans: Sequence[Plan]) -> None:
     """One JSON file per plan; floats by `repr`, so that what is read is what was computed."""
-    (folder / "plans").mkdir()
+    (folder / "plans").mkdir(exist_ok=True)
     for plan in plans:
         (folder / plan_path(plan)).write_text(json.dumps(plan.model_dump(mode="json"), indent=1) + "\n", "utf-8")
 
@@ -171,11 +185,14 @@ def write_tokenizers(folder: Path, tokenizers: Mapping[str, Any]) -> None:
         tokenizer.backend_tokenizer.save(str(folder / path / "tokenizer.json"))
 
 
-def file_entries(folder: Path) -> tuple[FileEntry, ...]:
-    """Path, size and sha256 of every file that the manifest answers for, sorted by path."""
+def file_entries(folder: Path, known: Mapping[str, FileEntry] | None = None) -> tuple[FileEntry, ...]:
+    """Path, size and sha256 of every file that the manifest answers for, sorted by path; those in `known` are not read."""
     paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.relative_to(folder).parts[0] not in UNLISTED)
     entries = []
     for path in paths:
+        if known and (entry := known.get(path.relative_to(folder).as_posix())):
+            entries.append(entry)
+            continue
         with path.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         entries.append(FileEntry(path=path.relative_to(folder).as_posix(), size=path.stat().st_size, sha256=sha256))

@@ -19,12 +19,12 @@ from ..runtime.errors import ExportError
 from ..runtime.manifest import Cost, Defaults, Graph, Manifest, Requires, Site, Source
 from ..runtime.plan import Plan
 from . import calibration as calibrations
-from . import package, source
-from .caches import TeaCache
+from . import package, replan, source
+from .caches import Auto, TeaCache
 from .calibration import Calibration
 from .calibrators import teacache
 from .capture import Captured, capture
-from .cost import check_skips, cost, module_flops
+from .cost import check_skips, cost, module_flops, plan_share
 from .discover import discover
 from .layout import Layout
 from .lower import BACKENDS
@@ -66,6 +66,7 @@ class Prepared:
     defaults: Defaults
     layers: Layers
     calibration: Calibration | None
+    layout: Layout
     planned: Planned
     graphs: dict[str, tuple[Captured, ...]]
     costs: dict[str, Cost]
@@ -89,6 +90,7 @@ def prepare(recipe: Recipe, progress: Progress, *, near: Path | None = None) -> 
         family = family_of(loaded.pipe)
         defaults, size, steps = settle(recipe, family, loaded)
         pipe = with_scheduler(loaded.pipe, recipe.sampler.scheduler)
+        recipe = fallen_back(recipe, loaded.source, steps, near, progress)
         calibration = calibrations.load(recipe.cache, loaded.source, near)
     with progress.stage("rewrite"):
         layers = rewrite(pipe, recipe)
@@ -106,7 +108,26 @@ def prepare(recipe: Recipe, progress: Progress, *, near: Path | None = None) -> 
         graphs = {"denoiser": variants, **{g.name: (g,) for g in others}}
         costs = {g.name: cost(g) for group in graphs.values() for g in group}
         check_variants(denoiser, planned, costs)
-    return Prepared(recipe, family, pipe, size, loaded.source, defaults, layers, calibration, planned, graphs, costs)
+    return Prepared(
+        recipe, family, pipe, size, loaded.source, defaults, layers, calibration, layout, planned, graphs, costs
+    )
+
+
+def fallen_back(
+    recipe: Recipe, origin: Source, steps: tuple[int, ...], near: Path | None, progress: Progress
+) -> Recipe:
+    """The recipe, with the mask `cache.otherwise` in place of plans that were found for another model or other steps."""
+    cache = recipe.cache
+    if not isinstance(cache, Auto) or cache.otherwise is None or cache.calibration is None:
+        return recipe
+    made = calibrations.read(calibrations.find(cache.calibration, near))
+    if made.sha256 == origin.sha256 and steps == (made.steps,):
+        return recipe
+    progress.note(
+        f"cache: {cache.calibration} is of {made.model} at {made.steps} steps, so mask {cache.otherwise} is used here; "
+        f"`{calibrations.COMMAND}` finds a plan for this model"
+    )
+    return recipe.model_copy(update={"cache": cache.fallback()})
 
 
 def exact(recipe: Recipe, denoiser: Any, layout: Layout, tables: dict[int, Table], scale: float) -> Any:
@@ -139,6 +160,7 @@ def write(folder: Path, prepared: Prepared, files: dict[str, dict[str, list[str]
         progress.doing("weights")
         weights = package.write_weights(folder, prepared.graphs)
         package.write_plans(folder, prepared.planned.plans)
+        (folder / replan.FILE).write_text(replan.kept(prepared.pipe, prepared.layout, prepared.planned), "utf-8")
         if prepared.calibration:
             calibrations.write(folder / calibrations.FILE, prepared.calibration)
         package.write_tokenizers(folder, prepared.family.tokenizers(prepared.pipe))
@@ -247,8 +269,10 @@ def check_variants(denoiser: Any, planned: Planned, costs: dict[str, Cost]) -> N
         return
     inside = module_flops(denoiser.module, denoiser.args)
     for variant in planned.variants[1:]:
-        skipped = {site for site, action in variant.actions if action != "compute"}
-        paths = {path for mark in planned.marks if mark.name in skipped for path in mark.modules}
+        skipped = {site for site, action in variant.actions if action not in ("compute", "pass")}
+        # attention without its scores still computes its values
+        marks = [m for m in planned.marks if m.name in skipped and m.part == "output"]
+        paths = {path for mark in marks for path in mark.modules}
         check_skips(costs["full"], costs[variant.name], variant.name, sum(inside.get(p, 0) for p in paths))
 
 
@@ -319,4 +343,4 @@ def machine(recipe: Recipe) -> dict[str, Any]:
 
 def plan_summary(plan: Plan, costs: dict[str, Cost]) -> float:
     """A plan's FLOPs as a share of the same evaluations all computed."""
-    return sum(costs[e.variant].flops for e in plan.evaluations) / (len(plan.evaluations) * costs["full"].flops)
+    return plan_share(plan, {name: cost.flops / costs["full"].flops for name, cost in costs.items()})

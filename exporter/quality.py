@@ -121,6 +121,10 @@ class Replayer:
         latents = next(c.inputs["latents"] for c in calls if c.graph == "vae_decoder")
         return Drawn(output.images, latents, seconds, calls)
 
+    def only(self, plans: Mapping[str, Plan]) -> Replayer:
+        """The same with these plans alone."""
+        return Replayer(replace(self.artifact, plans=plans))
+
     def evaluations(self, drawn: Drawn) -> tuple[Call, ...]:
         """The denoiser's calls, in the order of the plan's evaluations."""
         return tuple(c for c in drawn.calls if c.graph in self.variants)
@@ -133,6 +137,11 @@ class Reference:
         self._pipe, self._family = pipe, family
         self._size, self._guidance_scale = family.size_of(manifest), manifest.defaults.guidance_scale
         self._denoiser = family.denoiser(pipe, self._size)
+
+    @property
+    def scheduler(self) -> str:
+        """The class, as a plan names it."""
+        return type(self._pipe.scheduler).__name__
 
     @torch.no_grad()
     def draw(self, prompt: str, seed: int, steps: int) -> Drawn:

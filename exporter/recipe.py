@@ -58,6 +58,7 @@ __all__ = [
     "Sampler",
     "Shapes",
     "Verify",
+    "changed",
     "check_inductor_flags",
     "check_scheduler",
     "folder_of",
@@ -147,13 +148,21 @@ def resolve(name_or_path: str | Path, overrides: Iterable[str] = (), model: str 
     what the file says in that table. Raises RecipeError with one line per problem.
     """
     file = read(name_or_path)
-    given, problems = _given(overrides, model)
+    return _resolved(file.label, file.data, *_given(overrides, model))
+
+
+def changed(recipe: Recipe, label: str, overrides: Iterable[str]) -> Recipe:
+    """Another recipe, resolved before, with `table.key=value` changed as `resolve` does; `label` says where it stands."""
+    return _resolved(label, recipe.model_dump(mode="json"), *_given(overrides, None))
+
+
+def _resolved(label: str, data: Mapping[str, Any], given: Sequence[Override], problems: list[str]) -> Recipe:
     cause = None
     try:
-        recipe = Recipe.model_validate(_merged(file.data, given))
+        recipe = Recipe.model_validate(_merged(data, given))
     except ValidationError as e:
         cause, recipe = e, None
-        problems += sentences(e, lambda paths: _where(file.label, paths, given))
+        problems += sentences(e, lambda paths: _where(label, paths, given))
     if problems or recipe is None:
         raise RecipeError("\n".join(problems)) from cause
     return recipe

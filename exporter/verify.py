@@ -158,13 +158,20 @@ class Outcome:
 def settled(
     replayer: Replayer, recipe: Recipe, model: str, jobs: Sequence[Job], checked: Checked | None, progress: Progress
 ) -> Outcome:
-    """Golden vectors, then the comparison, then the verdicts."""
-    manifest, plans = replayer.artifact.manifest, replayer.artifact.plans
+    """Golden vectors, then the comparison, then the verdicts. Plans of another scheduler than the recipe's (`prebake plan
+    --scheduler` adds such) draw other pictures, and are replayed only."""
+    manifest = replayer.artifact.manifest
     reference = load_reference(manifest, recipe, model)
     golden = replay_all(replayer, progress)
-    comparison = measure(replayer, reference, jobs, checked, progress)
+    plans = {name: p for name, p in replayer.artifact.plans.items() if p.scheduler == reference.scheduler}
+    others = tuple(
+        f"plan {name} was not compared: it is for {p.scheduler}, the recipe's scheduler is {reference.scheduler}"
+        for name, p in replayer.artifact.plans.items()
+        if name not in plans
+    )
+    comparison = measure(replayer.only(plans), reference, jobs, checked, progress)
     verdicts = judge(manifest, recipe, plans, comparison)
-    return Outcome(recipe, plans, golden, comparison, verdicts, gaps(recipe, plans, comparison))
+    return Outcome(recipe, plans, golden, comparison, verdicts, (*gaps(recipe, plans, comparison), *others))
 
 
 def replay_all(replayer: Replayer, progress: Progress) -> tuple[Replayed, ...]:

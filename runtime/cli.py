@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,6 +17,10 @@ from typing import Any
 from .errors import ArtifactError
 from .manifest import Manifest, read_manifest
 from .plan import Plan
+
+SIGNS = "10abcdefghijklmnopqrstuvwxyz"  # of variants in a step strip: 1 computes everything
+BLOCKS = "█·░▒▓"  # of the first of them, in a terminal
+UNVERIFIED = "added since, and not compared with the pipeline: {}; `prebake verify --source` does that"
 
 
 def add_commands(subparsers: Any) -> None:
@@ -145,6 +150,7 @@ def as_json(manifest: Manifest, plans: Mapping[str, Plan]) -> dict[str, Any]:
             "cache": plan.cache,
             "scheduler": plan.scheduler,
             "strip": strip(plan, letters(manifest, plans.values())),
+            "verified": manifest.status == "verified" and name not in manifest.unverified,
         }
         for name, plan in plans.items()
     }
@@ -186,14 +192,22 @@ def as_text(folder: Path, manifest: Manifest, plans: Mapping[str, Plan], *, laye
                 graph.package,
             )
         )
-    names = letters(manifest, plans.values())
-    lines += ["", *table(rows, right=range(1, 6)), "", "plan"]
-    width = max(len(name) for name in plans) if plans else 0
-    lines += [
-        f"{name:<{width}}  {strip(plan, names)}  cache {plan.cache}, {plan.scheduler}" for name, plan in plans.items()
-    ]
-    lines += [f"{'':<{width}}  {', '.join(f'{letter} = {name}' for name, letter in names.items())}"]
-    return [*lines, "", *_layer_lines(manifest, layers)]
+    lines += ["", *table(rows, right=range(1, 6)), "", *_plan_lines(manifest, plans), ""]
+    return [*lines, *_layer_lines(manifest, layers)]
+
+
+def _plan_lines(manifest: Manifest, plans: Mapping[str, Plan]) -> list[str]:
+    """Every plan as a step strip, what the signs mean, and which plans nobody has verified."""
+    signs = drawn(letters(manifest, plans.values()), sys.stdout.encoding)
+    width = max(map(len, plans), default=0)
+    lines = ["plan"]
+    for name, plan in plans.items():
+        note = ", unverified" if name in manifest.unverified else ""
+        lines.append(f"{name:<{width}}  {strip(plan, signs)}  cache {plan.cache}, {plan.scheduler}{note}")
+    lines.append(f"{'':<{width}}  {', '.join(f'{sign} = {name}' for name, sign in signs.items())}")
+    if manifest.unverified:
+        lines.append(UNVERIFIED.format(", ".join(manifest.unverified)))
+    return lines
 
 
 def _layer_lines(manifest: Manifest, every: bool) -> list[str]:
@@ -209,8 +223,18 @@ def letters(manifest: Manifest, plans: Iterable[Plan]) -> dict[str, str]:
     graphs = {graph.name: graph for graph in manifest.graphs}
     used = list(dict.fromkeys(name for plan in plans for name in plan.variants()))
     cheaper = [n for n in used if n in graphs and (graphs[n].combines or graphs[n].zeros or graphs[n].identities)]
-    signs = dict(zip(cheaper, "0abcdefghijklmnopqrstuvwxyz", strict=False))
-    return {name: signs.get(name, "?") if name in cheaper else "1" for name in used}
+    signs = dict(zip(cheaper, SIGNS[1:], strict=False))
+    return {name: signs.get(name, "?") if name in cheaper else SIGNS[0] for name in used}
+
+
+def drawn(signs: Mapping[str, str], encoding: str | None) -> dict[str, str]:
+    """The signs of `letters` as blocks, where the terminal's encoding has them: a full one computes everything."""
+    blocks = dict(zip(SIGNS, BLOCKS, strict=False))
+    try:
+        BLOCKS.encode(encoding or "ascii")
+    except (LookupError, UnicodeEncodeError):
+        return dict(signs)
+    return {name: blocks.get(sign, sign) for name, sign in signs.items()}
 
 
 def strip(plan: Plan, signs: Mapping[str, str]) -> str:

@@ -30,10 +30,16 @@ class TensorSpec(BaseModel):
 
 
 class Cost(BaseModel):
-    """Counted on the pruned graph: 2 FLOPs per multiply-add, ATen calls, and bytes of the constants it reads."""
+    """Counted on the pruned graph: 2 FLOPs per multiply-add, ATen calls, and bytes of the constants it reads.
+
+    `flops_by_class` splits the FLOPs by operator and dtype (`matmul int8`, `attention float32`); `moved_bytes` is what all
+    other operators read from memory and write to it.
+    """
 
     model_config = FROZEN
     flops: int
+    flops_by_class: dict[str, int] = {}
+    moved_bytes: int = 0
     ops: int
     constants: int
     constants_bytes: int
@@ -113,12 +119,14 @@ class Defaults(BaseModel):
 
 
 class Manifest(BaseModel):
-    """`layers` says of each Linear of the denoiser whether it is "int8" or "kept", and why. `channels_last` are the keys
+    """`unverified` are plans that were added after `status` was settled, and that nobody has compared with the pipeline.
+    `layers` says of each Linear of the denoiser whether it is "int8" or "kept", and why. `channels_last` are the keys
     of stored tensors that lie in memory as N H W C; they are bound as N C H W views of it."""
 
     model_config = FROZEN
     schema_version: Literal[1] = SCHEMA_VERSION
     status: Literal["unverified", "verified", "failed"] = "unverified"
+    unverified: tuple[str, ...] = ()
     family: str
     requires: Requires
     source: Source

@@ -37,10 +37,12 @@ def fake_pipeline(monkeypatch):
             raise fake.error
         return output
 
-    def prepare(recipe, progress):
+    def prepare(recipe, progress, **kwargs):
         cost = Cost(flops=2_500_000_000, ops=7, constants=1, constants_bytes=1_000_000)
+        decoder = Cost(flops=10_000_000_000, ops=9, constants=1, constants_bytes=2_000_000)
         return types.SimpleNamespace(
-            costs={"full": cost}, planned=types.SimpleNamespace(plans=(PLAN,), variants=(Variant("full", ()),))
+            costs={"full": cost, "vae_decoder": decoder},
+            planned=types.SimpleNamespace(plans=(PLAN,), variants=(Variant("full", ()),))
         )
 
     fake.Options, fake.export, fake.prepare, fake.plan_summary = (
@@ -65,7 +67,7 @@ def test_help_lists_every_command_and_says_what_it_does(capsys):
     printed = capsys.readouterr().out
     assert {"export", "verify", "recipes"} <= set(subcommands())
     for name in subcommands():
-        assert re.search(rf"^    {name} +\w", printed, re.MULTILINE)
+        assert re.search(rf"^    {name}\s+\w", printed, re.MULTILINE)
 
 
 def test_readme_shows_every_command():
@@ -176,7 +178,7 @@ def test_export_resolves_and_hands_over(fake_pipeline, capsys):
     recipe, output, options = fake_pipeline.calls[0]
     assert recipe == resolve("flux-fast", ["sampler.steps=8"])
     assert output == Path("artifacts/flux-fast-FLUX.1-dev")
-    assert vars(options) == {"force": True, "keep_failed": False, "verify": True}
+    assert vars(options) == {"force": True, "keep_failed": False, "verify": True, "near": None}
     assert capsys.readouterr().out == ""
 
 
@@ -196,23 +198,39 @@ def test_export_prints_where_the_artifact_is(fake_pipeline, capsys):
     assert capsys.readouterr().out == f"{Path('artifacts/baseline-shapes')}\n"
 
 
-def test_dry_run_says_what_would_be_compiled_and_exports_nothing(fake_pipeline, capsys):
+@pytest.fixture
+def forecast_of_a_second(monkeypatch):
+    """Every graph is predicted to take a second: nothing is timed."""
+    from prebake.exporter import forecast
+    from prebake.exporter.speed import Forecast
+
+    predicted = Forecast({"matmul float32": 900.0}, 100.0)
+    monkeypatch.setattr(forecast, "forecasts", lambda prepared: dict.fromkeys(prepared.costs, predicted))
+
+
+def test_dry_run_says_what_would_be_compiled_and_exports_nothing(fake_pipeline, forecast_of_a_second, capsys):
     assert cli.main(["export", "--recipe", "baseline", "--dry-run"]) == 0
     assert fake_pipeline.calls == []
     assert capsys.readouterr().out.splitlines() == [
-        "graph               FLOPs    ops   weights",
-        "full                 2.5G      7       1MB",
+        "graph        FLOPs  moved  ops  weights    ms   share",
+        "full          2.5G     0B    7      1MB  1000  100.0%",
+        "vae_decoder    10G     0B    9      2MB  1000",
         "",
-        "plan                FLOPs  variant of each evaluation: 1 = full",
-        "1                   50.0%  1",
+        "plan   FLOPs    time  speed-up  of an image  evaluations",
+        "1     100.0%  100.0%     1.00x        1.00x  1 full       █",
+        "█ = full",
     ]
 
 
-def test_dry_run_json(fake_pipeline, capsys):
+def test_dry_run_json(fake_pipeline, forecast_of_a_second, capsys):
     assert cli.main(["export", "--recipe", "baseline", "--dry-run", "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
-    assert printed["plans"] == {"1": {"evaluations": 1, "flops_share": 0.5, "strip": "1"}}
+    plan = printed["plans"]["1"]
+    assert (plan["evaluations"], plan["calls"], plan["strip"]) == (1, {"full": 1}, "1")
+    assert (plan["flops_share"], plan["time_share"], plan["image_ms"]) == (1.0, 1.0, 2000.0)
     assert printed["graphs"]["full"]["ops"] == 7
+    assert printed["graphs"]["full"]["predicted_ms_by_class"] == {"loops": 100.0, "matmul float32": 900.0}
+    assert printed["variants"] == {"full": "1"}
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from prebake.exporter.capture import capture
-from prebake.exporter.cost import attention_ops, check_skips, cost, module_flops
+from prebake.exporter.cost import attention_ops, census, check_skips, cost, module_flops, plan_share
 from prebake.exporter.discover import discover
 from prebake.exporter.families import flux
 from prebake.exporter.marks import Variant
@@ -17,6 +17,7 @@ from prebake.exporter.progress import progress
 from prebake.exporter.source import load
 from prebake.runtime.errors import ExportError
 from prebake.runtime.manifest import Cost
+from prebake.runtime.plan import Evaluation, Plan, Update
 
 SIZE = flux.Size(32, 32, 8)
 
@@ -39,6 +40,13 @@ def test_flops_ops_and_constants_of_a_graph_counted_by_hand():
     got = cost(capture("g", Small(), (torch.ones(32, 8),), ("x",), ("y",)))
     linear, product, conv = 32 * 8 * 16, 32 * 16 * 32, 30 * 6 * 2 * 9
     assert got.flops == 2 * (linear + product + conv)
+    assert got.flops_by_class == {
+        "convolution float32": 2 * conv,
+        "matmul float32": 2 * linear,
+        "matmul int8": 2 * product,
+    }
+    # y as float32 and as int8, the int32 product, the convolution's output, its sum (twice), the result
+    assert got.moved_bytes == 32 * 16 * (4 + 1) + 32 * 32 * 4 + 2 * 30 * 6 * 4 + 3 * 4
     assert got.constants == 4
     assert got.constants_bytes == 4 * (8 * 16 + 16 + 2 * 9) + 16 * 32
     # linear, to, int_mm, to, sum, two unsqueezes, conv, sum, add; the assertions that `to` brings are pruned
@@ -88,6 +96,32 @@ def test_a_variant_that_skips_nothing_is_refused(reused):
         match=r"variant 'reuse' skips nothing: [\d,]+ FLOPs, the full graph has [\d,]+; its sites feed values that are computed anyway",
     ):
         check_variants(denoiser, planned, costs)
+
+
+def test_attention_is_counted(reused):
+    """torch's own counter passes over the CPU's attention."""
+    _, _, (full, reuse) = reused
+    tokens, heads, width = 64 + 8, 2, 32  # of the picture and of the text
+    assert cost(full).flops_by_class["attention float32"] == 3 * 4 * heads * tokens * tokens * width
+    assert "attention float32" not in cost(reuse).flops_by_class
+    assert sum(cost(full).flops_by_class.values()) == cost(full).flops
+
+
+def test_a_variant_does_less_of_every_kind_of_work(reused):
+    _, _, graphs = reused
+    full, reuse = map(census, graphs)
+    assert reuse.moved_bytes < full.moved_bytes
+    assert sum(reuse.heavy.values()) < sum(full.heavy.values())
+    assert sum(loop.values for loop in reuse.loops) < sum(loop.values for loop in full.loops)
+
+
+def test_a_plans_share_is_the_mean_of_its_evaluations():
+    update = Update(latents=(1.0,), outputs=(0.0,))
+    calls = tuple(
+        Evaluation(step=i, variant=v, timestep=1.0, update=update) for i, v in enumerate(("full", "a", "a", "b"))
+    )
+    plan = Plan(name="4", steps=4, scheduler="x", evaluations=calls)
+    assert plan_share(plan, {"full": 1.0, "a": 0.5, "b": 0.2}) == pytest.approx(0.55)
 
 
 def of(flops: int) -> Cost:

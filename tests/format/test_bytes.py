@@ -50,7 +50,8 @@ TINY = """\
     "sha256": "00"
   },
   "status": "unverified",
-  "toolchain": {}
+  "toolchain": {},
+  "unverified": []
 }
 """
 

@@ -7,7 +7,7 @@ from PIL import Image
 
 import toy
 from prebake.runtime.__main__ import main
-from prebake.runtime.cli import numbered, short
+from prebake.runtime.cli import drawn, numbered, short
 
 
 @pytest.fixture(autouse=True)
@@ -53,11 +53,29 @@ def test_an_error_is_one_line_and_exit_code_1(toy_artifact, capsys, args, words)
 def test_inspect_draws_the_plans_and_counts_layers(toy_artifact, capsys):
     assert main(["inspect", str(toy_artifact)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert "4           1010  cache taylor, toy" in lines
-    assert "4-uncached  1111  cache none, toy" in lines
-    assert "            1 = full, 0 = reuse" in lines
+    assert "4           █·█·  cache taylor, toy" in lines
+    assert "4-uncached  ████  cache none, toy" in lines
+    assert "            █ = full, · = reuse" in lines
     assert lines[-1] == "layers  1 int8, 1 kept (--layers says why)"
     assert any(line.startswith("full ") and "28.6%" in line for line in lines)  # 2 of 7 equal calls
+
+
+def test_strips_are_letters_where_the_terminal_has_no_blocks():
+    letters = {"full": "1", "reuse": "0", "reuse-2": "a", "reuse-5": "d"}
+    assert drawn(letters, "ascii") == drawn(letters, None) == drawn(letters, "no-such-encoding") == letters
+    assert drawn(letters, "utf-8") == {"full": "█", "reuse": "·", "reuse-2": "░", "reuse-5": "d"}
+
+
+def test_inspect_marks_plans_that_nobody_verified(artifact_copy, capsys):
+    toy.edit_manifest(artifact_copy, status="verified", unverified=["4"])
+    assert main(["inspect", str(artifact_copy)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "4           █·█·  cache taylor, toy, unverified" in lines
+    assert "4-uncached  ████  cache none, toy" in lines
+    assert "added since, and not compared with the pipeline: 4; `prebake verify --source` does that" in lines
+    assert main(["inspect", str(artifact_copy), "--json"]) == 0
+    plans = json.loads(capsys.readouterr().out)["plans"]
+    assert (plans["4"]["verified"], plans["4-uncached"]["verified"]) == (False, True)
 
 
 def test_inspect_lists_layers_with_their_reasons(toy_artifact, capsys):

@@ -1,0 +1,111 @@
+"""Does the cost model tell the truth? Predicted and measured time of each denoiser variant of an artifact.
+
+    python benchmarks/cost.py artifacts/flux-fast-shapes --model shapes
+
+Predictions come from the captured graphs and from kernels timed alone (`exporter/speed.py`); nothing of the artifact is
+run for them. Then its variants take turns (A B A B ...). Medians; the share is of the variant that computes everything.
+With one thread, the time is that of this process on its core, so other processes do not count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from denoiser import call
+
+from prebake.exporter.cost import census
+from prebake.exporter.pipeline import prepare
+from prebake.exporter.progress import progress
+from prebake.exporter.speed import Speed
+from prebake.exporter.verify import recipe_of
+from prebake.runtime.artifact import Artifact, open_artifact
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("artifact", type=Path)
+    parser.add_argument("--model", required=True, help="shapes, or the pipeline folder that the artifact was made of")
+    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--output", type=Path, help="write the figures as JSON")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.set_grad_enabled(False)
+    artifact = open_artifact(args.artifact)
+    recipe = recipe_of(args.artifact, artifact.manifest)
+    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"id": args.model})})
+    with progress("quiet") as quiet:
+        prepared = prepare(recipe, quiet, near=args.artifact)
+    figures = compared(prepared, artifact, args.repeats)
+    report(figures)
+    if args.output:
+        args.output.write_text(json.dumps(figures, indent=2, sort_keys=True) + "\n", "utf-8")
+
+
+def compared(prepared: Any, artifact: Artifact, repeats: int) -> dict[str, Any]:
+    """Variant -> predicted milliseconds by class, and the measured median."""
+    measured = taken(prepared, artifact, repeats)
+    speed = Speed()
+    found: dict[str, Any] = {}
+    for graph in prepared.graphs["denoiser"]:
+        counted = census(graph)
+        start = time.perf_counter()
+        forecast = speed.forecast(counted, prepared.costs[graph.name].constants_bytes)
+        found[graph.name] = {
+            "predicted_ms": forecast.ms,
+            "by_class_ms": {**forecast.heavy_ms, "loops": forecast.loops_ms},
+            "measured_ms": measured[graph.name],
+            "flops": counted.flops,
+            "loops": {
+                "count": len(counted.loops),
+                "bytes": counted.moved_bytes,
+                "values": sum(loop.values for loop in counted.loops),
+            },
+            "probe_s": time.perf_counter() - start,
+        }
+    for figures in found.values():
+        for what in ("predicted_ms", "measured_ms", "flops"):
+            figures[f"{what.removesuffix('_ms')}_share"] = figures[what] / found["full"][what]
+    return found
+
+
+def taken(prepared: Any, artifact: Artifact, repeats: int) -> dict[str, float]:
+    """Median milliseconds of an evaluation of each variant; the variants take turns."""
+    component = prepared.family.denoiser(prepared.pipe, prepared.size)
+    named = dict(zip(component.inputs, component.args, strict=True))
+    runs = {name: call(variant, artifact, named) for name, variant in artifact.variants.items()}
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repeats + 1):
+        for name, run in runs.items():
+            start = clock()
+            run()
+            times[name].append((clock() - start) * 1e3)
+    return {name: statistics.median(t[1:]) for name, t in times.items()}
+
+
+def report(figures: dict[str, Any]) -> None:
+    print(
+        f"{'variant':16s}{'measured ms':>12s}{'predicted':>11s}{'share':>8s}{'predicted':>11s}{'off by':>8s}{'FLOPs':>8s}"
+    )
+    for name, f in figures.items():
+        off = f["predicted_share"] / f["measured_share"] - 1
+        print(
+            f"{name:16s}{f['measured_ms']:12.2f}{f['predicted_ms']:11.2f}{f['measured_share']:8.3f}"
+            f"{f['predicted_share']:11.3f}{off:8.1%}{f['flops_share']:8.3f}"
+        )
+        parts = ", ".join(f"{label} {ms:.2f}" for label, ms in f["by_class_ms"].items())
+        loops = f["loops"]
+        print(
+            f"{'':16s}{parts} ms; {loops['count']} loops, {loops['bytes'] / 1e6:.1f} MB, {loops['values'] / 1e6:.1f}M values"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,319 @@
+"""Replan: another plan for an artifact that exists, in seconds, because its variants are compiled and a plan is data.
+
+In: an artifact and a number of steps, a scheduler or a cache. Out: the same artifact with that plan, its golden vectors and
+a manifest that lists both; the folder changes in one move. `replan.json`, which an export writes and the runtime ignores,
+holds what a plan is made of besides the recipe: the scheduler, the model's layout, the sites and the variants.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from ..runtime.artifact import open_artifact
+from ..runtime.check import check, plan_problems
+from ..runtime.errors import ArtifactError, ExportError, RecipeError, misfit
+from ..runtime.manifest import Manifest, read_manifest
+from ..runtime.plan import Plan
+from . import calibration as calibrations
+from . import report
+from .caches import Decision, Schedule, Trajectory, schedule
+from .golden import golden_path, write_plan_golden
+from .layout import Layout
+from .marks import Action, Mark, Variant
+from .package import file_entries, plan_path, staged, write_plans
+from .plan import Planned, actions_of, join
+from .plan.sampler import Table, tabulate
+from .progress import Progress
+from .quality import Replayer
+from .recipe import Recipe
+from .verify import gate_prompts, model_of, picture_jobs, settled
+
+FILE = "replan.json"
+
+
+class Kept(BaseModel):
+    """What `replan.json` holds. `vae_scale_factor` is all that a family's `scheduler_arguments` reads of a pipeline
+    besides its scheduler. `variants` says of each which sites do not compute."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    scheduler: str
+    scheduler_config: dict[str, Any]
+    vae_scale_factor: int
+    layout: Layout
+    marks: tuple[Mark, ...]
+    variants: dict[str, dict[str, Action]]
+
+    def all_variants(self) -> tuple[Variant, ...]:
+        """With the action of every site."""
+        return tuple(
+            Variant(name, tuple((m.name, actions.get(m.name, "compute")) for m in self.marks))
+            for name, actions in self.variants.items()
+        )
+
+
+def kept(pipe: Any, layout: Layout, planned: Planned) -> str:
+    """The bytes of `replan.json`: sorted keys, no set order, a final newline."""
+    scheduler = pipe.scheduler
+    config = json.loads(scheduler.to_json_string())
+    config["_use_default_values"] = sorted(scheduler.config.get("_use_default_values", ()))
+    variants: dict[str, dict[str, Action]] = {
+        v.name: {site: a for site, a in v.actions if a != "compute"} for v in planned.variants
+    }
+    content = Kept(
+        scheduler=type(scheduler).__name__,
+        scheduler_config=config,
+        vae_scale_factor=pipe.vae_scale_factor,
+        layout=layout,
+        marks=planned.marks,
+        variants=variants,
+    )
+    return json.dumps(content.model_dump(mode="json"), indent=1, sort_keys=True) + "\n"
+
+
+def read_kept(folder: Path, manifest: Manifest) -> Kept:
+    """Raises ArtifactError for an artifact that was written without `replan.json`."""
+    if FILE not in {entry.path for entry in manifest.files}:
+        raise ArtifactError(
+            f"{folder}: has no {FILE}, which says what a plan is made of; export again with this prebake"
+        )
+    try:
+        return Kept.model_validate_json((folder / FILE).read_bytes())
+    except ValidationError as e:
+        raise ArtifactError(f"{misfit(folder / FILE, e)}; export again") from e
+
+
+# --- the plans ------------------------------------------------------------------------------------------------------
+
+
+def plans_of(folder: Path, manifest: Manifest, recipe: Recipe, steps: int) -> tuple[Plan, ...]:
+    """The plan for `steps` with the recipe's scheduler and cache, and with a cache the one without it, as an export has
+    them. Raises ExportError where the artifact lacks a variant that it needs."""
+    content = read_kept(folder, manifest)
+    table = sampler_table(content, manifest, recipe, steps)
+    marks = content.marks
+    names = {v.actions: v.name for v in content.all_variants()}
+    everything = Schedule(marks, tuple(Decision() for _ in table.updates))
+    if recipe.cache.method == "none":
+        return (join(str(steps), steps, "none", table, everything, names),)
+    if getattr(recipe.cache, "exact", False):
+        raise ExportError(
+            f"cache.method {recipe.cache.method!r} with exact = true decides by the model's weights, which `prebake plan` does not "
+            "read; set cache.exact=false and name a calibration, or export again with sampler.steps"
+        )
+    asked = schedule(
+        recipe.cache,
+        content.layout,
+        Trajectory(table.timesteps, table.sigmas, table.steps),
+        calibrations.load(recipe.cache, manifest.source, folder),
+    )
+    if all(action == "compute" for d in asked.decisions for action in d.actions.values()):
+        raise ExportError(
+            f"cache.method {recipe.cache.method!r} skips nothing at {steps} steps; widen its range, take more steps, or add --cache none"
+        )
+    translated = in_terms_of(marks, asked)
+    check_variants(content, translated, names)
+    return (
+        join(str(steps), steps, recipe.cache.method, table, translated, names),
+        join(f"{steps}-uncached", steps, "none", table, everything, names),
+    )
+
+
+def sampler_table(content: Kept, manifest: Manifest, recipe: Recipe, steps: int) -> Table:
+    """The scheduler's table, from the configuration that the artifact keeps."""
+    import diffusers
+
+    name = recipe.sampler.scheduler
+    scheduler = getattr(diffusers, content.scheduler if name == "model" else name).from_config(content.scheduler_config)
+    family = importlib.import_module(f".families.{manifest.family}", __package__)
+    pipe = SimpleNamespace(scheduler=scheduler, vae_scale_factor=content.vae_scale_factor)
+    return tabulate(scheduler, steps, **family.scheduler_arguments(pipe, family.size_of(manifest), steps))
+
+
+def in_terms_of(marks: Sequence[Mark], asked: Schedule) -> Schedule:
+    """The schedule with the artifact's sites in place of equal ones under other names, and a zero for each slot more
+    that the artifact keeps. Sites that it lacks stay, for `check_variants` to name."""
+    there = {identity(m): m for m in marks}
+    same = {m.name: there[identity(m)] for m in asked.marks if identity(m) in there}
+    more = tuple(m for m in asked.marks if m.name not in same)
+    decisions = []
+    for d in asked.decisions:
+        actions: dict[str, Action] = {same[s].name if s in same else s: a for s, a in d.actions.items()}
+        weights = {same[s].name: padded(same[s], c) for s, c in d.coefficients.items() if s in same}
+        decisions.append(Decision(actions, weights))
+    return Schedule((*marks, *more), tuple(decisions))
+
+
+def identity(mark: Mark) -> tuple[Any, ...]:
+    """What makes two marks the same site: all but the name, and how much of it is kept."""
+    return mark.modules, mark.streams, mark.residual, mark.emitted, mark.dtype, mark.part
+
+
+def padded(mark: Mark, weights: tuple[float, ...]) -> tuple[float, ...]:
+    if len(weights) > mark.slots:
+        raise ExportError(
+            f"site {mark.name!r}: the cache combines {len(weights)} stored values, the artifact's variants have room for "
+            f"{mark.slots}; lower the order, or export again"
+        )
+    return weights + (0.0,) * (mark.slots - len(weights))
+
+
+def check_variants(content: Kept, asked: Schedule, names: dict[Any, str]) -> None:
+    """Raises ExportError with the actions that no compiled variant has, and with the variants that exist."""
+    marks = content.marks
+    lacking: dict[str, list[int]] = {}
+    for e, decision in enumerate(asked.decisions):
+        acting: dict[str, Action] = {site: a for site, a in decision.actions.items() if a != "compute"}
+        if acting.keys() - {m.name for m in marks} or actions_of(decision, marks) not in names:
+            lacking.setdefault(told(acting), []).append(e)
+    if lacking:
+        needs = "; ".join(f"{what} (evaluations {', '.join(map(str, at))})" for what, at in lacking.items())
+        have = "; ".join(f"{name} = {told(actions)}" for name, actions in content.variants.items())
+        raise ExportError(
+            f"no compiled variant does what this cache asks for: {needs}. The artifact has: {have}. "
+            "Choose a cache that does with these, or export again"
+        )
+
+
+def told(actions: dict[str, Action]) -> str:
+    """`combine a, b, c and 4 more`, for each kind of action."""
+    kinds = {a: [s for s, action in actions.items() if action == a] for a in dict.fromkeys(actions.values())}
+    shown = (f"{a} {', '.join(s[:3])}{f' and {len(s) - 3} more' if len(s) > 3 else ''}" for a, s in kinds.items())
+    return ", ".join(shown) or "compute all"
+
+
+# --- the artifact ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Choices:
+    """One `prebake plan`. `verify` compares the plan with the pipeline, found at `model` if not where the manifest says."""
+
+    force: bool = False
+    verify: bool = False
+    dry_run: bool = False
+    model: str | None = None
+
+
+def add(
+    folder: Path, recipe: Recipe, steps: int, choices: Choices, progress: Progress
+) -> tuple[Manifest, dict[str, Plan]]:
+    """The manifest with the new plans, and these. `recipe` is the artifact's own with what the caller changed.
+
+    Raises ExportError where the variants do not exist, or a threshold is missed; then the artifact is as it was.
+    """
+    manifest = read_manifest(folder)
+    check(folder, manifest, hash_weights=False)
+    with progress.stage("plan"):
+        if str(steps) in manifest.plans and not choices.force:
+            raise ExportError(f"{folder}: plan '{steps}' is there already; replace it with --force")
+        plans = {p.name: p for p in plans_of(folder, manifest, recipe, steps)}
+        if problems := list(plan_problems(plans, with_plans(manifest, plans))):
+            raise ExportError("\n".join(problems))
+    if choices.dry_run:
+        return manifest, plans
+    with linked(folder) as fresh:
+        (fresh / "manifest.json").unlink()
+        for name in plans:
+            (fresh / plan_path(plans[name])).unlink(missing_ok=True)
+            (fresh / golden_path(name)).unlink(missing_ok=True)
+        write_plans(fresh, tuple(plans.values()))
+        manifest = written(fresh, with_plans(manifest, plans), manifest)
+        replayer = Replayer(open_artifact(fresh, hash_weights=False))
+        with progress.stage("golden", len(plans)):
+            for name in plans:
+                progress.doing(f"golden vectors of plan {name}")
+                write_plan_golden(replayer, recipe, name)
+        manifest = written(fresh, manifest, manifest)
+        if choices.verify:
+            manifest = verified(fresh, manifest, recipe, plans, choices, progress)
+    return manifest, plans
+
+
+def verified(
+    folder: Path, manifest: Manifest, recipe: Recipe, plans: dict[str, Plan], choices: Choices, progress: Progress
+) -> Manifest:
+    """Compares these plans alone with the pipeline; the report goes to `reports/plan-<steps>/`."""
+    artifact = open_artifact(folder, hash_weights=False)
+    with progress.stage("verify", len(plans) + 1):
+        chosen = Replayer(artifact).only(plans)
+        model = choices.model or model_of(manifest)
+        outcome = settled(chosen, recipe, model, picture_jobs(recipe), gate_prompts(recipe, manifest), progress)
+    if outcome.missed:
+        raise ExportError("\n".join([*outcome.missed, "the plan is not added"]))
+    report.write(folder / "reports" / f"plan-{next(iter(plans))}", manifest, outcome)
+    left = tuple(name for name in manifest.unverified if name not in plans)
+    return written(folder, manifest.model_copy(update={"unverified": left}), manifest)
+
+
+def remove(folder: Path, name: str) -> Manifest:
+    """The manifest without that plan; without a plan `20`, the plan `20-uncached` could not be reached, and goes too.
+
+    Raises RecipeError for a plan that is not there, or that calls use by default.
+    """
+    manifest = read_manifest(folder)
+    check(folder, manifest, hash_weights=False)
+    if name not in manifest.plans:
+        raise RecipeError(f"{folder}: has no plan {name!r}; it has {', '.join(manifest.plans)}")
+    default = str(manifest.defaults.num_inference_steps)
+    gone = {name, f"{name}-uncached"} & set(manifest.plans)
+    if name in (default, f"{default}-uncached"):
+        raise RecipeError(f"{folder}: plan {name!r} belongs to the default of {default} steps, and stays")
+    left = {n: path for n, path in manifest.plans.items() if n not in gone}
+    unverified = tuple(n for n in manifest.unverified if n not in gone)
+    with linked(folder) as fresh:
+        for n in gone:
+            (fresh / manifest.plans[n]).unlink()
+            (fresh / golden_path(n)).unlink(missing_ok=True)
+        (fresh / "manifest.json").unlink()
+        return written(fresh, manifest.model_copy(update={"plans": left, "unverified": unverified}), manifest)
+
+
+def with_plans(manifest: Manifest, plans: Mapping[str, Plan]) -> Manifest:
+    """Lists them, as plans that nobody has compared with the pipeline."""
+    added = {name: plan_path(plan) for name, plan in plans.items()}
+    return manifest.model_copy(
+        update={
+            "plans": {**manifest.plans, **added},
+            "unverified": tuple(sorted({*manifest.unverified, *added})),
+        }
+    )
+
+
+@contextlib.contextmanager
+def linked(folder: Path) -> Iterator[Path]:
+    """A copy of the artifact whose files are links to its own, which takes its place on success.
+
+    What is to change in it must be unlinked first. A run that is killed leaves the artifact as it was.
+    """
+    with staged(folder, force=True) as fresh:
+        shutil.copytree(folder, fresh, copy_function=link, dirs_exist_ok=True)
+        yield fresh
+
+
+def link(source: str, target: str) -> None:
+    """A hard link, or a copy where the file system has none."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def written(folder: Path, manifest: Manifest, known: Manifest) -> Manifest:
+    """The manifest with the folder's files, written. Weights and graphs are as in `known`, and not read again."""
+    same = {e.path: e for e in known.files if e.path.startswith(("weights/", "graphs/"))}
+    manifest = manifest.model_copy(update={"files": file_entries(folder, same)})
+    target = folder / "manifest.json"
+    target.unlink(missing_ok=True)
+    target.write_text(manifest.to_json(), "utf-8")
+    return manifest

@@ -13,11 +13,26 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from ..layout import Layout
-from . import dbcache, fastercache, firstblock, fora, magcache, mask, pab, smoothcache, taylorseer, teacache
+from . import (
+    dbcache,
+    deepcache,
+    fastercache,
+    firstblock,
+    fora,
+    layer_skip,
+    magcache,
+    mask,
+    pab,
+    smoothcache,
+    taylorseer,
+    teacache,
+)
 from .dbcache import DBCache
+from .deepcache import DeepCache
 from .fastercache import FasterCache
 from .firstblock import FirstBlockCache
 from .fora import Fora
+from .layer_skip import LayerSkip
 from .magcache import MagCache
 from .mask import Mask
 from .none import NoCache
@@ -32,9 +47,11 @@ __all__ = [
     "Cache",
     "DBCache",
     "Decision",
+    "DeepCache",
     "FasterCache",
     "FirstBlockCache",
     "Fora",
+    "LayerSkip",
     "MagCache",
     "Mask",
     "NoCache",
@@ -49,9 +66,11 @@ __all__ = [
 
 METHODS: Mapping[str, Any] = {
     "dbcache": dbcache,
+    "deepcache": deepcache,
     "fastercache": fastercache,
     "firstblock": firstblock,
     "fora": fora,
+    "layer_skip": layer_skip,
     "magcache": magcache,
     "mask": mask,
     "pab": pab,
@@ -63,9 +82,11 @@ METHODS: Mapping[str, Any] = {
 Cache = Annotated[
     NoCache
     | DBCache
+    | DeepCache
     | FasterCache
     | FirstBlockCache
     | Fora
+    | LayerSkip
     | MagCache
     | Mask
     | PyramidAttentionBroadcast

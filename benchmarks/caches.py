@@ -1,99 +1,354 @@
-"""Is a cached schedule worth it? PSNR against the full number of steps, for caches and for fewer steps without one.
+#!/usr/bin/env python
+"""Every cache at several strengths, and the same time spent on fewer steps: wall time of compiled code against pictures.
 
-    python benchmarks/caches.py --prompts 12
+    python benchmarks/caches.py --model shapes --calibration recipes/flux-fast.calibration.json --output docs/caches/shapes.json
+    python benchmarks/caches.py --plot docs/caches/shapes.json docs/caches/shapes-sd.json
 
-Float32, eager, so that nothing but the schedule differs; `shapes`' underspecified prompts, whose trajectories bend as a
-real model's do, with seed = line number. `computed` is the number of evaluations that run the transformer blocks.
+Each plan is compiled in float32 for one thread, so that what differs between rows is the cache. Prompt after prompt is
+drawn with every plan from the same noise, one plan after the other, so all see the machine in the same state; a time is
+the denoising loop's, as a share of the uncached plan's in that run. Pictures are held against the uncached plan's: PSNR on
+prompts that leave attributes open and on prompts that name all, structural similarity on all, and the share of prompts
+that the checker of `shapes` finds answered exactly. Methods that look at the data are calibrated on other noise.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import json
+import platform
 import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
-import prebake.exporter.shapes
-from prebake.exporter import source
-from prebake.exporter.discover import discover
-from prebake.exporter.eager import eager_replay
-from prebake.exporter.families import flux
-from prebake.exporter.plan import plan
-from prebake.exporter.plan.sampler import tabulate
-from prebake.exporter.quality import psnr_db
-from prebake.exporter.recipe import Cache, Mask, NoCache, PyramidAttentionBroadcast
-from prebake.runtime.families.flux import draw_latents
-
-PROMPTS = Path(prebake.exporter.shapes.__file__).parent / "prompts" / "underspecified.txt"
-FEWER_STEPS = (21, 18, 14, 12, 11, 9, 8)
-MASKS = (
-    ("11(01)", 0),
-    ("11(01)", 1),
-    ("111(01)", 1),
-    ("111(001)", 1),
-    ("1111(001)", 1),
-    ("11111(001)", 1),
-    ("1111(0001)", 1),
-    ("11111(0001)", 1),
+from prebake.exporter import pipeline, shapes, source
+from prebake.exporter.caches import (
+    Auto,
+    Cache,
+    DBCache,
+    DeepCache,
+    FasterCache,
+    FirstBlockCache,
+    Fora,
+    MagCache,
+    Mask,
+    NoCache,
+    PyramidAttentionBroadcast,
+    SmoothCache,
+    TaylorSeer,
+    TeaCache,
 )
+from prebake.exporter.calibration import Calibration, read
+from prebake.exporter.calibrators.runner import Run, Subject, drawn, means, online, shares, watch
+from prebake.exporter.compiled import Compiled, sites_of
+from prebake.exporter.discover import discover
+from prebake.exporter.plan import plan
+from prebake.exporter.progress import progress
+from prebake.exporter.quality import psnr_db, ssim
+from prebake.exporter.recipe import Recipe, resolve
+from prebake.exporter.shapes.checker import check
+from prebake.runtime.errors import ExportError, RecipeError
+from prebake.runtime.plan import Plan
+from prebake.runtime.replay import Tables, Variant, replay, tables_on
+
+RECIPES = {"shapes": "flux-fast", "shapes-sd": "sd-fast"}
+FEWER_STEPS = (21, 18, 16, 14, 12, 11, 10, 9, 8, 7)
+BUDGETS = (0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55)
+WHOLE = (-1, 1001)  # a window that holds every timestep
 
 
-class Trial:
-    """One model, some prompts: every schedule is drawn from the same noise."""
+@dataclass(frozen=True)
+class Contender:
+    """A row: a cache and the number of steps."""
 
-    def __init__(self, model: str, prompts: list[str]) -> None:
-        self.pipe = source.load(model, None, {"default": torch.float32}).pipe
-        self.size = flux.Size(64, 64, 16)
-        self.denoiser = flux.denoiser(self.pipe, self.size)
-        self.decoder = flux.others(self.pipe, self.size, channels_last=False)[-1].module
+    label: str
+    cache: Any
+    steps: int
+
+
+@dataclass
+class Row:
+    """A contender as it runs, and what was seen of it."""
+
+    contender: Contender
+    tables: Tables
+    variants: dict[str, Variant]
+    sites: dict[str, Any]
+    strip: str
+    seconds: list[float] = field(default_factory=list)
+    psnr: dict[str, list[float]] = field(default_factory=lambda: {"open": [], "full": []})
+    ssim: list[float] = field(default_factory=list)
+    exact: list[bool] = field(default_factory=list)
+
+
+def contenders(model: str, steps: int) -> Iterator[Contender]:
+    """What runs on a model: the FLUX model has transformer blocks, the UNet has branches to reuse."""
+    both: list[tuple[str, Any]] = [("uncached", NoCache())]
+    for budget in BUDGETS:
+        both.append((f"auto {budget:g}", Auto(budget=budget)))
+    for mask, order in (("1(01)", 0), ("11(01)", 1), ("1111(001)", 1), ("1111(0001)", 1), ("111(01)", 2)):
+        both.append((f"mask {mask} order {order}, output", Mask(mask=mask, order=order, site="output")))
+    for threshold in (0.05, 0.1, 0.2):
+        both.append((f"smoothcache {threshold:g}", SmoothCache(calibration_threshold=threshold)))
+    if model == "shapes":
+        both += list(of_dits())
+    else:
+        for interval in (2, 3, 5):
+            both.append((f"deepcache {interval}, branch 0", DeepCache(cache_interval=interval)))
+        both.append(("deepcache 3, branch 1", DeepCache(cache_interval=3, cache_branch_id=1)))
+        both.append(("deepcache 3 pow 1.2", DeepCache(cache_interval=3, skip_mode="pow")))
+        for every in (2, 3):
+            both.append((f"pab {every}", of_pab(every)))
+    yield from (Contender(label, cache, steps) for label, cache in both)
+    yield from (Contender(f"{n} steps", NoCache(), n) for n in FEWER_STEPS if n < steps)
+
+
+def of_pab(every: int) -> Cache:
+    return PyramidAttentionBroadcast(
+        spatial_attention_block_skip_range=every, spatial_attention_timestep_skip_range=(0, 1000)
+    )
+
+
+def of_dits() -> Iterator[tuple[str, Any]]:
+    """The methods that need transformer blocks or joint attention."""
+    for mask in ("slow", "medium", "fast", "ultra"):
+        yield f"mask {mask}", Mask(mask=mask)
+    yield "mask 1111(001) order 1, blocks", Mask(mask="1111(001)", order=1)
+    for interval in (2, 3):
+        yield f"fora {interval}", Fora(interval=interval)
+    for every in (2, 3):
+        yield f"pab {every}", of_pab(every)
+        yield (
+            f"fastercache {every}",
+            FasterCache(
+                spatial_attention_block_skip_range=every,
+                spatial_attention_timestep_skip_range=WHOLE,
+                is_guidance_distilled=True,
+            ),
+        )
+    for interval in (2, 3, 5):
+        yield f"taylorseer {interval}", TaylorSeer(cache_interval=interval, taylor_factors_dtype="float32")
+    for threshold in (0.06, 0.24):
+        yield f"magcache {threshold:g}", MagCache(threshold=threshold)
+    for threshold in (0.05, 0.1, 0.2):
+        yield f"firstblock {threshold:g}", FirstBlockCache(threshold=threshold)
+    for threshold in (0.1, 0.2, 0.4):
+        yield f"teacache {threshold:g}", TeaCache(rel_l1_thresh=threshold, coefficients=(1.0, 0.0))
+    for threshold in (0.08, 0.2):
+        settings = {"Fn_compute_blocks": 1, "max_warmup_steps": 4, "residual_diff_threshold": threshold}
+        yield f"dbcache F1 {threshold:g}", DBCache(**settings)
+        yield f"dbcache F1 {threshold:g} taylorseer", DBCache(**settings, calibrator_type="taylorseer")
+
+
+class Bench:
+    """One model, loaded once; plans are compiled as they are asked for."""
+
+    def __init__(self, model: str, steps: int, fitted: Calibration | None) -> None:
+        recipe: Recipe = resolve(RECIPES[model], ["cache.method=none"], model)
+        self.quiet = progress("quiet")
+        loaded = source.load(model, None, {"default": torch.float32})
+        self.pipe, self.family = loaded.pipe, pipeline.family_of(loaded.pipe)
+        self.defaults, self.size, _ = pipeline.settle(recipe, self.family, loaded)
+        self.steps, self.fitted, self.source = steps, fitted, loaded.source
+        self.denoiser = self.family.denoiser(self.pipe, self.size)
         self.layout = discover(self.denoiser)
-        shape = tuple(flux.facts(self.pipe, self.size)["latents_shape"])
-        self.noise = [draw_latents(shape, 1, torch.Generator().manual_seed(i)) for i in range(len(prompts))]
-        self.inputs = [self.encode(prompt) for prompt in prompts]
+        self.scale = self.family.facts(self.pipe, self.size)["timestep_scale"]
+        self.compiled = Compiled()
+        decoder = self.family.others(self.pipe, self.size, channels_last=False)[-1].module
+        self.decode = lambda latents: decoder(latents)[0]
 
-    def encode(self, prompt: str) -> dict[str, torch.Tensor]:
-        states, pooled, _ = self.pipe.encode_prompt(prompt, prompt, max_sequence_length=self.size.tokens)
-        named = {"encoder_hidden_states": states, "pooled_projections": pooled, "guidance": torch.tensor([3.5])}
-        return {name: named[name] for name in self.denoiser.inputs if name in named}
+    def table(self, steps: int):
+        with progress("quiet") as quiet:
+            return pipeline.sampler_table(self.family, self.pipe, self.size, steps, quiet)
 
-    def draw(self, cache: Cache, steps: int) -> tuple[list[torch.Tensor], int]:
-        """The pictures, and how many of the plan's evaluations compute everything."""
-        table = tabulate(self.pipe.scheduler, steps, **flux.scheduler_arguments(self.pipe, self.size, steps))
-        planned = plan(cache, self.layout, {steps: table})
-        pairs = zip(self.inputs, self.noise, strict=True)
+    def runs(self, prompts: Sequence[str]) -> list[Run]:
+        """The prompts with the noise of seeds 0, 1, ... as an uncalibrated reader would draw them."""
+        guidance = self.defaults.guidance_scale
+        return list(drawn(self.family, self.pipe, self.size, self.table(self.steps), prompts, 1, guidance))
+
+    def observe(self, count: int) -> None:
+        """What eager runs on noise of their own show, for the methods that are calibrated."""
+        prompts = shapes.prompts("underspecified")
+        guidance = self.defaults.guidance_scale
+        table = self.table(self.steps)
+        every = list(drawn(self.family, self.pipe, self.size, table, prompts, 3, guidance))
+        self.calibration_runs = every[2::3][:count]
+        self.subject = Subject(self.denoiser, self.layout, table, self.scale)
+        with progress("quiet") as quiet:
+            observed, _ = watch(self.subject, NoCache(), iter(self.calibration_runs), quiet)
+        self.calibration = Calibration(
+            model=self.source.model, sha256=self.source.sha256, scheduler=table.scheduler, steps=self.steps,
+            timesteps=table.timesteps, guidance_scale=guidance, prompts=count, prompts_sha256="", seeds=1,
+            auto=self.fitted.auto if self.fitted else (), **means(self.layout, observed),
+        )  # fmt: skip
+
+    def row(self, contender: Contender) -> Row:
+        """The contender's plan, compiled. Raises ExportError or RecipeError where the model or the steps do not suit it."""
+        calibration = self.calibration
+        if decides := online(contender.cache):
+            decided = [decides(self.subject, run).decisions for run in self.calibration_runs]
+            frozen = {contender.cache.method: shares(contender.cache, decided)}
+            calibration = calibration.model_copy(update={"decisions": frozen})
+        planned = plan(contender.cache, self.layout, {contender.steps: self.table(contender.steps)}, calibration)
         chosen = planned.plans[0]
-        drawn = [eager_replay(self.denoiser, planned, chosen, i, x, timestep_scale=1e-3) for i, x in pairs]
-        return [self.decoder(x)[0] for x in drawn], sum(e.variant == "full" for e in chosen.evaluations)
+        planned, variants = self.compiled.variants(self.denoiser, planned)
+        return Row(
+            contender, tables_on(chosen, torch.device("cpu"), self.scale), variants, sites_of(planned), strip(chosen)
+        )
+
+    def draw(self, row: Row, run: Run) -> tuple[torch.Tensor, float]:
+        """A picture, and the seconds of its denoising loop."""
+        start = time.perf_counter()
+        latents = replay(row.tables, row.variants, row.sites, run.inputs, run.latents, noise=run.noise)
+        seconds = time.perf_counter() - start
+        return self.decode(latents), seconds
+
+
+def strip(chosen: Plan) -> str:
+    """One character for each evaluation: `#` computes everything, `a`, `b`, ... are the other variants."""
+    others = [v for v in chosen.variants() if v != "full"]
+    return "".join("#" if e.variant == "full" else chr(ord("a") + others.index(e.variant)) for e in chosen.evaluations)
+
+
+def measure(bench: Bench, rows: Sequence[Row], prompts: Sequence[tuple[str, str]]) -> None:
+    """Every prompt with every row; the first row is the one that pictures and times are held against."""
+    runs = bench.runs([prompt for _, prompt in prompts])
+    for row in rows:  # the first call of a graph allocates
+        bench.draw(row, runs[0])
+    for i, ((kind, prompt), run) in enumerate(zip(prompts, runs, strict=True)):
+        truth = None
+        for row in rows:
+            image, seconds = bench.draw(row, run)
+            truth = image if truth is None else truth
+            row.seconds.append(seconds)
+            row.psnr[kind].append(psnr_db(image, truth))
+            row.ssim.append(ssim(image, truth))
+            if kind == "full":
+                row.exact.append(check(image[0].permute(1, 2, 0).numpy(), prompt).exact)
+        if i % 20 == 19:
+            print(f"{i + 1} of {len(prompts)} prompts", flush=True)
+
+
+def result(row: Row, base: Row) -> dict[str, Any]:
+    shares_of_time = [a / b for a, b in zip(row.seconds, base.seconds, strict=True)]
+    return {
+        "label": row.contender.label,
+        "method": row.contender.cache.method if row.contender.steps == base.contender.steps else "fewer steps",
+        "plan": row.strip,
+        "time": statistics.median(shares_of_time),
+        "psnr_open_db": statistics.fmean(row.psnr["open"]),
+        "psnr_full_db": statistics.fmean(row.psnr["full"]),
+        "ssim": statistics.fmean(row.ssim),
+        "exact": 100 * statistics.fmean(row.exact),
+    }
+
+
+def plain_at(results: Sequence[dict[str, Any]], share: float) -> float:
+    """PSNR on open prompts of plain steps that take this share of the time, between the measured numbers of steps."""
+    plain = sorted((r["time"], r["psnr_open_db"]) for r in results if r["method"] == "fewer steps")
+    for (t0, p0), (t1, p1) in itertools.pairwise(plain):
+        if t0 <= share <= t1:
+            return p0 + (p1 - p0) * (share - t0) / (t1 - t0)
+    return plain[0][1] if share < plain[0][0] else plain[-1][1]
+
+
+def table_of(data: dict[str, Any]) -> str:
+    """The results as a Markdown table, fastest last in each method; `gain` is against fewer steps in the same time."""
+    lines = [
+        f"| {data['model']}, {data['steps']} steps | time | PSNR open | gain | PSNR full | SSIM | exact |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for r in data["results"]:
+        cached = r["method"] not in ("none", "fewer steps")
+        gain = f"{r['psnr_open_db'] - plain_at(data['results'], r['time']):+.1f}" if cached else ""
+        lines.append(
+            f"| {r['label']} | {r['time']:.2f} | {r['psnr_open_db']:.1f} | {gain} | {r['psnr_full_db']:.1f} | "
+            f"{r['ssim']:.4f} | {r['exact']:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def plot(files: Sequence[Path], output: Path) -> None:
+    """Speed-up against PSNR, one panel for each model."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(files), figsize=(6.4 * len(files), 5.2), squeeze=False, dpi=120)
+    markers = "osD^v<>PXph*d8"
+    for panel, path in zip(axes[0], files, strict=True):
+        data = json.loads(path.read_text("utf-8"))
+        methods = dict.fromkeys(r["method"] for r in data["results"] if r["method"] != "none")
+        for i, method in enumerate(sorted(methods, key=lambda m: (m != "auto", m != "fewer steps", m))):
+            points = sorted((1 / r["time"], r["psnr_open_db"]) for r in data["results"] if r["method"] == method)
+            x, y = zip(*points, strict=True)
+            style = {"auto": ("tab:red", "-", 2.2), "fewer steps": ("black", "--", 1.6)}.get(method, (None, ":", 1.0))
+            color, line, width = style
+            panel.plot(
+                x, y, line, color=color, linewidth=width, marker=markers[i % len(markers)], markersize=5, label=method
+            )
+        panel.set(
+            title=f"{data['model']}, {data['steps']} steps", xlabel="speed-up of the denoising loop", xlim=(0.95, 4.6)
+        )
+        panel.set_ylabel("PSNR against the uncached run, dB")
+        panel.grid(alpha=0.25)
+        panel.legend(fontsize=7, ncols=2)
+    figure.tight_layout()
+    figure.savefig(output, metadata={"Software": None})
+    print(output)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="shapes")
-    parser.add_argument("--prompts", type=int, default=64)
+    parser.add_argument("--model", choices=sorted(RECIPES), default="shapes")
+    parser.add_argument("--prompts", type=int, default=200, help="of which 64, or a third if fewer, are open ones")
     parser.add_argument("--steps", type=int, default=28)
+    parser.add_argument("--calibration", type=Path, help="with the plans that `auto` chooses from")
+    parser.add_argument(
+        "--calibrate-runs", type=int, default=8, help="eager runs that the data-dependent methods look at"
+    )
+    parser.add_argument("--only", nargs="*", help="labels that begin so, and the uncached and plain ones")
+    parser.add_argument("--output", type=Path, help="JSON file of the results")
+    parser.add_argument("--plot", nargs="+", type=Path, metavar="JSON", help="draw earlier results instead")
     args = parser.parse_args()
+    if args.plot:
+        plot(args.plot, args.plot[0].parent / "caches.png")
+        return
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
-    prompts = PROMPTS.read_text("utf-8").splitlines()[: args.prompts]
-    trial = Trial(args.model, prompts)
-    truth, _ = trial.draw(NoCache(), args.steps)
-    print(f"{args.model}, {args.steps} steps, {len(prompts)} prompts, mean PSNR")
-
-    def report(name: str, cache: Cache, steps: int) -> None:
-        pictures, computed = trial.draw(cache, steps)
-        decibels = statistics.fmean(psnr_db(a, b) for a, b in zip(pictures, truth, strict=True))
-        print(f"{name:32s} {computed:3d} computed {decibels:6.1f} dB", flush=True)
-
-    for steps in FEWER_STEPS:
-        report(f"{steps} steps, no cache", NoCache(), steps)
-    for mask, order in MASKS:
-        report(f"mask {mask}, order {order}", Mask(mask=mask, order=order), args.steps)
-    for every in (2, 3):
-        broad = PyramidAttentionBroadcast(
-            spatial_attention_block_skip_range=every, spatial_attention_timestep_skip_range=(0, 1000)
-        )
-        report(f"pab every {every}, attention only", broad, args.steps)
+    bench = Bench(args.model, args.steps, read(args.calibration) if args.calibration else None)
+    bench.observe(args.calibrate_runs)
+    rows: list[Row] = []
+    for contender in contenders(args.model, args.steps):
+        wanted = contender.cache.method == "none" or not args.only or contender.label.startswith(tuple(args.only))
+        if not wanted:
+            continue
+        try:
+            rows.append(bench.row(contender))
+            print(f"{contender.label:34s} {rows[-1].strip}", flush=True)
+        except (ExportError, RecipeError) as e:
+            print(f"{contender.label:34s} not measured: {e}", flush=True)
+    few = min(64, args.prompts // 3)
+    prompts = [("open", p) for p in shapes.prompts("underspecified")[:few]]
+    prompts += [("full", p) for p in shapes.prompts("full")[: args.prompts - few]]
+    measure(bench, rows, prompts)
+    data = {
+        "model": args.model,
+        "steps": args.steps,
+        "prompts": len(prompts),
+        "machine": f"{platform.machine()}, one thread, torch {torch.__version__}",
+        "results": [result(row, rows[0]) for row in rows],
+    }
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps(data, indent=1) + "\n", "utf-8")
+    print(table_of(data))
 
 
 if __name__ == "__main__":

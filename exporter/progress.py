@@ -34,6 +34,9 @@ class Progress:
     def doing(self, what: str) -> None:
         """The next thing begins; the one before it is done."""
 
+    def note(self, text: str) -> None:
+        """Something that the user should know, and that stays to be read."""
+
 
 class JsonLines(Progress):
     """One object per event on stderr: {"stage": ..., "doing": ..., "elapsed_s": ...}; stdout stays for the result."""
@@ -52,6 +55,9 @@ class JsonLines(Progress):
 
     def doing(self, what: str) -> None:
         self.say(event="doing", what=what)
+
+    def note(self, text: str) -> None:
+        self.say(event="note", what=text)
 
     def say(self, **event: Any) -> None:
         print(
@@ -100,6 +106,9 @@ class Bar(Progress):
         # one short of the total at most: a full bar stops its clock, and stages may do more than they announced
         self.rich.update(self.task, what=what, completed=min(self.begun, self.total - 1))
         self.begun += 1
+
+    def note(self, text: str) -> None:
+        self.rich.console.print(f"note: {text}", markup=False, highlight=False, soft_wrap=True)
 
 
 def progress(mode: Mode) -> Progress:

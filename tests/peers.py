@@ -70,6 +70,7 @@ def ours(
     *,
     timestep_scale: float = 1.0,
     inputs: dict[str, Tensor] | None = None,
+    noise: tuple[Tensor, ...] = (),
 ) -> Run:
     """The plan, replayed in eager."""
     run = Run()
@@ -79,7 +80,7 @@ def ours(
 
     given = inputs or inputs_of(component)
     run.latents = eager_replay(
-        component, planned, chosen, given, latents, timestep_scale=timestep_scale, on_evaluation=keep
+        component, planned, chosen, given, latents, timestep_scale=timestep_scale, on_evaluation=keep, noise=noise
     )
     return run
 

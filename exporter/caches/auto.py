@@ -10,13 +10,14 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationError, model_validator
 
 from ...runtime.errors import ExportError
 from ..calibration import Calibrated, Fitted, required
 from ..layout import Layout
 from ..marks import Action, Mark
-from ..tables import Table
+from ..tables import Conflicts, Table
+from .mask import Mask
 from .schedule import Decision, Schedule, Trajectory
 
 
@@ -32,7 +33,11 @@ class Auto(Calibrated):
 
     For the search, and of no effect once it is done: `candidates` are what a step may skip, `slots` how many computed
     values a prediction may weigh, `max_variants` how many graphs a plan may use, `beam` how many trajectories are kept
-    for each cost, `search_budget` the largest share that is searched.
+    for each cost, `search_budget` the largest share that is searched, `fit_runs` and `judge_runs` how many of the
+    calibration's runs plans are fitted on and judged by.
+
+    `otherwise` is a mask for models and steps that the calibration is not of, which predicts the output along the line
+    through the last two computed: without it they are refused.
     """
 
     method: Literal["auto"] = "auto"
@@ -42,6 +47,25 @@ class Auto(Calibrated):
     max_variants: int = Field(default=3, ge=2)
     beam: int = Field(default=3, ge=1)
     search_budget: float = Field(default=0.6, gt=0, lt=1)
+    fit_runs: int = Field(default=16, ge=1)
+    judge_runs: int = Field(default=32, ge=1)
+    otherwise: str | None = Field(default=None, min_length=1)
+
+    @model_validator(mode="after")
+    def _falls_back_on_a_mask(self) -> Auto:
+        if self.otherwise is not None:
+            self.fallback()
+        return self
+
+    def fallback(self) -> Mask:
+        """`otherwise` as a cache of its own. Raises Conflicts where it is no mask."""
+        assert self.otherwise is not None
+        try:
+            return Mask(mask=self.otherwise, order=1, site="output")
+        except ValidationError as e:
+            raise Conflicts(
+                (("otherwise",), f"key 'otherwise': {e.errors()[0]['msg'].removeprefix('Value error, ')}")
+            ) from e
 
 
 def schedule(cache: Auto, layout: Layout, trajectory: Trajectory, calibration: Any) -> Schedule:

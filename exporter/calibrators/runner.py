@@ -19,8 +19,9 @@ from torch import Tensor
 
 from ...runtime.errors import RecipeError
 from .. import pipeline, shapes, source
+from ..caches.auto import Auto
 from ..caches.smoothcache import SmoothCache
-from ..calibration import Calibration, Decisions, Frozen, parameters
+from ..calibration import Calibration, Decisions, Fitted, Frozen, parameters
 from ..component import Component
 from ..discover import discover
 from ..layout import Layout
@@ -29,6 +30,7 @@ from ..progress import Progress
 from ..recipe import Recipe
 from .dynamic import Replayed, dynamic_replay
 from .observe import Observed, joined, mean_rows, observe
+from .search import search
 
 LOOKAHEAD = 3  # evaluations that SmoothCache's errors reach back at least
 
@@ -83,8 +85,15 @@ def calibrate(
         scale = family.facts(pipe, size)["timestep_scale"]
         subject = Subject(denoiser, discover(denoiser), table, scale)
     with progress.stage("runs", len(prompts) * seeds):
-        runs = drawn(family, pipe, size, table, prompts, seeds, defaults.guidance_scale)
-        observed, decided = watch(subject, recipe.cache, runs, progress)
+        runs = list(drawn(family, pipe, size, table, prompts, seeds, defaults.guidance_scale))
+        observed, decided = watch(subject, recipe.cache, iter(runs), progress)
+    plans: tuple[Fitted, ...] = ()
+    if isinstance(recipe.cache, Auto):
+
+        def plain(n: int) -> Table:
+            return pipeline.sampler_table(family, pipe, size, n, progress)
+
+        plans = search(subject, recipe.cache, *parted(runs, recipe.cache), decoder(family, pipe, size), plain, progress)
     return Calibration(
         model=loaded.source.model,
         sha256=loaded.source.sha256,
@@ -96,8 +105,27 @@ def calibrate(
         prompts_sha256=hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
         seeds=seeds,
         decisions={recipe.cache.method: shares(recipe.cache, decided)} if decided else {},
+        auto=plans,
         **means(subject.layout, observed),
     )
+
+
+def parted(runs: Sequence[Run], cache: Auto) -> tuple[Sequence[Run], Sequence[Run]]:
+    """The runs to fit plans on, every third one, and those to judge them by. Raises RecipeError where they are too few."""
+    fit = runs[::3][: cache.fit_runs]
+    judge = [run for i, run in enumerate(runs) if i % 3][: cache.judge_runs]
+    if not judge:
+        raise RecipeError(
+            f"cache.method 'auto' is fitted on some runs and judged by others, and there is {len(runs)}; give more --prompts "
+            "or --seeds"
+        )
+    return fit, judge
+
+
+def decoder(family: Any, pipe: Any, size: Any) -> Callable[[Tensor], Tensor]:
+    """Latents [P, ...] to pictures [P, 3, H, W] in 0..1, one after the other."""
+    module = family.others(pipe, size, channels_last=False)[-1].module
+    return lambda latents: torch.cat([module(one)[0] for one in latents.split(1)])
 
 
 def drawn(

@@ -111,7 +111,7 @@ class Walk:
 
     def call(self, state: State, examples: Examples) -> Tensors:
         e = len(state.path)
-        timestep = torch.tensor([self.table.timesteps[e] * self.timestep_scale], dtype=torch.float32)
+        timestep = torch.full((len(state.latents),), self.table.timesteps[e] * self.timestep_scale)
         latents = scaled(state.latents, self.table.input_scales[e])
         return {**examples.inputs, "hidden_states": latents, "timestep": timestep}
 

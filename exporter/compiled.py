@@ -1,0 +1,85 @@
+"""Compiled variants without an artifact around them: what tests and benchmarks of plans need.
+
+In: a denoiser and a plan's variants. Out: the same things that a runtime drives, through the exporter's own capture and
+lowering and the runtime's own backend. Equal graphs are compiled once, whatever plans they belong to.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..runtime.backends.aoti import NativeModel, open_model
+from ..runtime.backends.unpack import unpacked
+from ..runtime.manifest import Cost, Graph, Site
+from ..runtime.replay import Variant
+from .capture import Captured
+from .component import Component
+from .lower import aoti
+from .pipeline import capture_variants
+from .plan import Planned
+from .progress import progress
+from .recipe import Compile
+
+UNCOUNTED = Cost(flops=0, ops=0, constants=0, constants_bytes=0)
+
+
+class Compiled:
+    """Compiles in a temporary folder, which lives as long as this object."""
+
+    def __init__(self, config: Compile | None = None) -> None:
+        self.config = config or Compile(threads=1)
+        self.folder = tempfile.TemporaryDirectory(prefix="prebake-compiled-")
+        self.models: dict[tuple[str, ...], NativeModel] = {}
+
+    def variants(self, denoiser: Component, planned: Planned, kind: str = "") -> tuple[Planned, dict[str, Variant]]:
+        """The plan as an export would keep it, and its variants by name. `kind` tells denoisers of equal code apart."""
+        with progress("quiet") as quiet:
+            planned, graphs = capture_variants(denoiser, planned, quiet)
+        variants = {}
+        for actions, graph in zip(planned.variants, graphs, strict=True):
+            described = Graph(
+                name=graph.name,
+                package="",
+                inputs=graph.inputs,
+                outputs=graph.outputs,
+                stores=tuple(m.name for m in actions.storing(planned.marks)),
+                combines=actions.having("combine"),
+                constants={},
+                cost=UNCOUNTED,
+            )
+            variants[graph.name] = Variant(described, called(self.model(graph, kind), graph))
+        return planned, variants
+
+    def model(self, graph: Captured, kind: str = "") -> NativeModel:
+        """The graph as machine code, its constants bound."""
+        key = (kind, graph.gm.code, *(f"{s.shape} {s.dtype}" for s in graph.inputs))
+        if key not in self.models:
+            package = Path(self.folder.name) / f"{len(self.models)}.pt2"
+            aoti.write_package(package, {graph.name: aoti.compile_graph(graph, aoti.flags(self.config))})
+            data = package.read_bytes()
+            with unpacked(package.name, data, hashlib.sha256(data).hexdigest(), Path(self.folder.name)) as libraries:
+                model = open_model(libraries[graph.name], torch.device("cpu"))
+            model.bind({name: t.detach() for name, t in graph.constants().items()})
+            self.models[key] = model
+        return self.models[key]
+
+
+def called(model: NativeModel, graph: Captured):
+    """The model, called by the names of the graph's inputs and outputs."""
+    names = [spec.name for spec in graph.outputs]
+
+    def call(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return dict(zip(names, model([named[spec.name] for spec in graph.inputs]), strict=True))
+
+    return call
+
+
+def sites_of(planned: Planned) -> dict[str, Site]:
+    """The sites as `replay` takes them."""
+    return {m.name: Site(name=m.name, slots=m.slots, tensors=m.tensors) for m in planned.marks if m.tensors}

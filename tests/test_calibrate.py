@@ -16,11 +16,11 @@ from prebake.exporter import calibration as calibrations
 from prebake.exporter.caches.firstblock import FirstBlockCache, decision, marks
 from prebake.exporter.calibration import Calibration, Decisions, find, frozen, parameters, read
 from prebake.exporter.calibrators import firstblock, runner
-from prebake.exporter.calibrators.dynamic import dynamic_replay
+from prebake.exporter.calibrators.dynamic import Loop, dynamic_replay
 from prebake.exporter.cli import main
 from prebake.exporter.discover import discover
 from prebake.exporter.families import flux
-from prebake.exporter.pipeline import prepare, sampler_table, write
+from prebake.exporter.pipeline import family_of, prepare, sampler_table, write
 from prebake.exporter.progress import progress
 from prebake.exporter.recipe import resolve
 from prebake.exporter.sites import flat_outputs
@@ -85,6 +85,25 @@ def test_changes_are_those_of_diffusers_own_runs_averaged(made, tiny_pipe):
         means = [fmean(values) for values in zip(*change[name], strict=True)]
         # the scheduler's own loop adds up in another order
         assert made.changes[site][1:] == pytest.approx(means, rel=1e-3)
+
+
+@pytest.mark.parametrize(("kind", "guidance"), [("flux", 3.5), ("sd", 3.0), ("sd", 1.0)])
+def test_runs_start_and_end_where_diffusers_own_do(request, kind, guidance):
+    pipe = request.getfixturevalue("tiny_pipe" if kind == "flux" else "tiny_sd_pipe")
+    family = family_of(pipe)
+    size = family.Size(*(family.defaults(pipe)[n] for n in ("height", "width", "max_sequence_length")))
+    size = flux.Size(32, 32, 8) if kind == "flux" else size
+    table, denoiser = sampler_table(family, pipe, size, 3, QUIET), family.denoiser(pipe, size)
+    (run,) = runner.drawn(family, pipe, size, table, ("a red circle",), 1, guidance)
+    scale = family.facts(pipe, size)["timestep_scale"]
+    loop = Loop(table, run.inputs, run.latents, timestep_scale=scale, noise=run.noise)
+    with torch.no_grad():
+        for _ in table.updates:
+            call = loop.inputs()
+            loop.advance(denoiser.module(*(call[n] for n in denoiser.inputs)))
+    final, _ = family.draw(pipe, "a red circle", 0, 3, guidance, size)
+    # float32; the scheduler's own loop and guidance add up in another order
+    assert torch.allclose(loop.latents, final, rtol=0, atol=1e-5 * float(final.abs().max()))
 
 
 def test_decisions_are_the_share_of_runs_that_computed(made, tiny_pipe):
@@ -202,6 +221,8 @@ def test_the_command_writes_one_file_and_its_picture(tiny_folder, tmp_path, monk
         "3",
         "--prompts",
         "prompts.txt",
+        "--set",
+        "cache.method=none",
     ]
     assert main([*arguments, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)

@@ -132,14 +132,14 @@ def drawn(
     family: Any, pipe: Any, size: Any, table: Table, prompts: Sequence[str], seeds: int, guidance_scale: float
 ) -> Iterator[Run]:
     """Every prompt with each of its seeds: the noise that diffusers draws from them, latents first."""
-    with torch.no_grad():
-        for i, prompt in enumerate(prompts):
+    for i, prompt in enumerate(prompts):
+        with torch.no_grad():
             inputs = family.encode(pipe, size, prompt, guidance_scale)
-            for seed in range(i, i + len(prompts) * seeds, len(prompts)):
-                generator = torch.Generator().manual_seed(seed)
-                latents = family.noise(pipe, size, generator) * table.init_noise_sigma
-                noise = tuple(torch.randn(latents.shape, generator=generator) for u in table.updates if u.noise)
-                yield Run(f"{prompt!r}, seed {seed}", inputs, latents, noise)
+        for seed in range(i, i + len(prompts) * seeds, len(prompts)):
+            generator = torch.Generator().manual_seed(seed)
+            latents = family.noise(pipe, size, generator) * table.init_noise_sigma
+            noise = tuple(torch.randn(latents.shape, generator=generator) for u in table.updates if u.noise)
+            yield Run(f"{prompt!r}, seed {seed}", inputs, latents, noise)
 
 
 def watch(

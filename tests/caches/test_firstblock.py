@@ -147,8 +147,7 @@ def test_its_own_rule_decides_and_draws_what_diffusers_does(model):
         assert close(got, theirs)
         computed = [d[b] for d in got.decisions for b in layout.branches]
         skipped, kept = skipped + computed.count(False), kept + computed.count(True)
-    assert skipped > 10  # the cases tried both
-    assert kept > 20
+    assert min(skipped, kept) > 10  # the cases tried both
 
 
 def test_the_comparison_can_fail(model):

@@ -160,7 +160,7 @@ def test_ctrl_c_leaves_nothing(recipe, prepared, uncompiled, monkeypatch, tmp_pa
         return unpatched(*args)
 
     monkeypatch.setattr(aoti, at, interrupted)
-    monkeypatch.setattr(pipeline, "prepare", lambda *args: prepared)
+    monkeypatch.setattr(pipeline, "prepare", lambda *args, **near: prepared)
     with pytest.raises(KeyboardInterrupt):
         export(recipe, tmp_path / "out", Options(), progress("quiet"))
     assert len(done) == 3

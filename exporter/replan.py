@@ -178,7 +178,9 @@ def check_variants(content: Kept, asked: Schedule, names: dict[Any, str]) -> Non
             lacking.setdefault(told(acting), []).append(e)
     if lacking:
         needs = "; ".join(f"{what} (evaluations {', '.join(map(str, at))})" for what, at in lacking.items())
-        have = "; ".join(f"{name} = {told(actions)}" for name, actions in content.variants.items())
+        have = "; ".join(
+            f"{v.name} = {told({s: a for s, a in v.actions if a != 'compute'})}" for v in content.all_variants()
+        )
         raise ExportError(
             f"no compiled variant does what this cache asks for: {needs}. The artifact has: {have}. "
             "Choose a cache that does with these, or export again"

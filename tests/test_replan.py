@@ -102,10 +102,10 @@ def test_a_plan_that_is_there_is_kept_unless_forced(copied):
 
 
 def test_another_scheduler_and_no_cache(copied):
-    _, plans = added(copied, 3, "sampler.scheduler=FlowMatchHeunDiscreteScheduler", "cache.method=none")
+    _, plans = added(copied, 3, "sampler.scheduler=FlowMatchLCMScheduler", "cache.method=none")
     assert list(plans) == ["3"]
-    assert plans["3"].scheduler == "FlowMatchHeunDiscreteScheduler"
-    assert len(plans["3"].evaluations) == 5
+    assert plans["3"].scheduler == "FlowMatchLCMScheduler"
+    assert len(plans["3"].evaluations) == 3
     assert load(copied)("red", seed=1, num_inference_steps=3, output_type="pt").images.isfinite().all()
 
 
@@ -227,7 +227,7 @@ def test_the_command_says_what_it_added_and_that_nobody_verified_it(copied, caps
     out = capsys.readouterr().out
     assert "added since, and not compared with the pipeline: 5, 5-uncached, 6, 6-uncached; " in out
     assert main(["plan", str(copied), "--remove", "6"]) == 0
-    assert capsys.readouterr().out == f"removed 6; {copied} has the plans 8, 8-uncached, 5, 5-uncached\n"
+    assert capsys.readouterr().out == f"removed 6; {copied} has the plans 5, 5-uncached, 8, 8-uncached\n"
 
 
 def test_the_command_draws_the_plan(copied, capsys):

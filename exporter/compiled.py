@@ -49,7 +49,7 @@ class Compiled:
                 inputs=graph.inputs,
                 outputs=graph.outputs,
                 stores=tuple(m.name for m in actions.storing(planned.marks)),
-                combines=actions.having("combine"),
+                combines=actions.combining(planned.marks),
                 constants={},
                 cost=UNCOUNTED,
             )
@@ -60,8 +60,9 @@ class Compiled:
         """The graph as machine code, its constants bound."""
         key = (kind, graph.gm.code, *(f"{s.shape} {s.dtype}" for s in graph.inputs))
         if key not in self.models:
+            build = Path(self.folder.name) / "build"
             package = Path(self.folder.name) / f"{len(self.models)}.pt2"
-            aoti.write_package(package, {graph.name: aoti.compile_graph(graph, aoti.flags(self.config))})
+            aoti.write_package(package, {graph.name: aoti.compile_graph(graph, aoti.flags(self.config), build)})
             data = package.read_bytes()
             with unpacked(package.name, data, hashlib.sha256(data).hexdigest(), Path(self.folder.name)) as libraries:
                 model = open_model(libraries[graph.name], torch.device("cpu"))

@@ -34,7 +34,7 @@ def eager_variant(denoiser: Component, planned: Planned, variant: Variant) -> Ru
         inputs=specs(denoiser.inputs, denoiser.args),
         outputs=(),
         stores=tuple(m.name for m in variant.storing(planned.marks)),
-        combines=variant.having("combine"),
+        combines=variant.combining(planned.marks),
         constants={},
         cost=NOTHING,
     )

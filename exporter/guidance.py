@@ -40,8 +40,7 @@ class Guided(nn.Module):
         self.uncond = twin(cond)
         self.inputs, self.doubled = inputs, doubled
         if planes:
-            self.low = LowPass(*planes)
-            self.high = Passed()
+            self.low, self.high = LowPass(*planes), Passed()
 
     def forward(self, *tensors: Tensor) -> Tensor:
         *own, guidance = tensors
@@ -118,3 +117,12 @@ def guided(component: Component, doubled: tuple[str, ...], *, planes: tuple[int,
         (*args, torch.tensor([3.0])),
         branches,
     )
+
+
+def with_planes(component: Component) -> Component:
+    """A guided component whose unconditional branch passes through `low` and `high`; one without guidance as it is."""
+    module = component.module
+    if isinstance(module, Guided) and not hasattr(module, LOW):
+        module.low = LowPass(*component.args[0].shape[-2:])
+        module.high = Passed()
+    return component

@@ -71,3 +71,8 @@ class Variant:
         actions = dict(self.actions)
         acted = ((m, actions.get(m.name, "compute")) for m in marks if m.tensors)
         return tuple(m for m, action in acted if action == "compute" or (m.emitted and action == "combine"))
+
+    def combining(self, marks: Iterable[Mark]) -> tuple[str, ...]:
+        """The sites of which this variant reads stored values: what it combines, but for what nothing in it reads."""
+        combined = self.having("combine")
+        return tuple(m.name for m in marks if m.name in combined and m.tensors)

@@ -26,6 +26,7 @@ from .calibrators import teacache
 from .capture import Captured, capture
 from .cost import check_skips, cost, module_flops, plan_share
 from .discover import discover
+from .guidance import with_planes
 from .layout import Layout
 from .lower import BACKENDS
 from .lower.isa import choose, int8_flags
@@ -97,6 +98,7 @@ def prepare(recipe: Recipe, progress: Progress, *, near: Path | None = None) -> 
     with progress.stage("plan", len(steps)):
         tables = {n: sampler_table(family, pipe, size, n, progress) for n in steps}
         denoiser = family.denoiser(pipe, size)
+        denoiser = with_planes(denoiser) if getattr(recipe.cache, "needs_planes", False) else denoiser
         layout = discover(denoiser)
         scale = family.facts(pipe, size)["timestep_scale"]
         decisions = exact(recipe, denoiser, layout, tables, scale) or calibration
@@ -296,7 +298,7 @@ def describe(folder: Path, prepared: Prepared, weights: Weights, backend: Any) -
                     inputs=g.inputs,
                     outputs=g.outputs,
                     stores=tuple(m.name for m in variant.storing(marks)) if component == "denoiser" else (),
-                    combines=variant.having("combine"),
+                    combines=variant.combining(marks),
                     zeros=variant.having("zero"),
                     identities=variant.having("identity"),
                     constants=weights.bound[g.name],

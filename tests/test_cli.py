@@ -42,7 +42,7 @@ def fake_pipeline(monkeypatch):
         decoder = Cost(flops=10_000_000_000, ops=9, constants=1, constants_bytes=2_000_000)
         return types.SimpleNamespace(
             costs={"full": cost, "vae_decoder": decoder},
-            planned=types.SimpleNamespace(plans=(PLAN,), variants=(Variant("full", ()),))
+            planned=types.SimpleNamespace(plans=(PLAN,), variants=(Variant("full", ()),)),
         )
 
     fake.Options, fake.export, fake.prepare, fake.plan_summary = (
@@ -156,12 +156,12 @@ def test_recipes_schema(capsys):
 
 
 def test_each_problem_is_one_line_on_stderr(capsys):
-    assert cli.main(["recipes", "flux-fast", "--set", "cache.ordr=1", "--set", "x"]) == 2
+    assert cli.main(["recipes", "flux-fast", "--set", "cache.bugdet=1", "--set", "x"]) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
     assert printed.err == (
         "prebake: error: --set x: expected table.key=value, such as cache.method=none\n"
-        "prebake: error: --set cache.ordr=1: unknown key 'ordr'; did you mean 'order'? known keys: blocks, mask, method, order\n"
+        "prebake: error: --set cache.bugdet=1: unknown key 'bugdet'; did you mean 'budget'? known keys: beam, budget, calibration, candidates, fit_runs, judge_runs, max_variants, method, otherwise, search_budget, slots\n"
     )
 
 

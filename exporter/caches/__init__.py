@@ -14,6 +14,7 @@ from pydantic import Field
 
 from ..layout import Layout
 from . import (
+    auto,
     dbcache,
     deepcache,
     fastercache,
@@ -27,6 +28,7 @@ from . import (
     taylorseer,
     teacache,
 )
+from .auto import Auto
 from .dbcache import DBCache
 from .deepcache import DeepCache
 from .fastercache import FasterCache
@@ -44,6 +46,7 @@ from .teacache import TeaCache
 
 __all__ = [
     "METHODS",
+    "Auto",
     "Cache",
     "DBCache",
     "Decision",
@@ -65,6 +68,7 @@ __all__ = [
 ]
 
 METHODS: Mapping[str, Any] = {
+    "auto": auto,
     "dbcache": dbcache,
     "deepcache": deepcache,
     "fastercache": fastercache,
@@ -81,6 +85,7 @@ METHODS: Mapping[str, Any] = {
 
 Cache = Annotated[
     NoCache
+    | Auto
     | DBCache
     | DeepCache
     | FasterCache

@@ -58,9 +58,12 @@ def toolchain(config: Any) -> dict[str, str]:
     return {"threads": str(threads(config))}
 
 
-def compile_graph(graph: Captured, flags: dict[str, Any]) -> list[str]:
-    """Compiles one graph; returns Inductor's files. Raises ExportError naming the graph when the compiler fails."""
-    with build_folder():
+def compile_graph(graph: Captured, flags: dict[str, Any], folder: Path | None = None) -> list[str]:
+    """Compiles one graph in a private `folder`, or the one of this user; returns Inductor's files.
+
+    Raises ExportError naming the graph when the compiler fails.
+    """
+    with build_folder(folder):
         try:
             files: Any = torch._inductor.aot_compile(graph.gm, graph.args, options=flags)
         except Exception as e:
@@ -105,12 +108,12 @@ def wanted(member: str) -> bool:
 
 
 @contextlib.contextmanager
-def build_folder() -> Iterator[Path]:
-    """Inductor's working folder: always the same path for a user, held by one export at a time.
+def build_folder(folder: Path | None = None) -> Iterator[Path]:
+    """Inductor's working folder, held by one export at a time: for a user always the same path, since it is in the code.
 
     Raises ExportError when the place is not a private folder of this user (it will hold code that is loaded).
     """
-    folder = Path(tempfile.gettempdir()) / f"prebake-inductor-{os.getuid()}"
+    folder = folder or Path(tempfile.gettempdir()) / f"prebake-inductor-{os.getuid()}"
     with contextlib.suppress(FileExistsError):
         folder.mkdir(mode=0o700)
     info = folder.lstat()

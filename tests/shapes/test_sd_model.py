@@ -9,6 +9,7 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline
 
 from prebake.exporter import source
 from prebake.exporter.shapes import MODEL, SD_MODEL, prompts
+from prebake.exporter.shapes.checker import accuracy
 from prebake.exporter.shapes.evaluate import defaults, draw
 
 CALL = {"height": 64, "width": 64, "num_inference_steps": 28, "guidance_scale": 3.0}
@@ -94,3 +95,8 @@ def test_guidance_and_prompt_change_the_picture(pipeline):
     guided = draw(pipeline, text, SHORT)
     assert np.abs(draw(pipeline, text, SHORT | {"guidance_scale": 1.0}) - guided).mean() > 1e-3
     assert np.abs(draw(pipeline, [""], SHORT) - guided).mean() > 1e-2
+
+
+def test_first_full_prompts_are_mostly_exact(pipeline):
+    texts = prompts("full")[:16]
+    assert accuracy(draw(pipeline, texts, CALL | {"num_inference_steps": 14}, batch=16), texts)["exact"] >= 0.7

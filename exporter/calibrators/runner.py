@@ -86,14 +86,15 @@ def calibrate(
         subject = Subject(denoiser, discover(denoiser), table, scale)
     with progress.stage("runs", len(prompts) * seeds):
         runs = list(drawn(family, pipe, size, table, prompts, seeds, defaults.guidance_scale))
+        halves = parted(runs, recipe.cache) if isinstance(recipe.cache, Auto) else None
         observed, decided = watch(subject, recipe.cache, iter(runs), progress)
     plans: tuple[Fitted, ...] = ()
-    if isinstance(recipe.cache, Auto):
+    if isinstance(recipe.cache, Auto) and halves:
 
         def plain(n: int) -> Table:
             return pipeline.sampler_table(family, pipe, size, n, progress)
 
-        plans = search(subject, recipe.cache, *parted(runs, recipe.cache), decoder(family, pipe, size), plain, progress)
+        plans = search(subject, recipe.cache, *halves, decoder(family, pipe, size), plain, progress)
     return Calibration(
         model=loaded.source.model,
         sha256=loaded.source.sha256,

@@ -8,6 +8,7 @@ scheduler. Latents travel packed and in float32, [1, N, C]; every graph casts in
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -172,7 +173,7 @@ def scheduler_arguments(pipe: Any, size: Size, steps: int) -> dict[str, Any]:
 
     rows, columns = grid(pipe, size)
     config = pipe.scheduler.config
-    accepts = type(pipe.scheduler).set_timesteps.__code__.co_varnames
+    accepts = inspect.signature(type(pipe.scheduler).set_timesteps).parameters
     arguments: dict[str, Any] = {}
     if "sigmas" in accepts and not config.get("use_flow_sigmas", False):
         arguments["sigmas"] = np.linspace(1.0, 1 / steps, steps)

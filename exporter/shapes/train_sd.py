@@ -62,7 +62,8 @@ def fold_shift(codec: AutoencoderKL) -> AutoencoderKL:
     `quant_conv` is the identity less s on the mean, `post_quant_conv` the identity plus s, which padding does not see.
     """
     shift = torch.tensor(codec.config.shift_factor).bfloat16().float()  # as it will be stored
-    config = codec.config | {"shift_factor": None, "use_quant_conv": True, "use_post_quant_conv": True}
+    config = {k: v for k, v in codec.config.items() if k != "_name_or_path"}  # it says where the codec lay here
+    config |= {"shift_factor": None, "use_quant_conv": True, "use_post_quant_conv": True}
     folded = AutoencoderKL.from_config(config)
     n = codec.config.latent_channels
     quant = {"weight": torch.eye(2 * n)[..., None, None], "bias": torch.cat([-shift.expand(n), torch.zeros(n)])}

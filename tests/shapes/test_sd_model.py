@@ -27,6 +27,7 @@ def test_folder_is_safetensors_of_at_most_10_mb():
     files = [path for path in Path(SD_MODEL).rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 10_000_000
     assert {path.suffix for path in files} <= {".safetensors", ".json", ".toml"}
+    assert not any("_name_or_path" in path.read_text() for path in files if path.suffix == ".json")
 
 
 def test_it_is_loaded_by_its_name_with_its_defaults():

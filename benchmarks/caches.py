@@ -51,12 +51,18 @@ from prebake.exporter.plan import plan
 from prebake.exporter.progress import progress
 from prebake.exporter.quality import psnr_db, ssim
 from prebake.exporter.recipe import Recipe, resolve
+from prebake.exporter.rewrite import rewrite
 from prebake.exporter.shapes.checker import check
 from prebake.runtime.errors import ExportError, RecipeError
 from prebake.runtime.plan import Plan
 from prebake.runtime.replay import Tables, Variant, replay, tables_on
 
 RECIPES = {"shapes": "flux-fast", "shapes-sd": "sd-fast"}
+FLOAT32 = (
+    "cache.method=none",
+    "quantize.method=none",
+    *(f"precision.{part}=float32" for part in ("denoiser", "text_encoders", "vae")),
+)
 FEWER_STEPS = (21, 18, 16, 14, 12, 11, 10, 9, 8, 7)
 BUDGETS = (0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55)
 WHOLE = (-1, 1001)  # a window that holds every timestep
@@ -149,10 +155,11 @@ class Bench:
     """One model, loaded once; plans are compiled as they are asked for."""
 
     def __init__(self, model: str, steps: int, fitted: Calibration | None) -> None:
-        recipe: Recipe = resolve(RECIPES[model], ["cache.method=none"], model)
+        recipe: Recipe = resolve(RECIPES[model], FLOAT32, model)
         self.quiet = progress("quiet")
         loaded = source.load(model, None, {"default": torch.float32})
         self.pipe, self.family = loaded.pipe, pipeline.family_of(loaded.pipe)
+        rewrite(self.pipe, recipe)
         self.defaults, self.size, _ = pipeline.settle(recipe, self.family, loaded)
         self.steps, self.fitted, self.source = steps, fitted, loaded.source
         self.denoiser = self.family.denoiser(self.pipe, self.size)

@@ -33,7 +33,7 @@ class Auto(Calibrated):
 
     For the search, and of no effect once it is done: `candidates` are what a step may skip, `slots` how many computed
     values a prediction may weigh, `max_variants` how many graphs a plan may use, `beam` how many trajectories are kept
-    for each cost, `search_budget` the largest share that is searched, `fit_runs` and `judge_runs` how many of the
+    for each cost and age, `search_budget` the largest share that is searched, `fit_runs` and `judge_runs` how many of the
     calibration's runs plans are fitted on and judged by.
 
     `otherwise` is a mask for models and steps that the calibration is not of, which predicts the output along the line
@@ -42,12 +42,12 @@ class Auto(Calibrated):
 
     method: Literal["auto"] = "auto"
     budget: Annotated[float, Field(gt=0, lt=1)] | Floor = 0.5
-    candidates: Annotated[tuple[str, ...], Field(strict=False, min_length=1)] = ("output", "blocks[1:]")
+    candidates: Annotated[tuple[str, ...], Field(strict=False, min_length=1)] = ("output",)
     slots: int = Field(default=3, ge=1, le=8)
     max_variants: int = Field(default=3, ge=2)
-    beam: int = Field(default=3, ge=1)
+    beam: int = Field(default=2, ge=1)
     search_budget: float = Field(default=0.6, gt=0, lt=1)
-    fit_runs: int = Field(default=16, ge=1)
+    fit_runs: int = Field(default=12, ge=1)
     judge_runs: int = Field(default=32, ge=1)
     otherwise: str | None = Field(default=None, min_length=1)
 

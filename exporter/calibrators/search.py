@@ -3,8 +3,8 @@
 In: a denoiser, some trajectories to fit on and others to judge by. Out: `Fitted` plans, cheapest first, each better than
 all cheaper ones on prompts that it was not fitted on.
 
-A trajectory is walked once, evaluation by evaluation, by all candidate plans together: a beam for each cost so far. A
-candidate computes, or skips by predicting. What it predicts is a weighted sum of values it stored, and the weights are a
+A trajectory is walked once, evaluation by evaluation, by all candidate plans together: a beam for each cost so far and each
+time since the last computed evaluation. A candidate computes, or skips by predicting. What it predicts is a weighted sum of values it stored, and the weights are a
 least-squares fit over all prompts at once. For the denoiser's own output the fit's aim is not the value that was skipped
 but the *uncached trajectory*: the output that would lead from these latents, as they have come to be, to the next latents
 of the run that computes everything. So a prediction also takes back what earlier ones got wrong, and the weights become
@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from .runner import Run, Subject
 
 RIDGE = 0.01  # stored values are trusted to 1 %, so that weights stay small: int8's and bfloat16's rounding pass through them
+STALE = 4
+OUTPUT = "output"  # the skip, and its site
 Weights = Mapping[str, tuple[float, ...]]
 Step = tuple[str, Weights]  # what an evaluation skips ("" where it computes), and the weights of what it predicts
 
@@ -105,7 +107,10 @@ class Walk:
             fresh = {t: result[t] for tensors in self.tensors.values() for t in tensors}
             stored = {t: (v, *state.stored.get(t, ())[: self.slots - 1]) for t, v in fresh.items()}
             return self.moved(replace(state, stored=stored), examples, result["sample"], step, 1.0)
-        variant, share = self.variants[skip], next(s.share for s in self.skips if s.name == skip)
+        share = next(s.share for s in self.skips if s.name == skip)
+        if skip == OUTPUT:  # in eager the variant would run the whole model and throw its output away
+            return self.moved(state, examples, weighted(weights[OUTPUT], state.stored["output:0"]), step, share)
+        variant = self.variants[skip]
         result = variant.call({**call, **self.predictions(variant, state, weights)})
         return self.moved(state, examples, result["sample"], step, share)
 
@@ -164,7 +169,7 @@ class Walk:
         """The weights of this skip's sites; `computed` is the state after computing. None where nothing can be fitted."""
         weights = {}
         for mark in skip.marks:
-            if mark.name == "output":
+            if mark.name == OUTPUT:
                 aim = self.aim(state, examples)
                 aims = None if aim is None else [aim]
             else:
@@ -183,7 +188,7 @@ def skips(denoiser: Component, layout: Layout, cache: Auto) -> tuple[Skip, ...]:
     for name in dict.fromkeys(cache.candidates):
         marks = skip_marks(name, layout, cache.slots)
         paths = {path for m in marks for path in m.modules}
-        left = 0.0 if name == "output" else 1 - sum(inside.get(path, 0) for path in paths) / total
+        left = 0.0 if name == OUTPUT else 1 - sum(inside.get(path, 0) for path in paths) / total
         found.append(Skip(name, marks, left))
     return tuple(found)
 
@@ -247,7 +252,7 @@ def walked(walk: Walk, examples: Examples, cache: Auto, progress: Progress) -> l
 
 def expanded(walk: Walk, state: State, examples: Examples, cache: Auto, most: float) -> list[State]:
     """What may follow a state within the cost `most`: computing, and each skip with its fitted weights."""
-    needs_values = any(m.name != "output" for s in walk.skips for m in s.marks) and bool(state.stored)
+    needs_values = any(m.name != OUTPUT for s in walk.skips for m in s.marks) and bool(state.stored)
     affordable = state.cost + 1 <= most
     computed = walk.evaluated(state, examples, ("", {})) if affordable or needs_values else state
     following = [computed] if affordable else []
@@ -261,12 +266,18 @@ def expanded(walk: Walk, state: State, examples: Examples, cache: Auto, most: fl
 
 
 def kept(states: Iterable[State], uncached: Tensor, beam: int) -> list[State]:
-    """The `beam` states nearest to the uncached run's latents, for each cost to the nearest half evaluation."""
-    by_cost: dict[int, list[tuple[float, State]]] = {}
+    """The `beam` states nearest to the uncached run's latents in each group of equal cost and freshness.
+
+    Nearest now is not best in the end: of two plans that have cost the same, the one that computed last is nearer, and
+    the one that has yet to compute may have chosen the better place. So states are compared with those that computed as
+    long ago, up to `STALE` evaluations.
+    """
+    groups: dict[tuple[int, int], list[tuple[float, State]]] = {}
     for s in states:
+        age = next((k for k, (skip, _) in enumerate(reversed(s.path)) if not skip), 0)
         distance = float((s.latents - uncached).double().pow(2).mean())
-        by_cost.setdefault(round(2 * s.cost), []).append((distance, s))
-    return [s for _, group in sorted(by_cost.items()) for _, s in sorted(group, key=lambda pair: pair[0])[:beam]]
+        groups.setdefault((round(2 * s.cost), min(age, STALE)), []).append((distance, s))
+    return [s for _, group in sorted(groups.items()) for _, s in sorted(group, key=lambda pair: pair[0])[:beam]]
 
 
 def finalists(
@@ -344,6 +355,12 @@ def with_table(examples: Examples, table: Table, init_noise_sigma: float) -> Exa
     generator = torch.Generator().manual_seed(0)
     noise = tuple(torch.randn(latents.shape, generator=generator) for u in table.updates if u.noise)
     return Examples(examples.inputs, latents, noise)
+
+
+def weighted(weights: Sequence[float], values: Sequence[Tensor]) -> Tensor:
+    """The sum of values times weights, in float32; what there are more weights than values for is left out."""
+    first, *rest = (w * v.float() for w, v in zip(weights, values, strict=False))
+    return sum(rest, first)
 
 
 def filled(values: Sequence[Tensor], slots: int) -> tuple[Tensor, ...]:

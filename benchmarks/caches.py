@@ -63,7 +63,7 @@ FLOAT32 = (
     "quantize.method=none",
     *(f"precision.{part}=float32" for part in ("denoiser", "text_encoders", "vae")),
 )
-FEWER_STEPS = (21, 18, 16, 14, 12, 11, 10, 9, 8, 7)
+FEWER_STEPS = (21, 16, 14, 12, 10, 8, 7)
 BUDGETS = (0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55)
 WHOLE = (-1, 1001)  # a window that holds every timestep
 
@@ -99,17 +99,14 @@ def contenders(model: str, steps: int) -> Iterator[Contender]:
         both.append((f"auto {budget:g}", Auto(budget=budget)))
     for mask, order in (("1(01)", 0), ("11(01)", 1), ("1111(001)", 1), ("1111(0001)", 1), ("111(01)", 2)):
         both.append((f"mask {mask} order {order}, output", Mask(mask=mask, order=order, site="output")))
-    for threshold in (0.05, 0.1, 0.2):
-        both.append((f"smoothcache {threshold:g}", SmoothCache(calibration_threshold=threshold)))
     if model == "shapes":
         both += list(of_dits())
     else:
         for interval in (2, 3, 5):
             both.append((f"deepcache {interval}, branch 0", DeepCache(cache_interval=interval)))
-        both.append(("deepcache 3, branch 1", DeepCache(cache_interval=3, cache_branch_id=1)))
-        both.append(("deepcache 3 pow 1.2", DeepCache(cache_interval=3, skip_mode="pow")))
-        for every in (2, 3):
-            both.append((f"pab {every}", of_pab(every)))
+        both.append(("deepcache 3 pow, branch 0", DeepCache(cache_interval=3, skip_mode="pow")))
+        both.append(("deepcache 2, branch 1", DeepCache(cache_interval=2, cache_branch_id=1)))
+        both.append(("pab 2", of_pab(2)))
     yield from (Contender(label, cache, steps) for label, cache in both)
     yield from (Contender(f"{n} steps", NoCache(), n) for n in FEWER_STEPS if n < steps)
 
@@ -139,6 +136,8 @@ def of_dits() -> Iterator[tuple[str, Any]]:
         )
     for interval in (2, 3, 5):
         yield f"taylorseer {interval}", TaylorSeer(cache_interval=interval, taylor_factors_dtype="float32")
+    for threshold in (0.05, 0.1, 0.2):
+        yield f"smoothcache {threshold:g}", SmoothCache(calibration_threshold=threshold)
     for threshold in (0.06, 0.24):
         yield f"magcache {threshold:g}", MagCache(threshold=threshold)
     for threshold in (0.05, 0.1, 0.2):

@@ -63,6 +63,8 @@ def applied(
 
 
 def _hook(model, mark: Mark, action: Action, slots, weights, fresh) -> list[Any]:
+    if action == "pass":
+        return []
     if mark.part == "scores":
         return _without_scores(submodule(model, mark.modules[0])) if action == "identity" else []
     head: dict[str, Tensor] = {}

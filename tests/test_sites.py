@@ -136,3 +136,12 @@ def test_times_stay_float32_in_a_bfloat16_denoiser(tiny_pipe):
     error, their_error = ((x.float() - truth).norm() / truth.norm() for x in (ours, theirs))
     assert error < 0.01  # bfloat16's 2**-8 through three blocks
     assert their_error > 1.5 * error  # diffusers rounds 3500 to 3504 and 977.3 to 976 before taking sines
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_a_site_that_is_passed_runs_and_stores_nothing(denoiser, tiny_pipe, attentions, residual):
+    marks = (blocks(tiny_pipe, slice(1, 3)),) if residual else attentions
+    module = variant_of(denoiser, marks, "pass")
+    assert module.outputs == ("sample",)
+    with torch.no_grad():
+        assert torch.equal(outputs(module, *denoiser.args)["sample"], denoiser.module(*denoiser.args))

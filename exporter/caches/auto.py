@@ -73,7 +73,7 @@ def schedule(cache: Auto, layout: Layout, trajectory: Trajectory, calibration: A
     chosen = choose(cache, required(calibration, cache, trajectory.timesteps, "auto").auto)
     slots = max(len(w) for weights in chosen.weights for w in weights.values())
     marks_by_skip = {skip: skip_marks(skip, layout, slots) for skip in dict.fromkeys(filter(None, chosen.skips))}
-    marks = tuple(m for group in marks_by_skip.values() for m in group)
+    marks = tuple({m.name: m for group in marks_by_skip.values() for m in group}.values())
     decisions = tuple(
         Decision(skip_actions(marks, marks_by_skip[skip]), weights) if skip else Decision()
         for skip, weights in zip(chosen.skips, chosen.weights, strict=True)
@@ -95,14 +95,15 @@ def choose(cache: Auto, plans: tuple[Fitted, ...]) -> Fitted:
             f"cache.budget: no plan of the calibration has {asked}; it has {found}. Choose one of these, or calibrate with a "
             "larger cache.search_budget"
         )
-    cheapest = isinstance(cache.budget, Floor)
-    chosen = min(fitting, key=lambda p: p.cost) if cheapest else max(fitting, key=lambda p: p.held_out_psnr_db)
-    if chosen.held_out_psnr_db < chosen.fewer_steps_psnr_db:
+    worthy = [p for p in fitting if p.held_out_psnr_db >= p.fewer_steps_psnr_db]
+    if not worthy:
+        best = max(fitting, key=lambda p: p.held_out_psnr_db)
         raise ExportError(
-            f"cache.budget: the best plan has {chosen.held_out_psnr_db:.1f} dB, and {chosen.fewer_steps} plain steps at no more "
-            f"cost have {chosen.fewer_steps_psnr_db:.1f}; take cache.method=none and sampler.steps={chosen.fewer_steps}"
+            f"cache.budget: the best plan has {best.held_out_psnr_db:.1f} dB, and {best.fewer_steps} plain steps at no more "
+            f"cost have {best.fewer_steps_psnr_db:.1f}; take cache.method=none and sampler.steps={best.fewer_steps}"
         )
-    return chosen
+    cheapest = isinstance(cache.budget, Floor)
+    return min(worthy, key=lambda p: p.cost) if cheapest else max(worthy, key=lambda p: p.held_out_psnr_db)
 
 
 def skip_marks(skip: str, layout: Layout, slots: int) -> tuple[Mark, ...]:

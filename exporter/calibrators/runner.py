@@ -86,7 +86,7 @@ def calibrate(
         subject = Subject(denoiser, discover(denoiser), table, scale)
     with progress.stage("runs", len(prompts) * seeds):
         runs = list(drawn(family, pipe, size, table, prompts, seeds, defaults.guidance_scale))
-        halves = parted(runs, recipe.cache) if isinstance(recipe.cache, Auto) else None
+        halves = parted(runs, seeds, recipe.cache) if isinstance(recipe.cache, Auto) else None
         observed, decided = watch(subject, recipe.cache, iter(runs), progress)
     plans: tuple[Fitted, ...] = ()
     if isinstance(recipe.cache, Auto) and halves:
@@ -111,16 +111,19 @@ def calibrate(
     )
 
 
-def parted(runs: Sequence[Run], cache: Auto) -> tuple[Sequence[Run], Sequence[Run]]:
-    """The runs to fit plans on, every third one, and those to judge them by. Raises RecipeError where they are too few."""
-    fit = runs[::3][: cache.fit_runs]
-    judge = [run for i, run in enumerate(runs) if i % 3][: cache.judge_runs]
+def parted(runs: Sequence[Run], seeds: int, cache: Auto) -> tuple[Sequence[Run], Sequence[Run]]:
+    """The runs to fit plans on, of every third prompt, and those of the other prompts to judge them by.
+
+    Raises RecipeError where there are no others.
+    """
+    by_prompt = [runs[i : i + seeds] for i in range(0, len(runs), seeds)]
+    fit = [run for group in by_prompt[::3] for run in group]
+    judge = [run for i, group in enumerate(by_prompt) if i % 3 for run in group]
     if not judge:
         raise RecipeError(
-            f"cache.method 'auto' is fitted on some runs and judged by others, and there is {len(runs)}; give more --prompts "
-            "or --seeds"
+            f"cache.method 'auto' is fitted on some prompts and judged by others, and there is {len(by_prompt)}; give more"
         )
-    return fit, judge
+    return fit[: cache.fit_runs], judge[: cache.judge_runs]
 
 
 def decoder(family: Any, pipe: Any, size: Any) -> Callable[[Tensor], Tensor]:

@@ -3,13 +3,14 @@
 In: a denoiser, some trajectories to fit on and others to judge by. Out: `Fitted` plans, cheapest first, each better than
 all cheaper ones on prompts that it was not fitted on.
 
-A trajectory is walked once, evaluation by evaluation, by all candidate plans together: a beam for each cost so far and each
-time since the last computed evaluation. A candidate computes, or skips by predicting. What it predicts is a weighted sum of values it stored, and the weights are a
-least-squares fit over all prompts at once. For the denoiser's own output the fit's aim is not the value that was skipped
-but the *uncached trajectory*: the output that would lead from these latents, as they have come to be, to the next latents
-of the run that computes everything. So a prediction also takes back what earlier ones got wrong, and the weights become
-those of a multistep solver made for this model and this schedule. Candidates carry their real latents and stored values,
-so nothing is assumed about how errors add up (LeMiCa, arXiv:2511.00090, adds them along a path).
+All candidate plans walk together, evaluation by evaluation: a beam for each cost so far and each time since the last
+computed evaluation. A candidate computes, or skips by predicting, which is a weighted sum of values that it stored. The
+weights are a least-squares fit over all prompts at once. For the denoiser's own output the fit's aim is not the value that
+was skipped but the *uncached trajectory*: the output that would lead from these latents, as they have come to be, to the
+next latents of the run that computes everything. So a prediction also takes back what earlier ones got wrong, and the
+weights become those of a multistep solver made for this model and this schedule. Candidates carry their real latents and
+stored values, so nothing is assumed about how errors add up (LeMiCa, arXiv:2511.00090, adds them along a path). At the end
+the best plan of each cost is improved by exchanging a computed evaluation with its neighbour, as long as that helps.
 
 The weights are as many as there are slots, and the equations as many as there are latent numbers: a dozen prompts fit.
 """
@@ -226,7 +227,13 @@ def search(
         with progress.stage("search", len(subject.table.updates)):
             examples = walk.computed(stacked(fit, subject.denoiser))
             finals = walked(walk, examples, cache, progress)
-            best = finalists(finals, decode, examples.uncached[-1])
+            truth = decode(examples.uncached[-1])
+            best = finalists(finals, decode, truth)
+        with progress.stage("refine", len(best)):
+            for i, (_, state) in enumerate(best):
+                progress.doing(f"{state.cost:.1f} of {len(state.path)} evaluations")
+                better = refined(walk, state, examples)
+                best[i] = (psnr_db(decode(better.latents), truth), better)
         with progress.stage("judge", len(best)):
             return judged(walk, subject, best, judge, decode, plain, progress)
 
@@ -280,16 +287,47 @@ def kept(states: Iterable[State], uncached: Tensor, beam: int) -> list[State]:
     return [s for _, group in sorted(groups.items()) for _, s in sorted(group, key=lambda pair: pair[0])[:beam]]
 
 
-def finalists(
-    finals: Sequence[State], decode: Callable[[Tensor], Tensor], uncached: Tensor
-) -> list[tuple[float, State]]:
-    """Of each cost the state whose pictures are nearest, with their PSNR, cheapest first."""
-    truth = decode(uncached)
+def finalists(finals: Sequence[State], decode: Callable[[Tensor], Tensor], truth: Tensor) -> list[tuple[float, State]]:
+    """Of each cost the state whose pictures are nearest to `truth`, with their PSNR, cheapest first."""
     best: dict[int, tuple[float, State]] = {}
     for state in finals:
         found = (psnr_db(decode(state.latents), truth), state)
         best[round(2 * state.cost)] = max(best.get(round(2 * state.cost), found), found, key=lambda pair: pair[0])
     return [best[cost] for cost in sorted(best)]
+
+
+def refined(walk: Walk, state: State, examples: Examples) -> State:
+    """The state after as many exchanges of a computed evaluation with its skipped neighbour as bring it nearer to the end of
+    the uncached run, the best exchange each time, with the weights of all later predictions fitted again."""
+
+    def distance(s: State) -> float:
+        return float((s.latents - examples.uncached[-1]).double().pow(2).mean())
+
+    while True:
+        trail = [walk.start(examples)]
+        for step in state.path:
+            trail.append(walk.evaluated(trail[-1], examples, step))
+        skips = [skip for skip, _ in state.path]
+        places = [e for e in range(1, len(skips) - 1) if (skips[e] == "") != (skips[e + 1] == "")]
+        tried = [resumed(walk, trail[e], examples, [skips[e + 1], skips[e], *skips[e + 2 :]]) for e in places]
+        best = min((s for s in tried if s), key=distance, default=state)
+        if distance(best) >= distance(state):
+            return state
+        state = best
+
+
+def resumed(walk: Walk, state: State, examples: Examples, skips: Sequence[str]) -> State | None:
+    """The state after evaluations that compute ("") or skip as named, with fitted weights; None where none can be."""
+    by_name = {skip.name: skip for skip in walk.skips}
+    for name in skips:
+        weights: Weights | None = {}
+        if name:
+            computed = state if name == OUTPUT else walk.evaluated(state, examples, ("", {}))
+            weights = walk.fitted(state, computed, examples, by_name[name])
+        if weights is None:
+            return None
+        state = walk.evaluated(state, examples, (name, weights))
+    return state
 
 
 def judged(

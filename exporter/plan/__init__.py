@@ -32,6 +32,11 @@ def plan(cache: Any, layout: Layout, tables: dict[int, Table], calibration: Any 
         n: schedule(cache, layout, Trajectory(t.timesteps, t.sigmas, t.steps), calibration) for n, t in tables.items()
     }
     marks = next(iter(schedules.values())).marks
+    if any(s.marks != marks for s in schedules.values()):
+        raise ExportError(
+            f"cache.method {cache.method!r} stores other values at {', '.join(map(str, tables))} steps each; export these numbers of "
+            "sampler.steps one at a time"
+        )
     names = variant_names(schedules, marks)
     plans = []
     for n, table in tables.items():

@@ -15,12 +15,14 @@ from pydantic import ValidationError
 
 from prebake.exporter.caches import Auto, NoCache
 from prebake.exporter.caches.auto import Floor, choose
-from prebake.exporter.calibration import Calibration, Fitted
+from prebake.exporter.calibration import Calibration, Fitted, find, read
+from prebake.exporter.calibrators.runner import parted
 from prebake.exporter.calibrators.search import RIDGE, Walk, least_squares, search, stacked
 from prebake.exporter.discover import discover
 from prebake.exporter.plan import plan
 from prebake.exporter.progress import progress
-from prebake.runtime.errors import ExportError
+from prebake.exporter.recipe import names, resolve
+from prebake.runtime.errors import ExportError, RecipeError
 
 STEPS = 8
 SCHEDULERS = {
@@ -218,3 +220,29 @@ def test_both_kinds_of_budget_are_read():
     assert Auto.model_validate({"budget": {"psnr": 40.0}}).budget == Floor(psnr=40)
     with pytest.raises(ValidationError):
         Auto.model_validate({"budget": 1.5})
+
+
+def test_seeds_of_one_prompt_are_never_on_both_sides():
+    runs = [(prompt, seed) for prompt in range(7) for seed in range(3)]
+    fit, judge = parted(runs, 3, Auto())
+    assert {prompt for prompt, _ in fit} == {0, 3, 6}
+    assert not {prompt for prompt, _ in fit} & {prompt for prompt, _ in judge}
+    with pytest.raises(RecipeError, match="judged by others, and there is 1; give more"):
+        parted(runs[:3], 3, Auto())
+
+
+def test_a_floor_takes_a_dearer_plan_where_the_cheapest_loses_to_plain_steps():
+    losing = PLANS[1].model_copy(update={"cost": 0.3, "fewer_steps_psnr_db": 40.0})
+    assert choose(Auto(budget=Floor(psnr=35)), (losing, PLANS[2])).cost == 0.5
+
+
+def test_a_shipped_recipe_finds_the_calibration_that_it_names():
+    for name in names():
+        if file := getattr(resolve(name).cache, "calibration", None):
+            assert read(find(file, None)).auto
+
+
+def test_otherwise_must_be_a_mask():
+    assert Auto(otherwise="11(01)").fallback().mask == "11(01)"
+    with pytest.raises(ValidationError, match="otherwise"):
+        Auto(otherwise="0110")

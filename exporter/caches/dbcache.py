@@ -197,7 +197,13 @@ def lists(cache: DBCache, layout: Layout) -> tuple[Blocks, ...]:
 
 
 def blocks(layout: Layout, branch: str, name: str) -> Blocks:
+    """The list of that name. Raises ExportError where other blocks run between its own, so that it has no middle."""
     inside = [i for i, p in enumerate(layout.blocks(branch)) if p.name.rpartition(".")[0] == name]
+    if inside[-1] - inside[0] >= len(inside):
+        raise ExportError(
+            f"cache.method 'dbcache' skips the middle of each list of blocks, and blocks of other lists run between those of "
+            f"{name}; the model runs {layout.names(layout.blocks(branch))}"
+        )
     return Blocks(f"{branch}/{name}" if branch else name, name, branch, inside[0], len(inside))
 
 

@@ -11,9 +11,7 @@ from ..caches.dbcache import Blocks, DBCache, Rule, lists
 from ..layout import Layout
 from ..marks import Mark
 from ..plan.sampler import Table
-
-IMAGE = "hidden_states"
-"""The stream that is compared."""
+from .firstblock import hidden
 
 
 def probes(cache: DBCache, layout: Layout) -> tuple[Mark, ...]:
@@ -32,7 +30,7 @@ class Online:
     def __init__(self, cache: DBCache, layout: Layout, table: Table) -> None:
         self.cache, self.branches = cache, layout.branches
         self.lists = {b.key: b for b in lists(cache, layout)}
-        self.tensors = {key: image(probe(cache, layout, b)) for key, b in self.lists.items()}
+        self.tensors = {key: hidden(probe(cache, layout, b), cache.method) for key, b in self.lists.items()}
         self.names = list(dict.fromkeys(b.name for b in self.lists.values()))
         self.rounds, self.calls = len(self.names), 0
         self.rules: dict[str, Rule] = {}
@@ -76,8 +74,3 @@ class Difference:
             assert self.before is not None
             self.value = ((self.before - self.now).abs().mean() / self.before.abs().mean()).item()
         return self.value
-
-
-def image(mark: Mark) -> str:
-    """The tensor of the mark that continues the image."""
-    return mark.tensor(mark.streams.index(IMAGE))

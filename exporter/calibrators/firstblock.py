@@ -6,10 +6,14 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from ...runtime.errors import ExportError
 from ..caches.firstblock import FirstBlockCache
 from ..layout import Layout
 from ..marks import Mark
 from ..plan.sampler import Table
+
+IMAGE = "hidden_states"
+"""The stream that is compared."""
 
 
 def probes(cache: FirstBlockCache, layout: Layout) -> tuple[Mark, ...]:
@@ -25,7 +29,9 @@ class Online:
 
     def __init__(self, cache: FirstBlockCache, layout: Layout, table: Table) -> None:
         self.threshold = cache.threshold
-        self.signals = {b: hidden(mark) for b, mark in zip(layout.branches, probes(cache, layout), strict=True)}
+        self.signals = {
+            b: hidden(mark, cache.method) for b, mark in zip(layout.branches, probes(cache, layout), strict=True)
+        }
         self.computed: dict[str, Tensor] = {}
 
     def decide(self, e: int, timestep: float, signals: Mapping[str, Tensor]) -> Mapping[str, bool]:
@@ -42,6 +48,14 @@ class Online:
         return moved
 
 
-def hidden(mark: Mark) -> str:
-    """The tensor of a residual that belongs to the hidden states (FLUX's blocks return the text's states first)."""
-    return mark.tensor(mark.streams.index("hidden_states"))
+def hidden(mark: Mark, method: str) -> str:
+    """The tensor of a residual that belongs to the hidden states (FLUX's blocks return the text's states first).
+
+    Raises ExportError where the blocks continue no stream of that name.
+    """
+    if IMAGE not in mark.streams:
+        raise ExportError(
+            f"cache.method {method!r} looks at what blocks add to their input {IMAGE!r}, and what {mark.modules[-1]} returns "
+            f"continues {', '.join(filter(None, mark.streams)) or 'no input'}; take method 'mask'"
+        )
+    return mark.tensor(mark.streams.index(IMAGE))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...runtime.errors import ExportError
-from ..caches.teacache import Exact, TeaCache
+from ..caches.teacache import Exact, TeaCache, marks
 from ..component import Component
 from ..layout import Layout
 from ..marks import REST, Mark
@@ -86,8 +86,9 @@ def exact(
 ) -> Exact:
     """TeaCache's decisions at every step count, from the embedding of the timesteps alone.
 
-    Raises ExportError for a signal that depends on anything but the timestep.
+    Raises ExportError for a signal that depends on anything but the timestep, and for a model without blocks.
     """
+    marks(cache, layout)
     path = probe(cache, layout, layout.branches[-1]).modules[0]
     computed = {}
     for table in tables.values():

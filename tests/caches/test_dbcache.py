@@ -155,7 +155,7 @@ def test_every_counter_and_test_decides_as_in_cache_dit():
         layout = a_list(3, branches)
         values = walk(rng, branches, evaluations)
         online = dbcache.Online(cache, layout, TABLES["ddim"](2))
-        tensors = dict(zip(branches, (dbcache.image(p) for p in dbcache.probes(cache, layout)), strict=True))
+        tensors = dict(zip(branches, (dbcache.hidden(p, "dbcache") for p in dbcache.probes(cache, layout)), strict=True))
         got = [online.decide(e, 0.0, {tensors[b]: x for b, x in step.items()}) for e, step in enumerate(values)]
         expected = manager(cache, values)
         assert got == expected, cache
@@ -446,6 +446,13 @@ def test_more_blocks_than_a_list_has_are_refused_with_the_lists():
             marks(DBCache(Fn_compute_blocks=first, Bn_compute_blocks=last), layout)
     only_double = marks(DBCache(Fn_compute_blocks=3), layout)
     assert [m.name for m in only_double] == ["transformer_blocks[3:4]"]
+
+
+def test_a_list_whose_blocks_others_run_between_is_refused():
+    order = ("a.0", "a.1", "b.0", "a.2", "b.1", "b.2")
+    layout = Layout(tuple(Place(name, "", name, "block", ("hidden_states",)) for name in order))
+    with pytest.raises(ExportError, match=r"between those of a; the model runs a\.0, a\.1, b\.0, a\.2, b\.1, b\.2"):
+        lists(DBCache(Fn_compute_blocks=1), layout)
 
 
 def test_what_cache_dit_stumbles_over_is_refused_before_it_runs():

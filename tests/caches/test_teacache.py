@@ -303,6 +303,12 @@ def test_a_module_that_does_not_exist_is_refused_with_those_that_do():
         teacache.exact(cache, component, discover(component), {6: table}, timestep_scale=1.0)
 
 
+def test_a_model_without_blocks_is_refused_before_its_signal_is_looked_for():
+    unet, table = denoisers.sd_unet(), TABLES["ddim"](6)
+    with pytest.raises(ExportError, match=r"transformer blocks, and this model has none"):
+        teacache.exact(TeaCache(signal="time_embedding"), unet, discover(unet), {6: table}, timestep_scale=1.0)
+
+
 def test_decisions_come_from_a_calibration_or_from_the_weights():
     layout, table = discover(model("flux")), TABLES["flow"](6)
     with pytest.raises(ExportError, match=r"'teacache' needs a calibration"):

@@ -28,7 +28,8 @@ class LayerSkip(Table):
     `indices` are of the list of blocks called `fqn` ("auto": the model's only one). Attention and feed-forward together
     are the whole block. `skip_attention_scores` keeps the values of self attention and lets every token attend to itself.
     Cross attention is never skipped alone. Layers are skipped from step `int(start * steps)` until before
-    `int(stop * steps)`, as guiders count, in `branch` of classifier-free guidance.
+    `int(stop * steps)`, in `branch` of classifier-free guidance: as its own start and stop count in diffusers, where
+    SkipLayerGuidance and PerturbedAttentionGuidance begin one step later.
     """
 
     method: Literal["layer_skip"] = "layer_skip"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 from contextlib import contextmanager
 
 import denoisers
@@ -11,6 +12,7 @@ import pytest
 import torch
 from compiled import compiled_run
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, LayerSkipConfig
+from diffusers.guiders import ClassifierFreeGuidance, PerturbedAttentionGuidance, SkipLayerGuidance
 from diffusers.hooks import HookRegistry, apply_layer_skip
 from diffusers.hooks._helpers import AttentionProcessorMetadata, AttentionProcessorRegistry
 from diffusers.hooks.layer_skip import _apply_layer_skip_hook
@@ -191,7 +193,7 @@ SCHEDULERS = {
 
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(data=st.data())
-def test_layers_are_skipped_in_the_range_in_which_a_guider_would(dits, data):
+def test_layers_are_skipped_in_the_range_in_which_classifier_free_guidance_would_guide(dits, data):
     """Hooks put on and taken off around each evaluation, as diffusers' guiders do."""
     name, part = data.draw(st.sampled_from([c for c in AS_IS if c[0] != "flux"]))
     indices = data.draw(st.lists(st.integers(0, 1), min_size=1, max_size=2, unique=True))
@@ -220,6 +222,31 @@ def test_layers_are_skipped_in_the_range_in_which_a_guider_would(dits, data):
     assert ours.error(theirs) < TOLERANCE
     outputs = {m.name for m in got.marks if m.part == "output"}
     assert [outputs - ran for ran in theirs.ran] == [outputs if on else set() for on in active]
+
+
+def test_start_and_stop_count_as_classifier_free_guidance_counts_and_other_guiders_begin_one_step_later(dits):
+    rng = random.Random(0)
+    config, guided, late = LayerSkipConfig(indices=[0], fqn="transformer_blocks"), 0, 0
+    for _ in range(100):
+        start, stop, steps = *sorted((rng.random(), rng.random())), rng.randint(1, 60)
+        plain = ClassifierFreeGuidance(start=start, stop=stop)
+        others = (
+            SkipLayerGuidance(skip_layer_guidance_start=start, skip_layer_guidance_stop=stop, skip_layer_config=config),
+            PerturbedAttentionGuidance(
+                perturbed_guidance_start=start, perturbed_guidance_stop=stop, perturbed_guidance_layers=[0]
+            ),
+        )
+        trajectory = Trajectory(tuple(map(float, range(steps))))
+        got = schedule(LayerSkip(indices=(0,), start=start, stop=stop), dits["pixart"][1], trajectory)
+        skips = [e for e, d in enumerate(got.decisions) if d.actions]
+        for guider in (plain, *others):
+            on = []
+            for step in range(steps):
+                guider.set_state(step, steps, torch.tensor(0))
+                on += [step] if (guider._is_cfg_enabled() if guider is plain else guider._is_slg_enabled()) else []
+            assert on == (skips if guider is plain else skips[1:])
+        guided, late = guided + len(skips), late + len(skips[1:])
+    assert guided > late > 0
 
 
 def test_under_guidance_both_branches_are_skipped_as_in_one_call_of_batch_2():

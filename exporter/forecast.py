@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain, repeat
 from typing import TYPE_CHECKING, Any
 
 from ..runtime.cli import SIGNS, drawn, in_bytes, short, strip, table
@@ -75,8 +76,8 @@ def plan_figures(plan: Plan, letters: Mapping[str, str], flops_shares: Mapping[s
 
 
 def signs(variants: Iterable[str]) -> dict[str, str]:
-    """Variant -> its sign in a strip; the first computes everything."""
-    return dict(zip(variants, SIGNS, strict=False))
+    """Variant -> its sign in a strip; the first computes everything, and those beyond the alphabet are all `?`."""
+    return dict(zip(variants, chain(SIGNS, repeat("?")), strict=False))
 
 
 def lines(described: Mapping[str, Any], encoding: str | None) -> Iterator[str]:

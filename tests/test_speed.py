@@ -7,7 +7,9 @@ import torch
 
 from prebake.exporter import speed
 from prebake.exporter.cost import Census, Heavy, Loop, Operand, census
+from prebake.exporter.forecast import signs
 from prebake.exporter.speed import COLD_BYTES, PROBE_FLOPS, Speed, reduced, spread, time_of
+from prebake.runtime.cli import SIGNS
 
 LINEAR = torch.ops.aten.linear.default
 
@@ -57,6 +59,13 @@ def test_times_add_up(clockwork):
     both = Census({**one.heavy, **other.heavy}, one.loops + other.loops)
     assert rates.forecast(both, 0).ms == pytest.approx(rates.forecast(one, 0).ms + rates.forecast(other, 0).ms)
     assert rates.forecast(one, 0).heavy_ms == {"matmul float32": pytest.approx(3 * 2 * 8 * 64 * 64 / 1e6)}
+
+
+def test_variants_beyond_the_alphabet_share_a_sign():
+    names = [f"v{i}" for i in range(40)]
+    letters = signs(names)
+    assert list(letters) == names
+    assert "".join(letters.values()) == SIGNS + "?" * 12
 
 
 def test_more_work_takes_longer(clockwork):

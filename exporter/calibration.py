@@ -8,12 +8,12 @@ branches such as `cond` ("" where there is one). Evaluations count from 0; every
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from .. import recipes
 from ..runtime.errors import ExportError, RecipeError, misfit
@@ -25,6 +25,8 @@ FILE = "calibration.json"
 """The name that a calibration has in an artifact."""
 
 COMMAND = "prebake calibrate --recipe RECIPE --model MODEL"
+PARTS = {"auto": "fitted plans"}
+"""What a sentence calls those parts of a calibration whose key does not say it."""
 
 
 class Calibrated(Table):
@@ -70,7 +72,8 @@ class Fitted(BaseModel):
 
 
 class Calibration(BaseModel):
-    """What was run, and what was seen; all figures are means over the runs.
+    """What was run, and what was seen; all figures are means over the runs. `height` and `width` are in pixels, None where
+    they were not recorded.
 
     `changes`: how far a site's value moved since the evaluation before, mean|y - y'| / mean|y'|, None at evaluation 0;
     of a block it is what the block adds, of `output` the denoiser's own. `magnitudes`: MagCache's ratios of branch
@@ -85,6 +88,8 @@ class Calibration(BaseModel):
     scheduler: str
     steps: int = Field(ge=1)
     timesteps: tuple[float, ...]
+    height: int | None = Field(default=None, ge=1)
+    width: int | None = Field(default=None, ge=1)
     guidance_scale: float
     prompts: int = Field(ge=1)
     prompts_sha256: str
@@ -94,6 +99,26 @@ class Calibration(BaseModel):
     errors: dict[str, tuple[tuple[float, ...], ...]] = {}
     decisions: dict[str, Decisions] = {}
     auto: tuple[Fitted, ...] = ()
+
+    @model_validator(mode="after")
+    def _has_an_entry_for_each_evaluation(self) -> Calibration:
+        count = len(self.timesteps)
+        for what, row in self.rows():
+            if len(row) != count:
+                raise ValueError(f"{what}: expected an entry for each of the {count} timesteps, got {len(row)}")
+        return self
+
+    def rows(self) -> Iterator[tuple[str, Sized]]:
+        """Everything that has an entry for each evaluation, with its name in the file."""
+        for table in ("changes", "magnitudes", "errors"):
+            for key, row in getattr(self, table).items():
+                yield f"{table}[{key!r}]", row
+        for method, decisions in self.decisions.items():
+            for key, row in decisions.computed.items():
+                yield f"decisions[{method!r}].computed[{key!r}]", row
+        for i, fitted in enumerate(self.auto):
+            yield f"auto[{i}].skips", fitted.skips
+            yield f"auto[{i}].weights", fitted.weights
 
     def to_json(self) -> str:
         """Sorted keys, floats by `repr`, one row of numbers a line: equal calibrations are equal bytes."""
@@ -128,10 +153,10 @@ def find(name: str, near: Path | None) -> Path:
     raise RecipeError(f"cache.calibration: no file {name!r} in {looked}; make one with `{COMMAND}`")
 
 
-def load(cache: Any, source: Source, near: Path | None) -> Calibration | None:
+def load(cache: Any, source: Source, near: Path | None, size: Size) -> Calibration | None:
     """The calibration that the cache's table names, None where it names none.
 
-    Raises RecipeError where it is not there or is one of another model.
+    Raises RecipeError where it is not there, or is one of another model or of pictures of another size.
     """
     name = getattr(cache, "calibration", None)
     if name is None:
@@ -142,7 +167,24 @@ def load(cache: Any, source: Source, near: Path | None) -> Calibration | None:
             f"cache.calibration {name!r}: made of model {calibration.model!r} with sha256 {calibration.sha256[:12]}.., and this is "
             f"{source.model!r} with {source.sha256[:12]}..; run `{COMMAND}` for this model"
         )
+    for side in ("height", "width"):
+        made, asked = getattr(calibration, side), getattr(size, side)
+        if made not in (None, asked):
+            raise RecipeError(
+                f"cache.calibration {name!r}: made at {side} {made}, and this is {asked}; set shapes.{side} = {made}, or run "
+                f"`{COMMAND}` at this size"
+            )
     return calibration
+
+
+class Size(Protocol):
+    """Pixels of a picture: a family's `Size`, or an artifact's `Defaults`."""
+
+    @property
+    def height(self) -> int: ...
+
+    @property
+    def width(self) -> int: ...
 
 
 def write(path: Path, calibration: Calibration) -> None:
@@ -161,10 +203,10 @@ def required(calibration: Calibration | None, cache: Any, timesteps: Sequence[fl
 
     Raises ExportError where there is none, where it lacks that part, or where it is for other steps.
     """
-    method = cache.method
+    method, part = cache.method, PARTS.get(what, what)
     if calibration is None:
         raise ExportError(
-            f"cache.method {method!r} needs a calibration of the model ({what}); run `{COMMAND}`, and name the file that it "
+            f"cache.method {method!r} needs a calibration of the model ({part}); run `{COMMAND}`, and name the file that it "
             "writes in cache.calibration"
         )
     if len(calibration.timesteps) != len(timesteps):
@@ -179,7 +221,7 @@ def required(calibration: Calibration | None, cache: Any, timesteps: Sequence[fl
                 f"{here:g}; use its scheduler and size, or run `{COMMAND}` again"
             )
     if not getattr(calibration, what):
-        raise ExportError(f"cache.calibration: has no {what}, which method {method!r} needs; run `{COMMAND}` again")
+        raise ExportError(f"cache.calibration: has no {part}, which method {method!r} needs; run `{COMMAND}` again")
     return calibration
 
 

@@ -92,7 +92,7 @@ def prepare(recipe: Recipe, progress: Progress, *, near: Path | None = None) -> 
         defaults, size, steps = settle(recipe, family, loaded)
         pipe = with_scheduler(loaded.pipe, recipe.sampler.scheduler)
         recipe = fallen_back(recipe, loaded.source, steps, near, progress)
-        calibration = calibrations.load(recipe.cache, loaded.source, near)
+        calibration = calibrations.load(recipe.cache, loaded.source, near, size)
     with progress.stage("rewrite"):
         layers = rewrite(pipe, recipe)
     with progress.stage("plan", len(steps)):

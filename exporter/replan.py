@@ -115,7 +115,7 @@ def plans_of(folder: Path, manifest: Manifest, recipe: Recipe, steps: int) -> tu
         recipe.cache,
         content.layout,
         Trajectory(table.timesteps, table.sigmas, table.steps),
-        calibrations.load(recipe.cache, manifest.source, folder),
+        calibrations.load(recipe.cache, manifest.source, folder, manifest.defaults),
     )
     if all(action == "compute" for d in asked.decisions for action in d.actions.values()):
         raise ExportError(

@@ -27,8 +27,9 @@ class ArtifactError(PrebakeError):
 def misfit(file: object, error: ValidationError, *inside: str) -> str:
     """`FILE [key.of.the.first.problem]: what is wrong there (n problems in all)`, for data that is not to its schema.
 
-    `inside` are the keys that lead to the validated part of the file.
+    `inside` are the keys that lead to the validated part of the file. What is wrong with a whole file names no key.
     """
     first = error.errors()[0]
     where = ".".join((*inside, *(str(part) for part in first["loc"])))
-    return f"{file} [{where}]: {first['msg']} ({error.error_count()} problems in all)"
+    at = f" [{where}]" if where else ""
+    return f"{file}{at}: {first['msg'].removeprefix('Value error, ')} ({error.error_count()} problems in all)"

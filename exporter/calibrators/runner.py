@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ...runtime.errors import RecipeError
 from .. import pipeline, shapes, source
-from ..caches.auto import Auto
+from ..caches.auto import Auto, skip_marks
 from ..caches.smoothcache import SmoothCache
 from ..calibration import Calibration, Decisions, Fitted, Frozen, parameters
 from ..component import Component
@@ -73,7 +73,10 @@ def calibrate(
     steps: int | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Calibration:
-    """What `seeds` runs of every prompt showed, at `steps` steps or the recipe's first number of them."""
+    """What `seeds` runs of every prompt showed, at `steps` steps or the recipe's first number of them.
+
+    Raises ExportError, before the first run, where the recipe's cache names what the model does not have.
+    """
     with progress.stage("load"):
         progress.doing(recipe.model.id)
         loaded = source.load(recipe.model.id, recipe.model.revision, {"default": dtype})
@@ -84,6 +87,7 @@ def calibrate(
         denoiser = family.denoiser(pipe, size)
         scale = family.facts(pipe, size)["timestep_scale"]
         subject = Subject(denoiser, discover(denoiser), table, scale)
+        check(subject, recipe.cache)
     with progress.stage("runs", len(prompts) * seeds):
         runs = list(drawn(family, pipe, size, table, prompts, seeds, defaults.guidance_scale))
         halves = parted(runs, seeds, recipe.cache) if isinstance(recipe.cache, Auto) else None
@@ -101,6 +105,8 @@ def calibrate(
         scheduler=table.scheduler,
         steps=steps or usual[0],
         timesteps=table.timesteps,
+        height=size.height,
+        width=size.width,
         guidance_scale=defaults.guidance_scale,
         prompts=len(prompts),
         prompts_sha256=hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
@@ -109,6 +115,17 @@ def calibrate(
         auto=plans,
         **means(subject.layout, observed),
     )
+
+
+def check(subject: Subject, cache: Any) -> None:
+    """Raises ExportError where the cache asks for sites that the model lacks."""
+    if isinstance(cache, Auto):
+        for candidate in cache.candidates:
+            skip_marks(candidate, subject.layout, cache.slots)
+    elif decides := deciding(cache):
+        policy, rule = decides
+        policy.marks(cache, subject.layout)
+        rule.Online(cache, subject.layout, subject.table)
 
 
 def parted(runs: Sequence[Run], seeds: int, cache: Auto) -> tuple[Sequence[Run], Sequence[Run]]:
@@ -172,13 +189,20 @@ def watch(
     return observed, decided
 
 
-def online(cache: Any) -> Callable[[Subject, Run], Replayed] | None:
-    """The replay of a data-dependent method by its own rule, or None for a method that does not look at the data."""
+def deciding(cache: Any) -> tuple[Any, Any] | None:
+    """The policy of a data-dependent method and its own rule, two modules, or None for one that does not look at data."""
     if not isinstance(cache, Frozen) or getattr(cache, "exact", False):
         return None
     method: str = cache.model_dump()["method"]
-    policy = importlib.import_module(f"...caches.{method}", __name__)
-    rule = importlib.import_module(f"..{method}", __name__)
+    return importlib.import_module(f"...caches.{method}", __name__), importlib.import_module(f"..{method}", __name__)
+
+
+def online(cache: Any) -> Callable[[Subject, Run], Replayed] | None:
+    """The replay of a data-dependent method by its own rule, or None for a method that does not look at the data."""
+    decides = deciding(cache)
+    if decides is None:
+        return None
+    policy, rule = decides
 
     def replayed(subject: Subject, run: Run) -> Replayed:
         layout = subject.layout

@@ -1,23 +1,24 @@
 """The command `prebake`: arguments come in, an exit code comes out. 0 = done, 1 = verified and found to miss a threshold,
 2 = refused with a reason, 130 = interrupted.
 
-`recipes`, `export`, `plan`, `calibrate` and `verify` are here, `run` and `inspect` in `runtime/cli.py`. torch and diffusers are imported by the
-commands that need them and never for `--help`.
+`recipes`, `export` and `verify` are here, `plan` and `calibrate` in `cli_plan.py` and `cli_calibrate.py`, `run` and `inspect`
+in `runtime/cli.py`. torch and diffusers are imported by the commands that need them and never for `--help`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
+
+from .cli_calibrate import add_calibrate
+from .cli_options import add_how, add_overrides, mode, positive, print_json
+from .cli_plan import add_plan
 
 if TYPE_CHECKING:
-    from ..runtime.manifest import Manifest
-    from ..runtime.plan import Plan
     from .recipe import Recipe
 
 EXPORT_EXTRA = (
@@ -78,28 +79,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"prebake {version('prebake')}")
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
     _add_export(commands)
-    _add_calibrate(commands)
+    add_calibrate(commands)
     _add_verify(commands)
-    _add_plan(commands)
+    add_plan(commands)
     _add_recipes(commands)
     add_runtime_commands(commands)
     return parser
-
-
-def _add_overrides(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model",
-        metavar="ID|FOLDER|shapes",
-        help="the model, in place of the recipe's: hub id, folder, or the small one that ships",
-    )
-    parser.add_argument(
-        "--set",
-        dest="overrides",
-        action="append",
-        default=[],
-        metavar="table.key=value",
-        help="change one value of the recipe; may be repeated",
-    )
 
 
 # prebake recipes
@@ -112,7 +97,7 @@ def _add_recipes(commands: argparse._SubParsersAction) -> None:
         description="Lists the recipes that ship. With a name or a file: the recipe as it resolves, in TOML, under the file as comments.",
     )
     parser.add_argument("name", nargs="?", metavar="NAME|FILE", help="a recipe that ships, or a .toml file")
-    _add_overrides(parser)
+    add_overrides(parser)
     parser.add_argument("--json", action="store_true", help="JSON in place of text")
     parser.add_argument("--schema", action="store_true", help="print the JSON schema of recipe files, for editors")
     parser.set_defaults(run=_recipes)
@@ -123,7 +108,7 @@ def _recipes(args: argparse.Namespace) -> int:
     from . import recipe
 
     if args.schema:
-        _print_json(recipe.schema())
+        print_json(recipe.schema())
     elif args.name is not None:
         _show(args)
     elif args.overrides or args.model:
@@ -140,7 +125,7 @@ def _show(args: argparse.Namespace) -> None:
 
     resolved = resolve(args.name, args.overrides, args.model)
     if args.json:
-        return _print_json(resolved.model_dump(mode="json"))
+        return print_json(resolved.model_dump(mode="json"))
     file = read(args.name)
     print(f"# {file.label}:", "#", *(f"# {line}".rstrip() for line in file.text.splitlines()), "#", sep="\n")
     print(
@@ -157,7 +142,7 @@ def _list(*, as_json: bool) -> None:
 
     rows = [(name, str(read(name).data["description"])) for name in names()]
     if as_json:
-        _print_json([{"name": name, "description": description} for name, description in rows])
+        print_json([{"name": name, "description": description} for name, description in rows])
     elif not (sys.stdout.isatty() and _table(rows)):
         for name, description in rows:
             print(f"{name}\t{description}")
@@ -178,10 +163,6 @@ def _table(rows: list[tuple[str, str]]) -> bool:
     return True
 
 
-def _print_json(value: object) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False))
-
-
 # prebake export
 
 
@@ -197,7 +178,7 @@ def _add_export(commands: argparse._SubParsersAction) -> None:
         metavar="NAME|FILE",
         help="a recipe that ships (see `prebake recipes`), or a .toml file",
     )
-    _add_overrides(parser)
+    add_overrides(parser)
     parser.add_argument(
         "--output", type=Path, metavar="DIR", help="where the artifact goes (default: artifacts/<recipe>-<model name>)"
     )
@@ -217,11 +198,7 @@ def _add_export(commands: argparse._SubParsersAction) -> None:
         action="store_true",
         help="skip the comparison with the pipeline; the manifest then says unverified",
     )
-    how = parser.add_mutually_exclusive_group()
-    how.add_argument("--quiet", action="store_true", help="print nothing but errors")
-    how.add_argument(
-        "--json", action="store_true", help="JSON lines about progress on stderr, one JSON result on stdout"
-    )
+    add_how(parser)
     parser.set_defaults(run=_export)
 
 
@@ -245,7 +222,7 @@ def _run_export(recipe: Recipe, output: Path, args: argparse.Namespace) -> None:
 
     near = folder_of(args.recipe)
     options = Options(force=args.force, keep_failed=args.keep_failed, verify=not args.no_verify, near=near)
-    with progress(_mode(args)) as shown:
+    with progress(mode(args)) as shown:
         if args.dry_run:
             prepared = prepare(recipe, shown, near=near)
             with shown.stage("forecast"):
@@ -253,13 +230,9 @@ def _run_export(recipe: Recipe, output: Path, args: argparse.Namespace) -> None:
         else:
             result = {"artifact": str(export(recipe, output, options, shown))}
     if args.json:
-        _print_json({**result, "seconds": shown.seconds})
+        print_json({**result, "seconds": shown.seconds})
     elif not args.quiet:
         print(*_lines(result), sep="\n")
-
-
-def _mode(args: argparse.Namespace) -> Literal["rich", "json", "quiet"]:
-    return "json" if args.json else "quiet" if args.quiet else "rich"
 
 
 def _lines(result: dict[str, Any]) -> Iterator[str]:
@@ -277,181 +250,6 @@ def default_output(recipe: Recipe) -> Path:
     model = Path(recipe.model.id)
     name = model.name or model.resolve().name or "model"
     return Path("artifacts") / f"{recipe.name}-{name if name != '..' else model.resolve().name}"
-
-
-# prebake plan
-
-
-def _add_plan(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser(
-        "plan",
-        help="add a plan to an artifact, or remove one, without compiling",
-        description="Adds the plan for another number of steps, with the artifact's cache and scheduler or others, as long as "
-        "the variants that it needs are compiled. The artifact changes in one move; a run that is stopped leaves it as it was.",
-    )
-    parser.add_argument("artifact", type=Path, metavar="ARTIFACT", help="an artifact folder")
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--steps", type=_positive, metavar="N", help="the number of steps, and the plan's name")
-    what.add_argument("--remove", metavar="NAME", help="take the plan of that name out")
-    parser.add_argument("--scheduler", metavar="CLASS", help="a diffusers scheduler (default: the artifact's)")
-    parser.add_argument("--cache", metavar="METHOD", help="another cache method, or none (default: the artifact's)")
-    parser.add_argument(
-        "--set",
-        dest="overrides",
-        action="append",
-        default=[],
-        metavar="table.key=value",
-        help="change one value of the artifact's recipe, in cache, sampler or verify; may be repeated",
-    )
-    parser.add_argument("--force", action="store_true", help="replace a plan that is there")
-    parser.add_argument("--dry-run", action="store_true", help="say what the plan would be, and change nothing")
-    parser.add_argument(
-        "--verify", action="store_true", help="compare the plan with the pipeline, and add it if it holds"
-    )
-    parser.add_argument(
-        "--model",
-        metavar="ID|FOLDER|shapes",
-        help="where the pipeline is, if not where the manifest says; with --verify",
-    )
-    how = parser.add_mutually_exclusive_group()
-    how.add_argument("--quiet", action="store_true", help="print nothing but errors")
-    how.add_argument(
-        "--json", action="store_true", help="JSON lines about progress on stderr, one JSON result on stdout"
-    )
-    parser.set_defaults(run=_plan)
-
-
-def _plan(args: argparse.Namespace) -> int:
-    from . import replan
-    from .hush import hush
-    from .progress import progress
-
-    hush()
-    folder = args.artifact.resolve()
-    with progress(_mode(args)) as shown:
-        if args.remove is not None:
-            result = {"removed": args.remove, "plans_left": list(replan.remove(folder, args.remove).plans)}
-        else:
-            choices = replan.Choices(args.force, args.verify, args.dry_run, args.model)
-            result = _added(*replan.add(folder, _asked(folder, args), args.steps, choices, shown))
-    if args.json:
-        _print_json({**result, "seconds": shown.seconds})
-    elif not args.quiet and args.remove is not None:
-        print(f"removed {args.remove}; {args.artifact} has the plans {', '.join(result['plans_left'])}")
-    elif not args.quiet:
-        print(*_lines(result), sep="\n")
-        if result["unverified"] and not args.dry_run:
-            print(f"not compared with the pipeline; `prebake verify {args.artifact} --source` does that")
-    return 0
-
-
-def _asked(folder: Path, args: argparse.Namespace) -> Recipe:
-    """The artifact's recipe with what the command line changes in it."""
-    from ..runtime.errors import RecipeError
-    from ..runtime.manifest import read_manifest
-    from .recipe import changed, check_scheduler
-    from .verify import recipe_of
-
-    if foreign := [o for o in args.overrides if not o.strip().startswith(("cache", "sampler.", "verify."))]:
-        raise RecipeError(
-            f"--set {foreign[0]}: is compiled in; a plan can change cache, sampler and verify. Export again"
-        )
-    overrides = [f"sampler.steps={args.steps}"]
-    overrides += [f"sampler.scheduler={args.scheduler}"] if args.scheduler else []
-    overrides += [f"cache.method={args.cache}"] if args.cache else []
-    recipe = changed(
-        recipe_of(folder, read_manifest(folder)), f"{args.artifact}: its recipe", [*overrides, *args.overrides]
-    )
-    check_scheduler(recipe.sampler.scheduler)
-    return recipe
-
-
-def _added(manifest: Manifest, plans: dict[str, Plan]) -> dict[str, Any]:
-    """What was added, as `--dry-run` of an export tells of its plans, without times."""
-    from ..runtime.cli import letters
-    from .forecast import plan_figures
-
-    flops = {g.name: g.cost.flops for g in manifest.graphs}
-    names = letters(manifest, plans.values())
-    shares = {name: flops[name] / flops["full"] for name in names}
-    return {
-        "plans": {name: plan_figures(plan, names, shares) for name, plan in plans.items()},
-        "variants": names,
-        "unverified": [name for name in plans if manifest.status != "verified" or name in manifest.unverified],
-    }
-
-
-# prebake calibrate
-
-
-def _add_calibrate(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser(
-        "calibrate",
-        help="run a model in eager, and record what caches are decided from",
-        description="Runs the model in eager and records, per evaluation, how much each part of it changes and what the recipe's "
-        "cache method decides. Writes one JSON file beside the recipe, and a picture of it. Name the file in cache.calibration.",
-    )
-    parser.add_argument("--recipe", required=True, metavar="NAME|FILE", help="a recipe that ships, or a .toml file")
-    _add_overrides(parser)
-    parser.add_argument(
-        "--prompts",
-        type=Path,
-        metavar="FILE",
-        help="prompts, one a line (default: the set that an embedded model brings)",
-    )
-    parser.add_argument("--seeds", type=_positive, default=1, metavar="N", help="runs of each prompt (default: 1)")
-    parser.add_argument("--steps", type=_positive, metavar="N", help="number of steps (default: the recipe's first)")
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        default="float32",
-        help="what the model is run in, whatever the recipe's precision (default: float32)",
-    )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        metavar="FILE",
-        help="where to (default: cache.calibration or RECIPE.calibration.json, beside the recipe's file or else here)",
-    )
-    parser.add_argument("--force", action="store_true", help="replace a file that exists")
-    how = parser.add_mutually_exclusive_group()
-    how.add_argument("--quiet", action="store_true", help="print nothing but errors")
-    how.add_argument(
-        "--json", action="store_true", help="JSON lines about progress on stderr, one JSON result on stdout"
-    )
-    parser.set_defaults(run=_calibrate)
-
-
-def _calibrate(args: argparse.Namespace) -> int:
-    import torch
-
-    from ..runtime.errors import RecipeError
-    from . import calibration
-    from .calibrators import heatmap, runner
-    from .hush import hush
-    from .progress import progress
-    from .recipe import check_scheduler, folder_of, resolve
-    from .verify import read_prompts
-
-    recipe = resolve(args.recipe, args.overrides, args.model)
-    hush()
-    check_scheduler(recipe.sampler.scheduler)
-    prompts = runner.prompts_of(recipe.model.id, read_prompts(args.prompts) if args.prompts else None)
-    name = getattr(recipe.cache, "calibration", None) or f"{recipe.name}.calibration.json"
-    output = args.output or (folder_of(args.recipe) or Path()) / name
-    picture = output.with_suffix(".png")
-    if output.exists() and not args.force:
-        raise RecipeError(f"{output}: already exists; choose another --output, or replace it with --force")
-    with progress(_mode(args)) as shown:
-        dtype = getattr(torch, args.dtype)
-        made = runner.calibrate(recipe, prompts, args.seeds, shown, steps=args.steps, dtype=dtype)
-    calibration.write(output, made)
-    heatmap.draw(made, picture)
-    if args.json:
-        _print_json({"calibration": str(output), "picture": str(picture), "seconds": shown.seconds})
-    elif not args.quiet:
-        print(output, picture, sep="\n")
-    return 0
 
 
 # prebake verify
@@ -481,28 +279,17 @@ def _add_verify(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="prompts in place of the recipe's, one a line")
     parser.add_argument(
-        "--seeds", type=_positive, metavar="N", help="seeds 0 to N - 1 for each prompt, in place of the recipe's number"
+        "--seeds", type=positive, metavar="N", help="seeds 0 to N - 1 for each prompt, in place of the recipe's number"
     )
-    parser.add_argument("--limit", type=_positive, metavar="N", help="at most N prompts of each set")
+    parser.add_argument("--limit", type=positive, metavar="N", help="at most N prompts of each set")
     parser.add_argument(
         "--output",
         type=Path,
         metavar="DIR",
         help="where the report goes (default with --source: ARTIFACT/reports; else nowhere)",
     )
-    how = parser.add_mutually_exclusive_group()
-    how.add_argument("--quiet", action="store_true", help="print nothing but errors")
-    how.add_argument(
-        "--json", action="store_true", help="JSON lines about progress on stderr, the report as JSON on stdout"
-    )
+    add_how(parser, json_result="the report as JSON")
     parser.set_defaults(run=_verify)
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected 1 or more, got {number}")
-    return number
 
 
 def _verify(args: argparse.Namespace) -> int:
@@ -513,7 +300,7 @@ def _verify(args: argparse.Namespace) -> int:
 
     hush()
     choices = Choices(args.source, args.model, args.prompts, args.prompt_set, args.seeds, args.limit)
-    with progress(_mode(args)) as shown:
+    with progress(mode(args)) as shown:
         manifest, outcome = verify_artifact(args.artifact, choices, shown)
     if args.json:
         print(report.to_json(report.describe(manifest, outcome)), end="")

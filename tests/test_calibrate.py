@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
@@ -11,15 +12,18 @@ from statistics import fmean
 import pytest
 import torch
 from PIL import Image
+from pydantic import ValidationError
 
 from prebake.exporter import calibration as calibrations
+from prebake.exporter.caches import Auto, DBCache
 from prebake.exporter.caches.firstblock import FirstBlockCache, decision, marks
-from prebake.exporter.calibration import Calibration, Decisions, find, frozen, parameters, read
-from prebake.exporter.calibrators import firstblock, runner
+from prebake.exporter.calibration import Calibration, Decisions, find, frozen, parameters, read, required
+from prebake.exporter.calibrators import dbcache, firstblock, runner
 from prebake.exporter.calibrators.dynamic import Loop, dynamic_replay
 from prebake.exporter.cli import main
 from prebake.exporter.discover import discover
 from prebake.exporter.families import flux
+from prebake.exporter.layout import Layout, Place
 from prebake.exporter.pipeline import family_of, prepare, sampler_table, write
 from prebake.exporter.progress import progress
 from prebake.exporter.recipe import resolve
@@ -30,6 +34,7 @@ from prebake.runtime.manifest import Source
 PROMPTS = ("a red circle", "a blue square on white")
 OVERRIDES = ("cache.method=firstblock", "cache.threshold=0.4", "sampler.steps=5")
 QUIET = progress("quiet")
+SIZE = flux.Size(32, 32, 8)
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +49,15 @@ def file(made, tmp_path) -> Path:
     return tmp_path / "made.json"
 
 
+@pytest.fixture
+def arguments(tiny_folder, tmp_path, monkeypatch) -> list[str]:
+    """One run of three steps, without a method, called in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.txt").write_text("a red circle\n", "utf-8")
+    command = ["calibrate", "--recipe", "flux-fast", "--model", str(tiny_folder), "--steps", "3"]
+    return [*command, "--prompts", "prompts.txt", "--set", "cache.method=none"]
+
+
 def test_it_says_what_was_run(made, tiny_folder):
     assert (made.model, made.steps, made.prompts, made.seeds) == (tiny_folder.name, 5, 2, 2)
     assert made.scheduler == "FlowMatchEulerDiscreteScheduler"
@@ -53,7 +67,7 @@ def test_it_says_what_was_run(made, tiny_folder):
 
 
 def test_every_site_has_its_change_at_every_evaluation(made, tiny_pipe):
-    size = flux.Size(32, 32, 8)
+    size = SIZE
     layout = discover(flux.denoiser(tiny_pipe, size))
     sites = {p.site for p in layout.of("attention", "feed_forward", "block")}
     assert set(made.changes) == {*sites, "blocks[0:3]", "output"}
@@ -74,7 +88,7 @@ def test_changes_are_those_of_diffusers_own_runs_averaged(made, tiny_pipe):
             module.register_forward_hook(lambda m, args, y, to=to: to.append(flat_outputs(y)[0].clone()))
             for module, to in ((block, seen["attn"]), (tiny_pipe.transformer, seen["output"]))
         ]
-        flux.draw(tiny_pipe, prompt, seed, 5, 3.5, flux.Size(32, 32, 8))
+        flux.draw(tiny_pipe, prompt, seed, 5, 3.5, SIZE)
         for hook in hooks:
             hook.remove()
         for name, ys in seen.items():
@@ -92,7 +106,7 @@ def test_runs_start_and_end_where_diffusers_own_do(request, kind, guidance):
     pipe = request.getfixturevalue("tiny_pipe" if kind == "flux" else "tiny_sd_pipe")
     family = family_of(pipe)
     size = family.Size(*(family.defaults(pipe)[n] for n in ("height", "width", "max_sequence_length")))
-    size = flux.Size(32, 32, 8) if kind == "flux" else size
+    size = SIZE if kind == "flux" else size
     table, denoiser = sampler_table(family, pipe, size, 3, QUIET), family.denoiser(pipe, size)
     (run,) = runner.drawn(family, pipe, size, table, ("a red circle",), 1, guidance)
     scale = family.facts(pipe, size)["timestep_scale"]
@@ -107,7 +121,7 @@ def test_runs_start_and_end_where_diffusers_own_do(request, kind, guidance):
 
 
 def test_decisions_are_the_share_of_runs_that_computed(made, tiny_pipe):
-    size, cache = flux.Size(32, 32, 8), FirstBlockCache(threshold=0.4)
+    size, cache = SIZE, FirstBlockCache(threshold=0.4)
     denoiser = flux.denoiser(tiny_pipe, size)
     layout, table = discover(denoiser), sampler_table(flux, tiny_pipe, size, 5, QUIET)
     computed = []
@@ -138,12 +152,29 @@ def test_a_file_that_is_no_calibration_is_refused(file):
         ({"schema_version": 2}, r"made\.json \[schema_version\]"),
         ({"steps": "five"}, r"made\.json \[steps\]"),
         ({"colour": 1}, r"made\.json \[colour\]"),
+        (
+            {"changes": {"a": [0.5]}},
+            r"made\.json: changes\['a'\]: expected an entry for each of the 5 timesteps, got 1 ",
+        ),
     ):
         file.write_text(json.dumps({**data, **change}), "utf-8")
         with pytest.raises(RecipeError, match=match):
             read(file)
     with pytest.raises(RecipeError, match=r"none\.json: expected a calibration"):
         read(file.with_name("none.json"))
+
+
+@pytest.mark.parametrize("shorter", ["changes", "magnitudes", "errors", "decisions", "skips", "weights"])
+def test_everything_has_an_entry_for_each_evaluation(made, shorter):
+    fitted = {"cost": 0.6, "skips": [""] * 5, "weights": [{}] * 5, "psnr_db": 40.0, "held_out_psnr_db": 39.0}
+    data = made.model_dump() | {"auto": [fitted | {"fewer_steps": 3, "fewer_steps_psnr_db": 30.0}]}
+    assert Calibration.model_validate(data).auto
+    part = {"decisions": data["decisions"]["firstblock"]["computed"], "skips": data["auto"][0]}.get(shorter)
+    part = data["auto"][0] if shorter == "weights" else data[shorter] if part is None else part
+    key = shorter if shorter in part else next(iter(part))
+    part[key] = part[key][:-1]
+    with pytest.raises(ValidationError, match=rf"{shorter}.*: expected an entry for each of the 5 timesteps, got 4"):
+        Calibration.model_validate(data)
 
 
 def test_a_plan_computes_where_the_quorum_did(made):
@@ -183,7 +214,25 @@ def test_a_calibration_of_another_model_is_refused(file):
     with pytest.raises(
         RecipeError, match=r"made of model 'model' with sha256 .*, and this is 'other' with ffffffffffff"
     ):
-        calibrations.load(cache, other, file.parent)
+        calibrations.load(cache, other, file.parent, SIZE)
+
+
+def test_a_calibration_of_another_size_is_refused(made, file):
+    assert (made.height, made.width) == (SIZE.height, SIZE.width)
+    source = Source(model=made.model, pipeline="FluxPipeline", sha256=made.sha256)
+    cache = FirstBlockCache(calibration=file.name)
+    assert calibrations.load(cache, source, file.parent, SIZE) == made
+    wider = replace(SIZE, width=2 * SIZE.width)
+    with pytest.raises(RecipeError, match=rf"made at width {SIZE.width}, and this is {wider.width}; set shapes\.width"):
+        calibrations.load(cache, source, file.parent, wider)
+    unsaid = made.model_copy(update={"height": None, "width": None})
+    calibrations.write(file, unsaid)
+    assert calibrations.load(cache, source, file.parent, wider) == unsaid
+
+
+def test_a_calibration_without_fitted_plans_says_so(made):
+    with pytest.raises(ExportError, match=r"has no fitted plans, which method 'auto' needs"):
+        required(made, Auto(), made.timesteps, "auto")
 
 
 def test_an_artifact_carries_the_calibration_that_its_plan_rests_on(made, file, tiny_folder, tmp_path):
@@ -208,22 +257,7 @@ def test_other_steps_than_the_calibrations_are_refused(file, tiny_folder):
         prepare(recipe, QUIET, near=file.parent)
 
 
-def test_the_command_writes_one_file_and_its_picture(tiny_folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "prompts.txt").write_text("a red circle\n", "utf-8")
-    arguments = [
-        "calibrate",
-        "--recipe",
-        "flux-fast",
-        "--model",
-        str(tiny_folder),
-        "--steps",
-        "3",
-        "--prompts",
-        "prompts.txt",
-        "--set",
-        "cache.method=none",
-    ]
+def test_the_command_writes_one_file_and_its_picture(arguments, tmp_path, capsys):
     assert main([*arguments, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["calibration"] == "flux-fast.calibration.json"
@@ -238,6 +272,70 @@ def test_the_command_writes_one_file_and_its_picture(tiny_folder, tmp_path, monk
     own.write_text('name = "own"\ndescription = "d"\n[model]\nid = "x"\n', "utf-8")
     assert main([*arguments[:2], str(own), *arguments[3:], "--quiet"]) == 0
     assert read(own.with_name("own.calibration.json")) == calibrated
+    assert {f.name for f in tmp_path.iterdir()} == {
+        "prompts.txt", "own", "flux-fast.calibration.json", "flux-fast.calibration.png"
+    }  # fmt: skip
+
+
+def test_of_one_evaluation_there_is_nothing_to_draw(arguments, tmp_path, capsys):
+    (tmp_path / "one.png").write_bytes(b"the picture of another calibration")
+    assert main([*arguments, "--steps", "1", "--output", "one.json", "--force", "--json"]) == 0
+    assert set(json.loads(capsys.readouterr().out)) == {"calibration", "seconds"}
+    assert read(tmp_path / "one.json").steps == 1
+    assert not (tmp_path / "one.png").exists()
+
+
+@pytest.fixture
+def no_runs(monkeypatch):
+    """A calibration that comes to its first run fails."""
+    monkeypatch.setattr(runner, "drawn", lambda *args: pytest.fail("the model was run"))
+
+
+@pytest.mark.parametrize(
+    ("output", "sentence"),
+    [
+        ("x.png", "x.png: is the name of its picture; name a file"),
+        ("folder", "folder: is a folder; name a file"),
+        (".", "is a folder; name a file"),
+        ("there.json", "there.json: already exists"),
+        ("drawn.json", "drawn.png: already exists"),
+        ("there.json/x.json", "there.json/x.json: cannot be written"),
+    ],
+)
+def test_a_file_that_cannot_be_written_is_refused_before_the_model_runs(
+    arguments, no_runs, output, sentence, tmp_path, capsys
+):
+    (tmp_path / "folder").mkdir()
+    for name in ("there.json", "drawn.png"):
+        (tmp_path / name).touch()
+    assert main([*arguments, "--output", output, "--quiet"]) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_a_folder_that_is_not_there_yet_is_made(arguments, tmp_path):
+    assert main([*arguments, "--output", "new/folder/x.json", "--quiet"]) == 0
+    assert {f.name for f in (tmp_path / "new" / "folder").iterdir()} == {"x.json", "x.png"}
+
+
+@pytest.mark.parametrize(
+    ("cache", "sentence"),
+    [
+        (("cache.method=auto", "cache.candidates=['output','blocks[9:]']"), r"'blocks\[9:\]' selects nothing"),
+        (("cache.method=dbcache",), r"cache\.Fn_compute_blocks 8 .* always run"),
+    ],
+)
+def test_what_the_model_lacks_is_refused_before_it_runs(no_runs, tiny_folder, cache, sentence):
+    recipe = resolve("flux-fast", ("sampler.steps=5", *cache), str(tiny_folder))
+    with pytest.raises(ExportError, match=sentence):
+        runner.calibrate(recipe, PROMPTS, 1, QUIET)
+
+
+@pytest.mark.parametrize(("method", "online"), [("firstblock", firstblock.Online), ("dbcache", dbcache.Online)])
+def test_blocks_that_continue_another_stream_are_refused(method, online):
+    layout = Layout(tuple(Place(f"blocks.{i}", "", f"m.blocks.{i}", "block", ("", "x")) for i in range(9)))
+    cache = {"firstblock": FirstBlockCache(), "dbcache": DBCache()}[method]
+    with pytest.raises(ExportError, match=rf"'{method}' looks at .*'hidden_states', .*m\.blocks\.[07] .* continues x;"):
+        online(cache, layout, None)
 
 
 def test_a_model_without_prompts_of_its_own_needs_some(tiny_folder, capsys):

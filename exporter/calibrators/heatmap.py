@@ -14,8 +14,14 @@ from ..calibration import Calibration
 MOST_LABELS = 64  # sites that are named; of more, every n-th
 
 
-def draw(calibration: Calibration, path: Path) -> None:
-    """Writes a PNG of `changes`, colours on a logarithmic scale; evaluation 0 changes from nothing and is left out."""
+def draw(calibration: Calibration, path: Path) -> bool:
+    """Writes a PNG of `changes`, colours on a logarithmic scale; evaluation 0 changes from nothing and is left out.
+
+    The file comes in one move. Of a single evaluation there is nothing to draw: no file, none from before, and False.
+    """
+    if len(calibration.timesteps) < 2:
+        path.unlink(missing_ok=True)
+        return False
     sites = list(calibration.changes)
     rows = [[math.nan if v is None else v for v in calibration.changes[site]][1:] for site in sites]
     figure = Figure(
@@ -34,7 +40,13 @@ def draw(calibration: Calibration, path: Path) -> None:
         fontsize=9,
     )
     figure.colorbar(image, label="relative change (L1) since the evaluation before")
-    figure.savefig(path, bbox_inches="tight", metadata={"Software": None})
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        figure.savefig(partial, format="png", bbox_inches="tight", metadata={"Software": None})
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return True
 
 
 def scale(rows: list[list[float]]) -> LogNorm:

@@ -1,0 +1,47 @@
+"""What the subcommands' parsers and functions share: `cli.py`, `cli_calibrate.py` and `cli_plan.py` use it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Literal
+
+
+def add_overrides(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model",
+        metavar="ID|FOLDER|shapes",
+        help="the model, in place of the recipe's: hub id, folder, or the small one that ships",
+    )
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="table.key=value",
+        help="change one value of the recipe; may be repeated",
+    )
+
+
+def add_how(parser: argparse.ArgumentParser, *, json_result: str = "one JSON result") -> None:
+    """--quiet and --json, which exclude each other."""
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    how.add_argument(
+        "--json", action="store_true", help=f"JSON lines about progress on stderr, {json_result} on stdout"
+    )
+
+
+def mode(args: argparse.Namespace) -> Literal["rich", "json", "quiet"]:
+    return "json" if args.json else "quiet" if args.quiet else "rich"
+
+
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, got {number}")
+    return number
+
+
+def print_json(value: object) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))

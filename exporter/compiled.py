@@ -16,17 +16,18 @@ from torch import Tensor
 
 from ..runtime.backends.aoti import NativeModel, open_model
 from ..runtime.backends.unpack import unpacked
-from ..runtime.manifest import Cost, Graph, Site
+from ..runtime.manifest import Graph
 from ..runtime.replay import Variant
 from .capture import Captured
 from .component import Component
+from .eager import UNCOUNTED, sites_of
 from .lower import aoti
 from .pipeline import capture_variants
 from .plan import Planned
 from .progress import progress
 from .recipe import Compile
 
-UNCOUNTED = Cost(flops=0, ops=0, constants=0, constants_bytes=0)
+__all__ = ["Compiled", "sites_of"]
 
 
 class Compiled:
@@ -79,8 +80,3 @@ def called(model: NativeModel, graph: Captured):
         return dict(zip(names, model([named[spec.name] for spec in graph.inputs]), strict=True))
 
     return call
-
-
-def sites_of(planned: Planned) -> dict[str, Site]:
-    """The sites as `replay` takes them."""
-    return {m.name: Site(name=m.name, slots=m.slots, tensors=m.tensors) for m in planned.marks if m.tensors}

@@ -18,7 +18,12 @@ from .marks import Variant
 from .plan import Planned
 from .sites import VariantModule
 
-NOTHING = Cost(flops=0, ops=0, constants=0, constants_bytes=0)
+UNCOUNTED = Cost(flops=0, ops=0, constants=0, constants_bytes=0)
+
+
+def sites_of(planned: Planned) -> dict[str, Site]:
+    """The sites as `replay` takes them: those of which something is stored."""
+    return {m.name: Site(name=m.name, slots=m.slots, tensors=m.tensors) for m in planned.marks if m.tensors}
 
 
 def eager_variants(denoiser: Component, planned: Planned) -> dict[str, RuntimeVariant]:
@@ -36,7 +41,7 @@ def eager_variant(denoiser: Component, planned: Planned, variant: Variant) -> Ru
         stores=tuple(m.name for m in variant.storing(planned.marks)),
         combines=variant.combining(planned.marks),
         constants={},
-        cost=NOTHING,
+        cost=UNCOUNTED,
     )
 
     def call(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -57,11 +62,10 @@ def eager_replay(
     **kwargs,
 ) -> Tensor:
     """The final latents of `plan`; `kwargs` are `replay`'s own."""
-    sites = {m.name: Site(name=m.name, slots=m.slots, tensors=m.tensors) for m in planned.marks}
     return replay(
         tables_on(plan, latents.device, timestep_scale),
         eager_variants(denoiser, planned),
-        sites,
+        sites_of(planned),
         inputs,
         latents,
         **kwargs,

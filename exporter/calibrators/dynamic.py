@@ -26,11 +26,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ...runtime.manifest import Site
 from ...runtime.replay import Tensors, scaled, slots, store, updated
 from ..caches import Decision
 from ..component import Component
-from ..eager import eager_variant
+from ..eager import eager_variant, sites_of
 from ..marks import Mark, Variant
 from ..plan import Planned, actions_of
 from ..plan.sampler import Table
@@ -108,7 +107,7 @@ def dynamic_replay(
     what all evaluations so far computed, the one at hand last, with the keys that are decided. `noise` is `replay`'s.
     """
     every = (*marks, *(p for p in probes if p.name not in {m.name for m in marks}))
-    sites = {m.name: Site(name=m.name, slots=m.slots, tensors=m.tensors) for m in marks}
+    sites = sites_of(Planned(marks, (), ()))
     loop = Loop(table, inputs, latents, timestep_scale=timestep_scale, noise=noise)
     run = Replayed()
     stored: dict[str, deque[Tensors]] = {}

@@ -156,6 +156,6 @@ def check_branches(cache: FasterCache, layout: Layout) -> None:
     if not layout.planes:
         raise ExportError(
             "cache method 'fastercache' splits the difference between the branches by frequency, and this denoiser does not; "
-            "its family must build it with guided(..., planes=(H, W)), the last two dimensions of its output, or set "
-            "cache.is_guidance_distilled=true to extrapolate attentions alone"
+            "an artifact must be exported again with this cache, a family must build it with guided(..., planes=(H, W)), the "
+            "last two dimensions of its output, or set cache.is_guidance_distilled=true to extrapolate attentions alone"
         )

@@ -17,15 +17,15 @@ import torch
 
 from ..runtime.errors import ExportError
 from ..runtime.manifest import Cost, Defaults, Graph, Manifest, Requires, Site, Source
-from ..runtime.plan import Plan
 from . import calibration as calibrations
 from . import package, replan, source
-from .caches import Auto, TeaCache
+from .caches import TeaCache
 from .calibration import Calibration
 from .calibrators import teacache
 from .capture import Captured, capture
-from .cost import check_skips, cost, module_flops, plan_share
+from .cost import check_skips, cost, module_flops
 from .discover import discover
+from .fallback import that_holds
 from .guidance import with_planes
 from .layout import Layout
 from .lower import BACKENDS
@@ -91,12 +91,13 @@ def prepare(recipe: Recipe, progress: Progress, *, near: Path | None = None) -> 
         family = family_of(loaded.pipe)
         defaults, size, steps = settle(recipe, family, loaded)
         pipe = with_scheduler(loaded.pipe, recipe.sampler.scheduler)
-        recipe = fallen_back(recipe, loaded.source, steps, near, progress)
+        tables = {n: sampler_table(family, pipe, size, n, progress) for n in steps}
+        cache = that_holds(recipe.cache, loaded.source, size, tables, near, progress)
+        recipe = recipe.model_copy(update={"cache": cache})
         calibration = calibrations.load(recipe.cache, loaded.source, near, size)
     with progress.stage("rewrite"):
         layers = rewrite(pipe, recipe)
-    with progress.stage("plan", len(steps)):
-        tables = {n: sampler_table(family, pipe, size, n, progress) for n in steps}
+    with progress.stage("plan"):
         denoiser = family.denoiser(pipe, size)
         denoiser = with_planes(denoiser) if getattr(recipe.cache, "needs_planes", False) else denoiser
         layout = discover(denoiser)
@@ -113,23 +114,6 @@ def prepare(recipe: Recipe, progress: Progress, *, near: Path | None = None) -> 
     return Prepared(
         recipe, family, pipe, size, loaded.source, defaults, layers, calibration, layout, planned, graphs, costs
     )
-
-
-def fallen_back(
-    recipe: Recipe, origin: Source, steps: tuple[int, ...], near: Path | None, progress: Progress
-) -> Recipe:
-    """The recipe, with the mask `cache.otherwise` in place of plans that were found for another model or other steps."""
-    cache = recipe.cache
-    if not isinstance(cache, Auto) or cache.otherwise is None or cache.calibration is None:
-        return recipe
-    made = calibrations.read(calibrations.find(cache.calibration, near))
-    if made.sha256 == origin.sha256 and steps == (made.steps,):
-        return recipe
-    progress.note(
-        f"cache: {cache.calibration} is of {made.model} at {made.steps} steps, so mask {cache.otherwise} is used here; "
-        f"`{calibrations.COMMAND}` finds a plan for this model"
-    )
-    return recipe.model_copy(update={"cache": cache.fallback()})
 
 
 def exact(recipe: Recipe, denoiser: Any, layout: Layout, tables: dict[int, Table], scale: float) -> Any:
@@ -341,8 +325,3 @@ def machine(recipe: Recipe) -> dict[str, Any]:
         "device": recipe.compile.device,
         "torch": ".".join(torch.__version__.split(".")[:2]),
     }
-
-
-def plan_summary(plan: Plan, costs: dict[str, Cost]) -> float:
-    """A plan's FLOPs as a share of the same evaluations all computed."""
-    return plan_share(plan, {name: cost.flops / costs["full"].flops for name, cost in costs.items()})

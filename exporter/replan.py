@@ -12,7 +12,7 @@ import importlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,6 +28,8 @@ from ..runtime.plan import Plan
 from . import calibration as calibrations
 from . import report
 from .caches import Decision, Schedule, Trajectory, schedule
+from .calibration import Calibration
+from .fallback import that_holds
 from .golden import golden_path, write_plan_golden
 from .layout import Layout
 from .marks import Action, Mark, Variant
@@ -96,37 +98,50 @@ def read_kept(folder: Path, manifest: Manifest) -> Kept:
 # --- the plans ------------------------------------------------------------------------------------------------------
 
 
-def plans_of(folder: Path, manifest: Manifest, recipe: Recipe, steps: int) -> tuple[Plan, ...]:
+def plans_of(
+    folder: Path, manifest: Manifest, recipe: Recipe, steps: int, progress: Progress
+) -> tuple[tuple[Plan, ...], Calibration | None]:
     """The plan for `steps` with the recipe's scheduler and cache, and with a cache the one without it, as an export has
-    them. Raises ExportError where the artifact lacks a variant that it needs."""
+    them, and the calibration that they rest on. With a note, `cache.otherwise` stands in for a plan found for other steps.
+
+    Raises ExportError where the artifact lacks a variant that it needs, or has another calibration.
+    """
     content = read_kept(folder, manifest)
     table = sampler_table(content, manifest, recipe, steps)
+    cache = that_holds(recipe.cache, manifest.source, manifest.defaults, {steps: table}, folder, progress)
     marks = content.marks
     names = {v.actions: v.name for v in content.all_variants()}
     everything = Schedule(marks, tuple(Decision() for _ in table.updates))
-    if recipe.cache.method == "none":
-        return (join(str(steps), steps, "none", table, everything, names),)
-    if getattr(recipe.cache, "exact", False):
+    if cache.method == "none":
+        return (join(str(steps), steps, "none", table, everything, names),), None
+    if getattr(cache, "exact", False):
         raise ExportError(
-            f"cache.method {recipe.cache.method!r} with exact = true decides by the model's weights, which `prebake plan` does not "
-            "read; set cache.exact=false and name a calibration, or export again with sampler.steps"
+            f"cache.method {cache.method!r} with signal = {cache.signal!r} decides by the model's weights, which `prebake plan` does "
+            "not read; set cache.signal=modulated and name a calibration, or export again with sampler.steps"
         )
-    asked = schedule(
-        recipe.cache,
-        content.layout,
-        Trajectory(table.timesteps, table.sigmas, table.steps),
-        calibrations.load(recipe.cache, manifest.source, folder, manifest.defaults),
-    )
+    calibration = carried(cache, manifest, folder)
+    trajectory = Trajectory(table.timesteps, table.sigmas, table.steps)
+    asked = schedule(cache, content.layout, trajectory, calibration)
     if all(action == "compute" for d in asked.decisions for action in d.actions.values()):
         raise ExportError(
-            f"cache.method {recipe.cache.method!r} skips nothing at {steps} steps; widen its range, take more steps, or add --cache none"
+            f"cache.method {cache.method!r} skips nothing at {steps} steps; widen its range, take more steps, or add --cache none"
         )
     translated = in_terms_of(marks, asked)
     check_variants(content, translated, names)
-    return (
-        join(str(steps), steps, recipe.cache.method, table, translated, names),
-        join(f"{steps}-uncached", steps, "none", table, everything, names),
-    )
+    cached = join(str(steps), steps, cache.method, table, translated, names)
+    return (cached, join(f"{steps}-uncached", steps, "none", table, everything, names)), calibration
+
+
+def carried(cache: Any, manifest: Manifest, folder: Path) -> Calibration | None:
+    """The calibration that the cache names, if it names one. Raises ExportError where the artifact carries another."""
+    calibration = calibrations.load(cache, manifest.source, folder, manifest.defaults)
+    own = folder / calibrations.FILE
+    if calibration and own.exists() and calibrations.read(own) != calibration:
+        raise ExportError(
+            f"cache.calibration {cache.calibration!r} is not the calibration that the artifact carries, which its plans rest on; set "
+            f"cache.calibration={calibrations.FILE}, or export again with this one"
+        )
+    return calibration
 
 
 def sampler_table(content: Kept, manifest: Manifest, recipe: Recipe, steps: int) -> Table:
@@ -219,18 +234,21 @@ def add(
     with progress.stage("plan"):
         if str(steps) in manifest.plans and not choices.force:
             raise ExportError(f"{folder}: plan '{steps}' is there already; replace it with --force")
-        plans = {p.name: p for p in plans_of(folder, manifest, recipe, steps)}
-        if problems := list(plan_problems(plans, with_plans(manifest, plans))):
+        made, calibration = plans_of(folder, manifest, recipe, steps, progress)
+        plans = {p.name: p for p in made}
+        replaced = {str(steps), f"{steps}-uncached"} & set(manifest.plans)
+        listed = with_plans(without(manifest, replaced - set(plans)), plans)
+        if problems := list(plan_problems(plans, listed)):
             raise ExportError("\n".join(problems))
     if choices.dry_run:
         return manifest, plans
     with linked(folder) as fresh:
-        (fresh / "manifest.json").unlink()
-        for name in plans:
-            (fresh / plan_path(plans[name])).unlink(missing_ok=True)
-            (fresh / golden_path(name)).unlink(missing_ok=True)
+        unlink(fresh, manifest, replaced)
+        shutil.rmtree(report_folder(fresh, str(steps)), ignore_errors=True)
         write_plans(fresh, tuple(plans.values()))
-        manifest = written(fresh, with_plans(manifest, plans), manifest)
+        if calibration and not (fresh / calibrations.FILE).exists():
+            calibrations.write(fresh / calibrations.FILE, calibration)
+        manifest = written(fresh, listed, manifest)
         replayer = Replayer(open_artifact(fresh, hash_weights=False))
         with progress.stage("golden", len(plans)):
             for name in plans:
@@ -253,7 +271,7 @@ def verified(
         outcome = settled(chosen, recipe, model, picture_jobs(recipe), gate_prompts(recipe, manifest), progress)
     if outcome.missed:
         raise ExportError("\n".join([*outcome.missed, "the plan is not added"]))
-    report.write(folder / "reports" / f"plan-{next(iter(plans))}", manifest, outcome)
+    report.write(report_folder(folder, next(iter(plans))), manifest, outcome)
     left = tuple(name for name in manifest.unverified if name not in plans)
     return written(folder, manifest.model_copy(update={"unverified": left}), manifest)
 
@@ -271,14 +289,29 @@ def remove(folder: Path, name: str) -> Manifest:
     gone = {name, f"{name}-uncached"} & set(manifest.plans)
     if name in (default, f"{default}-uncached"):
         raise RecipeError(f"{folder}: plan {name!r} belongs to the default of {default} steps, and stays")
-    left = {n: path for n, path in manifest.plans.items() if n not in gone}
-    unverified = tuple(n for n in manifest.unverified if n not in gone)
     with linked(folder) as fresh:
-        for n in gone:
-            (fresh / manifest.plans[n]).unlink()
-            (fresh / golden_path(n)).unlink(missing_ok=True)
-        (fresh / "manifest.json").unlink()
-        return written(fresh, manifest.model_copy(update={"plans": left, "unverified": unverified}), manifest)
+        unlink(fresh, manifest, gone)
+        shutil.rmtree(report_folder(fresh, name), ignore_errors=True)
+        return written(fresh, without(manifest, gone), manifest)
+
+
+def without(manifest: Manifest, names: Set[str]) -> Manifest:
+    """Lists these plans no more."""
+    left = {n: path for n, path in manifest.plans.items() if n not in names}
+    unverified = tuple(n for n in manifest.unverified if n not in names)
+    return manifest.model_copy(update={"plans": left, "unverified": unverified})
+
+
+def unlink(folder: Path, manifest: Manifest, names: Set[str]) -> None:
+    """Takes the files of these plans out of a folder of links."""
+    for name in names:
+        (folder / manifest.plans[name]).unlink()
+        (folder / golden_path(name)).unlink(missing_ok=True)
+
+
+def report_folder(folder: Path, name: str) -> Path:
+    """Where `add` reports on the plans of that number of steps, `20` and `20-uncached` alike."""
+    return folder / "reports" / f"plan-{name.removesuffix('-uncached')}"
 
 
 def with_plans(manifest: Manifest, plans: Mapping[str, Plan]) -> Manifest:

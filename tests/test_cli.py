@@ -45,12 +45,7 @@ def fake_pipeline(monkeypatch):
             planned=types.SimpleNamespace(plans=(PLAN,), variants=(Variant("full", ()),)),
         )
 
-    fake.Options, fake.export, fake.prepare, fake.plan_summary = (
-        types.SimpleNamespace,
-        export,
-        prepare,
-        lambda plan, costs: 0.5,
-    )
+    fake.Options, fake.export, fake.prepare = types.SimpleNamespace, export, prepare
     monkeypatch.setitem(sys.modules, fake.__name__, fake)
     return fake
 

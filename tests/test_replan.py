@@ -5,23 +5,30 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from prebake.exporter import calibration as calibrations
 from prebake.exporter import replan
-from prebake.exporter.caches import Decision, Schedule
+from prebake.exporter.caches import Auto, Decision, FasterCache, Mask, Schedule
+from prebake.exporter.caches.fastercache import check_branches
+from prebake.exporter.calibration import Calibration, Fitted
 from prebake.exporter.cli import main
 from prebake.exporter.golden import replay_golden
 from prebake.exporter.marks import Mark
-from prebake.exporter.progress import progress
+from prebake.exporter.pipeline import prepare
+from prebake.exporter.progress import Progress, progress
 from prebake.exporter.quality import Replayer
-from prebake.exporter.recipe import changed
+from prebake.exporter.recipe import changed, resolve
 from prebake.exporter.verify import recipe_of
 from prebake.runtime import load
 from prebake.runtime.artifact import open_artifact
 from prebake.runtime.errors import ArtifactError, ExportError, RecipeError
 from prebake.runtime.manifest import read_manifest
+from prebake.runtime.plan import Plan
+from tiny import OVERRIDES
 
 VERIFIED = ("verify.seeds=1", "verify.prompts=a large red circle")
 
@@ -120,6 +127,22 @@ def test_a_cache_whose_variants_are_not_compiled_is_refused_with_those_that_are(
     assert contents(copied) == before
 
 
+def test_a_cache_that_reads_weights_is_refused_with_keys_that_exist(copied):
+    signal = ("cache.method=teacache", "cache.signal=time_embedding")
+    with pytest.raises(
+        ExportError, match=r"signal = 'time_embedding' decides .*; set cache.signal=modulated and name a"
+    ):
+        added(copied, 6, *signal)
+    with pytest.raises(ExportError, match="needs a calibration"):
+        added(copied, 6, *signal, "cache.signal=modulated")
+
+
+def test_a_cache_that_needs_branches_split_by_frequency_is_refused_with_a_way_out():
+    guided = SimpleNamespace(branches=("uncond", "cond"), planes=False)
+    with pytest.raises(ExportError, match="an artifact must be exported again with this cache"):
+        check_branches(FasterCache(), guided)
+
+
 def test_a_cache_that_skips_nothing_is_refused(copied):
     with pytest.raises(ExportError, match=r"cache.method 'pab' skips nothing at 1 steps"):
         added(copied, 1)
@@ -170,10 +193,41 @@ def test_an_artifact_of_an_older_export_is_refused_by_name(copied):
 
 
 def test_a_verified_plan_is_no_longer_listed_as_unverified(copied, tiny_folder):
+    (copied / "reports/plan-4").mkdir()
+    (copied / "reports/plan-4/verify.json").write_text("an earlier report", "utf-8")
+    second_link = copied.with_name("second-link")
+    second_link.hardlink_to(copied / "reports/plan-4/verify.json")
     manifest, _ = added(copied, 4, *VERIFIED, verify=True, model=str(tiny_folder))
     assert manifest.unverified == read_manifest(copied).unverified == ()
+    assert second_link.read_text("utf-8") == "an earlier report"  # a run that is killed would have left it there
     assert json.loads((copied / "reports/plan-4/verify.json").read_text())["passed"]
     open_artifact(copied)
+
+
+def test_a_plan_that_is_replaced_or_removed_takes_its_report_along(copied):
+    added(copied, 5)
+    report = copied / "reports/plan-5/verify.json"
+    report.parent.mkdir(parents=True)
+    report.write_text("of the first plan", "utf-8")
+    added(copied, 5, "cache.method=none", force=True)
+    assert not report.exists()
+    report.parent.mkdir()
+    report.write_text("of the second plan", "utf-8")
+    replan.remove(copied, "5")
+    assert not report.parent.exists()
+    assert (copied / "reports/verify.json").exists()
+
+
+def test_a_plan_without_a_cache_takes_the_place_of_a_cached_one_and_its_twin(copied):
+    added(copied, 5)
+    manifest, _ = added(copied, 5, "cache.method=none", force=True)
+    assert set(manifest.plans) == {"5", "8", "8-uncached"}
+    assert manifest.unverified == ("5",)
+    assert set(open_artifact(copied).plans) == set(manifest.plans)
+    assert not (copied / "golden/5-uncached.safetensors").exists()
+    pipe = load(copied)
+    drawn = [pipe("red", seed=1, num_inference_steps=5, output_type="latent", cache=c).images for c in (True, False)]
+    assert torch.equal(*drawn)
 
 
 def test_a_plan_that_misses_a_threshold_is_not_added(copied, tiny_folder):
@@ -181,6 +235,154 @@ def test_a_plan_that_misses_a_threshold_is_not_added(copied, tiny_folder):
     with pytest.raises(ExportError, match=r"(?s)psnr_db.*the plan is not added"):
         added(copied, 4, *VERIFIED, "verify.psnr_db=110", verify=True, model=str(tiny_folder))
     assert contents(copied) == before
+
+
+# --- a plan that was found for other steps
+
+
+class Notes(Progress):
+    """Keeps what the user is told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.told.append(text)
+
+
+OTHERWISE = "11(001)"
+
+
+def calibration_of(folder, **changes) -> Calibration:
+    """One for the model of an artifact, at the steps, scheduler and size of its plan 8, with a plan that skips evaluation 5."""
+    manifest = read_manifest(folder)
+    plan = Plan.model_validate_json((folder / manifest.plans["8"]).read_bytes())
+    weights = tuple({"output": (2.0, -1.0, 0.0)} if e == 5 else {} for e in range(8))
+    fitted = Fitted(
+        cost=0.875, skips=tuple("output" if w else "" for w in weights), weights=weights,
+        psnr_db=40.0, held_out_psnr_db=39.0, fewer_steps=7, fewer_steps_psnr_db=20.0,
+    )  # fmt: skip
+    given = {
+        "model": "tiny", "sha256": manifest.source.sha256, "scheduler": plan.scheduler, "steps": 8,
+        "timesteps": tuple(e.timestep for e in plan.evaluations), "guidance_scale": 3.5, "prompts": 1,
+        "prompts_sha256": "", "seeds": 1, "auto": (fitted,),
+    }  # fmt: skip
+    return Calibration(**{**given, **changes})
+
+
+FOUND = Auto(calibration=calibrations.FILE, otherwise=OTHERWISE, budget=0.9)
+
+
+@pytest.fixture
+def found(copied):
+    """The copy as if its export had used `FOUND`: one variant predicts the output from three stored ones."""
+    kept = replan.read_kept(copied, read_manifest(copied))
+    output = kept.layout.output(slots=3)
+    kept = kept.model_copy(update={"marks": (output,), "variants": {"full": {}, "reuse": {output.name: "combine"}}})
+    (copied / replan.FILE).unlink()
+    (copied / replan.FILE).write_text(kept.model_dump_json(), "utf-8")
+    calibrations.write(copied / calibrations.FILE, calibration_of(copied))
+    return copied
+
+
+def planned(folder, steps: int, *overrides: str, cache: Auto = FOUND):
+    """The cached plan, and what was noted."""
+    manifest, notes = read_manifest(folder), Notes()
+    recipe = changed(recipe_of(folder, manifest), "recipe", overrides).model_copy(update={"cache": cache})
+    return replan.plans_of(folder, manifest, recipe, steps, notes)[0][0], notes.told
+
+
+def test_a_found_plan_is_kept_at_its_own_steps(found):
+    plan, notes = planned(found, 8)
+    assert (plan.cache, notes) == ("auto", [])
+    assert [e.variant for e in plan.evaluations] == ["full"] * 5 + ["reuse"] + ["full"] * 2
+    assert plan.evaluations[5].coefficients == (2.0, -1.0, 0.0)
+
+
+def test_at_other_steps_the_mask_stands_in_with_the_variants_that_are_there(found):
+    plan, notes = planned(found, 6)
+    assert plan.cache == "mask"
+    assert [e.variant for e in plan.evaluations] == ["full", "full", "reuse", "reuse", "full", "reuse"]
+    newest, before, unused = plan.evaluations[2].coefficients
+    a, b, t = (plan.evaluations[e].timestep for e in (1, 0, 2))
+    assert newest == pytest.approx(1 + (t - a) / (a - b))
+    assert newest + before == pytest.approx(1)
+    assert unused == 0
+    assert len(notes) == 1
+    assert (
+        "calibration.json is for the timesteps of 8 steps of FlowMatchEulerDiscreteScheduler, and those of 6 steps here are "
+        "others, so mask 11(001) is used for 6 steps;" in notes[0]
+    )
+
+
+def test_with_another_scheduler_or_model_the_mask_stands_in_too(found):
+    plan, notes = planned(found, 8, "sampler.scheduler=FlowMatchHeunDiscreteScheduler")
+    assert (plan.cache, plan.scheduler, len(notes)) == ("mask", "FlowMatchHeunDiscreteScheduler", 1)
+    calibrations.write(found / calibrations.FILE, calibration_of(found, sha256="0" * 64))
+    plan, notes = planned(found, 8)
+    assert plan.cache == "mask"
+    assert "is of the model 'tiny', and this is another one, so mask" in notes[0]
+
+
+def test_without_otherwise_other_steps_are_refused(found):
+    with pytest.raises(ExportError, match="made for 8 steps"):
+        planned(found, 6, cache=FOUND.model_copy(update={"otherwise": None}))
+
+
+def test_another_calibration_than_the_artifacts_own_is_refused(found, tmp_path):
+    other = tmp_path / "other.json"
+    calibrations.write(other, calibration_of(found, prompts=2))
+    with pytest.raises(ExportError, match=r"other.json' is not the calibration that the artifact carries"):
+        planned(found, 8, cache=FOUND.model_copy(update={"calibration": str(other)}))
+    calibrations.write(other, calibration_of(found))
+    assert planned(found, 8, cache=FOUND.model_copy(update={"calibration": str(other)}))[0].cache == "auto"
+
+
+def test_the_first_calibration_of_an_artifact_goes_into_it_and_is_hashed(copied, tmp_path):
+    errors = tuple((0.1,) * min(e, 3) for e in range(8))
+    calibrations.write(tmp_path / "errors.json", calibration_of(copied, errors={"attn": errors}, auto=()))
+    smooth = ("cache.method=smoothcache", 'cache.components_to_wrap=["attn"]', "cache.calibration_threshold=0.2")
+    manifest, plans = added(copied, 8, *smooth, f"cache.calibration={tmp_path / 'errors.json'}", force=True)
+    assert [e.variant for e in plans["8"].evaluations] == [
+        "full",
+        "reuse",
+        "reuse",
+        "reuse",
+        "full",
+        "reuse",
+        "reuse",
+        "full",
+    ]
+    assert calibrations.FILE in {entry.path for entry in manifest.files}
+    assert contents(copied)[calibrations.FILE] == (tmp_path / "errors.json").read_bytes()
+    open_artifact(copied)
+    calibrations.write(tmp_path / "other.json", calibration_of(copied, errors={"attn": errors}, prompts=2))
+    with pytest.raises(ExportError, match="export again with this one"):
+        added(copied, 8, *smooth, f"cache.calibration={tmp_path / 'other.json'}", force=True)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "cache", "notes"),
+    [
+        ((), Auto, 0),
+        (("sampler.steps=[8,6]",), Mask, 1),
+        (("shapes.height=64", "shapes.width=64"), Mask, 1),
+        (("sampler.scheduler=FlowMatchHeunDiscreteScheduler",), Mask, 1),
+    ],
+)
+def test_an_export_takes_the_found_plan_only_where_all_its_timesteps_are_the_calibrations(
+    tiny_artifact, tiny_folder, tmp_path, overrides, cache, notes
+):
+    calibrations.write(tmp_path / "found.json", calibration_of(tiny_artifact))
+    told = Notes()
+    found = ("cache.method=auto", "cache.calibration=found.json", f"cache.otherwise={OTHERWISE}", "cache.budget=0.9")
+    recipe = resolve("flux-fast", (*OVERRIDES[1:], *found, *overrides), str(tiny_folder))
+    prepared = prepare(recipe, told, near=tmp_path)
+    assert isinstance(prepared.recipe.cache, cache)
+    assert (prepared.calibration is None) == (cache is Mask)
+    assert {p.cache for p in prepared.planned.plans} == {"none", prepared.recipe.cache.method}
+    assert len(told.told) == notes
 
 
 # --- sites under other names

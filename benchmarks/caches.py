@@ -2,6 +2,7 @@
 """Every cache at several strengths, and the same time spent on fewer steps: wall time of compiled code against pictures.
 
     python benchmarks/caches.py --model shapes --calibration recipes/flux-fast.calibration.json --output docs/caches/shapes.json
+    python benchmarks/caches.py --model shapes-sd --calibration docs/caches/shapes-sd.calibration.json --output docs/caches/shapes-sd.json
     python benchmarks/caches.py --plot docs/caches/shapes.json docs/caches/shapes-sd.json
 
 Each plan is compiled in float32 for one thread, so that what differs between rows is the cache. Prompt after prompt is

@@ -56,12 +56,12 @@ def misfit(made: Calibration, cache: Auto, origin: Source, size: calibrations.Si
 
 
 def made_at(made: Calibration, cache: Auto, table: Table) -> bool:
-    """Whether the table has the calibration's timesteps."""
+    """Whether the table has the calibration's scheduler, whose updates weights are fitted to, and its timesteps."""
     try:
         calibrations.required(made, cache, table.timesteps, "timesteps")
     except ExportError:
         return False
-    return True
+    return table.scheduler == made.scheduler
 
 
 def listed(steps: Iterable[int]) -> str:

@@ -296,7 +296,7 @@ def plot(files: Sequence[Path], output: Path) -> None:
             points = sorted((1 / r["time"], r["psnr_open_db"]) for r in data["results"] if r["method"] == method)
             x, y = zip(*points, strict=True)
             style = {"auto": ("tab:red", "-", 2.2), "fewer steps": ("black", "--", 1.6)}.get(method, (None, ":", 1.0))
-            color, line, width = style
+            color, line, width = style if method != "mask" else (None, "", 1.0)  # masks are not one curve
             panel.plot(
                 x, y, line, color=color, linewidth=width, marker=markers[i % len(markers)], markersize=5, label=method
             )

@@ -44,7 +44,7 @@ def denoiser(widths: tuple[int, ...], latent: int, text: int) -> Component:
     unet = UNet2DConditionModel(
         sample_size=latent, block_out_channels=widths, cross_attention_dim=text, attention_head_dim=8
     )
-    unet.to(memory_format=torch.channels_last)  # as an export does: else kernels are reordered at every call
+    nn.Module.to(unet, memory_format=torch.channels_last)  # as an export does: else kernels are reordered at every call
     args = {
         "hidden_states": torch.randn(1, 4, latent, latent),
         "timestep": torch.tensor([500.0]),

@@ -155,7 +155,9 @@ def test_every_counter_and_test_decides_as_in_cache_dit():
         layout = a_list(3, branches)
         values = walk(rng, branches, evaluations)
         online = dbcache.Online(cache, layout, TABLES["ddim"](2))
-        tensors = dict(zip(branches, (dbcache.hidden(p, "dbcache") for p in dbcache.probes(cache, layout)), strict=True))
+        tensors = dict(
+            zip(branches, (dbcache.hidden(p, "dbcache") for p in dbcache.probes(cache, layout)), strict=True)
+        )
         got = [online.decide(e, 0.0, {tensors[b]: x for b, x in step.items()}) for e, step in enumerate(values)]
         expected = manager(cache, values)
         assert got == expected, cache

@@ -296,14 +296,14 @@ def plot(files: Sequence[Path], output: Path) -> None:
             points = sorted((1 / r["time"], r["psnr_open_db"]) for r in data["results"] if r["method"] == method)
             x, y = zip(*points, strict=True)
             style = {"auto": ("tab:red", "-", 2.2), "fewer steps": ("black", "--", 1.6)}.get(method, (None, ":", 1.0))
-            color, line, width = style if method != "mask" else (None, "", 1.0)  # masks are not one curve
-            panel.plot(
-                x, y, line, color=color, linewidth=width, marker=markers[i % len(markers)], markersize=5, label=method
-            )
+            color, line, width = style if method != "mask" else (None, "none", 1.0)  # masks are not one curve
+            marker = markers[i % len(markers)]
+            panel.plot(x, y, color=color, ls=line, lw=width, marker=marker, markersize=5, label=method)
         panel.set(
             title=f"{data['model']}, {data['steps']} steps", xlabel="speed-up of the denoising loop", xlim=(0.95, 4.6)
         )
         panel.set_ylabel("PSNR against the uncached run, dB")
+        panel.set_ylim(bottom=24)
         panel.grid(alpha=0.25)
         panel.legend(fontsize=7, ncols=2)
     figure.tight_layout()

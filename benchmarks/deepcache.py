@@ -1,7 +1,7 @@
 """Does DeepCache's reuse variant save the time that its FLOPs promise? Both variants of a UNet, compiled, run in turn.
 
     python benchmarks/deepcache.py
-    python benchmarks/deepcache.py --widths 320 640 1280 1280 --latent 16 --text 768
+    python benchmarks/deepcache.py --widths 192 384 768 768 --text 768
 
 A random UNet in Stable Diffusion 1.5's structure, float32, batch 1, 77 text tokens, one thread. Prints for each branch id
 the share of the full variant's FLOPs, and of its time: the median over pairs of neighbouring runs, with the quartiles.
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
@@ -41,10 +42,10 @@ class Denoiser(nn.Module):
 
 def denoiser(widths: tuple[int, ...], latent: int, text: int) -> Component:
     torch.manual_seed(0)
-    unet = UNet2DConditionModel(
+    unet: Any = UNet2DConditionModel(
         sample_size=latent, block_out_channels=widths, cross_attention_dim=text, attention_head_dim=8
     )
-    nn.Module.to(unet, memory_format=torch.channels_last)  # as an export does: else kernels are reordered at every call
+    unet.to(memory_format=torch.channels_last)  # as an export does: else kernels are reordered at every call
     args = {
         "hidden_states": torch.randn(1, 4, latent, latent),
         "timestep": torch.tensor([500.0]),
@@ -61,9 +62,9 @@ def seconds(call, inputs: dict[str, Tensor]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--widths", type=int, nargs=4, default=(64, 128, 256, 256))
+    parser.add_argument("--widths", type=int, nargs=4, default=(128, 256, 512, 512))
     parser.add_argument("--latent", type=int, default=32)
-    parser.add_argument("--text", type=int, default=256, help="width of the text states")
+    parser.add_argument("--text", type=int, default=512, help="width of the text states")
     parser.add_argument("--branches", type=int, nargs="+", default=(0, 1, 2))
     parser.add_argument("--pairs", type=int, default=60)
     args = parser.parse_args()

@@ -150,13 +150,20 @@ def decoder(family: Any, pipe: Any, size: Any) -> Callable[[Tensor], Tensor]:
 
 
 def drawn(
-    family: Any, pipe: Any, size: Any, table: Table, prompts: Sequence[str], seeds: int, guidance_scale: float
+    family: Any,
+    pipe: Any,
+    size: Any,
+    table: Table,
+    prompts: Sequence[str],
+    seeds: int,
+    guidance_scale: float,
+    first_seed: int = 0,
 ) -> Iterator[Run]:
     """Every prompt with each of its seeds: the noise that diffusers draws from them, latents first."""
     for i, prompt in enumerate(prompts):
         with torch.no_grad():
             inputs = family.encode(pipe, size, prompt, guidance_scale)
-        for seed in range(i, i + len(prompts) * seeds, len(prompts)):
+        for seed in range(first_seed + i, first_seed + i + len(prompts) * seeds, len(prompts)):
             generator = torch.Generator().manual_seed(seed)
             latents = family.noise(pipe, size, generator) * table.init_noise_sigma
             noise = tuple(torch.randn(latents.shape, generator=generator) for u in table.updates if u.noise)

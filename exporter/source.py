@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import tempfile
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +14,7 @@ import torch
 
 from ..runtime.errors import ExportError
 from ..runtime.manifest import Source
+from . import tiny
 
 EMBEDDED = {
     "shapes": Path(__file__).parent / "shapes" / "model",
@@ -24,6 +27,7 @@ DEFAULTS = {
     "height": int,
     "width": int,
     "max_sequence_length": int,
+    "num_frames": int,
     "num_inference_steps": int,
     "guidance_scale": int | float,
 }
@@ -61,9 +65,11 @@ def load(model: str, revision: str | None, dtypes: dict[str, torch.dtype]) -> Lo
 
 
 def find(model: str, revision: str | None = None) -> Path:
-    """The folder of an embedded model, a local folder, or a hub id (downloaded, or from the hub's cache)."""
+    """The folder of an embedded model, a tiny one, a local folder, or a hub id (downloaded, or from the hub's cache)."""
     if model in EMBEDDED:
         return EMBEDDED[model]
+    if model.startswith(tiny.PREFIX):
+        return Path(tiny_folder(model.removeprefix(tiny.PREFIX)).name)
     folder = Path(model).expanduser()
     if folder.is_dir():
         if not (folder / "model_index.json").is_file():
@@ -80,6 +86,25 @@ def find(model: str, revision: str | None = None) -> Path:
             f"model {model!r}: expected {', '.join(EMBEDDED)}, a folder, or a hub id that can be downloaded; the hub says "
             f"{type(e).__name__}: {str(e).strip().splitlines()[0]}"
         ) from e
+
+
+@functools.cache
+def tiny_folder(name: str) -> tempfile.TemporaryDirectory[str]:
+    """The tiny pipeline `name`, built and saved once per process; its folder goes when the process ends.
+
+    Raises ExportError with the names that exist.
+    """
+    if name not in tiny.NAMES:
+        known = ", ".join(tiny.PREFIX + known for known in tiny.NAMES)
+        raise ExportError(f"model '{tiny.PREFIX}{name}': expected one of {known}")
+    folder = tempfile.TemporaryDirectory(prefix="prebake-tiny-")
+    tiny.save(name, Path(folder.name))
+    return folder
+
+
+def is_known(name: str) -> bool:
+    """Whether `name`, as a manifest has it, says where the model is: an embedded or tiny one, or a hub id."""
+    return name in EMBEDDED or name.startswith(tiny.PREFIX) or "/" in name
 
 
 def name_of(model: str) -> str:

@@ -202,13 +202,13 @@ def load_reference(manifest: Manifest, recipe: Recipe, model: str) -> Reference:
         import diffusers
 
         pipe.scheduler = getattr(diffusers, recipe.sampler.scheduler).from_config(pipe.scheduler.config)
-    return Reference(pipe, importlib.import_module(f".families.{manifest.family}", __package__), manifest)
+    return Reference(pipe, importlib.import_module(f".families.{manifest.family}", __package__), manifest, recipe.guidance)
 
 
 def model_of(manifest: Manifest) -> str:
     """What to load where the caller is silent. Raises RecipeError for a folder, of which the manifest has only the name."""
     model = manifest.source.model
-    if model in source.EMBEDDED or "/" in model:
+    if source.is_known(model):
         return model
     raise RecipeError(
         f"the artifact was made of a folder named {model!r}, and does not say where it lies; add --model FOLDER"

@@ -168,10 +168,12 @@ def plan_path(plan: Plan) -> str:
 
 
 def write_plans(folder: Path, plans: Sequence[Plan]) -> None:
-    """One JSON file per plan; floats by `repr`, so that what is read is what was computed."""
+    """One JSON file per plan, without the values that a reader assumes anyway; floats by `repr`, so that what is read is
+    what was computed."""
     (folder / "plans").mkdir(exist_ok=True)
     for plan in plans:
-        (folder / plan_path(plan)).write_text(json.dumps(plan.model_dump(mode="json"), indent=1) + "\n", "utf-8")
+        content = json.dumps(plan.model_dump(mode="json", exclude_defaults=True), indent=1) + "\n"
+        (folder / plan_path(plan)).write_text(content, "utf-8")
 
 
 def write_tokenizers(folder: Path, tokenizers: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -52,6 +52,19 @@ class Artifact:
     graphs: Mapping[str, BoundGraph]
     plans: Mapping[str, Plan]
     tables: Mapping[str, Tables]
+    _tails: dict[tuple[str, int], Tables] = field(default_factory=dict, repr=False, compare=False)
+
+    def tables_from(self, name: str, step: int) -> Tables:
+        """The tables of the plan of that name without its first `step` steps, made at their first use.
+
+        Raises ArtifactError where the plan cannot begin there. Threads that ask at once get the same tables.
+        """
+        if step == 0:
+            return self.tables[name]
+        if (name, step) not in self._tails:
+            tables = tables_on(self.plans[name].tail(step), self.device, timestep_scale(self.manifest))
+            self._tails.setdefault((name, step), tables)
+        return self._tails[name, step]
 
     @property
     def variants(self) -> dict[str, Variant]:
@@ -82,9 +95,13 @@ def open_artifact(folder: str | Path, *, cache_dir: str | Path | None = None, ha
     device = torch.device(manifest.requires.device)
     weights = map_weights((folder / path for path in weight_files(manifest)), device, manifest.channels_last)
     graphs = open_graphs(folder, manifest, weights, device, Path(cache_dir) if cache_dir else None)
-    timestep_scale = float(manifest.pipeline.get("timestep_scale", 1.0))
-    tables = {name: tables_on(plan, device, timestep_scale) for name, plan in plans.items()}
+    tables = {name: tables_on(plan, device, timestep_scale(manifest)) for name, plan in plans.items()}
     return Artifact(folder, manifest, device, weights, graphs, plans, tables)
+
+
+def timestep_scale(manifest: Manifest) -> float:
+    """What the plans' timesteps are multiplied with for the denoiser."""
+    return float(manifest.pipeline.get("timestep_scale", 1.0))
 
 
 def read_plans(folder: Path, manifest: Manifest) -> dict[str, Plan]:

@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 
 from .errors import ArtifactError
 from .manifest import Graph, Manifest, Requires
-from .plan import Plan
+from .plan import Evaluation, Plan
 
 FREE = "reports"  # anything may lie in this folder; nothing in it is ever opened
 TRUST = "an artifact holds machine code, so take it only from someone you trust"
@@ -177,25 +177,49 @@ def _slot_problems(graph: Graph, manifest: Manifest) -> Iterator[str]:
 
 
 def plan_problems(plans: Mapping[str, Plan], manifest: Manifest) -> Iterator[str]:
-    """Evaluations that the loop could not run: no such variant, a read before a write, a history that is too short."""
+    """Evaluations that the loop could not run: no such variant, a read before a write, a history that is too short.
+
+    A tail is checked as the plan that it stands for.
+    """
     graphs = {graph.name: graph for graph in manifest.graphs}
     for name, plan in plans.items():
-        stored: set[str] = set()
-        for e, evaluation in enumerate(plan.evaluations):
-            where = f"{manifest.plans[name]} [evaluation {e}]"
-            graph = graphs.get(evaluation.variant)
-            if graph is None:
-                yield f"{where}: variant {evaluation.variant!r} is not in the artifact, it has {', '.join(graphs)}; export again"
-                continue
-            update = evaluation.update
-            reach = max(len(update.latents), len(update.outputs))
-            if not 1 <= reach <= e + 1:
-                yield f"{where}: the update reads {reach} evaluations, there are {e + 1} so far; export again"
-            if early := sorted(set(graph.combines) - stored):
-                yield f"{where}: combines site {early[0]!r} before any evaluation stored it; export again"
-            wanted = next((spec.shape for spec in graph.inputs if spec.name == "coefficients"), (0,))
-            if wanted != (len(evaluation.coefficients),):
-                yield f"{where}: has {len(evaluation.coefficients)} coefficients, variant {graph.name!r} takes {wanted[0]}; export again"
-            stored.update(graph.stores)
+        path = manifest.plans[name]
+        yield from _evaluation_problems(plan.evaluations, graphs, f"{path} [")
         if not plan.evaluations:
-            yield f"{manifest.plans[name]}: has no evaluations; export again"
+            yield f"{path}: has no evaluations; export again"
+        for step, count in Counter(tail.step for tail in plan.tails).items():
+            if count > 1:
+                yield f"{path} [tail {step}]: occurs {count} times; export again"
+        for tail in plan.tails:
+            where, left = f"{path} [tail {tail.step}", len(plan.evaluations) - tail.begin
+            if tail.step >= plan.steps:
+                yield f"{where}]: leaves out {tail.step} steps, the plan has {plan.steps}; export again"
+            elif left < 1:
+                yield f"{where}]: begins at evaluation {tail.begin}, the plan has {len(plan.evaluations)}; export again"
+            elif len(tail.head) > left:
+                yield f"{where}]: its head has {len(tail.head)} evaluations, {left} are left; export again"
+            else:
+                yield from _evaluation_problems(plan.evaluations_of(tail), graphs, f"{where}, ")
+
+
+def _evaluation_problems(
+    evaluations: tuple[Evaluation, ...], graphs: Mapping[str, Graph], prefix: str
+) -> Iterator[str]:
+    """What stands in the way of running these from the first on; `prefix` is the place in the file, up to the evaluation."""
+    stored: set[str] = set()
+    for e, evaluation in enumerate(evaluations):
+        where = f"{prefix}evaluation {e}]"
+        graph = graphs.get(evaluation.variant)
+        if graph is None:
+            yield f"{where}: variant {evaluation.variant!r} is not in the artifact, it has {', '.join(graphs)}; export again"
+            continue
+        update = evaluation.update
+        reach = max(len(update.latents), len(update.outputs))
+        if not 1 <= reach <= e + 1:
+            yield f"{where}: the update reads {reach} evaluations, there are {e + 1} so far; export again"
+        if early := sorted(set(graph.combines) - stored):
+            yield f"{where}: combines site {early[0]!r} before any evaluation stored it; export again"
+        wanted = next((spec.shape for spec in graph.inputs if spec.name == "coefficients"), (0,))
+        if wanted != (len(evaluation.coefficients),):
+            yield f"{where}: has {len(evaluation.coefficients)} coefficients, variant {graph.name!r} takes {wanted[0]}; export again"
+        stored.update(graph.stores)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from .errors import ArtifactError
+
 FROZEN = ConfigDict(extra="forbid", frozen=True)
 
 
@@ -30,7 +32,9 @@ class Evaluation(BaseModel):
 
     `step` is the user's step (a Heun step has two evaluations). `timestep` is in the scheduler's unit (0 to 1000 for
     most). `coefficients` are those of the sites that the variant combines, site after site in the variant's order,
-    newest slot first: the variant's `coefficients` input.
+    newest slot first: the variant's `coefficients` input. `marginal` says where the forward process stands when the
+    evaluation begins: `image * x0 + noise * eps` is what image-to-image starts from here (before `input_scale`) and what
+    inpainting puts where the picture is kept; None where the scheduler has no forward process.
     """
 
     model_config = FROZEN
@@ -40,10 +44,27 @@ class Evaluation(BaseModel):
     input_scale: float = 1.0
     coefficients: tuple[float, ...] = ()
     update: Update
+    marginal: tuple[float, float] | None = None
+
+
+class Tail(BaseModel):
+    """A later start of a plan: its first `step` steps are left out, and evaluation `begin` is the first.
+
+    `head` are the evaluations that differ from the plan's own, from `begin` on and with `step` numbered as there (a solver
+    that has no history yet, a cache that has stored nothing yet). After them the plan's own follow.
+    """
+
+    model_config = FROZEN
+    step: int = Field(ge=1)
+    begin: int = Field(ge=1)
+    head: tuple[Evaluation, ...] = ()
 
 
 class Plan(BaseModel):
-    """A whole trajectory for one number of steps. `sigmas` are for people and callbacks; the replay does not read them."""
+    """A whole trajectory for one number of steps. `sigmas` are for people and callbacks; the replay does not read them.
+
+    `tails` are the later starts that it has besides its first evaluation, for image-to-image.
+    """
 
     model_config = FROZEN
     name: str
@@ -53,7 +74,40 @@ class Plan(BaseModel):
     init_noise_sigma: float = 1.0
     sigmas: tuple[float, ...] = ()
     evaluations: tuple[Evaluation, ...]
+    tails: tuple[Tail, ...] = ()
 
     def variants(self) -> tuple[str, ...]:
-        """The distinct variants that this plan calls, in order of first use."""
-        return tuple(dict.fromkeys(e.variant for e in self.evaluations))
+        """The distinct variants that this plan calls, in order of first use; last those that only a tail calls."""
+        heads = (e for tail in self.tails for e in tail.head)
+        return tuple(dict.fromkeys(e.variant for e in (*self.evaluations, *heads)))
+
+    def tail(self, step: int) -> Plan:
+        """The plan without its first `step` steps; `tail(0)` is the plan itself.
+
+        Its steps are numbered from 0, and its latents begin as `evaluations[0].marginal` says, with no other factor.
+        Raises ArtifactError where it cannot begin there.
+        """
+        if step == 0:
+            return self
+        starts = {tail.step: tail for tail in self.tails}
+        if step not in starts:
+            known = f"it can at 0, {', '.join(map(str, starts))}" if starts else "it begins at 0 only"
+            raise ArtifactError(
+                f"plan {self.name!r} cannot begin at step {step}, {known}; choose another start, or export again "
+                "with model.image_to_image=true"
+            )
+        begin, evaluations = starts[step].begin, self.evaluations_of(starts[step])
+        return self.model_copy(
+            update={
+                "steps": self.steps - step,
+                "init_noise_sigma": 1.0,
+                "sigmas": self.sigmas[begin:],
+                # PNDM begins a step with the second evaluation of the step before it
+                "evaluations": tuple(e.model_copy(update={"step": max(0, e.step - step)}) for e in evaluations),
+                "tails": (),
+            }
+        )
+
+    def evaluations_of(self, tail: Tail) -> tuple[Evaluation, ...]:
+        """The tail's evaluations, steps numbered as in the plan."""
+        return tail.head + self.evaluations[tail.begin + len(tail.head) :]

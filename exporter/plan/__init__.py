@@ -1,16 +1,18 @@
 """Plans: the sampler's table and a cache policy's decisions, joined evaluation by evaluation.
 
 In: a pipeline's scheduler, the recipe, and the family's layout. Out: the sites to mark, the variants to compile, and one
-`Plan` per number of steps (two when the recipe caches: `28` and `28-uncached`). Everything here is floats and names.
+`Plan` per number of steps (two when the recipe caches: `28` and `28-uncached`), each with its later starts where asked
+for. Everything here is floats and names.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ...runtime.errors import ExportError
-from ...runtime.plan import Evaluation, Plan
+from ...runtime.plan import Evaluation, Plan, Tail
 from ..caches import Decision, Schedule, Trajectory, schedule
 from ..layout import Layout
 from ..marks import Mark, Variant
@@ -26,8 +28,22 @@ class Planned:
     plans: tuple[Plan, ...]
 
 
-def plan(cache: Any, layout: Layout, tables: dict[int, Table], calibration: Any = None) -> Planned:
-    """Plans for every table. Raises ExportError for a cache that skips nothing at any of these step counts."""
+Tails = Mapping[int, Table]  # steps left out -> the table of the loop that begins there
+
+
+def plan(
+    cache: Any,
+    layout: Layout,
+    tables: dict[int, Table],
+    calibration: Any = None,
+    *,
+    tails: Mapping[int, Tails] | None = None,
+) -> Planned:
+    """Plans for every table. Raises ExportError for a cache that skips nothing at any of these step counts.
+
+    `tails` has for a number of steps what `sampler.tail_tables` makes: the later starts of its plans.
+    """
+    tails = tails or {}
     schedules = {
         n: schedule(cache, layout, Trajectory(t.timesteps, t.sigmas, t.steps), calibration) for n, t in tables.items()
     }
@@ -40,10 +56,10 @@ def plan(cache: Any, layout: Layout, tables: dict[int, Table], calibration: Any 
     names = variant_names(schedules, marks)
     plans = []
     for n, table in tables.items():
-        plans.append(join(str(n), n, cache.method, table, schedules[n], names))
+        plans.append(join(str(n), n, cache.method, table, schedules[n], names, tails.get(n, {})))
         if cache.method != "none":
             everything = Schedule(marks, tuple(Decision() for _ in table.updates))
-            plans.append(join(f"{n}-uncached", n, "none", table, everything, names))
+            plans.append(join(f"{n}-uncached", n, "none", table, everything, names, tails.get(n, {})))
     if cache.method != "none" and len(names) == 1:
         raise ExportError(
             f"cache.method {cache.method!r} skips nothing at {', '.join(map(str, tables))} steps; "
@@ -69,19 +85,17 @@ def variant_names(schedules: dict[int, Schedule], marks: tuple[Mark, ...]) -> di
     return names
 
 
-def join(name: str, steps: int, cache: str, table: Table, schedule: Schedule, names: dict[Any, str]) -> Plan:
-    """The plan of one table and one schedule; coefficients follow the order of the marks."""
-    evaluations = tuple(
-        Evaluation(
-            step=table.steps[e],
-            variant=names[actions_of(decision, schedule.marks)],
-            timestep=table.timesteps[e],
-            input_scale=table.input_scales[e],
-            coefficients=tuple(c for m in schedule.marks for c in decision.coefficients.get(m.name, ())),
-            update=table.updates[e],
-        )
-        for e, decision in enumerate(schedule.decisions)
-    )
+def join(
+    name: str,
+    steps: int,
+    cache: str,
+    table: Table,
+    schedule: Schedule,
+    names: dict[Any, str],
+    tails: Tails | None = None,
+) -> Plan:
+    """The plan of one table and one schedule, with a later start for each table in `tails`."""
+    evaluations = evaluations_of(table, schedule.decisions, schedule.marks, names)
     return Plan(
         name=name,
         steps=steps,
@@ -90,6 +104,38 @@ def join(name: str, steps: int, cache: str, table: Table, schedule: Schedule, na
         init_noise_sigma=table.init_noise_sigma,
         sigmas=table.sigmas,
         evaluations=evaluations,
+        tails=tuple(tail(step, t, schedule, names, evaluations) for step, t in sorted((tails or {}).items())),
+    )
+
+
+def tail(
+    step: int, table: Table, schedule: Schedule, names: dict[Any, str], evaluations: tuple[Evaluation, ...]
+) -> Tail:
+    """A start at the table's first evaluation. The cache decides as in the whole plan, at the timesteps that it was
+    calibrated at, but computes everything first: that fills every slot (`runtime/replay.py`) and needs no variant of its own."""
+    begin = len(evaluations) - len(table.updates)
+    decisions = (Decision(), *schedule.decisions[begin + 1 :])
+    head = evaluations_of(table, decisions, schedule.marks, names)
+    while head and head[-1] == evaluations[begin + len(head) - 1]:
+        head = head[:-1]
+    return Tail(step=step, begin=begin, head=head)
+
+
+def evaluations_of(
+    table: Table, decisions: Sequence[Decision], marks: tuple[Mark, ...], names: dict[Any, str]
+) -> tuple[Evaluation, ...]:
+    """Row by row; coefficients follow the order of the marks."""
+    return tuple(
+        Evaluation(
+            step=table.steps[e],
+            variant=names[actions_of(decision, marks)],
+            timestep=table.timesteps[e],
+            input_scale=table.input_scales[e],
+            coefficients=tuple(c for m in marks for c in decision.coefficients.get(m.name, ())),
+            update=table.updates[e],
+            marginal=table.marginals[e] if table.marginals else None,
+        )
+        for e, decision in enumerate(decisions)
     )
 
 

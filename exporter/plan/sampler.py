@@ -11,14 +11,15 @@ update reads more than `HISTORY` evaluations, and every number is a finite float
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import Any
 
 import torch
 
 from ...runtime.errors import ExportError, RecipeError
 from ...runtime.plan import Update
-from .sampler_loop import Call, evaluations, loop, refuse, scheduled
+from .sampler_loop import Call, begun, evaluations, loop, marginals, refuse, scheduled
 
 HISTORY = 4  # evaluations that an update may read, the present one included: third-order UniPC needs all four
 DRAWS = 2  # tensors of noise that a step may draw, of which it may use one: CogVideoXDPM throws its first away
@@ -31,6 +32,7 @@ class Table:
     `timesteps` are what the scheduler hands to the model, in its own unit (0 to 1000 for most). `steps` is the user's
     step that an evaluation belongs to: Heun has two in a step, Stable Diffusion's PNDM two in the first. The model sees
     `input_scales[e] * x[e]`. `sigmas` are the scheduler's own, terminal one included, and () where it has none.
+    `marginals` are (image, noise) of the forward process before each evaluation, None where the scheduler has none.
     A step whose noise has the coefficient 0 takes no draw in a replay; some schedulers draw there and throw it away
     (SASolver outside its stochastic range), so equal seeds need not mean equal noise.
     """
@@ -42,36 +44,128 @@ class Table:
     input_scales: tuple[float, ...]
     init_noise_sigma: float
     updates: tuple[Update, ...]
+    marginals: tuple[tuple[float, float], ...] | None
 
 
 def tabulate(
     scheduler: Any,
     num_inference_steps: int,
     *,
+    begin: int = 0,
     step_kwargs: Mapping[str, Any] | None = None,
     **set_timesteps_kwargs: Any,
 ) -> Table:
     """The coefficients that `scheduler` would use; the scheduler itself is not changed.
 
     `set_timesteps_kwargs` is what the pipeline passes to `set_timesteps` (FLUX: `sigmas=` and `mu=`), `step_kwargs` what
-    it passes to every `step` (DDIM: `eta=`). A schedule starts at its first timestep, as after `set_begin_index(0)`.
+    it passes to every `step` (DDIM: `eta=`). The loop starts at timestep `begin` of the schedule, with no history, as after
+    `set_begin_index(begin)`; its steps are numbered as in a loop from the first.
     Raises RecipeError when there is no such schedule, and ExportError, with the way out, when the scheduler is not
     linear, looks back more than `HISTORY` evaluations, or needs more than (output, timestep, sample).
     """
     refuse(scheduler)
     fresh = scheduled(scheduler, num_inference_steps, set_timesteps_kwargs)
-    calls = [{**call, **(step_kwargs or {})} for call in evaluations(fresh)]
-    rows, scales = probe(fresh, calls)
-    table = Table(
-        scheduler=type(scheduler).__name__,
-        timesteps=tuple(float(call["timestep"]) for call in calls),
-        sigmas=floats(getattr(fresh, "sigmas", ())),
-        steps=user_steps(len(calls), num_inference_steps, getattr(fresh, "order", 1)),
-        input_scales=scales,
-        init_noise_sigma=float(getattr(fresh, "init_noise_sigma", 1.0)),
-        updates=tuple(shortest(rows, e, type(scheduler).__name__) for e in range(len(rows))),
+    return table_from(fresh, num_inference_steps, begin, step_kwargs or {})
+
+
+def tail_tables(
+    scheduler: Any,
+    num_inference_steps: int,
+    *,
+    step_kwargs: Mapping[str, Any] | None = None,
+    **set_timesteps_kwargs: Any,
+) -> dict[int, Table]:
+    """Steps left out, from 1 on -> the table of the loop that begins there, as image-to-image pipelines begin it.
+
+    Arguments and errors are those of `tabulate`, and ExportError where no picture can be noised. Rows that are those of the
+    whole loop but for rounding are exactly these.
+    """
+    refuse(scheduler)
+    fresh = scheduled(scheduler, num_inference_steps, set_timesteps_kwargs)
+    whole = table_from(fresh, num_inference_steps, 0, step_kwargs or {})
+    if whole.marginals is None:
+        raise ExportError(
+            f"{whole.scheduler} has no forward process, so nothing can begin from a picture; use a scheduler with "
+            "add_noise or scale_noise, or set model.image_to_image=false"
+        )
+    begins = range(getattr(fresh, "order", 1), len(whole.updates), getattr(fresh, "order", 1))
+    starts = list(enumerate(begins, start=1))[: num_inference_steps - 1]
+    return {step: tail_table(whole, fresh, begin, step_kwargs or {}) for step, begin in starts}
+
+
+def tail_table(whole: Table, scheduler: Any, begin: int, step_kwargs: Mapping[str, Any]) -> Table:
+    """The loop from timestep `begin`: rows of its own for the first evaluations, and then those of the whole loop.
+
+    A scheduler without a history fills it within `HISTORY` evaluations, so twice as many are probed. Where its own loop
+    does not agree with that to the end (`departure`), all are.
+    """
+    end = without_first(whole, begin)
+    standing, calls = standing_at(scheduler, begin, step_kwargs)
+    table = with_head(end, standing, calls[: 2 * HISTORY])
+    if departure(table, standing, calls) is not None:
+        table = with_head(end, standing, calls)
+        check(table, standing, calls)
+    return table
+
+
+def with_head(end: Table, scheduler: Any, calls: Sequence[Call]) -> Table:
+    """The table with the scheduler's own rows for `calls`, its first ones, where they differ by more than rounding."""
+    rows, _ = probe(scheduler, calls)
+    updates = list(end.updates)
+    for e in range(len(rows)):
+        own = shortest(rows, e, end.scheduler)
+        updates[e] = updates[e] if reach(updates[e]) <= e + 1 and alike(own, updates[e]) else own
+    return replace(end, updates=tuple(updates))
+
+
+def without_first(table: Table, begin: int) -> Table:
+    """The table's entries from evaluation `begin` on."""
+    return replace(
+        table,
+        timesteps=table.timesteps[begin:],
+        sigmas=table.sigmas[begin:],
+        steps=table.steps[begin:],
+        input_scales=table.input_scales[begin:],
+        updates=table.updates[begin:],
+        marginals=table.marginals and table.marginals[begin:],
     )
-    check(table, fresh, calls)
+
+
+def reach(update: Update) -> int:
+    """How many evaluations it reads, the present one included."""
+    return max(len(update.latents), len(update.outputs))
+
+
+def alike(a: Update, b: Update) -> bool:
+    """Whether two updates are one but for rounding: 1e-12 of the largest coefficient, as rows are read (`shortest`)."""
+    pairs = [*zip_longest(a.latents, b.latents, fillvalue=0.0), *zip_longest(a.outputs, b.outputs, fillvalue=0.0)]
+    pairs.append((a.noise, b.noise))
+    return max(abs(x - y) for x, y in pairs) <= 1e-12 * max(abs(x) for x, _ in pairs)
+
+
+def standing_at(scheduler: Any, begin: int, step_kwargs: Mapping[str, Any]) -> tuple[Any, list[Call]]:
+    """The scheduler before timestep `begin`, and what each `step` from there on is given."""
+    return begun(scheduler, begin), [{**call, **step_kwargs} for call in evaluations(scheduler, begin)]
+
+
+def table_from(scheduler: Any, num_inference_steps: int, begin: int, step_kwargs: Mapping[str, Any]) -> Table:
+    """The table of a loop of a scheduler that is `scheduled`, from timestep `begin`."""
+    name = type(scheduler).__name__
+    standing, calls = standing_at(scheduler, begin, step_kwargs)
+    rows, scales = probe(standing, calls)
+    noisy = marginals(scheduler, evaluations(scheduler))
+    steps = user_steps(begin + len(calls), num_inference_steps, getattr(scheduler, "order", 1))
+    table = Table(
+        scheduler=name,
+        timesteps=tuple(float(call["timestep"]) for call in calls),
+        sigmas=floats(getattr(scheduler, "sigmas", ()))[begin:],
+        steps=steps[begin:],
+        input_scales=scales,
+        init_noise_sigma=float(getattr(scheduler, "init_noise_sigma", 1.0)),
+        updates=tuple(shortest(rows, e, name) for e in range(len(rows))),
+        marginals=noisy and noisy[begin:],
+    )
+    check(table, standing, calls)
     return table
 
 
@@ -160,10 +254,21 @@ def replay(
 
 
 def check(table: Table, scheduler: Any, calls: Sequence[Call]) -> None:
-    """ExportError unless the scheduler's own loop is what the table says, on zeros, on noise and on noise times 1000.
+    """ExportError unless the scheduler's own loop is what the table says (`departure`)."""
+    e = departure(table, scheduler, calls)
+    if e is not None:
+        raise ExportError(
+            f"{table.scheduler} is not linear: at evaluation {e} its own loop leaves the table read from it; "
+            "look for a setting that clips, rescales or adds an offset, or use another scheduler"
+        )
 
-    A table is linear by construction, so agreement on random values is superposition, and agreement on zeros says that
-    there is no offset. The large values find a clip that small ones never reach. Relative 1e-9, in float64.
+
+def departure(table: Table, scheduler: Any, calls: Sequence[Call]) -> int | None:
+    """The first evaluation after which the scheduler's own loop is not what the table says, None if it always is.
+
+    Tried on zeros, on noise and on noise times 1000. A table is linear by construction, so agreement on random values is
+    superposition, and agreement on zeros says that there is no offset. The large values find a clip that small ones never
+    reach. Relative 1e-9, in float64.
     """
     generator = torch.Generator().manual_seed(0)
     sizes = torch.tensor([0.0, 1.0, 1000.0], dtype=torch.float64).view(3, 1, 1, 1)  # [B, 1, 1, 1]
@@ -172,12 +277,8 @@ def check(table: Table, scheduler: Any, calls: Sequence[Call]) -> None:
     truth, inputs = loop(scheduler, calls, [x], outputs, [[z] * DRAWS for z in noises])
     ours = replay(table, x, outputs, noises)
     scaled = [scale * x for scale, x in zip(table.input_scales, [x, *truth[:-1]], strict=True)]
-    for e in range(len(calls)):
-        if not (close(ours[e], truth[e]) and close(scaled[e], inputs[e])):
-            raise ExportError(
-                f"{table.scheduler} is not linear: at evaluation {e} its own loop leaves the table read from it; "
-                "look for a setting that clips, rescales or adds an offset, or use another scheduler"
-            )
+    held = (close(ours[e], truth[e]) and close(scaled[e], inputs[e]) for e in range(len(calls)))
+    return next((e for e, holds in enumerate(held) if not holds), None)
 
 
 def close(ours: torch.Tensor, truth: torch.Tensor) -> bool:

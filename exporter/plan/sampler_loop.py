@@ -86,9 +86,18 @@ def scheduled(scheduler: Any, num_inference_steps: int, set_timesteps_kwargs: Ma
     made = getattr(fresh, "num_inference_steps", None) or len(fresh.timesteps)
     if custom and made != num_inference_steps:
         raise RecipeError(f"{name}: the given {custom[0]} make {made} steps, not {num_inference_steps}")
+    return begun(widened(fresh), 0)
+
+
+def begun(scheduler: Any, begin: int) -> Any:
+    """A shallow copy that stands before timestep `begin` of its schedule, as pipelines leave it for a loop from there.
+
+    Schedulers without `set_begin_index` find their place by the timestep that the first `step` is given.
+    """
+    fresh = copy.copy(scheduler)
     if hasattr(fresh, "set_begin_index"):
-        fresh.set_begin_index(0)
-    return widened(fresh)
+        fresh.set_begin_index(begin)
+    return fresh
 
 
 def widened(scheduler: Any) -> Any:
@@ -99,12 +108,12 @@ def widened(scheduler: Any) -> Any:
     return scheduler
 
 
-def evaluations(scheduler: Any) -> list[Call]:
-    """What its diffusers pipelines pass to `step` at each evaluation.
+def evaluations(scheduler: Any, begin: int = 0) -> list[Call]:
+    """What its diffusers pipelines pass to `step` at each evaluation of a loop that begins at timestep `begin`.
 
     `loop` adds `old_pred_original_sample`, which only a run can know, where there is a `timestep_back`.
     """
-    times = list(scheduler.timesteps)
+    times = list(scheduler.timesteps)[begin:]
     match type(scheduler).__name__:
         case "CogVideoXDPMScheduler":
             return [{"timestep": t, "timestep_back": back} for t, back in zip(times, [None, *times[:-1]], strict=True)]
@@ -114,7 +123,9 @@ def evaluations(scheduler: Any) -> list[Call]:
             return [{"timestep": t[None]} for t in times[:-1]]
         case "SCMScheduler":  # the last timestep is only a target
             return [{"timestep": t} for t in times[:-1]]
-        case "LTXEulerAncestralRFScheduler" if len(times) == len(scheduler.sigmas):  # so it is with custom sigmas
+        case "LTXEulerAncestralRFScheduler" if begin + len(times) == len(
+            scheduler.sigmas
+        ):  # so it is with custom sigmas
             return [{"timestep": t} for t in times[:-1]]
     return [{"timestep": t} for t in times]
 
@@ -165,6 +176,29 @@ def loop(
             raise RecipeError(f"{type(scheduler).__name__} fails in evaluation {e}: {describe(error)}") from error
         results.append(result[0])
     return results, inputs
+
+
+def marginals(scheduler: Any, calls: Sequence[Call]) -> tuple[tuple[float, float], ...] | None:
+    """(image, noise) of the forward process before each evaluation: `add_noise`, or `scale_noise` in flow matching.
+
+    Called as image-to-image pipelines do before a loop from there. Inpainting asks between two steps, for the timestep
+    of the next evaluation, and gets the same: a scheduler that has stepped answers for where it stands.
+    None where the scheduler has neither.
+    """
+    image, noise = torch.eye(2, dtype=torch.float64).view(2, 1, 1, 1, 2)  # each [B, C, H, W]
+    pairs = []
+    for e, call in enumerate(calls):
+        here, at = begun(scheduler, e), call["timestep"].reshape(1)
+        with InFloat64(()):
+            if hasattr(here, "add_noise"):
+                noisy = here.add_noise(image, noise, at)
+            elif hasattr(here, "scale_noise"):
+                noisy = here.scale_noise(image, at, noise)
+            else:
+                return None
+        x, z = noisy.flatten().tolist()
+        pairs.append((x + 0.0, z + 0.0))
+    return tuple(pairs)
 
 
 def describe(error: Exception) -> str:

@@ -89,7 +89,7 @@ def measure(model: str, artifact: Artifact, args: argparse.Namespace) -> dict[st
     size = flux.Size(
         artifact.manifest.defaults.height,
         artifact.manifest.defaults.width,
-        artifact.manifest.pipeline["prompts"][1]["max_length"],
+        artifact.manifest.pipeline["text"]["prompts"][1]["max_length"],
     )
     component = flux.denoiser(source.load(model, None, {"default": torch.float32}).pipe, size)
     half = flux.denoiser(source.load(model, None, {"default": torch.bfloat16}).pipe, size)

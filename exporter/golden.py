@@ -7,7 +7,6 @@ is for `verify.py` to say.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from ..runtime.check import cpu_flags
 from ..runtime.errors import ArtifactError, ExportError
 from ..runtime.manifest import Manifest
 from ..runtime.plan import Plan
+from .families.text import ENCODER
 from .package import file_entries
 from .quality import Drawn, Replayer, as_array, largest, picture_prompts, psnr_db, relative_error
 from .recipe import Recipe
@@ -115,13 +115,12 @@ def golden_tensors(
         "final_latents": drawn.latents,
         "image": torch.from_numpy((as_array(drawn.image) * 255).round().astype("uint8")),
     }
-    encoded: Counter[str] = Counter()  # how often each text encoder was called: a negative prompt is a call more
+    encoded = 0  # how often the text encoder was called: a negative prompt is a call more
     for call in drawn.calls:
-        if "input_ids" in call.inputs:
-            name = f"{call.graph}.{encoded[call.graph]}" if encoded[call.graph] else call.graph
-            encoded[call.graph] += 1
-            tensors[f"input_ids.{name}"] = call.inputs["input_ids"]
-            tensors |= {f"embeddings.{name}": t for t in call.outputs.values()}
+        if call.graph == ENCODER:
+            tensors |= {f"input_ids.{encoded}.{name}": t for name, t in call.inputs.items()}
+            tensors |= {f"embeddings.{encoded}.{name}": t for name, t in call.outputs.items()}
+            encoded += 1
     return {name: t.contiguous().clone() for name, t in tensors.items()}
 
 

@@ -2,7 +2,8 @@
 
 In: the component of one branch. Out: a component whose diffusers model occurs twice, under `uncond.` and `cond.`, with
 the same parameters. Hooks, and with them sites and their stored values, therefore belong to one branch; a variant may
-skip in one what it computes in the other. Guidance stays an input of the graph.
+skip in one what it computes in the other. Or it occurs once, as `both.`, and runs on a batch of two. Guidance stays an
+input of the graph.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ LOW, HIGH = "low", "high"
 
 
 class Guided(nn.Module):
-    """`uncond + guidance (cond - uncond)`, as diffusers' pipelines compute it.
+    """`uncond + guidance (cond - uncond)`, as diffusers' pipelines compute it, one branch after the other.
 
-    Inputs are those of one branch; the ones in `doubled` hold both, [2, ...], the unconditional first. Last comes
-    `guidance`, float32 [1]. With `planes` = (H, W), the last two dimensions of the output, the unconditional branch is
-    `cond + low(d) + high(d)` of d = uncond - cond.
+    Inputs are those of one branch; the ones in `doubled` hold both, [2, ...], the unconditional first. Then comes
+    `guidance_scale`, float32 [1], and, where `rescale` is asked for, `guidance_rescale`, float32 [1]. With `planes` =
+    (H, W), the last two dimensions of the output, the unconditional branch is `cond + low(d) + high(d)` of d = uncond - cond.
     """
 
     def __init__(
@@ -43,7 +44,7 @@ class Guided(nn.Module):
             self.low, self.high = LowPass(*planes), Passed()
 
     def forward(self, *tensors: Tensor) -> Tensor:
-        *own, guidance = tensors
+        own, scalars = tensors[: len(self.inputs)], tensors[len(self.inputs) :]
         halves = [
             [t.chunk(2)[k] if name in self.doubled else t for name, t in zip(self.inputs, own, strict=True)]
             for k in range(2)
@@ -55,7 +56,35 @@ class Guided(nn.Module):
             low = self.low(difference)
             high = self.high(difference - low)
             uncond = cond + low + high
-        return uncond + guidance * (cond - uncond)
+        return joined(uncond, cond, *scalars)
+
+
+class BatchGuided(nn.Module):
+    """The same in one run on a batch of two: fewer and larger products, and sites that hold both branches."""
+
+    def __init__(self, both: nn.Module, inputs: tuple[str, ...], doubled: tuple[str, ...]) -> None:
+        super().__init__()
+        self.both = both
+        self.inputs, self.doubled = inputs, doubled
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        own, scalars = tensors[: len(self.inputs)], tensors[len(self.inputs) :]
+        pairs = [
+            t if name in self.doubled else t.expand(2, *t.shape[1:]) for name, t in zip(self.inputs, own, strict=True)
+        ]
+        uncond, cond = self.both(*pairs).chunk(2)
+        return joined(uncond, cond, *scalars).contiguous()
+
+
+def joined(uncond: Tensor, cond: Tensor, scale: Tensor, rescale: Tensor | None = None) -> Tensor:
+    """Both branches as one. `rescale` mixes in the result with the deviation of `cond`, against overexposure: 0 leaves
+    it as it is (Lin et al. 2023, arXiv:2305.08891, section 3.4; diffusers' `rescale_noise_cfg`)."""
+    guided = uncond + scale * (cond - uncond)
+    if rescale is None:
+        return guided
+    dims = list(range(1, cond.dim()))
+    ratio = cond.std(dim=dims, keepdim=True) / guided.std(dim=dims, keepdim=True)
+    return rescale * (guided * ratio) + (1 - rescale) * guided
 
 
 class Passed(nn.Module):
@@ -102,19 +131,33 @@ def twin(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, {id(t): t for t in shared})
 
 
-def guided(component: Component, doubled: tuple[str, ...], *, planes: tuple[int, int] | None = None) -> Component:
-    """The component of one branch with guidance around it: inputs in `doubled` become [2, ...], `guidance` is added."""
-    module = Guided(component.module, component.inputs, doubled, planes).eval()
+def guided(
+    component: Component,
+    doubled: tuple[str, ...],
+    *,
+    planes: tuple[int, int] | None = None,
+    batched: bool = False,
+    rescale: bool = False,
+) -> Component:
+    """The component of one branch with guidance around it: inputs in `doubled` become [2, ...], `guidance_scale` is
+    added, and `guidance_rescale` if asked for. `batched` is `BatchGuided`, which has no planes."""
+    prefix = component.branches[""]
+    if batched:
+        module, branches = BatchGuided(component.module, component.inputs, doubled), {"": f"both.{prefix}"}
+    else:
+        module = Guided(component.module, component.inputs, doubled, planes)
+        branches = {name: f"{name}.{prefix}" for name in ("uncond", "cond")}
     args = tuple(
-        torch.cat((-t, t)) if n in doubled else t for n, t in zip(component.inputs, component.args, strict=True)
+        torch.cat((-t, t) if t.is_floating_point() else (t, t)) if n in doubled else t
+        for n, t in zip(component.inputs, component.args, strict=True)
     )
-    branches = {name: f"{name}.{component.branches['']}" for name in ("uncond", "cond")}
+    scalars = {"guidance_scale": torch.tensor([3.0]), **({"guidance_rescale": torch.tensor([0.5])} if rescale else {})}
     return Component(
         component.name,
-        module,
-        (*component.inputs, "guidance"),
+        module.eval(),
+        (*component.inputs, *scalars),
         component.outputs,
-        (*args, torch.tensor([3.0])),
+        (*args, *scalars.values()),
         branches,
     )
 

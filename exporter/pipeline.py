@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ..runtime.errors import ExportError
+from ..runtime.errors import ExportError, RecipeError
 from ..runtime.manifest import Cost, Defaults, Graph, Manifest, Requires, Site, Source
 from . import calibration as calibrations
 from . import package, replan, source
@@ -26,6 +26,7 @@ from .capture import Captured, capture
 from .cost import check_skips, cost, module_flops
 from .discover import discover
 from .fallback import that_holds
+from .families.picture import VAE_ENCODER
 from .guidance import with_planes
 from .layout import Layout
 from .lower import BACKENDS
@@ -33,7 +34,7 @@ from .lower.isa import choose, int8_flags
 from .marks import Mark, Variant
 from .package import Weights
 from .plan import Planned, plan, without_dead
-from .plan.sampler import Table, tabulate
+from .plan.sampler import Table, tabulate, tail_tables
 from .progress import Progress
 from .recipe import Recipe
 from .rewrite import DENOISERS, Layers, rewrite
@@ -92,19 +93,22 @@ def prepare(recipe: Recipe, progress: Progress, *, near: Path | None = None) -> 
         defaults, size, steps = settle(recipe, family, loaded)
         pipe = with_scheduler(loaded.pipe, recipe.sampler.scheduler)
         tables = {n: sampler_table(family, pipe, size, n, progress) for n in steps}
+        tails = {n: tails_of(recipe, family, pipe, size, n) for n in steps}
         cache = that_holds(recipe.cache, loaded.source, size, tables, near, progress)
         recipe = recipe.model_copy(update={"cache": cache})
         calibration = calibrations.load(recipe.cache, loaded.source, near, size)
     with progress.stage("rewrite"):
         layers = rewrite(pipe, recipe)
     with progress.stage("plan"):
-        denoiser = family.denoiser(pipe, size)
+        denoiser = family.denoiser(pipe, size, recipe.guidance)
         denoiser = with_planes(denoiser) if getattr(recipe.cache, "needs_planes", False) else denoiser
         layout = discover(denoiser)
         scale = family.facts(pipe, size)["timestep_scale"]
         decisions = exact(recipe, denoiser, layout, tables, scale) or calibration
-        planned = plan(recipe.cache, layout, tables, decisions)
-    components = family.others(pipe, size, channels_last=recipe.compile.channels_last_vae)
+        planned = plan(recipe.cache, layout, tables, decisions, tails=tails)
+    components = family.others(
+        pipe, size, channels_last=recipe.compile.channels_last_vae, picture=takes_pictures(recipe, family)
+    )
     with progress.stage("capture", len(planned.variants) + len(components)):
         planned, variants = capture_variants(denoiser, planned, progress)
         others = capture_others(components, progress)
@@ -149,7 +153,7 @@ def write(folder: Path, prepared: Prepared, files: dict[str, dict[str, list[str]
         (folder / replan.FILE).write_text(replan.kept(prepared.pipe, prepared.layout, prepared.planned), "utf-8")
         if prepared.calibration:
             calibrations.write(folder / calibrations.FILE, prepared.calibration)
-        package.write_tokenizers(folder, prepared.family.tokenizers(prepared.pipe))
+        package.write_tokenizers(folder, prepared.family.tokenizers(prepared.pipe, prepared.size))
         manifest = describe(folder, prepared, weights, backend)
         (folder / "manifest.json").write_text(manifest.to_json(), "utf-8")
     return manifest
@@ -172,8 +176,7 @@ def dtypes(recipe: Recipe) -> dict[str, torch.dtype]:
     of = recipe.precision
     names = {
         **dict.fromkeys(DENOISERS, of.denoiser),
-        "text_encoder": of.text_encoders,
-        "text_encoder_2": of.text_encoders,
+        **dict.fromkeys(("text_encoder", "text_encoder_2", "text_encoder_3"), of.text_encoders),
         "vae": of.vae,
     }
     return {"default": torch.float32, **{component: getattr(torch, name) for component, name in names.items()}}
@@ -193,13 +196,15 @@ def settle(recipe: Recipe, family: Any, loaded: source.Loaded) -> tuple[Defaults
     asked = {**recipe.shapes.model_dump(), "guidance_scale": recipe.sampler.guidance_scale}
     chosen = {name: usual[name] if asked.get(name) is None else asked[name] for name in usual}
     steps = recipe.sampler.steps or (usual["num_inference_steps"],)
-    size = family.Size(chosen["height"], chosen["width"], chosen["max_sequence_length"])
+    frames = chosen.get("num_frames")
+    size = family.Size(chosen["height"], chosen["width"], chosen["max_sequence_length"], frames or 1)
     family.check_size(loaded.pipe, size)
     defaults = Defaults(
         num_inference_steps=steps[0],
         guidance_scale=float(chosen["guidance_scale"]),
         height=size.height,
         width=size.width,
+        num_frames=frames,
     )
     return defaults, size, steps
 
@@ -216,6 +221,22 @@ def with_scheduler(pipe: Any, name: str) -> Any:
 def sampler_table(family: Any, pipe: Any, size: Any, steps: int, progress: Progress) -> Table:
     progress.doing(f"{type(pipe.scheduler).__name__}, {steps} steps")
     return tabulate(pipe.scheduler, steps, **family.scheduler_arguments(pipe, size, steps))
+
+
+def tails_of(recipe: Recipe, family: Any, pipe: Any, size: Any, steps: int) -> dict[int, Table]:
+    """The schedules that begin in the middle, by the number of steps that they leave out; none without pictures to begin
+    from."""
+    if not recipe.sampler.image_to_image:
+        return {}
+    return tail_tables(pipe.scheduler, steps, **family.scheduler_arguments(pipe, size, steps))
+
+
+def takes_pictures(recipe: Recipe, family: Any) -> bool:
+    """Whether the artifact needs the VAE's encoder. Raises RecipeError where a family has no use for it."""
+    picture = getattr(family, "PICTURE", None)
+    if recipe.sampler.image_to_image and picture is None:
+        raise RecipeError("sampler.image_to_image: this family's pipelines start from noise alone; leave the key out")
+    return picture is not None and (recipe.sampler.image_to_image or picture.get("required", False))
 
 
 def capture_variants(denoiser: Any, planned: Planned, progress: Progress) -> tuple[Planned, tuple[Captured, ...]]:
@@ -296,7 +317,7 @@ def describe(folder: Path, prepared: Prepared, weights: Weights, backend: Any) -
         toolchain={**versions(), **backend.toolchain(prepared.recipe.compile)},
         recipe=own_recipe(prepared).model_dump(mode="json"),
         defaults=prepared.defaults,
-        pipeline=prepared.family.facts(prepared.pipe, prepared.size),
+        pipeline=facts(prepared),
         layers=prepared.layers,
         channels_last=weights.channels_last,
         sites=tuple(Site(name=m.name, slots=m.slots, tensors=m.tensors) for m in marks),
@@ -304,6 +325,15 @@ def describe(folder: Path, prepared: Prepared, weights: Weights, backend: Any) -
         plans={p.name: package.plan_path(p) for p in planned.plans},
         files=package.file_entries(folder),
     )
+
+
+def facts(prepared: Prepared) -> dict[str, Any]:
+    """The family's facts, and what pictures it takes."""
+    family, size = prepared.family, prepared.size
+    own = family.facts(prepared.pipe, size)
+    if "picture" in own or VAE_ENCODER not in prepared.graphs:
+        return own
+    return {**own, "picture": {"height": size.height, "width": size.width, **family.PICTURE}}
 
 
 def own_recipe(prepared: Prepared) -> Recipe:

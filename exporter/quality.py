@@ -131,12 +131,13 @@ class Replayer:
 
 
 class Reference:
-    """The pipeline as diffusers runs it: float32, nothing fused, quantized, cached or compiled. `family` is its exporter module."""
+    """The pipeline as diffusers runs it: float32, nothing fused, quantized, cached or compiled. `family` is its exporter module,
+    `guidance` the recipe's table."""
 
-    def __init__(self, pipe: Any, family: Any, manifest: Any) -> None:
+    def __init__(self, pipe: Any, family: Any, manifest: Any, guidance: Any) -> None:
         self._pipe, self._family = pipe, family
         self._size, self._guidance_scale = family.size_of(manifest), manifest.defaults.guidance_scale
-        self._denoiser = family.denoiser(pipe, self._size)
+        self._denoiser = family.denoiser(pipe, self._size, guidance)
 
     @property
     def scheduler(self) -> str:

@@ -89,7 +89,8 @@ class Attention(Table):
 
 
 class Sampler(Table):
-    """`scheduler` is the model's own or a diffusers class name; each entry of `steps` becomes one plan.
+    """`scheduler` is the model's own or a diffusers class name; each entry of `steps` becomes one plan. With
+    `image_to_image`, plans may also begin in the middle, from a picture, and the VAE's encoder is exported too.
 
     None = what the model's own pipeline uses.
     """
@@ -97,6 +98,7 @@ class Sampler(Table):
     scheduler: str = "model"
     steps: Annotated[tuple[Annotated[int, Field(ge=1, le=1000)], ...] | None, Field(strict=False)] = None
     guidance_scale: float | None = Field(default=None, ge=0)
+    image_to_image: bool = False
 
     @model_validator(mode="after")
     def _is_usable(self) -> Sampler:
@@ -122,12 +124,32 @@ class Sampler(Table):
         return self
 
 
+class Guidance(Table):
+    """Classifier-free guidance inside the denoiser's graph, where a model has it.
+
+    `branches`: "sequential" runs one after the other, each with sites of its own, so that a cache may treat them
+    differently; "batched" runs both at once, on a batch of two. `true_cfg` gives a model that was distilled from its
+    guidance (FLUX) both branches all the same, for negative prompts, at twice the work of every step.
+    """
+
+    branches: Literal["sequential", "batched"] = "sequential"
+    true_cfg: bool = False
+
+    @property
+    def batched(self) -> bool:
+        return self.branches == "batched"
+
+
+GUIDANCE = Guidance()
+
+
 class Shapes(Table):
-    """The sizes that the graphs are compiled for, in pixels and tokens; None = the model's own default."""
+    """The sizes that the graphs are compiled for, in pixels, tokens and frames of a video; None = the model's default."""
 
     height: int | None = Field(default=None, ge=1)
     width: int | None = Field(default=None, ge=1)
     max_sequence_length: int | None = Field(default=None, ge=1)
+    num_frames: int | None = Field(default=None, ge=1)
     batch: Literal[1] = 1
 
 
@@ -184,6 +206,7 @@ class Recipe(Table):
     attention: Attention = Attention()
     cache: Cache = NoCache()
     sampler: Sampler = Sampler()
+    guidance: Guidance = GUIDANCE
     shapes: Shapes = Shapes()
     compile: Compile = Compile()
     verify: Verify = Verify()

@@ -109,13 +109,14 @@ class Requires(BaseModel):
 
 
 class Defaults(BaseModel):
-    """What a call uses where the caller is silent."""
+    """What a call uses where the caller is silent. `num_frames` is None of models that make pictures."""
 
     model_config = FROZEN
     num_inference_steps: int
     guidance_scale: float
     height: int
     width: int
+    num_frames: int | None = None
 
 
 class Manifest(BaseModel):

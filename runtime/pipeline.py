@@ -12,15 +12,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from PIL import Image
 
 from .artifact import Artifact, open_artifact
+from .begin import Asked, after_evaluation, begin, beginning
 from .errors import ArtifactError
 from .families import family_of
 from .noise import Generators, chosen, draw
-from .replay import StopReplay, Tables, ends_step, replay
+from .pictures import frames_out, pictures_out
+from .replay import StopReplay, Tables, replay
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 Callback = Callable[["Pipeline", int, float, dict[str, torch.Tensor]], dict[str, torch.Tensor] | None]
@@ -50,6 +50,12 @@ class PipelineOutput(NamedTuple):
     images: Any
 
 
+class VideoOutput(NamedTuple):
+    """`frames`: for each video a list of PIL images, or an array or tensor [B, T, ...] over all, as `output_type` says."""
+
+    frames: Any
+
+
 class Pipeline:
     """An open artifact. One may be called from many threads: nothing of a call is kept here.
 
@@ -70,8 +76,12 @@ class Pipeline:
         prompt_2: str | list[str] | None = None,
         *,
         negative_prompt: str | list[str] | None = None,
+        image: Any = None,
+        mask_image: Any = None,
+        strength: float | None = None,
         height: int | None = None,
         width: int | None = None,
+        num_frames: int | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         num_images_per_prompt: int = 1,
@@ -79,7 +89,6 @@ class Pipeline:
         seed: int | None = None,
         latents: torch.Tensor | None = None,
         prompt_embeds: torch.Tensor | None = None,
-        pooled_prompt_embeds: torch.Tensor | None = None,
         negative_prompt_embeds: torch.Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
@@ -87,51 +96,60 @@ class Pipeline:
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         max_sequence_length: int | None = None,
         cache: bool = True,
-    ) -> PipelineOutput:
-        """Images for the prompt or prompts, `num_images_per_prompt` of each, prompt after prompt.
+        **more: Any,
+    ) -> PipelineOutput | VideoOutput:
+        """Images for the prompt or prompts, `num_images_per_prompt` of each, prompt after prompt; or videos.
 
         `num_inference_steps` picks one of the artifact's plans, `cache=False` that plan without its cache. `seed` is
         short for `generator=torch.Generator().manual_seed(seed)`. `guidance_scale` has no effect where the model takes
-        none, as in diffusers. The arguments that say what to draw are those of the artifact's family, `family.arguments`;
-        one `negative_prompt` may stand for all. `latents` are as the family's pipeline has them, FLUX's packed, and so is
-        the output of `output_type="latent"`. What changes the text encoder or the scheduler (`clip_skip`, `eta`,
-        `guidance_rescale`, ...) is no argument here: that was fixed at export.
+        none, as in diffusers. The arguments that say what to draw are those of the artifact's family, `family.arguments`,
+        by diffusers' names (`more`: `pooled_prompt_embeds`, `guidance_rescale`, ...); one `negative_prompt` may stand for
+        all. `latents` are as the family's pipeline has them, FLUX's packed, and so is the output of
+        `output_type="latent"`. What changes the text encoder or the scheduler (`clip_skip`, `eta`, ...) is no argument
+        here: that was fixed at export.
+
+        `image` is where to begin, `strength` how far to go from it, 0 to 1, and `mask_image` white where to draw and black
+        where the image stays: all as in diffusers' pipelines for image-to-image and inpainting, in artifacts that were
+        exported for it. One image may stand for all prompts.
+
         `callback_on_step_end(pipe, step, timestep, {"latents": [1, ...]})` is called after each step of each image; the
         latents that it returns replace the loop's. An interrupted call gives the images up to the interrupted one.
         `return_dict` may be given and changes nothing: the output is a tuple either way.
 
         Raises ArtifactError for what the artifact was not exported for, naming what it has.
         """
-        tables = self._tables(num_inference_steps, cache)
-        self._check_size(height, width, max_sequence_length)
+        self._check_size(height, width, num_frames, max_sequence_length)
         self._check_choices(output_type, num_images_per_prompt, callback_on_step_end_tensor_inputs)
-
         given = self._given(
             prompt=prompt,
             prompt_2=prompt_2,
             negative_prompt=negative_prompt,
             prompt_embeds=prompt_embeds,
-            pooled_prompt_embeds=pooled_prompt_embeds,
             negative_prompt_embeds=negative_prompt_embeds,
+            **more,
         )
+        asked = Asked(image, mask_image, strength, latents)
+        tables = self._tables(num_inference_steps, cache, beginning(self.family, asked))
         if guidance_scale is None:
             guidance_scale = self.artifact.manifest.defaults.guidance_scale
         conditions = self.family.conditions(given, guidance_scale)
         conditions = [c for c in conditions for _ in range(num_images_per_prompt)]
         generator = chosen(seed, generator, len(conditions))
-        start = self._start(latents, len(conditions), generator, tables)
-        noise = self._noise(tables, start.shape, generator)
+        start = begin(self.family, self.artifact, tables.plan, asked, len(conditions), generator)
+        noise = self._noise(tables, start.latents.shape, generator)
 
         self._interrupt = False
-        after = self._after_evaluation(tables, callback_on_step_end, callback_on_step_end_tensor_inputs)
+        after = self._after_step(callback_on_step_end, callback_on_step_end_tensor_inputs)
         finals = []
         for i, condition in enumerate(conditions):
             draws = [z[i : i + 1] for z in noise]
-            x = start[i : i + 1]
-            finals.append(replay(tables, self._variants, self._sites, condition, x, noise=draws, on_evaluation=after))
+            inputs = {**condition, **{name: t[i : i + 1] for name, t in start.inputs.items()}}
+            watch = after_evaluation(tables.plan, start.blend(i), after)
+            x = start.latents[i : i + 1]
+            finals.append(replay(tables, self._variants, self._sites, inputs, x, noise=draws, on_evaluation=watch))
             if self._interrupt:
                 break
-        return PipelineOutput(self._decode(finals, output_type))
+        return self._output(finals, output_type)
 
     @property
     def interrupt(self) -> bool:
@@ -148,8 +166,8 @@ class Pipeline:
 
     # --- what the caller asked for, against what the artifact has -----------------------------------------------
 
-    def _tables(self, steps: int | None, cache: bool) -> Tables:
-        """The plan for that number of steps, with its cache or without."""
+    def _tables(self, steps: int | None, cache: bool, left_out: Callable[[int], int]) -> Tables:
+        """The plan for that number of steps, with its cache or without, from the step on where the call begins."""
         plans = self.artifact.tables
         steps = self.artifact.manifest.defaults.num_inference_steps if steps is None else steps
         name = str(steps)
@@ -160,15 +178,20 @@ class Pipeline:
             raise ArtifactError(
                 f"{asked}: the artifact has the plans {', '.join(plans)}; export again with another one"
             )
-        return plans[name]
+        return self.artifact.tables_from(name, left_out(steps))
 
-    def _check_size(self, height: int | None, width: int | None, max_sequence_length: int | None) -> None:
+    def _check_size(
+        self, height: int | None, width: int | None, num_frames: int | None, max_sequence_length: int | None
+    ) -> None:
         defaults, length = self.artifact.manifest.defaults, self.family.max_sequence_length
         if (height or defaults.height, width or defaults.width) != (defaults.height, defaults.width):
             raise ArtifactError(
-                f"height={height}, width={width}: the artifact makes images of height {defaults.height}, "
+                f"height={height}, width={width}: the artifact makes {self.family.makes} of height {defaults.height}, "
                 f"width {defaults.width} only; export again for another size"
             )
+        if num_frames not in (None, defaults.num_frames):
+            only = "makes pictures" if defaults.num_frames is None else f"makes {defaults.num_frames} frames only"
+            raise ArtifactError(f"num_frames={num_frames}: the artifact {only}; export again for another number")
         if max_sequence_length not in (None, length):
             raise ArtifactError(
                 f"max_sequence_length={max_sequence_length}: the artifact was exported for {length} tokens"
@@ -196,50 +219,31 @@ class Pipeline:
 
     # --- noise and images ---------------------------------------------------------------------------------------
 
-    def _start(self, latents: torch.Tensor | None, batch: int, generator: Generators, tables: Tables) -> torch.Tensor:
-        """The latents before the first step, float32 [B, ...] on the artifact's device."""
-        shape = (batch, *self.family.latents_shape)
-        if latents is None:
-            latents = self.family.draw_latents(batch, generator)
-        elif tuple(latents.shape) != shape:
-            raise ArtifactError(
-                f"latents: expected {self.family.latents_name} {list(shape)}, got {list(latents.shape)}"
-            )
-        latents = latents.to(self.artifact.device, torch.float32).contiguous()
-        return latents if tables.plan.init_noise_sigma == 1.0 else latents * tables.plan.init_noise_sigma
-
     def _noise(self, tables: Tables, shape: torch.Size, generator: Generators) -> list[torch.Tensor]:
         """A draw [B, ...] for each evaluation that adds noise, in the order in which diffusers draws them."""
         noisy = [e for e in tables.plan.evaluations if e.update.noise]
         return [draw(tuple(shape), generator).to(self.artifact.device) for _ in noisy]
 
-    def _decode(self, finals: list[torch.Tensor], output_type: str) -> Any:
+    def _output(self, finals: list[torch.Tensor], output_type: str) -> PipelineOutput | VideoOutput:
+        """What the caller gets of the final latents."""
+        video = self.family.makes == "frames"
         if output_type == "latent":
-            return torch.cat(finals)
-        images = torch.cat(
-            [self._decoder({"latents": x.contiguous()})["image"] for x in finals]
-        )  # [B, 3, H, W] in [0, 1]
-        if output_type == "pt":
-            return images
-        array = images.permute(0, 2, 3, 1).float().cpu().numpy()  # [B, H, W, 3]
-        if output_type == "np":
-            return array
-        return [Image.fromarray(x) for x in (array * 255).round().astype(np.uint8)]
+            made = torch.cat(finals)
+        else:
+            (name,) = (spec.name for spec in self._decoder.graph.outputs)
+            decoded = torch.cat([self._decoder({"latents": x.contiguous()})[name] for x in finals])
+            made = frames_out(decoded, output_type) if video else pictures_out(decoded, output_type)
+        return VideoOutput(made) if video else PipelineOutput(made)
 
-    def _after_evaluation(
-        self, tables: Tables, callback: Callback | None, callback_inputs: Sequence[str]
-    ) -> Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor | None] | None:
-        """The caller's callback as `replay` wants it, or None."""
+    def _after_step(
+        self, callback: Callback | None, callback_inputs: Sequence[str]
+    ) -> Callable[[int, float, torch.Tensor], torch.Tensor] | None:
+        """The caller's callback, from (step, timestep, latents) to latents, or None."""
         if callback is None:
             return None
 
-        def after_evaluation(e: int, output: torch.Tensor, latents: torch.Tensor) -> torch.Tensor | None:
-            if not ends_step(tables.plan, e):
-                return None
-            evaluation = tables.plan.evaluations[e]
-            returned = (
-                callback(self, evaluation.step, evaluation.timestep, dict.fromkeys(callback_inputs, latents)) or {}
-            )
+        def after_step(step: int, timestep: float, latents: torch.Tensor) -> torch.Tensor:
+            returned = callback(self, step, timestep, dict.fromkeys(callback_inputs, latents)) or {}
             if unknown := sorted(returned.keys() - {"latents"}):
                 raise ArtifactError(f"callback_on_step_end returned {unknown[0]!r}; only latents can be replaced")
             latents = returned.get("latents", latents)
@@ -247,4 +251,4 @@ class Pipeline:
                 raise StopReplay(latents)
             return latents
 
-        return after_evaluation
+        return after_step

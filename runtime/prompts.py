@@ -1,10 +1,12 @@
-"""Prompts to embeddings: token ids by the tokenizer file that the model's own library wrote, without that library, and
-the text encoder's graph."""
+"""Prompts to embeddings: token ids by the tokenizer files that the model's own library wrote, without that library, and
+the text encoders' graph, which joins and pads what it gives so that the denoiser takes it as it is."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import BaseModel
@@ -13,47 +15,122 @@ from tokenizers import Tokenizer
 from .artifact import Artifact
 from .errors import ArtifactError
 from .plan import FROZEN
+from .replay import Tensors
 
 
 class Prompt(BaseModel):
-    """One way in which a prompt enters: through a tokenizer and a graph, to the denoiser's input named `output`."""
+    """One tokenizer. The text is diffusers' argument `argument`, ids enter the graph as `input`, and which of them are
+    text and not padding as `mask`, where the graph wants to know. `lower` is for models trained on lower case."""
 
     model_config = FROZEN
     tokenizer: str
-    graph: str
-    output: str
+    argument: str = "prompt"
+    input: str = "input_ids"
+    mask: str | None = None
     max_length: int
     pad_id: int
     pad_token: str
+    lower: bool = False
+
+
+class Text(BaseModel):
+    """How text enters. `embeds` maps diffusers' arguments for embeddings to the denoiser's inputs, which are the graph's
+    outputs. `zero_negative`: where no negative prompt is given, its embeddings are zero and not those of an empty text."""
+
+    model_config = FROZEN
+    graph: str = "text_encoder"
+    prompts: tuple[Prompt, ...]
+    embeds: dict[str, str]
+    zero_negative: bool = False
 
 
 class TextEncoder:
-    """A `Prompt` of an open artifact, ready to be called."""
+    """A `Text` of an open artifact, ready to be called."""
 
-    def __init__(self, artifact: Artifact, prompt: Prompt):
-        if prompt.tokenizer not in {entry.path for entry in artifact.manifest.files}:
+    def __init__(self, artifact: Artifact, text: Text):
+        files = {entry.path for entry in artifact.manifest.files}
+        if lacking := [p.tokenizer for p in text.prompts if p.tokenizer not in files]:
             raise ArtifactError(
-                f"{artifact.folder}: manifest.json [pipeline.prompts]: {prompt.tokenizer!r} is not in files; export again"
+                f"{artifact.folder}: manifest.json [pipeline.text]: {lacking[0]!r} is not in files; export again"
             )
-        self.output = prompt.output
+        self.text = text
         self._device = artifact.device
-        self._graph = artifact.graph(prompt.graph)
-        self.shape = next(spec.shape for spec in self._graph.graph.outputs if spec.name == prompt.output)
-        self._tokenize = PromptTokenizer(
-            artifact.folder / prompt.tokenizer,
-            max_length=prompt.max_length,
-            pad_id=prompt.pad_id,
-            pad_token=prompt.pad_token,
-        )
+        self._graph = artifact.graph(text.graph)
+        self._shapes = {spec.name: spec.shape for spec in self._graph.graph.outputs}
+        self._names = list(dict.fromkeys(("prompt", *(p.argument for p in text.prompts))))
+        self._tokenizers = [PromptTokenizer(artifact.folder / p.tokenizer, p) for p in text.prompts]
 
-    def __call__(self, text: str) -> torch.Tensor:
-        """The embedding, [1, ...], as the denoiser takes it."""
-        return self._graph({"input_ids": self._tokenize(text).to(self._device)})[self.output]
+    @property
+    def max_sequence_length(self) -> int:
+        """In tokens, of the last tokenizer: that is the one whose length diffusers lets its caller choose."""
+        return self.text.prompts[-1].max_length
 
-    def given(self, embeddings: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The caller's own embeddings [B, ...] as if they had been encoded here: [1, ...] each."""
-        dtype = self._graph.output_dtype(self.output)
-        return embeddings.to(self._device, dtype).contiguous().split(1)
+    def arguments(self, negative: bool) -> tuple[str, ...]:
+        """diffusers' arguments that say what to draw and, with `negative`, what not to draw."""
+        names = (*self._names, *self.text.embeds)
+        return (*names, *(f"negative_{name}" for name in names)) if negative else names
+
+    def __call__(self, given: Mapping[str, Any], prefix: str = "", default: str | None = None) -> list[Tensors]:
+        """The denoiser's inputs, a dict of [1, ...] for each text: of `prompt` and its kin, or with the prefix
+        `negative_`. `default` stands for a text that is not given.
+
+        Raises ArtifactError for texts and embeddings together, for some of the embeddings, and for lists of different
+        lengths.
+        """
+        embeds = {name: given[prefix + name] for name in self.text.embeds if prefix + name in given}
+        names = self._names
+        if embeds:
+            if len(embeds) < len(self.text.embeds) or any(prefix + name in given for name in names):
+                expected = " and ".join(prefix + name for name in self.text.embeds)
+                raise ArtifactError(f"expected either {prefix}{names[0]} or {expected}, not a part of both")
+            return self._given(embeds, prefix)
+        if prefix and default is None and not any(prefix + name in given for name in names):
+            return []
+        first = texts(prefix + names[0], given.get(prefix + names[0], default))
+        columns = {names[0]: first}
+        for name in names[1:]:
+            columns[name] = texts(prefix + name, given[prefix + name]) if prefix + name in given else first
+            if len(columns[name]) != len(first):
+                raise ArtifactError(
+                    f"{prefix}{name}: expected {len(first)} texts, one for each {prefix}{names[0]}, got {len(columns[name])}"
+                )
+        rows = [dict(zip(names, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        encoded = {row: self._encode(dict(row)) for row in dict.fromkeys(tuple(r.items()) for r in rows)}
+        return [encoded[tuple(row.items())] for row in rows]
+
+    def zeros(self) -> Tensors:
+        """Embeddings that say nothing."""
+        return {
+            name: torch.zeros(self._shapes[name], dtype=self._graph.output_dtype(name), device=self._device)
+            for name in self.text.embeds.values()
+        }
+
+    def _encode(self, row: Mapping[str, str]) -> Tensors:
+        inputs: Tensors = {}
+        for prompt, tokenize in zip(self.text.prompts, self._tokenizers, strict=True):
+            ids, mask = tokenize(row[prompt.argument])
+            inputs[prompt.input] = ids.to(self._device)
+            if prompt.mask:
+                inputs[prompt.mask] = mask.to(self._device)
+        return self._graph(inputs)
+
+    def _given(self, embeds: Mapping[str, torch.Tensor], prefix: str) -> list[Tensors]:
+        """The caller's own embeddings [B, ...] as if they had been encoded here."""
+        (first, one), *_ = embeds.items()
+        columns: dict[str, tuple[torch.Tensor, ...]] = {}
+        for name, tensor in embeds.items():
+            output = self.text.embeds[name]
+            shape = self._shapes[output][1:]
+            if not isinstance(tensor, torch.Tensor) or tuple(tensor.shape[1:]) != shape:
+                came = list(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+                raise ArtifactError(f"{prefix}{name}: expected [{', '.join(map(str, ('B', *shape)))}], got {came}")
+            if len(tensor) != len(one):
+                raise ArtifactError(
+                    f"{prefix}{name}: expected a batch of {len(one)} as {prefix}{first} has, got {len(tensor)}"
+                )
+            dtype = self._graph.output_dtype(output)
+            columns[output] = tensor.to(self._device, dtype).contiguous().split(1)
+        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def texts(name: str, value: object) -> list[str]:
@@ -67,23 +144,26 @@ def texts(name: str, value: object) -> list[str]:
 class PromptTokenizer:
     """One tokenizer with a fixed length: what is shorter is padded, what is longer is cut off with a warning."""
 
-    def __init__(self, path: Path, *, max_length: int, pad_id: int, pad_token: str):
+    def __init__(self, path: Path, prompt: Prompt):
         try:
             self._tokenizer = Tokenizer.from_file(str(path))
         except Exception as e:  # tokenizers raises bare Exception
             raise ArtifactError(f"{path}: expected a tokenizer.json, but {e}; restore the file or export again") from e
-        self._tokenizer.enable_truncation(max_length)
-        self._tokenizer.enable_padding(length=max_length, pad_id=pad_id, pad_token=pad_token)
+        self._tokenizer.enable_truncation(prompt.max_length)
+        self._tokenizer.enable_padding(length=prompt.max_length, pad_id=prompt.pad_id, pad_token=prompt.pad_token)
         self._name = path.parent.name
-        self._max_length = max_length
+        self._prompt = prompt
 
-    def __call__(self, prompt: str) -> torch.Tensor:
-        """Token ids, int64 [1, L] with L = max_length. Warns with the text that did not fit."""
-        encoding = self._tokenizer.encode(prompt)
+    def __call__(self, text: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids and the mask of what is no padding, int64 [1, L] with L = max_length. Warns with the text that did
+        not fit."""
+        if self._prompt.lower:
+            text = text.lower().strip()
+        encoding = self._tokenizer.encode(text)
         if encoding.overflowing:
             end = max(end for _, end in encoding.offsets)
             warnings.warn(
-                f"the prompt is longer than {self._max_length} tokens of {self._name}; cut off: {prompt[end:].strip()!r}",
+                f"the prompt is longer than {self._prompt.max_length} tokens of {self._name}; cut off: {text[end:].strip()!r}",
                 stacklevel=2,
             )
-        return torch.tensor([encoding.ids], dtype=torch.int64)
+        return torch.tensor([encoding.ids]), torch.tensor([encoding.attention_mask])

@@ -212,4 +212,4 @@ def test_a_pipeline_of_another_kind_is_refused_with_those_that_can():
 
 def test_captured_graphs_of_one_export_have_names_of_their_own(prepared):
     graphs: list[Captured] = [g for group in prepared.graphs.values() for g in group]
-    assert [g.name for g in graphs] == ["full", "reuse", "text_encoder", "text_encoder_2", "vae_decoder"]
+    assert [g.name for g in graphs] == ["full", "reuse", "text_encoder", "vae_decoder"]

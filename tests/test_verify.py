@@ -64,7 +64,7 @@ def test_export_ships_a_golden_file_for_each_plan(tiny_artifact):
     assert stored["outputs"].dtype == torch.float32
     assert stored["image"].shape == (32, 32, 3)
     assert stored["image"].dtype == torch.uint8
-    assert stored["input_ids.text_encoder_2"].shape == (1, 8)
+    assert stored["input_ids.0.input_ids_2"].shape == (1, 8)
 
 
 def test_golden_files_are_the_same_bytes_each_time(tiny_artifact, tiny_folder, copied):

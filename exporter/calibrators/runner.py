@@ -28,6 +28,7 @@ from ..layout import Layout
 from ..plan.sampler import Table
 from ..progress import Progress
 from ..recipe import Recipe
+from ..recipe_tables import GUIDANCE, Guidance
 from .dynamic import Replayed, dynamic_replay
 from .observe import Observed, joined, mean_rows, observe
 from .search import search
@@ -84,12 +85,12 @@ def calibrate(
         defaults, size, usual = pipeline.settle(recipe, family, loaded)
         pipe = pipeline.with_scheduler(loaded.pipe, recipe.sampler.scheduler)
         table = pipeline.sampler_table(family, pipe, size, steps or usual[0], progress)
-        denoiser = family.denoiser(pipe, size)
+        denoiser = family.denoiser(pipe, size, recipe.guidance)
         scale = family.facts(pipe, size)["timestep_scale"]
         subject = Subject(denoiser, discover(denoiser), table, scale)
         check(subject, recipe.cache)
     with progress.stage("runs", len(prompts) * seeds):
-        runs = list(drawn(family, pipe, size, table, prompts, seeds, defaults.guidance_scale))
+        runs = list(drawn(family, pipe, size, table, prompts, seeds, defaults.guidance_scale, guidance=recipe.guidance))
         halves = parted(runs, seeds, recipe.cache) if isinstance(recipe.cache, Auto) else None
         observed, decided = watch(subject, recipe.cache, iter(runs), progress)
     plans: tuple[Fitted, ...] = ()
@@ -158,11 +159,12 @@ def drawn(
     seeds: int,
     guidance_scale: float,
     first_seed: int = 0,
+    guidance: Guidance = GUIDANCE,
 ) -> Iterator[Run]:
     """Every prompt with each of its seeds: the noise that diffusers draws from them, latents first."""
     for i, prompt in enumerate(prompts):
         with torch.no_grad():
-            inputs = family.encode(pipe, size, prompt, guidance_scale)
+            inputs = family.encode(pipe, size, prompt, guidance_scale, guidance)
         for seed in range(first_seed + i, first_seed + i + len(prompts) * seeds, len(prompts)):
             generator = torch.Generator().manual_seed(seed)
             latents = family.noise(pipe, size, generator) * table.init_noise_sigma

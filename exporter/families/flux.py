@@ -18,12 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from ...runtime.errors import ExportError
-from ...runtime.families.flux import draw_latents
+from ...runtime.families.flux import pack
 from ..component import Component
-from .picture import Decoder, Size, check_multiples, drawn, size_of
-from .text import PooledText, TextStates, prompt_entry
+from ..guidance import guided
+from ..recipe_tables import GUIDANCE, Guidance
+from .picture import Decoder, Encoder, Size, check_multiples, drawn, encoder_component, size_of
+from .text import prompt_entry, refuse_masked, text_component, tokenizers_of
 
 __all__ = [
+    "PICTURE",
     "Size",
     "check_size",
     "defaults",
@@ -38,6 +41,9 @@ __all__ = [
     "tokenizers",
 ]
 
+PICTURE = {"strength": 0.6, "rounded": "down"}
+"""What `runtime/families`' `PictureInput` says besides its size: the defaults of `FluxImg2ImgPipeline`."""
+EMBEDS = {"prompt_embeds": "encoder_hidden_states", "pooled_prompt_embeds": "pooled_projections"}
 DEFAULTS = {"height": 1024, "width": 1024, "max_sequence_length": 512, "num_inference_steps": 28, "guidance_scale": 3.5}
 
 
@@ -71,6 +77,19 @@ class Denoiser(nn.Module):
                 return_dict=False,
             )[0]
         return sample.float()
+
+
+class Text(nn.Module):
+    """CLIP's and T5's ids [1, L] and [1, T] -> encoder_hidden_states [1, T, D] of T5, pooled_projections [1, P] of CLIP."""
+
+    def __init__(self, clip: nn.Module, t5: nn.Module) -> None:
+        super().__init__()
+        self.text_encoder, self.text_encoder_2 = clip, t5
+
+    def forward(self, input_ids: Tensor, input_ids_2: Tensor) -> tuple[Tensor, Tensor]:
+        pooled = self.text_encoder(input_ids, output_hidden_states=False).pooler_output
+        states = self.text_encoder_2(input_ids_2, output_hidden_states=False)[0]
+        return states.contiguous(), pooled.contiguous()
 
 
 @contextlib.contextmanager
@@ -108,6 +127,7 @@ def check_size(pipe: Any, size: Size) -> None:
         raise ExportError(
             f"shapes.max_sequence_length: expected 1 to 512 tokens as FluxPipeline does, got {size.tokens}"
         )
+    refuse_masked(pipe, "text_encoder")
 
 
 def grid(pipe: Any, size: Size) -> tuple[int, int]:
@@ -116,8 +136,9 @@ def grid(pipe: Any, size: Size) -> tuple[int, int]:
     return size.height // patch, size.width // patch
 
 
-def denoiser(pipe: Any, size: Size) -> Component:
-    """The transformer behind named flat inputs, with example tensors of the export's shapes."""
+def denoiser(pipe: Any, size: Size, guidance: Guidance = GUIDANCE) -> Component:
+    """The transformer behind named flat inputs, with example tensors of the export's shapes; with `true_cfg`, both
+    branches of it."""
     rows, columns = grid(pipe, size)
     config, dtype = pipe.transformer.config, pipe.transformer.dtype
     image_ids = pipe._prepare_latent_image_ids(1, rows, columns, "cpu", torch.float32)
@@ -135,34 +156,36 @@ def denoiser(pipe: Any, size: Size) -> Component:
     }
     if config.guidance_embeds:
         named["guidance"] = torch.tensor([3.5])
-    return Component("denoiser", module.eval(), tuple(named), ("sample",), tuple(named.values()), {"": "transformer."})
+    branch = Component(
+        "denoiser", module.eval(), tuple(named), ("sample",), tuple(named.values()), {"": "transformer."}
+    )
+    if not guidance.true_cfg:
+        return branch
+    return guided(branch, tuple(EMBEDS.values()), batched=guidance.batched)
 
 
-def others(pipe: Any, size: Size, *, channels_last: bool) -> tuple[Component, ...]:
-    """The two text encoders and the VAE decoder."""
+def prompts(pipe: Any, size: Size) -> list[dict[str, Any]]:
+    """CLIP's, then T5's."""
+    return [
+        prompt_entry("tokenizer", pipe.tokenizer, pipe.tokenizer_max_length),
+        prompt_entry("tokenizer_2", pipe.tokenizer_2, size.tokens),
+    ]
+
+
+def others(pipe: Any, size: Size, *, channels_last: bool, picture: bool = False) -> tuple[Component, ...]:
+    """The two text encoders in one graph, with `picture` the VAE's encoder, and its decoder last."""
     rows, columns = grid(pipe, size)
     if channels_last:
         pipe.vae.to(memory_format=torch.channels_last)
-    clip_ids = torch.zeros(1, pipe.tokenizer_max_length, dtype=torch.int64)
-    t5_ids = torch.zeros(1, size.tokens, dtype=torch.int64)
     latents = torch.zeros(1, rows * columns, pipe.transformer.config.in_channels)
+    shift = pipe.vae.config.shift_factor
     decoder = Decoder(
-        pipe.vae,
-        channels_last=channels_last,
-        shift=pipe.vae.config.shift_factor,
-        arranged=partial(unpacked, rows=rows, columns=columns),
+        pipe.vae, channels_last=channels_last, shift=shift, arranged=partial(unpacked, rows=rows, columns=columns)
     )
+    encoder = Encoder(pipe.vae, channels_last=channels_last, shift=shift)
     return (
-        Component(
-            "text_encoder", PooledText(pipe.text_encoder).eval(), ("input_ids",), ("pooled_projections",), (clip_ids,)
-        ),
-        Component(
-            "text_encoder_2",
-            TextStates(pipe.text_encoder_2).eval(),
-            ("input_ids",),
-            ("encoder_hidden_states",),
-            (t5_ids,),
-        ),
+        text_component(Text(pipe.text_encoder, pipe.text_encoder_2), prompts(pipe, size), EMBEDS),
+        *((encoder_component(encoder, size.height, size.width),) if picture else ()),
         Component("vae_decoder", decoder.eval(), ("latents",), ("image",), (latents,)),
     )
 
@@ -188,37 +211,39 @@ def scheduler_arguments(pipe: Any, size: Size, steps: int) -> dict[str, Any]:
     return arguments
 
 
-def tokenizers(pipe: Any) -> dict[str, Any]:
+def tokenizers(pipe: Any, size: Size) -> dict[str, Any]:
     """Artifact path -> fast tokenizer, whose `tokenizer.json` is stored there."""
-    return {"tokenizers/tokenizer": pipe.tokenizer, "tokenizers/tokenizer_2": pipe.tokenizer_2}
+    return tokenizers_of(pipe, prompts(pipe, size))
 
 
 def facts(pipe: Any, size: Size) -> dict[str, Any]:
-    """The manifest's `pipeline` table, which `runtime/families/flux.py` validates and drives."""
+    """The manifest's `pipeline` table, which `runtime/families` validates and drives."""
     rows, columns = grid(pipe, size)
-    config = pipe.transformer.config
     return {
-        "latents_shape": [config.in_channels // 4, rows * 2, columns * 2],
+        "latents_shape": [pipe.transformer.config.in_channels // 4, rows * 2, columns * 2],
         "timestep_scale": 0.001,
-        "guidance_embeds": bool(config.guidance_embeds),
-        "prompts": [
-            prompt_entry("tokenizer", pipe.tokenizer, "text_encoder", "pooled_projections", pipe.tokenizer_max_length),
-            prompt_entry("tokenizer_2", pipe.tokenizer_2, "text_encoder_2", "encoder_hidden_states", size.tokens),
-        ],
+        "text": {"prompts": prompts(pipe, size), "embeds": EMBEDS},
     }
 
 
-def encode(pipe: Any, size: Size, prompt: str, guidance_scale: float) -> dict[str, Tensor]:
-    """The denoiser's inputs that are equal at every step, from the pipeline's own encoders."""
+def encode(
+    pipe: Any, size: Size, prompt: str, guidance_scale: float, guidance: Guidance = GUIDANCE
+) -> dict[str, Tensor]:
+    """The denoiser's inputs that are equal at every step, from the pipeline's own encoders. With `true_cfg` both
+    branches get the prompt, as where there is no negative one."""
     states, pooled, _ = pipe.encode_prompt(prompt, prompt, max_sequence_length=size.tokens)
-    guidance = {"guidance": torch.tensor([guidance_scale])} if pipe.transformer.config.guidance_embeds else {}
-    return {"encoder_hidden_states": states, "pooled_projections": pooled, **guidance}
+    inputs = dict(zip(EMBEDS.values(), (states, pooled), strict=True))
+    embedded = {"guidance": torch.tensor([guidance_scale])} if pipe.transformer.config.guidance_embeds else {}
+    if not guidance.true_cfg:
+        return {**inputs, **embedded}
+    return {**{n: torch.cat((t, t)) for n, t in inputs.items()}, **embedded, "guidance_scale": torch.tensor([1.0])}
 
 
 def noise(pipe: Any, size: Size, generator: torch.Generator) -> Tensor:
     """Packed standard normal latents [1, N, C], the numbers that the pipeline draws."""
     rows, columns = grid(pipe, size)
-    return draw_latents((pipe.transformer.config.in_channels // 4, 2 * rows, 2 * columns), 1, generator)
+    shape = (1, pipe.transformer.config.in_channels // 4, 2 * rows, 2 * columns)
+    return pack(torch.randn(shape, generator=generator))
 
 
 def draw(pipe: Any, prompt: str, seed: int, steps: int, guidance_scale: float, size: Size) -> tuple[Tensor, Tensor]:

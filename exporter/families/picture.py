@@ -1,4 +1,4 @@
-"""Pictures, as several families have them: their size, the VAE's decoder as a graph, and the eager call that draws one."""
+"""Pictures, as several families have them: their size, the VAE's two halves as graphs, and the eager call that draws one."""
 
 from __future__ import annotations
 
@@ -7,24 +7,32 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from ...runtime.errors import ExportError
 from ...runtime.manifest import Manifest
+from ..component import Component
+
+VAE_ENCODER = "vae_encoder"
+"""The graph's name."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """The static shapes of one export. `height` and `width` in pixels, `tokens` of text."""
+    """The static shapes of one export. `height` and `width` in pixels, `tokens` of text, `frames` of a video."""
 
     height: int
     width: int
     tokens: int
+    frames: int = 1
 
 
 def size_of(manifest: Manifest) -> Size:
     """The size that an artifact was exported for."""
-    return Size(manifest.defaults.height, manifest.defaults.width, manifest.pipeline["prompts"][-1]["max_length"])
+    defaults = manifest.defaults
+    tokens = manifest.pipeline["text"]["prompts"][-1]["max_length"]
+    return Size(defaults.height, defaults.width, tokens, defaults.num_frames or 1)
 
 
 def check_multiples(size: Size, patch: int, why: str) -> None:
@@ -64,6 +72,43 @@ class Decoder(nn.Module):
         x = x.to(self.dtype).contiguous(memory_format=self.memory_format)
         image = self.vae.decode(x, return_dict=False)[0]
         return ((image.float() * 0.5 + 0.5).clamp(0, 1).contiguous(),)
+
+
+class Encoder(nn.Module):
+    """float32 image [1, 3, H, W] in -1..1 -> mean and deviation, float32 [1, C, h, w], of its latents.
+
+    Both are scaled and shifted as the loop's latents are: `mean + std * noise` is what diffusers' `retrieve_latents`
+    draws and its pipelines scale.
+    """
+
+    def __init__(self, vae: Any, *, channels_last: bool, shift: float = 0.0) -> None:
+        super().__init__()
+        self.vae = vae
+        self.dtype: torch.dtype = vae.dtype
+        self.shift = shift
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        posterior = self.vae.encode(
+            image.to(self.dtype).contiguous(memory_format=self.memory_format), return_dict=False
+        )[0]
+        scale = self.vae.config.scaling_factor
+        mean = (posterior.mean.float() - self.shift) * scale if self.shift else posterior.mean.float() * scale
+        return mean.contiguous(), (posterior.std.float() * scale).contiguous()
+
+
+def encoder_component(encoder: nn.Module, height: int, width: int) -> Component:
+    """The graph `vae_encoder` for pictures of that size."""
+    example = torch.zeros(1, 3, height, width)
+    return Component(VAE_ENCODER, encoder.eval(), ("image",), ("mean", "std"), (example,))
+
+
+def example(size: Size, seed: int) -> Image.Image:
+    """A picture to start from where one is needed and none is at hand: smooth blots of colour, other ones for each seed."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(1, 3, 4, 4, generator=generator)
+    smooth = torch.nn.functional.interpolate(coarse, (size.height, size.width), mode="bicubic").clamp(0, 1)
+    return Image.fromarray((smooth[0].permute(1, 2, 0) * 255).round().byte().numpy())
 
 
 def drawn(pipe: Any, prompt: str, seed: int, **call: Any) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """Stable Diffusion 1 and 2 (text to image): which graphs a pipeline becomes, and what the runtime needs to know.
 
 In: a loaded `StableDiffusionPipeline` and a resolved recipe. Out: wrappers with flat, named inputs, example tensors, the
-facts that `runtime/families/sd.py` reads back from the manifest, and the arguments that the pipeline gives its
+facts that `runtime/families` reads back from the manifest, and the arguments that the pipeline gives its
 scheduler. Both branches of classifier-free guidance are in the denoiser's graph; latents travel as [1, 4, h, w] in
 float32. The safety checker and image prompts are left out, and the text encoder's last layer is the one that is read
 (no `clip_skip`).
@@ -20,10 +20,12 @@ from torch import Tensor, nn
 from ...runtime.errors import ExportError
 from ..component import Component
 from ..guidance import guided
-from .picture import Decoder, Size, check_multiples, drawn, size_of
-from .text import TextStates, prompt_entry
+from ..recipe_tables import GUIDANCE, Guidance
+from .picture import Decoder, Encoder, Size, check_multiples, drawn, encoder_component, size_of
+from .text import TextStates, prompt_entry, refuse_masked, text_component, tokenizers_of
 
 __all__ = [
+    "PICTURE",
     "Size",
     "check_size",
     "defaults",
@@ -37,6 +39,11 @@ __all__ = [
     "size_of",
     "tokenizers",
 ]
+
+
+PICTURE = {"strength": 0.8, "inpaint_strength": 1.0, "rounded": "up"}
+"""What `runtime/families`' `PictureInput` says besides its size: the defaults of diffusers' image-to-image pipelines."""
+EMBEDS = {"prompt_embeds": "encoder_hidden_states"}
 
 
 class Denoiser(nn.Module):
@@ -82,10 +89,7 @@ def check_size(pipe: Any, size: Size) -> None:
             f"{pipe.unet.config.time_cond_proj_dim}: this UNet takes its guidance as an embedding, and only guidance "
             "between two branches can be exported; take the model that it was distilled from"
         )
-    if getattr(pipe.text_encoder.config, "use_attention_mask", False):
-        raise ExportError(
-            "text_encoder.config.use_attention_mask: expected false, got true: text encoders are exported without masks"
-        )
+    refuse_masked(pipe, "text_encoder")
 
 
 def latents_shape(pipe: Any, size: Size) -> tuple[int, int, int]:
@@ -97,7 +101,7 @@ def latents_shape(pipe: Any, size: Size) -> tuple[int, int, int]:
     )
 
 
-def denoiser(pipe: Any, size: Size) -> Component:
+def denoiser(pipe: Any, size: Size, guidance: Guidance = GUIDANCE) -> Component:
     """The UNet's two branches behind named flat inputs, with example tensors of the export's shapes."""
     seeded = torch.Generator().manual_seed(0)
     states = torch.randn(1, size.tokens, pipe.unet.config.cross_attention_dim, generator=seeded)
@@ -108,18 +112,25 @@ def denoiser(pipe: Any, size: Size) -> Component:
     }
     module = Denoiser(pipe.unet, pipe.unet.dtype).eval()
     branch = Component("denoiser", module, tuple(named), ("sample",), tuple(named.values()), {"": "unet."})
-    return guided(branch, ("encoder_hidden_states",))
+    return guided(branch, tuple(EMBEDS.values()), batched=guidance.batched, rescale=True)
 
 
-def others(pipe: Any, size: Size, *, channels_last: bool) -> tuple[Component, ...]:
-    """The text encoder and the VAE decoder. `StableDiffusionPipeline` scales latents and never shifts them."""
+def prompts(pipe: Any, size: Size) -> list[dict[str, Any]]:
+    """CLIP's."""
+    return [prompt_entry("tokenizer", pipe.tokenizer, size.tokens)]
+
+
+def others(pipe: Any, size: Size, *, channels_last: bool, picture: bool = False) -> tuple[Component, ...]:
+    """The text encoder, with `picture` the VAE's encoder, and its decoder last. `StableDiffusionPipeline` scales latents
+    and never shifts them."""
     if channels_last:
         pipe.vae.to(memory_format=torch.channels_last)
-    ids = torch.zeros(1, size.tokens, dtype=torch.int64)
     latents = torch.zeros(1, *latents_shape(pipe, size))
-    encoder, decoder = TextStates(pipe.text_encoder).eval(), Decoder(pipe.vae, channels_last=channels_last).eval()
+    decoder = Decoder(pipe.vae, channels_last=channels_last).eval()
+    encoder = Encoder(pipe.vae, channels_last=channels_last)
     return (
-        Component("text_encoder", encoder, ("input_ids",), ("encoder_hidden_states",), (ids,)),
+        text_component(TextStates(pipe.text_encoder), prompts(pipe, size), EMBEDS),
+        *((encoder_component(encoder, size.height, size.width),) if picture else ()),
         Component("vae_decoder", decoder, ("latents",), ("image",), (latents,)),
     )
 
@@ -129,26 +140,33 @@ def scheduler_arguments(pipe: Any, size: Size, steps: int) -> dict[str, Any]:
     return {}
 
 
-def tokenizers(pipe: Any) -> dict[str, Any]:
+def tokenizers(pipe: Any, size: Size) -> dict[str, Any]:
     """Artifact path -> fast tokenizer, whose `tokenizer.json` is stored there."""
-    return {"tokenizers/tokenizer": pipe.tokenizer}
+    return tokenizers_of(pipe, prompts(pipe, size))
 
 
 def facts(pipe: Any, size: Size) -> dict[str, Any]:
-    """The manifest's `pipeline` table, which `runtime/families/sd.py` validates and drives."""
+    """The manifest's `pipeline` table, which `runtime/families` validates and drives."""
     return {
         "latents_shape": list(latents_shape(pipe, size)),
         "timestep_scale": 1.0,
-        "prompts": [prompt_entry("tokenizer", pipe.tokenizer, "text_encoder", "encoder_hidden_states", size.tokens)],
+        "text": {"prompts": prompts(pipe, size), "embeds": EMBEDS},
     }
 
 
-def encode(pipe: Any, size: Size, prompt: str, guidance_scale: float) -> dict[str, Tensor]:
+def encode(
+    pipe: Any, size: Size, prompt: str, guidance_scale: float, guidance: Guidance = GUIDANCE
+) -> dict[str, Tensor]:
     """The denoiser's inputs that are equal at every step, from the pipeline's own encoder: both branches' states
-    [2, L, D]. At a guidance of 1 or less both are the prompt's, as in `runtime/families/sd.py`."""
+    [2, L, D]. At a guidance of 1 or less both are the prompt's, as in `runtime/families`."""
     states, negative = pipe.encode_prompt(prompt, "cpu", 1, guidance_scale > 1)
     other = states if negative is None else negative
-    return {"encoder_hidden_states": torch.cat((other, states)), "guidance": torch.tensor([max(guidance_scale, 1.0)])}
+    return {"encoder_hidden_states": torch.cat((other, states)), **scalars(guidance_scale)}
+
+
+def scalars(guidance_scale: float) -> dict[str, Tensor]:
+    """Guidance as the graph takes it, not rescaled."""
+    return {"guidance_scale": torch.tensor([max(guidance_scale, 1.0)]), "guidance_rescale": torch.tensor([0.0])}
 
 
 def noise(pipe: Any, size: Size, generator: torch.Generator) -> Tensor:

@@ -1,25 +1,26 @@
-"""Text, as several families have it: encoders as graphs of one output, and how the runtime tokenizes for them."""
+"""Text, as several families have it: their encoders as one graph, and how the runtime tokenizes for it.
+
+A family's own module takes the ids of each tokenizer and returns the denoiser's inputs, joined and padded as its
+pipeline's `encode_prompt` does it; so the runtime needs no knowledge of that.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from ...runtime.errors import ExportError
+from ..component import Component
 
-class PooledText(nn.Module):
-    """CLIP: input_ids [1, L] -> pooled_projections [1, P]."""
-
-    def __init__(self, encoder: nn.Module) -> None:
-        super().__init__()
-        self.encoder = encoder
-
-    def forward(self, input_ids: Tensor) -> tuple[Tensor]:
-        return (self.encoder(input_ids, output_hidden_states=False).pooler_output.contiguous(),)
+ENCODER = "text_encoder"
+"""The graph's name."""
 
 
 class TextStates(nn.Module):
-    """T5 or CLIP: input_ids [1, T] -> the last layer's encoder_hidden_states [1, T, D]."""
+    """T5 or CLIP alone: input_ids [1, T] -> the last layer's encoder_hidden_states [1, T, D]."""
 
     def __init__(self, encoder: nn.Module) -> None:
         super().__init__()
@@ -29,13 +30,45 @@ class TextStates(nn.Module):
         return (self.encoder(input_ids, output_hidden_states=False)[0].contiguous(),)
 
 
-def prompt_entry(name: str, tokenizer: Any, graph: str, output: str, max_length: int) -> dict[str, Any]:
-    """`runtime/prompts.py`'s `Prompt`: the tokenizer stored under `name`, the graph, and the denoiser's input."""
+def prompt_entry(
+    name: str, tokenizer: Any, max_length: int, *, mask: bool = False, lower: bool = False
+) -> dict[str, Any]:
+    """`runtime/prompts.py`'s `Prompt`: the pipeline's tokenizer called `name` reads the prompt of the same number."""
+    number = name.removeprefix("tokenizer")
     return {
         "tokenizer": f"tokenizers/{name}/tokenizer.json",
-        "graph": graph,
-        "output": output,
+        "argument": f"prompt{number}",
+        "input": f"input_ids{number}",
+        "mask": f"attention_mask{number}" if mask else None,
         "max_length": max_length,
         "pad_id": tokenizer.pad_token_id,
         "pad_token": tokenizer.pad_token,
+        "lower": lower,
     }
+
+
+def text_component(module: nn.Module, prompts: Sequence[Mapping[str, Any]], embeds: Mapping[str, str]) -> Component:
+    """The encoders' graph. `module` takes the ids of each of `prompts`, in their order, each followed by its mask where
+    there is one, and returns what `embeds` names."""
+    inputs: dict[str, Tensor] = {}
+    for prompt in prompts:
+        inputs[prompt["input"]] = torch.zeros(1, prompt["max_length"], dtype=torch.int64)
+        if prompt["mask"]:
+            inputs[prompt["mask"]] = torch.ones(1, prompt["max_length"], dtype=torch.int64)
+    return Component(ENCODER, module.eval(), tuple(inputs), tuple(embeds.values()), tuple(inputs.values()))
+
+
+def tokenizers_of(pipe: Any, prompts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Artifact path -> fast tokenizer, whose `tokenizer.json` is stored there."""
+    folders = [prompt["tokenizer"].removesuffix("/tokenizer.json") for prompt in prompts]
+    return {folder: getattr(pipe, folder.removeprefix("tokenizers/")) for folder in folders}
+
+
+def refuse_masked(pipe: Any, *names: str) -> None:
+    """Raises ExportError for a CLIP encoder whose configuration asks for attention masks, which few have."""
+    for name in names:
+        encoder = getattr(pipe, name, None)
+        if encoder is not None and getattr(encoder.config, "use_attention_mask", False):
+            raise ExportError(
+                f"{name}.config.use_attention_mask: expected false, got true: CLIP encoders are exported without masks"
+            )

@@ -1,43 +1,150 @@
-"""Families: what one kind of pipeline needs around the loop, a module each. The manifest's `family` names it."""
+"""Families: what one kind of pipeline needs around the loop, a module each. The manifest's `family` names it.
+
+`Family` is what all of them share: prompts, guidance between two of them, noise. A module holds only what is particular
+to its own.
+"""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
-from typing import Any, Protocol, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from pydantic import BaseModel, ValidationError
 
 from ..artifact import Artifact
 from ..errors import ArtifactError, misfit
-from ..noise import Generators
+from ..noise import Generators, draw
+from ..plan import FROZEN
+from ..prompts import Text, TextEncoder
 from ..replay import Tensors
 
-FAMILIES = {"flux": "Flux", "sd": "StableDiffusion"}
+FAMILIES = {
+    "flux": "Flux",
+    "sd": "StableDiffusion",
+}
 SettingsT = TypeVar("SettingsT", bound=BaseModel)
 
 
-class Family(Protocol):
-    """What `Pipeline` asks of a family, which is made of an open artifact.
+class PictureInput(BaseModel):
+    """Pictures that a call may take. `role`: a call begins from the picture, or the denoiser looks at it at every step, as
+    its input `image_latents`. `height` and `width` are those of the graph `vae_encoder`; `sampled`: latents are drawn
+    from what it gives, and not its mean; `required`: the pipeline draws nothing without one.
 
-    `arguments` are those of diffusers' `__call__` that say what to draw; `latents_shape` is that of one image in the
-    loop, without the batch, and `latents_name` what to call it; `max_sequence_length` is in tokens.
+    `strength` is what a call takes where its caller is silent, `inpaint_strength` with a mask. Of S steps, a strength s
+    leaves out the first S - S s, rounded `down` (FLUX) or `up` (Stable Diffusion).
     """
 
-    arguments: tuple[str, ...]
-    latents_name: str
-    latents_shape: tuple[int, ...]
-    max_sequence_length: int
+    model_config = FROZEN
+    role: Literal["start", "reference"] = "start"
+    height: int
+    width: int
+    sampled: bool = True
+    required: bool = False
+    strength: float = 1.0
+    inpaint_strength: float | None = None
+    rounded: Literal["down", "up"] = "up"
 
-    def conditions(self, given: Mapping[str, Any], guidance_scale: float) -> list[Tensors]:
-        """The denoiser's inputs that are equal at every step, one dict for each prompt. `given` are the arguments that
-        the caller gave. Raises ArtifactError for a combination of them that says nothing."""
-        ...
+
+class Settings(BaseModel):
+    """`manifest.pipeline`. `latents_shape` is that of one image's noise, without the batch; `timestep_scale` times a
+    plan's timestep is the denoiser's. Families with facts of their own extend it."""
+
+    model_config = FROZEN
+    latents_shape: tuple[int, ...]
+    timestep_scale: float
+    text: Text
+    picture: PictureInput | None = None
+
+
+class Family:
+    """What `Pipeline` asks of a family, which is made of an open artifact.
+
+    `latents_shape` is that of one image in the loop, without the batch, and `latents_name` what to call it. Both
+    branches of classifier-free guidance, where there are two, are in the denoiser's graph, which takes what differs
+    between them as [2, ...], the negative prompt's first, as diffusers stacks it. `makes` is `images` or `frames`.
+    """
+
+    settings_type: ClassVar[type[Settings]] = Settings
+    latents_name: ClassVar[str] = "latents"
+    makes: ClassVar[Literal["images", "frames"]] = "images"
+
+    def __init__(self, artifact: Artifact):
+        self.settings = read_settings(self.settings_type, artifact)
+        self.latents_shape = self.arranged_shape()
+        self.inputs = denoiser_inputs(artifact)
+        self._device = artifact.device
+        self._text = TextEncoder(artifact, self.settings.text)
+
+    @property
+    def branches(self) -> bool:
+        """Whether the graph guides between two prompts."""
+        return "guidance_scale" in self.inputs
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """The arguments of diffusers' `__call__` that say what to draw."""
+        rescale = ("guidance_rescale",) if "guidance_rescale" in self.inputs else ()
+        return (*self._text.arguments(self.branches), *rescale)
+
+    @property
+    def max_sequence_length(self) -> int:
+        """In tokens."""
+        return self._text.max_sequence_length
+
+    def arranged(self, latents: torch.Tensor) -> torch.Tensor:
+        """[B, *settings.latents_shape] as the loop has it."""
+        return latents
+
+    def arranged_shape(self) -> tuple[int, ...]:
+        """Of one image in the loop."""
+        return self.settings.latents_shape
 
     def draw_latents(self, batch: int, generator: Generators) -> torch.Tensor:
         """Standard normal noise, float32 [B, *latents_shape] on the CPU, the numbers that diffusers draws."""
-        ...
+        return self.arranged(draw((batch, *self.settings.latents_shape), generator))
+
+    def conditions(self, given: Mapping[str, Any], guidance_scale: float) -> list[Tensors]:
+        """The denoiser's inputs that are equal at every step, one dict for each prompt. `given` are the arguments that
+        the caller gave. Raises ArtifactError for a combination of them that says nothing.
+
+        At a guidance of 1 or less diffusers runs one branch, the prompt's, and ignores the negative prompt. The graph has
+        both all the same: here they get the prompt, and `u + 1 (c - u)` of equal u and c is c. That takes as long as
+        any other guidance.
+        """
+        prompts = self._text(given)
+        if not self.branches:
+            return [{**prompt, **self.scalars(given, guidance_scale)} for prompt in prompts]
+        scale = self.branch_guidance(given, guidance_scale)
+        negatives = self.negatives(given, len(prompts)) if scale > 1 else prompts
+        scalars = {**self.scalars(given, guidance_scale), "guidance_scale": self.scalar(max(scale, 1.0))}
+        return [
+            {**{name: torch.cat((negative[name], prompt[name])) for name in prompt}, **scalars}
+            for negative, prompt in zip(negatives, prompts, strict=True)
+        ]
+
+    def branch_guidance(self, given: Mapping[str, Any], guidance_scale: float) -> float:
+        """The scale of the difference between the branches; 1 or less is none."""
+        return guidance_scale
+
+    def scalars(self, given: Mapping[str, Any], guidance_scale: float) -> Tensors:
+        """What else a call says in numbers: `guidance_rescale`, 0 where the caller is silent."""
+        if "guidance_rescale" not in self.inputs:
+            return {}
+        return {"guidance_rescale": self.scalar(float(given.get("guidance_rescale", 0.0)))}
+
+    def scalar(self, value: float) -> torch.Tensor:
+        """float32 [1] on the artifact's device."""
+        return torch.full([1], value, dtype=torch.float32, device=self._device)
+
+    def negatives(self, given: Mapping[str, Any], count: int) -> list[Tensors]:
+        """What to guide away from, for each of `count` prompts: one may stand for all, and none is an empty text."""
+        zero = self.settings.text.zero_negative
+        negatives = self._text(given, "negative_", None if zero else "") or [self._text.zeros()]
+        if len(negatives) not in (1, count):
+            raise ArtifactError(f"negative_prompt: expected one, or {count}, one for each prompt; got {len(negatives)}")
+        return negatives * (count // len(negatives))
 
 
 def family_of(artifact: Artifact) -> Family:
@@ -48,6 +155,11 @@ def family_of(artifact: Artifact) -> Family:
             f"{artifact.folder}: family {name!r} is not one that this runtime replays: {', '.join(FAMILIES)}"
         )
     return getattr(importlib.import_module(f".{name}", __name__), FAMILIES[name])(artifact)
+
+
+def denoiser_inputs(artifact: Artifact) -> frozenset[str]:
+    """The names of what the denoiser's graphs take."""
+    return frozenset(s.name for variant in artifact.variants.values() for s in variant.graph.inputs)
 
 
 def read_settings(kind: type[SettingsT], artifact: Artifact) -> SettingsT:

@@ -73,6 +73,17 @@ class Text(nn.Module):
         return x.mean(1) if self.pooled else x
 
 
+class Texts(nn.Module):
+    """Both, as one graph."""
+
+    def __init__(self, pooled: Text, hidden: Text):
+        super().__init__()
+        self.text, self.text_2 = pooled, hidden
+
+    def forward(self, input_ids, input_ids_2):
+        return (*self.text_2(input_ids_2), *self.text(input_ids))
+
+
 class Decoder(nn.Module):
     """Packed latents [1, N, C] to an image [1, 3, 8, 8] in [0, 1]."""
 
@@ -229,11 +240,8 @@ def build(folder: Path, eager: Eager) -> Path:
     compile_package(
         folder / "graphs/denoiser.pt2", {"full": (eager.full, full_args), "reuse": (eager.reuse, reuse_args)}
     )
-    others = {
-        "text_encoder": (eager.text, (ids,)),
-        "text_encoder_2": (eager.text_2, (ids_2,)),
-        "vae_decoder": (eager.decoder, (x,)),
-    }
+    both = Texts(eager.text, eager.text_2)
+    others = {"text_encoder": (both, (ids, ids_2)), "vae_decoder": (eager.decoder, (x,))}
     for name, job in others.items():
         compile_package(folder / f"graphs/{name}.pt2", {name: job})
 
@@ -267,16 +275,9 @@ def build(folder: Path, eager: Eager) -> Path:
         graph(
             "text_encoder",
             "graphs/text_encoder.pt2",
-            specs(input_ids=ids),
-            specs(pooled_projections=pooled),
+            specs(input_ids=ids, input_ids_2=ids_2),
+            specs(encoder_hidden_states=text, pooled_projections=pooled),
             own["text_encoder"],
-        ),
-        graph(
-            "text_encoder_2",
-            "graphs/text_encoder_2.pt2",
-            specs(input_ids=ids_2),
-            specs(encoder_hidden_states=text),
-            own["text_encoder_2"],
         ),
         graph("vae_decoder", "graphs/vae_decoder.pt2", specs(latents=x), specs(image=image), own["vae_decoder"]),
     )
@@ -286,23 +287,19 @@ def build(folder: Path, eager: Eager) -> Path:
         pipeline={
             "latents_shape": [2, 4, 4],
             "timestep_scale": 0.001,
-            "guidance_embeds": True,
-            "prompts": [
-                {
-                    "tokenizer": "tokenizers/tokenizer/tokenizer.json",
-                    "graph": "text_encoder",
-                    "output": "pooled_projections",
-                    "max_length": L,
-                    **prompt,
-                },
-                {
-                    "tokenizer": "tokenizers/tokenizer_2/tokenizer.json",
-                    "graph": "text_encoder_2",
-                    "output": "encoder_hidden_states",
-                    "max_length": T,
-                    **prompt,
-                },
-            ],
+            "text": {
+                "prompts": [
+                    {"tokenizer": "tokenizers/tokenizer/tokenizer.json", "max_length": L, **prompt},
+                    {
+                        "tokenizer": "tokenizers/tokenizer_2/tokenizer.json",
+                        "argument": "prompt_2",
+                        "input": "input_ids_2",
+                        "max_length": T,
+                        **prompt,
+                    },
+                ],
+                "embeds": {"prompt_embeds": "encoder_hidden_states", "pooled_prompt_embeds": "pooled_projections"},
+            },
         },
         sites=(Site(name="block", slots=2, tensors=("block",)),),
         graphs=graphs,

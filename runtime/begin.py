@@ -1,0 +1,197 @@
+"""Begin: the latents that a call starts from. Noise alone, or a picture with as much noise as the plan has at that step.
+
+The picture goes through the graph `vae_encoder` to latents; a plan's `marginal` says how much of them and of the noise an
+evaluation starts from, and a plan's tail is the loop from there on. With a mask, the part of the latents that stays is
+set to the picture's again after every step, as noisy as the next step expects. All draws are in the order of diffusers'
+pipelines, so that equal generators give equal pictures.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .artifact import Artifact
+from .errors import ArtifactError
+from .families import Family, PictureInput
+from .noise import Generators, draw
+from .pictures import masks_in, pictures_in
+from .plan import Plan
+from .replay import Tensors, ends_step
+
+Blend = Callable[[int, torch.Tensor], torch.Tensor]
+AfterStep = Callable[[int, float, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a caller gave to begin with, None where it was silent."""
+
+    image: Any = None
+    mask_image: Any = None
+    strength: float | None = None
+    latents: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Start:
+    """Latents [B, ...] before the first step, further inputs [B, ...] of the denoiser, and what an unmasked part returns to:
+    `mask` [B or 1, 1, h, w] is 1 where to draw."""
+
+    latents: torch.Tensor
+    inputs: Tensors = field(default_factory=dict)
+    plan: Plan | None = None
+    image: torch.Tensor | None = None
+    noise: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+
+    def blend(self, i: int) -> Blend | None:
+        """For image i: (evaluation, latents after it) to latents whose unmasked part is the picture's. None without a mask."""
+        if self.plan is None or self.image is None or self.noise is None or self.mask is None:
+            return None
+        plan, image, noise = self.plan, self.image[i : i + 1], self.noise[i : i + 1]
+        mask = self.mask[i : i + 1] if len(self.mask) > 1 else self.mask
+
+        def blended(e: int, latents: torch.Tensor) -> torch.Tensor:
+            known = noised(plan, e + 1, image, noise)
+            return (1 - mask) * known + mask * latents
+
+        return blended
+
+
+def beginning(family: Family, asked: Asked) -> Callable[[int], int]:
+    """From a number of steps to how many of them the call leaves out. Raises ArtifactError for what cannot begin so."""
+    picture = family.settings.picture
+    if asked.image is None:
+        if picture and picture.required:
+            raise ArtifactError("image: expected a picture to begin with, got none; this model draws nothing without")
+        if lone := [n for n in ("mask_image", "strength") if getattr(asked, n) is not None]:
+            raise ArtifactError(f"{lone[0]}: expected an image with it, got none")
+        return lambda steps: 0
+    if picture is None:
+        raise ArtifactError(
+            "image: the artifact was exported without image-to-image; export again with sampler.image_to_image=true"
+        )
+    if asked.mask_image is not None and picture.inpaint_strength is None:
+        raise ArtifactError("mask_image: artifacts of this family do not take it")
+    usual = picture.strength if asked.mask_image is None else picture.inpaint_strength
+    strength = usual if asked.strength is None else asked.strength
+    if picture.role == "reference":
+        if asked.strength is not None:
+            raise ArtifactError("strength: this model looks at the image and starts from noise; leave the argument out")
+        return lambda steps: 0
+    if strength is None or not 0 <= strength <= 1:
+        raise ArtifactError(
+            f"strength={strength}: expected a number from 0 (the image stays) to 1 (it does not matter)"
+        )
+    chosen = strength
+
+    def left_out(steps: int) -> int:
+        if picture.rounded == "down":
+            step = int(max(steps - min(steps * chosen, steps), 0))
+        else:
+            step = max(steps - min(int(steps * chosen), steps), 0)
+        if step >= steps:
+            raise ArtifactError(
+                f"strength={chosen}: of {steps} steps none is left to take; give at least {math.ceil(1000 / steps) / 1000:g}"
+            )
+        return step
+
+    return left_out
+
+
+def begin(family: Family, artifact: Artifact, plan: Plan, asked: Asked, batch: int, generator: Generators) -> Start:
+    """Where the call starts: float32 latents [batch, ...] on the artifact's device."""
+    if asked.image is None or (picture := family.settings.picture) is None:
+        return Start(noise_alone(family, artifact, plan, asked, batch, generator))
+    image = picture_latents(family, artifact, picture, asked.image, batch, generator)
+    if picture.role == "reference":
+        return Start(noise_alone(family, artifact, plan, asked, batch, generator), {"image_latents": image})
+    if asked.latents is not None:
+        raise ArtifactError(
+            "expected either image or latents, got both: the latents that a picture starts from follow from it"
+        )
+    if plan.evaluations[0].marginal is None:
+        raise ArtifactError(
+            f"image: {plan.scheduler} has no way to add noise to a picture; export with another scheduler"
+        )
+    noise = family.draw_latents(batch, generator).to(artifact.device)
+    if asked.mask_image is None:
+        return Start(noised(plan, 0, image, noise))
+    whole = plan.init_noise_sigma * noise if asked.strength in (None, 1) and picture.inpaint_strength == 1 else None
+    draw(
+        (len(image), *family.settings.latents_shape), generator
+    )  # diffusers draws here for a masked copy that goes unused
+    h, w = family.settings.latents_shape[-2:]
+    mask = masks_in(asked.mask_image, picture.height, picture.width, h, w).to(artifact.device)
+    latents = noised(plan, 0, image, noise) if whole is None else whole
+    return Start(latents, plan=plan, image=image, noise=noise, mask=mask)
+
+
+def noise_alone(
+    family: Family, artifact: Artifact, plan: Plan, asked: Asked, batch: int, generator: Generators
+) -> torch.Tensor:
+    """The caller's latents or drawn ones, as the plan's first step expects them."""
+    shape = (batch, *family.latents_shape)
+    latents = family.draw_latents(batch, generator) if asked.latents is None else asked.latents
+    if tuple(latents.shape) != shape:
+        raise ArtifactError(f"latents: expected {family.latents_name} {list(shape)}, got {list(latents.shape)}")
+    latents = latents.to(artifact.device, torch.float32).contiguous()
+    return latents if plan.init_noise_sigma == 1.0 else latents * plan.init_noise_sigma
+
+
+def picture_latents(
+    family: Family, artifact: Artifact, picture: PictureInput, image: Any, batch: int, generator: Generators
+) -> torch.Tensor:
+    """Latents of the caller's pictures, as the loop has them: float32 [batch, ...]. A tensor that has the latents'
+    channels is taken for latents. Fewer pictures than `batch` are repeated, all of them in turn, as in diffusers."""
+    channels = family.settings.latents_shape[0]
+    given = isinstance(image, torch.Tensor) and image.shape[-3] == channels != 3
+    pixels = (
+        image.reshape(-1, *image.shape[-3:]).float() if given else pictures_in(image, picture.height, picture.width)
+    )
+    if batch % len(pixels):
+        raise ArtifactError(f"image: expected one picture, or a number that divides {batch}; got {len(pixels)}")
+    if isinstance(generator, Sequence):  # one for each picture that is made, so each is drawn for itself
+        pixels = pixels.repeat(batch // len(pixels), 1, 1, 1)
+    latents = pixels if given else encoded(artifact, picture, pixels, family.settings.latents_shape, generator)
+    latents = latents.repeat(batch // len(latents), 1, 1, 1)
+    return family.arranged(latents.to(artifact.device)).contiguous()
+
+
+def encoded(
+    artifact: Artifact, picture: PictureInput, pixels: torch.Tensor, shape: Sequence[int], generator: Generators
+) -> torch.Tensor:
+    """[P, 3, H, W] in -1..1 to latents [P, *shape], drawn from the encoder's distribution or its mean."""
+    encode = artifact.graph("vae_encoder")
+    halves = [encode({"image": one.to(artifact.device).contiguous()}) for one in pixels.float().split(1)]
+    mean, std = (torch.cat([half[name] for half in halves]) for name in ("mean", "std"))
+    return mean + std * draw((len(pixels), *shape), generator).to(artifact.device) if picture.sampled else mean
+
+
+def noised(plan: Plan, e: int, image: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """The picture with as much noise as evaluation e starts from; after the last one there is none."""
+    a, b = (1.0, 0.0) if e == len(plan.evaluations) else plan.evaluations[e].marginal or (1.0, 0.0)
+    return a * image + b * noise
+
+
+def after_evaluation(
+    plan: Plan, blend: Blend | None, after_step: AfterStep | None
+) -> Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor | None] | None:
+    """What `replay` calls after each evaluation: the blend, then, at the end of a step, the caller's own."""
+    if blend is None and after_step is None:
+        return None
+
+    def seen(e: int, output: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        evaluation = plan.evaluations[e]
+        if blend:
+            latents = blend(e, latents)
+        if after_step and ends_step(plan, e):
+            latents = after_step(evaluation.step, evaluation.timestep, latents)
+        return latents
+
+    return seen

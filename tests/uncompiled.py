@@ -1,0 +1,55 @@
+"""A pipeline of the slim runtime whose graphs are the captured ones, run as they are: everything but the compiler, in
+seconds. What compiling changes is tested with real artifacts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from prebake.exporter import package
+from prebake.exporter.capture import Captured
+from prebake.exporter.lower import aoti
+from prebake.exporter.package import Weights
+from prebake.exporter.pipeline import Prepared, describe, prepare
+from prebake.exporter.progress import progress
+from prebake.exporter.recipe import Recipe
+from prebake.runtime.artifact import Artifact, BoundGraph, read_plans
+from prebake.runtime.contract import Contract
+from prebake.runtime.manifest import Graph
+from prebake.runtime.pipeline import Pipeline
+from prebake.runtime.replay import tables_on
+
+CPU = torch.device("cpu")
+
+
+def uncompiled(recipe: Recipe, folder: Path) -> Pipeline:
+    """The recipe's artifact as `load` would return it. Plans and tokenizers lie in `folder`."""
+    return opened(prepared(recipe), folder)
+
+
+def prepared(recipe: Recipe) -> Prepared:
+    with progress("quiet") as quiet:
+        return prepare(recipe, quiet)
+
+
+def opened(prepared: Prepared, folder: Path) -> Pipeline:
+    package.write_plans(folder, prepared.planned.plans)
+    package.write_tokenizers(folder, prepared.family.tokenizers(prepared.pipe, prepared.size))
+    manifest = describe(folder, prepared, Weights({name: {} for name in captured(prepared)}, ()), aoti)
+    graphs = {g.name: bound(g, captured(prepared)[g.name]) for g in manifest.graphs}
+    plans = read_plans(folder, manifest)
+    tables = {n: tables_on(p, CPU, manifest.pipeline["timestep_scale"]) for n, p in plans.items()}
+    return Pipeline(Artifact(folder, manifest, CPU, {}, graphs, plans, tables))
+
+
+def captured(prepared: Prepared) -> dict[str, Captured]:
+    return {g.name: g for group in prepared.graphs.values() for g in group}
+
+
+def bound(graph: Graph, captured: Captured) -> BoundGraph:
+    """The graph under its own call contract."""
+
+    def run(flat: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [t.clone() for t in captured.gm(*flat)]
+
+    return BoundGraph(graph, run, Contract(graph, CPU))  # pyright: ignore[reportArgumentType]

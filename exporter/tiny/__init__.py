@@ -32,8 +32,26 @@ NAMES = {
         {**PICTURE, "max_sequence_length": 16, "num_inference_steps": 4, "guidance_scale": 0.0},
         {"guidance": False},
     ),
+    "flux-kontext": Tiny(
+        "flux_kontext", {**PICTURE, "max_sequence_length": 16, "num_inference_steps": 8, "guidance_scale": 3.5}
+    ),
     "sd": Tiny("sd", {**PICTURE, "num_inference_steps": 8, "guidance_scale": 5.0}),
     "sd2": Tiny("sd", {**PICTURE, "num_inference_steps": 8, "guidance_scale": 5.0}, {"prediction": "v_prediction"}),
+    "sdxl": Tiny("sdxl", {**PICTURE, "num_inference_steps": 8, "guidance_scale": 5.0}),
+    "sdxl-refiner": Tiny("sdxl_refiner", {**PICTURE, "num_inference_steps": 8, "guidance_scale": 5.0}),
+    "sd3": Tiny("sd3", {**PICTURE, "max_sequence_length": 16, "num_inference_steps": 8, "guidance_scale": 5.0}),
+    "pixart": Tiny("pixart", {**PICTURE, "max_sequence_length": 16, "num_inference_steps": 8, "guidance_scale": 4.5}),
+    "cogvideox": Tiny(
+        "cogvideox",
+        {
+            "height": 64,
+            "width": 64,
+            "num_frames": 9,
+            "max_sequence_length": 16,
+            "num_inference_steps": 8,
+            "guidance_scale": 6.0,
+        },
+    ),
 }
 
 

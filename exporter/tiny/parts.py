@@ -6,6 +6,7 @@ logarithm enters: the same seed gives the same bytes on every machine.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import numpy as np
@@ -24,14 +25,16 @@ from transformers import (
     T5Tokenizer,
 )
 
-WORDS = """
+WORDS = tuple(
+    """
 a an the of on in at with and by under above left right next to from for is
 large small big tiny red blue green yellow white black orange purple pink brown grey golden dark bright
 circle square triangle star heart ring cross ball cube background picture photo painting drawing
 cat dog horse bird fish man woman child robot astronaut tree flower house city street mountain sea river forest moon sun
 sky night day snow rain fire light mars car boat train hat chair table book apple running riding sitting flying
 blurry ugly low quality detailed beautiful old new
-""".split()
+""".split()  # noqa: SIM905
+)
 CLIP_TOKENS = 16
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -102,7 +105,7 @@ def clip_tokenizer(*, max_length: int = CLIP_TOKENS, pad: str = "<|endoftext|>")
 def merged(pieces: list[str], merges: list[tuple[str, str]]) -> list[str]:
     """What byte pair encoding makes of `pieces` with `merges`, the first of which go first."""
     ranks = {pair: rank for rank, pair in enumerate(merges)}
-    while known := [pair for pair in zip(pieces, pieces[1:], strict=False) if pair in ranks]:
+    while known := [pair for pair in pairwise(pieces) if pair in ranks]:
         left, right = min(known, key=ranks.__getitem__)
         joined: list[str] = []
         for piece in pieces:

@@ -50,7 +50,10 @@ def transformer(seed: int) -> CogVideoXTransformer3DModel:
         temporal_compression_ratio=4,
         max_text_seq_length=16,
     )
-    return parts.seeded(model, seed)
+    parts.seeded(model, seed)
+    for block in model.transformer_blocks:
+        parts.scaled(block.attn1.to_out[0], 3.0)  # one token in twelve is text
+    return model
 
 
 def vae(seed: int) -> AutoencoderKLCogVideoX:

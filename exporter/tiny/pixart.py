@@ -53,5 +53,5 @@ def pass_noise(model: PixArtTransformer2DModel) -> None:
         model.pos_embed.proj.weight[:16] = 3.0 * patch
         model.pos_embed.proj.bias[:16] = 0.0
         noise = model.proj_out.weight.view(2, 2, 8, 64)[:, :, :4]
-        noise *= 0.3
-        noise[..., :16] = 0.5 * torch.eye(16).view(2, 2, 4, 16)
+        noise *= 0.15
+        noise[..., :16] = 0.65 * torch.eye(16).view(2, 2, 4, 16)

@@ -22,6 +22,7 @@ from ..runtime.artifact import Artifact, BoundGraph
 from ..runtime.manifest import Graph
 from ..runtime.pipeline import Pipeline
 from ..runtime.plan import Plan
+from .families.picture import Size, example
 from .progress import Progress
 from .recipe import Recipe
 from .source import EMBEDDED
@@ -100,7 +101,10 @@ class Tap(BoundGraph):
 
 
 class Replayer:
-    """An open artifact that draws as it does for its user, with the calls of its graphs on record."""
+    """An open artifact that draws as it does for its user, with the calls of its graphs on record.
+
+    Where a picture is required it gets `families.picture.example` of the seed, as the family's own `draw` gives it to eager.
+    """
 
     def __init__(self, artifact: Artifact) -> None:
         self.artifact = artifact
@@ -114,12 +118,24 @@ class Replayer:
         self._calls.clear()
         start = time.perf_counter()
         output: Any = self._pipe(
-            prompt, seed=seed, num_inference_steps=plan.steps, cache=plan.cache != "none", output_type="pt"
+            prompt,
+            seed=seed,
+            num_inference_steps=plan.steps,
+            cache=plan.cache != "none",
+            output_type="pt",
+            **self._example(seed),
         )
         seconds = time.perf_counter() - start
         calls = tuple(self._calls)
         latents = next(c.inputs["latents"] for c in calls if c.graph == "vae_decoder")
         return Drawn(output.images, latents, seconds, calls)
+
+    def _example(self, seed: int) -> dict[str, Any]:
+        """The argument `image` of artifacts that draw nothing without one."""
+        picture = self._pipe.family.settings.picture
+        if picture is None or not picture.required:
+            return {}
+        return {"image": example(Size(picture.height, picture.width, 0), seed)}
 
     def only(self, plans: Mapping[str, Plan]) -> Replayer:
         """The same with these plans alone."""

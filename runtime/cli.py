@@ -19,6 +19,7 @@ from .manifest import Manifest, read_manifest
 from .plan import Plan
 
 SIGNS = "10abcdefghijklmnopqrstuvwxyz"  # of variants in a step strip: 1 computes everything
+FPS = 8  # what CogVideoX was trained on
 BLOCKS = "█·░▒▓"  # of the first of them, in a terminal
 UNVERIFIED = "added since, and not compared with the pipeline: {}; `prebake verify --source` does that"
 
@@ -34,16 +35,24 @@ def add_commands(subparsers: Any) -> None:
 
 def _add_run(subparsers: Any) -> None:
     parser = subparsers.add_parser(
-        "run", help="make images from an artifact", description="Makes images from an artifact."
+        "run", help="make images or videos from an artifact", description="Makes images or videos from an artifact."
     )
     parser.add_argument("artifact", metavar="ARTIFACT", help="an artifact's folder")
     parser.add_argument("prompts", nargs="+", metavar="PROMPT", help="what to draw; one image or more for each")
+    parser.add_argument("--image", metavar="FILE", help="a picture to begin with, where a model takes one")
+    parser.add_argument(
+        "--strength",
+        type=float,
+        metavar="X",
+        help="how far to go from that picture, 0 to 1 (default: the pipeline's own)",
+    )
+    parser.add_argument("--mask", metavar="FILE", help="a picture, white where that picture is to be drawn anew")
     parser.add_argument(
         "--output",
-        default="image.png",
         metavar="FILE",
-        help="where to write (default: %(default)s); several images are numbered",
+        help="where to write; several are numbered (default: image.png; of videos video.mp4, or video.gif without PyAV)",
     )
+    parser.add_argument("--fps", type=int, metavar="N", help=f"frames per second of a video (default: {FPS})")
     parser.add_argument("--seed", type=int, help="makes the images reproducible")
     parser.add_argument("--steps", type=int, help="one of the artifact's plans (default: the artifact's own)")
     parser.add_argument("--guidance-scale", type=float, metavar="SCALE", help="default: the artifact's own")
@@ -57,14 +66,23 @@ def _add_run(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Makes the images and writes them. Raises ArtifactError for what the artifact cannot do."""
-    started = time.perf_counter()
-    from .pipeline import load
+    """Makes the images or videos and writes them. Raises ArtifactError for what the artifact cannot do.
 
+    What the command line alone can get wrong is found before anything is loaded.
+    """
+    target = _target(args, read_manifest(Path(args.artifact)))
+    started = time.perf_counter()
+    from .pictures import open_picture
+    from .pipeline import VideoOutput, load
+
+    image, mask = (None if path is None else open_picture(path) for path in (args.image, args.mask))
     pipe = load(args.artifact)
     loaded = time.perf_counter()
     output = pipe(
         args.prompts,
+        image=image,
+        mask_image=mask,
+        strength=args.strength,
         num_inference_steps=args.steps,
         guidance_scale=args.guidance_scale,
         negative_prompt=args.negative_prompt,
@@ -72,18 +90,61 @@ def run(args: argparse.Namespace) -> int:
         num_images_per_prompt=args.num_images,
         cache=not args.no_cache,
     )
-    done = time.perf_counter()
-    paths = numbered(Path(args.output), len(output.images))
-    for image, path in zip(output.images, paths, strict=True):
-        save(image, path)
-    seconds = {"load_seconds": round(loaded - started, 3), "images_seconds": round(done - loaded, 3)}
-    if args.json:
-        print(json.dumps({"images": [str(path) for path in paths], **seconds}))
+    seconds = (loaded - started, time.perf_counter() - loaded)
+    kind, made = ("video", output.frames) if isinstance(output, VideoOutput) else ("image", output.images)
+    paths = _write(made, target, args.fps or FPS)
+    _tell(kind, paths, seconds, in_json=args.json)
+    return 0
+
+
+def _target(args: argparse.Namespace, manifest: Manifest) -> Path:
+    """Where to write. Raises ArtifactError where what the artifact makes cannot be written there."""
+    from .video import check_target, default_path
+
+    video = manifest.defaults.num_frames is not None
+    target = Path(args.output) if args.output else default_path() if video else Path("image.png")
+    if video:
+        check_target(target, FPS if args.fps is None else args.fps)
+    elif args.fps is not None:
+        raise ArtifactError("--fps: the artifact makes images, which have no frames; leave it out")
+    elif target.suffix.lower() not in _image_suffixes():
+        raise ArtifactError(f"{target}: the artifact makes images, and none can be written so; give --output a .png")
+    if not target.parent.is_dir():
+        raise ArtifactError(
+            f"{target}: there is no folder {target.parent} to write to; make it, or give another --output"
+        )
+    return target
+
+
+def _image_suffixes() -> set[str]:
+    from PIL import Image
+
+    return {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.SAVE}
+
+
+def _write(made: Sequence[Any], target: Path, fps: int) -> list[Path]:
+    """Writes images, or videos as lists of frames; where."""
+    from .video import write_video
+
+    paths = numbered(target, len(made))
+    for each, path in zip(made, paths, strict=True):
+        if isinstance(each, list):
+            write_video(each, path, fps)
+        else:
+            save(each, path)
+    return paths
+
+
+def _tell(kind: str, paths: Sequence[Path], seconds: tuple[float, float], *, in_json: bool) -> None:
+    """Prints what was written, and the seconds that loading and making it took."""
+    load_seconds, made_seconds = (round(s, 3) for s in seconds)
+    if in_json:
+        told = {f"{kind}s": [str(path) for path in paths], "load_seconds": load_seconds}
+        print(json.dumps(told | {f"{kind}s_seconds": made_seconds}))
     else:
         print(*paths, sep="\n")
-        images = "1 image" if len(paths) == 1 else f"{len(paths)} images"
-        print(f"loaded in {seconds['load_seconds']:.2f} s, {images} in {seconds['images_seconds']:.2f} s")
-    return 0
+        count = f"1 {kind}" if len(paths) == 1 else f"{len(paths)} {kind}s"
+        print(f"loaded in {load_seconds:.2f} s, {count} in {made_seconds:.2f} s")
 
 
 def numbered(path: Path, count: int) -> list[Path]:
@@ -166,6 +227,7 @@ def as_text(folder: Path, manifest: Manifest, plans: Mapping[str, Plan], *, laye
     """The lines of `prebake inspect`."""
     needs, defaults = manifest.requires, manifest.defaults
     glibc = f", glibc {needs.glibc}" if needs.glibc else ""
+    frames = "" if defaults.num_frames is None else f"{defaults.num_frames} frames of "
     lines = table(
         [
             ("artifact", f"{folder} ({manifest.family}, {manifest.status})"),
@@ -173,7 +235,7 @@ def as_text(folder: Path, manifest: Manifest, plans: Mapping[str, Plan], *, laye
             ("needs", f"{needs.system} {needs.machine}, {needs.device}, {needs.isa_level}, torch {needs.torch}{glibc}"),
             (
                 "defaults",
-                f"{defaults.num_inference_steps} steps, guidance {defaults.guidance_scale:g}, {defaults.width} x {defaults.height} pixels",
+                f"{defaults.num_inference_steps} steps, guidance {defaults.guidance_scale:g}, {frames}{defaults.width} x {defaults.height} pixels",
             ),
             ("sizes", ", ".join(f"{name} {in_bytes(size)}" for name, size in sizes(manifest).items())),
         ]

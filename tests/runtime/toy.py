@@ -81,7 +81,7 @@ class Texts(nn.Module):
         self.text, self.text_2 = pooled, hidden
 
     def forward(self, input_ids, input_ids_2):
-        return (*self.text_2(input_ids_2), *self.text(input_ids))
+        return self.text_2(input_ids_2), self.text(input_ids)
 
 
 class Decoder(nn.Module):

@@ -27,6 +27,15 @@ class Update(BaseModel):
     noise: float = 0.0
 
 
+class Call(BaseModel):
+    """One call that a diffusers pipeline makes of an attached denoiser: `of` is its kind, by position in `manifest.pipeline`,
+    `values` what the arguments that follow the schedule hold there, one number where all of a tensor's are that one."""
+
+    model_config = FROZEN
+    of: int = Field(default=0, ge=0)
+    values: dict[str, tuple[float, ...]] = {}
+
+
 class Evaluation(BaseModel):
     """One call of one denoiser variant, and the update that follows it.
 
@@ -34,7 +43,9 @@ class Evaluation(BaseModel):
     most). `coefficients` are those of the sites that the variant combines, site after site in the variant's order,
     newest slot first: the variant's `coefficients` input. `marginal` says where the forward process stands when the
     evaluation begins: `image * x0 + noise * eps` is what image-to-image starts from here (before `input_scale`) and what
-    inpainting puts where the picture is kept; None where the scheduler has no forward process.
+    inpainting puts where the picture is kept; None where the scheduler has no forward process. `calls` are there where a
+    diffusers pipeline runs the loop (`attach.py`), which may call the variant more than once in an evaluation; its own
+    scheduler updates the latents then, and `update` leaves them as they are.
     """
 
     model_config = FROZEN
@@ -45,6 +56,7 @@ class Evaluation(BaseModel):
     coefficients: tuple[float, ...] = ()
     update: Update
     marginal: tuple[float, float] | None = None
+    calls: tuple[Call, ...] = ()
 
 
 class Tail(BaseModel):
@@ -94,7 +106,7 @@ class Plan(BaseModel):
             known = f"it can at 0, {', '.join(map(str, starts))}" if starts else "it begins at 0 only"
             raise ArtifactError(
                 f"plan {self.name!r} cannot begin at step {step}, {known}; choose another start, or export again "
-                "with model.image_to_image=true"
+                "with sampler.image_to_image=true"
             )
         begin, evaluations = starts[step].begin, self.evaluations_of(starts[step])
         return self.model_copy(

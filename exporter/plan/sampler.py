@@ -21,7 +21,7 @@ from ...runtime.errors import ExportError, RecipeError
 from ...runtime.plan import Update
 from .sampler_loop import Call, begun, evaluations, loop, marginals, refuse, scheduled
 
-HISTORY = 4  # evaluations that an update may read, the present one included: third-order UniPC needs all four
+HISTORY = 5  # evaluations that an update may read, the present one included: PNDM needs the outputs of all but one
 DRAWS = 2  # tensors of noise that a step may draw, of which it may use one: CogVideoXDPM throws its first away
 
 
@@ -44,7 +44,7 @@ class Table:
     input_scales: tuple[float, ...]
     init_noise_sigma: float
     updates: tuple[Update, ...]
-    marginals: tuple[tuple[float, float], ...] | None
+    marginals: tuple[tuple[float, float], ...] | None = None
 
 
 def tabulate(
@@ -86,7 +86,7 @@ def tail_tables(
     if whole.marginals is None:
         raise ExportError(
             f"{whole.scheduler} has no forward process, so nothing can begin from a picture; use a scheduler with "
-            "add_noise or scale_noise, or set model.image_to_image=false"
+            "add_noise or scale_noise, or set sampler.image_to_image=false"
         )
     begins = range(getattr(fresh, "order", 1), len(whole.updates), getattr(fresh, "order", 1))
     starts = list(enumerate(begins, start=1))[: num_inference_steps - 1]
@@ -187,20 +187,22 @@ def probe(scheduler: Any, calls: Sequence[Call]) -> tuple[list[torch.Tensor], tu
 def shortest(rows: Sequence[torch.Tensor], e: int, name: str) -> Update:
     """The update after evaluation e, over the fewest evaluations that carry it.
 
-    A step may keep a sample of its own (the corrected one of UniPC and SASolver), and then its row reaches back to the
-    start. But on a trajectory x[e] is what the step before returned: `rows[e - 1] - x[e]` is zero there, and the right
-    multiple of it takes the old part away. Raises ExportError if more than `HISTORY` evaluations are needed.
+    The row itself holds whatever latents an evaluation starts from, also where inpainting or a callback has replaced them.
+    But a step may keep a sample of its own (the corrected one of UniPC and SASolver), and then its row reaches back to the
+    start. On a trajectory x[e] is what the step before returned: `rows[e - 1] - x[e]` is zero there, and the right multiple
+    of it takes the old part away. Raises ExportError if more than `HISTORY` evaluations are needed.
     """
     if not rows[e].isfinite().all():
         raise RecipeError(
             f"{name}: the coefficients of evaluation {e} are not finite; "
             "use another number of steps, or final_sigmas_type='sigma_min' where the scheduler knows it"
         )
-    for depth in range(1, min(e + 1, HISTORY) + 1):
-        old = torch.ones_like(rows[e], dtype=torch.bool)
-        old[:2, e - depth + 1 :] = False
-        old[2:, e] = False
-        for row in (rows[e], without_old(rows, e, old)):
+    for row_without in (lambda old: rows[e], lambda old: without_old(rows, e, old)):
+        for depth in range(1, min(e + 1, HISTORY) + 1):
+            old = torch.ones_like(rows[e], dtype=torch.bool)
+            old[:2, e - depth + 1 :] = False
+            old[2:, e] = False
+            row = row_without(old)
             if (row * old).abs().max() <= 1e-12 * row.abs().max():
                 return update(row, e, depth, name)
     raise ExportError(f"{name} looks back more than {HISTORY} evaluations at evaluation {e}; use a lower solver_order")

@@ -11,7 +11,7 @@ from paper import EULER, PLAN, edit, relist, write_package
 
 from prebake.runtime import ArtifactError
 from prebake.runtime.artifact import open_artifact
-from prebake.runtime.plan import Evaluation, Update
+from prebake.runtime.plan import Evaluation, Tail, Update
 
 PACKAGE = "graphs/denoiser.pt2"
 
@@ -56,6 +56,16 @@ def plan(*evaluations):
 
     def damage(folder):
         (folder / "plans/2.json").write_text(PLAN.model_copy(update={"evaluations": evaluations}).model_dump_json())
+        relist(folder)
+
+    return damage
+
+
+def tails(*tails):
+    """The plan, which has two evaluations, can begin in these places too."""
+
+    def damage(folder):
+        (folder / "plans/2.json").write_text(PLAN.model_copy(update={"tails": tails}).model_dump_json())
         relist(folder)
 
     return damage
@@ -205,6 +215,40 @@ RULES = {
     "coefficients": (
         plan(evaluation(), evaluation(variant="reuse")),
         "[evaluation 1]: has 0 coefficients, variant 'reuse' takes 1",
+    ),
+    "tail that nothing was stored for": (
+        tails(Tail(step=1, begin=1)),
+        "plans/2.json [tail 1, evaluation 0]: combines site 's' before any evaluation stored it",
+    ),
+    "tail that reads the future": (
+        tails(Tail(step=1, begin=1, head=(evaluation(update=Update(latents=(1.0, 1.0), outputs=())),))),
+        "plans/2.json [tail 1, evaluation 0]: the update reads 2 evaluations, there are 1 so far",
+    ),
+    "tail of an unknown variant": (
+        tails(Tail(step=1, begin=1, head=(evaluation(variant="x"),))),
+        "plans/2.json [tail 1, evaluation 0]: variant 'x' is not in the artifact, it has full, reuse",
+    ),
+    "tail with coefficients": (
+        tails(Tail(step=1, begin=1, head=(evaluation(coefficients=(1.0,)),))),
+        "plans/2.json [tail 1, evaluation 0]: has 1 coefficients, variant 'full' takes 0",
+    ),
+    "tail behind the end": (
+        tails(Tail(step=1, begin=2, head=())),
+        "plans/2.json [tail 1]: begins at evaluation 2, the plan has 2; export again",
+    ),
+    "tail at the start": (tails(Tail.model_construct(step=1, begin=0)), "2.json [tails.0.begin]: Input should be"),
+    "tail that leaves out nothing": (tails(Tail.model_construct(step=0, begin=1)), "2.json [tails.0.step]: Input"),
+    "tail that leaves out all": (
+        tails(Tail(step=2, begin=1, head=(evaluation(),))),
+        "plans/2.json [tail 2]: leaves out 2 steps, the plan has 2; export again",
+    ),
+    "tail with a long head": (
+        tails(Tail(step=1, begin=1, head=(evaluation(), evaluation()))),
+        "plans/2.json [tail 1]: its head has 2 evaluations, 1 are left; export again",
+    ),
+    "tail listed twice": (
+        tails(*2 * (Tail(step=1, begin=1, head=(evaluation(),)),)),
+        "plans/2.json [tail 1]: occurs 2 times; export again",
     ),
     # weights
     "short weights": (short_safetensors, "denoiser.safetensors: expected safetensors, but"),

@@ -368,12 +368,12 @@ def test_what_has_no_table_is_refused_by_name(scheduler, text):
         ("DDPMScheduler", {**UNCLIPPED, "variance_type": "learned_range"}, "use a fixed variance_type"),
         ("PNDMScheduler", {}, "set skip_prk_steps=True"),
         ("FlowMatchLCMScheduler", {"scale_factors": [0.5] * 7, "upscale_mode": "nearest"}, "set scale_factors=None"),
-        ("UniPCMultistepScheduler", {**SD, "solver_order": 4}, "use a lower solver_order"),
+        ("UniPCMultistepScheduler", {**SD, "solver_order": 5}, "use a lower solver_order"),
     ],
 )
 def test_settings_without_a_table_are_refused_with_the_way_out(scheduler, config, way_out):
     with pytest.raises(ExportError, match=rf"^{scheduler}.*{way_out}"):
-        tabulate(getattr(diffusers.schedulers, scheduler)(**config), 8)
+        tabulate(getattr(diffusers.schedulers, scheduler)(**config), 12)
 
 
 class Euler(diffusers.schedulers.EulerDiscreteScheduler):

@@ -26,11 +26,17 @@ def rewrite(pipe: Any, recipe: Any) -> Layers:
     for name, component in pipe.components.items():
         if isinstance(component, nn.Module):
             refuse_hooked(name, component)
-    name, denoiser = next((n, pipe.components[n]) for n in DENOISERS if n in pipe.components)
-    if recipe.fuse.qkv:
-        fuse_qkv(name, denoiser, key="fuse.qkv")
     if recipe.fuse.vae_qkv:
         fuse_qkv("vae", pipe.vae, key="fuse.vae_qkv")
+    name, denoiser = next((n, pipe.components[n]) for n in DENOISERS if n in pipe.components)
+    return rewrite_denoiser(name, denoiser, recipe)
+
+
+def rewrite_denoiser(name: str, denoiser: nn.Module, recipe: Any) -> Layers:
+    """The same for the denoiser alone, whose name in its pipeline is `name`."""
+    refuse_hooked(name, denoiser)
+    if recipe.fuse.qkv:
+        fuse_qkv(name, denoiser, key="fuse.qkv")
     if name == "unet":  # Inductor's convolutions read their weights so, and would reorder others at every evaluation
         denoiser.to(memory_format=torch.channels_last)
     return quantize(denoiser, recipe.quantize, inner_width(denoiser))
@@ -38,4 +44,7 @@ def rewrite(pipe: Any, recipe: Any) -> Layers:
 
 def inner_width(denoiser: Any) -> int:
     """A transformer's width; of a UNet, which widens downwards, the least: that of its first level."""
-    return denoiser.inner_dim if hasattr(denoiser, "inner_dim") else min(denoiser.config.block_out_channels)
+    config = denoiser.config
+    if hasattr(config, "block_out_channels"):
+        return min(config.block_out_channels)
+    return getattr(denoiser, "inner_dim", None) or config.num_attention_heads * config.attention_head_dim

@@ -199,7 +199,10 @@ def plan_problems(plans: Mapping[str, Plan], manifest: Manifest) -> Iterator[str
             elif len(tail.head) > left:
                 yield f"{where}]: its head has {len(tail.head)} evaluations, {left} are left; export again"
             else:
-                yield from _evaluation_problems(plan.evaluations_of(tail), graphs, f"{where}, ")
+                evaluations = plan.evaluations_of(tail)
+                if evaluations[0].marginal is None:
+                    yield f"{where}]: has no marginal to begin with; export again"
+                yield from _evaluation_problems(evaluations, graphs, f"{where}, ")
 
 
 def _evaluation_problems(

@@ -232,6 +232,10 @@ RULES = {
         tails(Tail(step=1, begin=1, head=(evaluation(coefficients=(1.0,)),))),
         "plans/2.json [tail 1, evaluation 0]: has 1 coefficients, variant 'full' takes 0",
     ),
+    "tail without a beginning": (
+        tails(Tail(step=1, begin=1, head=(evaluation(),))),
+        "plans/2.json [tail 1]: has no marginal to begin with; export again",
+    ),
     "tail behind the end": (
         tails(Tail(step=1, begin=2, head=())),
         "plans/2.json [tail 1]: begins at evaluation 2, the plan has 2; export again",

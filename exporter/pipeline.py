@@ -42,7 +42,7 @@ from .sites import VariantModule
 from .toolchain import glibc_version, versions
 from .verify import settle_verdict, write_golden
 
-FAMILIES = {"FluxPipeline": "flux", "StableDiffusionPipeline": "sd"}
+FAMILIES = {"FluxPipeline": "flux", "FluxKontextPipeline": "flux_kontext", "StableDiffusionPipeline": "sd"}
 
 
 @dataclass(frozen=True)
@@ -234,7 +234,7 @@ def tails_of(recipe: Recipe, family: Any, pipe: Any, size: Any, steps: int) -> d
 def takes_pictures(recipe: Recipe, family: Any) -> bool:
     """Whether the artifact needs the VAE's encoder. Raises RecipeError where a family has no use for it."""
     picture = getattr(family, "PICTURE", None)
-    if recipe.sampler.image_to_image and picture is None:
+    if recipe.sampler.image_to_image and (picture is None or picture.get("role") == "reference"):
         raise RecipeError("sampler.image_to_image: this family's pipelines start from noise alone; leave the key out")
     return picture is not None and (recipe.sampler.image_to_image or picture.get("required", False))
 

@@ -125,7 +125,7 @@ def check_size(pipe: Any, size: Size) -> None:
     check_multiples(size, pipe.vae_scale_factor * 2, f"VAE factor {pipe.vae_scale_factor}, patches of 2")
     if not 1 <= size.tokens <= 512:
         raise ExportError(
-            f"shapes.max_sequence_length: expected 1 to 512 tokens as FluxPipeline does, got {size.tokens}"
+            f"shapes.max_sequence_length: expected 1 to 512 tokens as FLUX's pipelines do, got {size.tokens}"
         )
     refuse_masked(pipe, "text_encoder")
 
@@ -139,10 +139,19 @@ def grid(pipe: Any, size: Size) -> tuple[int, int]:
 def denoiser(pipe: Any, size: Size, guidance: Guidance = GUIDANCE) -> Component:
     """The transformer behind named flat inputs, with example tensors of the export's shapes; with `true_cfg`, both
     branches of it."""
+    module = Denoiser(pipe.transformer, pipe.transformer.dtype, positions(pipe, size), torch.zeros(size.tokens, 3))
+    return component(module, examples(pipe, size), guidance)
+
+
+def positions(pipe: Any, size: Size) -> Tensor:
+    """The latents' tokens as [N, 3] of (0, row, column)."""
+    return pipe._prepare_latent_image_ids(1, *grid(pipe, size), "cpu", torch.float32)
+
+
+def examples(pipe: Any, size: Size) -> dict[str, Tensor]:
+    """The denoiser's inputs by name, in the order of its `forward`."""
     rows, columns = grid(pipe, size)
-    config, dtype = pipe.transformer.config, pipe.transformer.dtype
-    image_ids = pipe._prepare_latent_image_ids(1, rows, columns, "cpu", torch.float32)
-    module = Denoiser(pipe.transformer, dtype, image_ids, torch.zeros(size.tokens, 3))
+    config = pipe.transformer.config
     seeded = torch.Generator().manual_seed(0)
     named = {
         "hidden_states": torch.randn(1, rows * columns, config.in_channels, generator=seeded),
@@ -156,9 +165,14 @@ def denoiser(pipe: Any, size: Size, guidance: Guidance = GUIDANCE) -> Component:
     }
     if config.guidance_embeds:
         named["guidance"] = torch.tensor([3.5])
-    branch = Component(
-        "denoiser", module.eval(), tuple(named), ("sample",), tuple(named.values()), {"": "transformer."}
-    )
+    return named
+
+
+def component(
+    module: nn.Module, named: dict[str, Tensor], guidance: Guidance, transformer: str = "transformer."
+) -> Component:
+    """The module with these inputs, once or as the two branches of true guidance; `transformer` is where that lies in it."""
+    branch = Component("denoiser", module.eval(), tuple(named), ("sample",), tuple(named.values()), {"": transformer})
     if not guidance.true_cfg:
         return branch
     return guided(branch, tuple(EMBEDS.values()), batched=guidance.batched)

@@ -120,5 +120,5 @@ def drawn(pipe: Any, prompt: str, seed: int, **call: Any) -> tuple[Tensor, Tenso
         return {}
 
     generator = torch.Generator().manual_seed(seed)
-    image = pipe(prompt, generator=generator, output_type="pt", callback_on_step_end=keep, **call).images
+    image = pipe(prompt=prompt, generator=generator, output_type="pt", callback_on_step_end=keep, **call).images
     return last["latents"], image

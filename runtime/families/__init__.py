@@ -22,6 +22,7 @@ from ..replay import Tensors
 
 FAMILIES = {
     "flux": "Flux",
+    "flux_kontext": "FluxKontext",
     "sd": "StableDiffusion",
 }
 SettingsT = TypeVar("SettingsT", bound=BaseModel)

@@ -42,7 +42,14 @@ from .sites import VariantModule
 from .toolchain import glibc_version, versions
 from .verify import settle_verdict, write_golden
 
-FAMILIES = {"FluxPipeline": "flux", "FluxKontextPipeline": "flux_kontext", "StableDiffusionPipeline": "sd"}
+FAMILIES = {
+    "FluxPipeline": "flux",
+    "FluxKontextPipeline": "flux_kontext",
+    "StableDiffusionPipeline": "sd",
+    "PixArtAlphaPipeline": "pixart",
+    "PixArtSigmaPipeline": "pixart",
+    "StableDiffusion3Pipeline": "sd3",
+}
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from ...runtime.errors import ExportError
+from .joint import FusedJointAttention
 
 PARTS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
 
@@ -17,6 +18,8 @@ def fuse_qkv(component: str, model: Any, *, key: str) -> int:
 
     diffusers keeps the parts beside the fused matrix; they are dropped here, or they would be quantized and stored too.
     """
+    from diffusers.models.attention_processor import FusedJointAttnProcessor2_0
+
     if not hasattr(model, "fuse_qkv_projections"):
         raise ExportError(f"{key}: {type(model).__name__} ({component}) has no fuse_qkv_projections; set {key}=false")
     model.fuse_qkv_projections()
@@ -30,6 +33,8 @@ def fuse_qkv(component: str, model: Any, *, key: str) -> int:
             f"{key}: diffusers found no attention to fuse in the {component} ({type(model).__name__}); set {key}=false"
         )
     for attention in fused:
+        if isinstance(attention.processor, FusedJointAttnProcessor2_0):  # wrong for SD3.5: see joint.py
+            attention.set_processor(FusedJointAttention())
         whole = ["to_q"] if not hasattr(attention, "to_qkv") else []
         for part in PARTS:
             if hasattr(attention, part) and part not in whole:

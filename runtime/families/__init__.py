@@ -24,6 +24,8 @@ FAMILIES = {
     "flux": "Flux",
     "flux_kontext": "FluxKontext",
     "sd": "StableDiffusion",
+    "sd3": "StableDiffusion3",
+    "pixart": "PixArt",
 }
 SettingsT = TypeVar("SettingsT", bound=BaseModel)
 

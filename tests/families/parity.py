@@ -56,6 +56,12 @@ FAMILIES = {
     ),
     "sd": Case("sd", "sd-fast"),
     "sd2": Case("sd2", "sd-fast"),
+    "sd3": Case("sd3", "sd3-fast", {"max_sequence_length": 16}),
+    "pixart": Case(
+        "pixart",
+        "pixart-fast",
+        {"max_sequence_length": 16, "use_resolution_binning": False, "clean_caption": False},
+    ),
 }
 
 

@@ -1,0 +1,28 @@
+"""Stable Diffusion 3 and 3.5: three text encoders, of which T5 may be left out; guidance between two prompts.
+
+`exporter/families/sd3.py` writes `manifest.pipeline`.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from . import Family, Settings
+
+
+class SD3Settings(Settings):
+    """`max_sequence_length` is T5's, in tokens: where an artifact has no T5, its zeros are as long."""
+
+    max_sequence_length: int
+
+
+class StableDiffusion3(Family):
+    """Family `sd3`."""
+
+    settings_type: ClassVar[type[Settings]] = SD3Settings
+    settings: SD3Settings
+
+    @property
+    def max_sequence_length(self) -> int:
+        """In tokens, of T5."""
+        return self.settings.max_sequence_length

@@ -1,0 +1,241 @@
+"""CogVideoX (text to video): which graphs a pipeline becomes, and what the runtime needs to know to drive them.
+
+In: a loaded `CogVideoXPipeline` and a resolved recipe. Out: wrappers with flat, named inputs, example tensors, and the
+facts that `runtime/families` reads back from the manifest. Letters: T frames of H x W pixels; t, h and w of their
+latents, C channels. Latents travel as [1, t, C, h, w] in float32; both branches of classifier-free guidance are in the
+denoiser's graph. Positions are constants: rotary ones as diffusers' pipeline prepares them, others folded from the model.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...runtime.errors import ExportError
+from ..component import Component
+from ..guidance import guided
+from ..recipe_tables import GUIDANCE, Guidance
+from .picture import Size, check_multiples, drawn, size_of
+from .text import TextStates, prompt_entry, text_component, tokenizers_of
+
+__all__ = [
+    "Size",
+    "check_size",
+    "defaults",
+    "denoiser",
+    "draw",
+    "encode",
+    "facts",
+    "noise",
+    "others",
+    "scheduler_arguments",
+    "size_of",
+    "tokenizers",
+]
+
+EMBEDS = {"prompt_embeds": "encoder_hidden_states"}
+
+
+class Denoiser(nn.Module):
+    """`CogVideoXTransformer3DModel` of one branch: float32 latents [1, t, C, h, w] in, float32 velocity (or noise) out.
+
+    `rotary` is the cosines and sines of all positions, both [N, D], where the model turns its queries and keys. The
+    sinusoids are of float32 timesteps in any dtype: diffusers casts behind them.
+    """
+
+    def __init__(self, transformer: nn.Module, dtype: torch.dtype, rotary: tuple[Tensor, Tensor] | None) -> None:
+        super().__init__()
+        self.transformer = transformer
+        self.dtype = dtype
+        cos, sin = (None, None) if rotary is None else rotary
+        self.register_buffer("cos", cos)
+        self.register_buffer("sin", sin)
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+        return self.transformer(
+            hidden_states=hidden_states.to(self.dtype),
+            encoder_hidden_states=encoder_hidden_states.to(self.dtype),
+            timestep=timestep,
+            image_rotary_emb=None if self.cos is None else (self.cos, self.sin),
+            return_dict=False,
+        )[0].float()
+
+
+class Decoder(nn.Module):
+    """float32 latents [1, t, C, h, w] -> float32 frames [1, T, 3, H, W] in 0..1.
+
+    Scaling, `decode` (two or three latent frames at a time, each convolution handing its last inputs on to the next
+    time) and `VideoProcessor`'s denormalization in one graph. `padding` latent frames at the beginning are not shown.
+    """
+
+    def __init__(self, vae: Any, padding: int) -> None:
+        super().__init__()
+        self.vae = vae
+        self.dtype: torch.dtype = vae.dtype
+        self.padding = padding
+
+    def forward(self, latents: Tensor) -> tuple[Tensor]:
+        x = latents[:, self.padding :].permute(0, 2, 1, 3, 4) / self.vae.config.scaling_factor
+        video = self.vae.decode(x.to(self.dtype).contiguous(), return_dict=False)[0]  # [1, 3, T, H, W]
+        return ((video.float() * 0.5 + 0.5).clamp(0, 1).permute(0, 2, 1, 3, 4).contiguous(),)
+
+
+def defaults(pipe: Any) -> dict[str, Any]:
+    """What `CogVideoXPipeline.__call__` takes where its caller is silent."""
+    config = pipe.transformer.config
+    return {
+        "height": config.sample_height * pipe.vae_scale_factor_spatial,
+        "width": config.sample_width * pipe.vae_scale_factor_spatial,
+        "num_frames": config.sample_frames,
+        "max_sequence_length": 226,
+        "num_inference_steps": 50,
+        "guidance_scale": 6.0,
+    }
+
+
+def check_size(pipe: Any, size: Size) -> None:
+    """Raises ExportError unless frames, pixels and tokens are as the model can have them, and it is one for text alone."""
+    config, factor = pipe.transformer.config, pipe.vae_scale_factor_spatial
+    if config.ofs_embed_dim:
+        raise ExportError(
+            f"transformer.config.ofs_embed_dim: expected none, got {config.ofs_embed_dim}: such models continue a picture, "
+            "which is not exported"
+        )
+    check_multiples(size, factor * config.patch_size, f"VAE factor {factor}, patches of {config.patch_size}")
+    if config.use_learned_positional_embeddings:
+        own = (config.sample_height * factor, config.sample_width * factor)
+        if (size.height, size.width) != own:
+            raise ExportError(
+                f"shapes.height, shapes.width: expected {own[0]} x {own[1]}, for which the model learned its positions, got "
+                f"{size.height} x {size.width}"
+            )
+    if not config.use_rotary_positional_embeddings or config.use_learned_positional_embeddings:
+        check_tokens(size, config.max_text_seq_length)
+    check_frames(size, pipe.vae_scale_factor_temporal)
+
+
+def check_tokens(size: Size, tokens: int) -> None:
+    """The positions that are added to text and frames begin behind that many tokens."""
+    if size.tokens != tokens:
+        raise ExportError(
+            f"shapes.max_sequence_length: expected {tokens} tokens, as many as the model's positions leave for the text, "
+            f"got {size.tokens}"
+        )
+
+
+def check_frames(size: Size, factor: int) -> None:
+    """Of other numbers of frames diffusers gives back fewer or more: 10 become 9, and 13 become 16."""
+    pair = 2 * factor
+    if size.frames % pair > 1:
+        lower = size.frames // pair * pair + 1
+        raise ExportError(
+            f"shapes.num_frames: expected a multiple of {pair}, or one more, as the VAE decodes them; got {size.frames}, the "
+            f"nearest are {lower} and {lower + pair - 1}"
+        )
+
+
+def latent_frames(pipe: Any, size: Size) -> tuple[int, int]:
+    """How many there are of a video, and how many come before them because the model takes `patch_size_t` at a time."""
+    shown = (size.frames - 1) // pipe.vae_scale_factor_temporal + 1
+    return shown, -shown % (pipe.transformer.config.patch_size_t or 1)
+
+
+def latents_shape(pipe: Any, size: Size) -> tuple[int, int, int, int]:
+    """[t, C, h, w]."""
+    factor = pipe.vae_scale_factor_spatial
+    channels = pipe.transformer.config.in_channels
+    return sum(latent_frames(pipe, size)), channels, size.height // factor, size.width // factor
+
+
+def denoiser(pipe: Any, size: Size, guidance: Guidance = GUIDANCE) -> Component:
+    """The transformer's two branches behind named flat inputs, with example tensors of the export's shapes."""
+    config, shape = pipe.transformer.config, latents_shape(pipe, size)
+    rotary = None
+    if config.use_rotary_positional_embeddings:
+        rotary = pipe._prepare_rotary_positional_embeddings(size.height, size.width, shape[0], torch.device("cpu"))
+    seeded = torch.Generator().manual_seed(0)
+    states = torch.randn(1, size.tokens, config.text_embed_dim, generator=seeded)
+    named = {
+        "hidden_states": torch.randn(1, *shape, generator=seeded),
+        "timestep": torch.tensor([500.0]),
+        "encoder_hidden_states": states.to(pipe.text_encoder.dtype),
+    }
+    module = Denoiser(pipe.transformer, pipe.transformer.dtype, rotary).eval()
+    branch = Component("denoiser", module, tuple(named), ("sample",), tuple(named.values()), {"": "transformer."})
+    return guided(branch, tuple(EMBEDS.values()), batched=guidance.batched)
+
+
+def prompts(pipe: Any, size: Size) -> list[dict[str, Any]]:
+    """T5's."""
+    return [prompt_entry("tokenizer", pipe.tokenizer, size.tokens)]
+
+
+def others(pipe: Any, size: Size, *, channels_last: bool, picture: bool = False) -> tuple[Component, ...]:
+    """The text encoder, and the VAE's decoder last. Raises ExportError for `channels_last`, which images have."""
+    if channels_last:
+        raise ExportError(
+            "compile.channels_last_vae: expected false, since this VAE's tensors have five dimensions, got true; set it to false"
+        )
+    decoder = Decoder(pipe.vae, latent_frames(pipe, size)[1]).eval()
+    latents = torch.zeros(1, *latents_shape(pipe, size))
+    return (
+        text_component(TextStates(pipe.text_encoder), prompts(pipe, size), EMBEDS),
+        Component("vae_decoder", decoder, ("latents",), ("frames",), (latents,)),
+    )
+
+
+def scheduler_arguments(pipe: Any, size: Size, steps: int) -> dict[str, Any]:
+    """Nothing: `CogVideoXPipeline.__call__` passes the number of steps, and `eta=0`, which is the default."""
+    return {}
+
+
+def tokenizers(pipe: Any, size: Size) -> dict[str, Any]:
+    """Artifact path -> fast tokenizer, whose `tokenizer.json` is stored there."""
+    return tokenizers_of(pipe, prompts(pipe, size))
+
+
+def facts(pipe: Any, size: Size) -> dict[str, Any]:
+    """The manifest's `pipeline` table, which `runtime/families` validates and drives."""
+    return {
+        "latents_shape": list(latents_shape(pipe, size)),
+        "timestep_scale": 1.0,
+        "text": {"prompts": prompts(pipe, size), "embeds": EMBEDS},
+    }
+
+
+def encode(
+    pipe: Any, size: Size, prompt: str, guidance_scale: float, guidance: Guidance = GUIDANCE
+) -> dict[str, Tensor]:
+    """The denoiser's inputs that are equal at every step, from the pipeline's own encoder: both branches' states
+    [2, L, D]. At a guidance of 1 or less both are the prompt's, as in `runtime/families`."""
+    states, negative = pipe.encode_prompt(
+        prompt, do_classifier_free_guidance=guidance_scale > 1, max_sequence_length=size.tokens, device="cpu"
+    )
+    other = states if negative is None else negative
+    return {
+        "encoder_hidden_states": torch.cat((other, states)),
+        "guidance_scale": torch.tensor([max(guidance_scale, 1.0)]),
+    }
+
+
+def noise(pipe: Any, size: Size, generator: torch.Generator) -> Tensor:
+    """Standard normal latents [1, t, C, h, w], the numbers that the pipeline draws."""
+    return torch.randn(1, *latents_shape(pipe, size), generator=generator)
+
+
+def draw(pipe: Any, prompt: str, seed: int, steps: int, guidance_scale: float, size: Size) -> tuple[Tensor, Tensor]:
+    """Final latents [1, t, C, h, w] and frames [1, T, 3, H, W] in 0..1 of the plain diffusers call: what an artifact is
+    held against."""
+    return drawn(
+        pipe,
+        prompt,
+        seed,
+        height=size.height,
+        width=size.width,
+        num_frames=size.frames,
+        num_inference_steps=steps,
+        guidance_scale=guidance_scale,
+        max_sequence_length=size.tokens,
+    )

@@ -45,6 +45,7 @@ from .verify import settle_verdict, write_golden
 FAMILIES = {
     "FluxPipeline": "flux",
     "FluxKontextPipeline": "flux_kontext",
+    "CogVideoXPipeline": "cogvideox",
     "StableDiffusionPipeline": "sd",
     "PixArtAlphaPipeline": "pixart",
     "PixArtSigmaPipeline": "pixart",

@@ -112,7 +112,8 @@ def example(size: Size, seed: int) -> Image.Image:
 
 
 def drawn(pipe: Any, prompt: str, seed: int, **call: Any) -> tuple[Tensor, Tensor]:
-    """Final latents and image [1, 3, H, W] in 0..1 of one plain diffusers call, with noise of a generator of that seed."""
+    """Final latents and image [1, 3, H, W] in 0..1, or frames [1, T, 3, H, W], of one plain diffusers call, with noise of a
+    generator of that seed."""
     last: dict[str, Tensor] = {}
 
     def keep(pipe: Any, step: int, timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -120,5 +121,5 @@ def drawn(pipe: Any, prompt: str, seed: int, **call: Any) -> tuple[Tensor, Tenso
         return {}
 
     generator = torch.Generator().manual_seed(seed)
-    image = pipe(prompt=prompt, generator=generator, output_type="pt", callback_on_step_end=keep, **call).images
+    image = pipe(prompt=prompt, generator=generator, output_type="pt", callback_on_step_end=keep, **call)[0]
     return last["latents"], image

@@ -21,6 +21,7 @@ from ..prompts import Text, TextEncoder
 from ..replay import Tensors
 
 FAMILIES = {
+    "cogvideox": "CogVideoX",
     "flux": "Flux",
     "flux_kontext": "FluxKontext",
     "sd": "StableDiffusion",

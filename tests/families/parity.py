@@ -44,6 +44,7 @@ class Case:
 
 
 FAMILIES = {
+    "cogvideox": Case("cogvideox", "cogvideox-fast", {"max_sequence_length": 16}),
     "flux": Case("flux", "flux-fast", {"max_sequence_length": 16}, negatives=False),
     "flux-schnell": Case("flux-schnell", "flux-fast", {"max_sequence_length": 16}, negatives=False),
     "flux-kontext": Case(

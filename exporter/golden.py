@@ -104,7 +104,7 @@ def golden_tensors(
     """What is kept of one picture. Not safetensors' metadata, which it writes in any order: prompt and seed are tensors too.
 
     `outputs` are [K, ...] of the evaluations in `evaluations` [K]; `initial_latents` are as the first evaluation gets
-    them, `final_latents` as the decoder does; `image` is uint8 [H, W, 3].
+    them, `final_latents` as the decoder does; `image` is uint8 [H, W, 3], of a video [T, H, W, 3].
     """
     evaluations = replayer.evaluations(drawn)
     tensors = {

@@ -9,6 +9,7 @@ Times are wall times on the CPU.
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -34,18 +35,23 @@ Job = tuple[str, int]
 
 
 def psnr_db(a: Tensor, b: Tensor) -> float:
-    """Peak signal-to-noise ratio of two pictures in 0..1, in dB, 120 at most. Not rounded to 8 bits, which would end at 59."""
+    """Peak signal-to-noise ratio of two pictures in 0..1, or of all frames of two videos, in dB, 120 at most. Not rounded to
+    8 bits, which would end at 59."""
     mse = (a.double() - b.double()).square().mean().item()
     return mse if math.isnan(mse) else -10 * math.log10(max(mse, LEAST_MSE))
 
 
 def ssim(a: Tensor, b: Tensor) -> float:
-    """Structural similarity of two pictures [1, 3, H, W] in 0..1; 1 is equal. scikit-image's, windows of 7 x 7."""
+    """Structural similarity of two pictures [1, 3, H, W] in 0..1, or the mean over the frames of two videos
+    [1, T, 3, H, W]; 1 is equal. scikit-image's, windows of 7 x 7."""
     from skimage.metrics import structural_similarity
 
-    x, y = (t[0].permute(1, 2, 0).double().cpu().numpy() for t in (a, b))  # [H, W, 3]
-    similarity: Any = structural_similarity(x, y, channel_axis=-1, data_range=1.0)
-    return float(similarity)
+    def similarity(x: np.ndarray, y: np.ndarray) -> float:
+        similar: Any = structural_similarity(x, y, channel_axis=-1, data_range=1.0)
+        return float(similar)
+
+    stills = [t.reshape(-1, *t.shape[-3:]).permute(0, 2, 3, 1).double().cpu().numpy() for t in (a, b)]  # [T, H, W, 3]
+    return statistics.fmean(map(similarity, *stills))
 
 
 def relative_error(value: Tensor, reference: Tensor) -> float:
@@ -76,7 +82,8 @@ class Call:
 
 @dataclass(frozen=True)
 class Drawn:
-    """A picture [1, 3, H, W] in 0..1, the final latents it was decoded from, and the wall time of the whole call."""
+    """A picture [1, 3, H, W] in 0..1, or a video [1, T, 3, H, W], the final latents it was decoded from, and the wall time
+    of the whole call."""
 
     image: Tensor
     latents: Tensor
@@ -128,7 +135,7 @@ class Replayer:
         seconds = time.perf_counter() - start
         calls = tuple(self._calls)
         latents = next(c.inputs["latents"] for c in calls if c.graph == "vae_decoder")
-        return Drawn(output.images, latents, seconds, calls)
+        return Drawn(output[0], latents, seconds, calls)
 
     def _example(self, seed: int) -> dict[str, Any]:
         """The argument `image` of artifacts that draw nothing without one."""
@@ -342,5 +349,5 @@ def checked_prompts(model: str) -> Checked | None:
 
 
 def as_array(image: Tensor) -> np.ndarray:
-    """[1, 3, H, W] in 0..1 as float32 [H, W, 3]; NaN is black."""
-    return image[0].permute(1, 2, 0).float().nan_to_num().cpu().numpy()
+    """[1, 3, H, W] in 0..1 as float32 [H, W, 3], a video [1, T, 3, H, W] as [T, H, W, 3]; NaN is black."""
+    return image[0].movedim(-3, -1).float().nan_to_num().cpu().numpy()

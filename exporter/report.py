@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 1
 METHOD = {
-    "psnr_db": "mean over pictures of each picture's PSNR against eager float32, same prompt, seed and steps, before rounding to 8 bits; 120 = equal",
-    "ssim": "mean over pictures of scikit-image's structural_similarity, per colour channel, 7 x 7 windows",
+    "psnr_db": "mean over pictures of each picture's PSNR against eager float32, same prompt, seed and steps, before rounding to 8 bits; of a video over all its frames; 120 = equal",
+    "ssim": "mean over pictures of scikit-image's structural_similarity, per colour channel, 7 x 7 windows; of a video the mean over its frames",
     "relative_error": "L2 norm of the difference over L2 norm of eager's output; eager's denoiser is given the artifact's own inputs, on the pictures of seed 0",
     "latents_relative_error": "the same of the final latents, each from its own trajectory",
     "accuracy_percent": "share of pictures that show everything that their prompt says, by the model's checker",

@@ -1,4 +1,7 @@
-"""The sheet: prompts x (eager, artifact, 8 x difference) in one picture, so that a person can see what the figures mean."""
+"""The sheet: prompts x (eager, artifact, 8 x difference) in one picture, so that a person can see what the figures mean.
+
+Of a video its first, middle and last frame are shown, side by side.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +50,7 @@ def sheet(rows: Sequence[Row], plans: Sequence[Plan]) -> Image.Image:
 
 
 def pictures(row: Row, plans: Sequence[Plan]) -> list[Tensor]:
-    """Eager, then picture and difference of each plan, [1, 3, H, W] in 0..1."""
+    """Eager, then picture and difference of each plan, [1, 3, H, W] in 0..1, or videos [1, T, 3, H, W]."""
     shown = [row.eager[plans[0].steps].image]
     for plan in plans:
         ours = row.plans[plan.name].image
@@ -56,13 +59,21 @@ def pictures(row: Row, plans: Sequence[Plan]) -> list[Tensor]:
 
 
 def scaled(picture: Tensor) -> Image.Image:
-    """Enlarged a whole number of times to 224 pixels or less, pixels kept square; shrunk to 224 if it is taller."""
-    array = (picture[0].permute(1, 2, 0).float().cpu().nan_to_num() * 255).round().to(torch.uint8).numpy()
-    image = Image.fromarray(array)
-    times = TALLEST // image.height
+    """Enlarged a whole number of times to 224 pixels or less, pixels kept square; shrunk to 224 if it is taller. Of a video
+    three frames side by side, half as tall."""
+    video = picture.dim() == 5
+    still = torch.cat([picture[:, t] for t in shown_frames(picture.shape[1])], dim=-1) if video else picture
+    array = (still[0].permute(1, 2, 0).float().cpu().nan_to_num() * 255).round().to(torch.uint8).numpy()
+    image, tallest = Image.fromarray(array), TALLEST // 2 if video else TALLEST
+    times = tallest // image.height
     if times:
         return image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)
-    return image.resize((round(image.width * TALLEST / image.height), TALLEST), Image.Resampling.LANCZOS)
+    return image.resize((round(image.width * tallest / image.height), tallest), Image.Resampling.LANCZOS)
+
+
+def shown_frames(frames: int) -> list[int]:
+    """The first, the middle and the last of them, as far as they are different ones."""
+    return sorted({0, frames // 2, frames - 1})
 
 
 def fitted(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:

@@ -145,7 +145,7 @@ def parted(runs: Sequence[Run], seeds: int, cache: Auto) -> tuple[Sequence[Run],
 
 
 def decoder(family: Any, pipe: Any, size: Any) -> Callable[[Tensor], Tensor]:
-    """Latents [P, ...] to pictures [P, 3, H, W] in 0..1, one after the other."""
+    """Latents [P, ...] to pictures [P, 3, H, W] in 0..1, or videos [P, T, 3, H, W], one after the other."""
     module = family.others(pipe, size, channels_last=False)[-1].module
     return lambda latents: torch.cat([module(one)[0] for one in latents.split(1)])
 

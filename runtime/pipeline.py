@@ -91,6 +91,7 @@ class Pipeline:
         prompt_embeds: torch.Tensor | None = None,
         negative_prompt_embeds: torch.Tensor | None = None,
         output_type: str = "pil",
+        num_videos_per_prompt: int | None = None,
         return_dict: bool = True,
         callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
@@ -98,7 +99,8 @@ class Pipeline:
         cache: bool = True,
         **more: Any,
     ) -> PipelineOutput | VideoOutput:
-        """Images for the prompt or prompts, `num_images_per_prompt` of each, prompt after prompt; or videos.
+        """Images for the prompt or prompts, `num_images_per_prompt` of each, prompt after prompt; or videos, for which
+        `num_videos_per_prompt` is diffusers' name.
 
         `num_inference_steps` picks one of the artifact's plans, `cache=False` that plan without its cache. `seed` is
         short for `generator=torch.Generator().manual_seed(seed)`. `guidance_scale` has no effect where the model takes
@@ -119,7 +121,8 @@ class Pipeline:
         Raises ArtifactError for what the artifact was not exported for, naming what it has.
         """
         self._check_size(height, width, num_frames, max_sequence_length)
-        self._check_choices(output_type, num_images_per_prompt, callback_on_step_end_tensor_inputs)
+        self._check_choices(output_type, callback_on_step_end_tensor_inputs)
+        count = self._count(num_images_per_prompt, num_videos_per_prompt)
         given = self._given(
             prompt=prompt,
             prompt_2=prompt_2,
@@ -133,7 +136,7 @@ class Pipeline:
         if guidance_scale is None:
             guidance_scale = self.artifact.manifest.defaults.guidance_scale
         conditions = self.family.conditions(given, guidance_scale)
-        conditions = [c for c in conditions for _ in range(num_images_per_prompt)]
+        conditions = [c for c in conditions for _ in range(count)]
         generator = chosen(seed, generator, len(conditions))
         start = begin(self.family, self.artifact, tables.plan, asked, len(conditions), generator)
         noise = self._noise(tables, start.latents.shape, generator)
@@ -197,11 +200,20 @@ class Pipeline:
                 f"max_sequence_length={max_sequence_length}: the artifact was exported for {length} tokens"
             )
 
-    def _check_choices(self, output_type: str, images: int, callback_inputs: Sequence[str]) -> None:
+    def _count(self, images: int, videos: int | None) -> int:
+        """How many to make for each prompt, by either of diffusers' names."""
+        if videos is not None and (images != 1 or self.family.makes == "images"):
+            raise ArtifactError(
+                f"num_videos_per_prompt={videos}: expected num_images_per_prompt alone, which every artifact takes"
+            )
+        name, count = ("images", images) if videos is None else ("videos", videos)
+        if count < 1:
+            raise ArtifactError(f"num_{name}_per_prompt={count}: expected 1 or more")
+        return count
+
+    def _check_choices(self, output_type: str, callback_inputs: Sequence[str]) -> None:
         if output_type not in OUTPUT_TYPES:
             raise ArtifactError(f"output_type={output_type!r}: expected one of {', '.join(OUTPUT_TYPES)}")
-        if images < 1:
-            raise ArtifactError(f"num_images_per_prompt={images}: expected 1 or more")
         if unknown := [name for name in callback_inputs if name != "latents"]:
             raise ArtifactError(
                 f"callback_on_step_end_tensor_inputs: {unknown[0]!r} is not a tensor of the loop; it has latents"

@@ -10,8 +10,8 @@ from typing import Literal
 def add_overrides(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
-        metavar="ID|FOLDER|shapes",
-        help="the model, in place of the recipe's: hub id, folder, or the small one that ships",
+        metavar="ID|FOLDER|FILE|shapes|tiny:FAMILY",
+        help="the model, in place of the recipe's: hub id, folder, safetensors file, the small one that ships, or a random one",
     )
     parser.add_argument(
         "--set",

@@ -96,7 +96,7 @@ def prepare(recipe: Recipe, progress: Progress, *, near: Path | None = None) -> 
     """load, rewrite, plan and capture: the graphs and their costs, before any of them is compiled."""
     with progress.stage("load"):
         progress.doing(recipe.model.id)
-        loaded = source.load(recipe.model.id, recipe.model.revision, dtypes(recipe))
+        loaded = source.load(recipe.model.id, recipe.model.revision, dtypes(recipe), recipe.model.config)
         family = family_of(loaded.pipe)
         defaults, size, steps = settle(recipe, family, loaded)
         pipe = with_scheduler(loaded.pipe, recipe.sampler.scheduler)
@@ -347,7 +347,8 @@ def facts(prepared: Prepared) -> dict[str, Any]:
 def own_recipe(prepared: Prepared) -> Recipe:
     """The recipe as the artifact has it: the model by its name, the calibration as the artifact's own file."""
     recipe = prepared.recipe
-    changes: dict[str, Any] = {"model": recipe.model.model_copy(update={"id": prepared.source.model})}
+    names = {"id": prepared.source.model, "config": recipe.model.config and source.name_of(recipe.model.config)}
+    changes: dict[str, Any] = {"model": recipe.model.model_copy(update=names)}
     if prepared.calibration:
         changes["cache"] = recipe.cache.model_copy(update={"calibration": calibrations.FILE})
     return recipe.model_copy(update=changes)

@@ -41,10 +41,16 @@ Flags = Annotated[dict[str, bool | int | float | str], BeforeValidator(_flat)]
 
 
 class Model(Table):
-    """`id` is a hub id, a folder, or `shapes`, the small model that ships with prebake; `revision` pins a hub id."""
+    """`id` is a hub id, a folder, one safetensors file, `shapes`, the small model that ships with prebake, or one that is
+    made on the spot, such as `tiny:flux`; `revision` pins a hub id.
+
+    `config` is for a single file: a pipeline folder, here or beside the file, of which what the file lacks is read;
+    None = the hub's, for the kind of model that the file has.
+    """
 
     id: str = Field(min_length=1)
     revision: str | None = None
+    config: str | None = None
 
 
 class Precision(Table):

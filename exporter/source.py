@@ -1,11 +1,13 @@
-"""Load: an id, a folder or an embedded model comes in, a diffusers pipeline in the asked dtypes comes out, with its origin."""
+"""Load: an id, a folder, a file or a model that is made here comes in, a diffusers pipeline in the asked dtypes comes out, with its origin."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import re
 import tempfile
 import tomllib
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +16,16 @@ import torch
 
 from ..runtime.errors import ExportError
 from ..runtime.manifest import Source
-from . import tiny
+from . import hub, single_file, tiny
 
 EMBEDDED = {
     "shapes": Path(__file__).parent / "shapes" / "model",
     "shapes-sd": Path(__file__).parent / "shapes" / "model_sd",
 }
 SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".toml", ".bin")
+WEIGHTS = re.compile(
+    r"(diffusion_pytorch_model|model|pytorch_model)(-\d+-of-\d+)?(\.(?P<variant>[a-z]\w*))?(-\d+-of-\d+)?\.(safetensors|bin)"
+)
 
 
 DEFAULTS = {
@@ -39,29 +44,60 @@ class Loaded:
 
     pipe: Any
     source: Source
-    folder: Path
     defaults: dict[str, Any]
 
 
-def load(model: str, revision: str | None, dtypes: dict[str, torch.dtype]) -> Loaded:
+def load(model: str, revision: str | None, dtypes: dict[str, torch.dtype], config: str | None = None) -> Loaded:
     """The pipeline on the CPU in eval mode, weights frozen; `dtypes` maps component -> dtype (`default` for the rest).
 
+    `config` is the folder of a pipeline whose configuration a single file takes: see `config_folder`.
     Raises ExportError when nothing of that name can be read.
     """
-    from diffusers import DiffusionPipeline
-
-    folder = find(model, revision)
-    try:
-        pipe = DiffusionPipeline.from_pretrained(folder, dtype=dtypes, local_files_only=True)
-    except Exception as e:
+    if is_file(model):
+        file = Path(model).expanduser()
+        folder = config_folder(config, file)
+        pipe, sha256 = single_file.load(file, folder, dtypes), fingerprint(folder, file)
+        defaults = own_defaults(folder) if folder else {}
+    elif config is not None:
         raise ExportError(
-            f"model {model!r}: diffusers could not read {folder} ({type(e).__name__}: {str(e).splitlines()[0]})"
-        ) from e
+            f"model.config goes with one safetensors file, and model {model!r} brings its own; leave it out"
+        )
+    else:
+        folder = find(model, revision)
+        pipe, sha256 = read(model, folder, dtypes), fingerprint(folder)
+        defaults = own_defaults(folder)
     for component in pipe.components.values():
         if isinstance(component, torch.nn.Module):
             component.eval().requires_grad_(False)
-    source = Source(model=name_of(model), pipeline=type(pipe).__name__, sha256=fingerprint(folder))
-    return Loaded(pipe, source, folder, own_defaults(folder))
+    return Loaded(pipe, Source(model=name_of(model), pipeline=type(pipe).__name__, sha256=sha256), defaults)
+
+
+def read(model: str, folder: Path, dtypes: dict[str, torch.dtype]) -> Any:
+    """The pipeline in `folder`. Raises ExportError with diffusers' words."""
+    from diffusers import DiffusionPipeline
+
+    variant = only_variant(folder)
+    if variant:
+        warnings.warn(
+            f"model {model!r}: it has no weights but the variant {variant!r}, so these are read", stacklevel=3
+        )
+    try:
+        return DiffusionPipeline.from_pretrained(folder, dtype=dtypes, local_files_only=True, variant=variant)
+    except Exception as e:
+        raise ExportError(f"model {model!r}: diffusers could not read {folder} ({hub.first_line(e)})") from e
+
+
+def only_variant(folder: Path) -> str | None:
+    """`fp16` where a component has weights named `*.fp16.safetensors` and none without; None where all have plain ones.
+
+    Of several such variants, the first by name that is in all those components.
+    """
+    shared: set[str] | None = None
+    for component in sorted(p for p in folder.iterdir() if p.is_dir()):
+        found = {m["variant"] for p in component.iterdir() if (m := WEIGHTS.fullmatch(p.name))}
+        if found and None not in found:
+            shared = found if shared is None else shared & found
+    return min(shared) if shared else None
 
 
 def find(model: str, revision: str | None = None) -> Path:
@@ -77,15 +113,27 @@ def find(model: str, revision: str | None = None) -> Path:
                 f"model {model!r}: expected a pipeline folder with model_index.json, as save_pretrained writes it, found none"
             )
         return folder
-    from diffusers import DiffusionPipeline
-
-    try:
-        return Path(DiffusionPipeline.download(model, revision=revision))
-    except Exception as e:
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model) or model.endswith(single_file.SUFFIX):
         raise ExportError(
-            f"model {model!r}: expected {', '.join(EMBEDDED)}, a folder, or a hub id that can be downloaded; the hub says "
-            f"{type(e).__name__}: {str(e).strip().splitlines()[0]}"
-        ) from e
+            f"model {model!r}: there is no such file or folder; expected {', '.join(EMBEDDED)}, {tiny.PREFIX}NAME, a "
+            "folder, a safetensors file, or a hub id such as black-forest-labs/FLUX.1-dev"
+        )
+    return hub.download(model, revision)
+
+
+def is_file(model: str) -> bool:
+    return model.endswith(single_file.SUFFIX) and Path(model).expanduser().is_file()
+
+
+def config_folder(config: str | None, file: Path) -> Path | None:
+    """The folder `config`, or the one of that name beside `file`. Raises ExportError where there is neither."""
+    if config is None:
+        return None
+    places = (Path(config).expanduser(), file.parent / config)
+    for place in places:
+        if place.is_dir():
+            return place
+    raise ExportError(f"model.config {config!r}: expected a folder, here or beside {file}, found none")
 
 
 @functools.cache
@@ -108,21 +156,23 @@ def is_known(name: str) -> bool:
 
 
 def name_of(model: str) -> str:
-    """The id, or a folder's last part: no absolute path reaches the manifest."""
-    return (
-        Path(model).expanduser().resolve().name
-        if Path(model).expanduser().is_dir() and model not in EMBEDDED
-        else model
-    )
+    """The id, or the last part of a folder or file: no absolute path reaches the manifest."""
+    path = Path(model).expanduser()
+    return path.resolve().name if model not in EMBEDDED and (path.is_dir() or is_file(model)) else model
 
 
-def fingerprint(folder: Path) -> str:
-    """sha256 over the relative names and the sha256 of every configuration, tokenizer and weight file."""
+def fingerprint(folder: Path | None, file: Path | None = None) -> str:
+    """sha256 over the relative names and the sha256 of every configuration, tokenizer and weight file of `folder`, and
+    over that of `file`, whose name does not count."""
+    named = {} if file is None else {"": file}
+    if folder is not None:
+        found = sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix in SUFFIXES)
+        named |= {path.relative_to(folder).as_posix(): path for path in found}
     whole = hashlib.sha256()
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix in SUFFIXES):
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        whole.update(f"{path.relative_to(folder).as_posix()} {digest}\n".encode())
+    for name, path in named.items():
+        with path.open("rb") as opened:
+            digest = hashlib.file_digest(opened, "sha256").hexdigest()
+        whole.update(f"{name} {digest}\n".encode())
     return whole.hexdigest()
 
 

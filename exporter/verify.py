@@ -190,7 +190,7 @@ def load_reference(manifest: Manifest, recipe: Recipe, model: str) -> Reference:
 
     Raises RecipeError when `model` is not the one that the artifact was made of.
     """
-    loaded = source.load(model, recipe.model.revision, {"default": torch.float32})
+    loaded = source.load(model, recipe.model.revision, {"default": torch.float32}, recipe.model.config)
     if loaded.source.sha256 != manifest.source.sha256:
         raise RecipeError(
             f"model {model!r}: sha256 over its files is {loaded.source.sha256}, the artifact was made of "
@@ -206,12 +206,12 @@ def load_reference(manifest: Manifest, recipe: Recipe, model: str) -> Reference:
 
 
 def model_of(manifest: Manifest) -> str:
-    """What to load where the caller is silent. Raises RecipeError for a folder, of which the manifest has only the name."""
+    """What to load where the caller is silent. Raises RecipeError for a folder or file, of which the manifest has only the name."""
     model = manifest.source.model
     if source.is_known(model):
         return model
     raise RecipeError(
-        f"the artifact was made of a folder named {model!r}, and does not say where it lies; add --model FOLDER"
+        f"the artifact was made of a folder or file named {model!r}, and does not say where it lies; add --model FOLDER"
     )
 
 

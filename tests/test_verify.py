@@ -358,7 +358,7 @@ def test_source_that_is_another_model_is_refused_with_both_hashes(tiny_artifact,
 
 def test_folder_that_the_manifest_only_names_is_asked_for(tiny_artifact):
     assert refused(tiny_artifact, with_source=True) == (
-        "the artifact was made of a folder named 'model', and does not say where it lies; add --model FOLDER"
+        "the artifact was made of a folder or file named 'model', and does not say where it lies; add --model FOLDER"
     )
 
 

@@ -80,7 +80,7 @@ def calibrate(
     """
     with progress.stage("load"):
         progress.doing(recipe.model.id)
-        loaded = source.load(recipe.model.id, recipe.model.revision, {"default": dtype})
+        loaded = source.load(recipe.model.id, recipe.model.revision, {"default": dtype}, recipe.model.config)
         family = pipeline.family_of(loaded.pipe)
         defaults, size, usual = pipeline.settle(recipe, family, loaded)
         pipe = pipeline.with_scheduler(loaded.pipe, recipe.sampler.scheduler)

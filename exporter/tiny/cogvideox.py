@@ -52,7 +52,7 @@ def transformer(seed: int) -> CogVideoXTransformer3DModel:
     )
     parts.seeded(model, seed)
     for block in model.transformer_blocks:
-        parts.scaled(block.attn1.to_out[0], 3.0)  # one token in twelve is text
+        parts.scaled(block.get_submodule("attn1.to_out.0"), 3.0)  # one token in twelve is text
     return model
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from diffusers import DPMSolverMultistepScheduler, PixArtSigmaPipeline, PixArtTransformer2DModel
 
@@ -36,14 +38,14 @@ def transformer(seed: int) -> PixArtTransformer2DModel:
     )
     parts.seeded(model, seed)
     for block in model.transformer_blocks:
-        for layer in (block.attn1.to_out[0], block.attn2.to_out[0], block.ff.net[2]):
-            parts.scaled(layer, 0.4)
+        for layer in ("attn1.to_out.0", "attn2.to_out.0", "ff.net.2"):
+            parts.scaled(block.get_submodule(layer), 0.4)
     parts.scaled(model.adaln_single.emb.timestep_embedder.linear_2, 0.3)
     pass_noise(model)
     return model
 
 
-def pass_noise(model: PixArtTransformer2DModel) -> None:
+def pass_noise(model: Any) -> None:
     """Carries the latents through the first 16 of 64 channels, so that most of the prediction is the noise in them.
 
     The steps divide the difference of the two by as little as 0.006: without this, latents would be in the hundreds.

@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 
+from ..runtime.attach import FAMILY, variant_name
 from ..runtime.errors import ExportError, RecipeError
 from ..runtime.manifest import Cost, Defaults, Graph, Manifest, Requires, Site, Source
+from . import alone, attached, package, replan, source
 from . import calibration as calibrations
-from . import package, replan, source
 from .caches import TeaCache
 from .calibration import Calibration
 from .calibrators import teacache
@@ -37,19 +38,22 @@ from .plan import Planned, plan, without_dead
 from .plan.sampler import Table, tabulate, tail_tables
 from .progress import Progress
 from .recipe import Recipe
+from .record import Recording
 from .rewrite import DENOISERS, Layers, rewrite
 from .sites import VariantModule
 from .toolchain import glibc_version, versions
 from .verify import settle_verdict, write_golden
 
 FAMILIES = {
+    "CogVideoXPipeline": "cogvideox",
     "FluxPipeline": "flux",
     "FluxKontextPipeline": "flux_kontext",
-    "CogVideoXPipeline": "cogvideox",
     "StableDiffusionPipeline": "sd",
     "PixArtAlphaPipeline": "pixart",
     "PixArtSigmaPipeline": "pixart",
     "StableDiffusion3Pipeline": "sd3",
+    "StableDiffusionXLImg2ImgPipeline": "sdxl",
+    "StableDiffusionXLPipeline": "sdxl",
 }
 
 
@@ -66,7 +70,8 @@ class Options:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Everything that is known before anything is compiled: what `--dry-run` prints."""
+    """Everything that is known before anything is compiled: what `--dry-run` prints. `recording` is there where the denoiser
+    is exported alone (`alone.py`), and then `family` is not."""
 
     recipe: Recipe
     family: Any
@@ -80,6 +85,7 @@ class Prepared:
     planned: Planned
     graphs: dict[str, tuple[Captured, ...]]
     costs: dict[str, Cost]
+    recording: Recording | None = None
 
 
 def export(recipe: Recipe, output: Path, options: Options, progress: Progress) -> Path:
@@ -97,9 +103,12 @@ def prepare(recipe: Recipe, progress: Progress, *, near: Path | None = None) -> 
     with progress.stage("load"):
         progress.doing(recipe.model.id)
         loaded = source.load(recipe.model.id, recipe.model.revision, dtypes(recipe), recipe.model.config)
-        family = family_of(loaded.pipe)
-        defaults, size, steps = settle(recipe, family, loaded)
         pipe = with_scheduler(loaded.pipe, recipe.sampler.scheduler)
+    if alone.is_alone(recipe, type(pipe).__name__ in FAMILIES):
+        return alone.prepare(recipe, loaded, progress, near)
+    with progress.stage("settle"):
+        family = family_of(pipe)
+        defaults, size, steps = settle(recipe, family, loaded)
         tables = {n: sampler_table(family, pipe, size, n, progress) for n in steps}
         tails = {n: tails_of(recipe, family, pipe, size, n) for n in steps}
         cache = that_holds(recipe.cache, loaded.source, size, tables, near, progress)
@@ -158,10 +167,11 @@ def write(folder: Path, prepared: Prepared, files: dict[str, dict[str, list[str]
         progress.doing("weights")
         weights = package.write_weights(folder, prepared.graphs)
         package.write_plans(folder, prepared.planned.plans)
-        (folder / replan.FILE).write_text(replan.kept(prepared.pipe, prepared.layout, prepared.planned), "utf-8")
+        if prepared.recording is None:
+            (folder / replan.FILE).write_text(replan.kept(prepared.pipe, prepared.layout, prepared.planned), "utf-8")
+            package.write_tokenizers(folder, prepared.family.tokenizers(prepared.pipe, prepared.size))
         if prepared.calibration:
             calibrations.write(folder / calibrations.FILE, prepared.calibration)
-        package.write_tokenizers(folder, prepared.family.tokenizers(prepared.pipe, prepared.size))
         manifest = describe(folder, prepared, weights, backend)
         (folder / "manifest.json").write_text(manifest.to_json(), "utf-8")
     return manifest
@@ -174,7 +184,10 @@ def verify(folder: Path, prepared: Prepared, manifest: Manifest, options: Option
     """
     with progress.stage("verify", len(manifest.plans) + 1):
         progress.doing("golden vectors")
-        manifest = write_golden(folder, manifest, prepared.recipe)
+        if prepared.recording is None:
+            manifest = write_golden(folder, manifest, prepared.recipe)
+        else:
+            manifest = attached.write_golden(folder, manifest, prepared.recipe, prepared.recipe.model.id)
         if options.verify:
             settle_verdict(folder, manifest, prepared.recipe, options.keep_failed, progress)
 
@@ -303,14 +316,14 @@ def describe(folder: Path, prepared: Prepared, weights: Weights, backend: Any) -
     graphs = []
     for component, group in prepared.graphs.items():
         for g in group:
-            variant = variants.get(g.name, Variant(g.name, ()))
+            variant = variants.get(variant_name(g.name), Variant(g.name, ()))
             graphs.append(
                 Graph(
                     name=g.name,
                     package=f"graphs/{component}{backend.SUFFIX}",
                     inputs=g.inputs,
                     outputs=g.outputs,
-                    stores=tuple(m.name for m in variant.storing(marks)) if component == "denoiser" else (),
+                    stores=tuple(m.name for m in variant.storing(marks)) if variant.name in variants else (),
                     combines=variant.combining(marks),
                     zeros=variant.having("zero"),
                     identities=variant.having("identity"),
@@ -319,7 +332,7 @@ def describe(folder: Path, prepared: Prepared, weights: Weights, backend: Any) -
                 )
             )
     return Manifest(
-        family=FAMILIES[type(prepared.pipe).__name__],
+        family=FAMILY if prepared.recording else FAMILIES[type(prepared.pipe).__name__],
         requires=Requires(isa_level=level, isa=flags, glibc=glibc_version(), **machine(prepared.recipe)),
         source=prepared.source,
         toolchain={**versions(), **backend.toolchain(prepared.recipe.compile)},
@@ -336,7 +349,9 @@ def describe(folder: Path, prepared: Prepared, weights: Weights, backend: Any) -
 
 
 def facts(prepared: Prepared) -> dict[str, Any]:
-    """The family's facts, and what pictures it takes."""
+    """The family's facts, and what pictures it takes; of a denoiser alone what `attach` holds a pipeline to."""
+    if prepared.recording:
+        return prepared.recording.facts.model_dump(mode="json")
     family, size = prepared.family, prepared.size
     own = family.facts(prepared.pipe, size)
     if "picture" in own or VAE_ENCODER not in prepared.graphs:

@@ -13,7 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -107,6 +107,25 @@ class Tap(BoundGraph):
         return outputs
 
 
+class Replays(Protocol):
+    """What draws with an artifact: `Replayer`, or of a denoiser alone `AttachedReplayer`."""
+
+    artifact: Artifact
+
+    def draw(self, prompt: str, seed: int, plan: Plan) -> Drawn: ...
+    def only(self, plans: Mapping[str, Plan]) -> Replays: ...
+    def evaluations(self, drawn: Drawn) -> Sequence[Call]: ...
+
+
+class References(Protocol):
+    """What an artifact is held against: `Reference`, or `AttachedReference`."""
+
+    @property
+    def scheduler(self) -> str: ...
+    def draw(self, prompt: str, seed: int, steps: int) -> Drawn: ...
+    def evaluate(self, call: Call) -> tuple[Tensor, float]: ...
+
+
 class Replayer:
     """An open artifact that draws as it does for its user, with the calls of its graphs on record.
 
@@ -174,9 +193,9 @@ class Reference:
         return Drawn(image, latents, time.perf_counter() - start)
 
     @torch.no_grad()
-    def evaluate(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, float]:
-        """The denoiser's output at these inputs (the artifact's own, so errors do not add up), and its milliseconds."""
-        given = (inputs[name] for name in self._denoiser.inputs)
+    def evaluate(self, call: Call) -> tuple[Tensor, float]:
+        """The denoiser's output at this call's inputs (the artifact's own, so errors do not add up), and its milliseconds."""
+        given = (call.inputs[name] for name in self._denoiser.inputs)
         args = [t.float() if t.is_floating_point() else t for t in given]
         start = time.perf_counter()
         sample = self._denoiser.module(*args)
@@ -219,7 +238,7 @@ class Sample:
     eager_seconds: float
 
 
-def draw_rows(replayer: Replayer, reference: Reference, jobs: Sequence[Job]) -> Iterator[Row]:
+def draw_rows(replayer: Replays, reference: References, jobs: Sequence[Job]) -> Iterator[Row]:
     """Draws every job; eager and plans take turns, so that what slows this machine down slows all of them down.
 
     The first job is drawn once more before, unseen: the first call of anything is slow.
@@ -234,13 +253,13 @@ def draw_rows(replayer: Replayer, reference: Reference, jobs: Sequence[Job]) -> 
         yield Row(prompt, seed, eager, {name: replayer.draw(prompt, seed, p) for name, p in plans.items()})
 
 
-def compare(replayer: Replayer, reference: Reference, row: Row, *, teacher_forced: bool) -> tuple[Sample, ...]:
+def compare(replayer: Replays, reference: References, row: Row, *, teacher_forced: bool) -> tuple[Sample, ...]:
     """The figures of a row, plan by plan."""
     samples = []
     for name, drawn in row.plans.items():
         eager = row.eager[replayer.artifact.plans[name].steps]
         calls = replayer.evaluations(drawn)
-        forced = [(c.outputs["sample"], *reference.evaluate(c.inputs)) for c in calls] if teacher_forced else []
+        forced = [(c.outputs["sample"], *reference.evaluate(c)) for c in calls] if teacher_forced else []
         samples.append(
             Sample(
                 plan=name,
@@ -274,7 +293,7 @@ class Comparison:
 
 
 def measure(
-    replayer: Replayer, reference: Reference, pictures: Sequence[Job], checked: Checked | None, progress: Progress
+    replayer: Replays, reference: References, pictures: Sequence[Job], checked: Checked | None, progress: Progress
 ) -> Comparison:
     """Draws all `pictures` and, if there are any, the `checked` prompts.
 

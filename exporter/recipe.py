@@ -70,6 +70,7 @@ __all__ = [
 ]
 
 # The key that says what the other keys of its table mean: another value for it drops the others that the file gave.
+FLAGS = {("compile", "inductor"), ("attach", "arguments")}  # keys that hold further keys
 LEADING = {"model": "id", "quantize": "method", "cache": "method"}
 
 
@@ -253,9 +254,9 @@ def _merged(data: Mapping[str, Any], given: Sequence[Override]) -> dict[str, Any
 
 
 def _put(table: dict[str, Any], o: Override) -> None:
-    """`compile.inductor.cpp.threads` goes into the flags, everything else into its table."""
+    """`compile.inductor.cpp.threads` goes into the flags, as `attach.arguments` do, everything else into its table."""
     name, _, flag = o.key.partition(".")
-    if (o.table, name) == ("compile", "inductor") and flag and isinstance(table.get(name, {}), dict):
+    if (o.table, name) in FLAGS and flag and isinstance(table.get(name, {}), dict):
         table[name] = {**table.get(name, {}), flag: o.value}
     else:
         table[o.key] = o.value

@@ -42,7 +42,8 @@ Flags = Annotated[dict[str, bool | int | float | str], BeforeValidator(_flat)]
 
 class Model(Table):
     """`id` is a hub id, a folder, one safetensors file, `shapes`, the small model that ships with prebake, or one that is
-    made on the spot, such as `tiny:flux`; `revision` pins a hub id.
+    made on the spot, such as `tiny:flux`; `revision` pins a hub id. `part` is "pipeline", for the slim runtime, or "denoiser",
+    for `prebake.runtime.attach`; None = the pipeline where it has a family, else the denoiser.
 
     `config` is for a single file: a pipeline folder, here or beside the file, of which what the file lacks is read;
     None = the hub's, for the kind of model that the file has.
@@ -51,6 +52,16 @@ class Model(Table):
     id: str = Field(min_length=1)
     revision: str | None = None
     config: str | None = None
+    part: Literal["pipeline", "denoiser"] | None = None
+
+
+class Attach(Table):
+    """Of a denoiser that is exported alone: `arguments` are further ones of its pipeline's call, such as `num_frames`."""
+
+    arguments: Flags = Field(default={})
+
+
+ATTACH = Attach()
 
 
 class Precision(Table):
@@ -214,6 +225,7 @@ class Recipe(Table):
     sampler: Sampler = Sampler()
     guidance: Guidance = GUIDANCE
     shapes: Shapes = Shapes()
+    attach: Attach = ATTACH
     compile: Compile = Compile()
     verify: Verify = Verify()
 

@@ -189,7 +189,10 @@ def requested(pipe: Any, prompt: str, chosen: Mapping[str, Any], further: Mappin
     def arguments(steps: int, seed: int) -> dict[str, Any]:
         of_run = {"num_inference_steps": steps, "generator": torch.Generator().manual_seed(seed)}
         own = {"output_type": "latent", **usual, **further}
-        return {**{name: v for name, v in of_run.items() if name in takes}, **{n: v for n, v in own.items() if n in takes}}
+        return {
+            **{name: v for name, v in of_run.items() if name in takes},
+            **{n: v for n, v in own.items() if n in takes},
+        }
 
     return arguments
 
@@ -221,7 +224,9 @@ def watched(pipe: Any, name: str, arguments: Mapping[str, Any], answers: Sequenc
 
     def begun(*_: Any, **__: Any) -> None:
         if pending or run.evaluations:
-            raise ExportError(f"{type(pipe).__name__}: sets its schedule again inside its loop, which no plan can follow")
+            raise ExportError(
+                f"{type(pipe).__name__}: sets its schedule again inside its loop, which no plan can follow"
+            )
         run.steps, run.order = steps_of(scheduler), int(getattr(scheduler, "order", 1))
         run.sigmas = floats(getattr(scheduler, "sigmas", ()))
 

@@ -21,6 +21,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ..runtime.artifact import open_artifact
+from ..runtime.attach import FAMILY
 from ..runtime.check import check, plan_problems
 from ..runtime.errors import ArtifactError, ExportError, RecipeError, misfit
 from ..runtime.manifest import Manifest, read_manifest
@@ -106,6 +107,10 @@ def plans_of(
 
     Raises ExportError where the artifact lacks a variant that it needs, or has another calibration.
     """
+    if manifest.family == FAMILY:
+        raise ExportError(
+            f"{folder}: holds a denoiser alone, whose plans follow its pipeline's own schedule; export again with sampler.steps"
+        )
     content = read_kept(folder, manifest)
     table = sampler_table(content, manifest, recipe, steps)
     cache = that_holds(recipe.cache, manifest.source, manifest.defaults, {steps: table}, folder, progress)

@@ -273,7 +273,8 @@ def golden_cells(replays: Mapping[str, Any]) -> Cells:
             ("same to the bit" if g["bitwise"] else f"passed: {g['tolerance']['reason']}") if g["passed"] else "FAILED"
         )
         figures = (g["relative_error_per_evaluation"], g["final_latents_relative_error"], g["image_psnr_db"])
-        cells.append((plan, f"{largest(figures[0]):.2g}", f"{figures[1]:.2g}", f"{figures[2]:.1f} dB", allowed, how))
+        picture = f"{figures[2]:.1f} dB" if figures[2] is not None else ""
+        cells.append((plan, f"{largest(figures[0]):.2g}", number(figures[1], ".2g"), picture, allowed, how))
     return cells
 
 

@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
-from ..runtime.artifact import open_artifact
+from ..runtime.artifact import Artifact, open_artifact
+from ..runtime.attach import FAMILY
 from ..runtime.errors import ArtifactError, ExportError, RecipeError, misfit
 from ..runtime.manifest import Manifest
 from ..runtime.plan import Plan
-from . import report, source
+from . import attached, report, source
 from .golden import Replayed, replay_golden, write_golden
 from .progress import Progress
 from .quality import (
@@ -29,7 +30,9 @@ from .quality import (
     Comparison,
     Job,
     Reference,
+    References,
     Replayer,
+    Replays,
     Sample,
     checked_prompts,
     largest,
@@ -63,7 +66,7 @@ def settle_verdict(folder: Path, manifest: Manifest, recipe: Recipe, keep_failed
 
     Raises ExportError with every threshold that is missed, unless `keep_failed`.
     """
-    replayer = Replayer(open_artifact(folder))
+    replayer = replayer_of(open_artifact(folder), recipe, recipe.model.id)
     outcome = settled(replayer, recipe, recipe.model.id, picture_jobs(recipe), gate_prompts(recipe, manifest), progress)
     if outcome.missed and not keep_failed:
         way_out = "the artifact is not written; --keep-failed writes it all the same, marked as failed"
@@ -79,9 +82,10 @@ def verify_artifact(folder: Path, choices: Choices, progress: Progress) -> tuple
     Raises ArtifactError for a folder that cannot be opened or was written without a recipe that this version reads, and
     RecipeError for choices that do not fit it.
     """
-    replayer = Replayer(open_artifact(folder))
-    manifest = replayer.artifact.manifest
+    artifact = open_artifact(folder)
+    manifest = artifact.manifest
     recipe = recipe_of(folder, manifest)
+    replayer = replayer_of(artifact, recipe, (choices.model or model_of(manifest)) if choices.with_source else "")
     if not choices.with_source:
         refuse_source_choices(choices)
         with progress.stage("verify", len(replayer.artifact.plans)):
@@ -156,7 +160,7 @@ class Outcome:
 
 
 def settled(
-    replayer: Replayer, recipe: Recipe, model: str, jobs: Sequence[Job], checked: Checked | None, progress: Progress
+    replayer: Replays, recipe: Recipe, model: str, jobs: Sequence[Job], checked: Checked | None, progress: Progress
 ) -> Outcome:
     """Golden vectors, then the comparison, then the verdicts. Plans of another scheduler than the recipe's (`prebake plan
     --scheduler` adds such) draw other pictures, and are replayed only."""
@@ -174,18 +178,26 @@ def settled(
     return Outcome(recipe, plans, golden, comparison, verdicts, (*gaps(recipe, plans, comparison), *others))
 
 
-def replay_all(replayer: Replayer, progress: Progress) -> tuple[Replayed, ...]:
+def replay_all(replayer: Replays, progress: Progress) -> tuple[Replayed, ...]:
     replayed = []
     for name, plan in replayer.artifact.plans.items():
         progress.doing(f"golden vectors of plan {name}")
-        replayed.append(replay_golden(replayer, plan))
+        whole = isinstance(replayer, Replayer)
+        replayed.append(replay_golden(replayer, plan) if whole else attached.replay_golden(replayer.artifact, plan))
     return tuple(replayed)
+
+
+def replayer_of(artifact: Artifact, recipe: Recipe, model: str) -> Replays:
+    """What draws with the artifact: the artifact itself, or of a denoiser alone its pipeline, loaded from `model` if it draws."""
+    if artifact.manifest.family == FAMILY:
+        return attached.AttachedReplayer(artifact, recipe, model)
+    return Replayer(artifact)
 
 
 # --- what is drawn, and with which pipeline -------------------------------------------------------------------------
 
 
-def load_reference(manifest: Manifest, recipe: Recipe, model: str) -> Reference:
+def load_reference(manifest: Manifest, recipe: Recipe, model: str) -> References:
     """The manifest's pipeline, loaded again in float32 and left as it is, with the recipe's scheduler.
 
     Raises RecipeError when `model` is not the one that the artifact was made of.
@@ -202,7 +214,11 @@ def load_reference(manifest: Manifest, recipe: Recipe, model: str) -> Reference:
         import diffusers
 
         pipe.scheduler = getattr(diffusers, recipe.sampler.scheduler).from_config(pipe.scheduler.config)
-    return Reference(pipe, importlib.import_module(f".families.{manifest.family}", __package__), manifest, recipe.guidance)
+    if manifest.family == FAMILY:
+        return attached.AttachedReference(recipe, loaded)
+    return Reference(
+        pipe, importlib.import_module(f".families.{manifest.family}", __package__), manifest, recipe.guidance
+    )
 
 
 def model_of(manifest: Manifest) -> str:

@@ -8,14 +8,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .attach import attach, detach
     from .errors import ArtifactError, ExportError, PrebakeError, RecipeError
     from .pipeline import load
 
     __version__: str
 
-__all__ = ["ArtifactError", "ExportError", "PrebakeError", "RecipeError", "__version__", "load"]
+__all__ = ["ArtifactError", "ExportError", "PrebakeError", "RecipeError", "__version__", "attach", "detach", "load"]
 
 _HOME = {
+    "attach": ".attach",
+    "detach": ".attach",
     "load": ".pipeline",
     "ArtifactError": ".errors",
     "ExportError": ".errors",

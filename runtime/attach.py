@@ -62,6 +62,15 @@ def attach(
     """
     if not isinstance(artifact, Artifact):
         artifact = open_artifact(artifact, cache_dir=cache_dir, hash_weights=hash_weights)
+    if artifact.manifest.status == "failed":
+        raise ArtifactError(
+            f"{artifact.folder}: its verification failed, see reports/; export again, or use `prebake verify` to look closer"
+        )
+    return placed(pipeline, artifact, cache)
+
+
+def placed(pipeline: Any, artifact: Artifact, cache: bool) -> Attached:
+    """`attach` for an open artifact, whatever its verification said."""
     facts = read_facts(artifact)
     denoiser = fitting_denoiser(pipeline, artifact, facts)
     attached = Attached(pipeline, denoiser, artifact, facts, cache)
@@ -101,13 +110,29 @@ class Run:
             self.evaluation, self.branch = self.evaluation + 1, 0
 
 
+def computed(artifact: Artifact, run: Run, call: Call, given: Tensors) -> Tensor:
+    """The denoiser's output at the run's present call, from the tensors of that call; the run moves on."""
+    evaluation = run.plan.evaluations[run.evaluation]
+    bound_graph = artifact.graph(graph_name(evaluation.variant, call.of))
+    stored = run.stored.setdefault(run.branch, {})
+    if bound_graph.graph.combines:
+        given = {
+            **given,
+            "coefficients": artifact.tables[run.plan.name].coefficients[run.evaluation],
+            **slots(bound_graph.graph, stored),
+        }
+    result = bound_graph(given)
+    store(bound_graph.graph, artifact.sites, stored, result)
+    run.advance()
+    return result["sample"]
+
+
 class Attached:
     """An artifact in a pipeline: the denoiser's `forward` for as long as it is attached. Leaving a `with` detaches it."""
 
     def __init__(self, pipeline: Any, denoiser: nn.Module, artifact: Artifact, facts: Facts, cache: bool) -> None:
         self.pipeline, self.denoiser, self.artifact, self.facts, self.cache = pipeline, denoiser, artifact, facts, cache
         self._scheduler = pipeline.scheduler
-        self._sites = artifact.sites
         self._classes = {name: diffusers_class(name) for name in sorted(facts.output.named_classes())}
         self._run: Run | None = None
         functools.update_wrapper(self, denoiser.forward)
@@ -140,17 +165,8 @@ class Attached:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """One forward of the denoiser. Raises ArtifactError, before anything runs, for a call that the plan does not have."""
         run, call = self._next()
-        evaluation = run.plan.evaluations[run.evaluation]
         given = self._checked(call, args, kwargs, f"evaluation {run.evaluation} of plan {run.plan.name!r}")
-        bound_graph = self.artifact.graph(graph_name(evaluation.variant, call.of))
-        stored = run.stored.setdefault(run.branch, {})
-        if bound_graph.graph.combines:
-            given["coefficients"] = self.artifact.tables[run.plan.name].coefficients[run.evaluation]
-            given.update(slots(bound_graph.graph, stored))
-        result = bound_graph(given)
-        store(bound_graph.graph, self._sites, stored, result)
-        run.advance()
-        return self.facts.output.around(result["sample"], self._classes)
+        return self.facts.output.around(computed(self.artifact, run, call, given), self._classes)
 
     def _next(self) -> tuple[Run, Call]:
         """The run that the pipeline is in, and the call that it should make now."""
@@ -227,6 +243,11 @@ def graph_name(variant: str, call: int) -> str:
     return f"{variant}.call{call + 1}" if call else variant
 
 
+def variant_name(graph: str) -> str:
+    """The variant that a graph runs, whatever the kind of call."""
+    return graph.partition(".call")[0]
+
+
 def steps_of(scheduler: Any) -> int:
     """How many steps the schedule has that was set last."""
     return int(getattr(scheduler, "num_inference_steps", None) or len(scheduler.timesteps))
@@ -236,16 +257,12 @@ def steps_of(scheduler: Any) -> int:
 
 
 def read_facts(artifact: Artifact) -> Facts:
-    """`manifest.pipeline`. Raises ArtifactError for an artifact of a whole pipeline, or one that failed its verification."""
+    """`manifest.pipeline`. Raises ArtifactError for an artifact of a whole pipeline, and for plans that do not fit it."""
     manifest, folder = artifact.manifest, artifact.folder
     if manifest.family != FAMILY:
         raise ArtifactError(
             f"{folder}: expected an artifact that holds a denoiser alone, this one holds all of {manifest.source.pipeline}; "
             "open it with prebake.runtime.load, or export with model.part=denoiser"
-        )
-    if manifest.status == "failed":
-        raise ArtifactError(
-            f"{folder}: its verification failed, see reports/; export again, or use `prebake verify` to look closer"
         )
     try:
         facts = Facts.model_validate(manifest.pipeline)
@@ -254,7 +271,9 @@ def read_facts(artifact: Artifact) -> Facts:
     graphs = {graph.name for graph in manifest.graphs}
     for name, plan in artifact.plans.items():
         for e, evaluation in enumerate(plan.evaluations):
-            fits = all(c.of < len(facts.calls) and graph_name(evaluation.variant, c.of) in graphs for c in evaluation.calls)
+            fits = all(
+                c.of < len(facts.calls) and graph_name(evaluation.variant, c.of) in graphs for c in evaluation.calls
+            )
             if not evaluation.calls or not fits:
                 raise ArtifactError(
                     f"{folder}: {manifest.plans[name]} [evaluation {e}]: its calls are not among the artifact's; export again"
@@ -272,8 +291,15 @@ def fitting_denoiser(pipeline: Any, artifact: Artifact, facts: Facts) -> nn.Modu
     scheduler = next(iter(artifact.plans.values())).scheduler
     expect("scheduler", scheduler, type(pipeline.scheduler).__name__, "set the export's scheduler, or export again")
     if "set_timesteps" in vars(pipeline.scheduler):
-        raise ArtifactError("scheduler: its set_timesteps is replaced already, so it cannot be followed; load a fresh one")
-    expect(facts.denoiser, artifact.device, next(denoiser.parameters()).device, "move the pipeline, or export for its device")
+        raise ArtifactError(
+            "scheduler: its set_timesteps is replaced already, so it cannot be followed; load a fresh one"
+        )
+    expect(
+        facts.denoiser,
+        artifact.device,
+        next(denoiser.parameters()).device,
+        "move the pipeline, or export for its device",
+    )
     config = config_of(denoiser)
     for key in sorted(facts.config.keys() | config.keys()):
         expect(f"{facts.denoiser}.config.{key}", facts.config.get(key), config.get(key), "load the export's model")
@@ -301,19 +327,25 @@ def refuse_hooked(name: str, denoiser: nn.Module) -> None:
         where = f"{name}.{path}" if path else name
         registry = getattr(module, "_diffusers_hook", None)
         if hasattr(module, "_hf_hook") or "forward" in vars(module):
-            carried = "accelerate's hook (CPU offload, a device map)" if hasattr(module, "_hf_hook") else "another forward"
+            carried = (
+                "accelerate's hook (CPU offload, a device map)" if hasattr(module, "_hf_hook") else "another forward"
+            )
         elif registry is not None and registry.hooks:
             carried = f"the diffusers hook {', '.join(registry.hooks)}"
         else:
             continue
-        raise ArtifactError(f"{where}: carries {carried}, which an artifact cannot carry out; load a pipeline without it")
+        raise ArtifactError(
+            f"{where}: carries {carried}, which an artifact cannot carry out; load a pipeline without it"
+        )
 
 
 def components(pipeline: Any) -> Mapping[str, Any]:
     """A diffusers pipeline's parts by name. Raises ArtifactError for anything else."""
     parts = getattr(pipeline, "components", None)
     if not isinstance(parts, Mapping):
-        raise ArtifactError(f"expected a diffusers pipeline, got {type(pipeline).__name__}; load it with diffusers first")
+        raise ArtifactError(
+            f"expected a diffusers pipeline, got {type(pipeline).__name__}; load it with diffusers first"
+        )
     return parts
 
 

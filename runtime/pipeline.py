@@ -15,11 +15,13 @@ from typing import Any, NamedTuple
 import torch
 
 from .artifact import Artifact, open_artifact
-from .begin import Asked, after_evaluation, begin, beginning
+from .attach import FAMILY
+from .begin import Asked, after_evaluation, begin, beginning, ended
 from .errors import ArtifactError
 from .families import family_of
 from .noise import Generators, chosen, draw
 from .pictures import frames_out, pictures_out
+from .plan import Plan
 from .replay import StopReplay, Tables, replay
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -37,6 +39,11 @@ def load(folder: str | Path, *, cache_dir: str | Path | None = None, hash_weight
     if artifact.manifest.status == "failed":
         raise ArtifactError(
             f"{folder}: its verification failed, see reports/; export again, or use `prebake verify` to look closer"
+        )
+    if artifact.manifest.family == FAMILY:
+        raise ArtifactError(
+            f"{folder}: holds the denoiser of {artifact.manifest.source.pipeline} alone; load that pipeline with diffusers and "
+            "give both to prebake.runtime.attach, or export with model.part=pipeline where it has a family"
         )
     return Pipeline(artifact)
 
@@ -131,8 +138,9 @@ class Pipeline:
             negative_prompt_embeds=negative_prompt_embeds,
             **more,
         )
-        asked = Asked(image, mask_image, strength, latents)
+        asked = Asked(image, mask_image, strength, latents, self.family.window(given))
         tables = self._tables(num_inference_steps, cache, beginning(self.family, asked))
+        tables = ended(tables, asked.window.end)
         if guidance_scale is None:
             guidance_scale = self.artifact.manifest.defaults.guidance_scale
         conditions = self.family.conditions(given, guidance_scale)
@@ -169,7 +177,7 @@ class Pipeline:
 
     # --- what the caller asked for, against what the artifact has -----------------------------------------------
 
-    def _tables(self, steps: int | None, cache: bool, left_out: Callable[[int], int]) -> Tables:
+    def _tables(self, steps: int | None, cache: bool, left_out: Callable[[Plan], int]) -> Tables:
         """The plan for that number of steps, with its cache or without, from the step on where the call begins."""
         plans = self.artifact.tables
         steps = self.artifact.manifest.defaults.num_inference_steps if steps is None else steps
@@ -181,7 +189,7 @@ class Pipeline:
             raise ArtifactError(
                 f"{asked}: the artifact has the plans {', '.join(plans)}; export again with another one"
             )
-        return self.artifact.tables_from(name, left_out(steps))
+        return self.artifact.tables_from(name, left_out(plans[name].plan))
 
     def _check_size(
         self, height: int | None, width: int | None, num_frames: int | None, max_sequence_length: int | None

@@ -28,10 +28,11 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
 )
-from tiny import VOCABULARY, tokenizer
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import (
     Gemma2Config,
     Gemma2Model,
+    PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     UMT5Config,
@@ -39,6 +40,29 @@ from transformers import (
 )
 
 PROMPT, OTHER_PROMPT, LONGER_PROMPT = "a red circle", "a blue square", "a large red circle on white"
+
+
+WORDS = ("a", "large", "small", "red", "blue", "circle", "square", "left", "of", "on", "white")
+SPECIAL = ("<pad>", "</s>", "<unk>", "<s>")
+VOCABULARY = len(SPECIAL) + len(WORDS)
+
+
+def tokenizer(max_length: int, start: str | None) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer that ends with </s> and, if asked, starts with `start`."""
+    fast = Tokenizer(models.WordLevel({w: i for i, w in enumerate((*SPECIAL, *WORDS))}, unk_token="<unk>"))
+    fast.normalizer = normalizers.Lowercase()
+    fast.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast.post_processor = processors.TemplateProcessing(
+        single=f"{start} $A </s>" if start else "$A </s>", special_tokens=[("</s>", 1), ("<s>", 3)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=fast,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        bos_token="<s>",
+        model_max_length=max_length,
+    )
 
 
 def gemma() -> Gemma2Model:
@@ -62,9 +86,7 @@ def gemma() -> Gemma2Model:
 
 def umt5() -> UMT5EncoderModel:
     """One layer, 32 wide."""
-    return UMT5EncoderModel(
-        UMT5Config(vocab_size=VOCABULARY, d_model=32, d_kv=16, d_ff=64, num_layers=1, num_heads=2)
-    )
+    return UMT5EncoderModel(UMT5Config(vocab_size=VOCABULARY, d_model=32, d_kv=16, d_ff=64, num_layers=1, num_heads=2))
 
 
 def eightfold_vae() -> AutoencoderKL:

@@ -32,7 +32,7 @@ def rewrite(pipe: Any, recipe: Any) -> Layers:
     return rewrite_denoiser(name, denoiser, recipe)
 
 
-def rewrite_denoiser(name: str, denoiser: nn.Module, recipe: Any) -> Layers:
+def rewrite_denoiser(name: str, denoiser: Any, recipe: Any) -> Layers:
     """The same for the denoiser alone, whose name in its pipeline is `name`."""
     refuse_hooked(name, denoiser)
     if recipe.fuse.qkv:

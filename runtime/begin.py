@@ -10,18 +10,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from .artifact import Artifact
 from .errors import ArtifactError
-from .families import Family, PictureInput
+from .families import Family, PictureInput, Window
 from .noise import Generators, draw
 from .pictures import masks_in, pictures_in
 from .plan import Plan
-from .replay import Tensors, ends_step
+from .replay import Tables, Tensors, ends_step
 
 Blend = Callable[[int, torch.Tensor], torch.Tensor]
 AfterStep = Callable[[int, float, torch.Tensor], torch.Tensor]
@@ -29,12 +29,13 @@ AfterStep = Callable[[int, float, torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class Asked:
-    """What a caller gave to begin with, None where it was silent."""
+    """What a caller gave to begin with, None where it was silent, and the part of the schedule that it asked for."""
 
     image: Any = None
     mask_image: Any = None
     strength: float | None = None
     latents: torch.Tensor | None = None
+    window: Window = Window()
 
 
 @dataclass(frozen=True)
@@ -63,34 +64,42 @@ class Start:
         return blended
 
 
-def beginning(family: Family, asked: Asked) -> Callable[[int], int]:
-    """From a number of steps to how many of them the call leaves out. Raises ArtifactError for what cannot begin so."""
+def beginning(family: Family, asked: Asked) -> Callable[[Plan], int]:
+    """From a plan to how many of its steps the call leaves out. Raises ArtifactError for what cannot begin so."""
     picture = family.settings.picture
     if asked.image is None:
         if picture and picture.required:
             raise ArtifactError("image: expected a picture to begin with, got none; this model draws nothing without")
         if lone := [n for n in ("mask_image", "strength") if getattr(asked, n) is not None]:
             raise ArtifactError(f"{lone[0]}: expected an image with it, got none")
-        return lambda steps: 0
+        if asked.window.begin is not None:
+            raise ArtifactError(
+                "denoising_start: expected an image with it, the latents that are done so far, got none"
+            )
+        return lambda plan: 0
     if picture is None:
         raise ArtifactError(
             "image: the artifact was exported without image-to-image; export again with sampler.image_to_image=true"
         )
     if asked.mask_image is not None and picture.inpaint_strength is None:
         raise ArtifactError("mask_image: artifacts of this family do not take it")
-    usual = picture.strength if asked.mask_image is None else picture.inpaint_strength
-    strength = usual if asked.strength is None else asked.strength
     if picture.role == "reference":
         if asked.strength is not None:
             raise ArtifactError("strength: this model looks at the image and starts from noise; leave the argument out")
-        return lambda steps: 0
+        return lambda plan: 0
+    if asked.window.begin is not None:
+        if asked.strength is not None:
+            raise ArtifactError("expected either strength or denoising_start, got both: each says where to begin")
+        return lambda plan: begun(plan, asked.window.begin)
+    strength = strength_of(picture, asked)
     if strength is None or not 0 <= strength <= 1:
         raise ArtifactError(
             f"strength={strength}: expected a number from 0 (the image stays) to 1 (it does not matter)"
         )
     chosen = strength
 
-    def left_out(steps: int) -> int:
+    def left_out(plan: Plan) -> int:
+        steps = plan.steps
         if picture.rounded == "down":
             step = int(max(steps - min(steps * chosen, steps), 0))
         else:
@@ -102,6 +111,35 @@ def beginning(family: Family, asked: Asked) -> Callable[[int], int]:
         return step
 
     return left_out
+
+
+def strength_of(picture: PictureInput, asked: Asked) -> float | None:
+    """The caller's, or the usual one."""
+    if asked.strength is not None:
+        return asked.strength
+    return picture.strength if asked.mask_image is None else picture.inpaint_strength
+
+
+def begun(plan: Plan, timestep: float) -> int:
+    """How many steps are over once the timesteps from `timestep` up are done. A step of two evaluations that is half over
+    is left to do."""
+    done = sum(e.timestep >= timestep for e in plan.evaluations)
+    if done == len(plan.evaluations):
+        raise ArtifactError(f"denoising_start: of {plan.steps} steps none is left to take; give less")
+    return max((tail.step for tail in plan.tails if tail.begin <= done), default=0)
+
+
+def ended(tables: Tables, timestep: float | None) -> Tables:
+    """The evaluations whose timesteps are not below `timestep`, all for None."""
+    if timestep is None:
+        return tables
+    plan = tables.plan
+    count = sum(e.timestep >= timestep for e in plan.evaluations)
+    if count == 0:
+        raise ArtifactError(f"denoising_end: of {plan.steps} steps none is to be taken; give more")
+    kept = plan.evaluations[:count]
+    plan = plan.model_copy(update={"evaluations": kept, "steps": kept[-1].step + 1, "tails": ()})
+    return replace(tables, plan=plan, timesteps=tables.timesteps[:count], coefficients=tables.coefficients[:count])
 
 
 def begin(family: Family, artifact: Artifact, plan: Plan, asked: Asked, batch: int, generator: Generators) -> Start:
@@ -119,16 +157,23 @@ def begin(family: Family, artifact: Artifact, plan: Plan, asked: Asked, batch: i
         raise ArtifactError(
             f"image: {plan.scheduler} has no way to add noise to a picture; export with another scheduler"
         )
+    done = asked.window.begin is not None  # then the picture is already as noisy as it should be
+    if done and asked.mask_image is None:
+        return Start(image)
     noise = family.draw_latents(batch, generator).to(artifact.device)
     if asked.mask_image is None:
         return Start(noised(plan, 0, image, noise))
-    whole = plan.init_noise_sigma * noise if asked.strength in (None, 1) and picture.inpaint_strength == 1 else None
+    if done:
+        latents = image
+    elif strength_of(picture, asked) == 1:
+        latents = plan.init_noise_sigma * noise
+    else:
+        latents = noised(plan, 0, image, noise)
     draw(
         (len(image), *family.settings.latents_shape), generator
     )  # diffusers draws here for a masked copy that goes unused
     h, w = family.settings.latents_shape[-2:]
     mask = masks_in(asked.mask_image, picture.height, picture.width, h, w).to(artifact.device)
-    latents = noised(plan, 0, image, noise) if whole is None else whole
     return Start(latents, plan=plan, image=image, noise=noise, mask=mask)
 
 

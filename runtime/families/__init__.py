@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import torch
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from ..artifact import Artifact
 from ..errors import ArtifactError, misfit
@@ -26,6 +26,7 @@ FAMILIES = {
     "flux_kontext": "FluxKontext",
     "sd": "StableDiffusion",
     "sd3": "StableDiffusion3",
+    "sdxl": "StableDiffusionXL",
     "pixart": "PixArt",
 }
 SettingsT = TypeVar("SettingsT", bound=BaseModel)
@@ -56,10 +57,18 @@ class Settings(BaseModel):
     plan's timestep is the denoiser's. Families with facts of their own extend it."""
 
     model_config = FROZEN
-    latents_shape: tuple[int, ...]
+    latents_shape: tuple[int, ...] = Field(min_length=3, max_length=4)
     timestep_scale: float
     text: Text
     picture: PictureInput | None = None
+
+
+class Window(NamedTuple):
+    """The part of a schedule that a call takes, in the scheduler's timesteps: those below `begin` and not below `end`. None =
+    from where the picture's strength says, and to the end."""
+
+    begin: float | None = None
+    end: float | None = None
 
 
 class Family:
@@ -127,6 +136,10 @@ class Family:
             {**{name: torch.cat((negative[name], prompt[name])) for name in prompt}, **scalars}
             for negative, prompt in zip(negatives, prompts, strict=True)
         ]
+
+    def window(self, given: Mapping[str, Any]) -> Window:
+        """Which part of the schedule the caller asked for."""
+        return Window()
 
     def branch_guidance(self, given: Mapping[str, Any], guidance_scale: float) -> float:
         """The scale of the difference between the branches; 1 or less is none."""

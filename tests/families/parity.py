@@ -57,6 +57,8 @@ FAMILIES = {
     ),
     "sd": Case("sd", "sd-fast"),
     "sd2": Case("sd2", "sd-fast"),
+    "sdxl": Case("sdxl", "sdxl-fast"),
+    "sdxl-refiner": Case("sdxl-refiner", "sdxl-fast", {"image": PICTURE}, {"image": PICTURE}),
     "sd3": Case("sd3", "sd3-fast", {"max_sequence_length": 16}),
     "pixart": Case(
         "pixart",

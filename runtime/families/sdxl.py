@@ -1,0 +1,121 @@
+"""Stable Diffusion XL, base and refiner: sizes as further inputs of the denoiser, and schedules that two models share.
+
+`exporter/families/sdxl.py` writes `manifest.pipeline`, and takes its sizes from here where it needs some.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+
+from ..artifact import Artifact
+from ..errors import ArtifactError
+from ..replay import Tensors
+from . import Family, Settings, Window
+
+SIZES = ("original_size", "crops_coords_top_left", "target_size")
+SCORES = ("aesthetic_score", "negative_aesthetic_score")
+USUAL_SCORE, USUAL_NEGATIVE_SCORE = 6.0, 2.5
+Numbers = tuple[float, ...]
+
+
+class SDXLSettings(Settings):
+    """`scored`: the denoiser takes an aesthetic score in place of the target size, as the refiner does.
+    `num_train_timesteps` are the scheduler's, of which `denoising_start` and `denoising_end` are fractions."""
+
+    scored: bool
+    num_train_timesteps: int
+
+
+class StableDiffusionXL(Family):
+    """Family `sdxl`."""
+
+    settings_type: ClassVar[type[Settings]] = SDXLSettings
+    settings: SDXLSettings
+
+    def __init__(self, artifact: Artifact):
+        super().__init__(artifact)
+        self._size = (artifact.manifest.defaults.height, artifact.manifest.defaults.width)
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """The arguments of diffusers' `__call__` that say what to draw, how large it is said to be, and which part of the
+        schedule is taken."""
+        sizes = [f"{prefix}{name}" for prefix in ("", "negative_") for name in sizes_of(self.settings.scored)]
+        scores = SCORES if self.settings.scored else ()
+        start = ("denoising_start",) if self.settings.picture else ()
+        return (*super().arguments, *sizes, *scores, *start, "denoising_end")
+
+    def conditions(self, given: Mapping[str, Any], guidance_scale: float) -> list[Tensors]:
+        """The denoiser's inputs that are equal at every step, one dict for each prompt: all have the same `time_ids` [2, K].
+
+        Without guidance both branches get the sizes that are not negative.
+        """
+        negative, positive = size_numbers(given, self._size, self.settings.scored)
+        rows = [negative if guidance_scale > 1 else positive, positive]
+        ids = torch.tensor(rows, dtype=torch.float32, device=self._device)
+        return [{**condition, "time_ids": ids} for condition in super().conditions(given, guidance_scale)]
+
+    def window(self, given: Mapping[str, Any]) -> Window:
+        """From `denoising_start` and to `denoising_end`, fractions of the schedule: base and refiner share one so."""
+        start, end = (given.get(name) for name in ("denoising_start", "denoising_end"))
+        for name, value in (("denoising_start", start), ("denoising_end", end)):
+            if value is not None and not (isinstance(value, float) and 0 < value < 1):
+                raise ArtifactError(f"{name}: expected a number between 0 and 1, a part of the schedule, got {value!r}")
+        if start is not None and end is not None and start >= end:
+            raise ArtifactError(f"denoising_start: expected less than denoising_end, which is {end}, got {start}")
+        return Window(*(None if part is None else self._timestep(part) for part in (start, end)))
+
+    def _timestep(self, part: float) -> int:
+        """Where that part of the schedule is done, as diffusers rounds it."""
+        steps = self.settings.num_train_timesteps
+        return round(steps - part * steps)
+
+
+def sizes_of(scored: bool) -> tuple[str, ...]:
+    """The sizes that the denoiser takes, by diffusers' arguments."""
+    return SIZES[:2] if scored else SIZES
+
+
+def size_numbers(given: Mapping[str, Any], usual: tuple[int, int], scored: bool) -> tuple[Numbers, Numbers]:
+    """What the denoiser is told of sizes, in pixels, of the negative branch and the other: (height, width, top, left, and
+    height and width of the target, or the score). `usual` is the picture's own size.
+
+    The negative branch is told the same as the other one unless the negative sizes are given, both of them, as in
+    `StableDiffusionXLPipeline`; the crop of those is (0, 0) where it is not given. With a score each negative number
+    stands for itself, as in `StableDiffusionXLImg2ImgPipeline`. Raises ArtifactError for what is no size.
+    """
+    original, crop = pair(given, "original_size", usual), pair(given, "crops_coords_top_left", (0, 0))
+    negative_crop = pair(given, "negative_crops_coords_top_left", (0, 0))
+    if scored:
+        negative = pair(given, "negative_original_size", original)
+        score = number(given, "aesthetic_score", USUAL_SCORE)
+        negative_score = number(given, "negative_aesthetic_score", USUAL_NEGATIVE_SCORE)
+        return (*negative, *negative_crop, negative_score), (*original, *crop, score)
+    positive = (*original, *crop, *pair(given, "target_size", usual))
+    names = ("negative_original_size", "negative_target_size")
+    if not any(f"negative_{name}" in given for name in SIZES):
+        return positive, positive
+    if lacking := [name for name in names if name not in given]:
+        raise ArtifactError(
+            f"{lacking[0]}: expected with the other negative sizes, got none; they have an effect together only"
+        )
+    return (*pair(given, names[0], usual), *negative_crop, *pair(given, names[1], usual)), positive
+
+
+def pair(given: Mapping[str, Any], name: str, usual: tuple[float, ...]) -> tuple[float, ...]:
+    """The argument as two numbers, `usual` where it is not given."""
+    value = given.get(name, usual)
+    if not isinstance(value, (tuple, list)) or len(value) != 2 or not all(isinstance(x, (int, float)) for x in value):
+        raise ArtifactError(f"{name}: expected two numbers of pixels, down and across, got {value!r}")
+    return tuple(map(float, value))
+
+
+def number(given: Mapping[str, Any], name: str, usual: float) -> float:
+    """The argument as a number, `usual` where it is not given."""
+    value = given.get(name, usual)
+    if not isinstance(value, (int, float)):
+        raise ArtifactError(f"{name}: expected a number, got {value!r}")
+    return float(value)

@@ -89,6 +89,22 @@ def exported(shared_tmp: Path, name: str, recipe: str, overrides: tuple[str, ...
 
 
 @pytest.fixture(scope="session")
+def wheel(tmp_path_factory) -> Path:
+    """prebake's wheel."""
+    from slim import build_wheel
+
+    return build_wheel(tmp_path_factory.mktemp("tree"))
+
+
+@pytest.fixture(scope="session")
+def slim_python(wheel, tmp_path_factory) -> Path:
+    """The interpreter of an environment that holds prebake and what it requires without extras."""
+    from slim import environment
+
+    return environment(tmp_path_factory.mktemp("slim"), wheel)
+
+
+@pytest.fixture(scope="session")
 def shared_tmp(tmp_path_factory, request) -> Path:
     """The run's temporary folder; under xdist the one above the workers' own."""
     base = tmp_path_factory.getbasetemp()

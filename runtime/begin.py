@@ -17,7 +17,7 @@ import torch
 
 from .artifact import Artifact
 from .errors import ArtifactError
-from .families import Family, PictureInput, Window
+from .families import WHOLE, Family, PictureInput, Window
 from .noise import Generators, draw
 from .pictures import masks_in, pictures_in
 from .plan import Plan
@@ -35,7 +35,7 @@ class Asked:
     mask_image: Any = None
     strength: float | None = None
     latents: torch.Tensor | None = None
-    window: Window = Window()
+    window: Window = WHOLE
 
 
 @dataclass(frozen=True)
@@ -87,10 +87,10 @@ def beginning(family: Family, asked: Asked) -> Callable[[Plan], int]:
         if asked.strength is not None:
             raise ArtifactError("strength: this model looks at the image and starts from noise; leave the argument out")
         return lambda plan: 0
-    if asked.window.begin is not None:
+    if (timestep := asked.window.begin) is not None:
         if asked.strength is not None:
             raise ArtifactError("expected either strength or denoising_start, got both: each says where to begin")
-        return lambda plan: begun(plan, asked.window.begin)
+        return lambda plan: begun(plan, timestep)
     strength = strength_of(picture, asked)
     if strength is None or not 0 <= strength <= 1:
         raise ArtifactError(
@@ -201,8 +201,10 @@ def picture_latents(
     )
     if batch % len(pixels):
         raise ArtifactError(f"image: expected one picture, or a number that divides {batch}; got {len(pixels)}")
-    if isinstance(generator, Sequence):  # one for each picture that is made, so each is drawn for itself
-        pixels = pixels.repeat(batch // len(pixels), 1, 1, 1)
+    if isinstance(generator, Sequence):
+        if picture.redrawn:
+            pixels = pixels.repeat(batch // len(pixels), 1, 1, 1)
+        generator = generator[: len(pixels)]
     latents = pixels if given else encoded(artifact, picture, pixels, family.settings.latents_shape, generator)
     latents = latents.repeat(batch // len(latents), 1, 1, 1)
     return family.arranged(latents.to(artifact.device)).contiguous()

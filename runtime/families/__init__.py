@@ -35,7 +35,9 @@ SettingsT = TypeVar("SettingsT", bound=BaseModel)
 class PictureInput(BaseModel):
     """Pictures that a call may take. `role`: a call begins from the picture, or the denoiser looks at it at every step, as
     its input `image_latents`. `height` and `width` are those of the graph `vae_encoder`; `sampled`: latents are drawn
-    from what it gives, and not its mean; `required`: the pipeline draws nothing without one.
+    from what it gives, and not its mean; `required`: the pipeline draws nothing without one. `redrawn`: where each image
+    has a generator of its own and several share a picture, its latents are drawn for each (Stable Diffusion), not once by
+    the first of them (FLUX).
 
     `strength` is what a call takes where its caller is silent, `inpaint_strength` with a mask. Of S steps, a strength s
     leaves out the first S - S s, rounded `down` (FLUX) or `up` (Stable Diffusion).
@@ -47,6 +49,7 @@ class PictureInput(BaseModel):
     width: int
     sampled: bool = True
     required: bool = False
+    redrawn: bool = True
     strength: float = 1.0
     inpaint_strength: float | None = None
     rounded: Literal["down", "up"] = "up"
@@ -69,6 +72,9 @@ class Window(NamedTuple):
 
     begin: float | None = None
     end: float | None = None
+
+
+WHOLE = Window()
 
 
 class Family:
@@ -139,7 +145,7 @@ class Family:
 
     def window(self, given: Mapping[str, Any]) -> Window:
         """Which part of the schedule the caller asked for."""
-        return Window()
+        return WHOLE
 
     def branch_guidance(self, given: Mapping[str, Any], guidance_scale: float) -> float:
         """The scale of the difference between the branches; 1 or less is none."""

@@ -3,11 +3,13 @@
 In: a loaded `CogVideoXPipeline` and a resolved recipe. Out: wrappers with flat, named inputs, example tensors, and the
 facts that `runtime/families` reads back from the manifest. Letters: T frames of H x W pixels; t, h and w of their
 latents, C channels. Latents travel as [1, t, C, h, w] in float32; both branches of classifier-free guidance are in the
-denoiser's graph. Positions are constants: rotary ones as diffusers' pipeline prepares them, others folded from the model.
+denoiser's graph. Positions are constants.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -41,26 +43,54 @@ EMBEDS = {"prompt_embeds": "encoder_hidden_states"}
 class Denoiser(nn.Module):
     """`CogVideoXTransformer3DModel` of one branch: float32 latents [1, t, C, h, w] in, float32 velocity (or noise) out.
 
-    `rotary` is the cosines and sines of all positions, both [N, D], where the model turns its queries and keys. The
-    sinusoids are of float32 timesteps in any dtype: diffusers casts behind them.
+    `rotary` is the cosines and sines of all positions, both [N, D], where the model turns its queries and keys;
+    `positions` [1, L + N, D] is added to text and frames, where the model's own are for another size. The sinusoids are of
+    float32 timesteps in any dtype: diffusers casts behind them.
     """
 
-    def __init__(self, transformer: nn.Module, dtype: torch.dtype, rotary: tuple[Tensor, Tensor] | None) -> None:
+    cos: Tensor | None
+    sin: Tensor | None
+    positions: Tensor | None
+
+    def __init__(
+        self,
+        transformer: nn.Module,
+        dtype: torch.dtype,
+        rotary: tuple[Tensor, Tensor] | None,
+        positions: Tensor | None,
+    ) -> None:
         super().__init__()
         self.transformer = transformer
         self.dtype = dtype
+        self.register_buffer("positions", positions)
         cos, sin = (None, None) if rotary is None else rotary
         self.register_buffer("cos", cos)
         self.register_buffer("sin", sin)
 
     def forward(self, hidden_states: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
-        return self.transformer(
-            hidden_states=hidden_states.to(self.dtype),
-            encoder_hidden_states=encoder_hidden_states.to(self.dtype),
-            timestep=timestep,
-            image_rotary_emb=None if self.cos is None else (self.cos, self.sin),
-            return_dict=False,
-        )[0].float()
+        with positioned(self.transformer.get_submodule("patch_embed"), self.positions):
+            sample = self.transformer(
+                hidden_states=hidden_states.to(self.dtype),
+                encoder_hidden_states=encoder_hidden_states.to(self.dtype),
+                timestep=timestep,
+                image_rotary_emb=None if self.cos is None else (self.cos, self.sin),
+                return_dict=False,
+            )[0]
+        return sample.float()
+
+
+@contextlib.contextmanager
+def positioned(embed: Any, positions: Tensor | None) -> Iterator[None]:
+    """Inside, `CogVideoXPatchEmbed` takes these positions for another size than the model's, and does not compute them
+    anew, which torch.export cannot trace (seen with torch 2.13)."""
+    if positions is None:
+        yield
+        return
+    embed._get_positional_embeddings = lambda *size, **_: positions
+    try:
+        yield
+    finally:
+        del embed._get_positional_embeddings
 
 
 class Decoder(nn.Module):
@@ -149,6 +179,16 @@ def latents_shape(pipe: Any, size: Size) -> tuple[int, int, int, int]:
     return sum(latent_frames(pipe, size)), channels, size.height // factor, size.width // factor
 
 
+def positions(pipe: Any, size: Size) -> Tensor | None:
+    """[1, L + N, D] to add to L text tokens and the N of this size; None where the model adds none, or has them itself."""
+    config, embed = pipe.transformer.config, pipe.transformer.patch_embed
+    t, _, h, w = latents_shape(pipe, size)
+    frames = (t - 1) * config.temporal_compression_ratio + 1
+    own = (config.sample_height, config.sample_width, config.sample_frames)
+    added = embed.use_positional_embeddings or embed.use_learned_positional_embeddings
+    return embed._get_positional_embeddings(h, w, frames) if added and (h, w, frames) != own else None
+
+
 def denoiser(pipe: Any, size: Size, guidance: Guidance = GUIDANCE) -> Component:
     """The transformer's two branches behind named flat inputs, with example tensors of the export's shapes."""
     config, shape = pipe.transformer.config, latents_shape(pipe, size)
@@ -162,7 +202,7 @@ def denoiser(pipe: Any, size: Size, guidance: Guidance = GUIDANCE) -> Component:
         "timestep": torch.tensor([500.0]),
         "encoder_hidden_states": states.to(pipe.text_encoder.dtype),
     }
-    module = Denoiser(pipe.transformer, pipe.transformer.dtype, rotary).eval()
+    module = Denoiser(pipe.transformer, pipe.transformer.dtype, rotary, positions(pipe, size)).eval()
     branch = Component("denoiser", module, tuple(named), ("sample",), tuple(named.values()), {"": "transformer."})
     return guided(branch, tuple(EMBEDS.values()), batched=guidance.batched)
 

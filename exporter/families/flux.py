@@ -41,7 +41,7 @@ __all__ = [
     "tokenizers",
 ]
 
-PICTURE = {"strength": 0.6, "rounded": "down"}
+PICTURE = {"strength": 0.6, "rounded": "down", "redrawn": False}
 """What `runtime/families`' `PictureInput` says besides its size: the defaults of `FluxImg2ImgPipeline`."""
 EMBEDS = {"prompt_embeds": "encoder_hidden_states", "pooled_prompt_embeds": "pooled_projections"}
 DEFAULTS = {"height": 1024, "width": 1024, "max_sequence_length": 512, "num_inference_steps": 28, "guidance_scale": 3.5}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import re
 import tempfile
 import tomllib
@@ -82,9 +83,18 @@ def read(model: str, folder: Path, dtypes: dict[str, torch.dtype]) -> Any:
             f"model {model!r}: it has no weights but the variant {variant!r}, so these are read", stacklevel=3
         )
     try:
-        return DiffusionPipeline.from_pretrained(folder, dtype=dtypes, local_files_only=True, variant=variant)
+        return DiffusionPipeline.from_pretrained(
+            folder, dtype=dtypes, local_files_only=True, variant=variant, **absent(folder)
+        )
     except Exception as e:
         raise ExportError(f"model {model!r}: diffusers could not read {folder} ({hub.first_line(e)})") from e
+
+
+def absent(folder: Path) -> dict[str, None]:
+    """The components that a pipeline was saved without, such as SD3's T5. diffusers writes them as null, and reads them back
+    only where its caller says so."""
+    index = json.loads((folder / "model_index.json").read_text("utf-8"))
+    return {name: None for name, entry in index.items() if entry == [None, None]}
 
 
 def only_variant(folder: Path) -> str | None:

@@ -177,10 +177,18 @@ def others(pipe: Any, size: Size, *, channels_last: bool, picture: bool = False)
 
 def scheduler_arguments(pipe: Any, size: Size, steps: int) -> dict[str, Any]:
     """What `StableDiffusion3Pipeline.__call__` passes to `set_timesteps` besides the number of steps: where the shift
-    grows with the picture, by how much."""
+    grows with the picture, by how much.
+
+    Raises ExportError for a scheduler that scales its noise, which the pipeline leaves as it is.
+    """
     from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
 
     config = pipe.scheduler.config
+    if getattr(pipe.scheduler, "init_noise_sigma", 1.0) != 1.0:
+        raise ExportError(
+            "sampler.scheduler: expected one that starts from noise of deviation 1, as StableDiffusion3Pipeline does, got "
+            f"{type(pipe.scheduler).__name__}; take FlowMatchEulerDiscreteScheduler or FlowMatchHeunDiscreteScheduler"
+        )
     if not config.get("use_dynamic_shifting"):
         return {}
     _, h, w = latents_shape(pipe, size)

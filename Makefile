@@ -17,12 +17,14 @@ prebake = $(VENV)/bin/prebake
 pip     = $(PYTHON) -m pip --python $(python) install --quiet --disable-pip-version-check
 step    = @printf '\n\033[1m%s\033[0m\n'
 
-.PHONY: help demo test lint format install clean
+.PHONY: help demo test test-all works lint format install clean
 .NOTPARALLEL:
 
 help:
 	@echo 'make demo     export RECIPE=$(RECIPE) on MODEL=$(MODEL), verify it, and draw PROMPT into $(PICTURE)'
 	@echo 'make test     run the tests'
+	@echo 'make test-all run all of them, also those that take minutes'
+	@echo 'make works    run the tests of what each family can do, and write the table in docs/families.md'
 	@echo 'make lint     run ruff and the type checker'
 	@echo 'make format   let ruff format and sort what it can'
 	@echo 'make clean    remove .venv and the artifacts that are not in git'
@@ -40,6 +42,14 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(python) -m pytest $(PYTEST)
+
+# With the slow ones: every recipe compiled on its tiny model, among others.
+test-all: $(VENV)/installed
+	$(python) -m pytest $(PYTEST) -m ''
+
+# Writes into docs/families.md what the tests show.
+works: $(VENV)/installed
+	$(python) -m pytest $(PYTEST) -m works --works-table docs/families.md
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .

@@ -58,6 +58,12 @@ class TextEncoder:
         self._graph = artifact.graph(text.graph)
         self._shapes = {spec.name: spec.shape for spec in self._graph.graph.outputs}
         self._names = list(dict.fromkeys(("prompt", *(p.argument for p in text.prompts))))
+        if foreign := sorted(set(text.embeds.values()) - set(self._shapes)):
+            raise ArtifactError(
+                f"{artifact.folder}: manifest.json [pipeline.text.embeds]: graph {text.graph!r} has no output {foreign[0]!r}; export again"
+            )
+        # JSON has them by name, the graph in the order of its outputs
+        self._embeds = dict(sorted(text.embeds.items(), key=lambda item: list(self._shapes).index(item[1])))
         self._tokenizers = [PromptTokenizer(artifact.folder / p.tokenizer, p) for p in text.prompts]
 
     @property
@@ -67,7 +73,7 @@ class TextEncoder:
 
     def arguments(self, negative: bool) -> tuple[str, ...]:
         """diffusers' arguments that say what to draw and, with `negative`, what not to draw."""
-        names = (*self._names, *self.text.embeds)
+        names = (*self._names, *self._embeds)
         return (*names, *(f"negative_{name}" for name in names)) if negative else names
 
     def __call__(self, given: Mapping[str, Any], prefix: str = "", default: str | None = None) -> list[Tensors]:
@@ -77,12 +83,13 @@ class TextEncoder:
         Raises ArtifactError for texts and embeddings together, for some of the embeddings, and for lists of different
         lengths.
         """
-        embeds = {name: given[prefix + name] for name in self.text.embeds if prefix + name in given}
+        embeds = {name: given[prefix + name] for name in self._embeds if prefix + name in given}
         names = self._names
         if embeds:
-            if len(embeds) < len(self.text.embeds) or any(prefix + name in given for name in names):
-                expected = " and ".join(prefix + name for name in self.text.embeds)
-                raise ArtifactError(f"expected either {prefix}{names[0]} or {expected}, not a part of both")
+            came = [prefix + name for name in (*names, *embeds) if prefix + name in given]
+            if len(embeds) < len(self._embeds) or len(came) > len(embeds):
+                whole = " and ".join(prefix + name for name in self._embeds)
+                raise ArtifactError(f"expected either {prefix}{names[0]}, or {whole}; got {', '.join(came)}")
             return self._given(embeds, prefix)
         if prefix and default is None and not any(prefix + name in given for name in names):
             return []
@@ -102,7 +109,7 @@ class TextEncoder:
         """Embeddings that say nothing."""
         return {
             name: torch.zeros(self._shapes[name], dtype=self._graph.output_dtype(name), device=self._device)
-            for name in self.text.embeds.values()
+            for name in self._embeds.values()
         }
 
     def _encode(self, row: Mapping[str, str]) -> Tensors:
@@ -119,7 +126,7 @@ class TextEncoder:
         (first, one), *_ = embeds.items()
         columns: dict[str, tuple[torch.Tensor, ...]] = {}
         for name, tensor in embeds.items():
-            output = self.text.embeds[name]
+            output = self._embeds[name]
             shape = self._shapes[output][1:]
             if not isinstance(tensor, torch.Tensor) or tuple(tensor.shape[1:]) != shape:
                 came = list(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__

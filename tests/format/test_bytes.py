@@ -8,6 +8,7 @@ TINY = """\
   "defaults": {
     "guidance_scale": 3.5,
     "height": 8,
+    "num_frames": null,
     "num_inference_steps": 2,
     "width": 8
   },

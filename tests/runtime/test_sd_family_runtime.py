@@ -141,14 +141,14 @@ def with_plan(pipe: Pipeline, scheduler) -> Pipeline:
 REFUSED = {
     "prompt_2": (
         {"prompt_2": "blue"},
-        "prompt_2: an artifact of StableDiffusionPipeline does not take it; it takes prompt, negative_prompt, prompt_embeds, negative_prompt_embeds",
+        "prompt_2: an artifact of StableDiffusionPipeline does not take it; it takes prompt, prompt_embeds, negative_prompt, negative_prompt_embeds, guidance_rescale",
     ),
     "negative": (
         {"negative_prompt": ["a", "b"]},
         "negative_prompt: expected one, or 1, one for each prompt; got 2",
     ),
     "negative_text": ({"negative_prompt": 3}, "negative_prompt: expected a text or a list of texts, got 3"),
-    "both": ({"prompt_embeds": torch.zeros(1, 16, 32)}, "expected either prompt or prompt_embeds, got both"),
+    "both": ({"prompt_embeds": torch.zeros(1, 16, 32)}, "expected either prompt, or prompt_embeds; got prompt, prompt_embeds"),
     "embeds": (
         {"prompt": None, "prompt_embeds": torch.zeros(1, 9, 32)},
         "prompt_embeds: expected [B, 16, 32], got [1, 9, 32]",
@@ -167,7 +167,7 @@ def test_a_call_is_refused_in_words(name, pipe):
 
 
 def test_clip_skip_is_no_argument(pipe):
-    with pytest.raises(TypeError, match="clip_skip"):
+    with pytest.raises(ArtifactError, match="clip_skip: an artifact of StableDiffusionPipeline does not take it"):
         pipe("red", clip_skip=1)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-
 from works import CLAIMED, FILES, read_table, table, with_table
 
 ROOT = Path(__file__).parents[2]
@@ -28,7 +27,9 @@ def test_a_table_is_read_as_it_was_written():
     found = {("sd", "inpainting"): "passed", ("flux", "a prompt"): "passed", ("sd", "a prompt"): "failed"}
     page = with_table("x\n<!-- works: begin -->\nold\n<!-- works: end -->\ny\n", found)
     assert read_table(page) == {("sd", "inpainting"), ("flux", "a prompt")}
-    assert page.startswith("x\n") and page.endswith("\ny\n") and "old" not in page
+    assert page.startswith("x\n")
+    assert page.endswith("\ny\n")
+    assert "old" not in page
 
 
 def test_what_failed_is_said():

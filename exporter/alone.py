@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..runtime.attach import graph_name
+from ..runtime.attachment import graph_name
 from ..runtime.errors import RecipeError
 from ..runtime.manifest import Defaults
 from . import calibration as calibrations

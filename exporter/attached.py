@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..runtime.artifact import Artifact, open_artifact
-from ..runtime.attach import Followed, Run, computed, graph_name, placed, read_facts
+from ..runtime.attachment import Followed, Run, computed, graph_name, placed, read_facts
 from ..runtime.errors import ArtifactError, ExportError
 from ..runtime.manifest import Manifest
 from ..runtime.plan import Plan
@@ -159,10 +159,10 @@ def stepping(scheduler: Any) -> Iterator[list[Tensor]]:
 
 
 def picture(pipeline: str, result: Any) -> Tensor:
-    """The pipeline's picture [1, 3, H, W], or the frames of its video [F, 3, H, W], in 0..1. Raises ExportError for others."""
+    """The pipeline's picture [1, 3, H, W], or its video [1, T, 3, H, W], in 0..1. Raises ExportError for anything else."""
     value = next(iter(result.values()))
     if isinstance(value, Tensor) and value.dim() in (4, 5) and value.shape[-3] == 3:
-        return (value[0] if value.dim() == 5 else value).float()
+        return value.float()
     raise ExportError(
         f"{pipeline}: expected pictures or frames to compare, got something else; export with --no-verify, and compare it yourself"
     )

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ..runtime.attach import FAMILY, variant_name
+from ..runtime.attachment import FAMILY, variant_name
 from ..runtime.errors import ExportError, RecipeError
 from ..runtime.manifest import Cost, Defaults, Graph, Manifest, Requires, Site, Source
 from . import alone, attached, package, replan, source

@@ -3,7 +3,7 @@
 In: a loaded diffusers pipeline and the arguments of its call. Out: a `Recording`: each kind of call that the denoiser gets
 (its arguments, flat and named, and which of them are latents, equal at every step, or given by the schedule), what
 it returns, and for every number of steps what it is given at each evaluation. Two steps are run with the real denoiser;
-the schedules are read with one that answers zeros, so they cost a prompt's encoding each. `runtime/attach.py` reads
+the schedules are read with one that answers zeros, so they cost a prompt's encoding each. `runtime/attachment.py` reads
 the facts that come of it. The pipeline is left as it was.
 """
 
@@ -35,7 +35,7 @@ from ..runtime.arguments import (
     shown,
     values,
 )
-from ..runtime.attach import Facts, Followed, config_of, steps_of, weights_digest
+from ..runtime.attachment import Facts, Followed, config_of, steps_of, weights_digest
 from ..runtime.errors import ExportError, RecipeError
 from ..runtime.plan import Call, Plan, Update
 from .component import Component
@@ -178,11 +178,11 @@ def denoiser_name(pipe: Any) -> str:
 
 def requested(pipe: Any, prompt: str, chosen: Mapping[str, Any], further: Mapping[str, Any]) -> Request:
     """Calls of the pipeline for the prompt. `chosen` are passed on as far as the pipeline takes them and they are not None,
-    `further` (the recipe's `model.call`) always. Raises RecipeError for one of these that it does not take."""
+    `further` (the recipe's `attach.arguments`) always. Raises RecipeError for one of these that it does not take."""
     takes = inspect.signature(type(pipe).__call__).parameters
     if unknown := [key for key in further if key not in takes]:
         raise RecipeError(
-            f"model.call: {type(pipe).__name__} takes no {unknown[0]!r}; it takes {', '.join(list(takes)[1:])}"
+            f"attach.arguments: {type(pipe).__name__} takes no {unknown[0]!r}; it takes {', '.join(list(takes)[1:])}"
         )
     usual = {name: value for name, value in {"prompt": prompt, **chosen}.items() if value is not None and name in takes}
 

@@ -21,7 +21,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ..runtime.artifact import open_artifact
-from ..runtime.attach import FAMILY
+from ..runtime.attachment import FAMILY
 from ..runtime.check import check, plan_problems
 from ..runtime.errors import ArtifactError, ExportError, RecipeError, misfit
 from ..runtime.manifest import Manifest, read_manifest

@@ -18,7 +18,7 @@ import torch
 from pydantic import ValidationError
 
 from ..runtime.artifact import Artifact, open_artifact
-from ..runtime.attach import FAMILY
+from ..runtime.attachment import FAMILY
 from ..runtime.errors import ArtifactError, ExportError, RecipeError, misfit
 from ..runtime.manifest import Manifest
 from ..runtime.plan import Plan

@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .attach import attach, detach
+    from .attachment import attach, detach
     from .errors import ArtifactError, ExportError, PrebakeError, RecipeError
     from .pipeline import load
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 __all__ = ["ArtifactError", "ExportError", "PrebakeError", "RecipeError", "__version__", "attach", "detach", "load"]
 
 _HOME = {
-    "attach": ".attach",
-    "detach": ".attach",
+    "attach": ".attachment",
+    "detach": ".attachment",
     "load": ".pipeline",
     "ArtifactError": ".errors",
     "ExportError": ".errors",

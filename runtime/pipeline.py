@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .artifact import Artifact, open_artifact
-from .attach import FAMILY
+from .attachment import FAMILY
 from .begin import Asked, after_evaluation, begin, beginning, ended
 from .errors import ArtifactError
 from .families import family_of

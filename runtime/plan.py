@@ -44,7 +44,7 @@ class Evaluation(BaseModel):
     newest slot first: the variant's `coefficients` input. `marginal` says where the forward process stands when the
     evaluation begins: `image * x0 + noise * eps` is what image-to-image starts from here (before `input_scale`) and what
     inpainting puts where the picture is kept; None where the scheduler has no forward process. `calls` are there where a
-    diffusers pipeline runs the loop (`attach.py`), which may call the variant more than once in an evaluation; its own
+    diffusers pipeline runs the loop (`attachment.py`), which may call the variant more than once in an evaluation; its own
     scheduler updates the latents then, and `update` leaves them as they are.
     """
 

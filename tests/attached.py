@@ -38,6 +38,15 @@ from transformers import (
     UMT5Config,
     UMT5EncoderModel,
 )
+from uncompiled import CPU, bound, captured, prepared
+
+from prebake.exporter import package
+from prebake.exporter.lower import aoti
+from prebake.exporter.package import Weights
+from prebake.exporter.pipeline import describe
+from prebake.exporter.recipe import Recipe, Shapes
+from prebake.runtime.artifact import Artifact, read_plans
+from prebake.runtime.replay import tables_on
 
 PROMPT, OTHER_PROMPT, LONGER_PROMPT = "a red circle", "a blue square", "a large red circle on white"
 
@@ -279,3 +288,33 @@ def saved(name: str, folder: Path) -> Path:
     """The pipeline as a folder that `--model` accepts."""
     pipeline(name).save_pretrained(folder)
     return folder
+
+
+def recipe(name: str, folder: Path, steps: tuple[int, ...] = (4,), **tables: Any) -> Recipe:
+    """The recipe of the saved pipeline's denoiser, called as `CALLS` says. `tables` add to it or replace."""
+    call = dict(CALLS[name])
+    shapes = {key: call.pop(key) for key in Shapes.model_fields if key in call}
+    sampler = {"steps": steps, "guidance_scale": call.pop("guidance_scale", None)}
+    verify = {"psnr_db": 80.0, "cached_psnr_db": 1.0, "seeds": 1, "prompts": (PROMPT,)}
+    given = {
+        "name": name,
+        "description": f"the denoiser of {name} alone",
+        "model": {"id": str(folder)},
+        "fuse": {"qkv": False},
+        "sampler": sampler,
+        "shapes": shapes,
+        "attach": {"arguments": call},
+        "verify": verify,
+    }
+    return Recipe.model_validate({**given, **tables})
+
+
+def uncompiled(recipe: Recipe, folder: Path) -> Artifact:
+    """The recipe's artifact, its graphs run as they were captured. Plans lie in `folder`."""
+    made = prepared(recipe)
+    package.write_plans(folder, made.planned.plans)
+    manifest = describe(folder, made, Weights({name: {} for name in captured(made)}, ()), aoti)
+    graphs = {g.name: bound(g, captured(made)[g.name]) for g in manifest.graphs}
+    plans = read_plans(folder, manifest)
+    tables = {n: tables_on(p, CPU) for n, p in plans.items()}
+    return Artifact(folder, manifest, CPU, {}, graphs, plans, tables)

@@ -47,4 +47,6 @@ def inner_width(denoiser: Any) -> int:
     config = denoiser.config
     if hasattr(config, "block_out_channels"):
         return min(config.block_out_channels)
-    return getattr(denoiser, "inner_dim", None) or config.num_attention_heads * config.attention_head_dim
+    if width := getattr(denoiser, "inner_dim", None) or config.get("hidden_size"):
+        return width
+    return config.num_attention_heads * config.attention_head_dim

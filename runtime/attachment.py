@@ -283,8 +283,9 @@ def read_facts(artifact: Artifact) -> Facts:
 
 def fitting_denoiser(pipeline: Any, artifact: Artifact, facts: Facts) -> nn.Module:
     """The pipeline's denoiser. Raises ArtifactError for the first thing that is not as at export."""
+    parts = components(pipeline)
     expect("pipeline", artifact.manifest.source.pipeline, type(pipeline).__name__, "attach to a pipeline of this class")
-    denoiser = components(pipeline).get(facts.denoiser)
+    denoiser = parts.get(facts.denoiser)
     expect(facts.denoiser, facts.denoiser_class, type(denoiser).__name__, "load the pipeline as it was at export")
     assert isinstance(denoiser, nn.Module)
     refuse_hooked(facts.denoiser, denoiser)
@@ -326,12 +327,12 @@ def refuse_hooked(name: str, denoiser: nn.Module) -> None:
     for path, module in denoiser.named_modules():
         where = f"{name}.{path}" if path else name
         registry = getattr(module, "_diffusers_hook", None)
-        if hasattr(module, "_hf_hook") or "forward" in vars(module):
-            carried = (
-                "accelerate's hook (CPU offload, a device map)" if hasattr(module, "_hf_hook") else "another forward"
-            )
-        elif registry is not None and registry.hooks:
+        if registry is not None and registry.hooks:
             carried = f"the diffusers hook {', '.join(registry.hooks)}"
+        elif hasattr(module, "_hf_hook"):
+            carried = "accelerate's hook (CPU offload, a device map)"
+        elif "forward" in vars(module):
+            carried = "another forward"
         else:
             continue
         raise ArtifactError(

@@ -76,7 +76,7 @@ def kept(pipe: Any, layout: Layout, planned: Planned) -> str:
     content = Kept(
         scheduler=type(scheduler).__name__,
         scheduler_config=config,
-        vae_scale_factor=pipe.vae_scale_factor,
+        vae_scale_factor=getattr(pipe, "vae_scale_factor_spatial", None) or pipe.vae_scale_factor,
         layout=layout,
         marks=planned.marks,
         variants=variants,

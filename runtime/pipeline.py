@@ -241,8 +241,9 @@ class Pipeline:
 
     def _noise(self, tables: Tables, shape: torch.Size, generator: Generators) -> list[torch.Tensor]:
         """A draw [B, ...] for each evaluation that adds noise, in the order in which diffusers draws them."""
-        noisy = [e for e in tables.plan.evaluations if e.update.noise]
-        return [draw(tuple(shape), generator).to(self.artifact.device) for _ in noisy]
+        updates = [e.update for e in tables.plan.evaluations if e.update.noise]
+        draws = [[draw(tuple(shape), generator) for _ in range(u.unused_draws + 1)] for u in updates]
+        return [drawn[-1].to(self.artifact.device) for drawn in draws]
 
     def _output(self, finals: list[torch.Tensor], output_type: str) -> PipelineOutput | VideoOutput:
         """What the caller gets of the final latents."""

@@ -18,13 +18,15 @@ class Update(BaseModel):
     """The scheduler's step as numbers: `x' = sum latents[k] x[e-k] + sum outputs[k] m[e-k] + noise z[e]`.
 
     `x[e-k]` are the latents that evaluation e-k started from (before `input_scale`), `m[e-k]` is what the denoiser
-    returned there, and z[e] is a fresh standard normal draw, taken only when `noise` is not 0.
+    returned there, and z[e] is a fresh standard normal draw, taken only when `noise` is not 0. Before it come
+    `unused_draws` that nothing is made of: some schedulers draw so, and equal seeds shall give equal noise.
     """
 
     model_config = FROZEN
     latents: tuple[float, ...]
     outputs: tuple[float, ...]
     noise: float = 0.0
+    unused_draws: int = Field(default=0, ge=0)
 
 
 class Call(BaseModel):

@@ -168,7 +168,11 @@ def drawn(
         for seed in range(first_seed + i, first_seed + i + len(prompts) * seeds, len(prompts)):
             generator = torch.Generator().manual_seed(seed)
             latents = family.noise(pipe, size, generator) * table.init_noise_sigma
-            noise = tuple(torch.randn(latents.shape, generator=generator) for u in table.updates if u.noise)
+            updates = [u for u in table.updates if u.noise]
+            draws = [
+                [torch.randn(latents.shape, generator=generator) for _ in range(u.unused_draws + 1)] for u in updates
+            ]
+            noise = tuple(drawn[-1] for drawn in draws)
             yield Run(f"{prompt!r}, seed {seed}", inputs, latents, noise)
 
 

@@ -220,11 +220,12 @@ def without_old(rows: Sequence[torch.Tensor], e: int, old: torch.Tensor) -> torc
 
 def update(row: torch.Tensor, e: int, depth: int, name: str) -> Update:
     """The row as an `Update`, newest evaluation first, zeros at the old end left off."""
-    used = [c for c in floats(row[2:, e]) if c != 0.0]
+    draws = floats(row[2:, e])
+    used = [d for d, c in enumerate(draws) if c != 0.0] or [0]
     if len(used) > 1:
         raise ExportError(f"{name} mixes {len(used)} draws of noise in evaluation {e}; an update has one")
     latents, outputs = (floats(row[kind, e - depth + 1 : e + 1].flip(0)) for kind in (0, 1))
-    return Update(latents=trimmed(latents), outputs=trimmed(outputs), noise=used[0] if used else 0.0)
+    return Update(latents=trimmed(latents), outputs=trimmed(outputs), noise=draws[used[0]], unused_draws=used[0])
 
 
 def trimmed(coefficients: tuple[float, ...]) -> tuple[float, ...]:

@@ -39,8 +39,9 @@ __all__ = [
     "tokenizers",
 ]
 
-PICTURE = {"strength": 0.6, "rounded": "down"}
-"""What `runtime/families`' `PictureInput` says besides its size: the defaults of `StableDiffusion3Img2ImgPipeline`."""
+PICTURE = {"strength": 0.6, "inpaint_strength": 0.6, "rounded": "down"}
+"""What `runtime/families`' `PictureInput` says besides its size: the defaults of diffusers' pipelines for image-to-image and
+inpainting."""
 EMBEDS = {"prompt_embeds": "encoder_hidden_states", "pooled_prompt_embeds": "pooled_projections"}
 
 

@@ -7,9 +7,13 @@ import contextlib
 import pytest
 import torch
 from diffusers import (
+    AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
     PyramidAttentionBroadcastConfig,
+    SD3Transformer2DModel,
     StableDiffusion3Img2ImgPipeline,
+    StableDiffusion3InpaintPipeline,
+    StableDiffusion3Pipeline,
     apply_pyramid_attention_broadcast,
 )
 from diffusers.models.attention_processor import FusedJointAttnProcessor2_0, JointAttnProcessor2_0
@@ -23,6 +27,7 @@ from prebake.exporter.families.picture import example
 from prebake.exporter.recipe import resolve
 from prebake.exporter.rewrite import rewrite
 from prebake.exporter.rewrite.fuse import fuse_qkv
+from prebake.exporter.tiny import parts
 from prebake.runtime.errors import ArtifactError, ExportError
 
 SIZE = sd3.Size(32, 32, 16)
@@ -151,6 +156,35 @@ def test_image_to_image(strength):
     other = got("sd3", list(PROMPTS), PICTURES, image=Image.new("RGB", (32, 32)), seed=1, **call)
     # the canary: another picture, which does not matter where nothing is left of it
     assert (relative_error(other, latents) > 1e-3) == (strength != 1.0)
+
+
+def wide() -> StableDiffusion3Pipeline:
+    """With 16 latent channels, as the real ones: diffusers' inpainting takes no other number."""
+    pipe = tiny.build("sd3")
+    config = dict(pipe.transformer.config) | {"in_channels": 16, "out_channels": 16}
+    transformer = SD3Transformer2DModel(**{n: v for n, v in config.items() if not n.startswith("_")})
+    config = dict(pipe.vae.config) | {"latent_channels": 16}
+    vae = AutoencoderKL(**{n: v for n, v in config.items() if not n.startswith("_")})
+    pipe.register_modules(transformer=parts.seeded(transformer, 0), vae=parts.seeded(vae, 1))
+    parts.posterior(pipe.vae.encoder.conv_out, 16, 0.5)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.works("sd3", "inpainting")
+def test_inpainting(tmp_path):
+    pipe = wide()
+    prebaked = from_folder(pipe, tmp_path, PICTURES)
+    mask = Image.new("L", (32, 32), 0)
+    mask.paste(255, (8, 8, 24, 32))
+    inpaint = as_kind(StableDiffusion3InpaintPipeline, pipe)
+    given = {"image": example(SIZE, 0), "mask_image": mask}
+    for call in ({}, {"strength": 0.3}, {"strength": 1.0}):
+        latents = latents_of(inpaint, list(PROMPTS), generator=seeded(1), **given, **call)
+        drawn = prebaked(list(PROMPTS), seed=1, output_type="latent", **given, **call)[0]
+        assert relative_error(drawn, latents) < TOLERANCE, call
+    call["mask_image"] = Image.new("L", (32, 32), 255)  # the canary: another mask
+    assert relative_error(prebaked(list(PROMPTS), seed=1, output_type="latent", **given | call)[0], latents) > 1e-2
 
 
 # --- attention ------------------------------------------------------------------------------------------------------

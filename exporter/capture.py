@@ -68,9 +68,22 @@ def capture(
             raise ExportError(
                 f"graph {name!r}: outputs {', '.join(strided)} are not contiguous, which the call contract asks for"
             )
+        register_constants(gm)
         for rewrite in PASSES:
             gm = rewrite(gm)
     return Captured(name, gm, args, specs(inputs, args), specs(outputs, results))
+
+
+def register_constants(gm: fx.GraphModule) -> None:
+    """Makes buffers of tensors that tracing left as plain attributes: `constants` and AOTInductor know buffers by name."""
+    known = dict(gm.named_parameters()) | dict(gm.named_buffers())
+    for target in {str(n.target) for n in gm.graph.find_nodes(op="get_attr")} - known.keys():
+        path, _, name = target.rpartition(".")
+        owner = gm.get_submodule(path)
+        value = getattr(owner, name)
+        if isinstance(value, Tensor):
+            delattr(owner, name)
+            owner.register_buffer(name, value)
 
 
 def output_nodes(gm: fx.GraphModule) -> list[fx.Node]:

@@ -102,10 +102,12 @@ def exchanged(a: Path, b: Path) -> bool:
 
 @dataclass(frozen=True)
 class Weights:
-    """What was stored: graph name -> {constant name: key}, and the keys whose tensors are stored as N H W C."""
+    """What was stored: graph name -> {constant name: key}, the keys whose tensors are stored as N H W C, and those of
+    complex numbers, stored as [..., 2] of real and imaginary parts: safetensors has no complex128."""
 
     bound: dict[str, dict[str, str]]
     channels_last: tuple[str, ...]
+    complex: tuple[str, ...] = ()
 
 
 def write_weights(folder: Path, groups: Mapping[str, Sequence[Captured]]) -> Weights:
@@ -114,6 +116,7 @@ def write_weights(folder: Path, groups: Mapping[str, Sequence[Captured]]) -> Wei
     stored: dict[str, str] = {}
     bound: dict[str, dict[str, str]] = {}
     permuted: list[str] = []
+    pairs: list[str] = []
     (folder / "weights").mkdir()
     for component, graphs in groups.items():
         fresh: dict[str, torch.Tensor] = {}
@@ -123,12 +126,19 @@ def write_weights(folder: Path, groups: Mapping[str, Sequence[Captured]]) -> Wei
                 content = digest(tensor)
                 if content not in stored:
                     stored[content] = unique(f"{component}.{name.removeprefix('denoiser.')}", fresh)
-                    fresh[stored[content]] = in_memory_order(tensor.detach())
+                    if tensor.is_complex():
+                        pairs.append(stored[content])
+                    fresh[stored[content]] = parts(in_memory_order(tensor.detach()))
                     if is_channels_last(tensor):
                         permuted.append(stored[content])
                 names[name] = stored[content]
         save_file(fresh, folder / "weights" / f"{component}.safetensors")
-    return Weights(bound, tuple(sorted(permuted)))
+    return Weights(bound, tuple(sorted(permuted)), tuple(sorted(pairs)))
+
+
+def parts(tensor: torch.Tensor) -> torch.Tensor:
+    """Complex numbers as [..., 2], real and imaginary; anything else as it is."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def is_channels_last(tensor: torch.Tensor) -> bool:

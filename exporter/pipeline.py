@@ -341,6 +341,7 @@ def describe(folder: Path, prepared: Prepared, weights: Weights, backend: Any) -
         pipeline=facts(prepared),
         layers=prepared.layers,
         channels_last=weights.channels_last,
+        complex=weights.complex,
         sites=tuple(Site(name=m.name, slots=m.slots, tensors=m.tensors) for m in marks),
         graphs=tuple(graphs),
         plans={p.name: package.plan_path(p) for p in planned.plans},

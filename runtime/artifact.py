@@ -93,7 +93,9 @@ def open_artifact(folder: str | Path, *, cache_dir: str | Path | None = None, ha
     check(folder, manifest, hash_weights=hash_weights)
     plans = read_plans(folder, manifest)
     device = torch.device(manifest.requires.device)
-    weights = map_weights((folder / path for path in weight_files(manifest)), device, manifest.channels_last)
+    weights = map_weights(
+        (folder / path for path in weight_files(manifest)), device, manifest.channels_last, manifest.complex
+    )
     graphs = open_graphs(folder, manifest, weights, device, Path(cache_dir) if cache_dir else None)
     tables = {name: tables_on(plan, device, timestep_scale(manifest)) for name, plan in plans.items()}
     return Artifact(folder, manifest, device, weights, graphs, plans, tables)

@@ -122,7 +122,8 @@ class Defaults(BaseModel):
 class Manifest(BaseModel):
     """`unverified` are plans that were added after `status` was settled, and that nobody has compared with the pipeline.
     `layers` says of each Linear of the denoiser whether it is "int8" or "kept", and why. `channels_last` are the keys
-    of stored tensors that lie in memory as N H W C; they are bound as N C H W views of it."""
+    of stored tensors that lie in memory as N H W C; they are bound as N C H W views of it. `complex` are
+    those of stored [..., 2] of real and imaginary parts, bound as complex numbers."""
 
     model_config = FROZEN
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -137,6 +138,7 @@ class Manifest(BaseModel):
     pipeline: dict[str, Any]
     layers: dict[str, tuple[str, str]] = {}
     channels_last: tuple[str, ...] = ()
+    complex: tuple[str, ...] = ()
     sites: tuple[Site, ...] = ()
     graphs: tuple[Graph, ...]
     plans: dict[str, str]

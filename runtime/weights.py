@@ -16,12 +16,12 @@ from .errors import ArtifactError
 
 
 def map_weights(
-    files: Iterable[Path], device: torch.device, channels_last: Collection[str] = ()
+    files: Iterable[Path], device: torch.device, channels_last: Collection[str] = (), complex: Collection[str] = ()
 ) -> dict[str, torch.Tensor]:
     """Key -> tensor over all files: mapped on the CPU, copied once to any other device.
 
     Keys in `channels_last` are stored [N, H, W, C] and come out as [N, C, H, W] views, with the strides that compiled
-    code expects. Raises ArtifactError for a file that is not safetensors and for a key that occurs twice.
+    code expects; keys in `complex` are stored [..., 2] and come out as complex numbers [...]. Raises ArtifactError for a file that is not safetensors and for a key that occurs twice.
     """
     tensors: dict[str, torch.Tensor] = {}
     for path in files:
@@ -39,4 +39,8 @@ def map_weights(
                 f"manifest.json [channels_last]: {key!r} is not a stored tensor [N, H, W, C]; export again"
             )
         tensors[key] = tensors[key].permute(0, 3, 1, 2)
+    for key in complex:
+        if key not in tensors or tensors[key].shape[-1:] != (2,) or not tensors[key].is_floating_point():
+            raise ArtifactError(f"manifest.json [complex]: {key!r} is not a stored tensor [..., 2]; export again")
+        tensors[key] = torch.view_as_complex(tensors[key])
     return tensors

@@ -5,6 +5,7 @@ from prebake.runtime.manifest import Defaults, FileEntry, Manifest, Requires, So
 TINY = """\
 {
   "channels_last": [],
+  "complex": [],
   "defaults": {
     "guidance_scale": 3.5,
     "height": 8,

@@ -261,6 +261,10 @@ RULES = {
         field("channels_last", to=["denoiser.w"]),
         "[channels_last]: 'denoiser.w' is not a stored tensor [N, H, W, C]",
     ),
+    "pairs of one": (
+        field("complex", to=["denoiser.w"]),
+        "[complex]: 'denoiser.w' is not a stored tensor [..., 2]",
+    ),
     "weight in no file": (
         field("graphs", 1, "constants", to={"w": "denoiser.v"}),
         "graph 'reuse': weight 'denoiser.v' is in no weight file (1 in all)",

@@ -167,6 +167,13 @@ def test_channels_last_tensors_are_views_of_what_is_stored(tmp_path):
     assert got.stride() == x.stride()
 
 
+def test_complex_tensors_are_views_of_what_is_stored(tmp_path):
+    x = torch.randn(3, 4, dtype=torch.complex128)
+    save_file({"w": torch.view_as_real(x)}, tmp_path / "w.safetensors")
+    got = map_weights([tmp_path / "w.safetensors"], torch.device("cpu"), complex=["w"])["w"]
+    assert torch.equal(got, x)
+
+
 # --- the cache of machine code ----------------------------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..runtime.errors import ExportError
 from ..runtime.manifest import Source
 from . import calibration as calibrations
-from .caches import Auto
+from .caches import Auto, NoCache
 from .calibration import Calibration
 from .progress import Progress
 
@@ -26,7 +26,8 @@ def that_holds(
     progress: Progress,
 ) -> Any:
     """The cache; or with a note the mask `cache.otherwise`, where the calibration is of another model or size, or lacks
-    the timesteps of one of the `tables` (by their number of steps), and then for all of them.
+    the timesteps of one of the `tables` (by their number of steps), and then for all of them; or none, where that mask
+    computes everything at all of these numbers of steps.
 
     Raises RecipeError where the calibration is not there.
     """
@@ -36,11 +37,14 @@ def that_holds(
     reason = misfit(made, cache, origin, size, tables)
     if not reason:
         return cache
+    mask = cache.fallback()
+    computes = all(all(mask.expand(n)) for n in tables)
+    instead = f"and mask {cache.otherwise} skips nothing" if computes else f"so mask {cache.otherwise} is used"
     progress.note(
-        f"cache: {cache.calibration} {reason}, so mask {cache.otherwise} is used for {listed(tables)} steps; "
+        f"cache: {cache.calibration} {reason}, {instead} {'at' if computes else 'for'} {listed(tables)} steps; "
         f"`{calibrations.COMMAND}` finds a plan for a model and its steps"
     )
-    return cache.fallback()
+    return NoCache() if computes else mask
 
 
 def misfit(made: Calibration, cache: Auto, origin: Source, size: calibrations.Size, tables: Mapping[int, Table]) -> str:

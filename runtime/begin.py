@@ -41,7 +41,7 @@ class Asked:
 @dataclass(frozen=True)
 class Start:
     """Latents [B, ...] before the first step, further inputs [B, ...] of the denoiser, and what an unmasked part returns to:
-    `mask` [B or 1, 1, h, w] is 1 where to draw."""
+    `mask` [B, 1, h, w] is 1 where to draw."""
 
     latents: torch.Tensor
     inputs: Tensors = field(default_factory=dict)
@@ -54,8 +54,7 @@ class Start:
         """For image i: (evaluation, latents after it) to latents whose unmasked part is the picture's. None without a mask."""
         if self.plan is None or self.image is None or self.noise is None or self.mask is None:
             return None
-        plan, image, noise = self.plan, self.image[i : i + 1], self.noise[i : i + 1]
-        mask = self.mask[i : i + 1] if len(self.mask) > 1 else self.mask
+        plan, image, noise, mask = self.plan, self.image[i : i + 1], self.noise[i : i + 1], self.mask[i : i + 1]
 
         def blended(e: int, latents: torch.Tensor) -> torch.Tensor:
             known = noised(plan, e + 1, image, noise)
@@ -146,7 +145,8 @@ def begin(family: Family, artifact: Artifact, plan: Plan, asked: Asked, batch: i
     """Where the call starts: float32 latents [batch, ...] on the artifact's device."""
     if asked.image is None or (picture := family.settings.picture) is None:
         return Start(noise_alone(family, artifact, plan, asked, batch, generator))
-    image = picture_latents(family, artifact, picture, asked.image, batch, generator)
+    pixels = pictures_of(family, picture, asked.image, batch)
+    image = picture_latents(family, artifact, picture, asked, pixels, batch, generator)
     if picture.role == "reference":
         return Start(noise_alone(family, artifact, plan, asked, batch, generator), {"image_latents": image})
     if asked.latents is not None:
@@ -169,12 +169,15 @@ def begin(family: Family, artifact: Artifact, plan: Plan, asked: Asked, batch: i
         latents = plan.init_noise_sigma * noise
     else:
         latents = noised(plan, 0, image, noise)
-    draw(
-        (len(image), *family.settings.latents_shape), generator
-    )  # diffusers draws here for a masked copy that goes unused
     h, w = family.settings.latents_shape[-2:]
     mask = masks_in(asked.mask_image, picture.height, picture.width, h, w).to(artifact.device)
-    return Start(latents, plan=plan, image=image, noise=noise, mask=mask)
+    if batch % len(mask):
+        raise ArtifactError(f"mask_image: expected one mask, or a number that divides {batch}; got {len(mask)}")
+    if pixels.shape[1:] != family.settings.latents_shape:
+        # diffusers draws here for the latents of the masked pictures, which go unused
+        masked = max(len(pixels), len(mask))
+        draw((masked, *family.settings.latents_shape), first(generator, masked))
+    return Start(latents, plan=plan, image=image, noise=noise, mask=mask.repeat(batch // len(mask), 1, 1, 1))
 
 
 def noise_alone(
@@ -189,25 +192,44 @@ def noise_alone(
     return latents if plan.init_noise_sigma == 1.0 else latents * plan.init_noise_sigma
 
 
-def picture_latents(
-    family: Family, artifact: Artifact, picture: PictureInput, image: Any, batch: int, generator: Generators
-) -> torch.Tensor:
-    """Latents of the caller's pictures, as the loop has them: float32 [batch, ...]. A tensor that has the latents'
-    channels is taken for latents. Fewer pictures than `batch` are repeated, all of them in turn, as in diffusers."""
-    channels = family.settings.latents_shape[0]
-    given = isinstance(image, torch.Tensor) and image.shape[-3] == channels != 3
-    pixels = (
-        image.reshape(-1, *image.shape[-3:]).float() if given else pictures_in(image, picture.height, picture.width)
-    )
+def pictures_of(family: Family, picture: PictureInput, image: Any, batch: int) -> torch.Tensor:
+    """The caller's P pictures [P, 3, H, W] in -1..1, or their latents [P, C, h, w]: a tensor that has the latents' channels
+    is taken for them. P divides `batch`."""
+    if isinstance(image, torch.Tensor) and image.shape[-3] == family.settings.latents_shape[0] != 3:
+        pixels = image.reshape(-1, *image.shape[-3:]).float()
+        if pixels.shape[1:] != family.settings.latents_shape:
+            shape = [len(pixels), *family.settings.latents_shape]
+            raise ArtifactError(f"image: expected a picture, or latents {shape}, got {list(pixels.shape)}")
+    else:
+        pixels = pictures_in(image, picture.height, picture.width)
     if batch % len(pixels):
         raise ArtifactError(f"image: expected one picture, or a number that divides {batch}; got {len(pixels)}")
-    if isinstance(generator, Sequence):
-        if picture.redrawn:
-            pixels = pixels.repeat(batch // len(pixels), 1, 1, 1)
-        generator = generator[: len(pixels)]
-    latents = pixels if given else encoded(artifact, picture, pixels, family.settings.latents_shape, generator)
+    return pixels
+
+
+def picture_latents(
+    family: Family,
+    artifact: Artifact,
+    picture: PictureInput,
+    asked: Asked,
+    pixels: torch.Tensor,
+    batch: int,
+    generator: Generators,
+) -> torch.Tensor:
+    """Latents of `pictures_of`, as the loop has them: float32 [batch, ...]. Fewer than `batch` are repeated, all of them in
+    turn, as in diffusers; before they are drawn where each image has a generator, but not so in inpainting."""
+    if isinstance(generator, Sequence) and picture.redrawn and asked.mask_image is None:
+        pixels = pixels.repeat(batch // len(pixels), 1, 1, 1)
+    latents = pixels
+    if pixels.shape[1:] != family.settings.latents_shape:
+        latents = encoded(artifact, picture, pixels, family.settings.latents_shape, first(generator, len(pixels)))
     latents = latents.repeat(batch // len(latents), 1, 1, 1)
     return family.arranged(latents.to(artifact.device)).contiguous()
+
+
+def first(generator: Generators, count: int) -> Generators:
+    """Of a list of generators the first `count`."""
+    return generator[:count] if isinstance(generator, Sequence) else generator
 
 
 def encoded(

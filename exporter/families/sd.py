@@ -89,6 +89,12 @@ def check_size(pipe: Any, size: Size) -> None:
             f"{pipe.unet.config.time_cond_proj_dim}: this UNet takes its guidance as an embedding, and only guidance "
             "between two branches can be exported; take the model that it was distilled from"
         )
+    channels, latents = pipe.unet.config.in_channels, pipe.vae.config.latent_channels
+    if channels != latents:
+        raise ExportError(
+            f"unet.config.in_channels: expected {latents} as the VAE's latents have, got {channels}: UNets that see a picture "
+            "beside the latents cannot be exported; inpainting works with the model for text to image"
+        )
     refuse_masked(pipe, "text_encoder")
 
 

@@ -14,14 +14,14 @@ def build(seed: int = 0, *, prediction: str = "epsilon") -> StableDiffusionPipel
     tokenizer = parts.clip_tokenizer()
     common = {**BETAS, "set_alpha_to_one": False, "steps_offset": 1, "prediction_type": prediction}
     second = prediction == "v_prediction"
+    plms = PNDMScheduler(**common, skip_prk_steps=True)
+    plms.register_to_config(clip_sample=False)  # not PNDM's own: for DDIM, if that is made of this configuration
     return StableDiffusionPipeline(
         vae=parts.vae(seed + 1, scaling=0.18215),
         text_encoder=parts.clip(tokenizer, seed + 2, act="gelu" if second else "quick_gelu"),
         tokenizer=tokenizer,
         unet=unet(seed, linear=second),
-        scheduler=DDIMScheduler(**common, clip_sample=False)
-        if second
-        else PNDMScheduler(**common, skip_prk_steps=True),
+        scheduler=DDIMScheduler(**common, clip_sample=False) if second else plms,
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

@@ -8,7 +8,8 @@ from functools import partial
 import pytest
 import torch
 from diffusers import FluxImg2ImgPipeline
-from parity import PICTURE, PROMPTS, TOLERANCE, as_kind, eager, expected, got, ours, relative_error, seeded
+from parity import FLOAT32, PICTURE, PROMPTS, TOLERANCE, as_kind, eager, expected, got, ours, relative_error, seeded
+from uncompiled import prepared
 
 from prebake.exporter.families import flux
 from prebake.exporter.families.picture import Size, example
@@ -269,6 +270,12 @@ def test_sizes_that_the_pipeline_would_not_draw_are_refused(size, sentence):
     with pytest.raises(ExportError) as caught:
         flux.check_size(eager("flux"), size)
     assert str(caught.value).endswith(sentence)
+
+
+def test_schnells_four_steps_are_too_few_for_the_recipes_cache():
+    planned = prepared(resolve("flux-fast", (*FLOAT32, "quantize.method=none"), "tiny:flux-schnell"))
+    assert [(plan.name, plan.cache) for plan in planned.planned.plans] == [("4", "none")]
+    assert planned.recipe.cache.method == "none"
 
 
 def test_a_family_without_pictures_refuses_to_begin_from_one():

@@ -377,7 +377,7 @@ def stacked(runs: Sequence[Run], denoiser: Component) -> Examples:
     inputs: dict[str, Any] = {}
     for name in runs[0].inputs:
         each = [run.inputs[name] for run in runs]
-        if name == "guidance":
+        if name.startswith("guidance"):  # one number for all
             inputs[name] = each[0]
         elif name in doubled:
             inputs[name] = torch.cat([t.chunk(2)[k] for k in range(2) for t in each])

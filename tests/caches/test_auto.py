@@ -40,7 +40,7 @@ def run_of(component, table, seed: int) -> SimpleNamespace:
     """One trajectory with a prompt of its own."""
     generator = torch.Generator().manual_seed(seed)
     inputs = {
-        n: t if n in ("guidance", "time_ids") else torch.randn(t.shape, generator=generator)
+        n: t if n.startswith("guidance") or n == "time_ids" else torch.randn(t.shape, generator=generator)
         for n, t in peers.inputs_of(component).items()
     }
     latents = torch.randn(component.args[0].shape, generator=generator) * table.init_noise_sigma
@@ -125,6 +125,18 @@ def test_fitted_weights_beat_reuse_of_the_same_steps_on_other_prompts():
         reuse = [(skip, dict.fromkeys(weights, (1.0, 0.0, 0.0))) for skip, weights in path]
         error, reused = ((walk.followed(others, p) - others.uncached[-1]).norm() for p in (path, reuse))
         assert error < reused
+
+
+@pytest.mark.parametrize("name", ["flux", "cogvideox"])
+def test_runs_that_are_walked_together_end_where_each_ends_alone(name):
+    component, table = component_of(name), table_of("ddim", 2)
+    runs = [run_of(component, table, seed) for seed in (7, 8)]
+    walk = Walk(component, discover(component), table, Auto(candidates=("output",)), 1.0)
+    together = walk.computed(stacked(runs, component)).uncached[-1]
+    apart = torch.cat([walk.computed(stacked([run], component)).uncached[-1] for run in runs])
+    # a batch of two against two of one: float32 sums in another order
+    torch.testing.assert_close(together, apart, rtol=0, atol=1e-5 * float(apart.abs().max()))
+    assert (apart[0] - apart[1]).norm() > 0.1 * apart[0].norm()  # the canary
 
 
 def test_a_trajectory_that_is_linear_in_its_slots_is_fitted_exactly():

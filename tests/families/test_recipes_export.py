@@ -27,7 +27,7 @@ print(json.dumps({"sizes": [f.size for f in frames], "diffusers": importlib.util
 """
 
 
-@pytest.mark.slow  # 1 to 3 minutes each, most of it AOTInductor's
+@pytest.mark.slow  # minutes each, most of them AOTInductor's
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.works(n, "recipe exports")) for n in FAMILIES])
 def test_a_recipe_exports_and_draws_without_diffusers(name, slim_python, tmp_path):
     tiny, recipe = FAMILIES[name].tiny, FAMILIES[name].recipe

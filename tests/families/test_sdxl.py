@@ -14,6 +14,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from DeepCache import DeepCacheSDHelper
 from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLInpaintPipeline
 from parity import PICTURE, PROMPTS, TOLERANCE, as_kind, eager, expected, got, ours, relative_error, seeded
 from PIL import Image, ImageDraw
@@ -338,6 +339,24 @@ def test_a_callback_counts_the_steps_of_the_part():
     _ = from_picture("snow", generator=seeded(1), callback_on_step_end=eager_, **call)
     assert 0 < len(seen) < 8
     assert seen == theirs
+
+
+# --- caches ---------------------------------------------------------------------------------------------------------------
+
+
+@works("caches")
+def test_the_recipes_cache_is_that_of_its_package():
+    deepcache = ("cache.method=deepcache", "cache.cache_interval=3", "cache.cache_branch_id=0")
+    peer = DeepCacheSDHelper(pipe=eager("sdxl"))
+    peer.set_params(cache_interval=3, cache_branch_id=0)
+    peer.enable()
+    try:
+        latents = expected("sdxl", TWO[0], generator=seeded(1), negative_prompt="blurry")
+    finally:
+        peer.disable()
+    draw = partial(got, "sdxl", TWO[0], *deepcache, seed=1, negative_prompt="blurry")
+    assert relative_error(draw(), latents) < TOLERANCE
+    assert relative_error(draw(cache=False), latents) > 1e-3  # the canary: everything computed
 
 
 # --- the VAE --------------------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from prebake.runtime import ArtifactError, ExportError, RecipeError, attach, det
 from prebake.runtime.artifact import Artifact, open_artifact
 
 NAMES = tuple(BUILDERS)
-MASK = {"method": "mask", "mask": "1(01)"}  # at 4 steps 1010... but for the first, which a group of two makes 1 01 0
+MASK = {"method": "mask", "mask": "1(01)"}  # at 4 steps 1010
 ROUNDING = 1e-5
 """Relative L2 of latents. Graphs are float32 and add in another order than eager: 6e-8 a sum, some 1e-7 after the loop.
 A perturbed weight moves them by 1e-3 and more (`test_canary`)."""

@@ -12,7 +12,7 @@ HEAD = 'name = "x"\ndescription = "x"\n'
 MINIMAL = HEAD + '[model]\nid = "a/b"\n'
 MASKED = Path(__file__).parent / "masked.toml"
 METHODS = ["none", *caches.METHODS]
-TABLES = "attention, cache, compile, fuse, model, precision, quantize, sampler, shapes, verify"
+TABLES = "attach, attention, cache, compile, fuse, guidance, model, precision, quantize, sampler, shapes, verify"
 
 # what the file says after MINIMAL -> the message after the file's path
 FILES = {

@@ -220,6 +220,9 @@ def settle(recipe: Recipe, family: Any, loaded: source.Loaded) -> tuple[Defaults
     frames = chosen.get("num_frames")
     size = family.Size(chosen["height"], chosen["width"], chosen["max_sequence_length"], frames or 1)
     family.check_size(loaded.pipe, size)
+    if check_steps := getattr(family, "check_steps", None):
+        for n in steps:
+            check_steps(loaded.pipe, n)
     defaults = Defaults(
         num_inference_steps=steps[0],
         guidance_scale=float(chosen["guidance_scale"]),
@@ -241,7 +244,12 @@ def with_scheduler(pipe: Any, name: str) -> Any:
 
 def sampler_table(family: Any, pipe: Any, size: Any, steps: int, progress: Progress) -> Table:
     progress.doing(f"{type(pipe.scheduler).__name__}, {steps} steps")
-    return tabulate(pipe.scheduler, steps, **family.scheduler_arguments(pipe, size, steps))
+    return tabulate(pipe.scheduler, steps, **schedule_arguments(family, pipe, size, steps))
+
+
+def schedule_arguments(family: Any, pipe: Any, size: Any, steps: int) -> dict[str, Any]:
+    """What the pipeline passes to its scheduler besides the number of steps."""
+    return family.scheduler_arguments(pipe.scheduler, family.facts(pipe, size)["latents_shape"], steps)
 
 
 def tails_of(recipe: Recipe, family: Any, pipe: Any, size: Any, steps: int) -> dict[int, Table]:
@@ -249,7 +257,7 @@ def tails_of(recipe: Recipe, family: Any, pipe: Any, size: Any, steps: int) -> d
     from."""
     if not recipe.sampler.image_to_image:
         return {}
-    return tail_tables(pipe.scheduler, steps, **family.scheduler_arguments(pipe, size, steps))
+    return tail_tables(pipe.scheduler, steps, **schedule_arguments(family, pipe, size, steps))
 
 
 def takes_pictures(recipe: Recipe, family: Any) -> bool:

@@ -15,7 +15,6 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -36,7 +35,7 @@ from .layout import Layout
 from .marks import Action, Mark, Variant
 from .package import file_entries, plan_path, staged, write_plans
 from .plan import Planned, actions_of, join
-from .plan.sampler import Table, tabulate
+from .plan.sampler import Table, tabulate, tail_tables
 from .progress import Progress
 from .quality import Replayer
 from .recipe import Recipe
@@ -46,13 +45,11 @@ FILE = "replan.json"
 
 
 class Kept(BaseModel):
-    """What `replan.json` holds. `vae_scale_factor` is all that a family's `scheduler_arguments` reads of a pipeline
-    besides its scheduler. `variants` says of each which sites do not compute."""
+    """What `replan.json` holds. `variants` says of each which sites do not compute."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     scheduler: str
     scheduler_config: dict[str, Any]
-    vae_scale_factor: int
     layout: Layout
     marks: tuple[Mark, ...]
     variants: dict[str, dict[str, Action]]
@@ -76,7 +73,6 @@ def kept(pipe: Any, layout: Layout, planned: Planned) -> str:
     content = Kept(
         scheduler=type(scheduler).__name__,
         scheduler_config=config,
-        vae_scale_factor=getattr(pipe, "vae_scale_factor_spatial", None) or pipe.vae_scale_factor,
         layout=layout,
         marks=planned.marks,
         variants=variants,
@@ -112,13 +108,13 @@ def plans_of(
             f"{folder}: holds a denoiser alone, whose plans follow its pipeline's own schedule; export again with sampler.steps"
         )
     content = read_kept(folder, manifest)
-    table = sampler_table(content, manifest, recipe, steps)
+    table, tails = sampler_tables(content, manifest, recipe, steps)
     cache = that_holds(recipe.cache, manifest.source, manifest.defaults, {steps: table}, folder, progress)
     marks = content.marks
     names = {v.actions: v.name for v in content.all_variants()}
     everything = Schedule(marks, tuple(Decision() for _ in table.updates))
     if cache.method == "none":
-        return (join(str(steps), steps, "none", table, everything, names),), None
+        return (join(str(steps), steps, "none", table, everything, names, tails),), None
     if getattr(cache, "exact", False):
         raise ExportError(
             f"cache.method {cache.method!r} with signal = {cache.signal!r} decides by the model's weights, which `prebake plan` does "
@@ -133,8 +129,8 @@ def plans_of(
         )
     translated = in_terms_of(marks, asked)
     check_variants(content, translated, names)
-    cached = join(str(steps), steps, cache.method, table, translated, names)
-    return (cached, join(f"{steps}-uncached", steps, "none", table, everything, names)), calibration
+    cached = join(str(steps), steps, cache.method, table, translated, names, tails)
+    return (cached, join(f"{steps}-uncached", steps, "none", table, everything, names, tails)), calibration
 
 
 def carried(cache: Any, manifest: Manifest, folder: Path) -> Calibration | None:
@@ -149,15 +145,16 @@ def carried(cache: Any, manifest: Manifest, folder: Path) -> Calibration | None:
     return calibration
 
 
-def sampler_table(content: Kept, manifest: Manifest, recipe: Recipe, steps: int) -> Table:
-    """The scheduler's table, from the configuration that the artifact keeps."""
+def sampler_tables(content: Kept, manifest: Manifest, recipe: Recipe, steps: int) -> tuple[Table, Mapping[int, Table]]:
+    """The scheduler's table, from the configuration that the artifact keeps, and those of its later starts."""
     import diffusers
 
     name = recipe.sampler.scheduler
     scheduler = getattr(diffusers, content.scheduler if name == "model" else name).from_config(content.scheduler_config)
     family = importlib.import_module(f".families.{manifest.family}", __package__)
-    pipe = SimpleNamespace(scheduler=scheduler, vae_scale_factor=content.vae_scale_factor)
-    return tabulate(scheduler, steps, **family.scheduler_arguments(pipe, family.size_of(manifest), steps))
+    arguments = family.scheduler_arguments(scheduler, manifest.pipeline["latents_shape"], steps)
+    tails = tail_tables(scheduler, steps, **arguments) if recipe.sampler.image_to_image else {}
+    return tabulate(scheduler, steps, **arguments), tails
 
 
 def in_terms_of(marks: Sequence[Mark], asked: Schedule) -> Schedule:

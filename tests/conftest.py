@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from works import pytest_addoption, pytest_collection_modifyitems, pytest_terminal_summary  # noqa: F401  (hooks)
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -174,12 +174,12 @@ def test_all_problems_are_told_at_once(tmp_path):
 
 def test_unknown_recipe_gets_the_nearest_and_the_list():
     assert refusal("flux-fst") == (
-        "unknown recipe 'flux-fst'; did you mean 'flux-fast'? known recipes: baseline, flux-fast, sd-fast; for a file of your own give its path, ending in .toml"
+        "unknown recipe 'flux-fst'; did you mean 'flux-fast'? known recipes: baseline, cogvideox-fast, flux-fast, flux-kontext-fast, pixart-fast, sd-fast, sd3-fast, sdxl-fast; for a file of your own give its path, ending in .toml"
     )
 
 
 def test_missing_file_and_folder(tmp_path):
-    ships = "the recipes that ship: baseline, flux-fast, sd-fast"
+    ships = "the recipes that ship: baseline, cogvideox-fast, flux-fast, flux-kontext-fast, pixart-fast, sd-fast, sd3-fast, sdxl-fast"
     assert refusal("no/such.toml") == f"no/such.toml: expected a recipe file, found nothing; {ships}"
     assert refusal(tmp_path) == f"{tmp_path}: expected a recipe file, found a folder; {ships}"
 

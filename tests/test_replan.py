@@ -90,7 +90,11 @@ def test_the_added_plan_is_the_one_that_an_export_would_have_made(copied, tiny_p
     from prebake.exporter.plan.sampler import tabulate
 
     size = flux.Size(32, 32, 8)
-    table = tabulate(tiny_pipe.scheduler, 6, **flux.scheduler_arguments(tiny_pipe, size, 6))
+    table = tabulate(
+        tiny_pipe.scheduler,
+        6,
+        **flux.scheduler_arguments(tiny_pipe.scheduler, flux.facts(tiny_pipe, size)["latents_shape"], 6),
+    )
     cache = recipe_of(copied, read_manifest(copied)).cache
     expected = plan(cache, discover(flux.denoiser(tiny_pipe, size)), {6: table}).plans
     _, plans = added(copied, 6, dry_run=True)

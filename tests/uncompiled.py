@@ -6,6 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+
 from prebake.exporter import package
 from prebake.exporter.capture import Captured
 from prebake.exporter.lower import aoti

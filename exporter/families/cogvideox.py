@@ -9,7 +9,7 @@ denoiser's graph. Positions are constants.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -226,7 +226,7 @@ def others(pipe: Any, size: Size, *, channels_last: bool, picture: bool = False)
     )
 
 
-def scheduler_arguments(pipe: Any, size: Size, steps: int) -> dict[str, Any]:
+def scheduler_arguments(scheduler: Any, latents_shape: Sequence[int], steps: int) -> dict[str, Any]:
     """Nothing: `CogVideoXPipeline.__call__` passes the number of steps, and `eta=0`, which is the default."""
     return {}
 

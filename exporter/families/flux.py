@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -204,19 +204,24 @@ def others(pipe: Any, size: Size, *, channels_last: bool, picture: bool = False)
     )
 
 
-def scheduler_arguments(pipe: Any, size: Size, steps: int) -> dict[str, Any]:
+def scheduler_arguments(scheduler: Any, latents_shape: Sequence[int], steps: int) -> dict[str, Any]:
     """What `FluxPipeline.__call__` passes to `set_timesteps` besides the number of steps."""
     from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
-    rows, columns = grid(pipe, size)
-    config = pipe.scheduler.config
-    accepts = inspect.signature(type(pipe.scheduler).set_timesteps).parameters
+    if getattr(scheduler, "init_noise_sigma", 1.0) != 1.0:
+        raise ExportError(
+            "sampler.scheduler: expected one that starts from noise of deviation 1, as FluxPipeline does, got "
+            f"{type(scheduler).__name__}; take FlowMatchEulerDiscreteScheduler or FlowMatchHeunDiscreteScheduler"
+        )
+    _, h, w = latents_shape
+    config = scheduler.config
+    accepts = inspect.signature(type(scheduler).set_timesteps).parameters
     arguments: dict[str, Any] = {}
     if "sigmas" in accepts and not config.get("use_flow_sigmas", False):
         arguments["sigmas"] = np.linspace(1.0, 1 / steps, steps)
     if "mu" in accepts:
         arguments["mu"] = calculate_shift(
-            rows * columns,
+            (h // 2) * (w // 2),
             config.get("base_image_seq_len", 256),
             config.get("max_image_seq_len", 4096),
             config.get("base_shift", 0.5),

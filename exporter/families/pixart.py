@@ -10,6 +10,7 @@ case and stripped, as with `clean_caption=False`.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -165,15 +166,16 @@ def others(pipe: Any, size: Size, *, channels_last: bool, picture: bool = False)
     )
 
 
-def scheduler_arguments(pipe: Any, size: Size, steps: int) -> dict[str, Any]:
-    """Nothing: the pipelines pass the number of steps, and `eta=0`, which is the default.
+def scheduler_arguments(scheduler: Any, latents_shape: Sequence[int], steps: int) -> dict[str, Any]:
+    """Nothing: `PixArtSigmaPipeline.__call__` passes the number of steps."""
+    return {}
 
-    Raises ExportError for one step of Alpha, where diffusers takes the scheduler's prediction of the picture in place of
-    its step.
-    """
+
+def check_steps(pipe: Any, steps: int) -> None:
+    """Raises ExportError for one step of Alpha, where diffusers takes the scheduler's prediction of the picture in place of
+    its step."""
     if is_alpha(pipe) and steps == 1:
         raise ExportError("sampler.steps: expected 2 or more, got 1, which PixArtAlphaPipeline takes in another way")
-    return {}
 
 
 def tokenizers(pipe: Any, size: Size) -> dict[str, Any]:

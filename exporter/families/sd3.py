@@ -9,6 +9,7 @@ prompts (IP-Adapter) and the guidance that skips layers are left out, and of CLI
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -42,6 +43,7 @@ __all__ = [
 PICTURE = {"strength": 0.6, "inpaint_strength": 0.6, "rounded": "down"}
 """What `runtime/families`' `PictureInput` says besides its size: the defaults of diffusers' pipelines for image-to-image and
 inpainting."""
+PATCH = 2  # latents to a token, each way
 EMBEDS = {"prompt_embeds": "encoder_hidden_states", "pooled_prompt_embeds": "pooled_projections"}
 
 
@@ -109,6 +111,10 @@ def check_size(pipe: Any, size: Size) -> None:
     """Raises ExportError for a size that the pipeline would not draw, and for a pipeline whose encoders or transformer are
     called in another way."""
     patch = pipe.patch_size
+    if patch != PATCH:
+        raise ExportError(
+            f"transformer.config.patch_size: expected {PATCH}, which every published SD3 has, got {patch}"
+        )
     factor = pipe.vae_scale_factor * patch
     check_multiples(size, factor, f"VAE factor {pipe.vae_scale_factor}, patches of {patch}")
     largest = pipe.transformer.config.pos_embed_max_size * factor
@@ -176,7 +182,7 @@ def others(pipe: Any, size: Size, *, channels_last: bool, picture: bool = False)
     )
 
 
-def scheduler_arguments(pipe: Any, size: Size, steps: int) -> dict[str, Any]:
+def scheduler_arguments(scheduler: Any, latents_shape: Sequence[int], steps: int) -> dict[str, Any]:
     """What `StableDiffusion3Pipeline.__call__` passes to `set_timesteps` besides the number of steps: where the shift
     grows with the picture, by how much.
 
@@ -184,17 +190,17 @@ def scheduler_arguments(pipe: Any, size: Size, steps: int) -> dict[str, Any]:
     """
     from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
 
-    config = pipe.scheduler.config
-    if getattr(pipe.scheduler, "init_noise_sigma", 1.0) != 1.0:
+    config = scheduler.config
+    if getattr(scheduler, "init_noise_sigma", 1.0) != 1.0:
         raise ExportError(
             "sampler.scheduler: expected one that starts from noise of deviation 1, as StableDiffusion3Pipeline does, got "
-            f"{type(pipe.scheduler).__name__}; take FlowMatchEulerDiscreteScheduler or FlowMatchHeunDiscreteScheduler"
+            f"{type(scheduler).__name__}; take FlowMatchEulerDiscreteScheduler or FlowMatchHeunDiscreteScheduler"
         )
     if not config.get("use_dynamic_shifting"):
         return {}
-    _, h, w = latents_shape(pipe, size)
+    _, h, w = latents_shape
     mu = calculate_shift(
-        (h // pipe.patch_size) * (w // pipe.patch_size),
+        (h // PATCH) * (w // PATCH),
         config.get("base_image_seq_len", 256),
         config.get("max_image_seq_len", 4096),
         config.get("base_shift", 0.5),

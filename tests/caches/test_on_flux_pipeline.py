@@ -20,7 +20,11 @@ SIZE = flux.Size(32, 32, 8)
 
 
 def planned(pipe, cache, steps: int):
-    table = tabulate(pipe.scheduler, steps, **flux.scheduler_arguments(pipe, SIZE, steps))
+    table = tabulate(
+        pipe.scheduler,
+        steps,
+        **flux.scheduler_arguments(pipe.scheduler, flux.facts(pipe, SIZE)["latents_shape"], steps),
+    )
     return plan(cache, discover(flux.denoiser(pipe, SIZE)), {steps: table}), table
 
 

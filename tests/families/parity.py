@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from uncompiled import uncompiled
 
 from prebake.exporter import source
 from prebake.exporter.families.picture import Size, example
 from prebake.exporter.recipe import resolve
 from prebake.exporter.tiny import NAMES
 from prebake.runtime.pipeline import Pipeline
-from uncompiled import uncompiled
 
 FLOAT32 = ("precision.denoiser=float32", "precision.text_encoders=float32", "precision.vae=float32")
 PLAIN = ("cache.method=none", "quantize.method=none", *FLOAT32)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from parity import FAMILIES, PROMPTS, TOLERANCE, eager, expected, got, ours, relative_error, seeded
 
 GUIDED = [name for name, case in FAMILIES.items() if case.negatives]
@@ -48,7 +47,9 @@ def test_negative_prompts(name):
 @families("no guidance", GUIDED)
 def test_a_guidance_of_one_ignores_the_negative_prompt(name):
     latents = expected(name, PROMPTS[0], guidance_scale=1.0, generator=seeded(1))
-    assert relative_error(got(name, PROMPTS[0], negative_prompt="ugly", guidance_scale=1.0, seed=1), latents) < TOLERANCE
+    assert (
+        relative_error(got(name, PROMPTS[0], negative_prompt="ugly", guidance_scale=1.0, seed=1), latents) < TOLERANCE
+    )
 
 
 @families("batched guidance", GUIDED)

@@ -125,7 +125,7 @@ def test_a_scheduler_that_wants_its_noise_scaled_is_refused():
         changed(eager("sd3"), scheduler=scheduler_of("EulerDiscreteScheduler")) as pipe,
         pytest.raises(ExportError, match=r"sampler\.scheduler: expected one that starts from noise of deviation 1"),
     ):
-        sd3.scheduler_arguments(pipe, SIZE, 8)
+        sd3.scheduler_arguments(pipe.scheduler, (4, 16, 16), 8)
 
 
 @torch.no_grad()

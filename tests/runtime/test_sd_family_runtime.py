@@ -148,7 +148,10 @@ REFUSED = {
         "negative_prompt: expected one, or 1, one for each prompt; got 2",
     ),
     "negative_text": ({"negative_prompt": 3}, "negative_prompt: expected a text or a list of texts, got 3"),
-    "both": ({"prompt_embeds": torch.zeros(1, 16, 32)}, "expected either prompt, or prompt_embeds; got prompt, prompt_embeds"),
+    "both": (
+        {"prompt_embeds": torch.zeros(1, 16, 32)},
+        "expected either prompt, or prompt_embeds; got prompt, prompt_embeds",
+    ),
     "embeds": (
         {"prompt": None, "prompt_embeds": torch.zeros(1, 9, 32)},
         "prompt_embeds: expected [B, 16, 32], got [1, 9, 32]",

@@ -157,11 +157,13 @@ class Replayer:
         return Drawn(output[0], latents, seconds, calls)
 
     def _example(self, seed: int) -> dict[str, Any]:
-        """The argument `image` of artifacts that draw nothing without one."""
+        """The argument `image` of artifacts that draw nothing without one. Where calls begin from it they begin with the plan's
+        first step: all that is in the plan is measured, and not its end alone."""
         picture = self._pipe.family.settings.picture
         if picture is None or not picture.required:
             return {}
-        return {"image": example(Size(picture.height, picture.width, 0), seed)}
+        whole = {"strength": 1.0} if picture.role == "start" else {}
+        return {"image": example(Size(picture.height, picture.width, 0), seed), **whole}
 
     def only(self, plans: Mapping[str, Plan]) -> Replayer:
         """The same with these plans alone."""

@@ -280,8 +280,10 @@ def encode(
 
 def draw(pipe: Any, prompt: str, seed: int, steps: int, guidance_scale: float, size: Size) -> tuple[Tensor, Tensor]:
     """Final latents [1, 4, h, w] and image [1, 3, H, W] in 0..1 of the plain diffusers call: what an artifact is held
-    against. Without the watermark. The refiner gets the seed's example picture."""
-    start = {"image": example(size, seed)} if from_picture(pipe) else {"height": size.height, "width": size.width}
+    against. Without the watermark. The refiner gets the seed's example picture, and takes all steps from there."""
+    start: dict[str, Any] = {"height": size.height, "width": size.width}
+    if from_picture(pipe):
+        start = {"image": example(size, seed), "strength": 1.0}
     with unmarked(pipe):
         return drawn(pipe, prompt, seed, num_inference_steps=steps, guidance_scale=guidance_scale, **start)
 

@@ -25,6 +25,7 @@ from prebake.exporter.families.picture import Size, example
 from prebake.exporter.pipeline import family_of
 from prebake.exporter.plan import join
 from prebake.exporter.plan.sampler import tabulate, tail_tables
+from prebake.exporter.quality import Replayer
 from prebake.runtime.errors import ArtifactError, ExportError
 from prebake.runtime.pipeline import Pipeline
 from prebake.runtime.replay import tables_on
@@ -561,6 +562,18 @@ def test_the_watermark_is_left_out():
         assert pipe.watermark is not None
     finally:
         pipe.watermark = None
+
+
+@pytest.mark.parametrize("name", ["sdxl", "sdxl-refiner"])
+def test_verification_draws_the_same_with_both(name):
+    """With every step of the plan, the refiner too."""
+    replayer = Replayer(ours(name).artifact)
+    drawn = replayer.draw(PROMPTS[0], 3, ours(name).artifact.plans["8"])
+    assert len(replayer.evaluations(drawn)) == 8
+    latents, _ = sdxl.draw(eager(name), PROMPTS[0], 3, 8, 5.0, SIZE)
+    assert relative_error(drawn.latents, latents) < TOLERANCE
+    other, _ = sdxl.draw(eager(name), PROMPTS[0], 4, 8, 5.0, SIZE)
+    assert relative_error(other, latents) > 0.1  # the canary: another seed
 
 
 def test_both_pipelines_are_of_this_family():

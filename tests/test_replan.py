@@ -101,6 +101,13 @@ def test_the_added_plan_is_the_one_that_an_export_would_have_made(copied, tiny_p
     assert tuple(plans.values()) == expected
 
 
+def test_a_plan_added_to_an_artifact_that_takes_pictures_begins_anywhere_too(copied):
+    for plan in added(copied, 6, "sampler.image_to_image=true", dry_run=True)[1].values():
+        assert [tail.step for tail in plan.tails] == [1, 2, 3, 4, 5]
+        assert all(plan.tail(step).evaluations[0].variant == "full" for step in range(6))
+    assert not any(plan.tails for plan in added(copied, 6, dry_run=True)[1].values())
+
+
 def test_a_dry_run_changes_nothing(copied):
     before = contents(copied)
     added(copied, 5, dry_run=True)

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from ..runtime.backends.aoti import NativeModel, open_model
-from ..runtime.backends.unpack import unpacked
 from ..runtime.manifest import Graph
 from ..runtime.replay import Variant
+from ..runtime.unpack import unpacked
 from .capture import Captured
 from .component import Component
 from .eager import UNCOUNTED, sites_of

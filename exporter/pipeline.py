@@ -9,6 +9,7 @@ here once is never asked again at run time.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,7 @@ from .fallback import that_holds
 from .families.picture import VAE_ENCODER
 from .guidance import with_planes
 from .layout import Layout
-from .lower import BACKENDS
-from .lower.isa import choose, int8_flags
+from .lower import backend
 from .marks import Mark, Variant
 from .package import Weights
 from .plan import Planned, plan, without_dead
@@ -41,7 +41,7 @@ from .recipe import Recipe
 from .record import Recording
 from .rewrite import DENOISERS, Layers, rewrite
 from .sites import VariantModule
-from .toolchain import glibc_version, versions
+from .toolchain import versions
 from .verify import settle_verdict, write_golden
 
 FAMILIES = {
@@ -92,8 +92,8 @@ def export(recipe: Recipe, output: Path, options: Options, progress: Progress) -
     """Writes the artifact folder `output` and returns it. Raises RecipeError or ExportError; then nothing is written."""
     with package.staged(output, force=options.force) as folder:
         prepared = prepare(recipe, progress, near=options.near)
-        files = lower(prepared, progress)
-        manifest = write(folder, prepared, files, progress)
+        prepared, paths = lower(folder, prepared, progress)
+        manifest = write(folder, prepared, paths, progress)
         verify(folder, prepared, manifest, options, progress)
     return output
 
@@ -123,9 +123,7 @@ def prepare(recipe: Recipe, progress: Progress, *, near: Path | None = None) -> 
         scale = family.facts(pipe, size)["timestep_scale"]
         decisions = exact(recipe, denoiser, layout, tables, scale) or calibration
         planned = plan(recipe.cache, layout, tables, decisions, tails=tails)
-    components = family.others(
-        pipe, size, channels_last=recipe.compile.channels_last_vae, picture=takes_pictures(recipe, family)
-    )
+    components = family.others(pipe, size, channels_last=channels_last(recipe), picture=takes_pictures(recipe, family))
     with progress.stage("capture", len(planned.variants) + len(components)):
         planned, variants = capture_variants(denoiser, planned, progress)
         others = capture_others(components, progress)
@@ -144,26 +142,18 @@ def exact(recipe: Recipe, denoiser: Any, layout: Layout, tables: dict[int, Table
     return teacache.exact(recipe.cache, denoiser, layout, tables, timestep_scale=scale)
 
 
-def lower(prepared: Prepared, progress: Progress) -> dict[str, dict[str, list[str]]]:
-    """Component -> graph name -> compiled files."""
-    backend = importlib.import_module(BACKENDS[prepared.recipe.compile.backend], f"{__package__}.lower")
-    flags = backend.flags(prepared.recipe.compile)
-    files: dict[str, dict[str, list[str]]] = {}
-    with progress.stage("lower", sum(map(len, prepared.graphs.values()))):
-        for component, graphs in prepared.graphs.items():
-            for graph in graphs:
-                progress.doing(f"{component}: {graph.name}" if component != graph.name else component)
-                files.setdefault(component, {})[graph.name] = backend.compile_graph(graph, flags)
-    return files
+def lower(folder: Path, prepared: Prepared, progress: Progress) -> tuple[Prepared, dict[str, str]]:
+    """The graphs as the backend has rewritten them, and graph -> path of its code in the folder."""
+    lowering = backend(prepared.recipe.compile.backend)
+    graphs = {component: tuple(map(lowering.rewritten, group)) for component, group in prepared.graphs.items()}
+    with progress.stage("lower", sum(map(len, graphs.values()))):
+        paths = lowering.lower(folder, graphs, prepared.recipe.compile, progress.doing)
+    return replace(prepared, graphs=graphs), paths
 
 
-def write(folder: Path, prepared: Prepared, files: dict[str, dict[str, list[str]]], progress: Progress) -> Manifest:
-    """Packages, weights, plans and tokenizers in the folder, and the manifest that describes them."""
-    backend = importlib.import_module(BACKENDS[prepared.recipe.compile.backend], f"{__package__}.lower")
-    with progress.stage("package", len(files) + 1):
-        for component, models in files.items():
-            progress.doing(f"graphs/{component}{backend.SUFFIX}")
-            backend.write_package(folder / "graphs" / f"{component}{backend.SUFFIX}", models)
+def write(folder: Path, prepared: Prepared, paths: Mapping[str, str], progress: Progress) -> Manifest:
+    """Weights, plans and tokenizers in the folder, and the manifest that describes them and the code."""
+    with progress.stage("package", 1):
         progress.doing("weights")
         weights = package.write_weights(folder, prepared.graphs)
         package.write_plans(folder, prepared.planned.plans)
@@ -172,7 +162,7 @@ def write(folder: Path, prepared: Prepared, files: dict[str, dict[str, list[str]
             package.write_tokenizers(folder, prepared.family.tokenizers(prepared.pipe, prepared.size))
         if prepared.calibration:
             calibrations.write(folder / calibrations.FILE, prepared.calibration)
-        manifest = describe(folder, prepared, weights, backend)
+        manifest = describe(folder, prepared, weights, paths)
         (folder / "manifest.json").write_text(manifest.to_json(), "utf-8")
     return manifest
 
@@ -260,6 +250,11 @@ def tails_of(recipe: Recipe, family: Any, pipe: Any, size: Any, steps: int) -> d
     return tail_tables(pipe.scheduler, steps, **schedule_arguments(family, pipe, size, steps))
 
 
+def channels_last(recipe: Recipe) -> bool:
+    """Whether the VAE's weights lie as N H W C."""
+    return recipe.compile.channels_last_vae and backend(recipe.compile.backend).CHANNELS_LAST
+
+
 def takes_pictures(recipe: Recipe, family: Any) -> bool:
     """Whether the artifact needs the VAE's encoder. Raises RecipeError where a family has no use for it."""
     picture = getattr(family, "PICTURE", None)
@@ -312,23 +307,21 @@ def check_variants(denoiser: Any, planned: Planned, costs: dict[str, Cost]) -> N
         check_skips(costs["full"], costs[variant.name], variant.name, sum(inside.get(p, 0) for p in paths))
 
 
-def describe(folder: Path, prepared: Prepared, weights: Weights, backend: Any) -> Manifest:
+def describe(folder: Path, prepared: Prepared, weights: Weights, paths: Mapping[str, str]) -> Manifest:
     """The manifest, still unverified."""
-    level, flags = choose(prepared.recipe.compile.isa)
-    if prepared.recipe.quantize.method == "int8_dynamic":
-        flags = tuple(sorted({*flags, *int8_flags()}))
+    lowering = backend(prepared.recipe.compile.backend)
     planned = prepared.planned
     combined = {site for v in planned.variants for site in v.having("combine")}
     marks = tuple(m for m in planned.marks if m.name in combined)
     variants = {v.name: v for v in planned.variants}
     graphs = []
-    for component, group in prepared.graphs.items():
+    for group in prepared.graphs.values():
         for g in group:
             variant = variants.get(variant_name(g.name), Variant(g.name, ()))
             graphs.append(
                 Graph(
                     name=g.name,
-                    package=f"graphs/{component}{backend.SUFFIX}",
+                    package=paths[g.name],
                     inputs=g.inputs,
                     outputs=g.outputs,
                     stores=tuple(m.name for m in variant.storing(marks)) if variant.name in variants else (),
@@ -341,9 +334,10 @@ def describe(folder: Path, prepared: Prepared, weights: Weights, backend: Any) -
             )
     return Manifest(
         family=FAMILY if prepared.recording else FAMILIES[type(prepared.pipe).__name__],
-        requires=Requires(isa_level=level, isa=flags, glibc=glibc_version(), **machine(prepared.recipe)),
+        backend=prepared.recipe.compile.backend,
+        requires=Requires(**machine(prepared.recipe), **lowering.requires(prepared.recipe)),
         source=prepared.source,
-        toolchain={**versions(), **backend.toolchain(prepared.recipe.compile)},
+        toolchain={**versions(), **lowering.toolchain(prepared.recipe.compile)},
         recipe=own_recipe(prepared).model_dump(mode="json"),
         defaults=prepared.defaults,
         pipeline=facts(prepared),
@@ -379,12 +373,11 @@ def own_recipe(prepared: Prepared) -> Recipe:
 
 
 def machine(recipe: Recipe) -> dict[str, Any]:
-    """System, processor family, device and torch's major.minor, as `Requires` names them."""
+    """System, processor family and device, as `Requires` names them."""
     import platform
 
     return {
         "system": platform.system(),
         "machine": platform.machine(),
         "device": recipe.compile.device,
-        "torch": ".".join(torch.__version__.split(".")[:2]),
     }

@@ -11,10 +11,11 @@ import re
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from ..runtime.errors import RecipeError
 from .caches import Cache, Mask, NoCache
+from .lower import names as backends
 from .tables import Conflicts, Problem, Regexes, Table
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -170,6 +171,12 @@ class Shapes(Table):
     batch: Literal[1] = 1
 
 
+def _known_backend(name: str) -> str:
+    if name not in backends():
+        raise ValueError(f"expected one of {', '.join(backends())}, got {name!r}")
+    return name
+
+
 class Compile(Table):
     """How graphs become machine code.
 
@@ -177,15 +184,16 @@ class Compile(Table):
     the highest of them that the exporting CPU has, `native` is everything that CPU has. `threads` is how many threads
     the compiled loops fork, None = as many as torch uses where it is exported; matrix products ask at run time. `inductor`
     holds flags of `torch._inductor.config` by their dotted names; `check_inductor_flags` compares them with the installed
-    torch.
+    torch. `options` are those of the backend, by the names in its documentation.
     """
 
-    backend: Literal["aoti"] = "aoti"
+    backend: Annotated[str, AfterValidator(_known_backend)] = "aoti"
     device: Literal["cpu", "cuda"] = "cpu"
     isa: Literal["host", "native", "x86-64-v3", "x86-64-v4"] = "host"
     threads: int | None = Field(default=None, ge=1)
     channels_last_vae: bool = True
     inductor: Flags = Field(default={})
+    options: Flags = Field(default={})
 
 
 class Verify(Table):

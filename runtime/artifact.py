@@ -6,7 +6,6 @@ out is immutable and may be shared by any number of threads.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,9 +13,8 @@ from pathlib import Path
 import torch
 from pydantic import ValidationError
 
-from .backends.aoti import NativeModel, open_model
-from .backends.unpack import unpacked
-from .check import check, hash_problem, plan_problems, raise_all
+from .backends import Model, backend
+from .check import check, plan_problems, raise_all
 from .contract import Contract, torch_dtype
 from .errors import ArtifactError, misfit
 from .manifest import Graph, Manifest, Site, read_manifest
@@ -28,7 +26,7 @@ from .weights import map_weights
 class BoundGraph:
     """A compiled graph that is ready to be called: constants bound, every call checked against the manifest."""
 
-    def __init__(self, graph: Graph, model: NativeModel, contract: Contract):
+    def __init__(self, graph: Graph, model: Model, contract: Contract):
         self.graph = graph
         self._model = model
         self._contract = contract
@@ -125,35 +123,12 @@ def weight_files(manifest: Manifest) -> list[str]:
 def open_graphs(
     folder: Path, manifest: Manifest, weights: Mapping[str, torch.Tensor], device: torch.device, cache_dir: Path | None
 ) -> dict[str, BoundGraph]:
-    """Every graph by name, its constants bound to `weights`. From its second half on, the artifact's code runs."""
+    """Every graph by name, its constants bound to `weights`. In the middle of it, the artifact's code is opened."""
     contracts = {graph.name: Contract(graph, device) for graph in manifest.graphs}
     constants = {graph.name: constants_of(graph, weights) for graph in manifest.graphs}
 
-    models: dict[str, NativeModel] = {}
-    for package in dict.fromkeys(graph.package for graph in manifest.graphs):
-        wanted = [graph.name for graph in manifest.graphs if graph.package == package]
-        models.update(open_package(folder, manifest, package, wanted, device, cache_dir))
-    for name, model in models.items():
-        model.bind(constants[name])
+    models = backend(manifest.backend).open_models(folder, manifest, constants, device, cache_dir)
     return {graph.name: BoundGraph(graph, models[graph.name], contracts[graph.name]) for graph in manifest.graphs}
-
-
-def open_package(
-    folder: Path, manifest: Manifest, package: str, wanted: list[str], device: torch.device, cache_dir: Path | None
-) -> dict[str, NativeModel]:
-    """The models of one `.pt2`, opened. Its bytes are read once: what was hashed is what is unpacked."""
-    data = (folder / package).read_bytes()
-    sha256 = hashlib.sha256(data).hexdigest()
-    expected = next(entry.sha256 for entry in manifest.files if entry.path == package)
-    if sha256 != expected:
-        raise ArtifactError(f"{folder}: {hash_problem(package, sha256, expected)}")
-    with unpacked(f"{folder / package}", data, sha256, cache_dir) as libraries:
-        if sorted(libraries) != sorted(wanted):
-            raise ArtifactError(
-                f"{folder / package}: the manifest names the models {', '.join(sorted(wanted))}, "
-                f"the package has {', '.join(sorted(libraries)) or 'none'}; export again"
-            )
-        return {name: open_model(so, device) for name, so in libraries.items()}
 
 
 def constants_of(graph: Graph, weights: Mapping[str, torch.Tensor]) -> Tensors:

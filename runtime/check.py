@@ -13,8 +13,9 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
+from .backends import backend
 from .errors import ArtifactError
-from .manifest import Graph, Manifest, Requires
+from .manifest import Graph, Manifest
 from .plan import Evaluation, Plan
 
 FREE = "reports"  # anything may lie in this folder; nothing in it is ever opened
@@ -26,7 +27,7 @@ def check(folder: Path, manifest: Manifest, *, hash_weights: bool = True) -> Non
 
     `hash_weights=False` leaves out the hashes of `weights/`, which hold no code; their sizes are still compared.
     """
-    raise_all(folder, [*name_problems(manifest), *machine_problems(manifest.requires), *reference_problems(manifest)])
+    raise_all(folder, [*name_problems(manifest), *machine_problems(manifest), *reference_problems(manifest)])
     raise_all(folder, file_problems(folder, manifest))
     raise_all(folder, hash_problems(folder, manifest, hash_weights))
 
@@ -98,10 +99,11 @@ def _walk(folder: Path) -> Iterator[str]:
 # --- this machine ---------------------------------------------------------------------------------------------------
 
 
-def machine_problems(requires: Requires) -> Iterator[str]:
+def machine_problems(manifest: Manifest) -> Iterator[str]:
     """What the artifact's native code needs and this machine or this torch does not have."""
     import torch
 
+    requires = manifest.requires
     here = (platform.system(), platform.machine())
     if here != (requires.system, requires.machine):
         yield f"was compiled for {requires.system} {requires.machine}, this machine is {here[0]} {here[1]}; export again on this machine"
@@ -111,7 +113,7 @@ def machine_problems(requires: Requires) -> Iterator[str]:
             "export again on this machine, or with a lower compile.isa"
         )
     version = ".".join(torch.__version__.split(".")[:2])
-    if version != requires.torch:
+    if requires.torch not in (None, version):
         yield (
             f"was compiled with torch {requires.torch}, this is torch {version}, and compiled code is not compatible "
             f"between the two; install torch {requires.torch}, or export again"
@@ -119,6 +121,10 @@ def machine_problems(requires: Requires) -> Iterator[str]:
     yield from glibc_problems(requires.glibc)
     if requires.device == "cuda" and not torch.cuda.is_available():
         yield "was compiled for cuda, this torch sees no GPU; use a CUDA build of torch, or export for the cpu"
+    try:
+        yield from backend(manifest.backend).problems(requires)
+    except ArtifactError as e:
+        yield str(e)
 
 
 def glibc_problems(needed: str | None) -> Iterator[str]:

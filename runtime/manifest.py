@@ -95,8 +95,9 @@ class Source(BaseModel):
 
 
 class Requires(BaseModel):
-    """What this artifact's native code needs of a machine. `torch` is `major.minor`: AOTInductor's C ABI is not kept
-    across minor versions. `isa` are /proc/cpuinfo flags."""
+    """What this artifact's native code needs of a machine. `torch` is `major.minor`, or None where any will do:
+    AOTInductor's C ABI is not kept across minor versions. `packages` are what the backend needs besides, with their
+    versions, which the backend compares. `isa` are /proc/cpuinfo flags."""
 
     model_config = FROZEN
     system: str
@@ -104,8 +105,9 @@ class Requires(BaseModel):
     device: Literal["cpu", "cuda"]
     isa_level: str
     isa: tuple[str, ...]
-    torch: str
+    torch: str | None = None
     glibc: str | None = None
+    packages: dict[str, str] = {}
 
 
 class Defaults(BaseModel):
@@ -120,7 +122,7 @@ class Defaults(BaseModel):
 
 
 class Manifest(BaseModel):
-    """`unverified` are plans that were added after `status` was settled, and that nobody has compared with the pipeline.
+    """`backend` is the module of `runtime/backends` that opens the graphs. `unverified` are plans that were added after `status` was settled, and that nobody has compared with the pipeline.
     `layers` says of each Linear of the denoiser whether it is "int8" or "kept", and why. `channels_last` are the keys
     of stored tensors that lie in memory as N H W C; they are bound as N C H W views of it. `complex` are
     those of stored [..., 2] of real and imaginary parts, bound as complex numbers."""
@@ -130,6 +132,7 @@ class Manifest(BaseModel):
     status: Literal["unverified", "verified", "failed"] = "unverified"
     unverified: tuple[str, ...] = ()
     family: str
+    backend: str = Field(default="aoti", pattern=r"^[a-z][a-z0-9_]*$")
     requires: Requires
     source: Source
     toolchain: dict[str, str]

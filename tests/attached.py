@@ -41,7 +41,6 @@ from transformers import (
 from uncompiled import CPU, bound, captured, prepared
 
 from prebake.exporter import package
-from prebake.exporter.lower import aoti
 from prebake.exporter.package import Weights
 from prebake.exporter.pipeline import describe
 from prebake.exporter.recipe import Recipe, Shapes
@@ -313,7 +312,9 @@ def uncompiled(recipe: Recipe, folder: Path) -> Artifact:
     """The recipe's artifact, its graphs run as they were captured. Plans lie in `folder`."""
     made = prepared(recipe)
     package.write_plans(folder, made.planned.plans)
-    manifest = describe(folder, made, Weights({name: {} for name in captured(made)}, ()), aoti)
+    manifest = describe(
+        folder, made, Weights({name: {} for name in captured(made)}, ()), dict.fromkeys(captured(made), "")
+    )
     graphs = {g.name: bound(g, captured(made)[g.name]) for g in manifest.graphs}
     plans = read_plans(folder, manifest)
     tables = {n: tables_on(p, CPU) for n, p in plans.items()}

@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from prebake.exporter.families import flux
+from prebake.exporter.lower import aoti
 from prebake.exporter.recipe import resolve
 from prebake.exporter.rewrite import rewrite
 from prebake.exporter.rewrite.fuse import fuse_qkv
@@ -149,7 +150,9 @@ def test_one_int8_layer_is_within_its_rounding():
     model, x = FeedForward(), torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         exact = model(x)
-        assert quantize(model, recipe().quantize, 64) == {"block.ff.0": ("int8", "feed-forward, 64x128")}
+        assert quantize(model, recipe().quantize, 64, aoti.quantized) == {
+            "block.ff.0": ("int8", "feed-forward, 64x128")
+        }
         # each factor is off by at most half of 1/127 of its row's largest value, evenly spread: about 1% in all
         assert 1e-4 < relative_error(model(x), exact) < 0.02
         model.block["ff"][0].bias += 0.1  # the canary
@@ -159,7 +162,7 @@ def test_one_int8_layer_is_within_its_rounding():
 def test_layers_below_the_ratio_are_kept_with_their_size():
     model = FeedForward()
     model.block["ff"].append(nn.Linear(128, 128))
-    assert quantize(model, recipe("quantize.min_width_ratio=1.5").quantize, 64) == {
+    assert quantize(model, recipe("quantize.min_width_ratio=1.5").quantize, 64, aoti.quantized) == {
         "block.ff.0": ("kept", "feed-forward, 64x128 is smaller than 96"),
         "block.ff.1": ("int8", "feed-forward, 128x128"),
     }

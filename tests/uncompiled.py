@@ -9,7 +9,6 @@ import torch
 
 from prebake.exporter import package
 from prebake.exporter.capture import Captured
-from prebake.exporter.lower import aoti
 from prebake.exporter.package import Weights
 from prebake.exporter.pipeline import Prepared, describe, prepare
 from prebake.exporter.progress import progress
@@ -36,7 +35,9 @@ def prepared(recipe: Recipe) -> Prepared:
 def opened(prepared: Prepared, folder: Path) -> Pipeline:
     package.write_plans(folder, prepared.planned.plans)
     package.write_tokenizers(folder, prepared.family.tokenizers(prepared.pipe, prepared.size))
-    manifest = describe(folder, prepared, Weights({name: {} for name in captured(prepared)}, ()), aoti)
+    manifest = describe(
+        folder, prepared, Weights({name: {} for name in captured(prepared)}, ()), dict.fromkeys(captured(prepared), "")
+    )
     graphs = {g.name: bound(g, captured(prepared)[g.name]) for g in manifest.graphs}
     plans = read_plans(folder, manifest)
     tables = {n: tables_on(p, CPU, manifest.pipeline["timestep_scale"]) for n, p in plans.items()}

@@ -1,5 +1,71 @@
-"""Lowering: all captured graphs of one package go in at once (a backend may share between them), files come out."""
+"""Lowering: captured graphs go in, all of an artifact at once (a backend may share between them), files come out.
+
+A backend is a module here and one of the same name in `runtime/backends`, and nothing else: `compile.backend` names it, and
+no other file knows it. What a module here has to offer is `Backend`.
+"""
 
 from __future__ import annotations
 
-BACKENDS = {"aoti": ".aoti"}
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+from ...runtime.backends import names as opened_names
+from ...runtime.errors import ExportError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..capture import Captured
+
+Groups = Mapping[str, Sequence["Captured"]]
+"""Component -> its graphs: several variants of the denoiser, one of every other component."""
+
+
+class Backend(Protocol):
+    """`config` is a recipe's `compile` table. `CHANNELS_LAST`: convolutions read their weights as N H W C, and would have to
+    reorder others at every call."""
+
+    CHANNELS_LAST: bool
+
+    def quantized(self, model: nn.Module, names: set[str]) -> None:
+        """Makes the Linears of these names int8, in place: weights by row, activations by token as they come."""
+        ...
+
+    def rewritten(self, graph: Captured) -> Captured:
+        """The graph as it is lowered. Its constants are what the artifact stores, and what the graph is bound to."""
+        ...
+
+    def lower(self, folder: Path, groups: Groups, config: Any, doing: Callable[[str], None]) -> dict[str, str]:
+        """Writes the code of every graph under `folder`, and returns graph -> path there. `doing` says what is compiled.
+
+        Raises ExportError naming the graph that the backend cannot compile.
+        """
+        ...
+
+    def requires(self, recipe: Any) -> dict[str, Any]:
+        """What the code needs of a machine, as fields of the manifest's `Requires`."""
+        ...
+
+    def toolchain(self, config: Any) -> dict[str, str]:
+        """What else of this machine went into the code."""
+        ...
+
+
+def names() -> tuple[str, ...]:
+    """The backends that can be exported and opened, sorted; found by their files, none of them imported."""
+    return tuple(sorted({m.name for m in pkgutil.iter_modules(__path__)} & set(opened_names())))
+
+
+def backend(name: str) -> Backend:
+    """The module of that name. Raises ExportError where a package that it needs is not installed."""
+    if name not in names():
+        raise ExportError(f"compile.backend {name!r}: there is none of that name; there are {', '.join(names())}")
+    try:
+        return cast(Backend, importlib.import_module(f".{name}", __name__))
+    except ModuleNotFoundError as e:
+        raise ExportError(
+            f"compile.backend {name!r}: needs the package {e.name}, which is not installed; {e.msg}"
+        ) from e

@@ -14,15 +14,18 @@ import os
 import stat
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ...runtime.errors import ExportError
 from ..capture import Captured
-from .isa import choose, inductor_flags
+from ..toolchain import glibc_version
+from . import Groups
+from .isa import choose, inductor_flags, int8_flags
 
 PACKAGED = {
     "aot_inductor.package": True,
@@ -33,6 +36,7 @@ PACKAGED = {
     # through the assembler the .so would ask for an executable stack, which glibc >= 2.41 refuses to load
     "aot_inductor.use_consts_asm_build": False,
 }
+CHANNELS_LAST = True
 SUFFIX = ".pt2"
 KEPT_SUFFIXES = (".so", ".json", ".cubin")
 EPOCH = (1980, 1, 1, 0, 0, 0)
@@ -56,6 +60,48 @@ def threads(config: Any) -> int:
 def toolchain(config: Any) -> dict[str, str]:
     """What else of this machine went into the code, for the manifest."""
     return {"threads": str(threads(config))}
+
+
+def requires(recipe: Any) -> dict[str, Any]:
+    """The instruction set, this torch and this C library."""
+    level, flags = choose(recipe.compile.isa)
+    if recipe.quantize.method == "int8_dynamic":
+        flags = tuple(sorted({*flags, *int8_flags()}))
+    return {
+        "isa_level": level,
+        "isa": flags,
+        "torch": ".".join(torch.__version__.split(".")[:2]),
+        "glibc": glibc_version(),
+    }
+
+
+def quantized(model: nn.Module, names: set[str]) -> None:
+    """By torchao, whose tensor subclasses are unwrapped at the end, so that every stored weight is a plain tensor."""
+    from torch._functorch._aot_autograd.subclass_parametrization import unwrap_tensor_subclass_parameters
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    # set_inductor_config would change Inductor's global flags behind the recipe's back
+    quantize_(model, Int8DynamicActivationInt8WeightConfig(set_inductor_config=False), lambda _, name: name in names)
+    unwrap_tensor_subclass_parameters(model)
+
+
+def rewritten(graph: Captured) -> Captured:
+    """As it is: Inductor has its own passes."""
+    return graph
+
+
+def lower(folder: Path, groups: Groups, config: Any, doing: Callable[[str], None]) -> dict[str, str]:
+    """A package for each component."""
+    chosen, paths = flags(config), {}
+    for component, graphs in groups.items():
+        files = {}
+        for graph in graphs:
+            doing(f"{component}: {graph.name}" if component != graph.name else component)
+            files[graph.name] = compile_graph(graph, chosen)
+        path = f"graphs/{component}{SUFFIX}"
+        write_package(folder / path, files)
+        paths |= dict.fromkeys(files, path)
+    return paths
 
 
 def compile_graph(graph: Captured, flags: dict[str, Any], folder: Path | None = None) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..lower import backend
 from .fuse import fuse_qkv
 from .hooked import refuse_hooked
 from .quantize import quantize
@@ -37,9 +38,10 @@ def rewrite_denoiser(name: str, denoiser: Any, recipe: Any) -> Layers:
     refuse_hooked(name, denoiser)
     if recipe.fuse.qkv:
         fuse_qkv(name, denoiser, key="fuse.qkv")
-    if name == "unet":  # Inductor's convolutions read their weights so, and would reorder others at every evaluation
+    lowering = backend(recipe.compile.backend)
+    if name == "unet" and lowering.CHANNELS_LAST:
         denoiser.to(memory_format=torch.channels_last)
-    return quantize(denoiser, recipe.quantize, inner_width(denoiser))
+    return quantize(denoiser, recipe.quantize, inner_width(denoiser), lowering.quantized)
 
 
 def inner_width(denoiser: Any) -> int:

@@ -1,14 +1,14 @@
-"""int8 dynamic: weights as int8 with a scale per row, activations quantized per token as they come, by torchao.
+"""int8 dynamic: weights as int8 with a scale per row, activations quantized per token as they come, by the backend.
 
 Which Linear is quantized goes by its kind (attention and feed-forward yes; modulation, embeddings and the final
 projection no: they are small, run on one row, or carry the whole signal) and by its size against the model's width.
-The filter is that of diffusion-fast and flux-fast, said by role instead of by name. torchao's tensor subclasses are
-unwrapped at the end, so that every stored weight is a plain tensor.
+The filter is that of diffusion-fast and flux-fast, said by role instead of by name.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -48,8 +48,10 @@ def treatment(name: str, linear: nn.Linear, config: Any, width: int) -> tuple[st
     return "int8", f"{role}, {linear.in_features}x{linear.out_features}"
 
 
-def quantize(model: nn.Module, config: Any, width: int) -> dict[str, tuple[str, str]]:
-    """Quantizes `model` in place; returns every Linear's treatment. Raises ExportError when no layer qualifies."""
+def quantize(
+    model: nn.Module, config: Any, width: int, quantized: Callable[[nn.Module, set[str]], None]
+) -> dict[str, tuple[str, str]]:
+    """Quantizes `model` in place; returns every Linear's treatment. `quantized` is the backend's. Raises ExportError when no layer qualifies."""
     linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     if config.method == "none":
         return dict.fromkeys(linears, ("kept", "quantize.method is none"))
@@ -61,10 +63,5 @@ def quantize(model: nn.Module, config: Any, width: int) -> dict[str, tuple[str, 
             f"quantize.method {config.method!r} fits none of the model's {len(layers)} Linear layers ({'; '.join(reasons[:4])}); "
             "relax quantize.include, exclude or min_width_ratio, or set quantize.method=none"
         )
-    from torch._functorch._aot_autograd.subclass_parametrization import unwrap_tensor_subclass_parameters
-    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
-
-    # set_inductor_config would change Inductor's global flags behind the recipe's back
-    quantize_(model, Int8DynamicActivationInt8WeightConfig(set_inductor_config=False), lambda _, name: name in chosen)
-    unwrap_tensor_subclass_parameters(model)
+    quantized(model, chosen)
     return layers

@@ -1,1 +1,59 @@
+"""Backends: a module each that opens what the module of the same name in `exporter/lower` has written.
 
+The manifest's `backend` names it, and no other file knows it. What a module here has to offer is `Backend`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, cast
+
+from ..errors import ArtifactError
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..manifest import Manifest, Requires
+
+Model = Callable[[Sequence["torch.Tensor"]], list["torch.Tensor"]]
+"""A graph as machine code: flat inputs, which the caller has checked, to flat outputs."""
+
+
+class Backend(Protocol):
+    def problems(self, requires: Requires) -> Iterator[str]:
+        """What this process lacks of what the code needs, a sentence each. Nothing of the artifact has been opened."""
+        ...
+
+    def open_models(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        constants: Mapping[str, Mapping[str, torch.Tensor]],
+        device: torch.device,
+        cache_dir: Path | None,
+    ) -> dict[str, Model]:
+        """Every graph by name, ready to be called. `constants` are each graph's own, tensors that several graphs share
+        and that outlive the models. Raises ArtifactError for files that are not what they should be."""
+        ...
+
+
+def names() -> tuple[str, ...]:
+    """The backends there are, sorted; found by their files, none of them imported."""
+    return tuple(sorted(m.name for m in pkgutil.iter_modules(__path__)))
+
+
+def backend(name: str) -> Backend:
+    """The module of that name. Raises ArtifactError where there is none, or where what it needs is not installed."""
+    if name not in names():
+        raise ArtifactError(
+            f"manifest.json [backend]: {name!r} is not one that this runtime opens: {', '.join(names())}"
+        )
+    try:
+        return cast(Backend, importlib.import_module(f".{name}", __name__))
+    except ModuleNotFoundError as e:
+        raise ArtifactError(
+            f"the artifact is for the backend {name!r}, which needs the package {e.name}: {e.msg}"
+        ) from e

@@ -8,13 +8,57 @@ bound is a segmentation fault there, an ArtifactError here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch._C import _aoti  # pyright: ignore[reportAttributeAccessIssue]  (private, so not in the stubs)
 
+from ..check import hash_problem
 from ..errors import ArtifactError
+from ..manifest import Manifest, Requires
+from ..unpack import unpacked
+
+
+def problems(requires: Requires) -> Iterator[str]:
+    """None: torch's version, which is all that this needs, is compared for every backend."""
+    return iter(())
+
+
+def open_models(
+    folder: Path,
+    manifest: Manifest,
+    constants: Mapping[str, Mapping[str, torch.Tensor]],
+    device: torch.device,
+    cache_dir: Path | None,
+) -> dict[str, NativeModel]:
+    """Every graph by name, its constants bound. From its second half on, the artifact's code runs."""
+    models: dict[str, NativeModel] = {}
+    for package in dict.fromkeys(graph.package for graph in manifest.graphs):
+        wanted = [graph.name for graph in manifest.graphs if graph.package == package]
+        models.update(open_package(folder, manifest, package, wanted, device, cache_dir))
+    for name, model in models.items():
+        model.bind(constants[name])
+    return models
+
+
+def open_package(
+    folder: Path, manifest: Manifest, package: str, wanted: list[str], device: torch.device, cache_dir: Path | None
+) -> dict[str, NativeModel]:
+    """The models of one `.pt2`, opened. Its bytes are read once: what was hashed is what is unpacked."""
+    data = (folder / package).read_bytes()
+    sha256 = hashlib.sha256(data).hexdigest()
+    expected = next(entry.sha256 for entry in manifest.files if entry.path == package)
+    if sha256 != expected:
+        raise ArtifactError(f"{folder}: {hash_problem(package, sha256, expected)}")
+    with unpacked(f"{folder / package}", data, sha256, cache_dir) as libraries:
+        if sorted(libraries) != sorted(wanted):
+            raise ArtifactError(
+                f"{folder / package}: the manifest names the models {', '.join(sorted(wanted))}, "
+                f"the package has {', '.join(sorted(libraries)) or 'none'}; export again"
+            )
+        return {name: open_model(so, device) for name, so in libraries.items()}
 
 
 def open_model(so: Path, device: torch.device) -> NativeModel:

@@ -4,6 +4,7 @@ from prebake.runtime.manifest import Defaults, FileEntry, Manifest, Requires, So
 
 TINY = """\
 {
+  "backend": "aoti",
   "channels_last": [],
   "complex": [],
   "defaults": {
@@ -41,6 +42,7 @@ TINY = """\
     ],
     "isa_level": "v3",
     "machine": "x86_64",
+    "packages": {},
     "system": "Linux",
     "torch": "2.13"
   },

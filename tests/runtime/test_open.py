@@ -19,7 +19,7 @@ import toy
 from prebake.runtime import ArtifactError, load
 from prebake.runtime.artifact import open_artifact
 from prebake.runtime.backends import aoti
-from prebake.runtime.backends.unpack import default_cache, unpacked
+from prebake.runtime.unpack import default_cache, unpacked
 from prebake.runtime.weights import map_weights
 
 

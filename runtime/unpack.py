@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 
-from ..errors import ArtifactError
+from .errors import ArtifactError
 
 SUFFIXES = (".so", ".json", ".cubin")
 

@@ -1,0 +1,62 @@
+"""A backend in a few lines: what is stored of a graph is the graph, and its weights come in as further inputs."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from prebake.exporter.capture import Captured
+from prebake.exporter.lower import Groups
+from prebake.runtime.errors import ExportError
+
+CHANNELS_LAST = False
+
+
+def quantized(model: nn.Module, names: set[str]) -> None:
+    raise ExportError("compile.backend 'eager' has no int8; set quantize.method=none")
+
+
+def rewritten(graph: Captured) -> Captured:
+    return graph
+
+
+def lower(folder: Path, groups: Groups, config: Any, doing: Callable[[str], None]) -> dict[str, str]:
+    (folder / "graphs").mkdir()
+    paths = {g.name: f"graphs/{g.name}.pt2" for graphs in groups.values() for g in graphs}
+    for graph in (g for graphs in groups.values() for g in graphs):
+        doing(graph.name)
+        program = torch.export.export(lifted(graph), (*graph.args, *sorted_constants(graph)), strict=False)
+        program._example_inputs = None  # among them are the weights
+        torch.export.save(program, folder / paths[graph.name])
+    return paths
+
+
+def sorted_constants(graph: Captured) -> list[torch.Tensor]:
+    return [tensor.detach() for _, tensor in sorted(graph.constants().items())]
+
+
+def lifted(graph: Captured) -> fx.GraphModule:
+    """The graph with its constants as inputs after its own, in the order of their names."""
+    lifted = copy.deepcopy(graph.gm.graph)
+    lifted.set_codegen(fx.graph.CodeGen())
+    last = lifted.find_nodes(op="placeholder")[-1]
+    for i, name in enumerate(sorted(graph.constants())):
+        with lifted.inserting_after(last):
+            last = lifted.placeholder(f"constant_{i}")
+        for node in [n for n in lifted.find_nodes(op="get_attr") if n.target == name]:
+            node.replace_all_uses_with(last)
+            lifted.erase_node(node)
+    return fx.GraphModule(graph.gm, lifted)
+
+
+def requires(recipe: Any) -> dict[str, Any]:
+    return {"isa_level": "any", "isa": (), "packages": {"torch": torch.__version__}}
+
+
+def toolchain(config: Any) -> dict[str, str]:
+    return {}

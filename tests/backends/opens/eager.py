@@ -1,0 +1,31 @@
+"""The other half: the stored graphs, run as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+
+from prebake.runtime.backends import Model
+from prebake.runtime.manifest import Manifest, Requires
+
+
+def problems(requires: Requires) -> Iterator[str]:
+    if requires.packages["torch"] != torch.__version__:
+        yield f"was exported with torch {requires.packages['torch']}, this is {torch.__version__}; export again"
+
+
+def open_models(
+    folder: Path,
+    manifest: Manifest,
+    constants: Mapping[str, Mapping[str, torch.Tensor]],
+    device: torch.device,
+    cache_dir: Path | None,
+) -> dict[str, Model]:
+    models: dict[str, Model] = {}
+    for graph in manifest.graphs:
+        module = torch.export.load(folder / graph.package).module()
+        bound = [tensor for _, tensor in sorted(constants[graph.name].items())]
+        models[graph.name] = lambda inputs, module=module, bound=bound: [t.clone() for t in module(*inputs, *bound)]
+    return models

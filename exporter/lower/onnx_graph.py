@@ -1,0 +1,151 @@
+"""A captured graph as an ONNX model: for every backend that reads ONNX, and for nothing else.
+
+The graph comes from `onnx_rewrite.rewritten`. Out comes a model whose initializers have the names of the graph's constants
+and no data: each backend binds the artifact's own tensors to them. Its bytes depend on the graph alone; traces and paths of
+the sources are left out. int8 Linears (`w8a8.py`) are Q/DQ pairs of constant scales, which ONNX Runtime and TensorRT
+both turn into products of int8: x / max|x| of its token is what is quantized, and the maximum is multiplied in again after.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import torch
+from onnx_ir.passes import common
+from onnxscript import opset21 as op
+from torch import Tensor
+
+from ...runtime.errors import ExportError
+from ..capture import Captured
+from .w8a8 import LEVELS, TINY
+
+OPSET = 21
+"""Of 23 and later the `Attention` operator fails in TensorRT-RTX 1.7 in float32, and inside an `If` in any dtype."""
+DATA = "weights"
+"""Where the model says that its initializers' data lies: there is no such file, they are bound."""
+
+
+def onnx_model(graph: Captured, opset: int = OPSET) -> onnx.ModelProto:
+    """The graph as ONNX, with inputs and outputs named as its own. Raises ExportError naming what ONNX cannot say."""
+    constants = graph.constants()
+    if pairs := sorted(name for name, tensor in constants.items() if tensor.is_complex()):
+        raise ExportError(
+            f"graph {graph.name!r}: constant {pairs[0]!r} is complex, which ONNX has no operators for; set compile.backend=aoti"
+        )
+    model = translated(graph, opset)
+    for name, tensor in constants.items():
+        if name in model.graph.initializers:
+            model.graph.initializers[name].const_value = without_data(name, tensor)
+    model.metadata_props.clear()
+    model.producer_version = None
+    common.ClearMetadataAndDocStringPass()(model)
+    common.IdentityEliminationPass()(model)
+    common.RemoveUnusedNodesPass()(model)
+    return ir.to_proto(model)
+
+
+def translated(graph: Captured, opset: int) -> ir.Model:
+    """By torch.onnx, without its optimizer, whose time grows faster than the graph."""
+    try:
+        with quiet():
+            program = torch.export.export(graph.gm, graph.args, strict=False)
+            made = torch.onnx.export(
+                program,
+                (),
+                dynamo=True,
+                opset_version=opset,
+                optimize=False,
+                verbose=False,
+                input_names=[s.name for s in graph.inputs],
+                output_names=[s.name for s in graph.outputs],
+                custom_translation_table={torch.ops.prebake.w8a8.default: w8a8()},
+            )
+    except Exception as e:
+        lines = [line for line in str(e).splitlines() if line.strip()]
+        raise ExportError(
+            f"graph {graph.name!r}: it has no form in ONNX ({type(e).__name__}: {lines[-1] if lines else 'no message'}); "
+            "set compile.backend=aoti"
+        ) from e
+    assert made is not None
+    return made.model
+
+
+def w8a8() -> Any:
+    """What writes `prebake::w8a8`. Products of one input share its scaling, and each has quantizing nodes of its own: that
+    is the pattern which runtimes look for."""
+    scaled: dict[Any, tuple[Any, Any]] = {}
+
+    def translate(x: Any, weight: Any, scale: Any, bias: Any = None) -> Any:
+        if x not in scaled:
+            wide = x if x.dtype == ir.DataType.FLOAT else op.Cast(x, to=ir.DataType.FLOAT)
+            largest = op.ReduceMax(op.Abs(wide), op.Constant(value_ints=[-1]), keepdims=1)
+            largest = op.Max(largest, op.Constant(value_float=TINY))
+            scaled[x] = op.Div(wide, largest), largest
+        tokens, largest = scaled[x]
+        step, zero = op.Constant(value_float=1 / LEVELS), op.Constant(value=onnx_scalar(0))
+        left = op.DequantizeLinear(op.QuantizeLinear(tokens, step, zero), step, zero)
+        y = op.Mul(op.MatMul(left, op.DequantizeLinear(weight, scale, axis=1)), largest)
+        if bias is not None:
+            y = op.Add(y, bias if bias.dtype == ir.DataType.FLOAT else op.Cast(bias, to=ir.DataType.FLOAT))
+        return y if x.dtype == ir.DataType.FLOAT else op.Cast(y, to=x.dtype)
+
+    return translate
+
+
+def onnx_scalar(value: int) -> onnx.TensorProto:
+    """An int8 of no dimensions."""
+    return onnx.helper.make_tensor("", onnx.TensorProto.INT8, (), [value])
+
+
+def without_data(name: str, tensor: Tensor) -> ir.ExternalTensor:
+    """The tensor's name, dtype, shape and size."""
+    dtype = ir.DataType[DTYPES[tensor.dtype]]
+    return ir.ExternalTensor(DATA, 0, tensor.nbytes, dtype, shape=ir.Shape(tensor.shape), name=name, base_dir="")
+
+
+DTYPES = {
+    torch.float32: "FLOAT",
+    torch.float16: "FLOAT16",
+    torch.bfloat16: "BFLOAT16",
+    torch.float64: "DOUBLE",
+    torch.int8: "INT8",
+    torch.uint8: "UINT8",
+    torch.int16: "INT16",
+    torch.int32: "INT32",
+    torch.int64: "INT64",
+    torch.bool: "BOOL",
+}
+"""torch's dtype -> ONNX's name of it."""
+
+
+def with_data(model: onnx.ModelProto, constants: Mapping[str, Tensor]) -> onnx.ModelProto:
+    """A copy of the model with its constants' values inside: for checkers, which want a whole model, and for small ones."""
+    whole = onnx.ModelProto()
+    whole.CopyFrom(model)
+    for initializer in whole.graph.initializer:
+        if initializer.data_location == onnx.TensorProto.EXTERNAL:
+            initializer.ClearField("data_location")
+            del initializer.external_data[:]
+            values = constants[initializer.name].detach().contiguous().reshape(-1)
+            initializer.raw_data = values.view(torch.uint8).numpy().tobytes()
+    return whole
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without torch.onnx's notes on packages that nothing here needs."""
+    log = logging.getLogger("torch.onnx._internal.exporter._registration")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(before)

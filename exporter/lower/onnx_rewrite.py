@@ -1,0 +1,118 @@
+"""A captured graph in the words that ONNX has: `rewritten` for the backends that go by `onnx_graph.py`.
+
+    before  y = linear(x, weight, bias);  a, b = chunk(y, 2, -1);          z = cat([half, float])
+    after   y = x @ weight_t + bias;      a, b = y[..., :n], y[..., n:];   z = cat([half.to(float), float])
+
+ONNX multiplies by [in, out], has no operator that promotes, and its lists of tensors are a type that few compilers take.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+import weakref
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ..capture import Captured
+from ..rewrite.fold import get_tensor
+from ..rewrite.prune import prune
+
+aten = torch.ops.aten
+SPLITS = (aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int)
+JOINS = (aten.cat.default, aten.concat.default, aten.stack.default)
+
+
+class Transposed:
+    """A weight as [in, out], and the one it is made from, which lives as long, so that its address stays its own."""
+
+    def __init__(self, weight: Tensor):
+        self.weight = weight
+        self.tensor = weight.detach().t().contiguous()
+
+
+TRANSPOSED: weakref.WeakValueDictionary[tuple[Any, ...], Transposed] = weakref.WeakValueDictionary()
+"""What the graphs that are alive have transposed: variants of a model share its weights, and go on sharing them."""
+
+
+def rewritten(graph: Captured) -> Captured:
+    """The graph with its Linears' weights as [in, out], without lists of tensors, and without mixed dtypes in a `cat`."""
+    gm = fx.GraphModule(graph.gm, copy.deepcopy(graph.gm.graph))
+    kept: dict[str, Transposed] = {}
+    for node in list(gm.graph.nodes):
+        if node.op != "call_function":
+            continue
+        if node.target is aten.linear.default:
+            multiply(gm, node, kept)
+        elif node.target in SPLITS:
+            cut(gm, node)
+        elif node.target in JOINS:
+            promote(gm, node)
+    gm.meta["transposed"] = tuple(kept.values())
+    return replace(graph, gm=prune(gm))
+
+
+def multiply(gm: fx.GraphModule, node: fx.Node, kept: dict[str, Transposed]) -> None:
+    """A Linear of a stored weight as a product and a sum."""
+    x, weight, *bias = node.args
+    if not isinstance(weight, fx.Node) or weight.op != "get_attr":
+        return
+    name = f"{weight.target}_t"
+    if name not in kept:
+        kept[name] = transposed(get_tensor(gm, str(weight.target)))
+        path, _, leaf = name.rpartition(".")
+        gm.get_submodule(path).register_buffer(leaf, kept[name].tensor)
+    with gm.graph.inserting_before(node):
+        product = gm.graph.call_function(aten.matmul.default, (x, gm.graph.get_attr(name)))
+        product.meta["val"] = node.meta["val"]
+        if bias and bias[0] is not None:
+            product = gm.graph.call_function(aten.add.Tensor, (product, bias[0]))
+            product.meta["val"] = node.meta["val"]
+    node.replace_all_uses_with(product)
+
+
+def transposed(weight: Tensor) -> Transposed:
+    key = (weight.data_ptr(), weight.dtype, tuple(weight.shape), weight.stride())
+    made = TRANSPOSED.get(key)
+    if made is None:
+        made = TRANSPOSED[key] = Transposed(weight)
+    return made
+
+
+def cut(gm: fx.GraphModule, node: fx.Node) -> None:
+    """A split as a slice, and `unbind` as a selection, for each part that is read."""
+    if any(user.target is not operator.getitem for user in node.users):
+        return
+    x: Any = node.args[0]
+    selects = node.target is aten.unbind.int
+    dim = node.kwargs.get("dim", node.args[(1 if selects else 2)] if len(node.args) > (1 if selects else 2) else 0)
+    sizes = [1 if selects else part.shape[dim] for part in node.meta["val"]]
+    for user in list(node.users):
+        i: Any = user.args[1]
+        begin = sum(sizes[:i])
+        with gm.graph.inserting_before(user):
+            if selects:
+                part = gm.graph.call_function(aten.select.int, (x, dim, begin))
+            else:
+                part = gm.graph.call_function(aten.slice.Tensor, (x, dim, begin, begin + sizes[i]))
+        part.meta["val"] = user.meta["val"]
+        user.replace_all_uses_with(part)
+
+
+def promote(gm: fx.GraphModule, node: fx.Node) -> None:
+    """Casts what is joined to the dtype of the result, where it is another."""
+    dtype = node.meta["val"].dtype
+    parts: Any = node.args[0]
+
+    def cast(part: fx.Node) -> fx.Node:
+        if part.meta["val"].dtype == dtype:
+            return part
+        with gm.graph.inserting_before(node):
+            fresh = gm.graph.call_function(aten._to_copy.default, (part,), {"dtype": dtype})
+        fresh.meta["val"] = part.meta["val"].to(dtype)
+        return fresh
+
+    node.args = ([cast(part) for part in parts], *node.args[1:])

@@ -1,0 +1,72 @@
+"""A Linear in int8 as one operator, `prebake::w8a8`: weights int8 by column, activations quantized per token as they come.
+
+    y = round(x / a * 127) @ weight * (a / 127) * scale + bias        with a = max |x| over the features of a token
+
+The arithmetic of torchao's `Int8DynamicActivationInt8WeightConfig`. As one operator it survives torch.export, is counted as
+what it is, and each backend writes it in the form that its own matchers know (`onnx_graph.py`).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+LEVELS = 127
+"""Largest magnitude of a quantized activation."""
+TINY = torch.finfo(torch.float32).tiny
+"""What a token of zeros is divided by."""
+
+
+@torch.library.custom_op("prebake::w8a8", mutates_args=())
+def w8a8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """x [..., K] times int8 `weight` [K, N]: [..., N] in x's dtype. `scale` is float32 [N], `bias` [N] in any float dtype."""
+    tokens = x.reshape(-1, x.shape[-1]).float()
+    a = largest(tokens)
+    q = (tokens / a / (1 / LEVELS)).round().to(torch.int8)
+    y = torch._int_mm(q, weight).float() * (scale / LEVELS) * a
+    y = y if bias is None else y + bias
+    return y.to(x.dtype).reshape(*x.shape[:-1], -1)
+
+
+@w8a8.register_fake
+def _(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[1])
+
+
+def largest(tokens: Tensor) -> Tensor:
+    """max |x| of each token, [T, 1], above 0."""
+    return tokens.abs().amax(-1, keepdim=True).clamp_min(TINY)
+
+
+class W8A8Linear(nn.Module):
+    """What stands for a Linear: its weights quantized, rounded to nearest, as [in, out]."""
+
+    weight: Tensor
+    scale: Tensor
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        weight, scale = by_row(linear.weight.detach())
+        self.register_buffer("weight", weight.t().contiguous())
+        self.register_buffer("scale", scale)
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return w8a8(x, self.weight, self.scale, self.bias)
+
+
+def by_row(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """[N, K] as int8 in -128 .. 127, and its scales, float32 [N]: a row's largest magnitude lies at 127.5, as in torchao."""
+    rows = weight.float()
+    scale = (rows.abs().amax(1) / 127.5).clamp_min(torch.finfo(torch.float32).eps)
+    return (rows * (1 / scale)[:, None]).round().clamp(-128, 127).to(torch.int8), scale
+
+
+def quantized(model: nn.Module, names: set[str]) -> None:
+    """Replaces the Linears of these names in place."""
+    for name in sorted(names):
+        path, _, leaf = name.rpartition(".")
+        parent, linear = model.get_submodule(path), model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        setattr(parent, leaf, W8A8Linear(linear))

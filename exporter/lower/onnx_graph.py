@@ -18,13 +18,14 @@ import onnx
 import onnx_ir as ir
 import torch
 from onnx_ir.passes import common
-from onnxscript import opset21 as op
+from onnxscript import opset21
 from torch import Tensor
 
 from ...runtime.errors import ExportError
 from ..capture import Captured
 from .w8a8 import LEVELS, TINY
 
+op: Any = opset21
 OPSET = 21
 """Of 23 and later the `Attention` operator fails in TensorRT-RTX 1.7 in float32, and inside an `If` in any dtype."""
 DATA = "weights"

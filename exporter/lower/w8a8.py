@@ -1,8 +1,8 @@
 """A Linear in int8 as one operator, `prebake::w8a8`: weights int8 by column, activations quantized per token as they come.
 
-    y = round(x / a * 127) @ weight * (a / 127) * scale + bias        with a = max |x| over the features of a token
+    y = round(x / a * 127.5) @ weight * (a / 127.5) * scale + bias        with a = max |x| over the features of a token
 
-The arithmetic of torchao's `Int8DynamicActivationInt8WeightConfig`. As one operator it survives torch.export, is counted as
+The arithmetic of torchao's `Int8DynamicActivationInt8WeightConfig`: what rounds to 128 becomes 127. As one operator it survives torch.export, is counted as
 what it is, and each backend writes it in the form that its own matchers know (`onnx_graph.py`).
 """
 
@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-LEVELS = 127
-"""Largest magnitude of a quantized activation."""
+LEVELS = 127.5
+"""Where the largest magnitude of a token, or of a weight's row, lies among the integers -128 .. 127."""
 TINY = torch.finfo(torch.float32).tiny
 """What a token of zeros is divided by."""
 
@@ -22,7 +22,7 @@ def w8a8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tenso
     """x [..., K] times int8 `weight` [K, N]: [..., N] in x's dtype. `scale` is float32 [N], `bias` [N] in any float dtype."""
     tokens = x.reshape(-1, x.shape[-1]).float()
     a = largest(tokens)
-    q = (tokens / a / (1 / LEVELS)).round().to(torch.int8)
+    q = (tokens / a / (1 / LEVELS)).round().clamp(-128, 127).to(torch.int8)
     y = torch._int_mm(q, weight).float() * (scale / LEVELS) * a
     y = y if bias is None else y + bias
     return y.to(x.dtype).reshape(*x.shape[:-1], -1)
@@ -57,9 +57,9 @@ class W8A8Linear(nn.Module):
 
 
 def by_row(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """[N, K] as int8 in -128 .. 127, and its scales, float32 [N]: a row's largest magnitude lies at 127.5, as in torchao."""
+    """[N, K] as int8 in -128 .. 127, and its scales, float32 [N]: as in torchao."""
     rows = weight.float()
-    scale = (rows.abs().amax(1) / 127.5).clamp_min(torch.finfo(torch.float32).eps)
+    scale = (rows.abs().amax(1) / LEVELS).clamp_min(torch.finfo(torch.float32).eps)
     return (rows * (1 / scale)[:, None]).round().clamp(-128, 127).to(torch.int8), scale
 
 

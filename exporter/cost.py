@@ -6,6 +6,7 @@ loops in between. `speed.py` turns a `Census` into a time on this machine.
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -21,9 +22,11 @@ from ..runtime.errors import ExportError
 from ..runtime.manifest import Cost
 from ..runtime.plan import Plan
 from .capture import Captured
+from .lower import w8a8
 
 FLOP_FORMULAS = {
     torch.ops.aten._int_mm: lambda a, b, *rest, **kwargs: mm_flop(a, b),
+    w8a8.OPERATOR: lambda x, weight, *rest, **kwargs: mm_flop((math.prod(x[:-1]), x[-1]), weight),
     # torch counts the attention of every device but this one, which it silently takes for free
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *rest, **kwargs: sdpa_flop_count(
         q, k, v
@@ -74,8 +77,9 @@ class Heavy:
 
     @property
     def label(self) -> str:
-        """`matmul int8`: the class and the dtype of what is multiplied."""
-        return f"{self.kind} {str(self.operands[0].dtype).removeprefix('torch.')}"
+        """`matmul int8`: the class and the dtype of what is multiplied, of two the smaller."""
+        dtype = min((o.dtype for o in self.operands[:2]), key=lambda d: d.itemsize)
+        return f"{self.kind} {str(dtype).removeprefix('torch.')}"
 
 
 @dataclass(frozen=True)

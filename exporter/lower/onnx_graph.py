@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ...runtime.errors import ExportError
 from ..capture import Captured
-from .w8a8 import LEVELS, TINY
+from .w8a8 import LEVELS, OPERATOR, TINY
 
 op: Any = opset21
 OPSET = 21
@@ -65,7 +65,7 @@ def translated(graph: Captured, opset: int) -> ir.Model:
                 verbose=False,
                 input_names=[s.name for s in graph.inputs],
                 output_names=[s.name for s in graph.outputs],
-                custom_translation_table={torch.ops.prebake.w8a8.default: w8a8()},
+                custom_translation_table={OPERATOR.default: w8a8()},
             )
     except Exception as e:
         lines = [line for line in str(e).splitlines() if line.strip()]

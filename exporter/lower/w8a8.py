@@ -33,6 +33,9 @@ def _(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[1])
 
 
+OPERATOR = torch.ops.prebake.w8a8
+
+
 def largest(tokens: Tensor) -> Tensor:
     """max |x| of each token, [T, 1], above 0."""
     return tokens.abs().amax(-1, keepdim=True).clamp_min(TINY)

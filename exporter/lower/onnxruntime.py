@@ -1,0 +1,92 @@
+"""ONNX Runtime: an `.onnx` file for each graph, without weights; the twin of `runtime/backends/onnxruntime.py`.
+
+What is stored is the graph as it was captured. The kernels are chosen, and the graph is optimized, where it is opened, so
+that one artifact serves every processor of the family. int8 Linears are those of `w8a8.py`.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnxruntime
+import onnxscript
+import torch
+
+from ...runtime.errors import ExportError
+from ..capture import Captured
+from . import Groups
+from .isa import int8_flags
+from .onnx_graph import onnx_model
+from .onnx_rewrite import rewritten
+from .w8a8 import quantized
+
+__all__ = ["CHANNELS_LAST", "lower", "quantized", "requires", "rewritten", "toolchain"]
+
+CHANNELS_LAST = False
+OPTIONS = {"prepack": bool}
+"""`prepack`: whether each session keeps its weights once more, as its kernels read them (docs/backends.md has what that
+is worth)."""
+
+
+def lower(folder: Path, groups: Groups, config: Any, doing: Callable[[str], None]) -> dict[str, str]:
+    check_options(config.options)
+    if config.device == "cpu":
+        refuse_bfloat16(groups)
+    (folder / "graphs").mkdir(exist_ok=True)
+    paths = {}
+    for component, graphs in groups.items():
+        for graph in graphs:
+            doing(f"{component}: {graph.name}" if component != graph.name else component)
+            paths[graph.name] = f"graphs/{graph.name}.onnx"
+            (folder / paths[graph.name]).write_bytes(onnx_model(graph).SerializeToString(deterministic=True))
+    return paths
+
+
+def check_options(options: Any) -> None:
+    for name, value in options.items():
+        if name not in OPTIONS:
+            raise ExportError(f"compile.options.{name}: onnxruntime has none of that name; it has {', '.join(OPTIONS)}")
+        if not isinstance(value, OPTIONS[name]):
+            raise ExportError(f"compile.options.{name}: expected true or false, got {value!r}")
+
+
+def refuse_bfloat16(groups: Groups) -> None:
+    """ONNX Runtime 1.31 has next to no kernels for it on the CPU: not one for MatMul."""
+    if keys := sorted({precision(component) for component, graphs in groups.items() if any(map(has_bfloat16, graphs))}):
+        raise ExportError(
+            "compile.backend 'onnxruntime': ONNX Runtime has no bfloat16 on the CPU; add "
+            + " ".join(f"--set {key}=float32" for key in keys)
+        )
+
+
+def precision(component: str) -> str:
+    """The recipe's key for the component's dtype."""
+    named = {"text_encoder": "text_encoders", "vae_decoder": "vae", "vae_encoder": "vae"}
+    return f"precision.{named.get(component, component)}"
+
+
+def has_bfloat16(graph: Captured) -> bool:
+    values: Iterable[Any] = (node.meta.get("val") for node in graph.gm.graph.nodes)
+    return any(isinstance(value, torch.Tensor) and value.dtype == torch.bfloat16 for value in values)
+
+
+def requires(recipe: Any) -> dict[str, Any]:
+    """This ONNX Runtime or a newer one, any torch, and for int8 the instruction that its products are exact with."""
+    return {
+        "isa_level": platform.machine(),
+        "isa": int8_flags() if recipe.quantize.method == "int8_dynamic" else (),
+        "packages": {"onnxruntime": onnxruntime.__version__},
+    }
+
+
+def toolchain(config: Any) -> dict[str, str]:
+    return {
+        "onnx": onnx.__version__,
+        "onnxruntime": onnxruntime.__version__,
+        "onnxscript": onnxscript.__version__,
+        "threads": str(config.threads or torch.get_num_threads()),
+    }

@@ -1,0 +1,140 @@
+"""ONNX Runtime: an `.onnx` file for each graph, without weights; the twin of `exporter/lower/onnxruntime.py`.
+
+A session reads the artifact's mapped weights, the caller's inputs, and writes into outputs that torch has allocated: nothing
+is copied on the way in or out. The provider that the artifact was exported for is the one that runs, or opening fails:
+ONNX Runtime itself goes on with another.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import torch
+
+from ..check import hash_problem
+from ..contract import torch_dtype
+from ..errors import ArtifactError
+from ..manifest import Graph, Manifest, Requires
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+MERGES = "CommonSubexpressionElimination"
+"""It would make one of the quantizing nodes that each int8 product has to itself, and then not all products are int8."""
+
+
+def problems(requires: Requires) -> Iterator[str]:
+    """An ONNX Runtime that is older than the one the artifact was exported and verified with, or without its provider."""
+    needed = requires.packages.get("onnxruntime", "0")
+    if version_of(onnxruntime.__version__) < version_of(needed):
+        yield (
+            f"was exported with onnxruntime {needed}, this is {onnxruntime.__version__}; "
+            f"pip install 'onnxruntime>={needed}', or export again"
+        )
+    if PROVIDERS[requires.device] not in onnxruntime.get_available_providers():
+        yield (
+            f"runs on {PROVIDERS[requires.device]}, this onnxruntime has {', '.join(onnxruntime.get_available_providers())}; "
+            "install onnxruntime-gpu in place of onnxruntime, or export for the cpu"
+        )
+
+
+def version_of(text: str) -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r"\d+", text)[:3]))
+
+
+def open_models(
+    folder: Path,
+    manifest: Manifest,
+    constants: Mapping[str, Mapping[str, torch.Tensor]],
+    device: torch.device,
+    cache_dir: Path | None,
+) -> dict[str, SessionModel]:
+    """A session for every graph. All sessions read the same weights; what they pack them into is their own."""
+    compiled = manifest.recipe.get("compile", {})
+    threads = compiled.get("threads") or torch.get_num_threads()
+    prepack = bool(compiled.get("options", {}).get("prepack", False))
+    sha256s = {entry.path: entry.sha256 for entry in manifest.files}
+    models = {}
+    for graph in manifest.graphs:
+        data = (folder / graph.package).read_bytes()
+        came = hashlib.sha256(data).hexdigest()
+        if came != sha256s[graph.package]:
+            raise ArtifactError(f"{folder}: {hash_problem(graph.package, came, sha256s[graph.package])}")
+        try:
+            session = open_session(data, constants[graph.name], device, threads, prepack=prepack)
+        except Exception as e:
+            raise ArtifactError(
+                f"{folder / graph.package}: ONNX Runtime could not open it ({type(e).__name__}: {e}); export again"
+            ) from e
+        models[graph.name] = SessionModel(graph, session, device)
+    return models
+
+
+def open_session(
+    model: bytes, constants: Mapping[str, torch.Tensor], device: torch.device, threads: int, *, prepack: bool
+) -> Any:
+    """A session of the model over these constants. Raises what ONNX Runtime raises, and ArtifactError when it would run
+    on another device."""
+    options: Any = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.use_deterministic_compute = True
+    options.log_severity_level = 3  # errors
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.disable_prepacking", "0" if prepack else "1")
+    values = {name: value_of(tensor) for name, tensor in constants.items()}
+    options.add_external_initializers(list(values), list(values.values()))
+    provider = PROVIDERS[device.type]
+    session = onnxruntime.InferenceSession(model, options, [provider], disabled_optimizers=[MERGES])
+    if session.get_providers()[0] != provider:
+        raise ArtifactError(f"it would run on {session.get_providers()[0]}, not on {provider}")
+    return session
+
+
+def value_of(tensor: torch.Tensor) -> Any:
+    """The tensor's memory as ONNX Runtime names it."""
+    return onnxruntime.OrtValue.from_dlpack(Booleans(tensor) if tensor.dtype is torch.bool else tensor.detach())
+
+
+class Booleans:
+    """A tensor of booleans as ONNX Runtime imports them: DLPack's bytes, under the name of their dtype."""
+
+    dtype = "bool"
+
+    def __init__(self, tensor: torch.Tensor):
+        self._bytes = tensor.detach().view(torch.uint8)
+
+    def __dlpack__(self) -> Any:
+        return self._bytes.__dlpack__()
+
+
+class SessionModel:
+    """A session that is called as every graph is: flat tensors in, flat tensors out, freshly allocated."""
+
+    def __init__(self, graph: Graph, session: Any, device: torch.device):
+        self._session = session
+        self._device = device
+        self._inputs = tuple(spec.name for spec in graph.inputs)
+        self._outputs = tuple((spec.name, spec.shape, torch_dtype(spec.dtype)) for spec in graph.outputs)
+        named = (
+            tuple(i.name for i in session.get_inputs()),
+            tuple(o.name for o in session.get_outputs()),
+        )
+        if named != (self._inputs, tuple(name for name, _, _ in self._outputs)):
+            raise ArtifactError(
+                f"graph {graph.name!r}: its file takes {', '.join(named[0])} and gives {', '.join(named[1])}, "
+                "which is not what the manifest says; export again"
+            )
+
+    def __call__(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        outputs = [torch.empty(shape, dtype=dtype, device=self._device) for _, shape, dtype in self._outputs]
+        binding = self._session.io_binding()
+        for name, tensor in zip(self._inputs, inputs, strict=True):
+            binding.bind_ortvalue_input(name, value_of(tensor))
+        for (name, _, _), tensor in zip(self._outputs, outputs, strict=True):
+            binding.bind_ortvalue_output(name, value_of(tensor))
+        self._session.run_with_iobinding(binding)
+        return outputs

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from ..runtime.attachment import FAMILY, variant_name
+from ..runtime.check import machine_problems
 from ..runtime.errors import ExportError, RecipeError
 from ..runtime.manifest import Cost, Defaults, Graph, Manifest, Requires, Site, Source
 from . import alone, attached, package, replan, source
@@ -170,9 +171,13 @@ def write(folder: Path, prepared: Prepared, paths: Mapping[str, str], progress: 
 def verify(folder: Path, prepared: Prepared, manifest: Manifest, options: Options, progress: Progress) -> None:
     """Replays the folder as a user would, adds golden vectors, and holds it against the eager pipeline.
 
-    Raises ExportError with the figures that miss the recipe's thresholds, unless `keep_failed`.
+    Code for another machine than this one stays unverified, with a note. Raises ExportError with the figures that miss
+    the recipe's thresholds, unless `keep_failed`.
     """
     with progress.stage("verify", len(manifest.plans) + 1):
+        if lacking := list(machine_problems(manifest)):
+            progress.note(f"not verified, and marked so, since it cannot run on this machine: it {lacking[0]}")
+            return
         progress.doing("golden vectors")
         if prepared.recording is None:
             manifest = write_golden(folder, manifest, prepared.recipe)

@@ -226,13 +226,14 @@ def as_json(manifest: Manifest, plans: Mapping[str, Plan]) -> dict[str, Any]:
 def as_text(folder: Path, manifest: Manifest, plans: Mapping[str, Plan], *, layers: bool) -> list[str]:
     """The lines of `prebake inspect`."""
     needs, defaults = manifest.requires, manifest.defaults
-    glibc = f", glibc {needs.glibc}" if needs.glibc else ""
+    versions = {"torch": needs.torch, "glibc": needs.glibc, **needs.packages}
+    packages = "".join(f", {name} {version}" for name, version in versions.items() if version)
     frames = "" if defaults.num_frames is None else f"{defaults.num_frames} frames of "
     lines = table(
         [
             ("artifact", f"{folder} ({manifest.family}, {manifest.status})"),
             ("source", f"{manifest.source.model} ({manifest.source.pipeline}, sha256 {manifest.source.sha256[:12]}..)"),
-            ("needs", f"{needs.system} {needs.machine}, {needs.device}, {needs.isa_level}, torch {needs.torch}{glibc}"),
+            ("needs", f"{needs.system} {needs.machine}, {needs.device}, {needs.isa_level}{packages}"),
             (
                 "defaults",
                 f"{defaults.num_inference_steps} steps, guidance {defaults.guidance_scale:g}, {frames}{defaults.width} x {defaults.height} pixels",

@@ -91,7 +91,12 @@ def rewritten(graph: Captured) -> Captured:
 
 
 def lower(folder: Path, groups: Groups, config: Any, doing: Callable[[str], None]) -> dict[str, str]:
-    """A package for each component."""
+    """A package for each component. Raises ExportError for a device that the runtime has no AOTInductor models for."""
+    if config.device != "cpu":
+        raise ExportError(
+            f"compile.device {config.device!r}: models of AOTInductor are opened on the cpu alone; set compile.device=cpu, "
+            "or another compile.backend"
+        )
     chosen, paths = flags(config), {}
     for component, graphs in groups.items():
         files = {}

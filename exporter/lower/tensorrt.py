@@ -1,0 +1,247 @@
+"""TensorRT: captured graphs in, an engine for each of them out, with no weights in it: they are inputs of its network.
+
+The twin of `runtime/backends/tensorrt.py`. What goes to the builder is the model of `onnx_graph.py`, strongly typed, of
+fixed shapes, with each constant as an input of the constant's name, so that the engines of all variants are bound to the
+same tensors. TensorRT-RTX builds on a machine without a GPU, TensorRT on one that has the GPU that the engine is for.
+What the builder made of a graph is written down beside the code, in `reports/engines`, layer by layer.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from collections.abc import Callable, Iterator
+from importlib.metadata import packages_distributions
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import torch
+from onnxscript.optimizer import fold_constants, remove_unused_nodes
+from pydantic import Field, ValidationError
+
+from ...runtime.backends.tensorrt import CAPABILITY, CUDA, PACKAGES, logger
+from ...runtime.errors import ExportError, RecipeError, misfit
+from ..capture import Captured
+from ..tables import Table
+from . import Groups
+from .onnx_graph import onnx_model
+from .onnx_rewrite import rewritten as rewritten  # the graph as ONNX can say it
+from .w8a8 import quantized as quantized  # by one operator that ONNX models have a form for
+
+CHANNELS_LAST = False
+SUFFIX = ".engine"
+REPORTS = "reports/engines"
+
+
+class Options(Table):
+    """`compile.options`. `flavour` is the library: "rtx" is TensorRT-RTX. `compute_capabilities` are the GPUs that an RTX
+    engine is for, by default those that its documentation names; `workspace_mib` is the most scratch memory that the builder
+    may plan with, 0 = all there is; `optimization_level` is the builder's own, 0 to 5."""
+
+    flavour: Literal["rtx", "tensorrt"] = "rtx"
+    compute_capabilities: str = Field(default="8.0 8.6 8.9 12.0", pattern=r"^\d+\.\d( \d+\.\d)*$")
+    workspace_mib: int = Field(default=0, ge=0)
+    optimization_level: int = Field(default=3, ge=0, le=5)
+
+
+def options(config: Any) -> Options:
+    """Those of the recipe's `compile` table. Raises RecipeError for what is not one, and for a device without a GPU."""
+    if config.device != "cuda":
+        raise RecipeError(f"compile.device {config.device!r}: engines of TensorRT run on GPUs; set compile.device=cuda")
+    try:
+        return Options.model_validate(config.options)
+    except ValidationError as e:
+        known = ", ".join(Options.model_fields)
+        raise RecipeError(f"{misfit('compile.options', e)}; options of this backend: {known}") from e
+
+
+def requires(recipe: Any) -> dict[str, Any]:
+    """The library and its exact version, the CUDA that its driver must have, and the GPUs; any torch."""
+    chosen = options(recipe.compile)
+    trt = library(chosen)
+    packages = {PACKAGES[chosen.flavour]: trt.__version__, CAPABILITY: " ".join(capabilities(chosen))}
+    return {"isa_level": "any", "isa": (), "packages": packages | cuda_of(PACKAGES[chosen.flavour])}
+
+
+def toolchain(config: Any) -> dict[str, str]:
+    """The builder's settings, and what wrote its ONNX."""
+    chosen = {f"tensorrt.{name}": str(value) for name, value in options(config).model_dump().items()}
+    return {**chosen, "onnx": onnx.__version__, "tensorrt.network": "strongly typed"}
+
+
+def library(chosen: Options) -> Any:
+    """The bindings. Raises ExportError where they are not installed, or cannot build on this machine."""
+    name = PACKAGES[chosen.flavour]
+    try:
+        trt = importlib.import_module(name)
+    except ImportError as e:
+        extra = {"rtx": "trt-rtx", "tensorrt": "trt"}[chosen.flavour]
+        raise ExportError(
+            f"compile.backend 'tensorrt': cannot import {name} ({e}); pip install 'prebake[{extra}]'"
+        ) from e
+    if chosen.flavour == "tensorrt" and not torch.cuda.is_available():
+        raise ExportError(
+            "compile.options.flavour 'tensorrt': it builds on the GPU that the engine is for, and this torch sees none; "
+            "set compile.options.flavour=rtx, which builds without"
+        )
+    return trt
+
+
+def capabilities(chosen: Options) -> list[str]:
+    """Compute capabilities of the GPUs that the engines are for, such as "8.9"."""
+    if chosen.flavour == "tensorrt":
+        return ["{}.{}".format(*torch.cuda.get_device_capability())]
+    return chosen.compute_capabilities.split()
+
+
+def cuda_of(package: str) -> dict[str, str]:
+    """The CUDA release that the installed wheel is for, by its name, which ends in `cu13` or `cu13_bindings`."""
+    found = (re.search(r"cu(\d+)", name.lower()) for name in packages_distributions().get(package, ()))
+    return next(({CUDA: match[1]} for match in found if match), {})
+
+
+def lower(folder: Path, groups: Groups, config: Any, doing: Callable[[str], None]) -> dict[str, str]:
+    """An engine for each graph, and its layers in `reports/engines`."""
+    chosen = options(config)
+    trt = library(chosen)
+    (folder / "graphs").mkdir(parents=True, exist_ok=True)
+    (folder / REPORTS).mkdir(parents=True, exist_ok=True)
+    paths = {}
+    for component, graphs in groups.items():
+        for graph in graphs:
+            doing(f"{component}: {graph.name}" if component != graph.name else component)
+            engine, layers = build(trt, graph, chosen)
+            paths[graph.name] = f"graphs/{graph.name}{SUFFIX}"
+            (folder / paths[graph.name]).write_bytes(engine)
+            (folder / REPORTS / f"{graph.name}.json").write_text(json.dumps(layers, indent=1) + "\n", "utf-8")
+    return paths
+
+
+def build(trt: Any, graph: Captured, chosen: Options) -> tuple[bytes, list[dict[str, Any]]]:
+    """The engine of a graph, and its layers. Raises ExportError naming the graph and what the library refuses."""
+    log = logger(trt)
+    log.errors.clear()
+    log.lines = said = []
+    builder = trt.Builder(log)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, log)
+    data = network_model(onnx_model(graph)).SerializeToString()
+    engine = builder.build_serialized_network(network, settings(trt, builder, chosen)) if parser.parse(data) else None
+    log.lines = None
+    if engine is None:
+        refused = [parser.get_error(i) for i in range(parser.num_errors)]
+        why = f"{refused[0].node_operator()}: {refused[0].desc()}" if refused else next(iter(log.errors), "no message")
+        raise ExportError(
+            f"graph {graph.name!r}: {trt.__name__} {trt.__version__} cannot build it ({why}); set compile.backend=aoti"
+        )
+    return bytes(engine), list(layers(said))
+
+
+def settings(trt: Any, builder: Any, chosen: Options) -> Any:
+    """The builder's configuration. Names of layers are kept, so that the list of them can be read."""
+    config = builder.create_builder_config()
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    config.builder_optimization_level = chosen.optimization_level
+    if chosen.workspace_mib:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, chosen.workspace_mib << 20)
+    if chosen.flavour == "rtx":
+        targets = [compute_capability(trt, name) for name in capabilities(chosen)]
+        config.num_compute_capabilities = len(targets)
+        for i, target in enumerate(targets):
+            config.set_compute_capability(target, i)
+    return config
+
+
+def compute_capability(trt: Any, name: str) -> Any:
+    """TensorRT-RTX's word for "8.9". Raises RecipeError naming those it has."""
+    known = {f"{n[2:-1]}.{n[-1]}": n for n in dir(trt.ComputeCapability) if re.fullmatch(r"SM\d+", n)}
+    if name not in known:
+        raise RecipeError(
+            f"compile.options.compute_capabilities: {trt.__name__} {trt.__version__} builds for "
+            f"{', '.join(sorted(known, key=float))}, got {name!r}"
+        )
+    return getattr(trt.ComputeCapability, known[name])
+
+
+# --- the network -----------------------------------------------------------------------------------------------------
+
+
+def network_model(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with its constants as inputs, and with what the parser asks to be an initializer as one.
+
+    Parsers of TensorRT take axes and shapes that are given as values, not as arithmetic on values.
+    """
+    made = ir.from_proto(model)
+    scale_after_product(made.graph)
+    for value in list(made.graph.initializers.values()):
+        if isinstance(value.const_value, ir.ExternalTensor):
+            del made.graph.initializers[str(value.name)]
+            value.const_value = None
+            made.graph.inputs.append(value)
+    with np.errstate(divide="ignore", invalid="ignore"):  # of values that a `where` leaves out
+        fold_constants(made, onnx_shape_inference=False)
+    remove_unused_nodes(made)
+    return ir.to_proto(made)
+
+
+def scale_after_product(graph: ir.Graph) -> None:
+    """Draws the scales of int8 weights out of the products:
+
+        before  y = x @ dequantize(weight, scale, axis=1)
+        after   y = (x @ dequantize(weight, 1.0)) * scale
+
+    A scale that is an input of the network, in the dequantizing node, makes TensorRT-RTX 1.7 multiply in float.
+    """
+    dequantized = [n for n in graph if n.op_type == "DequantizeLinear" and "axis" in n.attributes]
+    if not dequantized:
+        return
+    one = ir.Value(name="prebake_one", const_value=ir.tensor(1.0, name="prebake_one", dtype=ir.DataType.FLOAT))
+    graph.register_initializer(one)
+    for node in dequantized:
+        scale = node.inputs[1]
+        node.replace_input_with(1, one)
+        del node.attributes["axis"]
+        for product, _ in node.outputs[0].uses():
+            uses = product.outputs[0].uses()
+            scaled = ir.node("Mul", [product.outputs[0], scale])
+            graph.insert_after(product, scaled)
+            for user, i in uses:
+                user.replace_input_with(i, scaled.outputs[0])
+
+
+# --- what the builder says -------------------------------------------------------------------------------------------
+
+
+LAYER = re.compile(
+    r"Name: (?P<name>.*?), LayerType: (?P<type>\w+), Inputs: \[(?P<inputs>.*?)\], Constants: \[(?P<constants>.*?)\], "
+    r"Outputs: \[(?P<outputs>.*?)\], TacticName: (?P<tactic>.*?), StreamId: \d+,.*? Metadata: ?(?P<metadata>.*)"
+)
+TENSOR = re.compile(r"Name: (?P<name>.*?), Dimensions: \[(?P<shape>[\d,]*)\].*?Datatype: (?P<dtype>\w+)")
+
+
+def layers(lines: list[str]) -> Iterator[dict[str, Any]]:
+    """The engine's layers in the order of their names in the log: name, type, tensors, and the ONNX nodes in it.
+
+    Read from the log since the library's own inspector wants a GPU.
+    """
+    for match in filter(None, map(LAYER.fullmatch, map(str.strip, lines))):
+        yield {
+            "name": match["name"],
+            "type": match["type"],
+            "inputs": [tensor(m) for m in TENSOR.finditer(match["inputs"])],
+            "outputs": [tensor(m) for m in TENSOR.finditer(match["outputs"])],
+            "tactic": match["tactic"],
+            "onnx": re.findall(r"\[ONNX Layer: (.*?)\]", match["metadata"]),
+        }
+
+
+def tensor(found: re.Match[str]) -> dict[str, Any]:
+    return {
+        "name": found["name"],
+        "shape": [int(n) for n in found["shape"].split(",") if n],
+        "dtype": found["dtype"],
+    }

@@ -157,6 +157,8 @@ def write(folder: Path, prepared: Prepared, paths: Mapping[str, str], progress: 
     with progress.stage("package", 1):
         progress.doing("weights")
         weights = package.write_weights(folder, prepared.graphs)
+        if bind := getattr(backend(prepared.recipe.compile.backend), "bind", None):
+            bind(folder, paths, weights.bound)
         package.write_plans(folder, prepared.planned.plans)
         if prepared.recording is None:
             (folder / replan.FILE).write_text(replan.kept(prepared.pipe, prepared.layout, prepared.planned), "utf-8")

@@ -26,7 +26,8 @@ Groups = Mapping[str, Sequence["Captured"]]
 
 class Backend(Protocol):
     """`config` is a recipe's `compile` table. `CHANNELS_LAST`: convolutions read their weights as N H W C, and would have to
-    reorder others at every call."""
+    reorder others at every call. A module may also have `bind(folder, paths, bound)`: called when the weight files are there,
+    for code that says where its constants lie. `bound` is graph -> {constant: key in the weight files}."""
 
     CHANNELS_LAST: bool
 

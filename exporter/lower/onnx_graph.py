@@ -1,7 +1,7 @@
 """A captured graph as an ONNX model: for every backend that reads ONNX, and for nothing else.
 
 The graph comes from `onnx_rewrite.rewritten`. Out comes a model whose initializers have the names of the graph's constants
-and no data: each backend binds the artifact's own tensors to them. Its bytes depend on the graph alone; traces and paths of
+and no data: that lies in the artifact's weight files, and `located` writes down where. Its bytes depend on the graph alone; traces and paths of
 the sources are left out. int8 Linears (`w8a8.py`) are Q/DQ pairs of constant scales, which ONNX Runtime and TensorRT
 both turn into products of int8: x / max|x| of its token is what is quantized, and the maximum is multiplied in again after.
 """
@@ -9,9 +9,11 @@ both turn into products of int8: x / max|x| of its token is what is quantized, a
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import onnx
@@ -29,7 +31,7 @@ op: Any = opset21
 OPSET = 21
 """Of 23 and later the `Attention` operator fails in TensorRT-RTX 1.7 in float32, and inside an `If` in any dtype."""
 DATA = "weights"
-"""Where the model says that its initializers' data lies: there is no such file, they are bound."""
+"""Where the model says that its initializers' data lies, until `located` says it."""
 
 
 def onnx_model(graph: Captured, opset: int = OPSET) -> onnx.ModelProto:
@@ -123,6 +125,30 @@ DTYPES = {
     torch.bool: "BOOL",
 }
 """torch's dtype -> ONNX's name of it."""
+
+
+def located(model: onnx.ModelProto, places: Mapping[str, tuple[str, int]]) -> None:
+    """Points every constant at its place, (file, offset in bytes): files are relative to the folder that readers are told."""
+    for initializer in model.graph.initializer:
+        if initializer.data_location == onnx.TensorProto.EXTERNAL:
+            path, offset = places[initializer.name]
+            length = next(e.value for e in initializer.external_data if e.key == "length")
+            del initializer.external_data[:]
+            for key, value in (("location", path), ("offset", str(offset)), ("length", length)):
+                initializer.external_data.add(key=key, value=value)
+
+
+def places(folder: Path) -> dict[str, tuple[str, int]]:
+    """Key -> (weight file, offset of its data), of all tensors in the folder's weight files."""
+    found = {}
+    for path in sorted((folder / "weights").iterdir()):
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
+        for key, entry in header.items():
+            if key != "__metadata__":
+                found[key] = (f"weights/{path.name}", 8 + size + entry["data_offsets"][0])
+    return found
 
 
 def with_data(model: onnx.ModelProto, constants: Mapping[str, Tensor]) -> onnx.ModelProto:

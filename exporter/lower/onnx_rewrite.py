@@ -51,6 +51,8 @@ def rewritten(graph: Captured) -> Captured:
             cut(gm, node)
         elif node.target in JOINS:
             promote(gm, node)
+        elif node.target is aten.squeeze.dim and node.args[0].meta["val"].shape == node.meta["val"].shape:
+            node.replace_all_uses_with(node.args[0])  # ONNX refuses to squeeze what is not 1 long
     gm.meta["transposed"] = tuple(kept.values())
     return replace(graph, gm=prune(gm))
 

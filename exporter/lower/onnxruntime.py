@@ -7,7 +7,7 @@ that one artifact serves every processor of the family. int8 Linears are those o
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,11 @@ from ...runtime.errors import ExportError
 from ..capture import Captured
 from . import Groups
 from .isa import int8_flags
-from .onnx_graph import onnx_model
+from .onnx_graph import located, onnx_model, places
 from .onnx_rewrite import rewritten
 from .w8a8 import quantized
 
-__all__ = ["CHANNELS_LAST", "lower", "quantized", "requires", "rewritten", "toolchain"]
+__all__ = ["CHANNELS_LAST", "bind", "lower", "quantized", "requires", "rewritten", "toolchain"]
 
 CHANNELS_LAST = False
 OPTIONS = {"prepack": bool}
@@ -44,6 +44,15 @@ def lower(folder: Path, groups: Groups, config: Any, doing: Callable[[str], None
             paths[graph.name] = f"graphs/{graph.name}.onnx"
             (folder / paths[graph.name]).write_bytes(onnx_model(graph).SerializeToString(deterministic=True))
     return paths
+
+
+def bind(folder: Path, paths: Mapping[str, str], bound: Mapping[str, Mapping[str, str]]) -> None:
+    """Writes into each graph where its constants lie: ONNX Runtime reads some of them when it optimizes the graph."""
+    lie = places(folder)
+    for name, path in paths.items():
+        model = onnx.load(folder / path, load_external_data=False)
+        located(model, {constant: lie[key] for constant, key in bound[name].items()})
+        (folder / path).write_bytes(model.SerializeToString(deterministic=True))
 
 
 def check_options(options: Any) -> None:

@@ -63,20 +63,28 @@ def open_models(
         came = hashlib.sha256(data).hexdigest()
         if came != sha256s[graph.package]:
             raise ArtifactError(f"{folder}: {hash_problem(graph.package, came, sha256s[graph.package])}")
+        values = {name: value_of(tensor) for name, tensor in constants[graph.name].items()}
         try:
-            session = open_session(data, constants[graph.name], device, threads, prepack=prepack)
+            session = open_session(data, folder, values, device, threads, prepack=prepack)
         except Exception as e:
             raise ArtifactError(
                 f"{folder / graph.package}: ONNX Runtime could not open it ({type(e).__name__}: {e}); export again"
             ) from e
-        models[graph.name] = SessionModel(graph, session, device)
+        models[graph.name] = SessionModel(graph, session, values, device)
     return models
 
 
 def open_session(
-    model: bytes, constants: Mapping[str, torch.Tensor], device: torch.device, threads: int, *, prepack: bool
+    model: bytes,
+    folder: Path,
+    constants: Mapping[str, Any],
+    device: torch.device,
+    threads: int,
+    *,
+    prepack: bool,
 ) -> Any:
-    """A session of the model over these constants. Raises what ONNX Runtime raises, and ArtifactError when it would run
+    """A session of the model, whose weight files lie in `folder`, over these constants, which are the same once more: the
+    kernels read these, and the optimizer reads a few from the files. Raises what ONNX Runtime raises, and ArtifactError when it would run
     on another device."""
     options: Any = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
@@ -85,8 +93,9 @@ def open_session(
     options.log_severity_level = 3  # errors
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.disable_prepacking", "0" if prepack else "1")
-    values = {name: value_of(tensor) for name, tensor in constants.items()}
-    options.add_external_initializers(list(values), list(values.values()))
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    for name, value in constants.items():
+        options.add_initializer(name, value)
     provider = PROVIDERS[device.type]
     session = onnxruntime.InferenceSession(model, options, [provider], disabled_optimizers=[MERGES])
     if session.get_providers()[0] != provider:
@@ -114,8 +123,9 @@ class Booleans:
 class SessionModel:
     """A session that is called as every graph is: flat tensors in, flat tensors out, freshly allocated."""
 
-    def __init__(self, graph: Graph, session: Any, device: torch.device):
+    def __init__(self, graph: Graph, session: Any, constants: Mapping[str, Any], device: torch.device):
         self._session = session
+        self._constants = constants  # the session holds their addresses, and does not keep them alive
         self._device = device
         self._inputs = tuple(spec.name for spec in graph.inputs)
         self._outputs = tuple((spec.name, spec.shape, torch_dtype(spec.dtype)) for spec in graph.outputs)

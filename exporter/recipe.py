@@ -70,7 +70,7 @@ __all__ = [
 ]
 
 # The key that says what the other keys of its table mean: another value for it drops the others that the file gave.
-FLAGS = {("compile", "inductor"), ("attach", "arguments")}  # keys that hold further keys
+FLAGS = {("compile", "inductor"), ("compile", "options"), ("attach", "arguments")}  # keys that hold further keys
 LEADING = {"model": "id", "quantize": "method", "cache": "method"}
 
 

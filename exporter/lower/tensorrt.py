@@ -43,7 +43,7 @@ class Options(Table):
     may plan with, 0 = all there is; `optimization_level` is the builder's own, 0 to 5."""
 
     flavour: Literal["rtx", "tensorrt"] = "rtx"
-    compute_capabilities: str = Field(default="8.0 8.6 8.9 12.0", pattern=r"^\d+\.\d( \d+\.\d)*$")
+    compute_capabilities: str = Field(default="sm80 sm86 sm89 sm120", pattern=r"^sm\d+( sm\d+)*$")
     workspace_mib: int = Field(default=0, ge=0)
     optimization_level: int = Field(default=3, ge=0, le=5)
 
@@ -92,9 +92,9 @@ def library(chosen: Options) -> Any:
 
 
 def capabilities(chosen: Options) -> list[str]:
-    """Compute capabilities of the GPUs that the engines are for, such as "8.9"."""
+    """Compute capabilities of the GPUs that the engines are for, such as "sm89"."""
     if chosen.flavour == "tensorrt":
-        return ["{}.{}".format(*torch.cuda.get_device_capability())]
+        return ["sm{}{}".format(*torch.cuda.get_device_capability())]
     return chosen.compute_capabilities.split()
 
 
@@ -134,7 +134,7 @@ def build(trt: Any, graph: Captured, chosen: Options) -> tuple[bytes, list[dict[
     log.lines = None
     if engine is None:
         refused = [parser.get_error(i) for i in range(parser.num_errors)]
-        why = f"{refused[0].node_operator()}: {refused[0].desc()}" if refused else next(iter(log.errors), "no message")
+        why = refused[0].desc() or refused[0].node_operator() if refused else next(iter(log.errors), "no message")
         raise ExportError(
             f"graph {graph.name!r}: {trt.__name__} {trt.__version__} cannot build it ({why}); set compile.backend=aoti"
         )
@@ -157,14 +157,14 @@ def settings(trt: Any, builder: Any, chosen: Options) -> Any:
 
 
 def compute_capability(trt: Any, name: str) -> Any:
-    """TensorRT-RTX's word for "8.9". Raises RecipeError naming those it has."""
-    known = {f"{n[2:-1]}.{n[-1]}": n for n in dir(trt.ComputeCapability) if re.fullmatch(r"SM\d+", n)}
+    """TensorRT-RTX's word for "sm89". Raises RecipeError naming those it has."""
+    known = [n.lower() for n in dir(trt.ComputeCapability) if re.fullmatch(r"SM\d+", n)]
     if name not in known:
         raise RecipeError(
             f"compile.options.compute_capabilities: {trt.__name__} {trt.__version__} builds for "
-            f"{', '.join(sorted(known, key=float))}, got {name!r}"
+            f"{', '.join(sorted(known, key=lambda n: int(n[2:])))}, got {name!r}"
         )
-    return getattr(trt.ComputeCapability, known[name])
+    return getattr(trt.ComputeCapability, name.upper())
 
 
 # --- the network -----------------------------------------------------------------------------------------------------

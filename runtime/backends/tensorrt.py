@@ -56,7 +56,7 @@ def gpu_problems(packages: Mapping[str, str], cuda: int, capability: tuple[int, 
     """What the driver, for CUDA `cuda`, and a GPU of that compute capability lack."""
     if cuda < int(packages.get(CUDA, 0)):
         yield f"needs a driver for CUDA {packages[CUDA]}, this one is for CUDA {cuda}; update the NVIDIA driver"
-    here = "{}.{}".format(*capability)
+    here = "sm{}{}".format(*capability)
     if here not in packages.get(CAPABILITY, "").split():
         yield (
             f"was built for GPUs of compute capability {packages.get(CAPABILITY, 'unknown')}, this one has {here}; "

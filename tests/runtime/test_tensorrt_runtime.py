@@ -16,7 +16,7 @@ from prebake.runtime.errors import ArtifactError
 from prebake.runtime.manifest import Cost, Defaults, FileEntry, Graph, Manifest, Requires, Source, TensorSpec
 
 CPU = torch.device("cpu")
-NEEDS = {"tensorrt_rtx": fake.VERSION, "cuda": "13", "compute_capability": "8.0 8.9"}
+NEEDS = {"tensorrt_rtx": fake.VERSION, "cuda": "13", "compute_capability": "sm80 sm89"}
 X, Y, W, UNREAD = (2, 3), (2, 4), (3, 4), (1,)
 FULL = {
     "inputs": {"x": X, "unread": UNREAD},
@@ -214,7 +214,7 @@ def test_a_manifest_without_a_flavour_is_one():
         (
             13,
             (9, 0),
-            ["was built for GPUs of compute capability 8.0 8.9, this one has 9.0; export again with 9.0 among"],
+            ["was built for GPUs of compute capability sm80 sm89, this one has sm90; export again with sm90 among"],
         ),
         (12, (7, 5), ["needs a driver", "was built for GPUs"]),
     ],

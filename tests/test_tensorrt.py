@@ -1,0 +1,253 @@
+"""Engines that TensorRT-RTX builds here, without a GPU: what goes in is right, what comes out is what was meant."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from families.parity import FLOAT32
+from torch import nn
+from uncompiled import captured, prepared
+
+from prebake.exporter.capture import Captured, capture
+from prebake.exporter.cli import main
+from prebake.exporter.pipeline import Options, export
+from prebake.exporter.progress import Progress
+from prebake.exporter.recipe import resolve
+from prebake.runtime import load
+from prebake.runtime.errors import ArtifactError, ExportError, RecipeError
+
+trt: Any = pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
+pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+lowering: Any = pytest.importorskip("prebake.exporter.lower.tensorrt")
+
+BACKEND = ("compile.backend=tensorrt", "compile.device=cuda")
+BFLOAT16 = tuple(setting.replace("float32", "bfloat16") for setting in FLOAT32)
+CLOSE = 1e-5
+"""Relative in L2: the same float32 sums in another order. Seen are 1e-7 to 2e-6."""
+CLOSE_INT8 = 5e-3
+"""The same with int8: a value that is rounded to the other neighbour changes its product by one part in 127. Seen is 1e-3."""
+
+
+class Notes(Progress):
+    def __init__(self) -> None:
+        super().__init__()
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory) -> tuple[Path, list[str]]:
+    recipe = resolve("flux-fast", (*BACKEND, "quantize.method=int8_dynamic"), "tiny:flux")
+    notes = Notes()
+    return export(recipe, tmp_path_factory.mktemp("tensorrt") / "artifact", Options(), notes), notes.notes
+
+
+@pytest.fixture(scope="module")
+def artifact(exported) -> Path:
+    return exported[0]
+
+
+@pytest.fixture(scope="module")
+def manifest(artifact) -> dict[str, Any]:
+    return json.loads((artifact / "manifest.json").read_text("utf-8"))
+
+
+def layers_of(artifact: Path, graph: str) -> list[dict[str, Any]]:
+    return json.loads((artifact / "reports" / "engines" / f"{graph}.json").read_text("utf-8"))
+
+
+def int8_gemms(layers: list[dict[str, Any]]) -> int:
+    return sum(x["type"] == "gemm" and [t["dtype"] for t in x["inputs"][:2]] == ["Int8"] * 2 for x in layers)
+
+
+def fused_attentions(layers: list[dict[str, Any]]) -> int:
+    return sum(x["name"].startswith("_gemm_mha") for x in layers)
+
+
+def calls(graph: Captured, operator: Any) -> int:
+    return len(graph.gm.graph.find_nodes(op="call_function", target=operator))
+
+
+SDPA = torch.ops.aten.scaled_dot_product_attention.default
+
+# --- the artifact ----------------------------------------------------------------------------------------------------
+
+
+def test_it_is_written_unverified_where_it_cannot_run(exported, manifest):
+    _, notes = exported
+    assert (manifest["backend"], manifest["status"]) == ("tensorrt", "unverified")
+    assert [n for n in notes if "not verified" in n and "sees no GPU" in n]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_machine_without_a_gpu_refuses_it_in_a_sentence(artifact):
+    with pytest.raises(ArtifactError, match="was compiled for cuda, this torch sees no GPU") as raised:
+        load(artifact)
+    assert len(str(raised.value).splitlines()) == 1
+
+
+def test_inspect_says_what_it_needs(artifact, capsys):
+    assert main(["inspect", str(artifact)]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("needs")]
+    assert f"cuda, any, compute_capability sm80 sm86 sm89 sm120, cuda 13, tensorrt_rtx {trt.__version__}" in line
+    assert "None" not in line
+
+
+def test_the_builders_settings_are_in_the_manifest(manifest):
+    chosen = {name: value for name, value in manifest["toolchain"].items() if name.startswith("tensorrt.")}
+    assert chosen == {
+        "tensorrt.flavour": "rtx",
+        "tensorrt.compute_capabilities": "sm80 sm86 sm89 sm120",
+        "tensorrt.workspace_mib": "0",
+        "tensorrt.optimization_level": "3",
+        "tensorrt.network": "strongly typed",
+    }
+
+
+def test_every_quantized_linear_is_a_product_of_int8(artifact, manifest):
+    quantized = sum(treatment == "int8" for treatment, _ in manifest["layers"].values())
+    assert quantized > 0
+    assert int8_gemms(layers_of(artifact, "full")) == quantized
+    assert int8_gemms(layers_of(artifact, "text_encoder")) == 0  # the canary
+
+
+def test_every_attention_of_the_denoiser_is_one_fused_kernel(artifact):
+    recipe = resolve("flux-fast", ("quantize.method=none", "cache.method=none"), "tiny:flux")
+    wanted = calls(captured(prepared(recipe))["full"], SDPA)
+    assert wanted > 0
+    assert fused_attentions(layers_of(artifact, "full")) == wanted
+
+
+def test_no_engine_holds_a_weight(artifact, manifest):
+    """None of the larger tensors' bytes are in the code, and all of their names are."""
+    from safetensors.torch import load_file
+
+    weights = load_file(artifact / "weights" / "denoiser.safetensors")
+    (full,) = [graph for graph in manifest["graphs"] if graph["name"] == "full"]
+    code = (artifact / full["package"]).read_bytes()
+    large = {name: key for name, key in full["constants"].items() if weights[key].unique().numel() >= 200}
+    assert len(large) > 10
+    for name, key in large.items():
+        data = weights[key].contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        assert data[:256] not in code
+        assert data[-256:] not in code
+        assert name.encode() in code
+
+
+# --- the network -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "names", "room"),
+    [("none", ("full", "text_encoder", "vae_decoder"), CLOSE), ("int8_dynamic", ("full",), CLOSE_INT8)],
+)
+def test_what_the_parser_gets_computes_what_the_graph_does(method, names, room):
+    """By ONNX Runtime, with every constant as an input."""
+    recipe = resolve("flux-fast", (*BACKEND, *FLOAT32, f"quantize.method={method}", "cache.method=none"), "tiny:flux")
+    graphs = captured(prepared(recipe))
+    for graph in map(lowering.rewritten, map(graphs.__getitem__, names)):
+        got, wanted = run(graph, graph.constants()), graph.gm(*graph.args)
+        assert error(got, wanted) < room
+        weights = {name: tensor.detach().clone() for name, tensor in graph.constants().items()}
+        largest = max((t for t in weights.values() if t.is_floating_point()), key=lambda t: t.numel())
+        largest += torch.randn_like(largest) * largest.std()  # the canary
+        assert error(run(graph, weights), wanted) > 5 * room
+
+
+def run(graph: Captured, constants: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    import onnxruntime
+
+    model = lowering.network_model(lowering.onnx_model(graph))
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    feeds = dict(zip([s.name for s in graph.inputs], graph.args, strict=True)) | constants
+    names = {i.name for i in session.get_inputs()}
+    arrays = {name: tensor.detach().contiguous().numpy() for name, tensor in feeds.items() if name in names}
+    return [torch.from_numpy(np.asarray(array)) for array in session.run(None, arrays)]
+
+
+def error(got: list[torch.Tensor], wanted: Any) -> float:
+    pairs = [(a.double(), b.detach().double()) for a, b in zip(got, wanted, strict=True)]
+    return max(float((a - b).norm() / b.norm()) for a, b in pairs)
+
+
+def test_a_unet_is_built_with_its_attention_fused():
+    recipe = resolve("sd-fast", (*BACKEND, *BFLOAT16, "cache.method=none", "quantize.method=none"), "tiny:sd")
+    graph = captured(prepared(recipe))["full"]
+    engine, layers = lowering.build(trt, lowering.rewritten(graph), lowering.options(recipe.compile))
+    assert engine
+    heads = [node.args[0].meta["val"].shape[-1] for node in graph.gm.graph.find_nodes(op="call_function", target=SDPA)]
+    assert sorted(set(heads)) == [
+        8,
+        16,
+    ]  # the library has no fused kernel for heads of 8, of which no real model has any
+    assert fused_attentions(layers) == heads.count(16) > 0
+
+
+# --- options and refusals --------------------------------------------------------------------------------------------
+
+
+class Shifted(nn.Module):
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (torch.bitwise_left_shift(x, 2),)
+
+
+class Product(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(16, 16))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (x @ self.weight,)
+
+
+def options(*settings: str) -> Any:
+    return lowering.options(resolve("flux-fast", (*BACKEND, *settings), "tiny:flux").compile)
+
+
+def test_what_the_library_cannot_build_is_named():
+    graph = capture("shifted", Shifted(), (torch.ones(2, 3, dtype=torch.int32),), ("x",), ("y",))
+    with pytest.raises(
+        ExportError, match=r"graph 'shifted': tensorrt_rtx .* cannot build it \(.*initializer.*\); set compile\.backend"
+    ):
+        lowering.build(trt, graph, options())
+
+
+def test_the_same_graph_gives_the_same_bytes_and_other_gpus_give_others():
+    graph = capture("product", Product(), (torch.ones(4, 16),), ("x",), ("y",))
+    one = "compile.options.compute_capabilities=sm89"
+    first, second, third = (lowering.build(trt, graph, options(*more))[0] for more in ((), (), (one,)))
+    assert first == second
+    assert first != third
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("compile.options.flavor=rtx", r"compile\.options \[flavor\].*options of this backend: flavour, compute_cap"),
+        ("compile.options.optimization_level=6", r"compile\.options \[optimization_level\]"),
+        ("compile.options.compute_capabilities=8.9", r"compile\.options \[compute_capabilities\]"),
+        ("compile.device=cpu", r"compile\.device 'cpu': engines of TensorRT run on GPUs; set compile\.device=cuda"),
+    ],
+)
+def test_an_option_that_there_is_not_is_refused(setting, said):
+    with pytest.raises(RecipeError, match=said):
+        options(setting)
+
+
+def test_a_gpu_that_the_library_has_no_kernels_for_is_refused():
+    graph = capture("product", Product(), (torch.ones(4, 16),), ("x",), ("y",))
+    with pytest.raises(RecipeError, match=r"builds for sm75, sm80, .*sm121, got 'sm90'"):
+        lowering.build(trt, graph, options("compile.options.compute_capabilities=sm89 sm90"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_the_other_flavour_wants_to_be_installed_or_a_gpu():
+    with pytest.raises(ExportError, match=r"pip install 'prebake\[trt\]'|set compile\.options\.flavour=rtx"):
+        lowering.library(options("compile.options.flavour=tensorrt"))

@@ -48,7 +48,6 @@ def onnx_model(graph: Captured, opset: int = OPSET) -> onnx.ModelProto:
     model.metadata_props.clear()
     model.producer_version = None
     common.ClearMetadataAndDocStringPass()(model)
-    common.IdentityEliminationPass()(model)
     common.RemoveUnusedNodesPass()(model)
     return ir.to_proto(model)
 
@@ -87,8 +86,9 @@ def w8a8() -> Any:
     def translate(x: Any, weight: Any, scale: Any, bias: Any = None) -> Any:
         if x not in scaled:
             wide = x if x.dtype == ir.DataType.FLOAT else op.Cast(x, to=ir.DataType.FLOAT)
-            largest = op.ReduceMax(op.Abs(wide), op.Constant(value_ints=[-1]), keepdims=1)
-            largest = op.Max(largest, op.Constant(value_float=TINY))
+            last = op.Constant(value_ints=[-1])
+            above, below = op.ReduceMax(wide, last, keepdims=1), op.Neg(op.ReduceMin(wide, last, keepdims=1))
+            largest = op.Max(above, below, op.Constant(value_float=TINY))
             scaled[x] = op.Div(wide, largest), largest
         tokens, largest = scaled[x]
         step, zero = op.Constant(value_float=1 / LEVELS), op.Constant(value=onnx_scalar(0))

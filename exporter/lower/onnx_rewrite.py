@@ -53,8 +53,26 @@ def rewritten(graph: Captured) -> Captured:
             promote(gm, node)
         elif node.target is aten.squeeze.dim and node.args[0].meta["val"].shape == node.meta["val"].shape:
             node.replace_all_uses_with(node.args[0])  # ONNX refuses to squeeze what is not 1 long
+    copy_shared(gm)
     gm.meta["transposed"] = tuple(kept.values())
     return replace(graph, gm=prune(gm))
+
+
+def copy_shared(gm: fx.GraphModule) -> None:
+    """A copy for each output that is another output too, or an input or a constant: in ONNX a value has one name."""
+    (output,) = gm.graph.find_nodes(op="output")
+    seen: set[fx.Node] = set()
+
+    def own(value: fx.Node) -> fx.Node:
+        if value not in seen and value.op == "call_function":
+            seen.add(value)
+            return value
+        with gm.graph.inserting_before(output):
+            fresh = gm.graph.call_function(aten.clone.default, (value,))
+        fresh.meta["val"] = value.meta.get("val")
+        return fresh
+
+    output.args = (tuple(own(value) for value in output.args[0]),)
 
 
 def multiply(gm: fx.GraphModule, node: fx.Node, kept: dict[str, Transposed]) -> None:

@@ -15,9 +15,11 @@ import onnx
 import onnxruntime
 import onnxscript
 import torch
+from pydantic import ValidationError
 
-from ...runtime.errors import ExportError
+from ...runtime.errors import ExportError, RecipeError, misfit
 from ..capture import Captured
+from ..tables import Table
 from . import Groups
 from .isa import int8_flags
 from .onnx_graph import located, onnx_model, places
@@ -27,13 +29,18 @@ from .w8a8 import quantized
 __all__ = ["CHANNELS_LAST", "bind", "lower", "quantized", "requires", "rewritten", "toolchain"]
 
 CHANNELS_LAST = False
-OPTIONS = {"prepack": bool}
-"""`prepack`: whether each session keeps its weights once more, as its kernels read them (docs/backends.md has what that
-is worth)."""
+
+
+class Options(Table):
+    """`compile.options`. `prepack`: whether each session keeps its weights once more, in the order in which its kernels read
+    them, which takes a copy for every variant (docs/backends.md has what that is worth)."""
+
+    prepack: bool = False
 
 
 def lower(folder: Path, groups: Groups, config: Any, doing: Callable[[str], None]) -> dict[str, str]:
-    check_options(config.options)
+    """A model for each graph. Raises RecipeError for options that there are not, and ExportError for bfloat16 on the CPU."""
+    options(config)
     if config.device == "cpu":
         refuse_bfloat16(groups)
     (folder / "graphs").mkdir(exist_ok=True)
@@ -55,12 +62,13 @@ def bind(folder: Path, paths: Mapping[str, str], bound: Mapping[str, Mapping[str
         (folder / path).write_bytes(model.SerializeToString(deterministic=True))
 
 
-def check_options(options: Any) -> None:
-    for name, value in options.items():
-        if name not in OPTIONS:
-            raise ExportError(f"compile.options.{name}: onnxruntime has none of that name; it has {', '.join(OPTIONS)}")
-        if not isinstance(value, OPTIONS[name]):
-            raise ExportError(f"compile.options.{name}: expected true or false, got {value!r}")
+def options(config: Any) -> Options:
+    """Those of the recipe's `compile` table. Raises RecipeError for what is not one."""
+    try:
+        return Options.model_validate(config.options)
+    except ValidationError as e:
+        known = ", ".join(Options.model_fields)
+        raise RecipeError(f"{misfit('compile.options', e)}; options of this backend: {known}") from e
 
 
 def refuse_bfloat16(groups: Groups) -> None:
@@ -93,6 +101,7 @@ def requires(recipe: Any) -> dict[str, Any]:
 
 
 def toolchain(config: Any) -> dict[str, str]:
+    """What wrote the graphs, and how many threads they were verified with."""
     return {
         "onnx": onnx.__version__,
         "onnxruntime": onnxruntime.__version__,

@@ -142,28 +142,13 @@ class Replayer:
 
     def draw(self, prompt: str, seed: int, plan: Plan) -> Drawn:
         self._calls.clear()
+        arguments = call_arguments(self._pipe, seed, plan)
         start = time.perf_counter()
-        output: Any = self._pipe(
-            prompt,
-            seed=seed,
-            num_inference_steps=plan.steps,
-            cache=plan.cache != "none",
-            output_type="pt",
-            **self._example(seed),
-        )
+        output: Any = self._pipe(prompt, **arguments)
         seconds = time.perf_counter() - start
         calls = tuple(self._calls)
         latents = next(c.inputs["latents"] for c in calls if c.graph == "vae_decoder")
         return Drawn(output[0], latents, seconds, calls)
-
-    def _example(self, seed: int) -> dict[str, Any]:
-        """The argument `image` of artifacts that draw nothing without one. Where calls begin from it they begin with the plan's
-        first step: all that is in the plan is measured, and not its end alone."""
-        picture = self._pipe.family.settings.picture
-        if picture is None or not picture.required:
-            return {}
-        whole = {"strength": 1.0} if picture.role == "start" else {}
-        return {"image": example(Size(picture.height, picture.width, 0), seed), **whole}
 
     def only(self, plans: Mapping[str, Plan]) -> Replayer:
         """The same with these plans alone."""
@@ -172,6 +157,22 @@ class Replayer:
     def evaluations(self, drawn: Drawn) -> tuple[Call, ...]:
         """The denoiser's calls, in the order of the plan's evaluations."""
         return tuple(c for c in drawn.calls if c.graph in self.variants)
+
+
+def call_arguments(pipe: Pipeline, seed: int, plan: Plan) -> dict[str, Any]:
+    """What an artifact is called with, besides the prompt, to draw the seed's picture by that plan."""
+    chosen = {"seed": seed, "num_inference_steps": plan.steps, "cache": plan.cache != "none", "output_type": "pt"}
+    return {**chosen, **example_arguments(pipe, seed)}
+
+
+def example_arguments(pipe: Pipeline, seed: int) -> dict[str, Any]:
+    """The argument `image` of artifacts that draw nothing without one. Where calls begin from it they begin with the plan's
+    first step: all that is in the plan is measured, and not its end alone."""
+    picture = pipe.family.settings.picture
+    if picture is None or not picture.required:
+        return {}
+    whole = {"strength": 1.0} if picture.role == "start" else {}
+    return {"image": example(Size(picture.height, picture.width, 0), seed), **whole}
 
 
 class Reference:

@@ -202,7 +202,16 @@ def load_reference(manifest: Manifest, recipe: Recipe, model: str) -> References
 
     Raises RecipeError when `model` is not the one that the artifact was made of.
     """
-    loaded = source.load(model, recipe.model.revision, {"default": torch.float32}, recipe.model.config)
+    loaded = load_pipeline(manifest, recipe, model, torch.float32)
+    if manifest.family == FAMILY:
+        return attached.AttachedReference(recipe, loaded)
+    family = importlib.import_module(f".families.{manifest.family}", __package__)
+    return Reference(loaded.pipe, family, manifest, recipe.guidance)
+
+
+def load_pipeline(manifest: Manifest, recipe: Recipe, model: str, dtype: torch.dtype) -> source.Loaded:
+    """The same, all of it in `dtype`, as it was loaded."""
+    loaded = source.load(model, recipe.model.revision, {"default": dtype}, recipe.model.config)
     if loaded.source.sha256 != manifest.source.sha256:
         raise RecipeError(
             f"model {model!r}: sha256 over its files is {loaded.source.sha256}, the artifact was made of "
@@ -214,11 +223,7 @@ def load_reference(manifest: Manifest, recipe: Recipe, model: str) -> References
         import diffusers
 
         pipe.scheduler = getattr(diffusers, recipe.sampler.scheduler).from_config(pipe.scheduler.config)
-    if manifest.family == FAMILY:
-        return attached.AttachedReference(recipe, loaded)
-    return Reference(
-        pipe, importlib.import_module(f".families.{manifest.family}", __package__), manifest, recipe.guidance
-    )
+    return loaded
 
 
 def model_of(manifest: Manifest) -> str:

@@ -38,14 +38,15 @@ TRANSPOSED: weakref.WeakValueDictionary[tuple[Any, ...], Transposed] = weakref.W
 """What the graphs that are alive have transposed: variants of a model share its weights, and go on sharing them."""
 
 
-def rewritten(graph: Captured) -> Captured:
-    """The graph with its Linears' weights as [in, out], without lists of tensors, and without mixed dtypes in a `cat`."""
+def rewritten(graph: Captured, *, transpose: bool = True) -> Captured:
+    """The graph without lists of tensors and without mixed dtypes in a `cat`, and with its Linears' weights as [in, out]
+    where those are to be transposed once and for all, here."""
     gm = fx.GraphModule(graph.gm, copy.deepcopy(graph.gm.graph))
     kept: dict[str, Transposed] = {}
     for node in list(gm.graph.nodes):
         if node.op != "call_function":
             continue
-        if node.target is aten.linear.default:
+        if transpose and node.target is aten.linear.default:
             multiply(gm, node, kept)
         elif node.target in SPLITS:
             cut(gm, node)

@@ -22,17 +22,19 @@ import onnx_ir as ir
 import torch
 from onnxscript.optimizer import fold_constants, remove_unused_nodes
 from pydantic import Field, ValidationError
+from torch import nn
 
 from ...runtime.backends.tensorrt import CAPABILITY, CUDA, PACKAGES, logger
 from ...runtime.errors import ExportError, RecipeError, misfit
 from ..capture import Captured
+from ..rewrite.fold import get_tensor
 from ..tables import Table
-from . import Groups
+from . import Groups, onnx_rewrite
 from .onnx_graph import onnx_model
-from .onnx_rewrite import rewritten as rewritten  # the graph as ONNX can say it
 from .w8a8 import quantized as quantized  # by one operator that ONNX models have a form for
 
-CHANNELS_LAST = False
+CHANNELS_LAST = True
+CONVOLUTIONS = (torch.ops.aten.conv2d.default, torch.ops.aten.convolution.default)
 SUFFIX = ".engine"
 REPORTS = "reports/engines"
 
@@ -104,6 +106,20 @@ def cuda_of(package: str) -> dict[str, str]:
     return next(({CUDA: match[1]} for match in found if match), {})
 
 
+def rewritten(graph: Captured) -> Captured:
+    """The graph as ONNX can say it, its weights as TensorRT reads them where they lie: those of Linears as [out, in], those
+    of convolutions as [out, height, width, in]. It would lay others out anew at every call."""
+    made = onnx_rewrite.rewritten(graph, transpose=False)
+    weights = {
+        str(n.args[1].target) for n in made.gm.graph.nodes if n.target in CONVOLUTIONS and n.args[1].op == "get_attr"
+    }
+    for name in weights:
+        path, _, leaf = name.rpartition(".")
+        lying = get_tensor(made.gm, name).detach().contiguous(memory_format=torch.channels_last)
+        setattr(made.gm.get_submodule(path), leaf, nn.Parameter(lying, requires_grad=False))
+    return made
+
+
 def lower(folder: Path, groups: Groups, config: Any, doing: Callable[[str], None]) -> dict[str, str]:
     """An engine for each graph, and its layers in `reports/engines`."""
     chosen = options(config)
@@ -123,20 +139,25 @@ def lower(folder: Path, groups: Groups, config: Any, doing: Callable[[str], None
 
 def build(trt: Any, graph: Captured, chosen: Options) -> tuple[bytes, list[dict[str, Any]]]:
     """The engine of a graph, and its layers. Raises ExportError naming the graph and what the library refuses."""
+    return build_model(trt, graph.name, network(graph), chosen)
+
+
+def build_model(trt: Any, name: str, model: onnx.ModelProto, chosen: Options) -> tuple[bytes, list[dict[str, Any]]]:
+    """The engine of a model. Whatever the library says meanwhile is what its layers are read from."""
     log = logger(trt)
     log.errors.clear()
     log.lines = said = []
     builder = trt.Builder(log)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, log)
-    data = network_model(onnx_model(graph)).SerializeToString()
-    engine = builder.build_serialized_network(network, settings(trt, builder, chosen)) if parser.parse(data) else None
+    parsed = parser.parse(model.SerializeToString())
+    engine = builder.build_serialized_network(network, settings(trt, builder, chosen)) if parsed else None
     log.lines = None
     if engine is None:
         refused = [parser.get_error(i) for i in range(parser.num_errors)]
         why = refused[0].desc() or refused[0].node_operator() if refused else next(iter(log.errors), "no message")
         raise ExportError(
-            f"graph {graph.name!r}: {trt.__name__} {trt.__version__} cannot build it ({why}); set compile.backend=aoti"
+            f"graph {name!r}: {trt.__name__} {trt.__version__} cannot build it ({why}); set compile.backend=aoti"
         )
     return bytes(engine), list(layers(said))
 
@@ -170,22 +191,44 @@ def compute_capability(trt: Any, name: str) -> Any:
 # --- the network -----------------------------------------------------------------------------------------------------
 
 
-def network_model(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model with its constants as inputs, and with what the parser asks to be an initializer as one.
+def network(graph: Captured) -> onnx.ModelProto:
+    """The graph's model with its constants as inputs, of the shape in which they lie in memory, and with what the parser
+    asks to be an initializer as one.
 
     Parsers of TensorRT take axes and shapes that are given as values, not as arithmetic on values.
     """
-    made = ir.from_proto(model)
+    permuted = {name for name, tensor in graph.constants().items() if lies_as_nhwc(tensor)}
+    made = ir.from_proto(onnx_model(graph))
     scale_after_product(made.graph)
     for value in list(made.graph.initializers.values()):
         if isinstance(value.const_value, ir.ExternalTensor):
             del made.graph.initializers[str(value.name)]
             value.const_value = None
             made.graph.inputs.append(value)
+            if value.name in permuted:
+                permute(made.graph, value)
     with np.errstate(divide="ignore", invalid="ignore"):  # of values that a `where` leaves out
         fold_constants(made, onnx_shape_inference=False)
     remove_unused_nodes(made)
     return ir.to_proto(made)
+
+
+def lies_as_nhwc(tensor: torch.Tensor) -> bool:
+    """Whether a weight may be seen as [O, H, W, I] where it lies: those of 1 x 1 convolutions too."""
+    return tensor.dim() == 4 and tensor.shape[1] > 1 and tensor.is_contiguous(memory_format=torch.channels_last)
+
+
+def permute(graph: ir.Graph, weight: ir.Value) -> None:
+    """Makes an input [O, I, H, W] one of [O, H, W, I], and what reads it read that turned back."""
+    assert weight.shape is not None
+    o, i, h, w = weight.shape
+    uses = weight.uses()
+    turned = ir.node("Transpose", [weight], {"perm": [0, 3, 1, 2]})
+    turned.outputs[0].shape, turned.outputs[0].type = weight.shape, weight.type
+    weight.shape = ir.Shape([o, h, w, i])
+    graph.insert_before(graph[0], turned)
+    for user, position in uses:
+        user.replace_input_with(position, turned.outputs[0])
 
 
 def scale_after_product(graph: ir.Graph) -> None:

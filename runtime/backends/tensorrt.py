@@ -173,9 +173,9 @@ class BoundEngine:
                 f"graph {self.graph.name!r}: constant {missing[0]!r} is not bound ({len(missing)} in all); export again"
             )
         for name in sorted(self.constants):
-            tensor = tensors[name]
+            tensor = seen_as(tensors[name], tuple(self.engine.get_tensor_shape(name)))
             self._check(name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
-            self._kept[name] = aligned(tensor)
+            self._kept[name] = aligned(tensor.contiguous())
             self._point(name, self._kept[name])
 
     def __call__(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -212,6 +212,13 @@ class BoundEngine:
 
 DTYPES = {"float": "float32", "half": "float16", "bf16": "bfloat16", "fp8": "float8_e4m3fn"}
 """TensorRT's names, in small letters, of the dtypes that torch calls otherwise."""
+
+
+def seen_as(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """A weight [N, C, H, W] that lies as [N, H, W, C] seen so where the engine takes it so; any other as it is."""
+    if tensor.dim() == 4 and (turned := tensor.permute(0, 2, 3, 1)).is_contiguous() and turned.shape == shape:
+        return turned
+    return tensor
 
 
 def aligned(tensor: torch.Tensor) -> torch.Tensor:

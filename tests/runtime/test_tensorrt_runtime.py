@@ -144,6 +144,20 @@ def test_a_row_of_a_table_is_copied_to_where_an_allocation_begins(tmp_path, libr
     assert addresses[0] % 64 == 0
 
 
+def test_weights_of_convolutions_are_seen_as_they_lie():
+    """[N, C, H, W] in memory as [N, H, W, C], and 1 x 1 ones, whose memory is the same in both."""
+    weight = torch.randn(5, 4, 3, 2)
+    lying = weight.contiguous(memory_format=torch.channels_last)
+    seen = tensorrt.seen_as(lying, (5, 3, 2, 4))
+    assert seen.is_contiguous()
+    assert seen.data_ptr() == lying.data_ptr()
+    assert torch.equal(seen[:, 1, 0], weight[:, :, 1, 0])
+    assert tensorrt.seen_as(weight[:, :, :1, :1].contiguous(), (5, 1, 1, 4)).shape == (5, 1, 1, 4)
+    for other in (weight, lying):
+        assert tensorrt.seen_as(other, (5, 4, 3, 2)) is other
+    assert tensorrt.seen_as(weight, (5, 3, 2, 4)) is weight  # and then refused, by its shape
+
+
 @pytest.mark.parametrize(
     ("graph", "said"),
     [

@@ -1,8 +1,8 @@
 """The command `prebake`: arguments come in, an exit code comes out. 0 = done, 1 = verified and found to miss a threshold,
 2 = refused with a reason, 130 = interrupted.
 
-`recipes`, `export` and `verify` are here, `plan` and `calibrate` in `cli_plan.py` and `cli_calibrate.py`, `run` and `inspect`
-in `runtime/cli.py`. torch and diffusers are imported by the commands that need them and never for `--help`.
+`recipes`, `export` and `verify` are here, `bench`, `plan` and `calibrate` in files of their names (`cli_bench.py`, ...), `run`
+and `inspect` in `runtime/cli.py`. torch and diffusers are imported by the commands that need them and never for `--help`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .cli_bench import add_bench
 from .cli_calibrate import add_calibrate
 from .cli_options import add_how, add_overrides, mode, positive, print_json
 from .cli_plan import add_plan
@@ -81,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_export(commands)
     add_calibrate(commands)
     _add_verify(commands)
+    add_bench(commands)
     add_plan(commands)
     _add_recipes(commands)
     add_runtime_commands(commands)

@@ -69,13 +69,16 @@ def translated(graph: Captured, opset: int) -> ir.Model:
                 custom_translation_table={OPERATOR.default: w8a8()},
             )
     except Exception as e:
-        lines = [line for line in str(e).splitlines() if line.strip()]
-        raise ExportError(
-            f"graph {graph.name!r}: it has no form in ONNX ({type(e).__name__}: {lines[-1] if lines else 'no message'}); "
-            "set compile.backend=aoti"
-        ) from e
+        raise ExportError(f"graph {graph.name!r}: it has no form in ONNX ({root(e)}); set compile.backend=aoti") from e
     assert made is not None
     return made.model
+
+
+def root(e: BaseException) -> str:
+    """What an error comes from, in a line: torch.onnx wraps the operator that it does not know in pages of advice."""
+    while e.__cause__:
+        e = e.__cause__
+    return f"{type(e).__name__}: {next(iter(str(e).strip().splitlines()), 'no message')}"
 
 
 def w8a8() -> Any:

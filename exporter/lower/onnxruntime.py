@@ -7,7 +7,7 @@ that one artifact serves every processor of the family. int8 Linears are those o
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -87,8 +87,8 @@ def precision(component: str) -> str:
 
 
 def has_bfloat16(graph: Captured) -> bool:
-    values: Iterable[Any] = (node.meta.get("val") for node in graph.gm.graph.nodes)
-    return any(isinstance(value, torch.Tensor) and value.dtype == torch.bfloat16 for value in values)
+    """Whether its weights are; a denoiser of float32 may still be given such embeddings, by an encoder that is refused."""
+    return any(tensor.dtype == torch.bfloat16 for tensor in graph.constants().values())
 
 
 def requires(recipe: Any) -> dict[str, Any]:

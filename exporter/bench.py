@@ -257,6 +257,12 @@ def attached_picture(replayer: attached.AttachedReplayer) -> Picture:
 
 def baseline_rows(subjects: Sequence[Subject], choices: Choices, progress: Progress) -> Iterator[Row]:
     """A row for each baseline and number of steps. The pipeline is loaded once for each dtype."""
+    if choices.baselines:
+        import diffusers
+
+        getattr(
+            diffusers, subjects[0].manifest.source.pipeline, None
+        )  # imported now, so that `load_s` is loading alone
     steps = sorted({p.steps for s in subjects for p in s.plans.values()})
     loaded: dict[torch.dtype, tuple[source.Loaded, float]] = {}
     for name in choices.baselines:
@@ -388,10 +394,11 @@ def dtype_names(dtypes: Mapping[str, torch.dtype]) -> dict[str, str]:
 
 
 def places(subject: Subject) -> dict[str, Any]:
-    """Where the pipeline lies on this disk: `Start.pipeline` and `config`."""
+    """Which pipeline it is, and where it lies on this disk: `Start.pipeline`, `pipeline_class` and `config`."""
     model, recipe = subject.model, subject.recipe
+    named = {"pipeline_class": subject.manifest.source.pipeline}
     if source.is_file(model):
         file = Path(model).expanduser().resolve()
         config = source.config_folder(recipe.model.config, file)
-        return {"pipeline": str(file), "config": str(config.resolve()) if config else None}
-    return {"pipeline": str(source.find(model, recipe.model.revision).resolve())}
+        return {**named, "pipeline": str(file), "config": str(config.resolve()) if config else None}
+    return {**named, "pipeline": str(source.find(model, recipe.model.revision).resolve())}

@@ -62,15 +62,17 @@ def several(text: str) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
+    from ..runtime.attachment import FAMILY
+    from ..runtime.manifest import read_manifest
     from . import bench_report
     from .bench import Choices, bench
     from .progress import progress
     from .report import to_json
 
-    if args.baseline:
+    if args.baseline or any(read_manifest(folder).family == FAMILY for folder in args.artifacts):
         from .hush import hush
 
-        hush()
+        hush()  # which imports diffusers
     cold_runs = 0 if args.no_cold else args.cold_runs
     choices = Choices(args.baseline, args.runs, cold_runs, args.steps, args.threads, args.model)
     with progress(mode(args)) as shown:

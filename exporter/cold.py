@@ -39,7 +39,7 @@ class Start:
     """What to start: an artifact by itself, or a diffusers pipeline, plain, compiled or with an artifact attached.
 
     `pipeline` is the folder or file to load with diffusers, None = the artifact alone; `config` as `model.config` of a
-    recipe; `dtypes` are names by component. `artifact` says the sizes and the scheduler in any case.
+    recipe; `dtypes` are names by component; `pipeline_class` is what its program would import. `artifact` says the sizes and the scheduler in any case.
     """
 
     name: str
@@ -49,6 +49,7 @@ class Start:
     cached: bool
     threads: int
     pipeline: str | None = None
+    pipeline_class: str = ""
     config: str | None = None
     dtypes: dict[str, str] = dataclasses.field(default_factory=dict)
     attached: bool = False
@@ -151,6 +152,8 @@ def from_pipeline(start: Start, caches: Path, stages: Stages) -> Draw:
     with stages.of("import"):
         import diffusers
         import torch
+
+        getattr(diffusers, start.pipeline_class, None)  # diffusers imports a class when it is asked for
     from ..runtime import attach
     from ..runtime.manifest import read_manifest
     from . import source

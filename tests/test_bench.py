@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import attached
 import pytest
 import torch
 
@@ -297,6 +298,32 @@ def test_a_cold_start_is_that_of_a_fresh_process(tiny_artifact):
     assert found.second_image < found.total
     # torch alone takes more than 100 MB; this process, with diffusers and its models, must not be counted
     assert found.peak_bytes > 100e6
+
+
+def test_a_baseline_starts_cold_with_diffusers(tiny_artifact, tiny_folder):
+    choices = Choices(("eager-bf16",), steps=8, model=str(tiny_folder))
+    (subject,) = bench.read([tiny_artifact], choices)
+    (start,) = bench.baseline_starts(subject, "a red circle", choices)
+    found = started(start)
+    assert tuple(found.seconds) == STAGES
+    assert min(found.seconds.values()) > 0
+
+
+def test_an_attached_artifact_is_timed_in_its_pipeline(tmp_path, monkeypatch):
+    """Its graphs run as they were captured; only the way to them is looked at."""
+    folder = attached.saved("sana", tmp_path / "sana")
+    recipe = attached.recipe("sana", folder, cache={"method": "mask", "mask": "1(01)"})  # at 4 steps 1010
+    (tmp_path / "artifact").mkdir()
+    artifact = attached.uncompiled(recipe, tmp_path / "artifact")
+    monkeypatch.setattr(bench, "open_artifact", lambda folder: artifact)
+    subject = Subject("sana", artifact.folder, artifact.manifest, recipe, artifact.plans, str(folder))
+    assert subject.attached
+    for row in artifact_rows(subject, Progress()):
+        calls = row.evaluations(attached.PROMPT, 0)
+        assert [name for name, _ in calls] == [e.variant for e in artifact.plans[row.facts["plan"]].evaluations]
+        assert row.picture(attached.PROMPT, 0) > sum(ms for _, ms in calls) / 1e3 / 10
+    start = artifact_start(subject, attached.PROMPT)
+    assert (start.attached, start.pipeline, start.pipeline_class) == (True, str(folder), "SanaPipeline")
 
 
 def test_the_memory_of_a_fresh_process_is_its_own():

@@ -11,10 +11,10 @@ def paper(tmp_path):
 @pytest.fixture
 def never_opened(monkeypatch, tmp_path):
     """Fails the test when anything gets as far as dlopen; the cache is a folder of the test."""
-    import prebake.runtime.artifact
+    import prebake.runtime.backends.aoti
 
     def open_model(so, device):
         raise AssertionError(f"{so} was opened")
 
-    monkeypatch.setattr(prebake.runtime.artifact, "open_model", open_model)
+    monkeypatch.setattr(prebake.runtime.backends.aoti, "open_model", open_model)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

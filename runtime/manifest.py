@@ -96,8 +96,8 @@ class Source(BaseModel):
 
 class Requires(BaseModel):
     """What this artifact's native code needs of a machine. `torch` is `major.minor`, or None where any will do:
-    AOTInductor's C ABI is not kept across minor versions. `packages` are what the backend needs besides, with their
-    versions, which the backend compares. `isa` are /proc/cpuinfo flags."""
+    AOTInductor's C ABI is not kept across minor versions. `packages` are what the backend needs besides, libraries, drivers
+    and GPUs, with their versions, which the backend compares. `isa` are /proc/cpuinfo flags."""
 
     model_config = FROZEN
     system: str

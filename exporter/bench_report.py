@@ -40,9 +40,7 @@ METHOD = {
 
 
 def interquartile(samples: Sequence[float]) -> float:
-    """The distance of the quartiles, interpolated between samples; of one sample it is not known, and 0."""
-    if len(samples) < 2:
-        return 0.0
+    """The distance of the quartiles, interpolated between the samples, of which there are two or more."""
     low, _, high = statistics.quantiles(samples, n=4, method="inclusive")
     return high - low
 
@@ -129,9 +127,10 @@ def described_starts(name: str, runs: Sequence[Started]) -> dict[str, Any]:
 
 
 def figures(samples: Sequence[float]) -> dict[str, Any]:
+    """One sample has no interquartile range: None."""
     return {
         "median": statistics.median(samples),
-        "interquartile_range": interquartile(samples),
+        "interquartile_range": interquartile(samples) if len(samples) > 1 else None,
         "samples": list(samples),
     }
 

@@ -19,14 +19,16 @@ from prebake.exporter.bench import (
     Bench,
     Choices,
     Row,
+    Subject,
     Timed,
+    artifact_rows,
     artifact_start,
     check,
     followed,
     labels,
     measure,
 )
-from prebake.exporter.bench_report import NOT_TOLD_APART, against, describe, interquartile, ratio, show
+from prebake.exporter.bench_report import NOT_TOLD_APART, against, describe, figures, interquartile, ratio, show
 from prebake.exporter.cold import STAGES, Start, started
 from prebake.exporter.progress import Progress
 from prebake.runtime import ArtifactError, ExportError, RecipeError
@@ -52,8 +54,8 @@ def timed(name: str, image_s: list[float], steps: int = 4, baseline: str | None 
 def test_interquartile_range_is_the_distance_of_the_quartiles():
     assert interquartile([1.0, 2.0, 3.0, 4.0, 5.0]) == 2.0
     assert interquartile([5.0, 1.0]) == 2.0
-    assert interquartile([7.0]) == 0.0
     assert interquartile([1.0, 1.0, 1.0, 1.0, 1000.0]) == 0.0  # an outlier is not the spread
+    assert figures([7.0]) == {"median": 7.0, "interquartile_range": None, "samples": [7.0]}  # nor is there one of one
 
 
 def test_the_ratio_is_the_median_of_the_rounds_own_ratios():

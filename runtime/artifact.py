@@ -90,13 +90,19 @@ def open_artifact(folder: str | Path, *, cache_dir: str | Path | None = None, ha
     manifest = read_manifest(folder)
     check(folder, manifest, hash_weights=hash_weights)
     plans = read_plans(folder, manifest)
-    device = torch.device(manifest.requires.device)
+    device = device_of(manifest)
     weights = map_weights(
         (folder / path for path in weight_files(manifest)), device, manifest.channels_last, manifest.complex
     )
     graphs = open_graphs(folder, manifest, weights, device, Path(cache_dir) if cache_dir else None)
     tables = {name: tables_on(plan, device, timestep_scale(manifest)) for name, plan in plans.items()}
     return Artifact(folder, manifest, device, weights, graphs, plans, tables)
+
+
+def device_of(manifest: Manifest) -> torch.device:
+    """The manifest's device, a GPU with its number, as tensors on it have it: `cuda` alone is equal to no tensor's device."""
+    kind = manifest.requires.device
+    return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
 
 
 def timestep_scale(manifest: Manifest) -> float:

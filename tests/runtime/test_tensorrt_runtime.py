@@ -11,6 +11,7 @@ import fake_tensorrt as fake
 import pytest
 import torch
 
+from prebake.runtime.artifact import device_of
 from prebake.runtime.backends import tensorrt
 from prebake.runtime.errors import ArtifactError
 from prebake.runtime.manifest import Cost, Defaults, FileEntry, Graph, Manifest, Requires, Source, TensorSpec
@@ -193,6 +194,11 @@ def test_an_engine_that_fails_says_so(tmp_path, library, weight):
     model = opened(tmp_path, weight, small=changed(SMALL, fails=True))["small"]
     with pytest.raises(ArtifactError, match="graph 'small': TensorRT could not run it"):
         model([torch.ones(X)])
+
+
+def test_the_artifacts_device_is_a_gpu_by_its_number_as_tensors_say_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert device_of(written(tmp_path, small=SMALL)) == torch.device("cuda:1")
 
 
 # --- what the machine lacks ------------------------------------------------------------------------------------------

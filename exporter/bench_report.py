@@ -32,7 +32,7 @@ METHOD = {
     "rounds": "every round draws one picture with each row in turn, the prompt named here, seed = round; all in one process",
     "image": "wall seconds of the whole call, prompt to picture, with nothing watched",
     "denoiser": "a second turn of the same round with the denoiser's calls on record: wall seconds of all its evaluations together",
-    "warm_up": "before the rounds each row drew two pictures, one of either kind; first_image_s is the first of them, and torch.compile's compilation is in it",
+    "warm_up": "before the rounds each row drew two pictures, one of either kind; first_image_s is the first of them, and torch.compile's compilation is in it, as far as its cache on this machine does not have it",
     "load": "seconds to open the artifact or load the pipeline in that process, libraries imported before; in both the SHA-256 of the files is checked; one sample",
     "ratio": "median over rounds of (time of the row it is against) / (time of the row); null where the medians differ by less than the larger of the two interquartile ranges",
     "cold": "fresh processes in turn, empty code caches, files in the system's cache: interpreter, import, load, first picture; torch.compile compiles in the first picture; peak_bytes is the resident peak up to it",

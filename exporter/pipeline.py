@@ -208,7 +208,7 @@ def family_of(pipe: Any) -> Any:
     name = type(pipe).__name__
     if name not in FAMILIES:
         raise ExportError(
-            f"pipeline {name} has no family here: its denoiser alone can be exported, which model.part = \"denoiser\" says; "
+            f'pipeline {name} has no family here: its denoiser alone can be exported, which model.part = "denoiser" says; '
             f"pipelines with one: {', '.join(sorted(FAMILIES))}"
         )
     return importlib.import_module(f".families.{FAMILIES[name]}", __package__)

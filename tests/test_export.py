@@ -205,7 +205,7 @@ def test_a_pipeline_without_a_family_is_refused_as_a_whole():
         pass
 
     with pytest.raises(
-        ExportError, match=r"pipeline OtherPipeline has no family here, .*; pipelines with one: .*FluxPipeline"
+        ExportError, match=r"pipeline OtherPipeline has no family here: .*; pipelines with one: .*FluxPipeline"
     ):
         pipeline.family_of(OtherPipeline())
 

@@ -49,7 +49,7 @@ test-all: $(VENV)/installed
 
 # Writes into docs/families.md what the tests show.
 works: $(VENV)/installed
-	$(python) -m pytest $(PYTEST) -m works --works-table docs/families.md
+	$(python) -m pytest $(PYTEST) -m works --works-table=docs/families.md
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .

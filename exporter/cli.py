@@ -270,7 +270,7 @@ def _add_verify(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument(
         "--model",
-        metavar="ID|FOLDER|shapes",
+        metavar="ID|FOLDER|FILE|shapes|tiny:FAMILY",
         help="where the pipeline is, if not where the manifest says; with --source",
     )
     parser.add_argument(

@@ -43,7 +43,7 @@ def add_plan(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument(
         "--model",
-        metavar="ID|FOLDER|shapes",
+        metavar="ID|FOLDER|FILE|shapes|tiny:FAMILY",
         help="where the pipeline is, if not where the manifest says; with --verify",
     )
     add_how(parser)

@@ -204,7 +204,10 @@ def family_of(pipe: Any) -> Any:
     """The family module of a pipeline. Raises ExportError with those that exist."""
     name = type(pipe).__name__
     if name not in FAMILIES:
-        raise ExportError(f"pipeline {name} cannot be exported yet; families that can: {', '.join(sorted(FAMILIES))}")
+        raise ExportError(
+            f'pipeline {name} has no family here: its denoiser alone can be exported, which model.part = "denoiser" says; '
+            f"pipelines with one: {', '.join(sorted(FAMILIES))}"
+        )
     return importlib.import_module(f".families.{FAMILIES[name]}", __package__)
 
 

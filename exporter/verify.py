@@ -85,9 +85,9 @@ def verify_artifact(folder: Path, choices: Choices, progress: Progress) -> tuple
     artifact = open_artifact(folder)
     manifest = artifact.manifest
     recipe = recipe_of(folder, manifest)
-    replayer = replayer_of(artifact, recipe, (choices.model or model_of(manifest)) if choices.with_source else "")
     if not choices.with_source:
         refuse_source_choices(choices)
+        replayer = replayer_of(artifact, recipe, "")
         with progress.stage("verify", len(replayer.artifact.plans)):
             return manifest, Outcome(recipe, replayer.artifact.plans, replay_all(replayer, progress))
     recipe = asked(recipe, choices)
@@ -97,8 +97,10 @@ def verify_artifact(folder: Path, choices: Choices, progress: Progress) -> tuple
         raise RecipeError(
             f"--prompt-set accuracy: model {manifest.source.model!r} has no checker; leave the option out"
         )
+    model = choices.model or model_of(manifest)
+    replayer = replayer_of(artifact, recipe, model)
     with progress.stage("verify", len(replayer.artifact.plans) + 2):
-        return manifest, settled(replayer, recipe, choices.model or model_of(manifest), jobs, checked, progress)
+        return manifest, settled(replayer, recipe, model, jobs, checked, progress)
 
 
 def refuse_source_choices(choices: Choices) -> None:

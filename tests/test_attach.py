@@ -70,7 +70,7 @@ def same(ours: Tensor, theirs: Tensor) -> bool:
 # --- latents --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.works(n, "attach")) for n in NAMES])
 def test_latents_are_the_pipelines_own(name, artifact):
     """Another seed than the recorded one, and where the text has one length another prompt; the denoiser itself rests."""
     pipe = pipeline(name)
@@ -116,7 +116,10 @@ def test_several_plans_and_the_one_without_a_cache(artifact):
         assert not same(drawn(pipe, "aura_flow", steps=5), eager[5])
 
 
-@pytest.mark.parametrize(("name", "site"), [("sana", "blocks"), ("wan", "blocks"), ("wan", "output")])
+@pytest.mark.parametrize(
+    ("name", "site"),
+    [pytest.param("sana", "blocks", marks=pytest.mark.works("sana", "caches")), ("wan", "blocks"), ("wan", "output")],
+)
 def test_a_cached_plan_is_what_hooks_do_in_eager(name, site, artifact):
     """Skipped steps reuse what the same branch stored: written down here once more, with hooks on the eager model."""
     pipe, made = pipeline(name), artifact(name, cache={**MASK, "site": site})
@@ -483,10 +486,14 @@ def compiled(folder, tmp_path_factory) -> Callable[[str], Path]:
     return of
 
 
-COMPILED = ("aura_flow", pytest.param("sana", marks=pytest.mark.slow), pytest.param("wan", marks=pytest.mark.slow))
+SLOW = {"aura_flow": (), "sana": (pytest.mark.slow,), "wan": (pytest.mark.slow,)}
 
 
-@pytest.mark.parametrize("name", COMPILED)
+def compiled_params(ability: str, *names: str) -> list[Any]:
+    return [pytest.param(n, marks=(*SLOW[n], pytest.mark.works(n, ability))) for n in names]
+
+
+@pytest.mark.parametrize("name", compiled_params("compiled", *SLOW))
 def test_compiled_latents_are_the_pipelines_own(name, compiled):
     pipe = pipeline(name)
     eager = drawn(pipe, name, OTHER_PROMPT)
@@ -494,7 +501,7 @@ def test_compiled_latents_are_the_pipelines_own(name, compiled):
         assert same(drawn(pipe, name, OTHER_PROMPT), eager)
 
 
-@pytest.mark.parametrize("name", [n for n in COMPILED if n == "aura_flow" or "wan" in getattr(n, "values", ())])
+@pytest.mark.parametrize("name", compiled_params("caches", "aura_flow", "wan"))
 def test_compiled_caches_are_the_eager_replay_of_the_plan(name, compiled, artifact):
     pipe = pipeline(name)
     with attach(pipe, artifact(name, cache=MASK)):

@@ -106,7 +106,7 @@ def test_recipes_lists_plain_lines_where_there_is_no_terminal(capsys):
     assert cli.main(["recipes"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("\t")[0] for line in lines] == list(names())
-    assert lines[1] == f"flux-fast\t{resolve('flux-fast').description}"
+    assert f"flux-fast\t{resolve('flux-fast').description}" in lines
 
 
 def test_recipes_draws_a_table_on_a_terminal(capsys, monkeypatch):

@@ -12,8 +12,8 @@ from prebake.runtime import load
 
 LIMIT = 1e-4
 """On latents, relative in L2: AOTInductor fuses, and adds in another order; over all steps."""
-# UNets take minutes; schnell's graphs are dev's but for one input
-SLOW = ("sd", "sd2", "sdxl", "sdxl-refiner", "flux-schnell")
+# UNets and video take minutes; FLUX's other models have dev's graphs but for an input or for the lengths
+SLOW = ("sd", "sd2", "sdxl", "sdxl-refiner", "cogvideox", "flux-schnell", "flux-kontext")
 
 
 def marked(name: str):

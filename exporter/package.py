@@ -26,7 +26,7 @@ from ..runtime.manifest import FileEntry
 from ..runtime.plan import Plan
 from .capture import Captured
 
-UNLISTED = ("manifest.json", "reports")
+UNLISTED = ("manifest.json", "signature.json", "reports")
 
 
 @contextlib.contextmanager

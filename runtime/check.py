@@ -19,6 +19,7 @@ from .manifest import Graph, Manifest
 from .plan import Evaluation, Plan
 
 FREE = "reports"  # anything may lie in this folder; nothing in it is ever opened
+UNLISTED = {"manifest.json", "signature.json"}  # neither can hold its own hash; see signature.py
 TRUST = "an artifact holds machine code, so take it only from someone you trust"
 
 
@@ -44,7 +45,7 @@ def name_problems(manifest: Manifest) -> Iterator[str]:
     for path, count in Counter(entry.path for entry in manifest.files).items():
         if not is_plain_name(path):
             yield f"manifest.json [files]: {path!r} is not a plain name inside the folder; {TRUST}"
-        elif path == "manifest.json" or path.split("/")[0] == FREE:
+        elif path in UNLISTED or path.split("/")[0] == FREE:
             yield f"manifest.json [files]: {path!r} cannot be listed; export again"
         elif count > 1:
             yield f"manifest.json [files]: {path!r} is listed {count} times; export again"
@@ -69,7 +70,7 @@ def file_problems(folder: Path, manifest: Manifest) -> Iterator[str]:
             yield f"{path} is missing, the manifest lists it; restore the file or export again"
         elif file.stat().st_size != size:
             yield f"{path} has {file.stat().st_size} bytes, the manifest says {size}; restore the file or export again"
-    for path in sorted(present - listed.keys() - {"manifest.json"}):
+    for path in sorted(present - listed.keys() - UNLISTED):
         yield f"{path} is not in the manifest; remove it, or put it under {FREE}/ ({TRUST})"
 
 

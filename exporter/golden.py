@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..runtime.artifact import open_artifact
-from ..runtime.check import cpu_flags
+from ..runtime.machine import cpu_flags
 from ..runtime.errors import ArtifactError, ExportError
 from ..runtime.manifest import Manifest
 from ..runtime.plan import Plan

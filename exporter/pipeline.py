@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ..runtime.attachment import FAMILY, variant_name
-from ..runtime.check import machine_problems
+from ..runtime.machine import machine_problems
 from ..runtime.errors import ExportError, RecipeError
 from ..runtime.manifest import Cost, Defaults, Graph, Manifest, Requires, Site, Source
 from . import alone, attached, package, replan, source
@@ -173,7 +173,7 @@ def write(folder: Path, prepared: Prepared, paths: Mapping[str, str], progress: 
 def verify(folder: Path, prepared: Prepared, manifest: Manifest, options: Options, progress: Progress) -> None:
     """Replays the folder as a user would, adds golden vectors, and holds it against the eager pipeline.
 
-    Code for another machine than this one stays unverified, with a note. Raises ExportError with the figures that miss
+    Code for another machine than this one stays unverified, with a note. Raises QualityError with the figures that miss
     the recipe's thresholds, unless `keep_failed`.
     """
     with progress.stage("verify", len(manifest.plans) + 1):

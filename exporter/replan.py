@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from ..runtime.artifact import open_artifact
 from ..runtime.attachment import FAMILY
 from ..runtime.check import check, plan_problems
-from ..runtime.errors import ArtifactError, ExportError, RecipeError, misfit
+from ..runtime.errors import ArtifactError, ExportError, QualityError, RecipeError, misfit
 from ..runtime.manifest import Manifest, read_manifest
 from ..runtime.plan import Plan
 from . import calibration as calibrations
@@ -232,7 +232,7 @@ def add(
     Raises ExportError where the variants do not exist, or a threshold is missed; then the artifact is as it was.
     """
     manifest = read_manifest(folder)
-    check(folder, manifest, hash_weights=False)
+    check(folder, manifest, trust="size")
     with progress.stage("plan"):
         if str(steps) in manifest.plans and not choices.force:
             raise ExportError(f"{folder}: plan '{steps}' is there already; replace it with --force")
@@ -251,7 +251,7 @@ def add(
         if calibration and not (fresh / calibrations.FILE).exists():
             calibrations.write(fresh / calibrations.FILE, calibration)
         manifest = written(fresh, listed, manifest)
-        replayer = Replayer(open_artifact(fresh, hash_weights=False))
+        replayer = Replayer(open_artifact(fresh, trust="size"))
         with progress.stage("golden", len(plans)):
             for name in plans:
                 progress.doing(f"golden vectors of plan {name}")
@@ -266,13 +266,13 @@ def verified(
     folder: Path, manifest: Manifest, recipe: Recipe, plans: dict[str, Plan], choices: Choices, progress: Progress
 ) -> Manifest:
     """Compares these plans alone with the pipeline; the report goes to `reports/plan-<steps>/`."""
-    artifact = open_artifact(folder, hash_weights=False)
+    artifact = open_artifact(folder, trust="size")
     with progress.stage("verify", len(plans) + 1):
         chosen = Replayer(artifact).only(plans)
         model = choices.model or model_of(manifest)
         outcome = settled(chosen, recipe, model, picture_jobs(recipe), gate_prompts(recipe, manifest), progress)
     if outcome.missed:
-        raise ExportError("\n".join([*outcome.missed, "the plan is not added"]))
+        raise QualityError("\n".join([*outcome.missed, "the plan is not added"]))
     report.write(report_folder(folder, next(iter(plans))), manifest, outcome)
     left = tuple(name for name in manifest.unverified if name not in plans)
     return written(folder, manifest.model_copy(update={"unverified": left}), manifest)
@@ -284,7 +284,7 @@ def remove(folder: Path, name: str) -> Manifest:
     Raises RecipeError for a plan that is not there, or that calls use by default.
     """
     manifest = read_manifest(folder)
-    check(folder, manifest, hash_weights=False)
+    check(folder, manifest, trust="size")
     if name not in manifest.plans:
         raise RecipeError(f"{folder}: has no plan {name!r}; it has {', '.join(manifest.plans)}")
     default = str(manifest.defaults.num_inference_steps)

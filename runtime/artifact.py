@@ -14,9 +14,10 @@ import torch
 from pydantic import ValidationError
 
 from .backends import Model, backend
-from .check import check, plan_problems, raise_all
+from .check import Key, Trust, checked, plan_problems
 from .contract import Contract, torch_dtype
-from .errors import ArtifactError, misfit
+from .errors import ArtifactError, misfit, raise_all
+from .files import by_descriptor, read_listed
 from .manifest import Graph, Manifest, Site, read_manifest
 from .plan import Plan
 from .replay import Tables, Tensors, Variant, tables_on
@@ -80,21 +81,30 @@ class Artifact:
         return self.graphs[name]
 
 
-def open_artifact(folder: str | Path, *, cache_dir: str | Path | None = None, hash_weights: bool = True) -> Artifact:
+def open_artifact(
+    folder: str | Path,
+    *,
+    cache_dir: str | Path | None = None,
+    trust: Trust = "hash",
+    public_key: Key | None = None,
+) -> Artifact:
     """The artifact in `folder`, checked and opened. Raises ArtifactError with all that is wrong with it.
 
-    Machine code is unpacked to `cache_dir` (default: `$XDG_CACHE_HOME/prebake`). `hash_weights=False` trusts the
-    weight files' content and compares their sizes only.
+    Machine code is unpacked to `cache_dir` (default: `$XDG_CACHE_HOME/prebake`), where is noted, too, which files have been
+    hashed. `trust` says what is compared before anything is opened, see `check.Trust`; `public_key` goes with "signature".
     """
-    folder = Path(folder)
+    folder, cache = Path(folder), Path(cache_dir) if cache_dir else None
     manifest = read_manifest(folder)
-    check(folder, manifest, hash_weights=hash_weights)
-    plans = read_plans(folder, manifest)
-    device = device_of(manifest)
-    weights = map_weights(
-        (folder / path for path in weight_files(manifest)), device, manifest.channels_last, manifest.complex
-    )
-    graphs = open_graphs(folder, manifest, weights, device, Path(cache_dir) if cache_dir else None)
+    with checked(folder, manifest, trust=trust, public_key=public_key, cache_dir=cache) as files:
+        plans = read_plans(folder, manifest)
+        device = device_of(manifest)
+        weights = map_weights(
+            {folder / path: by_descriptor(files[path]) for path in weight_files(manifest)},
+            device,
+            manifest.channels_last,
+            manifest.complex,
+        )
+    graphs = open_graphs(folder, manifest, weights, device, cache)
     tables = {name: tables_on(plan, device, timestep_scale(manifest)) for name, plan in plans.items()}
     return Artifact(folder, manifest, device, weights, graphs, plans, tables)
 
@@ -115,7 +125,7 @@ def read_plans(folder: Path, manifest: Manifest) -> dict[str, Plan]:
     plans = {}
     for name, path in manifest.plans.items():
         try:
-            plans[name] = Plan.model_validate_json((folder / path).read_bytes())
+            plans[name] = Plan.model_validate_json(read_listed(folder, manifest, path))
         except ValidationError as e:
             raise ArtifactError(f"{misfit(folder / path, e)}; export again") from e
     raise_all(folder, plan_problems(plans, manifest))

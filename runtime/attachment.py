@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from .arguments import Argument, Output, bound, diffusers_class, leaves, name_problems
 from .artifact import Artifact, open_artifact
+from .check import Key, Trust
 from .errors import ArtifactError, misfit
 from .plan import FROZEN, Call, Plan
 from .replay import Tensors, slots, store
@@ -51,17 +52,18 @@ def attach(
     *,
     cache: bool = True,
     cache_dir: str | Path | None = None,
-    hash_weights: bool = True,
+    trust: Trust = "hash",
+    public_key: Key | None = None,
 ) -> Attached:
     """Puts the artifact's denoiser into `pipeline`, until `detach(pipeline)` or the end of a `with` block.
 
     From then on the pipeline's own call runs the plan for its number of steps, with the cache or, if `cache` is False,
-    without. `cache_dir` and `hash_weights` are as for `load`. Compared with the export now: the classes of pipeline,
+    without. `cache_dir`, `trust` and `public_key` are as for `load`. Compared with the export now: the classes of pipeline,
     denoiser and scheduler, the denoiser's config, and of each of its weights name, shape, dtype and 16 numbers. Not
     compared: the other numbers. Raises ArtifactError for what differs, and for a denoiser that carries hooks.
     """
     if not isinstance(artifact, Artifact):
-        artifact = open_artifact(artifact, cache_dir=cache_dir, hash_weights=hash_weights)
+        artifact = open_artifact(artifact, cache_dir=cache_dir, trust=trust, public_key=public_key)
     if artifact.manifest.status == "failed":
         raise ArtifactError(
             f"{artifact.folder}: its verification failed, see reports/; export again, or use `prebake verify` to look closer"

@@ -1,43 +1,83 @@
 """Everything that can be known to be wrong before native code is opened: files, machine, and whether plans fit graphs.
 
-A folder and its manifest come in, nothing comes out; every problem found is in the one ArtifactError. The cheap checks
-(names, sizes, machine) come first, and file contents are hashed only when those hold. Plans are parsed after that, from
-files whose hashes are right. What the manifest lists can then be opened by name.
+A folder and its manifest come in; the listed files come out, open, so that what was compared is what will be read. Every
+problem found is in the one ArtifactError. The cheap checks (names, sizes, machine) come first, and file contents are hashed
+only when those hold. Plans are parsed after that.
 """
 
 from __future__ import annotations
 
-import hashlib
-import platform
+import os
+import stat
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
+from typing import Literal, get_args
 
-from .backends import backend
-from .errors import ArtifactError
-from .manifest import Graph, Manifest
+from .errors import ArtifactError, raise_all
+from .files import TRUST, hash_problem, hashes_of, opened
+from .machine import machine_problems
+from .manifest import FileEntry, Graph, Manifest
 from .plan import Evaluation, Plan
+from .signature import Identity, signature_problems
+from .unpack import default_cache
+from .verified import Marker
 
 FREE = "reports"  # anything may lie in this folder; nothing in it is ever opened
 UNLISTED = {"manifest.json", "signature.json"}  # neither can hold its own hash; see signature.py
-TRUST = "an artifact holds machine code, so take it only from someone you trust"
+Trust = Literal["hash", "signature", "size"]
+"""`hash`: every file is what the manifest says. `signature`: so, and the holder of a key says that of the manifest. `size`:
+of the weights, which hold no code, only the sizes are compared."""
+Key = Path | str | Identity
 
 
-def check(folder: Path, manifest: Manifest, *, hash_weights: bool = True) -> None:
-    """Raises ArtifactError with every problem of the folder, or of this machine, that the manifest lets one see.
+def check(folder: Path, manifest: Manifest, *, trust: Trust = "hash") -> None:
+    """Raises ArtifactError with every problem of the folder, or of this machine, that the manifest lets one see."""
+    with checked(folder, manifest, trust=trust):
+        pass
 
-    `hash_weights=False` leaves out the hashes of `weights/`, which hold no code; their sizes are still compared.
+
+@contextmanager
+def checked(
+    folder: Path,
+    manifest: Manifest,
+    *,
+    trust: Trust = "hash",
+    public_key: Key | None = None,
+    cache_dir: Path | None = None,
+) -> Iterator[dict[str, int]]:
+    """Path -> descriptor of every listed file, compared with the manifest, for the length of the block.
+
+    Files that this user has found right before, and that nobody has touched since, are not hashed again: see verified.py.
+    Raises ArtifactError as `check` does, and as `signature_problems` does for `trust="signature"`.
     """
+    check_trust(trust, public_key)
     raise_all(folder, [*name_problems(manifest), *machine_problems(manifest), *reference_problems(manifest)])
     raise_all(folder, file_problems(folder, manifest))
-    raise_all(folder, hash_problems(folder, manifest, hash_weights))
+    if public_key is not None:
+        raise_all(folder, signature_problems(folder, manifest, public_key))
+    with opened(folder, [entry.path for entry in manifest.files]) as files:
+        if trust == "size":
+            raise_all(folder, content_problems(manifest, files, hash_weights=False))
+        else:
+            marker = Marker(cache_dir or default_cache(), folder, manifest, files)
+            if not marker.holds():
+                raise_all(folder, content_problems(manifest, files))
+                marker.write()
+        yield files
 
 
-def raise_all(folder: Path, problems: Iterable[str]) -> None:
-    """One ArtifactError, a line for each problem, or nothing when there are none."""
-    lines = list(problems)
-    if lines:
-        raise ArtifactError("\n".join(f"{folder}: {line}" for line in lines))
+def check_trust(trust: str, public_key: Key | None) -> None:
+    """Raises ArtifactError for a policy that does not exist, or whose key is missing or of no use."""
+    if trust not in get_args(Trust):
+        raise ArtifactError(f"trust={trust!r}: expected one of {', '.join(get_args(Trust))}")
+    if trust == "signature" and public_key is None:
+        raise ArtifactError(
+            "trust='signature': expected public_key, the file of the key of whoever signed the artifact"
+        )
+    if trust != "signature" and public_key is not None:
+        raise ArtifactError(f"public_key: trust={trust!r} does not ask for a signature; give trust='signature' with it")
 
 
 def name_problems(manifest: Manifest) -> Iterator[str]:
@@ -55,6 +95,8 @@ def is_plain_name(path: str) -> bool:
     """Whether the path is relative, in its shortest form, and stays inside the folder on every system."""
     if not path or path.startswith("/") or "\\" in path or ":" in path or "\0" in path:
         return False
+    if not path.isprintable():  # so are halves of surrogate pairs, which no file system takes
+        return False
     return ".." not in PurePosixPath(path).parts and path == str(PurePosixPath(path)) and path != "."
 
 
@@ -63,30 +105,41 @@ def file_problems(folder: Path, manifest: Manifest) -> Iterator[str]:
     present = set(_walk(folder))
     for path in sorted(path for path in present if (folder / path).is_symlink()):
         yield f"{path} is a symbolic link, an artifact holds plain files only; copy the file in its place"
-    listed = {entry.path: entry.size for entry in manifest.files}
-    for path, size in listed.items():
-        file = folder / path
-        if not file.is_file():
-            yield f"{path} is missing, the manifest lists it; restore the file or export again"
-        elif file.stat().st_size != size:
-            yield f"{path} has {file.stat().st_size} bytes, the manifest says {size}; restore the file or export again"
+    listed = {entry.path: entry for entry in manifest.files}
+    for entry in listed.values():
+        yield from file_problem(folder, entry)
     for path in sorted(present - listed.keys() - UNLISTED):
         yield f"{path} is not in the manifest; remove it, or put it under {FREE}/ ({TRUST})"
 
 
-def hash_problems(folder: Path, manifest: Manifest, hash_weights: bool) -> Iterator[str]:
-    """Files whose content is not what the exporter wrote."""
+def file_problem(folder: Path, entry: FileEntry) -> Iterator[str]:
+    """What the listed file's name and size show, if anything."""
+    try:
+        info = (folder / entry.path).stat()
+    except OSError:
+        yield f"{entry.path} is missing, the manifest lists it; restore the file or export again"
+        return
+    if not stat.S_ISREG(info.st_mode):
+        yield f"{entry.path} is not a plain file; restore the file or export again"
+    elif info.st_size != entry.size:
+        yield f"{entry.path} has {info.st_size} bytes, the manifest says {entry.size}; restore the file or export again"
+
+
+def hash_problems(folder: Path, manifest: Manifest, hash_weights: bool = True) -> Iterator[str]:
+    """As `content_problems`, of a folder whose files have the right names."""
+    with opened(folder, [entry.path for entry in manifest.files]) as files:
+        yield from content_problems(manifest, files, hash_weights=hash_weights)
+
+
+def content_problems(manifest: Manifest, files: Mapping[str, int], *, hash_weights: bool = True) -> Iterator[str]:
+    """Open files whose content is not what the exporter wrote; weights without their hash by size."""
+    hashed = {path: d for path, d in files.items() if hash_weights or not path.startswith("weights/")}
+    came = hashes_of(hashed)
     for entry in manifest.files:
-        if entry.path.startswith("weights/") and not hash_weights:
-            continue
-        with (folder / entry.path).open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if digest != entry.sha256:
-            yield hash_problem(entry.path, digest, entry.sha256)
-
-
-def hash_problem(path: str, came: str, expected: str) -> str:
-    return f"{path}: sha256 is {came[:12]}.., the manifest says {expected[:12]}..; restore the file or export again ({TRUST})"
+        if entry.path in hashed and came[entry.path] != entry.sha256:
+            yield hash_problem(entry.path, came[entry.path], entry.sha256)
+        elif entry.path in files and (size := os.fstat(files[entry.path]).st_size) != entry.size:
+            yield f"{entry.path} has {size} bytes, the manifest says {entry.size}; restore the file or export again"
 
 
 def _walk(folder: Path) -> Iterator[str]:
@@ -95,60 +148,6 @@ def _walk(folder: Path) -> Iterator[str]:
         name = path.relative_to(folder)
         if path.is_symlink() or (not path.is_dir() and name.parts[0] != FREE):
             yield name.as_posix()
-
-
-# --- this machine ---------------------------------------------------------------------------------------------------
-
-
-def machine_problems(manifest: Manifest) -> Iterator[str]:
-    """What the artifact's native code needs and this machine or this torch does not have."""
-    import torch
-
-    requires = manifest.requires
-    here = (platform.system(), platform.machine())
-    if here != (requires.system, requires.machine):
-        yield f"was compiled for {requires.system} {requires.machine}, this machine is {here[0]} {here[1]}; export again on this machine"
-    if missing := sorted(set(requires.isa) - cpu_flags()):
-        yield (
-            f"was compiled for {requires.isa_level}, this CPU lacks {', '.join(missing)}; "
-            "export again on this machine, or with a lower compile.isa"
-        )
-    version = ".".join(torch.__version__.split(".")[:2])
-    if requires.torch not in (None, version):
-        yield (
-            f"was compiled with torch {requires.torch}, this is torch {version}, and compiled code is not compatible "
-            f"between the two; install torch {requires.torch}, or export again"
-        )
-    yield from glibc_problems(requires.glibc)
-    if requires.device == "cuda" and not torch.cuda.is_available():
-        yield "was compiled for cuda, this torch sees no GPU; use a CUDA build of torch, or export for the cpu"
-    try:
-        yield from backend(manifest.backend).problems(requires)
-    except ArtifactError as e:
-        yield str(e)
-
-
-def glibc_problems(needed: str | None) -> Iterator[str]:
-    name, version = platform.libc_ver()
-    if needed is None or (name == "glibc" and _numbers(version) >= _numbers(needed)):
-        return
-    yield (
-        f"needs glibc {needed}, this system has {name or 'another libc'} {version}".rstrip()
-        + "; export again on this machine"
-    )
-
-
-def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> set[str]:
-    """The instruction sets of this CPU as Linux names them: `flags` on x86, `Features` on Arm. Empty elsewhere."""
-    try:
-        lines = cpuinfo.read_text().splitlines()
-    except OSError:
-        return set()
-    return next((set(line.split(":")[1].split()) for line in lines if line.startswith(("flags", "Features"))), set())
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".") if part.isdigit())
 
 
 # --- whether the manifest and the plans agree with themselves -------------------------------------------------------

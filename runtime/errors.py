@@ -1,27 +1,61 @@
-"""The three errors that prebake raises on purpose; each message is one sentence with the way out in it."""
+"""The errors that prebake raises on purpose, and their exit codes; each message is one sentence with the way out in it."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from pydantic import ValidationError
+
+EXIT_CODES: Mapping[int, str] = {
+    0: "done",
+    1: "a bug in prebake, with its traceback",
+    2: "bad input: the arguments, the recipe or a matrix, or a package that is not installed",
+    3: "this model cannot be exported so",
+    4: "a threshold of the recipe is missed",
+    5: "the artifact is refused, or refuses the call",
+    130: "interrupted",
+}
 
 
 class PrebakeError(Exception):
-    """Base of the three, so that a caller can catch what prebake says, and nothing else."""
+    """Base of them all, so that a caller can catch what prebake says, and nothing else. `exit_code` is the command line's."""
+
+    exit_code: int
 
 
 class RecipeError(PrebakeError):
     """What was asked for is not valid: a recipe, an override, or an argument of the command line."""
 
+    exit_code = 2
+
 
 class ExportError(PrebakeError):
     """This model cannot be exported in this way."""
 
+    exit_code = 3
+
+
+class QualityError(ExportError):
+    """It was exported, compared with its pipeline, and misses a threshold of its recipe."""
+
+    exit_code = 4
+
 
 class ArtifactError(PrebakeError):
     """This folder cannot be replayed here, or was called against its contract."""
+
+    exit_code = 5
+
+
+def raise_all(folder: object, problems: Iterable[str]) -> None:
+    """One ArtifactError, a line for each problem, or nothing when there are none."""
+    lines = list(problems)
+    if lines:
+        raise ArtifactError("\n".join(f"{folder}: {line}" for line in lines))
 
 
 def misfit(file: object, error: ValidationError, *inside: str) -> str:

@@ -17,6 +17,7 @@ import torch
 from .artifact import Artifact, open_artifact
 from .attachment import FAMILY
 from .begin import Asked, after_evaluation, begin, beginning, ended
+from .check import Key, Trust
 from .errors import ArtifactError
 from .families import family_of
 from .noise import Generators, chosen, draw
@@ -28,14 +29,23 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 Callback = Callable[["Pipeline", int, float, dict[str, torch.Tensor]], dict[str, torch.Tensor] | None]
 
 
-def load(folder: str | Path, *, cache_dir: str | Path | None = None, hash_weights: bool = True) -> Pipeline:
+def load(
+    folder: str | Path,
+    *,
+    cache_dir: str | Path | None = None,
+    trust: Trust = "hash",
+    public_key: Key | None = None,
+) -> Pipeline:
     """The artifact in `folder`, checked, opened, and ready to be called.
 
-    An artifact holds machine code: take it only from someone you trust. `cache_dir` is where that code is unpacked
-    (default: `$XDG_CACHE_HOME/prebake`, private to the user). `hash_weights=False` skips hashing `weights/`, which is
-    most of the time for large models. Raises ArtifactError with everything that is wrong, or does not fit this machine.
+    An artifact holds machine code: take it only from someone you trust. `trust` is what is compared before any of it is
+    opened: "hash", every file with the manifest; "signature", the manifest with its signature too, by the holder of
+    `public_key`; "size", weights by their sizes alone, which saves most of the time for large models. `cache_dir` is where
+    code is unpacked (default: `$XDG_CACHE_HOME/prebake`, private to the user), and where is noted which files were found
+    right, so that they are not hashed again until they change; what that cannot see is in verified.py. Raises ArtifactError
+    with everything that is wrong, or does not fit this machine.
     """
-    artifact = open_artifact(folder, cache_dir=cache_dir, hash_weights=hash_weights)
+    artifact = open_artifact(folder, cache_dir=cache_dir, trust=trust, public_key=public_key)
     if artifact.manifest.status == "failed":
         raise ArtifactError(
             f"{folder}: its verification failed, see reports/; export again, or use `prebake verify` to look closer"

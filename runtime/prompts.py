@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 
 from .artifact import Artifact
 from .errors import ArtifactError
+from .files import read_listed
 from .plan import FROZEN
 from .replay import Tensors
 
@@ -64,7 +65,12 @@ class TextEncoder:
             )
         # JSON has them by name, the graph in the order of its outputs
         self._embeds = dict(sorted(text.embeds.items(), key=lambda item: list(self._shapes).index(item[1])))
-        self._tokenizers = [PromptTokenizer(artifact.folder / p.tokenizer, p) for p in text.prompts]
+        self._tokenizers = [
+            PromptTokenizer(
+                artifact.folder / p.tokenizer, read_listed(artifact.folder, artifact.manifest, p.tokenizer), p
+            )
+            for p in text.prompts
+        ]
 
     @property
     def max_sequence_length(self) -> int:
@@ -151,9 +157,10 @@ def texts(name: str, value: object) -> list[str]:
 class PromptTokenizer:
     """One tokenizer with a fixed length: what is shorter is padded, what is longer is cut off with a warning."""
 
-    def __init__(self, path: Path, prompt: Prompt):
+    def __init__(self, path: Path, data: bytes, prompt: Prompt):
+        """`data` is what the file holds."""
         try:
-            self._tokenizer = Tokenizer.from_file(str(path))
+            self._tokenizer = Tokenizer.from_buffer(data)
         except Exception as e:  # tokenizers raises bare Exception
             raise ArtifactError(f"{path}: expected a tokenizer.json, but {e}; restore the file or export again") from e
         self._tokenizer.enable_truncation(prompt.max_length)

@@ -1,6 +1,6 @@
 """The machine code of a `.pt2`, unpacked once per content into a private cache folder.
 
-Bytes come in whose sha256 has been checked against the manifest; paths of `.so` files come out. dlopen needs a real
+The bytes of a package come in whose sha256 is the manifest's; paths of `.so` files come out. dlopen needs a real
 file, and a content-addressed folder lets many processes share it. An entry is compared with the package's bytes at
 every load, so a half-written or tampered one is replaced, never opened.
 """
@@ -12,7 +12,7 @@ import shutil
 import stat
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
@@ -23,20 +23,24 @@ SUFFIXES = (".so", ".json", ".cubin")
 
 
 @contextmanager
-def unpacked(package: str, data: bytes, sha256: str, cache_dir: Path | None = None) -> Iterator[dict[str, Path]]:
+def unpacked(
+    members: Mapping[str, Mapping[str, bytes]], sha256: str, cache_dir: Path | None = None
+) -> Iterator[dict[str, Path]]:
     """Model name -> its `.so`, for the length of the block (a mapped file outlives its name on Linux).
 
-    `package` is for messages. Files go to `<cache_dir>/<sha256>/<model>/`; when that place cannot be written or does
-    not belong to this user, to a temporary folder that is removed at the end. Raises ArtifactError on a member that
-    does not belong into a package.
+    `members` are those of `read_members`. Files go to `<cache_dir>/<sha256>/<model>/`; when that place cannot be written or
+    does not belong to this user, to a temporary folder that is removed at the end.
     """
-    members = read_members(package, data)
     with _folder(members, sha256, cache_dir or default_cache()) as folder:
         yield {model: folder / model / _so_name(files) for model, files in members.items()}
 
 
 def default_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "prebake"
+    """Of this user. Where nobody says where their home is, a folder of that user's number among the temporary ones."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "prebake"
+    except RuntimeError:
+        return Path(tempfile.gettempdir()) / f"prebake-{os.geteuid()}"
 
 
 def read_members(package: str, data: bytes) -> dict[str, dict[str, bytes]]:
@@ -96,15 +100,15 @@ def _model_file(name: str) -> tuple[str, str] | None:
     return None
 
 
-def _so_name(files: dict[str, bytes]) -> str:
+def _so_name(files: Mapping[str, bytes]) -> str:
     return next(name for name in files if name.endswith(".so"))
 
 
 @contextmanager
-def _folder(members: dict[str, dict[str, bytes]], sha256: str, cache: Path) -> Iterator[Path]:
+def _folder(members: Mapping[str, Mapping[str, bytes]], sha256: str, cache: Path) -> Iterator[Path]:
     try:
         cache.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if not _is_private(cache):
+        if not is_private(cache):
             raise PermissionError(f"{cache} can be written by other users")
         folder = cache / sha256
         if not _holds(folder, members):
@@ -117,22 +121,22 @@ def _folder(members: dict[str, dict[str, bytes]], sha256: str, cache: Path) -> I
         yield folder
 
 
-def _is_private(folder: Path) -> bool:
+def is_private(folder: Path) -> bool:
     """Whether nobody but this user can change what is in the folder."""
     info = folder.lstat()
     return stat.S_ISDIR(info.st_mode) and info.st_uid == os.geteuid() and not info.st_mode & 0o022
 
 
-def _holds(folder: Path, members: dict[str, dict[str, bytes]]) -> bool:
+def _holds(folder: Path, members: Mapping[str, Mapping[str, bytes]]) -> bool:
     """Whether the folder holds these files, byte for byte, and nothing else."""
-    if not folder.is_dir() or not _is_private(folder):
+    if not folder.is_dir() or not is_private(folder):
         return False
     want = {folder / model / name: content for model, files in members.items() for name, content in files.items()}
     have = {path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()}
     return have == want.keys() and all(not p.is_symlink() and p.read_bytes() == content for p, content in want.items())
 
 
-def _replace(folder: Path, members: dict[str, dict[str, bytes]]) -> None:
+def _replace(folder: Path, members: Mapping[str, Mapping[str, bytes]]) -> None:
     """Puts a fresh folder in place by one rename.
 
     Where another process was faster its equal folder stays untouched, for that process is about to open it.
@@ -154,7 +158,7 @@ def _replace(folder: Path, members: dict[str, dict[str, bytes]]) -> None:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _write(folder: Path, members: dict[str, dict[str, bytes]]) -> None:
+def _write(folder: Path, members: Mapping[str, Mapping[str, bytes]]) -> None:
     for model, files in members.items():
         (folder / model).mkdir(mode=0o700)
         for name, content in files.items():

@@ -6,7 +6,7 @@ process on the same artifact, adds no memory for weights.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -16,22 +16,24 @@ from .errors import ArtifactError
 
 
 def map_weights(
-    files: Iterable[Path], device: torch.device, channels_last: Collection[str] = (), complex: Collection[str] = ()
+    files: Mapping[Path, Path], device: torch.device, channels_last: Collection[str] = (), complex: Collection[str] = ()
 ) -> dict[str, torch.Tensor]:
     """Key -> tensor over all files: mapped on the CPU, copied once to any other device.
+
+    `files` are their names, for messages, and where to open them: a checked file by its descriptor (`files.by_descriptor`).
 
     Keys in `channels_last` are stored [N, H, W, C] and come out as [N, C, H, W] views, with the strides that compiled
     code expects; keys in `complex` are stored [..., 2] and come out as complex numbers [...]. Raises ArtifactError for a file that is not safetensors and for a key that occurs twice.
     """
     tensors: dict[str, torch.Tensor] = {}
-    for path in files:
+    for path, where in files.items():
         try:
-            with safe_open(path, framework="pt", device=str(device)) as file:
+            with safe_open(where, framework="pt", device=str(device)) as file:
                 for key in file.keys():  # noqa: SIM118  (safe_open is not iterable)
                     if key in tensors:
                         raise ArtifactError(f"{path}: key {key!r} is in another weight file too; export again")
                     tensors[key] = file.get_tensor(key)
-        except SafetensorError as e:
+        except (SafetensorError, OSError) as e:
             raise ArtifactError(f"{path}: expected safetensors, but {e}; restore the file or export again") from e
     for key in channels_last:
         if key not in tensors or tensors[key].dim() != 4:

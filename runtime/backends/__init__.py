@@ -27,6 +27,11 @@ class Backend(Protocol):
         """What this process lacks of what the code needs, a sentence each. Nothing of the artifact has been opened."""
         ...
 
+    def package_problems(self, folder: Path, manifest: Manifest) -> Iterator[str]:
+        """What can be found wrong with the files of `graphs/`, a sentence each, without opening their code. Every file has
+        been compared with the manifest. Opening refuses the same."""
+        ...
+
     def open_models(
         self,
         folder: Path,

@@ -8,17 +8,17 @@ bound is a segmentation fault there, an ArtifactError here.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch._C import _aoti  # pyright: ignore[reportAttributeAccessIssue]  (private, so not in the stubs)
 
-from ..check import hash_problem
-from ..errors import ArtifactError
+from ..errors import ArtifactError, raise_all
+from ..files import read_listed
+from ..machine import library_problems
 from ..manifest import Manifest, Requires
-from ..unpack import unpacked
+from ..unpack import read_members, unpacked
 
 
 def problems(requires: Requires) -> Iterator[str]:
@@ -35,8 +35,7 @@ def open_models(
 ) -> dict[str, NativeModel]:
     """Every graph by name, its constants bound. From its second half on, the artifact's code runs."""
     models: dict[str, NativeModel] = {}
-    for package in dict.fromkeys(graph.package for graph in manifest.graphs):
-        wanted = [graph.name for graph in manifest.graphs if graph.package == package]
+    for package, wanted in packages(manifest).items():
         models.update(open_package(folder, manifest, package, wanted, device, cache_dir))
     for name, model in models.items():
         model.bind(constants[name])
@@ -46,19 +45,44 @@ def open_models(
 def open_package(
     folder: Path, manifest: Manifest, package: str, wanted: list[str], device: torch.device, cache_dir: Path | None
 ) -> dict[str, NativeModel]:
-    """The models of one `.pt2`, opened. Its bytes are read once: what was hashed is what is unpacked."""
-    data = (folder / package).read_bytes()
-    sha256 = hashlib.sha256(data).hexdigest()
-    expected = next(entry.sha256 for entry in manifest.files if entry.path == package)
-    if sha256 != expected:
-        raise ArtifactError(f"{folder}: {hash_problem(package, sha256, expected)}")
-    with unpacked(f"{folder / package}", data, sha256, cache_dir) as libraries:
-        if sorted(libraries) != sorted(wanted):
-            raise ArtifactError(
-                f"{folder / package}: the manifest names the models {', '.join(sorted(wanted))}, "
-                f"the package has {', '.join(sorted(libraries)) or 'none'}; export again"
-            )
+    """The models of one `.pt2`, opened. Its bytes are read once: what was hashed is what is looked at and unpacked."""
+    data = read_listed(folder, manifest, package)
+    sha256 = next(entry.sha256 for entry in manifest.files if entry.path == package)
+    members = read_members(f"{folder / package}", data)
+    raise_all(folder, member_problems(package, members, wanted))
+    with unpacked(members, sha256, cache_dir) as libraries:
         return {name: open_model(so, device) for name, so in libraries.items()}
+
+
+def package_problems(folder: Path, manifest: Manifest) -> Iterator[str]:
+    """What is wrong with packages whose files are right, or what their libraries need and this machine lacks."""
+    for package, wanted in packages(manifest).items():
+        try:
+            members = read_members(package, read_listed(folder, manifest, package))
+        except ArtifactError as e:
+            yield str(e).removeprefix(f"{folder}: ")
+        else:
+            yield from member_problems(package, members, wanted)
+
+
+def packages(manifest: Manifest) -> dict[str, list[str]]:
+    """Path of a package -> the models that the manifest names for it."""
+    names: dict[str, list[str]] = {}
+    for graph in manifest.graphs:
+        names.setdefault(graph.package, []).append(graph.name)
+    return names
+
+
+def member_problems(package: str, members: Mapping[str, Mapping[str, bytes]], wanted: Sequence[str]) -> Iterator[str]:
+    if sorted(members) != sorted(wanted):
+        yield (
+            f"{package}: the manifest names the models {', '.join(sorted(wanted))}, "
+            f"the package has {', '.join(sorted(members)) or 'none'}; export again"
+        )
+    for model, files in members.items():
+        for name, content in files.items():
+            if name.endswith(".so"):
+                yield from library_problems(f"{package}, {model}/{name}", content)
 
 
 def open_model(so: Path, device: torch.device) -> NativeModel:

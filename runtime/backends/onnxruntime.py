@@ -7,7 +7,6 @@ ONNX Runtime itself goes on with another.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,9 +15,9 @@ from typing import Any
 import onnxruntime
 import torch
 
-from ..check import hash_problem
 from ..contract import torch_dtype
 from ..errors import ArtifactError
+from ..files import read_listed
 from ..manifest import Graph, Manifest, Requires
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -45,6 +44,11 @@ def version_of(text: str) -> tuple[int, ...]:
     return tuple(map(int, re.findall(r"\d+", text)[:3]))
 
 
+def package_problems(folder: Path, manifest: Manifest) -> Iterator[str]:
+    """None: only the library itself can read its files, and to read them there is to open them."""
+    return iter(())
+
+
 def open_models(
     folder: Path,
     manifest: Manifest,
@@ -56,13 +60,9 @@ def open_models(
     compiled = manifest.recipe.get("compile", {})
     threads = compiled.get("threads") or torch.get_num_threads()
     prepack = bool(compiled.get("options", {}).get("prepack", False))
-    sha256s = {entry.path: entry.sha256 for entry in manifest.files}
     models = {}
     for graph in manifest.graphs:
-        data = (folder / graph.package).read_bytes()
-        came = hashlib.sha256(data).hexdigest()
-        if came != sha256s[graph.package]:
-            raise ArtifactError(f"{folder}: {hash_problem(graph.package, came, sha256s[graph.package])}")
+        data = read_listed(folder, manifest, graph.package)
         values = {name: value_of(tensor) for name, tensor in constants[graph.name].items()}
         try:
             session = open_session(data, folder, values, device, threads, prepack=prepack)

@@ -9,7 +9,6 @@ waits for. So calls from several streams or threads cannot meet in it.
 from __future__ import annotations
 
 import functools
-import hashlib
 import importlib
 import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -18,8 +17,8 @@ from typing import Any
 
 import torch
 
-from ..check import hash_problem
 from ..errors import ArtifactError
+from ..files import read_listed
 from ..manifest import Graph, Manifest, Requires
 
 PACKAGES = {"rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
@@ -69,6 +68,11 @@ def cuda_of_driver() -> int:
     return torch._C._cuda_getDriverVersion() // 1000  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def package_problems(folder: Path, manifest: Manifest) -> Iterator[str]:
+    """None: only the library itself can read its files, and to read them there is to open them."""
+    return iter(())
+
+
 def open_models(
     folder: Path,
     manifest: Manifest,
@@ -89,11 +93,7 @@ def open_models(
 
 def open_engine(trt: Any, folder: Path, manifest: Manifest, graph: Graph) -> Any:
     """The engine in a graph's file, whose bytes are read once: what was hashed is what is opened."""
-    data = (folder / graph.package).read_bytes()
-    sha256 = hashlib.sha256(data).hexdigest()
-    expected = next(entry.sha256 for entry in manifest.files if entry.path == graph.package)
-    if sha256 != expected:
-        raise ArtifactError(f"{folder}: {hash_problem(graph.package, sha256, expected)}")
+    data = read_listed(folder, manifest, graph.package)
     log = logger(trt)
     log.errors.clear()
     engine = trt.Runtime(log).deserialize_cuda_engine(data)

@@ -1,12 +1,13 @@
-"""An artifact on paper: every file is there and listed, and its `.so` files are not machine code.
+"""An artifact on paper: every file is there and listed, and its `.so` files hold no machine code.
 
-So these tests cost nothing, and whatever gets past the checks fails at dlopen, which the fixture `never_opened` turns
+They say what an ELF library says of itself, and have no segment that could be loaded. So these tests cost nothing, and whatever gets past the checks fails at dlopen, which the fixture `never_opened` turns
 into a failure of the test.
 """
 
 import hashlib
 import json
 import platform
+import struct
 import zipfile
 
 import torch
@@ -33,12 +34,40 @@ PLAN = Plan(
 )
 
 
-def write_package(path, models=("full", "reuse"), extra=()):
-    """A `.pt2` whose `.so` is text; `extra` are (name or ZipInfo, data) put in at the end."""
+MACHINES = {"x86_64": 62, "aarch64": 183}
+
+
+def library(needs=None, stack=6, machine=None):
+    """An ELF library without code. `needs` are versions by library; `stack` the flags of its stack, or None for no word."""
+    names, at = b"\0", {}
+    for name in [n for library, versions in (needs or {}).items() for n in (library, *versions)]:
+        at[name] = len(names)
+        names += name.encode() + b"\0"
+    table = b""
+    for i, (name, versions) in enumerate((needs or {}).items()):
+        entries = [struct.pack("<IHHII", 0, 0, 2, at[v], 16 * (j + 1 < len(versions))) for j, v in enumerate(versions)]
+        ahead = 16 * (len(versions) + 1) if i + 1 < len(needs) else 0
+        table += struct.pack("<HHIII", 1, len(versions), at[name], 16, ahead) + b"".join(entries)
+    start = 64 + 56 * 3  # behind the headers, and addresses are offsets
+    dynamic = struct.pack("<8Q", 5, start + 64, 0x6FFFFFFE, start + 64 + len(names), 0x6FFFFFFF, len(needs or {}), 0, 0)
+    end = start + len(dynamic + names + table)
+    kinds = [(0x6474E551, stack, 0, 0)] if stack is not None else []
+    if needs:
+        kinds += [(1, 4, 0, end), (2, 4, start, 64)]
+    segments = b"".join(struct.pack("<IIQQQQQQ", k, f, o, o, o, size, size, 8) for k, f, o, size in kinds)
+    number = MACHINES[machine or platform.machine()]
+    header = b"\x7fELF\x02\x01\x01".ljust(16, b"\0") + struct.pack(
+        "<HHIQQQIHHHHHH", 3, number, 1, 0, 64, 0, 0, 64, 56, len(kinds), 64, 0, 0
+    )
+    return (header + segments).ljust(start, b"\0") + dynamic + names + table
+
+
+def write_package(path, models=("full", "reuse"), extra=(), so=None):
+    """A `.pt2` whose `.so` is `library()`, or `so`; `extra` are (name or ZipInfo, data) put in at the end."""
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("denoiser/archive_version", "0")
         for model in models:
-            archive.writestr(f"denoiser/data/aotinductor/{model}/a.wrapper.so", "not machine code")
+            archive.writestr(f"denoiser/data/aotinductor/{model}/a.wrapper.so", library() if so is None else so)
             archive.writestr(f"denoiser/data/aotinductor/{model}/a.wrapper_metadata.json", "{}")
         for name, data in extra:
             archive.writestr(name, data)

@@ -324,13 +324,13 @@ def test_all_problems_are_told_at_once(paper, never_opened):
 def test_without_hashing_weights_their_content_is_not_read_twice(paper, never_opened):
     flipped("weights/denoiser.safetensors")(paper)
     with pytest.raises(AssertionError, match="was opened"):
-        open_artifact(paper, hash_weights=False)
+        open_artifact(paper, trust="size")
 
 
 def test_code_is_hashed_always(paper, never_opened):
     flipped(PACKAGE)(paper)
     with pytest.raises(ArtifactError, match="sha256 is"):
-        open_artifact(paper, hash_weights=False)
+        open_artifact(paper, trust="size")
 
 
 def test_a_file_in_place_of_a_folder_is_named(paper, never_opened):

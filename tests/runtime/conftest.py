@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import toy
-from prebake.runtime.check import cpu_flags
+from prebake.runtime.machine import cpu_flags
 
 
 @pytest.fixture(scope="session")

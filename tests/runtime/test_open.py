@@ -19,7 +19,7 @@ import toy
 from prebake.runtime import ArtifactError, load
 from prebake.runtime.artifact import open_artifact
 from prebake.runtime.backends import aoti
-from prebake.runtime.unpack import default_cache, unpacked
+from prebake.runtime.unpack import default_cache, read_members, unpacked
 from prebake.runtime.weights import map_weights
 
 
@@ -123,7 +123,7 @@ def _seconds(call):
 def unbound(toy_artifact, tmp_path):
     """The toy's decoder, opened and without constants."""
     data = (toy_artifact / "graphs/vae_decoder.pt2").read_bytes()
-    with unpacked("p", data, "x", tmp_path / "cache") as libraries:
+    with unpacked(read_members("p", data), "x", tmp_path / "cache") as libraries:
         return aoti.open_model(libraries["vae_decoder"], torch.device("cpu"))
 
 
@@ -162,7 +162,7 @@ def test_variants_are_bound_to_the_same_mapped_tensors(artifact, toy_artifact):
 def test_channels_last_tensors_are_views_of_what_is_stored(tmp_path):
     x = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
     save_file({"w": x.permute(0, 2, 3, 1)}, tmp_path / "w.safetensors")
-    got = map_weights([tmp_path / "w.safetensors"], torch.device("cpu"), ["w"])["w"]
+    got = map_weights({tmp_path: tmp_path / "w.safetensors"}, torch.device("cpu"), ["w"])["w"]
     assert torch.equal(got, x)
     assert got.stride() == x.stride()
 
@@ -170,7 +170,7 @@ def test_channels_last_tensors_are_views_of_what_is_stored(tmp_path):
 def test_complex_tensors_are_views_of_what_is_stored(tmp_path):
     x = torch.randn(3, 4, dtype=torch.complex128)
     save_file({"w": torch.view_as_real(x)}, tmp_path / "w.safetensors")
-    got = map_weights([tmp_path / "w.safetensors"], torch.device("cpu"), complex=["w"])["w"]
+    got = map_weights({tmp_path: tmp_path / "w.safetensors"}, torch.device("cpu"), complex=["w"])["w"]
     assert torch.equal(got, x)
 
 
@@ -226,10 +226,10 @@ def _replaced_by_link(folder):
 @pytest.mark.parametrize("damage", [_tampered, _half, _crowded, _linked, _open_to_all, _replaced_by_link])
 def test_a_damaged_cache_entry_is_replaced(toy_artifact, tmp_path, damage):
     package = toy_artifact / "graphs/vae_decoder.pt2"
-    with unpacked("p", package.read_bytes(), "x", tmp_path / "cache") as libraries:
+    with unpacked(read_members("p", package.read_bytes()), "x", tmp_path / "cache") as libraries:
         good = libraries["vae_decoder"].read_bytes()
     damage(tmp_path / "cache/x")
-    with unpacked("p", package.read_bytes(), "x", tmp_path / "cache") as libraries:
+    with unpacked(read_members("p", package.read_bytes()), "x", tmp_path / "cache") as libraries:
         so = libraries["vae_decoder"]
         assert so.read_bytes() == good
         assert not so.is_symlink()
@@ -242,7 +242,7 @@ def test_many_may_unpack_at_once(toy_artifact, tmp_path):
     data = (toy_artifact / "graphs/vae_decoder.pt2").read_bytes()
 
     def unpack(_):
-        with unpacked("p", data, "x", tmp_path / "cache") as libraries:
+        with unpacked(read_members("p", data), "x", tmp_path / "cache") as libraries:
             so = libraries["vae_decoder"]
             assert so.is_relative_to(tmp_path / "cache/x")
             return hash(so.read_bytes())
@@ -255,7 +255,7 @@ def test_many_may_unpack_at_once(toy_artifact, tmp_path):
 def test_a_cache_that_cannot_be_had_is_a_temporary_folder(toy_artifact, tmp_path):
     data = (toy_artifact / "graphs/vae_decoder.pt2").read_bytes()
     (tmp_path / "file").write_text("")
-    with unpacked("p", data, "x", tmp_path / "file" / "cache") as libraries:
+    with unpacked(read_members("p", data), "x", tmp_path / "file" / "cache") as libraries:
         so = libraries["vae_decoder"]
         assert so.exists()
     assert not so.exists()
@@ -265,7 +265,7 @@ def test_a_cache_that_others_can_write_is_not_used(toy_artifact, tmp_path):
     data = (toy_artifact / "graphs/vae_decoder.pt2").read_bytes()
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache").chmod(0o777)
-    with unpacked("p", data, "x", tmp_path / "cache") as libraries:
+    with unpacked(read_members("p", data), "x", tmp_path / "cache") as libraries:
         assert not libraries["vae_decoder"].is_relative_to(tmp_path)
     assert list((tmp_path / "cache").iterdir()) == []
 

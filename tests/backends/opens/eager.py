@@ -16,6 +16,10 @@ def problems(requires: Requires) -> Iterator[str]:
         yield f"was exported with torch {requires.packages['torch']}, this is {torch.__version__}; export again"
 
 
+def package_problems(folder: Path, manifest: Manifest) -> Iterator[str]:
+    return iter(())
+
+
 def open_models(
     folder: Path,
     manifest: Manifest,

@@ -1,26 +1,23 @@
-"""The command `prebake`: arguments come in, an exit code comes out. 0 = done, 1 = verified and found to miss a threshold,
-2 = refused with a reason, 130 = interrupted.
+"""The command `prebake`: arguments come in, an exit code of `runtime/errors.py` comes out.
 
-`recipes`, `export` and `verify` are here, `bench`, `plan` and `calibrate` in files of their names (`cli_bench.py`, ...), `run`
-and `inspect` in `runtime/cli.py`. torch and diffusers are imported by the commands that need them and never for `--help`.
+`recipes` and `verify` are here, `export`, `sign`, `bench`, `plan` and `calibrate` in files of their names (`cli_bench.py`, ...),
+`run` and `inspect` in `runtime/cli.py`. torch and diffusers are imported by the commands that need them and never for `--help`.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from .cli_bench import add_bench
 from .cli_calibrate import add_calibrate
+from .cli_export import add_export
 from .cli_options import add_how, add_overrides, mode, positive, print_json
 from .cli_plan import add_plan
-
-if TYPE_CHECKING:
-    from .recipe import Recipe
+from .cli_sign import add_sign, add_signature, refuse_signature_choices, verify_signature
 
 EXPORT_EXTRA = (
     "diffusers",
@@ -47,17 +44,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 130
-    except ModuleNotFoundError as e:
-        package = (e.name or "").partition(".")[0]
-        if package not in EXPORT_EXTRA:
-            raise
-        return _refuse(f"`prebake {args.command}` needs {package}: pip install 'prebake[export]'")
     except Exception as e:
         from ..runtime.errors import PrebakeError
 
+        if said := missing_extra(e, args.command):
+            print_errors(said)
+            return 2
         if not isinstance(e, PrebakeError):
             raise
-        return _refuse(str(e))
+        print_errors(str(e))
+        return e.exit_code
 
 
 def export_main() -> int:
@@ -65,23 +61,35 @@ def export_main() -> int:
     return main(["export", *sys.argv[1:]])
 
 
-def _refuse(message: str) -> int:
+def missing_extra(error: Exception, command: str) -> str | None:
+    """What to install, where that is what the error is about."""
+    package = (getattr(error, "name", None) or "").partition(".")[0]
+    if not isinstance(error, ModuleNotFoundError) or package not in EXPORT_EXTRA:
+        return None
+    return f"`prebake {command}` needs {package}: pip install 'prebake[export]'"
+
+
+def print_errors(message: str) -> None:
     for line in message.splitlines():
         print(f"prebake: error: {line}", file=sys.stderr)
-    return 2
 
 
 def _parser() -> argparse.ArgumentParser:
     from ..runtime.cli import add_commands as add_runtime_commands
+    from ..runtime.errors import EXIT_CODES
 
     parser = argparse.ArgumentParser(
-        prog="prebake", description="Exports diffusers pipelines ahead of time, and runs what it exported."
+        prog="prebake",
+        description="Exports diffusers pipelines ahead of time, and runs what it exported.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="\n".join(["exit codes:", *(f"  {code:>3}  {meaning}" for code, meaning in EXIT_CODES.items())]),
     )
     parser.add_argument("--version", action="version", version=f"prebake {version('prebake')}")
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
-    _add_export(commands)
+    add_export(commands)
     add_calibrate(commands)
     _add_verify(commands)
+    add_sign(commands)
     add_bench(commands)
     add_plan(commands)
     _add_recipes(commands)
@@ -165,95 +173,6 @@ def _table(rows: list[tuple[str, str]]) -> bool:
     return True
 
 
-# prebake export
-
-
-def _add_export(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser(
-        "export",
-        help="compile a pipeline into an artifact",
-        description="Compiles a diffusers pipeline into an artifact, verifies it against the pipeline, and puts it in place only if it holds.",
-    )
-    parser.add_argument(
-        "--recipe",
-        required=True,
-        metavar="NAME|FILE",
-        help="a recipe that ships (see `prebake recipes`), or a .toml file",
-    )
-    add_overrides(parser)
-    parser.add_argument(
-        "--output", type=Path, metavar="DIR", help="where the artifact goes (default: artifacts/<recipe>-<model name>)"
-    )
-    parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="resolve, load, plan and capture, say what each graph and plan would cost on this machine, and stop",
-    )
-    parser.add_argument(
-        "--keep-failed",
-        action="store_true",
-        help="keep an artifact that missed its thresholds, beside the output and marked failed",
-    )
-    parser.add_argument("--force", action="store_true", help="replace an artifact that is already there")
-    parser.add_argument(
-        "--no-verify",
-        action="store_true",
-        help="skip the comparison with the pipeline; the manifest then says unverified",
-    )
-    add_how(parser)
-    parser.set_defaults(run=_export)
-
-
-def _export(args: argparse.Namespace) -> int:
-    from .hush import hush
-    from .recipe import check_inductor_flags, check_scheduler, resolve
-
-    recipe = resolve(args.recipe, args.overrides, args.model)
-    hush()
-    check_inductor_flags(recipe.compile.inductor)
-    check_scheduler(recipe.sampler.scheduler)
-    _run_export(recipe, args.output or default_output(recipe), args)
-    return 0
-
-
-def _run_export(recipe: Recipe, output: Path, args: argparse.Namespace) -> None:
-    from . import forecast
-    from .pipeline import Options, export, prepare
-    from .progress import progress
-    from .recipe import folder_of
-
-    near = folder_of(args.recipe)
-    options = Options(force=args.force, keep_failed=args.keep_failed, verify=not args.no_verify, near=near)
-    with progress(mode(args)) as shown:
-        if args.dry_run:
-            prepared = prepare(recipe, shown, near=near)
-            with shown.stage("forecast"):
-                result = forecast.describe(prepared, forecast.forecasts(prepared))
-        else:
-            result = {"artifact": str(export(recipe, output, options, shown))}
-    if args.json:
-        print_json({**result, "seconds": shown.seconds})
-    elif not args.quiet:
-        print(*_lines(result), sep="\n")
-
-
-def _lines(result: dict[str, Any]) -> Iterator[str]:
-    """The result for people: where the artifact is, or what `--dry-run` found, in aligned columns."""
-    from .forecast import lines
-
-    if "artifact" in result:
-        yield result["artifact"]
-    if "plans" in result:
-        yield from lines(result, sys.stdout.encoding)
-
-
-def default_output(recipe: Recipe) -> Path:
-    """`artifacts/<recipe>-<model name>`: the last part of a hub id or of a folder's path."""
-    model = Path(recipe.model.id)
-    name = model.name or model.resolve().name or "model"
-    return Path("artifacts") / f"{recipe.name}-{name if name != '..' else model.resolve().name}"
-
-
 # prebake verify
 
 
@@ -262,7 +181,7 @@ def _add_verify(commands: argparse._SubParsersAction) -> None:
         "verify",
         help="replay an artifact's golden vectors here, or compare it with its pipeline again",
         description="Replays the artifact's golden vectors on this machine. With --source, also draws prompts with the artifact "
-        "and with the eager float32 pipeline, and holds the figures to the recipe's thresholds. Exit code 1: something misses.",
+        "and with the eager float32 pipeline, and holds the figures to the recipe's thresholds. Exit code 4: something misses. With --signature, opens no code.",
     )
     parser.add_argument("artifact", type=Path, metavar="ARTIFACT", help="an artifact folder")
     parser.add_argument(
@@ -290,11 +209,16 @@ def _add_verify(commands: argparse._SubParsersAction) -> None:
         metavar="DIR",
         help="where the report goes (default with --source: ARTIFACT/reports; else nowhere)",
     )
+    add_signature(parser)
     add_how(parser, json_result="the report as JSON")
     parser.set_defaults(run=_verify)
 
 
 def _verify(args: argparse.Namespace) -> int:
+    if args.signature:
+        return verify_signature(args)
+    refuse_signature_choices(args)
+    from ..runtime.errors import QualityError
     from . import report
     from .hush import hush
     from .progress import progress
@@ -312,4 +236,4 @@ def _verify(args: argparse.Namespace) -> int:
         report.show(manifest, outcome, sys.stdout)
     if args.output or args.source:  # last, so that a folder that cannot be written costs no result
         report.write(args.output or args.artifact / "reports", manifest, outcome)
-    return 1 if outcome.missed else 0
+    return QualityError.exit_code if outcome.missed else 0

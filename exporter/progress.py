@@ -1,4 +1,5 @@
-"""What an export says while it runs: a bar on a terminal, JSON lines for CI, or nothing. Stages only know `Progress`."""
+"""What an export says while it runs: a bar on a terminal, plain lines where there is none, JSON lines for programs, or
+nothing. Stages only know `Progress`."""
 
 from __future__ import annotations
 
@@ -67,6 +68,30 @@ class JsonLines(Progress):
         )
 
 
+class Lines(Progress):
+    """One line on stderr for what begins, with the seconds so far: for logs, which cannot move the cursor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.start, self.current = time.perf_counter(), ""
+
+    @contextlib.contextmanager
+    def stage(self, name: str, total: int = 1) -> Iterator[None]:
+        self.current = name
+        self.say(name)
+        with super().stage(name, total):
+            yield
+
+    def doing(self, what: str) -> None:
+        self.say(f"{self.current}: {what}")
+
+    def note(self, text: str) -> None:
+        self.say(f"note: {text}")
+
+    def say(self, text: str) -> None:
+        print(f"[{time.perf_counter() - self.start:7.1f} s] {text}", file=sys.stderr, flush=True)
+
+
 class Bar(Progress):
     """A rich bar on stderr: stage, what is being compiled, position, elapsed. Finished stages stay as lines."""
 
@@ -113,4 +138,5 @@ class Bar(Progress):
 
 def progress(mode: Mode) -> Progress:
     """What to say for that mode; enter it before the first stage."""
-    return {"rich": Bar, "json": JsonLines, "quiet": Progress}[mode]()
+    shown = Bar if sys.stderr.isatty() else Lines
+    return {"rich": shown, "json": JsonLines, "quiet": Progress}[mode]()

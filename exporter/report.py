@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 
-from ..runtime.errors import ArtifactError
+from ..runtime.errors import RecipeError
 from ..runtime.manifest import Manifest
 from ..runtime.plan import Plan
 from .quality import Comparison, Sample, largest
@@ -38,14 +38,14 @@ METHOD = {
 
 
 def write(folder: Path, manifest: Manifest, outcome: Outcome) -> None:
-    """`verify.json` and, if pictures were drawn, `verify.png`. Raises ArtifactError where the folder cannot be written."""
+    """`verify.json` and, if pictures were drawn, `verify.png`. Raises RecipeError where the folder cannot be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "verify.json").write_text(to_json(describe(manifest, outcome)), "utf-8")
         if outcome.comparison and outcome.comparison.rows:
             sheet(outcome.comparison.rows, shown_plans(manifest, outcome.plans)).save(folder / "verify.png")
     except OSError as e:
-        raise ArtifactError(
+        raise RecipeError(
             f"{folder}: the report cannot be written ({e.strerror}); choose another folder with --output"
         ) from e
 
@@ -352,7 +352,10 @@ def print_cells(title: str, cells: Cells, file: TextIO) -> None:
     table = Table(*cells[0], title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for row in cells[1:]:
         table.add_row(*row)
-    Console(file=file, width=None if file.isatty() else 160, highlight=False).print(table)
+    if file.isatty():
+        Console(file=file, highlight=False).print(table)
+    else:  # whatever FORCE_COLOR says: control codes in a file are noise
+        Console(file=file, width=160, highlight=False, force_terminal=False).print(table)
     return None
 
 

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from ..runtime.artifact import Artifact, open_artifact
 from ..runtime.attachment import FAMILY
-from ..runtime.errors import ArtifactError, ExportError, RecipeError, misfit
+from ..runtime.errors import ArtifactError, QualityError, RecipeError, misfit
 from ..runtime.manifest import Manifest
 from ..runtime.plan import Plan
 from . import attached, report, source
@@ -64,13 +64,13 @@ class Choices:
 def settle_verdict(folder: Path, manifest: Manifest, recipe: Recipe, keep_failed: bool, progress: Progress) -> None:
     """Compares the staged folder with eager, writes `reports/`, and writes "verified" or "failed" into its manifest.
 
-    Raises ExportError with every threshold that is missed, unless `keep_failed`.
+    Raises QualityError with every threshold that is missed, unless `keep_failed`.
     """
     replayer = replayer_of(open_artifact(folder), recipe, recipe.model.id)
     outcome = settled(replayer, recipe, recipe.model.id, picture_jobs(recipe), gate_prompts(recipe, manifest), progress)
     if outcome.missed and not keep_failed:
         way_out = "the artifact is not written; --keep-failed writes it all the same, marked as failed"
-        raise ExportError("\n".join([*outcome.missed, way_out]))
+        raise QualityError("\n".join([*outcome.missed, way_out]))
     manifest = manifest.model_copy(update={"status": "failed" if outcome.missed else "verified"})
     (folder / "manifest.json").write_text(manifest.to_json(), "utf-8")
     report.write(folder / "reports", manifest, outcome)

@@ -9,12 +9,22 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .attachment import attach, detach
-    from .errors import ArtifactError, ExportError, PrebakeError, RecipeError
+    from .errors import ArtifactError, ExportError, PrebakeError, QualityError, RecipeError
     from .pipeline import load
 
     __version__: str
 
-__all__ = ["ArtifactError", "ExportError", "PrebakeError", "RecipeError", "__version__", "attach", "detach", "load"]
+__all__ = [
+    "ArtifactError",
+    "ExportError",
+    "PrebakeError",
+    "QualityError",
+    "RecipeError",
+    "__version__",
+    "attach",
+    "detach",
+    "load",
+]
 
 _HOME = {
     "attach": ".attachment",
@@ -23,6 +33,7 @@ _HOME = {
     "ArtifactError": ".errors",
     "ExportError": ".errors",
     "PrebakeError": ".errors",
+    "QualityError": ".errors",
     "RecipeError": ".errors",
 }
 

@@ -1,4 +1,4 @@
-"""`python -m prebake.runtime run|inspect ...`: the commands that need nothing but the slim runtime."""
+"""`python -m prebake.runtime run|inspect|check ...`: the commands that need nothing but the slim runtime."""
 
 import argparse
 import sys
@@ -15,7 +15,7 @@ def main(argv: list[str] | None = None) -> int:
         return args.run(args)
     except PrebakeError as e:
         print(f"error: {e}", file=sys.stderr)
-        return 1
+        return e.exit_code
 
 
 if __name__ == "__main__":

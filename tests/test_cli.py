@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from prebake.exporter import cli
+from prebake.exporter import cli, cli_export
 from prebake.exporter.recipe import names, resolve, schema
 from prebake.exporter.sites import Variant
 from prebake.runtime.errors import ExportError
@@ -235,7 +235,7 @@ def test_dry_run_json(fake_pipeline, forecast_of_a_second, capsys):
 def test_default_output_is_named_after_recipe_and_model(model, folder, tmp_path, monkeypatch):
     (tmp_path / "up" / "here").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "up" / "here")
-    assert cli.default_output(resolve("baseline", model=model)) == Path("artifacts") / folder
+    assert cli_export.default_output(resolve("baseline", model=model)) == Path("artifacts") / folder
 
 
 def test_misspelt_flags_and_schedulers_are_refused_before_anything_is_loaded(fake_pipeline, capsys):
@@ -246,9 +246,9 @@ def test_misspelt_flags_and_schedulers_are_refused_before_anything_is_loaded(fak
     assert fake_pipeline.calls == []
 
 
-def test_what_prebake_refuses_is_exit_code_2(fake_pipeline, capsys):
+def test_what_cannot_be_exported_is_exit_code_3(fake_pipeline, capsys):
     fake_pipeline.error = ExportError("the model carries a hook")
-    assert cli.main(["export", "--recipe", "baseline", "--quiet"]) == 2
+    assert cli.main(["export", "--recipe", "baseline", "--quiet"]) == 3
     assert capsys.readouterr().err == "prebake: error: the model carries a hook\n"
 
 

@@ -35,7 +35,8 @@ MAKE = sorted({words[1] for words in command_lines() if words[0] == "make"})
 @pytest.mark.parametrize("arguments", PREBAKE, ids=" ".join)
 def test_a_shown_command_is_one_that_the_parser_takes(arguments):
     args = cli._parser().parse_args(arguments)
-    if recipe := getattr(args, "recipe", None) or getattr(args, "name", None):
+    recipes = getattr(args, "recipe", None) or getattr(args, "name", None) or []
+    for recipe in recipes if isinstance(recipes, list) else [recipes]:
         resolve(recipe, args.overrides, args.model)
 
 

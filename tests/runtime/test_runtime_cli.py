@@ -52,8 +52,8 @@ def test_run_numbers_several_images_and_speaks_json(toy_artifact, tmp_path, caps
         (["--strength", "0.5"], "error: strength: "),
     ],
 )
-def test_an_error_is_one_line_and_exit_code_1(toy_artifact, capsys, args, words):
-    assert main(["run", str(toy_artifact), "red", *args]) == 1
+def test_an_error_is_one_line_and_exit_code_5(toy_artifact, capsys, args, words):
+    assert main(["run", str(toy_artifact), "red", *args]) == 5
     err = capsys.readouterr().err
     assert err.startswith(words)
     assert err.count("\n") == 1
@@ -141,7 +141,7 @@ def test_a_video_s_default_name_is_what_can_be_written(videos, monkeypatch, caps
     ],
 )
 def test_a_video_that_cannot_be_written_is_refused_before_it_is_made(videos, capsys, args, words):
-    assert main(["run", "anywhere", "a", *args]) == 1
+    assert main(["run", "anywhere", "a", *args]) == 5
     err = capsys.readouterr().err
     assert err.startswith(words)
     assert err.count("\n") == 1
@@ -205,7 +205,7 @@ def test_inspect_speaks_json(toy_artifact, capsys):
 
 def test_inspect_opens_no_file_outside_the_folder(artifact_copy, capsys):
     toy.edit_manifest(artifact_copy, plans={"4": "../secret.json"})
-    assert main(["inspect", str(artifact_copy)]) == 1
+    assert main(["inspect", str(artifact_copy)]) == 5
     assert "'../secret.json' is not a plain name inside the folder" in capsys.readouterr().err
 
 

@@ -1,4 +1,5 @@
-"""The commands `run` and `inspect`. Both work with the slim runtime alone; `inspect` and `--help` need no torch.
+"""The commands `run` and `inspect`, and `check` from its own file. All work with the slim runtime alone; `inspect` and
+`--help` need no torch.
 
 Each command is a function from parsed arguments to an exit code. Errors are raised; whoever owns `main` prints them.
 """
@@ -14,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .cli_check import add_check
 from .errors import ArtifactError
 from .manifest import Manifest, read_manifest
 from .plan import Plan
@@ -25,9 +27,10 @@ UNVERIFIED = "added since, and not compared with the pipeline: {}; `prebake veri
 
 
 def add_commands(subparsers: Any) -> None:
-    """Adds `run` and `inspect` to an argparse subparsers object; each sets `run`, a function of the parsed arguments."""
+    """Adds the commands to an argparse subparsers object; each sets `run`, a function of the parsed arguments."""
     _add_run(subparsers)
     _add_inspect(subparsers)
+    add_check(subparsers)
 
 
 # --- run --------------------------------------------------------------------------------------------------------------
@@ -60,6 +63,13 @@ def _add_run(subparsers: Any) -> None:
         "--negative-prompt", metavar="TEXT", help="what to guide away from, where a model takes it (default: nothing)"
     )
     parser.add_argument("--no-cache", action="store_true", help="compute everything at every step")
+    parser.add_argument(
+        "--trust",
+        choices=("hash", "signature", "size"),
+        default="hash",
+        help="what is compared before code is opened: every file's hash (default), a signature too, or of weights the size alone",
+    )
+    parser.add_argument("--public-key", metavar="FILE", help="of whoever signed the artifact, with --trust signature")
     parser.add_argument("--num-images", type=int, default=1, metavar="N", help="images for each prompt (default: 1)")
     parser.add_argument("--json", action="store_true", help="print JSON in place of text")
     parser.set_defaults(run=run)
@@ -76,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     from .pipeline import VideoOutput, load
 
     image, mask = (None if path is None else open_picture(path) for path in (args.image, args.mask))
-    pipe = load(args.artifact)
+    pipe = load(args.artifact, trust=args.trust, public_key=args.public_key)
     loaded = time.perf_counter()
     output = pipe(
         args.prompts,

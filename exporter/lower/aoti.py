@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import os
 import stat
+import struct
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...runtime.elf import EXECUTABLE, GNU_STACK
 from ...runtime.errors import ExportError
 from ..capture import Captured
 from ..toolchain import glibc_version
@@ -33,7 +35,7 @@ PACKAGED = {
     # folded or merged weights would vanish from the list of constants, and could not be swapped later
     "always_keep_tensor_constants": True,
     "joint_graph_constant_folding": False,
-    # through the assembler the .so would ask for an executable stack, which glibc >= 2.41 refuses to load
+    # as data, not as text for the assembler, which says nothing of the stack; see `without_executable_stack`
     "aot_inductor.use_consts_asm_build": False,
 }
 CHANNELS_LAST = True
@@ -138,9 +140,25 @@ def write_package(path: Path, models: dict[str, list[Any]]) -> None:
         package_aoti(str(raw), models)
         with zipfile.ZipFile(raw) as source, zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as target:
             members = {name: source.read(name) for name in sorted(source.namelist()) if wanted(name)}
+            members |= {n: without_executable_stack(data) for n, data in members.items() if n.endswith(".so")}
             for name, data in members.items():
                 is_id = name.endswith("/.data/serialization_id")
                 target.writestr(zipfile.ZipInfo(name, EPOCH), serialization_id(members) if is_id else data)
+
+
+def without_executable_stack(library: bytes) -> bytes:
+    """The same ELF library, whose segment PT_GNU_STACK no longer asks for execution.
+
+    torch 2.13 assembles the (empty) constants from text that does not say what stack it needs, and the linker takes that for
+    a wish; glibc from 2.41 on refuses to load such a library. None of the code runs on its stack.
+    """
+    (start,), (size, count) = struct.unpack_from("<Q", library, 32), struct.unpack_from("<HH", library, 54)
+    changed = bytearray(library)
+    for at in range(start, start + size * count, size):
+        kind, flags = struct.unpack_from("<II", library, at)
+        if kind == GNU_STACK:
+            struct.pack_into("<I", changed, at + 4, flags & ~EXECUTABLE)
+    return bytes(changed)
 
 
 def serialization_id(members: dict[str, bytes]) -> bytes:

@@ -6,7 +6,7 @@ import argparse
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,18 +66,20 @@ def add_export(commands: argparse._SubParsersAction) -> None:
 
 def _export(args: argparse.Namespace) -> int:
     """One recipe alone raises what is wrong with it; of several, each is caught and told in the report."""
-    from .matrix import Row, read_matrix
-
-    rows: tuple[Row, ...]
-    if args.matrix:
-        rows = read_matrix(args.matrix, args.model, args.overrides)
-    else:
-        rows = tuple(Row(name, args.model, tuple(args.overrides), args.output) for name in args.recipe)
+    rows = _rows(args)
     if args.matrix or args.junit or len(rows) > 1:
         return _several(rows, args)
-    (row,) = rows
-    _tell(_run(row, args), args)
+    _tell(_run(rows[0], args), args)
     return 0
+
+
+def _rows(args: argparse.Namespace) -> Sequence[Row]:
+    """What is asked for: one row or more. Raises RecipeError for a matrix file that is none."""
+    from .matrix import Row, read_matrix
+
+    if args.matrix:
+        return read_matrix(args.matrix, args.model, args.overrides)
+    return [Row(name, args.model, tuple(args.overrides), args.output) for name in args.recipe]
 
 
 def _run(row: Row, args: argparse.Namespace) -> dict[str, Any]:
@@ -137,7 +139,7 @@ def default_output(recipe: Recipe) -> Path:
 # several
 
 
-def _several(rows: tuple[Row, ...], args: argparse.Namespace) -> int:
+def _several(rows: Sequence[Row], args: argparse.Namespace) -> int:
     """Tries every row, prints the summary or the JSON report, writes `--junit`; the worst exit code.
 
     Raises RecipeError for what makes the run as a whole impossible, before the first export.
@@ -171,7 +173,7 @@ def _announce(n: int, count: int, row: Row, args: argparse.Namespace) -> None:
         print(f"[{n}/{count}] {' '.join(filter(None, (row.recipe, row.model, *row.overrides)))}", flush=True)
 
 
-def _check(rows: tuple[Row, ...], args: argparse.Namespace) -> None:
+def _check(rows: Sequence[Row], args: argparse.Namespace) -> None:
     """A report that could not be written, and folders that two rows would write, are refused before hours of compiling."""
     from ..runtime.errors import RecipeError
     from . import matrix

@@ -16,7 +16,7 @@ from typing import Any
 from ..runtime.check import file_problems, hash_problems, name_problems
 from ..runtime.errors import ArtifactError, ExportError, RecipeError, raise_all
 from ..runtime.manifest import Manifest, read_manifest
-from ..runtime.signature import FILE, NEEDED, Identity, listed_hashing, signature_problems, signed_hashes
+from ..runtime.signature import FILE, NEEDED, Identity, first_line, listed_hashing, signature_problems, signed_hashes
 
 
 @dataclass(frozen=True)
@@ -41,15 +41,9 @@ def sign(folder: Path, signer: Path | Sigstore) -> int:
     hashes = signed_hashes(folder, manifest)
     signing.set_hashing_config(listed_hashing(hashes))
     try:
-        write(signing, folder)
+        write(signing, folder, signer)
     except OSError as e:
         raise ExportError(f"{folder / FILE}: cannot be written ({e.strerror or e}); make room, or sign a copy") from e
-    except Exception as e:  # what sigstore, its network and its browser raise is of many kinds
-        if not isinstance(signer, Sigstore):
-            raise
-        raise ExportError(
-            f"{folder}: sigstore did not sign it ({_first_line(e)}); it needs a network and a token, and --key needs neither"
-        ) from e
     return len(hashes)
 
 
@@ -76,15 +70,18 @@ def check_names(folder: Path, manifest: Manifest) -> None:
 
 
 def signing_by(signer: Path | Sigstore) -> Any:
-    """A `model_signing.signing.Config`. Raises RecipeError for a file that is no private key, or without the package."""
+    """A `model_signing.signing.Config`. Raises as `sign` does for what is no key, or for sigstore."""
     try:
         from model_signing import signing
     except ModuleNotFoundError as e:
         raise RecipeError(NEEDED) from e
     if isinstance(signer, Sigstore):
-        return signing.Config().use_sigstore_signer(
-            identity_token=signer.token, use_ambient_credentials=signer.token is None
-        )
+        try:
+            return signing.Config().use_sigstore_signer(
+                identity_token=signer.token, use_ambient_credentials=signer.token is None
+            )
+        except Exception as e:
+            raise unreached(e) from e
     try:
         return signing.Config().use_elliptic_key_signer(private_key=signer)
     except (OSError, ValueError, TypeError, AttributeError) as e:  # the last two: with a password, or of another kind
@@ -94,13 +91,21 @@ def signing_by(signer: Path | Sigstore) -> Any:
         ) from e
 
 
-def write(signing: Any, folder: Path) -> None:
+def write(signing: Any, folder: Path, signer: Path | Sigstore) -> None:
     """Signs into a file of another name, which then takes the place of `signature.json`: there is never half of one."""
     with tempfile.TemporaryDirectory(prefix=f".{folder.resolve().name}.", dir=folder.resolve().parent) as beside:
         fresh = Path(beside) / FILE
-        signing.sign(folder, fresh)
+        try:
+            signing.sign(folder, fresh)
+        except Exception as e:
+            if isinstance(signer, Sigstore):  # whose network errors are OSErrors too
+                raise unreached(e) from e
+            raise
         os.replace(fresh, folder / FILE)
 
 
-def _first_line(e: Exception) -> str:
-    return str(e).strip().partition("\n")[0] or type(e).__name__
+def unreached(e: Exception) -> ExportError:
+    """Of what sigstore, its network and its browser raise, which is of many kinds."""
+    return ExportError(
+        f"--sigstore: sigstore did not sign ({first_line(e)}); it needs a network and a token, and --key needs neither"
+    )

@@ -39,7 +39,8 @@ def signature_problems(folder: Path, manifest: Manifest, public_key: Path | str 
 
     `public_key` is a PEM file of an elliptic curve key, P-256, P-384 or P-521; an `Identity` is asked for at sigstore's
     servers. The files themselves are compared by `check.file_problems` and `check.hash_problems`.
-    Raises RecipeError for a file that is no such key, or where the package is not installed.
+    Raises RecipeError for a file that is no such key, or where the package is not installed, and ArtifactError where sigstore's
+    servers are not reached, or the manifest is no longer what was read.
     """
     verifying = verifier_of(public_key)
     file = folder / FILE
@@ -60,20 +61,30 @@ def _statement_problems(
         verifying.set_hashing_config(listed).verify(folder, file)
     except Exception as e:  # it is a stranger's file, and the package's parsers raise many kinds
         if not listed.reached:  # it compares files last
-            said = str(e).strip().partition("\n")[0].rstrip(". ") or type(e).__name__
-            yield f"{FILE} is no signature by {public_key} ({said}); ask for the signer's key, or do not open the artifact"
+            yield f"{FILE} is no signature by {public_key} ({first_line(e)}); ask for the signer's key, or do not open the artifact"
         else:
             yield f"manifest.json is not the one that was signed by {public_key}; restore the file, or sign the artifact again"
 
 
+def first_line(e: Exception) -> str:
+    """What it says, as a part of a sentence; its name, where it says nothing."""
+    return str(e).strip().partition("\n")[0].rstrip(". ") or type(e).__name__
+
+
 def verifier_of(public_key: Path | str | Identity) -> Any:
-    """A `model_signing.verifying.Config` for that key or person. Raises RecipeError, see `signature_problems`."""
+    """A `model_signing.verifying.Config` for that key or person. Raises as `signature_problems` does."""
     try:
         from model_signing import verifying
     except ModuleNotFoundError as e:
         raise RecipeError(NEEDED) from e
     if isinstance(public_key, Identity):
-        return verifying.Config().use_sigstore_verifier(identity=public_key.name, oidc_issuer=public_key.issuer)
+        try:
+            return verifying.Config().use_sigstore_verifier(identity=public_key.name, oidc_issuer=public_key.issuer)
+        except Exception as e:  # of many kinds: sigstore's servers are asked for their own keys here
+            raise ArtifactError(
+                f"{FILE} cannot be held against {public_key}: sigstore was not reached ({first_line(e)}); it needs a network, "
+                "and a public key needs none"
+            ) from e
     try:
         return verifying.Config().use_elliptic_key_verifier(public_key=public_key)
     except (OSError, ValueError, TypeError, AttributeError) as e:  # the last two: a key of another kind

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import json
 import os
 import shlex
@@ -17,6 +18,8 @@ pytest.importorskip("model_signing", reason="model-signing is not installed: pip
 import model_signing
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parent / "format"))
 import paper
@@ -254,6 +257,21 @@ def test_a_manifest_that_changes_while_it_is_read(signed, keys):
     assert str(e.value) == f"{signed / 'manifest.json'}: has changed since it was read; open the artifact again"
 
 
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(at=st.floats(0, 1, exclude_max=True), byte=st.integers(0, 255), cut=st.booleans())
+def test_no_damage_makes_another_manifest_signed(signed, keys, at, byte, cut):
+    """One byte of the signature is another, or it ends there; the manifest is not the one that was signed."""
+    whole = signed.parent / "whole"
+    if not whole.exists():
+        whole.write_bytes((signed / "signature.json").read_bytes())
+        paper.edit(signed, lambda raw: raw["toolchain"].update(torch="1"))
+    data = bytearray(whole.read_bytes())
+    data[int(at * len(data))] = byte
+    (signed / "signature.json").write_bytes(data[: int(at * len(data))] if cut else data)
+    (line,) = problems(signed, keys[1])
+    assert line.startswith(("signature.json is no signature by ", "manifest.json is not the one that was signed by "))
+
+
 def test_load_asks_for_it(signed, keys, tmp_path, monkeypatch):
     """On paper, what is trusted fails at dlopen, and what is not never gets there."""
     monkeypatch.setattr(aoti, "open_model", lambda *args: pytest.fail("opened"))
@@ -326,22 +344,47 @@ def test_an_artifact_for_another_machine_is_signed(artifact, keys):
     assert verify(artifact, keys[1]) == FILES
 
 
-def test_sigstore_without_a_network_says_so(artifact, monkeypatch):
-    """What happens beyond this needs sigstore's servers, and is not tested."""
+def test_sigstore_out_of_reach_says_so(signed, monkeypatch, capsys):
+    """What happens within reach needs sigstore's servers, and is not tested."""
 
-    class Offline:
-        def set_hashing_config(self, hashing):
-            return self
+    def offline(self, **options):
+        raise RuntimeError("no route to host.\nand more")
 
-        def sign(self, folder, target):
-            raise RuntimeError("no route to host\nand more")
-
-    monkeypatch.setattr(signs, "signing_by", lambda signer: Offline())
-    with pytest.raises(ExportError) as e:
-        sign(artifact, Sigstore())
-    assert str(e.value) == (
-        f"{artifact}: sigstore did not sign it (no route to host); it needs a network and a token, and --key needs neither"
+    monkeypatch.setattr(model_signing.signing.Config, "use_sigstore_signer", offline)
+    monkeypatch.setattr(model_signing.verifying.Config, "use_sigstore_verifier", offline)
+    said = "it needs a network and a token, and --key needs neither"
+    assert main(["sign", str(signed), "--sigstore"]) == 3
+    assert capsys.readouterr().err == (
+        f"prebake: error: --sigstore: sigstore did not sign (no route to host); {said}\n"
     )
+    monkeypatch.setattr(model_signing.signing.Config, "use_sigstore_signer", lambda self, **options: self)
+    monkeypatch.setattr(model_signing.signing.Config, "sign", offline_sign)
+    assert main(["sign", str(signed), "--sigstore"]) == 3
+    assert capsys.readouterr().err == f"prebake: error: --sigstore: sigstore did not sign (no token); {said}\n"
+    arguments = ["--signature", "--identity", "me", "--issuer", "https://x"]
+    assert main(["verify", str(signed), *arguments]) == 5
+    assert capsys.readouterr().err == (
+        "prebake: error: signature.json cannot be held against me (https://x): sigstore was not reached (no route to host); "
+        "it needs a network, and a public key needs none\n"
+    )
+
+
+def offline_sign(self, folder, target):
+    raise ConnectionError("no token")
+
+
+def test_a_signature_that_cannot_be_written(signed, keys, monkeypatch):
+    def full(source, target):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    before = (signed / "signature.json").read_bytes()
+    monkeypatch.setattr(signs.os, "replace", full)
+    with pytest.raises(ExportError) as e:
+        sign(signed, keys[0])
+    assert str(e.value) == (
+        f"{signed / 'signature.json'}: cannot be written (No space left on device); make room, or sign a copy"
+    )
+    assert (signed / "signature.json").read_bytes() == before
 
 
 # the command line

@@ -6,6 +6,7 @@ out is immutable and may be shared by any number of threads.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -104,8 +105,8 @@ def open_artifact(
             manifest.channels_last,
             manifest.complex,
         )
+        tables = {name: tables_on(plan, device, timestep_scale(manifest)) for name, plan in plans.items()}
     graphs = open_graphs(folder, manifest, weights, device, cache)
-    tables = {name: tables_on(plan, device, timestep_scale(manifest)) for name, plan in plans.items()}
     return Artifact(folder, manifest, device, weights, graphs, plans, tables)
 
 
@@ -116,8 +117,11 @@ def device_of(manifest: Manifest) -> torch.device:
 
 
 def timestep_scale(manifest: Manifest) -> float:
-    """What the plans' timesteps are multiplied with for the denoiser."""
-    return float(manifest.pipeline.get("timestep_scale", 1.0))
+    """What the plans' timesteps are multiplied with for the denoiser. Raises ArtifactError where that is no number."""
+    scale = manifest.pipeline.get("timestep_scale", 1.0)
+    if not isinstance(scale, int | float) or not abs(scale) <= sys.float_info.max:
+        raise ArtifactError(f"manifest.json [pipeline.timestep_scale]: {scale!r} is not a number; export again")
+    return float(scale)
 
 
 def read_plans(folder: Path, manifest: Manifest) -> dict[str, Plan]:

@@ -91,12 +91,13 @@ def content_problems(folder: Path, manifest: Manifest) -> Iterator[tuple[str, st
     """What is wrong inside files that are all there and are what the manifest says."""
     import torch
 
-    from .artifact import constants_of, read_plans, weight_files
+    from .artifact import constants_of, read_plans, timestep_scale, weight_files
     from .backends import backend
     from .contract import Contract
     from .files import by_descriptor, opened
     from .weights import map_weights
 
+    yield from of_kind("manifest", said(folder, lambda: timestep_scale(manifest)))
     yield from of_kind("plans", said(folder, lambda: read_plans(folder, manifest)))
 
     def bind() -> None:

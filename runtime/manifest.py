@@ -172,7 +172,7 @@ def read_manifest(folder: Path) -> Manifest:
         )
     try:
         raw = json.loads(path.read_text("utf-8"))
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise ArtifactError(f"{path}: expected JSON, but {e}; restore the file or export again") from e
     version = raw.get("schema_version") if isinstance(raw, dict) else None
     if version != SCHEMA_VERSION:

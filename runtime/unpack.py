@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import stat
+import struct
 import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -20,6 +21,8 @@ from pathlib import Path
 from .errors import ArtifactError
 
 SUFFIXES = (".so", ".json", ".cubin")
+UNREADABLE = (zipfile.BadZipFile, EOFError, NotImplementedError, OSError, RuntimeError, ValueError, struct.error)
+"""What zipfile raises of an archive whose tables say nonsense."""
 
 
 @contextmanager
@@ -53,11 +56,13 @@ def read_members(package: str, data: bytes) -> dict[str, dict[str, bytes]]:
         with zipfile.ZipFile(BytesIO(data)) as archive:
             infos = archive.infolist()
             _refuse_hostile(package, infos)
+            if sum(info.file_size for info in infos) > len(data):  # much could be read out of little
+                raise zipfile.BadZipFile("its members overlap")
             found: dict[str, dict[str, bytes]] = {}
             for info in infos:
                 if model_file := _model_file(info.filename):
                     found.setdefault(model_file[0], {})[model_file[1]] = archive.read(info)
-    except (zipfile.BadZipFile, EOFError) as e:
+    except UNREADABLE as e:
         raise ArtifactError(f"{package}: expected a .pt2 package, but {e}; restore the file or export again") from e
     for model, files in found.items():
         libraries = sum(name.endswith(".so") for name in files)

@@ -119,7 +119,7 @@ def manifest_of(folder):
         toolchain={},
         recipe={},
         defaults=Defaults(num_inference_steps=2, guidance_scale=3.5, height=8, width=8),
-        pipeline={},
+        pipeline={"timestep_scale": 1.0},
         sites=(Site(name="s", slots=1, tensors=("a",)),),
         graphs=(full, reuse),
         plans={"2": "plans/2.json"},

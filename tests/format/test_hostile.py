@@ -119,6 +119,24 @@ def twice_stored(folder):
     relist(folder)
 
 
+def overlapping(folder):
+    """Two members are one place in the file: the second entry of the table points where the first does."""
+    path = folder / PACKAGE
+    write_package(path, extra=[("denoiser/extra/1", "x" * 10_000), ("denoiser/extra/2", "x" * 10_000)])
+    with zipfile.ZipFile(path) as archive:
+        first, second = archive.infolist()[-2:]
+    data = path.read_bytes()
+    again = data[first.header_offset : second.header_offset].replace(b"extra/1", b"extra/2")
+    table = data[data.index(b"PK\1\2") :]
+    shorter = data[: second.header_offset] + again[:40]
+    entry = table.rindex(b"PK\1\2")
+    moved = table[: entry + 42] + first.header_offset.to_bytes(4, "little") + table[entry + 46 :]
+    end = moved.rindex(b"PK\5\6")
+    moved = moved[: end + 16] + len(shorter).to_bytes(4, "little") + moved[end + 20 :]
+    path.write_bytes(shorter + moved)
+    relist(folder)
+
+
 def evaluation(**changes):
     return Evaluation(**{"step": 0, "variant": "full", "timestep": 1.0, "update": EULER, **changes})
 
@@ -130,6 +148,20 @@ RULES = {
         "expected manifest.json in an artifact folder, found none",
     ),
     "not JSON": (written("manifest.json", "{"), "expected JSON, but"),
+    "endless brackets": (
+        written("manifest.json", "[" * 100_000),
+        "expected JSON, but maximum recursion depth exceeded",
+    ),
+    "timesteps times a word": (
+        field("pipeline", to={"timestep_scale": "twice"}),
+        "manifest.json [pipeline.timestep_scale]: 'twice' is not a number; export again",
+    ),
+    "timesteps times nothing that is finite": (
+        field("pipeline", to={"timestep_scale": float("inf")}),
+        "manifest.json [pipeline.timestep_scale]: inf is not a number; export again",
+    ),
+    "name that is too long": (listed("weights/" + "x" * 300), "x is missing, the manifest lists it; restore the file"),
+    "half a character": (listed("\ud800"), "is not a plain name inside the folder"),
     "not an object": (
         written("manifest.json", "[]"),
         "[schema_version]: this runtime reads version 1, the file says None",
@@ -271,6 +303,8 @@ RULES = {
     ),
     # packages
     "not a zip": (not_a_zip, "denoiser.pt2: expected a .pt2 package, but File is not a zip file"),
+    "not a library": (package(so="text"), "a.wrapper.so: expected a shared library, but it does not begin like"),
+    "overlapping members": (overlapping, "denoiser.pt2: expected a .pt2 package, but its members overlap"),
     "zip slip": (
         member("denoiser/data/aotinductor/full/../../../../x"),
         "has a name that could leave the package's folder; do not open",

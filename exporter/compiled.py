@@ -65,7 +65,9 @@ class Compiled:
             package = Path(self.folder.name) / f"{len(self.models)}.pt2"
             aoti.write_package(package, {graph.name: aoti.compile_graph(graph, aoti.flags(self.config), build)})
             data = package.read_bytes()
-            with unpacked(read_members(package.name, data), hashlib.sha256(data).hexdigest(), Path(self.folder.name)) as libraries:
+            with unpacked(
+                read_members(package.name, data), hashlib.sha256(data).hexdigest(), Path(self.folder.name)
+            ) as libraries:
                 model = open_model(libraries[graph.name], torch.device("cpu"))
             model.bind({name: t.detach() for name, t in graph.constants().items()})
             self.models[key] = model

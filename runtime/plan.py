@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from .errors import ArtifactError
 
-FROZEN = ConfigDict(extra="forbid", frozen=True)
+FROZEN = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Update(BaseModel):

@@ -227,6 +227,17 @@ RULES = {
         lambda f: ((f / "plans/2.json").write_text("{}"), relist(f)),
         "plans/2.json [name]: Field required",
     ),
+    "not a number": (
+        plan(evaluation(timestep=float("nan"))),
+        "plans/2.json [evaluations.0.timestep]: Input should be a valid number",
+    ),
+    "no finite number": (
+        lambda f: (
+            (f / "plans/2.json").write_text(PLAN.model_dump_json().replace("1000.0", "1e999")),
+            relist(f),
+        ),
+        "plans/2.json [evaluations.0.timestep]: Input should be a finite number",
+    ),
     "empty plan": (plan(), "plans/2.json: has no evaluations"),
     "unknown variant": (
         plan(evaluation(variant="x")),

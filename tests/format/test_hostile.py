@@ -61,6 +61,16 @@ def plan(*evaluations):
     return damage
 
 
+def plan_saying(number):
+    """The plan has this as its first timestep, correctly listed."""
+
+    def damage(folder):
+        (folder / "plans/2.json").write_text(PLAN.model_dump_json().replace("1000.0", number, 1))
+        relist(folder)
+
+    return damage
+
+
 def tails(*tails):
     """The plan, which has two evaluations, can begin in these places too."""
 
@@ -227,17 +237,8 @@ RULES = {
         lambda f: ((f / "plans/2.json").write_text("{}"), relist(f)),
         "plans/2.json [name]: Field required",
     ),
-    "not a number": (
-        plan(evaluation(timestep=float("nan"))),
-        "plans/2.json [evaluations.0.timestep]: Input should be a valid number",
-    ),
-    "no finite number": (
-        lambda f: (
-            (f / "plans/2.json").write_text(PLAN.model_dump_json().replace("1000.0", "1e999")),
-            relist(f),
-        ),
-        "plans/2.json [evaluations.0.timestep]: Input should be a finite number",
-    ),
+    "not a number": (plan_saying("NaN"), "plans/2.json [evaluations.0.timestep]: Input should be a finite number"),
+    "endless number": (plan_saying("1e999"), "plans/2.json [evaluations.0.timestep]: Input should be a finite number"),
     "empty plan": (plan(), "plans/2.json: has no evaluations"),
     "unknown variant": (
         plan(evaluation(variant="x")),
@@ -258,6 +259,10 @@ RULES = {
     "coefficients": (
         plan(evaluation(), evaluation(variant="reuse")),
         "[evaluation 1]: has 0 coefficients, variant 'reuse' takes 1",
+    ),
+    "coefficients without a dimension": (
+        field("graphs", 1, "inputs", 2, "shape", to=[]),
+        "[evaluation 1]: has 1 coefficients, variant 'reuse' takes a shape of []; export again",
     ),
     "tail that nothing was stored for": (
         tails(Tail(step=1, begin=1)),

@@ -230,5 +230,6 @@ def _evaluation_problems(
             yield f"{where}: combines site {early[0]!r} before any evaluation stored it; export again"
         wanted = next((spec.shape for spec in graph.inputs if spec.name == "coefficients"), (0,))
         if wanted != (len(evaluation.coefficients),):
-            yield f"{where}: has {len(evaluation.coefficients)} coefficients, variant {graph.name!r} takes {wanted[0]}; export again"
+            takes = wanted[0] if len(wanted) == 1 else f"a shape of {list(wanted)}"
+            yield f"{where}: has {len(evaluation.coefficients)} coefficients, variant {graph.name!r} takes {takes}; export again"
         stored.update(graph.stores)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,17 @@ def exported(shared_tmp: Path, name: str, recipe: str, overrides: tuple[str, ...
             with progress("quiet") as quiet:
                 export(resolve(recipe, overrides, str(model)), folder, Options(), quiet)
     return folder
+
+
+@pytest.fixture
+def declared_extras(monkeypatch) -> None:
+    """The requirements of `pyproject.toml`: an installation may be older than this tree."""
+    from prebake.runtime import extras
+
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text("utf-8"))["project"]
+    optional = project["optional-dependencies"].items()
+    lines = [f'{line}; extra == "{extra}"' for extra, requirements in optional for line in requirements]
+    monkeypatch.setattr(extras, "requires", lambda name: [*project["dependencies"], *lines])
 
 
 @pytest.fixture(scope="session")

@@ -192,10 +192,10 @@ def test_an_older_onnxruntime_is_a_problem_and_a_newer_one_none(manifest):
 
 
 @pytest.mark.skipif("CUDAExecutionProvider" in onnxruntime.get_available_providers(), reason="this one has CUDA")
-def test_a_provider_that_is_not_there_is_a_problem_and_never_another_one(manifest):
+def test_a_provider_that_is_not_there_is_a_problem_and_never_another_one(manifest, declared_extras):
     (problem,) = lacking(manifest, device="cuda")
     assert problem.startswith("runs on CUDAExecutionProvider, this onnxruntime has ")
-    assert "install onnxruntime-gpu in place of onnxruntime" in problem
+    assert problem.endswith("; pip uninstall onnxruntime, then pip install 'prebake[ort-gpu]'; or export for the cpu")
 
 
 def test_a_session_on_another_provider_is_refused(artifact, monkeypatch):

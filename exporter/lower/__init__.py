@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from ...runtime.backends import names as opened_names
 from ...runtime.errors import ExportError
+from ...runtime.extras import way_to
 
 if TYPE_CHECKING:
     from torch import nn
@@ -67,6 +68,8 @@ def backend(name: str) -> Backend:
     try:
         return cast(Backend, importlib.import_module(f".{name}", __name__))
     except ModuleNotFoundError as e:
+        if e.name is None:
+            raise
         raise ExportError(
-            f"compile.backend {name!r}: needs the package {e.name}, which is not installed; {e.msg}"
+            f"compile.backend {name!r}: needs the package {e.name}, which is not installed; {way_to(e.name)}"
         ) from e

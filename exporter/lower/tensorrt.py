@@ -26,6 +26,7 @@ from torch import nn
 
 from ...runtime.backends.tensorrt import CAPABILITY, CUDA, PACKAGES, logger
 from ...runtime.errors import ExportError, RecipeError, misfit
+from ...runtime.extras import way_to
 from ..capture import Captured
 from ..rewrite.fold import get_tensor
 from ..tables import Table
@@ -81,10 +82,7 @@ def library(chosen: Options) -> Any:
     try:
         trt = importlib.import_module(name)
     except ImportError as e:
-        extra = {"rtx": "trt-rtx", "tensorrt": "trt"}[chosen.flavour]
-        raise ExportError(
-            f"compile.backend 'tensorrt': cannot import {name} ({e}); pip install 'prebake[{extra}]'"
-        ) from e
+        raise ExportError(f"compile.backend 'tensorrt': cannot import {name} ({e}); {way_to(name)}") from e
     if chosen.flavour == "tensorrt" and not torch.cuda.is_available():
         raise ExportError(
             "compile.options.flavour 'tensorrt': it builds on the GPU that the engine is for, and this torch sees none; "

@@ -20,6 +20,7 @@ import torch
 
 from ..check import hash_problem
 from ..errors import ArtifactError
+from ..extras import way_to
 from ..manifest import Graph, Manifest, Requires
 
 PACKAGES = {"rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
@@ -40,8 +41,7 @@ def problems(requires: Requires) -> Iterator[str]:
     try:
         version = importlib.import_module(name).__version__
     except ImportError as e:
-        extra = "trt-rtx" if name == "tensorrt_rtx" else "trt"
-        yield f"was built with {name} {wanted}, which cannot be imported here ({e}); pip install 'prebake[{extra}]'"
+        yield f"was built with {name} {wanted}, which cannot be imported here ({e}); {way_to(name)}"
     else:
         if version != wanted:
             yield (

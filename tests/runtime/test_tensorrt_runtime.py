@@ -213,7 +213,7 @@ def test_another_version_is_one(library):
     assert said.startswith(f"was built with tensorrt_rtx 1.8.0.1, this is tensorrt_rtx {fake.VERSION}")
 
 
-def test_a_missing_library_is_one_with_the_extra_that_has_it(monkeypatch):
+def test_a_missing_library_is_one_with_the_extra_that_has_it(monkeypatch, declared_extras):
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     (said,) = tensorrt.problems(needs(tensorrt_rtx="", tensorrt="11.4.0"))
     assert said.startswith("was built with tensorrt 11.4.0, which cannot be imported here")

@@ -15,6 +15,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("no GPU that this torch can use")
+
+
 @pytest.fixture(scope="session")
 def tiny_folder(shared_tmp) -> Path:
     """A random FLUX pipeline, 64 wide, as `save_pretrained` writes it."""

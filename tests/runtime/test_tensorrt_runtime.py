@@ -249,7 +249,6 @@ def test_driver_and_gpu_are_compared_with_what_was_built_for(cuda, capability, s
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_an_engine_of_the_library_computes_what_torch_does(tmp_path):
     """TF32 is what the library may multiply float32 in: 10 bits, so 1e-2 has room for 64 terms."""
     trt: Any = pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")

@@ -155,6 +155,15 @@ def test_every_int8_product_runs_as_one(artifact, manifest, tmp_path):
     assert ran["DequantizeLinear"] == 0
 
 
+def test_a_root_mean_square_is_one_kernel(tmp_path):
+    graph = rewritten(capture("g", nn.RMSNorm(8, eps=1e-6), (torch.ones(3, 8),), ("x",), ("y",)))
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    data = with_data(onnx_model(graph), graph.constants()).SerializeToString()
+    onnxruntime.InferenceSession(data, options, ["CPUExecutionProvider"])
+    assert [n.op_type for n in onnx.load(tmp_path / "optimized.onnx").graph.node] == ["SimplifiedLayerNormalization"]
+
+
 def test_a_session_gives_what_the_int8_operator_gives(tmp_path):
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(256, 128))

@@ -114,7 +114,8 @@ def w8a8() -> Any:
 
 
 def rms_norm(x: Any, shape: Sequence[int], weight: Any = None, eps: float | None = None) -> Any:
-    """What writes `aten::rms_norm`, which torch.onnx would take apart: x / sqrt(mean(x ** 2) + eps) * weight, in float32."""
+    """What writes `aten::rms_norm`, in float32, as x / sqrt(mean(x ** 2) + eps) * weight: ONNX Runtime makes one kernel of
+    that, and none of what torch.onnx would take it apart into."""
     wide = as_float(x)
     axes = op.Constant(value_ints=list(range(-len(shape), 0)))
     mean = op.ReduceMean(op.Pow(wide, op.Constant(value_float=2.0)), axes, keepdims=1)

@@ -101,6 +101,9 @@ def export(recipe: Recipe, output: Path, options: Options, progress: Progress) -
 
 def prepare(recipe: Recipe, progress: Progress, *, near: Path | None = None) -> Prepared:
     """load, rewrite, plan and capture: the graphs and their costs, before any of them is compiled."""
+    recipe, changes = backend(recipe.compile.backend).adapted(recipe)
+    for change in changes:
+        progress.note(change)
     with progress.stage("load"):
         progress.doing(recipe.model.id)
         loaded = source.load(recipe.model.id, recipe.model.revision, dtypes(recipe), recipe.model.config)

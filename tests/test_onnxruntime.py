@@ -28,7 +28,7 @@ from prebake.exporter.recipe import resolve  # noqa: E402
 from prebake.runtime import load  # noqa: E402
 from prebake.runtime.artifact import open_artifact, open_graphs  # noqa: E402
 from prebake.runtime.backends import onnxruntime as opening  # noqa: E402
-from prebake.runtime.errors import ArtifactError, ExportError, RecipeError  # noqa: E402
+from prebake.runtime.errors import ArtifactError, RecipeError  # noqa: E402
 
 BACKEND = "compile.backend=onnxruntime"
 INT8 = (*FLOAT32, "cache.method=none", "quantize.method=int8_dynamic", "quantize.min_width_ratio=0", BACKEND)
@@ -237,11 +237,15 @@ def test_a_file_of_other_inputs_is_refused(artifact):
         opening.SessionModel(graph, session, {}, CPU)
 
 
-def test_bfloat16_on_the_cpu_is_refused_with_what_to_set(tmp_path):
-    recipe = resolve("flux-fast", ("cache.method=none", "precision.denoiser=float32", BACKEND), "tiny:flux")
-    refusal = r"no bfloat16 on the CPU; add --set precision\.text_encoders=float32 --set precision\.vae=float32$"
-    with progress("quiet") as quiet, pytest.raises(ExportError, match=refusal):
-        export(recipe, tmp_path / "never", Options(), quiet)
+def test_bfloat16_becomes_float32_on_the_cpu_and_is_said():
+    recipe = resolve("flux-fast", ("precision.denoiser=float32", BACKEND), "tiny:flux")
+    adapted, said = lowering.adapted(recipe)
+    assert said == ("precision.text_encoders, precision.vae: float32, since ONNX Runtime has no bfloat16 on the CPU",)
+    assert set(dict(adapted.precision).values()) == {"float32"}
+    assert adapted == recipe.model_copy(update={"precision": adapted.precision})
+    assert lowering.adapted(adapted) == (adapted, ())
+    on_gpu = resolve("flux-fast", (BACKEND, "compile.device=cuda"), "tiny:flux")
+    assert lowering.adapted(on_gpu) == (on_gpu, ())
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ..capture import Captured
+    from ..recipe import Recipe
 
 Groups = Mapping[str, Sequence["Captured"]]
 """Component -> its graphs: several variants of the denoiser, one of every other component."""
@@ -31,6 +32,10 @@ class Backend(Protocol):
     for code that says where its constants lie. `bound` is graph -> {constant: key in the weight files}."""
 
     CHANNELS_LAST: bool
+
+    def adapted(self, recipe: Recipe) -> tuple[Recipe, tuple[str, ...]]:
+        """The recipe as this backend can do it, asked before the model is loaded, and a sentence for each change."""
+        ...
 
     def quantized(self, model: nn.Module, names: set[str]) -> None:
         """Makes the Linears of these names int8, in place: weights by row, activations by token as they come."""

@@ -51,10 +51,16 @@ class Options(Table):
     optimization_level: int = Field(default=3, ge=0, le=5)
 
 
+def adapted(recipe: Any) -> tuple[Any, tuple[str, ...]]:
+    """With the device that engines run on."""
+    if recipe.compile.device == "cuda":
+        return recipe, ()
+    on_gpu = recipe.compile.model_copy(update={"device": "cuda"})
+    return recipe.model_copy(update={"compile": on_gpu}), ("compile.device is cuda: engines of TensorRT run on GPUs",)
+
+
 def options(config: Any) -> Options:
-    """Those of the recipe's `compile` table. Raises RecipeError for what is not one, and for a device without a GPU."""
-    if config.device != "cuda":
-        raise RecipeError(f"compile.device {config.device!r}: engines of TensorRT run on GPUs; set compile.device=cuda")
+    """Those of the recipe's `compile` table. Raises RecipeError for what is not one."""
     try:
         return Options.model_validate(config.options)
     except ValidationError as e:

@@ -181,7 +181,8 @@ def _add_verify(commands: argparse._SubParsersAction) -> None:
         "verify",
         help="replay an artifact's golden vectors here, or compare it with its pipeline again",
         description="Replays the artifact's golden vectors on this machine. With --source, also draws prompts with the artifact "
-        "and with the eager float32 pipeline, and holds the figures to the recipe's thresholds. Exit code 4: something misses. With --signature, opens no code.",
+        "and with the eager float32 pipeline, and holds the figures to the recipe's thresholds; what the artifact has unverified is "
+        "then marked as verified. Exit code 4: something misses. With --signature, opens no code.",
     )
     parser.add_argument("artifact", type=Path, metavar="ARTIFACT", help="an artifact folder")
     parser.add_argument(

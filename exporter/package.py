@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import save_file
 
 from ..runtime.errors import ExportError
-from ..runtime.manifest import FileEntry
+from ..runtime.manifest import FileEntry, Manifest
 from ..runtime.plan import Plan
 from .capture import Captured
 
@@ -209,3 +209,35 @@ def file_entries(folder: Path, known: Mapping[str, FileEntry] | None = None) -> 
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         entries.append(FileEntry(path=path.relative_to(folder).as_posix(), size=path.stat().st_size, sha256=sha256))
     return tuple(entries)
+
+
+# --- changing an artifact ---------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def linked(folder: Path) -> Iterator[Path]:
+    """A copy of the artifact whose files are links to its own, which takes its place on success.
+
+    What is to change in it must be unlinked first. A run that is killed leaves the artifact as it was.
+    """
+    with staged(folder, force=True) as fresh:
+        shutil.copytree(folder, fresh, copy_function=link, dirs_exist_ok=True)
+        yield fresh
+
+
+def link(source: str, target: str) -> None:
+    """A hard link, or a copy where the file system has none."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def written(folder: Path, manifest: Manifest, known: Manifest) -> Manifest:
+    """The manifest with the folder's files, written. Weights and graphs are as in `known`, and not read again."""
+    same = {e.path: e for e in known.files if e.path.startswith(("weights/", "graphs/"))}
+    manifest = manifest.model_copy(update={"files": file_entries(folder, same)})
+    target = folder / "manifest.json"
+    target.unlink(missing_ok=True)
+    target.write_text(manifest.to_json(), "utf-8")
+    return manifest

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from ..runtime.attachment import FAMILY, variant_name
-from ..runtime.machine import machine_problems
 from ..runtime.errors import ExportError, RecipeError
+from ..runtime.machine import machine_problems
 from ..runtime.manifest import Cost, Defaults, Graph, Manifest, Requires, Site, Source
 from . import alone, attached, package, replan, source
 from . import calibration as calibrations
@@ -101,6 +101,9 @@ def export(recipe: Recipe, output: Path, options: Options, progress: Progress) -
 
 def prepare(recipe: Recipe, progress: Progress, *, near: Path | None = None) -> Prepared:
     """load, rewrite, plan and capture: the graphs and their costs, before any of them is compiled."""
+    recipe, changes = backend(recipe.compile.backend).adapted(recipe)
+    for change in changes:
+        progress.note(change)
     with progress.stage("load"):
         progress.doing(recipe.model.id)
         loaded = source.load(recipe.model.id, recipe.model.revision, dtypes(recipe), recipe.model.config)

@@ -92,7 +92,7 @@ class Drawn:
 
 
 class Tap(BoundGraph):
-    """A bound graph that puts every call on record."""
+    """A bound graph that puts every call on record, in the CPU's memory: the pipeline that it is compared with is there."""
 
     def __init__(self, bound: BoundGraph, sites: Iterable[str], calls: list[Call]) -> None:
         self.graph: Graph = bound.graph
@@ -101,9 +101,12 @@ class Tap(BoundGraph):
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         start = time.perf_counter()
         outputs = self._bound(inputs)
+        if any(t.is_cuda for t in outputs.values()):
+            torch.cuda.synchronize()  # the call returned when its work was queued
         ms = (time.perf_counter() - start) * 1e3
-        given = {name: t for name, t in inputs.items() if "@" not in name}
-        self._calls.append(Call(self.graph.name, given, {n: t for n, t in outputs.items() if n not in self._sites}, ms))
+        given = {name: t.cpu() for name, t in inputs.items() if "@" not in name}
+        came = {name: t.cpu() for name, t in outputs.items() if name not in self._sites}
+        self._calls.append(Call(self.graph.name, given, came, ms))
         return outputs
 
 
@@ -148,7 +151,7 @@ class Replayer:
         seconds = time.perf_counter() - start
         calls = tuple(self._calls)
         latents = next(c.inputs["latents"] for c in calls if c.graph == "vae_decoder")
-        return Drawn(output[0], latents, seconds, calls)
+        return Drawn(output[0].cpu(), latents, seconds, calls)
 
     def only(self, plans: Mapping[str, Plan]) -> Replayer:
         """The same with these plans alone."""

@@ -7,12 +7,10 @@ holds what a plan is made of besides the recipe: the scheduler, the model's layo
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import json
-import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +31,7 @@ from .fallback import that_holds
 from .golden import golden_path, write_plan_golden
 from .layout import Layout
 from .marks import Action, Mark, Variant
-from .package import file_entries, plan_path, staged, write_plans
+from .package import linked, plan_path, write_plans, written
 from .plan import Planned, actions_of, join
 from .plan.sampler import Table, tabulate, tail_tables
 from .progress import Progress
@@ -325,32 +323,3 @@ def with_plans(manifest: Manifest, plans: Mapping[str, Plan]) -> Manifest:
             "unverified": tuple(sorted({*manifest.unverified, *added})),
         }
     )
-
-
-@contextlib.contextmanager
-def linked(folder: Path) -> Iterator[Path]:
-    """A copy of the artifact whose files are links to its own, which takes its place on success.
-
-    What is to change in it must be unlinked first. A run that is killed leaves the artifact as it was.
-    """
-    with staged(folder, force=True) as fresh:
-        shutil.copytree(folder, fresh, copy_function=link, dirs_exist_ok=True)
-        yield fresh
-
-
-def link(source: str, target: str) -> None:
-    """A hard link, or a copy where the file system has none."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
-
-
-def written(folder: Path, manifest: Manifest, known: Manifest) -> Manifest:
-    """The manifest with the folder's files, written. Weights and graphs are as in `known`, and not read again."""
-    same = {e.path: e for e in known.files if e.path.startswith(("weights/", "graphs/"))}
-    manifest = manifest.model_copy(update={"files": file_entries(folder, same)})
-    target = folder / "manifest.json"
-    target.unlink(missing_ok=True)
-    target.write_text(manifest.to_json(), "utf-8")
-    return manifest

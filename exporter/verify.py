@@ -2,7 +2,8 @@
 
 `pipeline.py` calls `write_golden` (in `golden.py`) and `settle_verdict` on the staged folder; `prebake verify` calls
 `verify_artifact` on a finished one. `quality.py` measures, `report.py` writes down; here the figures are judged. An
-artifact that goes on has the status "verified", or "failed" if that was asked for.
+artifact that goes on has the status "verified", or "failed" if that was asked for. What an export could not settle, since
+the code runs on another machine, `verify_artifact` settles there.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ from pydantic import ValidationError
 
 from ..runtime.artifact import Artifact, open_artifact
 from ..runtime.attachment import FAMILY
+from ..runtime.check import check
 from ..runtime.errors import ArtifactError, QualityError, RecipeError, misfit
-from ..runtime.manifest import Manifest
+from ..runtime.manifest import Manifest, read_manifest
 from ..runtime.plan import Plan
 from . import attached, report, source
-from .golden import Replayed, replay_golden, write_golden
+from .golden import Replayed, lacking_golden, replay_golden, write_golden, write_plan_golden
+from .package import linked, written
 from .progress import Progress
 from .quality import (
     Checked,
@@ -60,6 +63,11 @@ class Choices:
     seeds: int | None = None
     limit: int | None = None
 
+    @property
+    def everything(self) -> bool:
+        """Whether the recipe's prompts and seeds, and all checked prompts, are drawn."""
+        return self.with_source and self.prompt_set == "all" and (self.prompts, self.seeds, self.limit) == (None,) * 3
+
 
 def settle_verdict(folder: Path, manifest: Manifest, recipe: Recipe, keep_failed: bool, progress: Progress) -> None:
     """Compares the staged folder with eager, writes `reports/`, and writes "verified" or "failed" into its manifest.
@@ -77,17 +85,19 @@ def settle_verdict(folder: Path, manifest: Manifest, recipe: Recipe, keep_failed
 
 
 def verify_artifact(folder: Path, choices: Choices, progress: Progress) -> tuple[Manifest, Outcome]:
-    """The manifest, and what was found: the golden vectors replayed here and, `with_source`, the chosen comparison.
+    """The manifest, and what was found: the golden vectors replayed here and, `with_source`, the chosen comparison. If that
+    is of everything and passes, what the artifact has unverified is marked as verified.
 
-    Raises ArtifactError for a folder that cannot be opened or was written without a recipe that this version reads, and
-    RecipeError for choices that do not fit it.
+    Raises ArtifactError for a folder that cannot be opened, that was written without a recipe that this version reads, or
+    that has nothing to replay, and RecipeError for choices that do not fit it.
     """
-    artifact = open_artifact(folder)
-    manifest = artifact.manifest
+    manifest = read_manifest(folder)
+    check(folder, manifest)
     recipe = recipe_of(folder, manifest)
     if not choices.with_source:
         refuse_source_choices(choices)
-        replayer = replayer_of(artifact, recipe, "")
+        refuse_nothing_to_replay(folder, manifest)
+        replayer = replayer_of(open_artifact(folder, trust="size"), recipe, "")
         with progress.stage("verify", len(replayer.artifact.plans)):
             return manifest, Outcome(recipe, replayer.artifact.plans, replay_all(replayer, progress))
     recipe = asked(recipe, choices)
@@ -98,9 +108,60 @@ def verify_artifact(folder: Path, choices: Choices, progress: Progress) -> tuple
             f"--prompt-set accuracy: model {manifest.source.model!r} has no checker; leave the option out"
         )
     model = choices.model or model_of(manifest)
-    replayer = replayer_of(artifact, recipe, model)
+    lacking = lacking_golden(folder, manifest.plans)
+    if choices.everything and (lacking or manifest.unverified or manifest.status == "unverified"):
+        return settle(folder.resolve(), manifest, recipe, model, jobs, checked, progress)
+    replayer = replayer_of(open_artifact(folder, trust="size"), recipe, model)
     with progress.stage("verify", len(replayer.artifact.plans) + 2):
         return manifest, settled(replayer, recipe, model, jobs, checked, progress)
+
+
+class Unsettled(Exception):
+    """A threshold was missed, and the artifact stays as it was."""
+
+    def __init__(self, outcome: Outcome) -> None:
+        self.outcome = outcome
+
+
+def settle(
+    folder: Path,
+    manifest: Manifest,
+    recipe: Recipe,
+    model: str,
+    jobs: Sequence[Job],
+    checked: Checked | None,
+    progress: Progress,
+) -> tuple[Manifest, Outcome]:
+    """The golden vectors that the artifact lacks, and the verdict, in one move; if the verdict is not clean, neither.
+
+    A status "failed" stays, and so do plans that were not compared.
+    """
+    try:
+        with linked(folder) as fresh:
+            replayer = replayer_of(open_artifact(fresh, trust="size"), recipe, model)
+            with progress.stage("verify", len(manifest.plans) + 3):
+                progress.doing("golden vectors")
+                write_lacking_golden(replayer, recipe)
+                outcome = settled(replayer, recipe, model, jobs, checked, progress)
+            if outcome.missed:
+                raise Unsettled(outcome)
+            status = "failed" if manifest.status == "failed" else "verified"
+            left = tuple(name for name in manifest.unverified if name not in outcome.plans)
+            changed = manifest.model_copy(update={"status": status, "unverified": left})
+            manifest = written(fresh, changed, manifest)
+    except Unsettled as e:
+        return manifest, e.outcome
+    progress.note(f"{folder.name} has golden vectors of all plans, and is marked {manifest.status}")
+    return manifest, outcome
+
+
+def refuse_nothing_to_replay(folder: Path, manifest: Manifest) -> None:
+    """Raises ArtifactError for plans without golden vectors."""
+    if lacking := lacking_golden(folder, manifest.plans):
+        raise ArtifactError(
+            f"{folder}: there are no golden vectors to replay (plan {', '.join(lacking)}); "
+            f"`prebake verify {folder} --source` compares the artifact with its pipeline, and writes them"
+        )
 
 
 def refuse_source_choices(choices: Choices) -> None:
@@ -166,30 +227,45 @@ def settled(
 ) -> Outcome:
     """Golden vectors, then the comparison, then the verdicts. Plans of another scheduler than the recipe's (`prebake plan
     --scheduler` adds such) draw other pictures, and are replayed only."""
-    manifest = replayer.artifact.manifest
+    artifact, manifest = replayer.artifact, replayer.artifact.manifest
     reference = load_reference(manifest, recipe, model)
     golden = replay_all(replayer, progress)
-    plans = {name: p for name, p in replayer.artifact.plans.items() if p.scheduler == reference.scheduler}
+    lacking = lacking_golden(artifact.folder, artifact.plans)
+    not_replayed = tuple(f"plan {name} has no golden vectors to replay" for name in lacking)
+    plans = {name: p for name, p in artifact.plans.items() if p.scheduler == reference.scheduler}
     others = tuple(
         f"plan {name} was not compared: it is for {p.scheduler}, the recipe's scheduler is {reference.scheduler}"
-        for name, p in replayer.artifact.plans.items()
+        for name, p in artifact.plans.items()
         if name not in plans
     )
     comparison = measure(replayer.only(plans), reference, jobs, checked, progress)
     verdicts = judge(manifest, recipe, plans, comparison)
-    return Outcome(recipe, plans, golden, comparison, verdicts, (*gaps(recipe, plans, comparison), *others))
+    return Outcome(
+        recipe, plans, golden, comparison, verdicts, (*gaps(recipe, plans, comparison), *others, *not_replayed)
+    )
 
 
 def replay_all(replayer: Replays, progress: Progress) -> tuple[Replayed, ...]:
-    replayed = []
-    for name, plan in replayer.artifact.plans.items():
-        progress.doing(f"golden vectors of plan {name}")
+    """The golden vectors that there are, against their replay."""
+    artifact, replayed = replayer.artifact, []
+    lacking = lacking_golden(artifact.folder, artifact.plans)
+    for plan in (plan for name, plan in artifact.plans.items() if name not in lacking):
+        progress.doing(f"golden vectors of plan {plan.name}")
         whole = isinstance(replayer, Replayer)
-        replayed.append(replay_golden(replayer, plan) if whole else attached.replay_golden(replayer.artifact, plan))
+        replayed.append(replay_golden(replayer, plan) if whole else attached.replay_golden(artifact, plan))
     return tuple(replayed)
 
 
-def replayer_of(artifact: Artifact, recipe: Recipe, model: str) -> Replays:
+def write_lacking_golden(replayer: Replayer | attached.AttachedReplayer, recipe: Recipe) -> None:
+    """Golden vectors of the plans that have none, in the folder of the replayer's artifact."""
+    for name in lacking_golden(replayer.artifact.folder, replayer.artifact.plans):
+        if isinstance(replayer, attached.AttachedReplayer):
+            attached.write_plan_golden(replayer, recipe, name)
+        else:
+            write_plan_golden(replayer, recipe, name)
+
+
+def replayer_of(artifact: Artifact, recipe: Recipe, model: str) -> Replayer | attached.AttachedReplayer:
     """What draws with the artifact: the artifact itself, or of a denoiser alone its pipeline, loaded from `model` if it draws."""
     if artifact.manifest.family == FAMILY:
         return attached.AttachedReplayer(artifact, recipe, model)

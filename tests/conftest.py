@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,11 @@ from works import pytest_addoption, pytest_collection_modifyitems, pytest_termin
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("no GPU that this torch can use")
 
 
 @pytest.fixture(scope="session")
@@ -87,6 +93,17 @@ def exported(shared_tmp: Path, name: str, recipe: str, overrides: tuple[str, ...
             with progress("quiet") as quiet:
                 export(resolve(recipe, overrides, str(model)), folder, Options(), quiet)
     return folder
+
+
+@pytest.fixture
+def declared_extras(monkeypatch) -> None:
+    """The requirements of `pyproject.toml`: an installation may be older than this tree."""
+    from prebake.runtime import extras
+
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text("utf-8"))["project"]
+    optional = project["optional-dependencies"].items()
+    lines = [f'{line}; extra == "{extra}"' for extra, requirements in optional for line in requirements]
+    monkeypatch.setattr(extras, "requires", lambda name: [*project["dependencies"], *lines])
 
 
 @pytest.fixture(scope="session")

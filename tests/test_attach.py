@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,12 +23,14 @@ from attached import BUILDERS, LONGER_PROMPT, OTHER_PROMPT, PROMPT, drawn, pipel
 from diffusers import EulerDiscreteScheduler, PyramidAttentionBroadcastConfig
 from torch import Tensor, nn
 
+from prebake.exporter.golden import golden_path
 from prebake.exporter.pipeline import Options, export
 from prebake.exporter.progress import progress
 from prebake.exporter.quality import relative_error
 from prebake.exporter.verify import Choices, verify_artifact
 from prebake.runtime import ArtifactError, ExportError, RecipeError, attach, detach, load
 from prebake.runtime.artifact import Artifact, open_artifact
+from prebake.runtime.manifest import read_manifest
 
 NAMES = tuple(BUILDERS)
 MASK = {"method": "mask", "mask": "1(01)"}  # at 4 steps 1010
@@ -519,6 +522,22 @@ def test_verify_replays_without_a_pipeline(compiled):
     assert not outcome.missed
     assert [len(g.evaluations) for g in outcome.golden] == [4, 4]
     assert all(g.bitwise for g in outcome.golden)
+
+
+def test_verify_with_its_pipeline_writes_the_golden_vectors_that_it_lacks(compiled, folder, tmp_path):
+    made = compiled("aura_flow")
+    copied = shutil.copytree(made, tmp_path / "copied")
+    shutil.rmtree(copied / "golden")
+    manifest = read_manifest(copied)
+    left = tuple(entry for entry in manifest.files if not entry.path.startswith("golden/"))
+    changed = manifest.model_copy(update={"files": left, "status": "unverified"})
+    (copied / "manifest.json").write_text(changed.to_json(), "utf-8")
+    with progress("quiet") as quiet:
+        settled, outcome = verify_artifact(copied, Choices(with_source=True, model=str(folder("aura_flow"))), quiet)
+    assert not outcome.missed
+    assert settled == read_manifest(copied) == manifest
+    for plan in manifest.plans:
+        assert (copied / golden_path(plan)).read_bytes() == (made / golden_path(plan)).read_bytes()
 
 
 def test_golden_vectors_notice_another_denoiser(compiled):

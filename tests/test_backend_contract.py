@@ -10,13 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 from families.parity import PLAIN, TOLERANCE, expected, relative_error, seeded
+from safetensors.torch import load_file, save_file
 
-from prebake.exporter import lower
+from prebake.exporter import lower, pipeline, verify
+from prebake.exporter.cli import main
+from prebake.exporter.package import file_entries
 from prebake.exporter.pipeline import Options, export
 from prebake.exporter.progress import progress
 from prebake.exporter.recipe import resolve
 from prebake.runtime import backends, load
 from prebake.runtime.errors import ArtifactError, ExportError, RecipeError
+from prebake.runtime.manifest import read_manifest
 
 HERE = Path(__file__).parent / "backends"
 PROMPT = "a red circle"
@@ -92,3 +96,95 @@ def test_what_the_backend_lacks_is_said_before_its_files_are_opened(artifact, tm
     copied = with_manifest(artifact, tmp_path, requires=requires | {"packages": {"torch": "1.0"}})
     with pytest.raises(ArtifactError, match=r"exported with torch 1\.0, this is .*; export again"):
         load(copied)
+
+
+# --- exported where it cannot run -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory) -> Path:
+    """The same artifact as a machine leaves it that cannot run its code."""
+    recipe = resolve("flux-fast", (*PLAIN, "compile.backend=eager", "verify.seeds=1"), "tiny:flux")
+    with pytest.MonkeyPatch.context() as patch, progress("quiet") as quiet:
+        patch.setattr(pipeline, "machine_problems", lambda manifest: ["needs a GPU"])
+        return export(recipe, tmp_path_factory.mktemp("elsewhere") / "artifact", Options(), quiet)
+
+
+@pytest.fixture
+def unsettled(elsewhere, tmp_path) -> Path:
+    return shutil.copytree(elsewhere, tmp_path / "artifact")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """All but reports, which are free."""
+    files = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
+    return {name: p.read_bytes() for name, p in files.items() if not name.startswith("reports/")}
+
+
+def status(folder: Path) -> str:
+    return json.loads((folder / "manifest.json").read_text("utf-8"))["status"]
+
+
+def test_an_export_that_cannot_run_here_has_no_golden_vectors_and_says_who_writes_them(unsettled, capsys):
+    assert status(unsettled) == "unverified"
+    assert not (unsettled / "golden").exists()
+    assert main(["verify", str(unsettled), "--quiet"]) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert "there are no golden vectors to replay (plan 8)" in said
+    assert f"`prebake verify {unsettled} --source` compares the artifact with its pipeline, and writes them" in said
+
+
+def test_verify_where_it_can_run_makes_it_what_an_export_there_would_have_made(unsettled, artifact, capsys):
+    assert main(["verify", str(unsettled), "--source", "--quiet"]) == 0
+    assert [p.name for p in unsettled.parent.iterdir()] == [unsettled.name]
+    ours, theirs = contents(unsettled), contents(artifact)
+    assert ours.keys() == theirs.keys()
+    assert {n for n in ours if ours[n] != theirs[n]} <= {"manifest.json", *graphs(artifact)}
+    ours, theirs = json.loads(ours["manifest.json"]), json.loads(theirs["manifest.json"])
+    assert ours | {"files": []} == theirs | {"files": []}
+    assert main(["verify", str(unsettled)]) == 0
+    assert "same to the bit" in capsys.readouterr().out
+
+
+def graphs(folder: Path) -> list[str]:
+    """Files that torch.export.save does not write alike twice."""
+    return [f"graphs/{p.name}" for p in (folder / "graphs").iterdir()]
+
+
+def test_an_artifact_that_misses_its_thresholds_stays_as_it_was(unsettled):
+    """The canary: one weight is another, and hashes fit."""
+    path = unsettled / "weights/denoiser.safetensors"
+    weights = load_file(path)
+    name = next(n for n in weights if n.endswith("proj_out.bias"))
+    save_file({**weights, name: weights[name] + 1}, path)
+    manifest = read_manifest(unsettled)
+    manifest = manifest.model_copy(update={"files": file_entries(unsettled)})
+    (unsettled / "manifest.json").write_text(manifest.to_json(), "utf-8")
+    before = contents(unsettled)
+    assert main(["verify", str(unsettled), "--source", "--quiet"]) == 1
+    assert contents(unsettled) == before
+    assert [p.name for p in unsettled.parent.iterdir()] == [unsettled.name]
+
+
+def test_a_look_at_fewer_prompts_settles_nothing(unsettled, capsys):
+    before = contents(unsettled)
+    assert main(["verify", str(unsettled), "--source", "--limit", "1"]) == 0
+    assert "note: plan 8 has no golden vectors to replay" in capsys.readouterr().out
+    assert contents(unsettled) == before
+
+
+def test_a_run_that_is_interrupted_leaves_it_as_it_was(unsettled, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    before = contents(unsettled)
+    monkeypatch.setattr(verify, "settled", interrupted)
+    assert main(["verify", str(unsettled), "--source", "--quiet"]) == 130
+    assert contents(unsettled) == before
+    assert [p.name for p in unsettled.parent.iterdir()] == [unsettled.name]
+
+
+def test_an_export_without_verification_is_settled_later(artifact, tmp_path):
+    copied = with_manifest(artifact, tmp_path, status="unverified")
+    assert main(["verify", str(copied), "--source", "--quiet"]) == 0
+    assert contents(copied) == contents(artifact)

@@ -244,7 +244,8 @@ def test_an_artifact_carries_the_calibration_that_its_plan_rests_on(made, file, 
     ]
     folder = tmp_path / "artifact"
     folder.mkdir()
-    manifest = write(folder, prepared, {}, QUIET)
+    paths = {g.name: f"graphs/{g.name}" for group in prepared.graphs.values() for g in group}
+    manifest = write(folder, prepared, paths, QUIET)
     assert read(folder / "calibration.json") == made
     (entry,) = (f for f in manifest.files if f.path == "calibration.json")
     assert entry.sha256 == hashlib.sha256(file.read_bytes()).hexdigest()

@@ -29,7 +29,8 @@ CLOSE = 1e-6
 
 
 class Odd(nn.Module):
-    """What ONNX says in other words: Linears, parts of a tensor, a joint of two dtypes, a squeeze that does nothing."""
+    """What ONNX says in other words: Linears, parts of a tensor, a joint of two dtypes, other names of a reshape and a cast,
+    a squeeze and a dropout that do nothing."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,10 +38,10 @@ class Odd(nn.Module):
 
     def forward(self, x):  # [2, 5, 8]
         a, b, c = self.one(x).chunk(3, -1)
-        d, e = torch.split(x, [3, 5], dim=2)
+        d, e = torch.split(x.flatten(1).unflatten(1, (5, 8)), [3, 5], dim=2)
         f = torch.stack(x.unbind(1)[1:3])
         joined = torch.cat([self.two(torch.cat([a, b, c], -1)), (d * 2).half()], -1)
-        return joined, e.squeeze(1) + 1, f, x[:, :1].squeeze(1) + 1
+        return joined, e.squeeze(1) + 1, f, nn.functional.dropout(x[:, :1].squeeze(1), training=False).double() + 1
 
 
 def captured(module: nn.Module, *args: torch.Tensor, outputs: tuple[str, ...] = ("y",)) -> Captured:
@@ -115,6 +116,43 @@ def test_values_are_those_of_the_graph(denoiser, model):
     assert relative(off[0], expected.detach()) > 10 * CLOSE
 
 
+def test_a_captured_graph_is_not_traced_again(denoiser, model, monkeypatch):
+    monkeypatch.setattr(torch.export, "export", None)
+    assert len(onnx_model(denoiser).graph.node) == len(model.graph.node)
+
+
+def test_an_operator_that_is_to_be_taken_apart_is_traced_alone(monkeypatch):
+    class Apart(nn.Module):
+        def forward(self, x):
+            return (torch.special.entr(x).std(1, keepdim=True) - torch.min(x, 1 - x.mean()),)
+
+    graph = captured(Apart(), torch.rand(3, 4))
+    monkeypatch.setattr(torch.export, "export", None)
+    assert relative(evaluated(graph, onnx_model(graph))[0], graph.gm(*graph.args)[0]) < CLOSE
+
+
+def test_one_that_only_a_trace_takes_apart_has_the_graph_traced():
+    class Traced(nn.Module):
+        def forward(self, x):
+            return ((torch.swapaxes(x, 0, 1) * 2).contiguous(),)
+
+    graph = captured(Traced(), torch.rand(3, 4))
+    assert "aten.swapaxes.default" in targets(graph)
+    assert relative(evaluated(graph, onnx_model(graph))[0], graph.gm(*graph.args)[0]) < CLOSE
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, CLOSE), (torch.float16, 1e-3)])  # rounded at the end
+@pytest.mark.parametrize("shape", [(8,), (5, 8)])
+def test_root_mean_squares_are_those_of_torch(dtype, limit, shape):
+    module = nn.Sequential(nn.RMSNorm(shape, eps=1e-2), nn.RMSNorm(shape, elementwise_affine=False)).to(dtype)
+    nn.init.normal_(module[0].weight)
+    graph = captured(module, torch.randn(2, 5, 8).to(dtype))
+    assert {"aten.rms_norm.default": 2}.items() <= targets(graph).items()
+    (got,) = evaluated(graph, onnx_model(graph))
+    assert got.dtype == graph.args[0].numpy().dtype
+    assert relative(got, module(*graph.args).detach()) < limit
+
+
 def test_a_complex_constant_is_refused():
     class Turns(nn.Module):
         def __init__(self) -> None:
@@ -149,9 +187,11 @@ def test_odd_operators_become_plain_ones_and_keep_their_values():
     torch.manual_seed(0)
     before = capture("g", Odd(), args, ("x",), ("y", "e", "f", "h"))
     after = rewritten(before)
-    assert {"aten.linear.default", "aten.chunk.default", "aten.unbind.int"} <= targets(before).keys()
+    words = {"linear.default", "chunk.default", "unbind.int", "split_with_sizes.default", "flatten.using_ints"}
+    odd = {f"aten.{word}" for word in words | {"unflatten.int", "to.dtype", "dropout.default"}}
+    assert odd <= targets(before).keys()
     left = targets(after).keys()
-    assert not left & {"aten.linear.default", "aten.chunk.default", "aten.unbind.int", "aten.split_with_sizes.default"}
+    assert not left & odd
     assert "<built-in function getitem>" not in left
     expected = before.gm(*args)
     for got, want in zip(after.gm(*args), expected, strict=True):

@@ -28,7 +28,7 @@ from prebake.exporter.recipe import resolve  # noqa: E402
 from prebake.runtime import load  # noqa: E402
 from prebake.runtime.artifact import open_artifact, open_graphs  # noqa: E402
 from prebake.runtime.backends import onnxruntime as opening  # noqa: E402
-from prebake.runtime.errors import ArtifactError, ExportError, RecipeError  # noqa: E402
+from prebake.runtime.errors import ArtifactError, RecipeError  # noqa: E402
 
 BACKEND = "compile.backend=onnxruntime"
 INT8 = (*FLOAT32, "cache.method=none", "quantize.method=int8_dynamic", "quantize.min_width_ratio=0", BACKEND)
@@ -155,6 +155,15 @@ def test_every_int8_product_runs_as_one(artifact, manifest, tmp_path):
     assert ran["DequantizeLinear"] == 0
 
 
+def test_a_root_mean_square_is_one_kernel(tmp_path):
+    graph = rewritten(capture("g", nn.RMSNorm(8, eps=1e-6), (torch.ones(3, 8),), ("x",), ("y",)))
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    data = with_data(onnx_model(graph), graph.constants()).SerializeToString()
+    onnxruntime.InferenceSession(data, options, ["CPUExecutionProvider"])
+    assert [n.op_type for n in onnx.load(tmp_path / "optimized.onnx").graph.node] == ["SimplifiedLayerNormalization"]
+
+
 def test_a_session_gives_what_the_int8_operator_gives(tmp_path):
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(256, 128))
@@ -192,10 +201,10 @@ def test_an_older_onnxruntime_is_a_problem_and_a_newer_one_none(manifest):
 
 
 @pytest.mark.skipif("CUDAExecutionProvider" in onnxruntime.get_available_providers(), reason="this one has CUDA")
-def test_a_provider_that_is_not_there_is_a_problem_and_never_another_one(manifest):
+def test_a_provider_that_is_not_there_is_a_problem_and_never_another_one(manifest, declared_extras):
     (problem,) = lacking(manifest, device="cuda")
     assert problem.startswith("runs on CUDAExecutionProvider, this onnxruntime has ")
-    assert "install onnxruntime-gpu in place of onnxruntime" in problem
+    assert problem.endswith("; pip uninstall onnxruntime, then pip install 'prebake[ort-gpu]'; or export for the cpu")
 
 
 def test_a_session_on_another_provider_is_refused(artifact, monkeypatch):
@@ -228,11 +237,15 @@ def test_a_file_of_other_inputs_is_refused(artifact):
         opening.SessionModel(graph, session, {}, CPU)
 
 
-def test_bfloat16_on_the_cpu_is_refused_with_what_to_set(tmp_path):
-    recipe = resolve("flux-fast", ("cache.method=none", "precision.denoiser=float32", BACKEND), "tiny:flux")
-    refusal = r"no bfloat16 on the CPU; add --set precision\.text_encoders=float32 --set precision\.vae=float32$"
-    with progress("quiet") as quiet, pytest.raises(ExportError, match=refusal):
-        export(recipe, tmp_path / "never", Options(), quiet)
+def test_bfloat16_becomes_float32_on_the_cpu_and_is_said():
+    recipe = resolve("flux-fast", ("precision.denoiser=float32", BACKEND), "tiny:flux")
+    adapted, said = lowering.adapted(recipe)
+    assert said == ("precision.text_encoders, precision.vae: float32, since ONNX Runtime has no bfloat16 on the CPU",)
+    assert set(dict(adapted.precision).values()) == {"float32"}
+    assert adapted == recipe.model_copy(update={"precision": adapted.precision})
+    assert lowering.adapted(adapted) == (adapted, ())
+    on_gpu = resolve("flux-fast", (BACKEND, "compile.device=cuda"), "tiny:flux")
+    assert lowering.adapted(on_gpu) == (on_gpu, ())
 
 
 @pytest.mark.parametrize(

@@ -169,7 +169,9 @@ def test_channels_last_weights_are_stored_in_their_order_and_come_back_with_thei
     weights = package.write_weights(tmp_path, {"vae": (graph("vae", w=weight, one=table(1, 4, 3, 1, 1)),)})
     assert weights.channels_last == ("vae.w",)
     assert stored(tmp_path, "vae")["vae.w"].shape == (4, 5, 5, 3)
-    back = map_weights({tmp_path: tmp_path / "weights" / "vae.safetensors"}, torch.device("cpu"), weights.channels_last)["vae.w"]
+    back = map_weights(
+        {tmp_path: tmp_path / "weights" / "vae.safetensors"}, torch.device("cpu"), weights.channels_last
+    )["vae.w"]
     assert torch.equal(back, weight)
     assert back.stride() == weight.stride()
 

@@ -453,3 +453,15 @@ def test_the_command_draws_the_plan(copied, capsys):
 def test_what_is_compiled_in_cannot_be_changed_by_a_plan(copied, capsys):
     assert main(["plan", str(copied), "--steps", "4", "--set", "precision.denoiser=float32"]) == 2
     assert "is compiled in; a plan can change cache, sampler and verify" in capsys.readouterr().err
+
+
+def test_verify_of_everything_settles_an_added_plan(copied, tiny_folder):
+    """Not one of another scheduler, whose pictures are others."""
+    weights = next((copied / "weights").iterdir()).stat().st_ino
+    added(copied, 5)
+    added(copied, 3, "sampler.scheduler=FlowMatchLCMScheduler", "cache.method=none")
+    assert main(["verify", str(copied), "--source", "--model", str(tiny_folder), "--quiet"]) == 0
+    manifest = read_manifest(copied)
+    assert (manifest.status, manifest.unverified) == ("verified", ("3",))
+    assert load(copied)("red", seed=1, num_inference_steps=5, output_type="latent").images.isfinite().all()
+    assert next((copied / "weights").iterdir()).stat().st_ino == weights  # linked, not copied

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import zipfile
 
@@ -49,6 +50,17 @@ def test_inspect_works_in_the_slim_environment(slim_python, tiny_artifact, tmp_p
     done = run(slim_python, "-c", RUN, "inspect", str(tiny_artifact), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "FluxPipeline" in done.stdout
+
+
+@pytest.mark.parametrize("half", ["exporter.lower", "runtime.backends"])
+def test_a_backend_that_lacks_its_library_names_its_extras(half, slim_python, tmp_path):
+    """By the metadata of an installed prebake, which has no list of backends."""
+    hidden = "import sys; sys.modules['onnxruntime'] = None"
+    done = run(slim_python, "-c", f"{hidden}; from prebake.{half} import backend; backend('onnxruntime')", cwd=tmp_path)
+    assert re.search(
+        r"needs the package (onnx|onnxruntime), which is not installed; pip install 'prebake\[(export|ort)\]'",
+        done.stderr,
+    )
 
 
 def test_export_in_the_slim_environment_names_the_extra(slim_python, tmp_path):

@@ -242,12 +242,19 @@ def test_the_same_graph_gives_the_same_bytes_and_other_gpus_give_others():
         ("compile.options.flavor=rtx", r"compile\.options \[flavor\].*options of this backend: flavour, compute_cap"),
         ("compile.options.optimization_level=6", r"compile\.options \[optimization_level\]"),
         ("compile.options.compute_capabilities=8.9", r"compile\.options \[compute_capabilities\]"),
-        ("compile.device=cpu", r"compile\.device 'cpu': engines of TensorRT run on GPUs; set compile\.device=cuda"),
     ],
 )
 def test_an_option_that_there_is_not_is_refused(setting, said):
     with pytest.raises(RecipeError, match=said):
         options(setting)
+
+
+def test_engines_are_for_gpus_whatever_the_recipe_says():
+    recipe = resolve("flux-fast", ("compile.backend=tensorrt",), "tiny:flux")
+    adapted, said = lowering.adapted(recipe)
+    assert said == ("compile.device is cuda: engines of TensorRT run on GPUs",)
+    assert adapted == resolve("flux-fast", ("compile.backend=tensorrt", "compile.device=cuda"), "tiny:flux")
+    assert lowering.adapted(adapted) == (adapted, ())
 
 
 def test_a_gpu_that_the_library_has_no_kernels_for_is_refused():

@@ -148,7 +148,7 @@ def test_artifact_without_golden_vectors_is_refused(copied):
     rewrite_manifest(copied)
     with pytest.raises(
         ArtifactError,
-        match=r"golden/8\.safetensors is not in the manifest, so there is nothing to replay; export again",
+        match=r"there are no golden vectors to replay \(plan 8, 8-uncached\); `prebake verify .* --source` .* writes them",
     ):
         verify_artifact(copied, Choices(), Progress())
 

@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from ...runtime.backends import names as opened_names
 from ...runtime.errors import ExportError
+from ...runtime.extras import way_to
 
 if TYPE_CHECKING:
     from torch import nn
 
     from ..capture import Captured
+    from ..recipe import Recipe
 
 Groups = Mapping[str, Sequence["Captured"]]
 """Component -> its graphs: several variants of the denoiser, one of every other component."""
@@ -30,6 +32,10 @@ class Backend(Protocol):
     for code that says where its constants lie. `bound` is graph -> {constant: key in the weight files}."""
 
     CHANNELS_LAST: bool
+
+    def adapted(self, recipe: Recipe) -> tuple[Recipe, tuple[str, ...]]:
+        """The recipe as this backend can do it, asked before the model is loaded, and a sentence for each change."""
+        ...
 
     def quantized(self, model: nn.Module, names: set[str]) -> None:
         """Makes the Linears of these names int8, in place: weights by row, activations by token as they come."""
@@ -67,6 +73,8 @@ def backend(name: str) -> Backend:
     try:
         return cast(Backend, importlib.import_module(f".{name}", __name__))
     except ModuleNotFoundError as e:
+        if e.name is None:
+            raise
         raise ExportError(
-            f"compile.backend {name!r}: needs the package {e.name}, which is not installed; {e.msg}"
+            f"compile.backend {name!r}: needs the package {e.name}, which is not installed; {way_to(e.name)}"
         ) from e

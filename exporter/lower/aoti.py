@@ -50,6 +50,11 @@ def flags(config: Any) -> dict[str, Any]:
     return {**PACKAGED, "cpp.threads": threads(config), **inductor_flags(level), **config.inductor}
 
 
+def adapted(recipe: Any) -> tuple[Any, tuple[str, ...]]:
+    """As it is."""
+    return recipe, ()
+
+
 def threads(config: Any) -> int:
     """How many threads the loops of the compiled code fork, `compile.threads` or what torch uses here.
 

@@ -12,7 +12,7 @@ import contextlib
 import json
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,11 @@ import torch
 from onnx_ir.passes import common
 from onnxscript import opset21
 from torch import Tensor
+from torch.onnx import OnnxExporterError
 
 from ...runtime.errors import ExportError
 from ..capture import Captured
+from .onnx_program import flat_program
 from .w8a8 import LEVELS, OPERATOR, TINY
 
 op: Any = opset21
@@ -53,23 +55,30 @@ def onnx_model(graph: Captured, opset: int = OPSET) -> onnx.ModelProto:
 
 
 def translated(graph: Captured, opset: int) -> ir.Model:
-    """By torch.onnx, without its optimizer, whose time grows faster than the graph."""
+    """By torch.onnx: of the graph as it is, and of one that is traced again where an operator has to be taken apart."""
     try:
         with quiet():
-            program = torch.export.export(graph.gm, graph.args, strict=False)
-            made = torch.onnx.export(
-                program,
-                (),
-                dynamo=True,
-                opset_version=opset,
-                optimize=False,
-                verbose=False,
-                input_names=[s.name for s in graph.inputs],
-                output_names=[s.name for s in graph.outputs],
-                custom_translation_table={OPERATOR.default: w8a8()},
-            )
+            try:
+                return by_torch(graph, flat_program(graph), opset)
+            except OnnxExporterError:
+                return by_torch(graph, torch.export.export(graph.gm, graph.args, strict=False), opset)
     except Exception as e:
         raise ExportError(f"graph {graph.name!r}: it has no form in ONNX ({root(e)}); set compile.backend=aoti") from e
+
+
+def by_torch(graph: Captured, program: torch.export.ExportedProgram, opset: int) -> ir.Model:
+    """Without torch.onnx's optimizer, whose time grows faster than the graph."""
+    made = torch.onnx.export(
+        program,
+        (),
+        dynamo=True,
+        opset_version=opset,
+        optimize=False,
+        verbose=False,
+        input_names=[s.name for s in graph.inputs],
+        output_names=[s.name for s in graph.outputs],
+        custom_translation_table={OPERATOR.default: w8a8(), torch.ops.aten.rms_norm.default: rms_norm},
+    )
     assert made is not None
     return made.model
 
@@ -88,7 +97,7 @@ def w8a8() -> Any:
 
     def translate(x: Any, weight: Any, scale: Any, bias: Any = None) -> Any:
         if x not in scaled:
-            wide = x if x.dtype == ir.DataType.FLOAT else op.Cast(x, to=ir.DataType.FLOAT)
+            wide = as_float(x)
             last = op.Constant(value_ints=[-1])
             above, below = op.ReduceMax(wide, last, keepdims=1), op.Neg(op.ReduceMin(wide, last, keepdims=1))
             largest = op.Max(above, below, op.Constant(value_float=TINY))
@@ -98,10 +107,26 @@ def w8a8() -> Any:
         left = op.DequantizeLinear(op.QuantizeLinear(tokens, step, zero), step, zero)
         y = op.Mul(op.MatMul(left, op.DequantizeLinear(weight, scale, axis=1)), largest)
         if bias is not None:
-            y = op.Add(y, bias if bias.dtype == ir.DataType.FLOAT else op.Cast(bias, to=ir.DataType.FLOAT))
+            y = op.Add(y, as_float(bias))
         return y if x.dtype == ir.DataType.FLOAT else op.Cast(y, to=x.dtype)
 
     return translate
+
+
+def rms_norm(x: Any, shape: Sequence[int], weight: Any = None, eps: float | None = None) -> Any:
+    """What writes `aten::rms_norm`, in float32, as x / sqrt(mean(x ** 2) + eps) * weight: ONNX Runtime makes one kernel of
+    that, and none of what torch.onnx would take it apart into."""
+    wide = as_float(x)
+    axes = op.Constant(value_ints=list(range(-len(shape), 0)))
+    mean = op.ReduceMean(op.Pow(wide, op.Constant(value_float=2.0)), axes, keepdims=1)
+    least = op.Constant(value_float=torch.finfo(torch.float32).eps if eps is None else eps)
+    y = op.Div(wide, op.Sqrt(op.Add(mean, least)))
+    y = y if weight is None else op.Mul(y, as_float(weight))
+    return y if x.dtype == ir.DataType.FLOAT else op.Cast(y, to=x.dtype)
+
+
+def as_float(x: Any) -> Any:
+    return x if x.dtype == ir.DataType.FLOAT else op.Cast(x, to=ir.DataType.FLOAT)
 
 
 def onnx_scalar(value: int) -> onnx.TensorProto:

@@ -4,6 +4,7 @@
     after   y = x @ weight_t + bias;      a, b = y[..., :n], y[..., n:];   z = cat([half.to(float), float])
 
 ONNX multiplies by [in, out], has no operator that promotes, and its lists of tensors are a type that few compilers take.
+Operators that torch.onnx knows by another one only are that one: without them it need not trace the graph again.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from ..rewrite.prune import prune
 aten = torch.ops.aten
 SPLITS = (aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int)
 JOINS = (aten.cat.default, aten.concat.default, aten.stack.default)
+RESHAPES = (aten.flatten, aten.unflatten)
 
 
 class Transposed:
@@ -52,6 +54,13 @@ def rewritten(graph: Captured, *, transpose: bool = True) -> Captured:
             cut(gm, node)
         elif node.target in JOINS:
             promote(gm, node)
+        elif packet(node) is aten.to:
+            node.replace_all_uses_with(as_dtype(gm, node, node.args[0], node.meta["val"].dtype))
+        elif packet(node) in RESHAPES:
+            node.target, node.kwargs = aten.reshape.default, {}
+            node.args = (node.args[0], list(node.meta["val"].shape))
+        elif node.target is aten.dropout.default and not node.args[2]:
+            node.replace_all_uses_with(node.args[0])
         elif node.target is aten.squeeze.dim and node.args[0].meta["val"].shape == node.meta["val"].shape:
             node.replace_all_uses_with(node.args[0])  # ONNX refuses to squeeze what is not 1 long
     copy_shared(gm)
@@ -127,13 +136,19 @@ def promote(gm: fx.GraphModule, node: fx.Node) -> None:
     """Casts what is joined to the dtype of the result, where it is another."""
     dtype = node.meta["val"].dtype
     parts: Any = node.args[0]
+    node.args = ([as_dtype(gm, node, part, dtype) for part in parts], *node.args[1:])
 
-    def cast(part: fx.Node) -> fx.Node:
-        if part.meta["val"].dtype == dtype:
-            return part
-        with gm.graph.inserting_before(node):
-            fresh = gm.graph.call_function(aten._to_copy.default, (part,), {"dtype": dtype})
-        fresh.meta["val"] = part.meta["val"].to(dtype)
-        return fresh
 
-    node.args = ([cast(part) for part in parts], *node.args[1:])
+def packet(node: fx.Node) -> Any:
+    """The operator, whatever its overload."""
+    return getattr(node.target, "overloadpacket", None)
+
+
+def as_dtype(gm: fx.GraphModule, before: fx.Node, x: fx.Node, dtype: torch.dtype) -> fx.Node:
+    """x itself where it is of this dtype, and otherwise a copy, which is written before another node."""
+    if x.meta["val"].dtype == dtype:
+        return x
+    with gm.graph.inserting_before(before):
+        fresh = gm.graph.call_function(aten._to_copy.default, (x,), {"dtype": dtype})
+    fresh.meta["val"] = x.meta["val"].to(dtype)
+    return fresh

@@ -17,8 +17,7 @@ import onnxscript
 import torch
 from pydantic import ValidationError
 
-from ...runtime.errors import ExportError, RecipeError, misfit
-from ..capture import Captured
+from ...runtime.errors import RecipeError, misfit
 from ..tables import Table
 from . import Groups
 from .isa import int8_flags
@@ -26,7 +25,7 @@ from .onnx_graph import located, onnx_model, places
 from .onnx_rewrite import rewritten
 from .w8a8 import quantized
 
-__all__ = ["CHANNELS_LAST", "bind", "lower", "quantized", "requires", "rewritten", "toolchain"]
+__all__ = ["CHANNELS_LAST", "adapted", "bind", "lower", "quantized", "requires", "rewritten", "toolchain"]
 
 CHANNELS_LAST = False
 
@@ -38,11 +37,19 @@ class Options(Table):
     prepack: bool = False
 
 
+def adapted(recipe: Any) -> tuple[Any, tuple[str, ...]]:
+    """On the CPU float32 where it says bfloat16, for which ONNX Runtime 1.31 has next to no kernels there: not one for MatMul."""
+    parts = [part for part, dtype in recipe.precision if dtype == "bfloat16"]
+    if recipe.compile.device != "cpu" or not parts:
+        return recipe, ()
+    precision = recipe.precision.model_copy(update=dict.fromkeys(parts, "float32"))
+    said = f"{', '.join(f'precision.{part}' for part in parts)}: float32, since ONNX Runtime has no bfloat16 on the CPU"
+    return recipe.model_copy(update={"precision": precision}), (said,)
+
+
 def lower(folder: Path, groups: Groups, config: Any, doing: Callable[[str], None]) -> dict[str, str]:
-    """A model for each graph. Raises RecipeError for options that there are not, and ExportError for bfloat16 on the CPU."""
+    """A model for each graph. Raises RecipeError for options that there are not."""
     options(config)
-    if config.device == "cpu":
-        refuse_bfloat16(groups)
     (folder / "graphs").mkdir(exist_ok=True)
     paths = {}
     for component, graphs in groups.items():
@@ -69,26 +76,6 @@ def options(config: Any) -> Options:
     except ValidationError as e:
         known = ", ".join(Options.model_fields)
         raise RecipeError(f"{misfit('compile.options', e)}; options of this backend: {known}") from e
-
-
-def refuse_bfloat16(groups: Groups) -> None:
-    """ONNX Runtime 1.31 has next to no kernels for it on the CPU: not one for MatMul."""
-    if keys := sorted({precision(component) for component, graphs in groups.items() if any(map(has_bfloat16, graphs))}):
-        raise ExportError(
-            "compile.backend 'onnxruntime': ONNX Runtime has no bfloat16 on the CPU; add "
-            + " ".join(f"--set {key}=float32" for key in keys)
-        )
-
-
-def precision(component: str) -> str:
-    """The recipe's key for the component's dtype."""
-    named = {"text_encoder": "text_encoders", "vae_decoder": "vae", "vae_encoder": "vae"}
-    return f"precision.{named.get(component, component)}"
-
-
-def has_bfloat16(graph: Captured) -> bool:
-    """Whether its weights are; a denoiser of float32 may still be given such embeddings, by an encoder that is refused."""
-    return any(tensor.dtype == torch.bfloat16 for tensor in graph.constants().values())
 
 
 def requires(recipe: Any) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from torch import nn
 
 from ...runtime.backends.tensorrt import CAPABILITY, CUDA, PACKAGES, logger
 from ...runtime.errors import ExportError, RecipeError, misfit
+from ...runtime.extras import way_to
 from ..capture import Captured
 from ..rewrite.fold import get_tensor
 from ..tables import Table
@@ -50,10 +51,16 @@ class Options(Table):
     optimization_level: int = Field(default=3, ge=0, le=5)
 
 
+def adapted(recipe: Any) -> tuple[Any, tuple[str, ...]]:
+    """With the device that engines run on."""
+    if recipe.compile.device == "cuda":
+        return recipe, ()
+    on_gpu = recipe.compile.model_copy(update={"device": "cuda"})
+    return recipe.model_copy(update={"compile": on_gpu}), ("compile.device is cuda: engines of TensorRT run on GPUs",)
+
+
 def options(config: Any) -> Options:
-    """Those of the recipe's `compile` table. Raises RecipeError for what is not one, and for a device without a GPU."""
-    if config.device != "cuda":
-        raise RecipeError(f"compile.device {config.device!r}: engines of TensorRT run on GPUs; set compile.device=cuda")
+    """Those of the recipe's `compile` table. Raises RecipeError for what is not one."""
     try:
         return Options.model_validate(config.options)
     except ValidationError as e:
@@ -81,10 +88,7 @@ def library(chosen: Options) -> Any:
     try:
         trt = importlib.import_module(name)
     except ImportError as e:
-        extra = {"rtx": "trt-rtx", "tensorrt": "trt"}[chosen.flavour]
-        raise ExportError(
-            f"compile.backend 'tensorrt': cannot import {name} ({e}); pip install 'prebake[{extra}]'"
-        ) from e
+        raise ExportError(f"compile.backend 'tensorrt': cannot import {name} ({e}); {way_to(name)}") from e
     if chosen.flavour == "tensorrt" and not torch.cuda.is_available():
         raise ExportError(
             "compile.options.flavour 'tensorrt': it builds on the GPU that the engine is for, and this torch sees none; "

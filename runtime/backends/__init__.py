@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast
 
 from ..errors import ArtifactError
+from ..extras import way_to
 
 if TYPE_CHECKING:
     import torch
@@ -59,6 +60,8 @@ def backend(name: str) -> Backend:
     try:
         return cast(Backend, importlib.import_module(f".{name}", __name__))
     except ModuleNotFoundError as e:
+        if e.name is None:
+            raise
         raise ArtifactError(
-            f"the artifact is for the backend {name!r}, which needs the package {e.name}: {e.msg}"
+            f"is for the backend {name!r}, which needs the package {e.name}, which is not installed; {way_to(e.name)}"
         ) from e

@@ -17,10 +17,13 @@ import torch
 
 from ..contract import torch_dtype
 from ..errors import ArtifactError
+from ..extras import way_to
 from ..files import read_listed
 from ..manifest import Graph, Manifest, Requires
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+PACKAGES = {"cpu": "onnxruntime", "cuda": "onnxruntime-gpu"}
+"""Builds of one package: only one of them can be installed at a time."""
 MERGES = "CommonSubexpressionElimination"
 """It would make one of the quantizing nodes that each int8 product has to itself, and then not all products are int8."""
 
@@ -31,12 +34,12 @@ def problems(requires: Requires) -> Iterator[str]:
     if version_of(onnxruntime.__version__) < version_of(needed):
         yield (
             f"was exported with onnxruntime {needed}, this is {onnxruntime.__version__}; "
-            f"pip install 'onnxruntime>={needed}', or export again"
+            f"pip install '{PACKAGES[requires.device]}>={needed}', or export again"
         )
     if PROVIDERS[requires.device] not in onnxruntime.get_available_providers():
         yield (
             f"runs on {PROVIDERS[requires.device]}, this onnxruntime has {', '.join(onnxruntime.get_available_providers())}; "
-            "install onnxruntime-gpu in place of onnxruntime, or export for the cpu"
+            f"pip uninstall onnxruntime, then {way_to('onnxruntime-gpu')}; or export for the cpu"
         )
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from ..errors import ArtifactError
+from ..extras import way_to
 from ..files import read_listed
 from ..manifest import Graph, Manifest, Requires
 
@@ -39,8 +40,7 @@ def problems(requires: Requires) -> Iterator[str]:
     try:
         version = importlib.import_module(name).__version__
     except ImportError as e:
-        extra = "trt-rtx" if name == "tensorrt_rtx" else "trt"
-        yield f"was built with {name} {wanted}, which cannot be imported here ({e}); pip install 'prebake[{extra}]'"
+        yield f"was built with {name} {wanted}, which cannot be imported here ({e}); {way_to(name)}"
     else:
         if version != wanted:
             yield (

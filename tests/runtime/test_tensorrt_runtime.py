@@ -213,7 +213,7 @@ def test_another_version_is_one(library):
     assert said.startswith(f"was built with tensorrt_rtx 1.8.0.1, this is tensorrt_rtx {fake.VERSION}")
 
 
-def test_a_missing_library_is_one_with_the_extra_that_has_it(monkeypatch):
+def test_a_missing_library_is_one_with_the_extra_that_has_it(monkeypatch, declared_extras):
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     (said,) = tensorrt.problems(needs(tensorrt_rtx="", tensorrt="11.4.0"))
     assert said.startswith("was built with tensorrt 11.4.0, which cannot be imported here")
@@ -249,7 +249,6 @@ def test_driver_and_gpu_are_compared_with_what_was_built_for(cuda, capability, s
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_an_engine_of_the_library_computes_what_torch_does(tmp_path):
     """TF32 is what the library may multiply float32 in: 10 bits, so 1e-2 has room for 64 terms."""
     trt: Any = pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")

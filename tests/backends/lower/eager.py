@@ -17,6 +17,10 @@ from prebake.runtime.errors import ExportError
 CHANNELS_LAST = False
 
 
+def adapted(recipe: Any) -> tuple[Any, tuple[str, ...]]:
+    return recipe, ()
+
+
 def quantized(model: nn.Module, names: set[str]) -> None:
     raise ExportError("compile.backend 'eager' has no int8; set quantize.method=none")
 

@@ -128,7 +128,7 @@ def status(folder: Path) -> str:
 def test_an_export_that_cannot_run_here_has_no_golden_vectors_and_says_who_writes_them(unsettled, capsys):
     assert status(unsettled) == "unverified"
     assert not (unsettled / "golden").exists()
-    assert main(["verify", str(unsettled), "--quiet"]) == 2
+    assert main(["verify", str(unsettled), "--quiet"]) == 5
     (said,) = capsys.readouterr().err.splitlines()
     assert "there are no golden vectors to replay (plan 8)" in said
     assert f"`prebake verify {unsettled} --source` compares the artifact with its pipeline, and writes them" in said
@@ -161,7 +161,7 @@ def test_an_artifact_that_misses_its_thresholds_stays_as_it_was(unsettled):
     manifest = manifest.model_copy(update={"files": file_entries(unsettled)})
     (unsettled / "manifest.json").write_text(manifest.to_json(), "utf-8")
     before = contents(unsettled)
-    assert main(["verify", str(unsettled), "--source", "--quiet"]) == 1
+    assert main(["verify", str(unsettled), "--source", "--quiet"]) == 4
     assert contents(unsettled) == before
     assert [p.name for p in unsettled.parent.iterdir()] == [unsettled.name]
 

@@ -20,16 +20,6 @@ def never_opened(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
-class PaperModel:
-    """What stands where machine code would: it takes its constants, and what was in its file is kept."""
-
-    def __init__(self, so):
-        self.name, self.code, self.constants = so.parent.name, so.read_bytes(), {}
-
-    def bind(self, tensors):
-        self.constants = dict(tensors)
-
-
 @pytest.fixture
 def opens(monkeypatch, tmp_path):
     """Lets a paper artifact be opened; the list that comes out fills with its models. The cache is a folder of the test."""
@@ -38,7 +28,7 @@ def opens(monkeypatch, tmp_path):
     models = []
 
     def open_model(so, device):
-        models.append(PaperModel(so))
+        models.append(paper_artifact.PaperModel(so))
         return models[-1]
 
     monkeypatch.setattr(prebake.runtime.backends.aoti, "open_model", open_model)

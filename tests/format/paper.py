@@ -1,7 +1,7 @@
 """An artifact on paper: every file is there and listed, and its `.so` files hold no machine code.
 
-They say what an ELF library says of itself, and have no segment that could be loaded. So these tests cost nothing, and whatever gets past the checks fails at dlopen, which the fixture `never_opened` turns
-into a failure of the test.
+They say what an ELF library says of itself, and have no segment that could be loaded. So these tests cost nothing, and
+whatever gets past the checks fails at dlopen, which the fixture `never_opened` turns into a failure of the test.
 """
 
 import hashlib
@@ -149,3 +149,13 @@ def edit(folder, change):
     raw = json.loads(path.read_text())
     change(raw)
     path.write_text(json.dumps(raw))
+
+
+class PaperModel:
+    """What stands where machine code would: it takes its constants, and what was in its file is kept."""
+
+    def __init__(self, so):
+        self.name, self.code, self.constants = so.parent.name, so.read_bytes(), {}
+
+    def bind(self, tensors):
+        self.constants = dict(tensors)

@@ -17,7 +17,6 @@ import zipfile
 import paper
 import pytest
 import torch
-from conftest import PaperModel
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -110,7 +109,7 @@ def base(tmp_path_factory):
     home = Base(tmp_path_factory.mktemp("fuzz"))
 
     def open_model(so, device):
-        home.models.append(PaperModel(so))
+        home.models.append(paper.PaperModel(so))
         return home.models[-1]
 
     with pytest.MonkeyPatch.context() as patch:

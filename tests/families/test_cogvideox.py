@@ -102,7 +102,7 @@ def test_numbers_of_frames_that_the_decoder_does_not_give_back_are_refused(frame
 def test_run_writes_a_file_that_plays(name, tmp_path, monkeypatch):
     pipe, path = ours("cogvideox"), tmp_path / name
     (tmp_path / "manifest.json").write_text(pipe.artifact.manifest.to_json(), "utf-8")
-    monkeypatch.setattr("prebake.runtime.pipeline.load", lambda folder: pipe)  # its graphs as they are, uncompiled
+    monkeypatch.setattr("prebake.runtime.pipeline.load", lambda folder, **_: pipe)  # its graphs as they are, uncompiled
     assert main(["run", str(tmp_path), PROMPTS[0], "--seed", "1", "--fps", "5", "--output", str(path)]) == 0
     (frames,) = pipe(PROMPTS[0], seed=1).frames
     played, fps = read_back(path)

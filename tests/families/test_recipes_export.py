@@ -75,6 +75,6 @@ def test_a_page_has_an_example_of_a_tiny_model(page):
     first, *_ = commands(PAGES[page])
     args = cli._parser().parse_args(first)
     assert args.model.removeprefix("tiny:") in NAMES
-    resolve(args.recipe, args.overrides, args.model)
+    resolve(args.recipe[0], args.overrides, args.model)
     assert all(str(args.output) in code and compile(code, page, "exec") for code in blocks(PAGES[page], "python"))
     assert blocks(PAGES[page], "python")

@@ -72,7 +72,7 @@ class Fake:
         self.made = made
         manifest = SimpleNamespace(defaults=SimpleNamespace(num_frames=num_frames))
         monkeypatch.setattr("prebake.runtime.cli.read_manifest", lambda folder: manifest)
-        monkeypatch.setattr("prebake.runtime.pipeline.load", lambda folder: self)
+        monkeypatch.setattr("prebake.runtime.pipeline.load", lambda folder, **_: self)
 
     def __call__(self, prompts, **arguments):
         self.prompts, self.arguments = prompts, arguments

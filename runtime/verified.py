@@ -56,7 +56,8 @@ class Marker:
         if states(self._files) != self._said["files"] or any(max(s[3:]) > since for s in self._said["files"].values()):
             return
         with suppress(OSError):
-            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for folder in (self._cache, self._path.parent):  # the mode is not for parents
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             if self._is_ours():
                 descriptor, fresh = tempfile.mkstemp(prefix=".", dir=self._path.parent)  # mode 0600
                 with open(descriptor, "w") as file:

@@ -24,9 +24,10 @@ from .plan import plan
 from .progress import Progress
 from .quality import picture_prompts
 from .recipe import Recipe
-from .record import Request, record, requested
+from .record import record
 from .rewrite import rewrite_denoiser
 from .source import Loaded
+from .watch import Request, requested
 
 if TYPE_CHECKING:
     from .pipeline import Prepared

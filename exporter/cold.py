@@ -158,7 +158,7 @@ def from_pipeline(start: Start, caches: Path, stages: Stages) -> Draw:
     from ..runtime.manifest import read_manifest
     from . import source
     from .recipe import Recipe
-    from .record import denoiser_name
+    from .watch import denoiser_name
 
     torch.set_num_threads(start.threads)
     manifest = read_manifest(Path(start.artifact))

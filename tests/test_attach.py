@@ -451,7 +451,8 @@ def test_a_whole_pipeline_needs_a_family(folder, tmp_path):
 def test_recording_leaves_the_pipeline_as_it_was(folder):
     from attached import CALLS as ARGUMENTS
 
-    from prebake.exporter.record import record, requested
+    from prebake.exporter.record import record
+    from prebake.exporter.watch import requested
 
     pipe = pipeline("wan")
     eager = drawn(pipe, "wan")

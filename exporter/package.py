@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,20 +21,27 @@ from safetensors.torch import save_file
 
 from ..runtime.errors import ExportError
 from ..runtime.manifest import FileEntry, Manifest
-from ..runtime.place import is_artifact, make_readable, replace
+from ..runtime.place import is_artifact, make_readable, put, recover, replace
 from ..runtime.plan import Plan
+from ..runtime.scratch import scratch, sweep
 from .capture import Captured
+from .disk import disk_for
 
+PARTIAL = ".partial"
 UNLISTED = ("manifest.json", "signature.json", "reports")
 
 
 @contextlib.contextmanager
 def staged(output: Path, *, force: bool) -> Iterator[Path]:
-    """A temporary sibling of `output` that takes its place on success and is removed on any failure.
+    """A temporary sibling of `output` that takes its place on success and is removed on any failure; what an export
+    that was killed has left is removed by the next one.
 
-    Raises ExportError when `output` exists, unless `force`, which replaces an earlier artifact (and nothing else).
+    Raises ExportError when `output` exists, unless `force`, which replaces an earlier artifact (and nothing else), and when
+    the disk is full or cannot be written.
     """
     output = output.absolute()
+    with disk_for(output):
+        made_ready(output)
     if output.exists():
         if not force:
             raise ExportError(f"{output}: already exists; choose another --output, or replace it with --force")
@@ -43,18 +49,27 @@ def staged(output: Path, *, force: bool) -> Iterator[Path]:
             raise ExportError(
                 f"{output}: --force replaces artifacts only, and this has no manifest.json of one; choose another --output"
             )
-    output.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))
-    try:
+    with disk_for(output), scratch(output.parent, f".{output.name}.", PARTIAL) as folder:
         yield folder
         make_readable(folder)
-        if output.exists() and not force:
+        if force:
+            replace(folder, output)
+        elif not put(folder, output):
             raise ExportError(
                 f"{output}: already exists since this export began; choose another --output, or replace it with --force"
             )
-        replace(folder, output)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+
+
+def made_ready(output: Path) -> None:
+    """There is a folder to write into, and nothing in it that an export has left which was killed. Raises ExportError."""
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise ExportError(f"{output.parent}: cannot be made a folder ({e.strerror}); choose another --output") from e
+    if not os.access(output.parent, os.W_OK | os.X_OK):
+        raise ExportError(f"{output.parent}: cannot be written by this user; choose another --output")
+    recover(output)
+    sweep(output.parent, f".{output.name}.", PARTIAL)
 
 
 @dataclass(frozen=True)

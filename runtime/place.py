@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import os
-import shutil
-import tempfile
 from pathlib import Path
+
+from .scratch import abandoned, removed, scratch
+
+ASIDE = ".old"
 
 
 def is_artifact(folder: Path) -> bool:
@@ -25,23 +28,37 @@ def make_readable(folder: Path) -> None:
         path.chmod(0o755 if path.is_dir() else 0o644)
 
 
-def replace(folder: Path, output: Path) -> None:
-    """Renames `folder` to `output`. With an earlier artifact there it changes places, which leaves no moment without one;
-    where the file system cannot do that, the earlier one is moved aside first and removed last."""
-    if not output.exists():
-        folder.rename(output)
-        return
-    if exchanged(folder, output):
-        return
-    aside = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".old", dir=output.parent)) / "old"
-    output.rename(aside)
+def put(folder: Path, output: Path) -> bool:
+    """Whether `folder` has got that name, which nothing had, or an empty folder."""
     try:
         folder.rename(output)
-    except OSError:
-        aside.rename(output)
+    except OSError as e:
+        if e.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            return False
         raise
-    finally:
-        shutil.rmtree(aside.parent, ignore_errors=True)
+    return True
+
+
+def replace(folder: Path, output: Path) -> None:
+    """Renames `folder` to `output`. With an earlier artifact there it changes places, which leaves no moment without one;
+    where the file system cannot do that, the earlier one is moved aside first and removed last, see `recover`."""
+    if put(folder, output) or exchanged(folder, output):
+        return
+    with scratch(output.parent, f".{output.name}.", ASIDE) as aside:
+        output.rename(aside / "old")
+        try:
+            folder.rename(output)
+        except OSError:
+            (aside / "old").rename(output)
+            raise
+
+
+def recover(output: Path) -> None:
+    """Puts an earlier artifact back that a process had moved aside when it was killed."""
+    for aside in abandoned(output.parent, f".{output.name}.", ASIDE):
+        if not output.exists() and (aside / "old").exists():
+            (aside / "old").rename(output)
+        removed(aside)
 
 
 def exchanged(a: Path, b: Path) -> bool:

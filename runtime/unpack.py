@@ -7,18 +7,20 @@ every load, so a half-written or tampered one is replaced, never opened.
 
 from __future__ import annotations
 
+import errno
 import os
-import shutil
 import stat
 import struct
 import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from io import BytesIO
 from pathlib import Path
 
 from .errors import ArtifactError
+from .place import put, replace
+from .scratch import scratch, sweep
 
 SUFFIXES = (".so", ".json", ".cubin")
 UNREADABLE = (zipfile.BadZipFile, EOFError, NotImplementedError, OSError, RuntimeError, ValueError, struct.error)
@@ -32,7 +34,7 @@ def unpacked(
     """Model name -> its `.so`, for the length of the block (a mapped file outlives its name on Linux).
 
     `members` are those of `read_members`. Files go to `<cache_dir>/<sha256>/<model>/`; when that place cannot be written or
-    does not belong to this user, to a temporary folder that is removed at the end.
+    does not belong to this user, to a temporary folder that is removed at the end. Raises ArtifactError where neither can be.
     """
     with _folder(members, sha256, cache_dir or default_cache()) as folder:
         yield {model: folder / model / _so_name(files) for model, files in members.items()}
@@ -111,18 +113,38 @@ def _so_name(files: Mapping[str, bytes]) -> str:
 
 @contextmanager
 def _folder(members: Mapping[str, Mapping[str, bytes]], sha256: str, cache: Path) -> Iterator[Path]:
-    try:
-        cache.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if not is_private(cache):
-            raise PermissionError(f"{cache} can be written by other users")
-        folder = cache / sha256
-        if not _holds(folder, members):
-            _replace(folder, members)
-    except OSError:
-        with tempfile.TemporaryDirectory(prefix="prebake-") as temporary:
-            _write(Path(temporary), members)
-            yield Path(temporary)
-    else:
+    with ExitStack() as stack:
+        try:
+            folder = _cached(members, cache / sha256)
+        except OSError as e:
+            folder = stack.enter_context(_temporary(members, cache, e))
+        yield folder
+
+
+def _cached(members: Mapping[str, Mapping[str, bytes]], folder: Path) -> Path:
+    """The folder, holding these files. Raises OSError where its parent is no place for that."""
+    folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not is_private(folder.parent):
+        raise PermissionError(errno.EPERM, "other users can write there", str(folder.parent))
+    if not _holds(folder, members):
+        _replace(folder, members)
+    return folder
+
+
+@contextmanager
+def _temporary(members: Mapping[str, Mapping[str, bytes]], cache: Path, why: OSError) -> Iterator[Path]:
+    """A folder that is removed at the end. Raises ArtifactError where there is no place for that either."""
+    with ExitStack() as stack:
+        try:
+            folder = Path(
+                stack.enter_context(tempfile.TemporaryDirectory(prefix="prebake-", ignore_cleanup_errors=True))
+            )
+            _write(folder, members)
+        except OSError as e:
+            raise ArtifactError(
+                f"{cache}: machine code cannot be unpacked there ({why.strerror}), nor into a temporary folder ({e.strerror}); "
+                "give load() a cache_dir that can be written and has room, on a disk that allows execution"
+            ) from e
         yield folder
 
 
@@ -142,25 +164,15 @@ def _holds(folder: Path, members: Mapping[str, Mapping[str, bytes]]) -> bool:
 
 
 def _replace(folder: Path, members: Mapping[str, Mapping[str, bytes]]) -> None:
-    """Puts a fresh folder in place by one rename.
+    """Puts a fresh folder in place by one rename, and clears away what killed processes have left of theirs.
 
     Where another process was faster its equal folder stays untouched, for that process is about to open it.
     """
-    fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))  # mode 0700
-    damaged = fresh.with_name(fresh.name + ".old")
-    try:
+    sweep(folder.parent, f".{folder.name}.")
+    with scratch(folder.parent, f".{folder.name}.") as fresh:  # mode 0700
         _write(fresh, members)
-        try:
-            fresh.rename(folder)
-        except OSError:  # something is there
-            if not _holds(folder, members):
-                folder.rename(damaged)
-                fresh.rename(folder)
-    finally:
-        if damaged.is_symlink() or damaged.is_file():
-            damaged.unlink()
-        for leftover in (fresh, damaged):
-            shutil.rmtree(leftover, ignore_errors=True)
+        if not put(fresh, folder) and not _holds(folder, members):
+            replace(fresh, folder)
 
 
 def _write(folder: Path, members: Mapping[str, Mapping[str, bytes]]) -> None:

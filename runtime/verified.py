@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -23,9 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from .manifest import Manifest
+from .scratch import scratch, sweep
 from .unpack import is_private
 
 FOLDER = "verified"
+PREFIX = ".fresh."  # of what is not yet a marker
 RECENT = 2_000_000_000  # ns: clocks of file systems tick up to this slowly, so a later change might show the same time
 LARGEST = 1 << 20  # bytes of a marker
 
@@ -59,10 +60,11 @@ class Marker:
             for folder in (self._cache, self._path.parent):  # the mode is not for parents
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             if self._is_ours():
-                descriptor, fresh = tempfile.mkstemp(prefix=".", dir=self._path.parent)  # mode 0600
-                with open(descriptor, "w") as file:
-                    json.dump(self._said, file)
-                os.replace(fresh, self._path)
+                sweep(self._path.parent, PREFIX)
+                with scratch(self._path.parent, PREFIX) as fresh:  # mode 0700
+                    (fresh / "marker").touch(mode=0o600)
+                    (fresh / "marker").write_text(json.dumps(self._said), "ascii")
+                    (fresh / "marker").replace(self._path)
 
     def _is_ours(self) -> bool:
         return is_private(self._cache) and is_private(self._path.parent)

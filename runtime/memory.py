@@ -1,0 +1,37 @@
+"""Memory that ran out, told in a sentence, whichever library ran into it."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from .errors import ArtifactError
+
+WORDS = ("Cannot allocate memory", "can't allocate memory", "can't start new thread", "bad_alloc")
+"""Of the C library, torch, Python and C++."""
+
+
+@contextmanager
+def memory_for(what: object) -> Iterator[None]:
+    """Raises ArtifactError, naming `what`, in place of an error that comes of memory that ran out."""
+    try:
+        yield
+    except Exception as e:
+        if ran_out(e):
+            raise ArtifactError(
+                f"{what}: memory ran out while it was opened; raise the limit of this process (ulimit -v, or its container's), "
+                "or free some"
+            ) from e
+        raise
+
+
+def ran_out(error: BaseException | None) -> bool:
+    """Whether the error, or its cause, is about memory."""
+    while error is not None:
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+            return True
+        if any(words in str(error) for words in WORDS):
+            return True
+        error = error.__cause__
+    return False

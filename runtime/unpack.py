@@ -122,10 +122,14 @@ def _folder(members: Mapping[str, Mapping[str, bytes]], sha256: str, cache: Path
 
 
 def _cached(members: Mapping[str, Mapping[str, bytes]], folder: Path) -> Path:
-    """The folder, holding these files. Raises OSError where its parent is no place for that."""
+    """The folder, holding these files, and nothing beside it that a killed process has left of its own.
+
+    Raises OSError where its parent is no place for that.
+    """
     folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     if not is_private(folder.parent):
         raise PermissionError(errno.EPERM, "other users can write there", str(folder.parent))
+    sweep(folder.parent, f".{folder.name}.")
     if not _holds(folder, members):
         _replace(folder, members)
     return folder
@@ -164,11 +168,10 @@ def _holds(folder: Path, members: Mapping[str, Mapping[str, bytes]]) -> bool:
 
 
 def _replace(folder: Path, members: Mapping[str, Mapping[str, bytes]]) -> None:
-    """Puts a fresh folder in place by one rename, and clears away what killed processes have left of theirs.
+    """Puts a fresh folder in place by one rename.
 
     Where another process was faster its equal folder stays untouched, for that process is about to open it.
     """
-    sweep(folder.parent, f".{folder.name}.")
     with scratch(folder.parent, f".{folder.name}.") as fresh:  # mode 0700
         _write(fresh, members)
         if not put(fresh, folder) and not _holds(folder, members):

@@ -14,12 +14,13 @@ from pathlib import Path
 import torch
 from pydantic import ValidationError
 
-from .backends import Model, backend
+from .backends import Model, Opening, backend
 from .check import Key, Trust, checked, plan_problems
 from .contract import Contract, torch_dtype
 from .errors import ArtifactError, misfit, raise_all
 from .files import by_descriptor, read_listed
 from .manifest import Graph, Manifest, Site, read_manifest
+from .memory import memory_for
 from .plan import Plan
 from .replay import Tables, Tensors, Variant, tables_on
 from .weights import map_weights
@@ -95,6 +96,11 @@ def open_artifact(
     hashed. `trust` says what is compared before anything is opened, see `check.Trust`; `public_key` goes with "signature".
     """
     folder, cache = Path(folder), Path(cache_dir) if cache_dir else None
+    with memory_for(folder):
+        return _opened(folder, cache, trust, public_key)
+
+
+def _opened(folder: Path, cache: Path | None, trust: Trust, public_key: Key | None) -> Artifact:
     manifest = read_manifest(folder)
     with checked(folder, manifest, trust=trust, public_key=public_key, cache_dir=cache) as files:
         plans = read_plans(folder, manifest)
@@ -147,7 +153,7 @@ def open_graphs(
     contracts = {graph.name: Contract(graph, device) for graph in manifest.graphs}
     constants = {graph.name: constants_of(graph, weights) for graph in manifest.graphs}
 
-    models = backend(manifest.backend).open_models(folder, manifest, constants, device, cache_dir)
+    models = backend(manifest.backend).open_models(Opening(folder, manifest, constants, device, cache_dir))
     return {graph.name: BoundGraph(graph, models[graph.name], contracts[graph.name]) for graph in manifest.graphs}
 
 

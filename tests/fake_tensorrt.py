@@ -1,16 +1,21 @@
 """A `tensorrt_rtx` that runs on the CPU: an engine is JSON, and multiplies what lies at the addresses that it was given.
 
+Streams, CUDA graphs and the device are torch's to give: `install` puts such there that also write down.
+
 It has the names that `runtime/backends/tensorrt.py` calls, as the bindings of TensorRT-RTX 1.7 spell them, and writes each
-call down in `events`. Streams and the device are torch's to give: `streams` puts such there that also write down.
+call down in `events`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import enum
+import functools
 import json
-from types import ModuleType
-from typing import Any
+from collections.abc import Callable, Iterator
+from types import ModuleType, SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -71,14 +76,51 @@ class Engine:
     def get_tensor_location(self, name: str) -> TensorLocation:
         return TensorLocation[self.description.get("locations", {}).get(name, "DEVICE")]
 
-    def create_execution_context(self, strategy: ExecutionContextAllocationStrategy) -> Context | None:
-        assert strategy is ExecutionContextAllocationStrategy.USER_MANAGED
-        return Context(self)
+    def create_runtime_config(self) -> RuntimeConfig:
+        return RuntimeConfig(self)
+
+    def create_execution_context(self, config: RuntimeConfig) -> Context | None:
+        assert config.strategy is ExecutionContextAllocationStrategy.USER_MANAGED
+        return Context(self, config.cache)
+
+
+class RuntimeConfig:
+    def __init__(self, engine: Engine):
+        self.engine = engine
+        self.strategy: ExecutionContextAllocationStrategy | None = None
+        self.cache: RuntimeCache | None = None
+
+    def set_execution_context_allocation_strategy(self, strategy: ExecutionContextAllocationStrategy) -> None:
+        self.strategy = strategy
+
+    def create_runtime_cache(self) -> RuntimeCache:
+        return RuntimeCache(self.engine.events)
+
+    def set_runtime_cache(self, cache: RuntimeCache) -> bool:
+        self.cache = cache
+        return True
+
+
+class RuntimeCache:
+    """What was compiled is the word "compiled", which the first run of an engine adds where it is not there."""
+
+    def __init__(self, events: list[tuple[Any, ...]]):
+        self.data, self.events = b"", events
+
+    def deserialize(self, data: bytes) -> bool:
+        fits = data == b"compiled"
+        self.events.append(("taken" if fits else "rejected", data))
+        if fits:
+            self.data = data
+        return fits
+
+    def serialize(self) -> memoryview:
+        return memoryview(self.data)
 
 
 class Context:
-    def __init__(self, engine: Engine):
-        self.engine, self.at = engine, dict[str, int]()
+    def __init__(self, engine: Engine, cache: RuntimeCache | None):
+        self.engine, self.cache, self.at = engine, cache, dict[str, int]()
         self.scratch: tuple[int, int] | None = None
 
     def set_tensor_address(self, name: str, address: int) -> bool:
@@ -94,21 +136,31 @@ class Context:
         self.engine.events.append(("execute", stream))
         if self.engine.description.get("fails"):
             return False
-        assert self.at.keys() == self.engine.tensors.keys(), "an address was never set"
-        assert self.scratch is not None
-        assert self.scratch[1] >= self.engine.device_memory_size_v2
-        left, right = (self.read(name) for name in self.engine.description["product"])
-        (name,) = self.engine.description["outputs"]
-        made = (left @ right).contiguous()
-        ctypes.memmove(self.at[name], made.data_ptr(), made.nbytes)
+        if self.cache is not None and not self.cache.data:
+            self.engine.events.append(("compile",))
+            self.cache.data = b"compiled"
+        if CudaGraph.recording is None:
+            self.compute(dict(self.at))
+        else:
+            CudaGraph.recording.work.append(functools.partial(self.compute, dict(self.at)))
         return True
 
-    def read(self, name: str) -> torch.Tensor:
+    def is_stream_capturable(self, stream: int) -> bool:
+        return self.engine.description.get("capturable", True)
+
+    def compute(self, at: dict[str, int]) -> None:
+        assert at.keys() == self.engine.tensors.keys(), "an address was never set"
+        assert self.scratch is not None
+        assert self.scratch[1] >= self.engine.device_memory_size_v2
+        left, right = (self.read(at[name], name) for name in self.engine.description["product"])
+        (name,) = self.engine.description["outputs"]
+        made = (left @ right).contiguous()
+        ctypes.memmove(at[name], made.data_ptr(), made.nbytes)
+
+    def read(self, address: int, name: str) -> torch.Tensor:
         shape = self.engine.tensors[name]
         count = int(torch.tensor(shape).prod())
-        return torch.frombuffer((ctypes.c_char * (4 * count)).from_address(self.at[name]), dtype=torch.float32).reshape(
-            shape
-        )
+        return torch.frombuffer((ctypes.c_char * (4 * count)).from_address(address), dtype=torch.float32).reshape(shape)
 
 
 class Library(ModuleType):
@@ -141,14 +193,41 @@ class Stream:
         self.events.append(("wait", self.cuda_stream, other.cuda_stream))
 
 
+class CudaGraph:
+    """What was enqueued while it was recorded, with the addresses of then."""
+
+    recording: ClassVar[CudaGraph | None] = None
+
+    def __init__(self) -> None:
+        self.work: list[Callable[[], None]] = []
+
+    def replay(self) -> None:
+        for run in self.work:
+            run()
+
+
+@contextlib.contextmanager
+def recorded(graph: CudaGraph, *, stream: Stream, capture_error_mode: str) -> Iterator[None]:
+    stream.events.append(("record", stream.cuda_stream))
+    CudaGraph.recording = graph
+    try:
+        yield
+    finally:
+        CudaGraph.recording = None
+
+
 CALLERS, OWN = 7, 8
 """The numbers of torch's current stream and of the artifact's own."""
 
 
 def install(patch: pytest.MonkeyPatch) -> Library:
-    """The library under its name, and streams where torch on a CPU has none."""
+    """The library under its name, and streams and CUDA graphs where torch on a CPU has none."""
     library = Library()
     patch.setitem(__import__("sys").modules, "tensorrt_rtx", library)
     patch.setattr(torch.cuda, "current_stream", lambda device: Stream(CALLERS, library.events))
     patch.setattr(torch.cuda, "Stream", lambda device: Stream(OWN, library.events))
+    patch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    patch.setattr(torch.cuda, "CUDAGraph", CudaGraph)
+    patch.setattr(torch.cuda, "graph", recorded)
+    patch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(name="a GPU"))
     return library

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast
 
 from ..errors import ArtifactError
 from ..extras import way_to
+from ..files import read_listed
 
 if TYPE_CHECKING:
     import torch
@@ -21,6 +23,22 @@ if TYPE_CHECKING:
 
 Model = Callable[[Sequence["torch.Tensor"]], list["torch.Tensor"]]
 """A graph as machine code: flat inputs, which the caller has checked, to flat outputs."""
+
+
+@dataclass(frozen=True)
+class Opening:
+    """What an artifact's graphs are opened from. `constants` are each graph's own, tensors on `device` that several graphs
+    share and that outlive the models; `cache_dir` is where machine code may be kept, None = where it usually is."""
+
+    folder: Path
+    manifest: Manifest
+    constants: Mapping[str, Mapping[str, torch.Tensor]]
+    device: torch.device
+    cache_dir: Path | None = None
+
+    def code(self, path: str) -> bytes:
+        """A listed file, read once: what was hashed is what is opened. Raises ArtifactError where it is another."""
+        return read_listed(self.folder, self.manifest, path)
 
 
 class Backend(Protocol):
@@ -33,16 +51,8 @@ class Backend(Protocol):
         been compared with the manifest. Opening refuses the same."""
         ...
 
-    def open_models(
-        self,
-        folder: Path,
-        manifest: Manifest,
-        constants: Mapping[str, Mapping[str, torch.Tensor]],
-        device: torch.device,
-        cache_dir: Path | None,
-    ) -> dict[str, Model]:
-        """Every graph by name, ready to be called. `constants` are each graph's own, tensors that several graphs share
-        and that outlive the models. Raises ArtifactError for files that are not what they should be."""
+    def open_models(self, opening: Opening) -> Mapping[str, Model]:
+        """Every graph by name, ready to be called. Raises ArtifactError for files that are not what they should be."""
         ...
 
 
@@ -65,3 +75,11 @@ def backend(name: str) -> Backend:
         raise ArtifactError(
             f"is for the backend {name!r}, which needs the package {e.name}, which is not installed; {way_to(e.name)}"
         ) from e
+
+
+def refuse_unbound(graph: str, wanted: Collection[str], given: Collection[str]) -> None:
+    """Raises ArtifactError where a graph's code has constants that the manifest gives no tensor."""
+    if missing := sorted(set(wanted) - set(given)):
+        raise ArtifactError(
+            f"graph {graph!r}: constant {missing[0]!r} is not bound ({len(missing)} in all); export again"
+        )

@@ -19,6 +19,7 @@ from ..files import read_listed
 from ..machine import library_problems
 from ..manifest import Manifest, Requires
 from ..unpack import read_members, unpacked
+from . import Opening, refuse_unbound
 
 
 def problems(requires: Requires) -> Iterator[str]:
@@ -26,32 +27,24 @@ def problems(requires: Requires) -> Iterator[str]:
     return iter(())
 
 
-def open_models(
-    folder: Path,
-    manifest: Manifest,
-    constants: Mapping[str, Mapping[str, torch.Tensor]],
-    device: torch.device,
-    cache_dir: Path | None,
-) -> dict[str, NativeModel]:
+def open_models(opening: Opening) -> dict[str, NativeModel]:
     """Every graph by name, its constants bound. From its second half on, the artifact's code runs."""
     models: dict[str, NativeModel] = {}
-    for package, wanted in packages(manifest).items():
-        models.update(open_package(folder, manifest, package, wanted, device, cache_dir))
+    for package, wanted in packages(opening.manifest).items():
+        models.update(open_package(opening, package, wanted))
     for name, model in models.items():
-        model.bind(constants[name])
+        model.bind(opening.constants[name])
     return models
 
 
-def open_package(
-    folder: Path, manifest: Manifest, package: str, wanted: list[str], device: torch.device, cache_dir: Path | None
-) -> dict[str, NativeModel]:
-    """The models of one `.pt2`, opened. Its bytes are read once: what was hashed is what is looked at and unpacked."""
-    data = read_listed(folder, manifest, package)
-    sha256 = next(entry.sha256 for entry in manifest.files if entry.path == package)
-    members = read_members(f"{folder / package}", data)
-    raise_all(folder, member_problems(package, members, wanted))
-    with unpacked(members, sha256, cache_dir) as libraries:
-        return {name: open_model(so, device) for name, so in libraries.items()}
+def open_package(opening: Opening, package: str, wanted: list[str]) -> dict[str, NativeModel]:
+    """The models of one `.pt2`, opened."""
+    data = opening.code(package)
+    sha256 = next(entry.sha256 for entry in opening.manifest.files if entry.path == package)
+    members = read_members(f"{opening.folder / package}", data)
+    raise_all(opening.folder, member_problems(package, members, wanted))
+    with unpacked(members, sha256, opening.cache_dir) as libraries:
+        return {name: open_model(so, opening.device) for name, so in libraries.items()}
 
 
 def package_problems(folder: Path, manifest: Manifest) -> Iterator[str]:
@@ -133,10 +126,7 @@ class NativeModel:
         return self._runner.run(list(inputs))
 
     def _check_constants(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        if missing := sorted(self.constants - tensors.keys()):
-            raise ArtifactError(
-                f"graph {self.name!r}: constant {missing[0]!r} is not bound ({len(missing)} in all); export again"
-            )
+        refuse_unbound(self.name, self.constants, tensors)
         if unknown := sorted(tensors.keys() - self.constants):
             raise ArtifactError(
                 f"graph {self.name!r}: has no constant {unknown[0]!r} ({len(unknown)} in all); export again"

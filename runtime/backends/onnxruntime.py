@@ -18,12 +18,14 @@ import torch
 from ..contract import torch_dtype
 from ..errors import ArtifactError
 from ..extras import way_to
-from ..files import read_listed
 from ..manifest import Graph, Manifest, Requires
+from . import Opening
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 PACKAGES = {"cpu": "onnxruntime", "cuda": "onnxruntime-gpu"}
 """Builds of one package: only one of them can be installed at a time."""
+SAMPLE = "sample"
+"""The output that a graph of the denoiser has, and no other graph."""
 MERGES = "CommonSubexpressionElimination"
 """It would make one of the quantizing nodes that each int8 product has to itself, and then not all products are int8."""
 
@@ -52,29 +54,33 @@ def package_problems(folder: Path, manifest: Manifest) -> Iterator[str]:
     return iter(())
 
 
-def open_models(
-    folder: Path,
-    manifest: Manifest,
-    constants: Mapping[str, Mapping[str, torch.Tensor]],
-    device: torch.device,
-    cache_dir: Path | None,
-) -> dict[str, SessionModel]:
+def open_models(opening: Opening) -> dict[str, SessionModel]:
     """A session for every graph. All sessions read the same weights; what they pack them into is their own."""
-    compiled = manifest.recipe.get("compile", {})
+    compiled = opening.manifest.recipe.get("compile", {})
     threads = compiled.get("threads") or torch.get_num_threads()
-    prepack = bool(compiled.get("options", {}).get("prepack", False))
+    packs = packed(opening.manifest, compiled.get("options", {}).get("prepack"))
     models = {}
-    for graph in manifest.graphs:
-        data = read_listed(folder, manifest, graph.package)
-        values = {name: value_of(tensor) for name, tensor in constants[graph.name].items()}
+    for graph in opening.manifest.graphs:
+        data, file = opening.code(graph.package), opening.folder / graph.package
+        values = {name: value_of(tensor) for name, tensor in opening.constants[graph.name].items()}
         try:
-            session = open_session(data, folder, values, device, threads, prepack=prepack)
+            session = open_session(data, opening.folder, values, opening.device, threads, prepack=graph.name in packs)
         except Exception as e:
             raise ArtifactError(
-                f"{folder / graph.package}: ONNX Runtime could not open it ({type(e).__name__}: {e}); export again"
+                f"{file}: ONNX Runtime could not open it ({type(e).__name__}: {e}); export again"
             ) from e
-        models[graph.name] = SessionModel(graph, session, values, device)
+        models[graph.name] = SessionModel(graph, session, values, opening.device)
     return models
+
+
+def packed(manifest: Manifest, asked: bool | None) -> set[str]:
+    """The graphs whose sessions keep their weights once more, in the order in which kernels read them: as the recipe asks,
+    and where it does not, all but variants of one denoiser, of which each would hold the same weights."""
+    graphs = {graph.name for graph in manifest.graphs}
+    if asked is not None:
+        return graphs if asked else set()
+    variants = {graph.name for graph in manifest.graphs if any(spec.name == SAMPLE for spec in graph.outputs)}
+    return graphs if len(variants) == 1 else graphs - variants
 
 
 def open_session(

@@ -3,15 +3,18 @@
 The twin of `exporter/lower/tensorrt.py`. An engine is native code, and has no weights in it: constants are inputs of its
 network, and every engine is bound to the artifact's tensors where they lie. Scratch memory is one block, for the graph
 that needs the most; graphs run in turn on a stream of their own, which waits for the caller's and which the caller's
-waits for. So calls from several streams or threads cannot meet in it.
+waits for. So calls from several streams or threads cannot meet in it. What TensorRT-RTX compiles for this GPU when an engine is
+opened and first run is kept in the user's private cache folder.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib
 import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +22,16 @@ import torch
 
 from ..errors import ArtifactError
 from ..extras import way_to
-from ..files import read_listed
+from ..kept import keep, kept
 from ..manifest import Graph, Manifest, Requires
+from . import Opening, refuse_unbound
 
 PACKAGES = {"rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
 """Flavour -> what is imported, and stands with its version in the manifest's `requires.packages`."""
 CUDA = "cuda"
 CAPABILITY = "compute_capability"
+COMPILED = "tensorrt-rtx"
+"""The folder of the cache with what TensorRT-RTX has compiled here, a file for each engine and kind of GPU."""
 ALIGNED = 256
 """Bytes at whose multiples TensorRT wants tensors and scratch to begin; torch's allocations on a GPU do."""
 
@@ -73,36 +79,68 @@ def package_problems(folder: Path, manifest: Manifest) -> Iterator[str]:
     return iter(())
 
 
-def open_models(
-    folder: Path,
-    manifest: Manifest,
-    constants: Mapping[str, Mapping[str, torch.Tensor]],
-    device: torch.device,
-    cache_dir: Path | None,
-) -> dict[str, BoundEngine]:
+def open_models(opening: Opening) -> Mapping[str, BoundEngine | Recorded]:
     """Every graph by name, bound to its constants and to the scratch memory that all of them share."""
-    trt = importlib.import_module(next(iter(set(PACKAGES.values()) & manifest.requires.packages.keys())))
-    turn = Turn(device)
-    engines = {graph.name: open_engine(trt, folder, manifest, graph) for graph in manifest.graphs}
-    models = {graph.name: BoundEngine(trt, graph, engines[graph.name], turn) for graph in manifest.graphs}
+    trt = importlib.import_module(next(iter(set(PACKAGES.values()) & opening.manifest.requires.packages.keys())))
+    turn = Turn(opening.device)
+    models = {
+        graph.name: BoundEngine(trt, graph, turn, *opened(trt, opening, graph)) for graph in opening.manifest.graphs
+    }
     for name, model in models.items():
-        model.bind(constants[name])
+        model.bind(opening.constants[name])
     turn.share_scratch(models.values())
+    if opening.manifest.recipe.get("compile", {}).get("options", {}).get("cuda_graphs"):
+        return {name: Recorded(model) for name, model in models.items()}
     return models
 
 
-def open_engine(trt: Any, folder: Path, manifest: Manifest, graph: Graph) -> Any:
-    """The engine in a graph's file, whose bytes are read once: what was hashed is what is opened."""
-    data = read_listed(folder, manifest, graph.package)
+def opened(trt: Any, opening: Opening, graph: Graph) -> tuple[Any, Compiled | None]:
+    """The engine in a graph's file, and of TensorRT-RTX what it has compiled of it for this GPU before."""
+    data, file = opening.code(graph.package), opening.folder / graph.package
     log = logger(trt)
     log.errors.clear()
     engine = trt.Runtime(log).deserialize_cuda_engine(data)
     if engine is None:
         why = "; ".join(log.errors) or "it does not say why"
         raise ArtifactError(
-            f"{folder / graph.package}: {trt.__name__} {trt.__version__} refuses the engine: {why}; export again for this GPU"
+            f"{file}: {trt.__name__} {trt.__version__} refuses the engine: {why}; export again for this GPU"
         )
-    return engine
+    if trt.__name__ != PACKAGES["rtx"]:
+        return engine, None
+    gpu = torch.cuda.get_device_properties(opening.device)
+    name = hashlib.sha256(f"{trt.__version__} {gpu.name} {hashlib.sha256(data).hexdigest()}".encode()).hexdigest()
+    return engine, Compiled.of(trt, engine, opening.cache_dir, f"{COMPILED}/{name}")
+
+
+@dataclass
+class Compiled:
+    """What TensorRT-RTX compiles of an engine for the GPU at hand, which takes it seconds, from one process to the next.
+
+    The library itself compares what it is given with GPU, driver and its own version, and compiles anew where they differ.
+    """
+
+    config: Any
+    cache: Any
+    place: tuple[Path | None, str]
+    before: bytes
+
+    @classmethod
+    def of(cls, trt: Any, engine: Any, folder: Path | None, path: str) -> Compiled:
+        config = engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        cache = config.create_runtime_cache()
+        before = kept(folder, path)
+        if before and not cache.deserialize(before):
+            before = b""
+        config.set_runtime_cache(cache)
+        return cls(config, cache, (folder, path), before)
+
+    def save(self) -> None:
+        """Keeps it for later processes, if there is anything new."""
+        data = bytes(self.cache.serialize())
+        if data != self.before:
+            keep(*self.place, data)
+            self.before = data
 
 
 @functools.cache
@@ -145,8 +183,8 @@ class Turn:
 class BoundEngine:
     """An engine with a context, ready to be called with flat tensors once its constants are bound."""
 
-    def __init__(self, trt: Any, graph: Graph, engine: Any, turn: Turn):
-        self.graph, self.engine, self.turn = graph, engine, turn
+    def __init__(self, trt: Any, graph: Graph, turn: Turn, engine: Any, compiled: Compiled | None):
+        self.graph, self.engine, self.turn, self.compiled = graph, engine, turn, compiled
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
         given = {n for n in names if engine.get_tensor_mode(n) == trt.TensorIOMode.INPUT}
         self.inputs = [spec.name if spec.name in given else None for spec in graph.inputs]  # TensorRT drops unread ones
@@ -160,7 +198,8 @@ class BoundEngine:
         for spec in (*graph.inputs, *graph.outputs):
             if spec.name in names:
                 self._check(spec.name, spec.shape, spec.dtype)
-        self.context = engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        managed = trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        self.context = engine.create_execution_context(compiled.config if compiled else managed)
         if self.context is None:
             raise ArtifactError(f"graph {graph.name!r}: TensorRT has no memory for its context; free some on the GPU")
         self.scratch_bytes = engine.device_memory_size_v2
@@ -168,33 +207,45 @@ class BoundEngine:
 
     def bind(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Points every constant at the caller's tensor. Raises ArtifactError for one that is missing or that does not fit."""
-        if missing := sorted(self.constants - tensors.keys()):
-            raise ArtifactError(
-                f"graph {self.graph.name!r}: constant {missing[0]!r} is not bound ({len(missing)} in all); export again"
-            )
+        refuse_unbound(self.graph.name, self.constants, tensors)
         for name in sorted(self.constants):
             tensor = seen_as(tensors[name], tuple(self.engine.get_tensor_shape(name)))
             self._check(name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
             self._kept[name] = aligned(tensor.contiguous())
-            self._point(name, self._kept[name])
+            self.point(name, self._kept[name])
 
     def __call__(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The outputs, freshly allocated, once the work before them on torch's current stream is done. The caller has
         checked the inputs: nothing below this line does."""
         turn, caller = self.turn, torch.cuda.current_stream(self.turn.device)
         read = [(n, aligned(t)) for n, t in zip(self.inputs, inputs, strict=True) if n is not None]
-        made = [torch.empty(shape, dtype=dtype, device=turn.device) for _, shape, dtype in self.outputs]
+        made = self.fresh_outputs()
         with turn.lock:
-            for name, tensor in (*read, *((n, t) for (n, _, _), t in zip(self.outputs, made, strict=True))):
-                self._point(name, tensor)
+            for name, tensor in (*read, *zip((n for n, _, _ in self.outputs), made, strict=True)):
+                self.point(name, tensor)
             turn.stream.wait_stream(caller)
-            if not self.context.execute_async_v3(turn.stream.cuda_stream):
-                raise ArtifactError(f"graph {self.graph.name!r}: TensorRT could not run it on this GPU")
+            self.enqueue()
             # what is freed after this belongs to the caller's stream, and is used again behind the engine's work
             caller.wait_stream(turn.stream)
         return made
 
-    def _point(self, name: str, tensor: torch.Tensor) -> None:
+    def fresh_outputs(self) -> list[torch.Tensor]:
+        return [torch.empty(shape, dtype=dtype, device=self.turn.device) for _, shape, dtype in self.outputs]
+
+    def enqueue(self) -> None:
+        """The engine's work on the artifact's stream, with the tensors that it was pointed at. Raises ArtifactError."""
+        if not self.context.execute_async_v3(self.turn.stream.cuda_stream):
+            raise ArtifactError(f"graph {self.graph.name!r}: TensorRT could not run it on this GPU")
+        if self.compiled:
+            self.compiled.save()
+            self.compiled = None
+
+    def can_be_recorded(self) -> bool:
+        """Whether the engine's work can be a CUDA graph. TensorRT has no such question, only TensorRT-RTX."""
+        asked = getattr(self.context, "is_stream_capturable", None)
+        return asked is None or asked(self.turn.stream.cuda_stream)
+
+    def point(self, name: str, tensor: torch.Tensor) -> None:
         if not self.context.set_tensor_address(name, tensor.data_ptr()):
             raise ArtifactError(f"graph {self.graph.name!r}: TensorRT refuses the address of {name!r}")
 
@@ -208,6 +259,59 @@ class BoundEngine:
                 f"graph {self.graph.name!r}: {name!r} was built as {wanted} {list(built)}, the artifact has {dtype} "
                 f"{list(shape)}; export again"
             )
+
+
+class Recorded:
+    """An engine whose work is a CUDA graph from its second call on: recorded once, then launched as a whole.
+
+    What is recorded are addresses, so the engine reads and writes tensors of its own, and inputs are copied into them and
+    outputs out of them. Weights that are written in place are read where they are, as ever.
+    """
+
+    def __init__(self, model: BoundEngine):
+        self.model = model
+        given = [spec for spec, name in zip(model.graph.inputs, model.inputs, strict=True) if name is not None]
+        device = model.turn.device
+        self.inputs = [torch.empty(s.shape, dtype=getattr(torch, s.dtype), device=device) for s in given]
+        self.outputs = model.fresh_outputs()
+        for name, tensor in (
+            *zip((s.name for s in given), self.inputs, strict=True),
+            *zip((n for n, _, _ in model.outputs), self.outputs, strict=True),
+        ):
+            model.point(name, tensor)
+        self.graph: Any = None
+        self.calls = 0
+
+    def __call__(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """As of a `BoundEngine`."""
+        turn, caller = self.model.turn, torch.cuda.current_stream(self.model.turn.device)
+        read = [t for n, t in zip(self.model.inputs, inputs, strict=True) if n is not None]
+        made = self.model.fresh_outputs()
+        with turn.lock:
+            turn.stream.wait_stream(caller)
+            with torch.cuda.stream(turn.stream):
+                copy_all(read, self.inputs)
+                self._run()
+                copy_all(self.outputs, made)
+            caller.wait_stream(turn.stream)
+        return made
+
+    def _run(self) -> None:
+        """The first call allocates and compiles, which cannot be recorded; the second is recorded, where that is possible."""
+        if self.calls == 1 and self.model.can_be_recorded():
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, stream=self.model.turn.stream, capture_error_mode="thread_local"):
+                self.model.enqueue()
+        self.calls += 1
+        if self.graph is None:
+            self.model.enqueue()
+        else:
+            self.graph.replay()
+
+
+def copy_all(source: Sequence[torch.Tensor], target: Sequence[torch.Tensor]) -> None:
+    for a, b in zip(source, target, strict=True):
+        b.copy_(a, non_blocking=True)
 
 
 DTYPES = {"float": "float32", "half": "float16", "bf16": "bfloat16", "fp8": "float8_e4m3fn"}

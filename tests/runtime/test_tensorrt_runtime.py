@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fake_tensorrt as fake
@@ -12,7 +14,7 @@ import pytest
 import torch
 
 from prebake.runtime.artifact import device_of
-from prebake.runtime.backends import tensorrt
+from prebake.runtime.backends import Opening, tensorrt
 from prebake.runtime.errors import ArtifactError
 from prebake.runtime.manifest import Cost, Defaults, FileEntry, Graph, Manifest, Requires, Source, TensorSpec
 
@@ -39,7 +41,7 @@ def weight() -> torch.Tensor:
     return torch.randn(W, generator=torch.Generator().manual_seed(0))
 
 
-def written(folder: Path, **graphs: dict[str, Any]) -> Manifest:
+def written(folder: Path, options: dict[str, Any] | None = None, **graphs: dict[str, Any]) -> Manifest:
     """A folder of engines and the part of its manifest that is read when they are opened."""
     described, files = [], []
     for name, graph in graphs.items():
@@ -64,7 +66,7 @@ def written(folder: Path, **graphs: dict[str, Any]) -> Manifest:
         requires=needs(),
         source=Source(model="m", pipeline="FluxPipeline", sha256="0" * 64),
         toolchain={},
-        recipe={},
+        recipe={"compile": {"options": options or {}}},
         defaults=Defaults(num_inference_steps=2, guidance_scale=3.5, height=8, width=8),
         pipeline={},
         graphs=tuple(described),
@@ -78,10 +80,11 @@ def needs(**changes: str) -> Requires:
     return Requires(system="Linux", machine="x86_64", device="cuda", isa_level="any", isa=(), packages=packages)
 
 
-def opened(folder: Path, weight: torch.Tensor, **graphs: dict[str, Any]) -> dict[str, tensorrt.BoundEngine]:
+def opened(folder: Path, weight: torch.Tensor, options: Any = None, **graphs: dict[str, Any]) -> Mapping[str, Any]:
     constants = {"full": {"w": weight, "not in the engine": weight}, "small": {"v": weight}}
-    manifest = written(folder, **graphs)
-    return tensorrt.open_models(folder, manifest, {n: constants[n] for n in graphs}, CPU, None)
+    manifest = written(folder, options, **graphs)
+    given = {n: constants[n] for n in graphs}
+    return tensorrt.open_models(Opening(folder, manifest, given, CPU, folder / "cache"))
 
 
 def changed(graph: dict[str, Any], **engine: Any) -> dict[str, Any]:
@@ -125,6 +128,7 @@ def test_a_call_waits_for_the_callers_stream_and_the_caller_for_it(tmp_path, lib
         ("address", "z", y.data_ptr()),
         ("wait", fake.OWN, fake.CALLERS),
         ("execute", fake.OWN),
+        ("compile",),
         ("wait", fake.CALLERS, fake.OWN),
     ]
 
@@ -187,7 +191,7 @@ def test_a_changed_file_is_not_opened(tmp_path, library, weight):
     manifest = written(tmp_path, small=SMALL)
     (tmp_path / "small.engine").write_bytes(b"refused, had it been opened")
     with pytest.raises(ArtifactError, match="sha256 is"):
-        tensorrt.open_models(tmp_path, manifest, {"small": {"v": weight}}, CPU, None)
+        tensorrt.open_models(Opening(tmp_path, manifest, {"small": {"v": weight}}, CPU))
 
 
 def test_an_engine_that_fails_says_so(tmp_path, library, weight):
@@ -199,6 +203,109 @@ def test_an_engine_that_fails_says_so(tmp_path, library, weight):
 def test_the_artifacts_device_is_a_gpu_by_its_number_as_tensors_say_it(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     assert device_of(written(tmp_path, small=SMALL)) == torch.device("cuda:1")
+
+
+# --- what was compiled for the GPU -----------------------------------------------------------------------------------
+
+
+def compilations(library: fake.Library) -> list[str]:
+    """What happened to what was compiled, since this was asked last."""
+    said = [event[0] for event in library.events if event[0] in ("compile", "taken", "rejected")]
+    library.events.clear()
+    return said
+
+
+def cached(folder: Path) -> list[Path]:
+    return sorted(p for p in (folder / "cache").rglob("*") if p.is_file())
+
+
+def test_what_was_compiled_for_a_gpu_is_not_compiled_again_by_the_next_process(tmp_path, library, weight):
+    model = opened(tmp_path, weight, small=SMALL)["small"]
+    assert cached(tmp_path) == []
+    for _ in range(2):
+        model([torch.ones(X)])
+    assert compilations(library) == ["compile"]
+    assert [p.read_bytes() for p in cached(tmp_path)] == [b"compiled"]
+    opened(tmp_path, weight, small=SMALL)["small"]([torch.ones(X)])
+    assert compilations(library) == ["taken"]
+
+
+def test_it_is_kept_for_the_engine_the_library_and_the_gpu(tmp_path, library, weight, monkeypatch):
+    opened(tmp_path, weight, small=SMALL)["small"]([torch.ones(X)])
+    opened(tmp_path, weight, full=FULL)["full"]([torch.ones(X), torch.ones(UNREAD)])
+    assert compilations(library) == ["compile"] * 2
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(name="another GPU"))
+    opened(tmp_path, weight, small=SMALL)["small"]([torch.ones(X)])
+    assert compilations(library) == ["compile"]
+    assert len(cached(tmp_path)) == 3
+
+
+def test_what_the_library_rejects_is_compiled_anew_and_replaced(tmp_path, library, weight):
+    opened(tmp_path, weight, small=SMALL)["small"]([torch.ones(X)])
+    (file,) = cached(tmp_path)
+    file.write_bytes(b"of another driver")
+    library.events.clear()
+    opened(tmp_path, weight, small=SMALL)["small"]([torch.ones(X)])
+    assert compilations(library) == ["rejected", "compile"]
+    assert file.read_bytes() == b"compiled"
+
+
+@pytest.mark.parametrize("what", ["file", "folder", "cache", "link"])
+def test_what_others_could_have_written_is_not_read(tmp_path, library, weight, what):
+    """It is native code."""
+    opened(tmp_path, weight, small=SMALL)["small"]([torch.ones(X)])
+    (file,) = cached(tmp_path)
+    if what == "link":
+        file.rename(tmp_path / "elsewhere")
+        file.symlink_to(tmp_path / "elsewhere")
+    else:
+        {"file": file, "folder": file.parent, "cache": file.parent.parent}[what].chmod(0o777)
+    library.events.clear()
+    opened(tmp_path, weight, small=SMALL)["small"]([torch.ones(X)])
+    assert compilations(library) == ["compile"]
+
+
+def test_where_nothing_can_be_kept_it_runs_all_the_same(tmp_path, library, weight):
+    (tmp_path / "cache").write_text("in the way")
+    (y,) = opened(tmp_path, weight, small=SMALL)["small"]([torch.ones(X)])
+    assert torch.equal(y, torch.ones(X) @ weight)
+
+
+# --- CUDA graphs -----------------------------------------------------------------------------------------------------
+
+GRAPHS = {"cuda_graphs": True}
+
+
+def test_a_recorded_engine_computes_from_what_it_is_called_with(tmp_path, library, weight):
+    models = opened(tmp_path, weight, GRAPHS, full=FULL, small=SMALL)
+    drawn = [torch.randn(X, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
+    got = [(models["full"]([x, torch.zeros(UNREAD)])[0], models["small"]([x])[0]) for x in drawn]
+    for x, outputs in zip(drawn, got, strict=True):  # all at the end: outputs of one call are not those of the next
+        assert all(torch.equal(y, x @ weight) for y in outputs)
+    weight.zero_()  # as a weight that is swapped in place
+    assert not models["small"]([drawn[0]])[0].any()
+
+
+def test_it_is_enqueued_once_recorded_once_and_then_launched(tmp_path, library, weight):
+    model = opened(tmp_path, weight, GRAPHS, small=SMALL)["small"]
+    library.events.clear()
+    seen = []
+    for _ in range(4):
+        model([torch.ones(X)])
+        seen.append([event[0] for event in library.events if event[0] != "wait"])
+        waits = [event for event in library.events if event[0] == "wait"]
+        assert waits == [("wait", fake.OWN, fake.CALLERS), ("wait", fake.CALLERS, fake.OWN)]
+        library.events.clear()
+    assert seen == [["execute", "compile"], ["record", "execute"], [], []]
+
+
+def test_an_engine_that_cannot_be_recorded_is_enqueued_at_every_call(tmp_path, library, weight):
+    model = opened(tmp_path, weight, GRAPHS, small=changed(SMALL, capturable=False))["small"]
+    library.events.clear()
+    for seed in range(3):
+        x = torch.randn(X, generator=torch.Generator().manual_seed(seed))
+        assert torch.equal(model([x])[0], x @ weight)
+    assert [event[0] for event in library.events if event[0] in ("execute", "record")] == ["execute"] * 3
 
 
 # --- what the machine lacks ------------------------------------------------------------------------------------------
@@ -267,6 +374,8 @@ def test_an_engine_of_the_library_computes_what_torch_does(tmp_path):
     }
     manifest = written(tmp_path, full=graph | {"data": data})
     weight, given = torch.randn(64, 32, device="cuda"), torch.randn(16, 64, device="cuda")
-    models = tensorrt.open_models(tmp_path, manifest, {"full": {"w": weight}}, weight.device, None)
+    models = tensorrt.open_models(
+        Opening(tmp_path, manifest, {"full": {"w": weight}}, weight.device, tmp_path / "cache")
+    )
     (got,) = models["full"]([given])
     torch.testing.assert_close(got, given @ weight, rtol=1e-2, atol=1e-1)

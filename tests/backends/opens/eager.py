@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from prebake.runtime.backends import Model
+from prebake.runtime.backends import Model, Opening
 from prebake.runtime.manifest import Manifest, Requires
 
 
@@ -20,16 +20,10 @@ def package_problems(folder: Path, manifest: Manifest) -> Iterator[str]:
     return iter(())
 
 
-def open_models(
-    folder: Path,
-    manifest: Manifest,
-    constants: Mapping[str, Mapping[str, torch.Tensor]],
-    device: torch.device,
-    cache_dir: Path | None,
-) -> dict[str, Model]:
+def open_models(opening: Opening) -> dict[str, Model]:
     models: dict[str, Model] = {}
-    for graph in manifest.graphs:
-        module = torch.export.load(folder / graph.package).module()
-        bound = [tensor for _, tensor in sorted(constants[graph.name].items())]
+    for graph in opening.manifest.graphs:
+        module = torch.export.load(opening.folder / graph.package).module()
+        bound = [tensor for _, tensor in sorted(opening.constants[graph.name].items())]
         models[graph.name] = lambda inputs, module=module, bound=bound: [t.clone() for t in module(*inputs, *bound)]
     return models

@@ -1,0 +1,64 @@
+"""The operators that the kernels of this folder compute, with what they mean in torch: for fake tensors, and as the oracle."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from ..w8a8 import LEVELS, w8a8
+
+PANEL = 32
+"""Columns side by side in a packed weight: PANEL in w8a8.cpp."""
+
+
+@torch.library.custom_op("prebake::packed_w8a8", mutates_args=())
+def packed_w8a8(xs: list[Tensor], packed: Tensor, scale: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
+    """`prebake::w8a8` of `xs` [..., K_i] side by side, with a weight packed by `pack`; [..., N] in the widest of their dtypes.
+
+    `scale` and `bias` are float32 [N]; `gelu` applies GELU, by the hyperbolic tangent, to what comes out.
+    """
+    x = torch.cat(xs, -1)
+    y = w8a8(x, unpack(packed, x.shape[-1], len(scale)), scale, bias)
+    return torch.nn.functional.gelu(y, approximate="tanh") if gelu else y
+
+
+@packed_w8a8.register_fake
+def _(xs: list[Tensor], packed: Tensor, scale: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
+    dtype = functools.reduce(torch.promote_types, (x.dtype for x in xs))
+    return xs[0].new_empty(*xs[0].shape[:-1], len(scale), dtype=dtype)
+
+
+@torch.library.custom_op("prebake::attention", mutates_args=())
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """softmax(q kT scale) v without a mask, bfloat16: q [B, H, S, D], k and v [B, H, T, D]. Lies as [B, S, H, D] in memory."""
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale)
+    return out.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+@attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    b, h, s, d = q.shape
+    return q.new_empty(b, s, h, d).transpose(1, 2)
+
+
+def pack(weight: Tensor) -> Tensor:
+    """int8 [K, N] as w8a8.cpp reads it: for each PANEL of columns a row of bytes, first -128 times each column's sum as
+    int32, then the weights, four features of a column side by side. K is filled up to fours with zeros, N to whole panels."""
+    k, n = weight.shape
+    filled = torch.zeros(-(-k // 4) * 4, -(-n // PANEL) * PANEL, dtype=torch.int8)
+    filled[:k, :n] = weight
+    panels = filled.reshape(-1, 4, filled.shape[1] // PANEL, PANEL).permute(2, 0, 3, 1).flatten(1)
+    first = (-128 * filled.sum(0, dtype=torch.int64)).to(torch.int32).reshape(-1, PANEL)
+    return torch.cat([first.view(torch.int8), panels], 1).contiguous()
+
+
+def unpack(packed: Tensor, k: int, n: int) -> Tensor:
+    """The int8 [K, N] that was packed."""
+    panels = packed[:, 4 * PANEL :].reshape(len(packed), -1, PANEL, 4)
+    return panels.permute(1, 3, 0, 2).reshape(-1, len(packed) * PANEL)[:k, :n].contiguous()
+
+
+OPERATORS = (torch.ops.prebake.packed_w8a8.default, torch.ops.prebake.attention.default)
+__all__ = ["LEVELS", "OPERATORS", "PANEL", "attention", "pack", "packed_w8a8", "unpack"]

@@ -1,0 +1,144 @@
+"""Where a captured graph does what a kernel does, it calls the kernel.
+
+    before  y = gelu(w8a8(cat([a, b]), weight, scale, bias))
+            o = scaled_dot_product_attention(q, k, v)
+    after   y = packed_w8a8([a, b], weight_packed, scale, bias, True)
+            o = attention(q, k, v, scale)
+
+Attention in bfloat16 without a mask only: a kernel that changed a graph's precision would do it unasked.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ...capture import Captured
+from ...rewrite.fold import get_tensor
+from ...rewrite.prune import prune
+from .. import w8a8
+from .operators import attention, pack, packed_w8a8
+
+aten = torch.ops.aten
+SDPA = aten.scaled_dot_product_attention.default
+SDPA_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+
+
+class Packed:
+    """A packed weight, and the one it is made from, which lives as long, so that its address stays its own."""
+
+    def __init__(self, weight: Tensor):
+        self.weight = weight
+        self.tensor = pack(weight)
+
+
+PACKED: weakref.WeakValueDictionary[tuple[Any, ...], Packed] = weakref.WeakValueDictionary()
+"""What the graphs that are alive have packed: variants of a model share its weights, and go on sharing them."""
+
+
+def with_kernels(graph: Captured) -> Captured:
+    """The graph, calling kernels where they fit; the same tensors up to rounding."""
+    gm = fx.GraphModule(graph.gm, copy.deepcopy(graph.gm.graph))
+    kept: dict[str, Packed] = {}
+    for node in list(gm.graph.nodes):
+        if node.target is w8a8.OPERATOR.default:
+            multiply(gm, node, kept)
+        elif node.target is SDPA:
+            attend(gm, node)
+    gm.meta["packed"] = tuple(kept.values())
+    return replace(graph, gm=prune(gm))
+
+
+def multiply(gm: fx.GraphModule, node: fx.Node, kept: dict[str, Packed]) -> None:
+    """An int8 layer with what lies around it: a concatenation before, a GELU behind. Its packed weight is stored, its bias
+    in float32."""
+    x, weight, scale, bias = arguments(node, ("x", "weight", "scale", "bias"))
+    name = f"{weight.target}_packed"
+    if name not in kept:
+        kept[name] = packed(get_tensor(gm, str(weight.target)))
+        register(gm, name, kept[name].tensor)
+    if bias is not None and (value := get_tensor(gm, str(bias.target))).dtype != torch.float32:
+        register(gm, f"{bias.target}_float", value.detach().float())
+        with gm.graph.inserting_before(node):
+            bias = gm.graph.get_attr(f"{bias.target}_float")
+    last = gelu_of(node)
+    with gm.graph.inserting_before(node):
+        xs = [contiguous(gm, part) for part in joined(x)]
+        swap(gm, last or node, packed_w8a8, (xs, gm.graph.get_attr(name), scale, bias, last is not None))
+
+
+def joined(x: fx.Node) -> list[fx.Node]:
+    """What x concatenates by features, if that is all it does and nothing else reads it; otherwise x."""
+    if x.target not in (aten.cat.default, aten.concat.default) or len(x.users) > 1:
+        return [x]
+    parts, dim = arguments(x, ("tensors", "dim"))
+    rank = len(x.meta["val"].shape)
+    alike = all(p.meta["val"].dtype == x.meta["val"].dtype for p in parts)
+    return list(parts) if alike and (dim or 0) % rank == rank - 1 else [x]
+
+
+def gelu_of(node: fx.Node) -> fx.Node | None:
+    """The GELU by hyperbolic tangent that is the only reader of the node."""
+    (reader, *others) = node.users
+    if others or reader.target is not aten.gelu.default or reader.kwargs.get("approximate") != "tanh":
+        return None
+    return reader
+
+
+def packed(weight: Tensor) -> Packed:
+    key = (weight.data_ptr(), tuple(weight.shape), weight.stride())
+    made = PACKED.get(key)
+    if made is None:
+        made = PACKED[key] = Packed(weight)
+    return made
+
+
+def register(gm: fx.GraphModule, name: str, value: Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    gm.get_submodule(path).register_buffer(leaf, value)
+
+
+def attend(gm: fx.GraphModule, node: fx.Node) -> None:
+    """An attention, if it is one that the kernel does."""
+    q, k, v, mask, dropout, causal, scale, grouped = arguments(node, SDPA_ARGUMENTS)
+    shapes = [t.meta["val"].shape for t in (q, k, v)]
+    features = shapes[0][-1]
+    if (
+        mask is not None
+        or dropout
+        or causal
+        or grouped
+        or any(t.meta["val"].dtype != torch.bfloat16 or len(t.meta["val"].shape) != 4 for t in (q, k, v))
+        or any(shape[-1] != features for shape in shapes)
+        or features % 2
+    ):
+        return
+    with gm.graph.inserting_before(node):
+        inside = [t if t.meta["val"].stride(-1) == 1 else contiguous(gm, t) for t in (q, k, v)]
+        swap(gm, node, attention, (*inside, float(features**-0.5 if scale is None else scale)))
+
+
+def arguments(node: fx.Node, names: tuple[str, ...]) -> tuple[Any, ...]:
+    """A call's arguments by position, None for those that are left out."""
+    given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    return tuple(given.get(name) for name in names)
+
+
+def contiguous(gm: fx.GraphModule, x: fx.Node) -> fx.Node:
+    """x where it lies in order, and otherwise a copy."""
+    if x.meta["val"].is_contiguous():
+        return x
+    fresh = gm.graph.call_function(aten.clone.default, (x,), {"memory_format": torch.contiguous_format})
+    fresh.meta["val"] = x.meta["val"].contiguous()
+    return fresh
+
+
+def swap(gm: fx.GraphModule, node: fx.Node, operator: Any, args: tuple[Any, ...]) -> None:
+    fresh = gm.graph.call_function(operator._opoverload, args)
+    fresh.meta["val"] = node.meta["val"]
+    node.replace_all_uses_with(fresh)

@@ -1,5 +1,5 @@
-"""The commands `run` and `inspect`, and `check` from its own file. All work with the slim runtime alone; `inspect` and
-`--help` need no torch.
+"""The commands `run` and `inspect`; `check`, `push` and `pull` have files of their own. All work with the slim runtime alone;
+`inspect` and `--help` need no torch.
 
 Each command is a function from parsed arguments to an exit code. Errors are raised; whoever owns `main` prints them.
 """
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .cli_check import add_check
+from .cli_push import add_pull, add_push
 from .errors import ArtifactError
 from .manifest import Manifest, read_manifest
 from .plan import Plan
@@ -31,6 +32,8 @@ def add_commands(subparsers: Any) -> None:
     _add_run(subparsers)
     _add_inspect(subparsers)
     add_check(subparsers)
+    add_push(subparsers)
+    add_pull(subparsers)
 
 
 # --- run --------------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
+from ..runtime.streams import print_anything
 from .cli_bench import add_bench
 from .cli_calibrate import add_calibrate
 from .cli_export import add_export
@@ -35,6 +36,7 @@ EXPORT_EXTRA = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. What prebake refuses goes to stderr, a line per problem; anything else is a bug and keeps its traceback."""
+    print_anything()
     args = _parser().parse_args(argv)
     try:
         return args.run(args)

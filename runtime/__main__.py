@@ -5,9 +5,11 @@ import sys
 
 from .cli import add_commands
 from .errors import PrebakeError
+from .streams import print_anything
 
 
 def main(argv: list[str] | None = None) -> int:
+    print_anything()
     parser = argparse.ArgumentParser(prog="python -m prebake.runtime", description="Replays and describes artifacts.")
     add_commands(parser.add_subparsers(dest="command", metavar="command", required=True))
     args = parser.parse_args(argv)

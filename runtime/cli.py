@@ -20,6 +20,7 @@ from .cli_push import add_pull, add_push
 from .errors import ArtifactError
 from .manifest import Manifest, read_manifest
 from .plan import Plan
+from .streams import text
 
 SIGNS = "10abcdefghijklmnopqrstuvwxyz"  # of variants in a step strip: 1 computes everything
 FPS = 8  # what CogVideoX was trained on
@@ -44,7 +45,9 @@ def _add_run(subparsers: Any) -> None:
         "run", help="make images or videos from an artifact", description="Makes images or videos from an artifact."
     )
     parser.add_argument("artifact", metavar="ARTIFACT", help="an artifact's folder")
-    parser.add_argument("prompts", nargs="+", metavar="PROMPT", help="what to draw; one image or more for each")
+    parser.add_argument(
+        "prompts", nargs="+", type=text, metavar="PROMPT", help="what to draw; one image or more for each"
+    )
     parser.add_argument("--image", metavar="FILE", help="a picture to begin with, where a model takes one")
     parser.add_argument(
         "--strength",
@@ -63,7 +66,10 @@ def _add_run(subparsers: Any) -> None:
     parser.add_argument("--steps", type=int, help="one of the artifact's plans (default: the artifact's own)")
     parser.add_argument("--guidance-scale", type=float, metavar="SCALE", help="default: the artifact's own")
     parser.add_argument(
-        "--negative-prompt", metavar="TEXT", help="what to guide away from, where a model takes it (default: nothing)"
+        "--negative-prompt",
+        type=text,
+        metavar="TEXT",
+        help="what to guide away from, where a model takes it (default: nothing)",
     )
     parser.add_argument("--no-cache", action="store_true", help="compute everything at every step")
     parser.add_argument(

@@ -7,7 +7,7 @@ that one artifact serves every processor of the family. int8 Linears are those o
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +18,28 @@ import torch
 from pydantic import ValidationError
 
 from ...runtime.errors import RecipeError, misfit
+from ..capture import Captured
 from ..tables import Table
-from . import Groups
+from . import Files, Groups, Made
 from .isa import int8_flags
 from .onnx_graph import located, onnx_model, places
 from .onnx_rewrite import rewritten
 from .w8a8 import quantized
 
-__all__ = ["CHANNELS_LAST", "adapted", "bind", "lower", "quantized", "requires", "rewritten", "toolchain"]
+__all__ = [
+    "CHANNELS_LAST",
+    "adapted",
+    "bind",
+    "lower",
+    "quantized",
+    "reproducible",
+    "requires",
+    "rewritten",
+    "toolchain",
+]
 
 CHANNELS_LAST = False
+MODEL = "model.onnx"
 
 
 class Options(Table):
@@ -47,17 +59,26 @@ def adapted(recipe: Any) -> tuple[Any, tuple[str, ...]]:
     return recipe.model_copy(update={"precision": precision}), (said,)
 
 
-def lower(folder: Path, groups: Groups, config: Any, doing: Callable[[str], None]) -> dict[str, str]:
+def lower(folder: Path, groups: Groups, config: Any, made: Made) -> dict[str, str]:
     """A model for each graph. Raises RecipeError for options that there are not."""
     options(config)
     (folder / "graphs").mkdir(exist_ok=True)
     paths = {}
     for component, graphs in groups.items():
         for graph in graphs:
-            doing(f"{component}: {graph.name}" if component != graph.name else component)
             paths[graph.name] = f"graphs/{graph.name}.onnx"
-            (folder / paths[graph.name]).write_bytes(onnx_model(graph).SerializeToString(deterministic=True))
+            (folder / paths[graph.name]).write_bytes(made(component, graph, translated)[MODEL])
     return paths
+
+
+def translated(graph: Captured) -> Files:
+    """The graph's model."""
+    return {MODEL: onnx_model(graph).SerializeToString(deterministic=True)}
+
+
+def reproducible(config: Any) -> bool:
+    """Always: kernels are chosen where a model is opened."""
+    return True
 
 
 def bind(folder: Path, paths: Mapping[str, str], bound: Mapping[str, Mapping[str, str]]) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import Any, Literal
@@ -30,7 +30,7 @@ from ...runtime.extras import way_to
 from ..capture import Captured
 from ..rewrite.fold import get_tensor
 from ..tables import Table
-from . import Groups, onnx_rewrite
+from . import Files, Groups, Made, onnx_rewrite
 from .onnx_graph import onnx_model
 from .w8a8 import quantized as quantized  # by one operator that ONNX models have a form for
 
@@ -38,6 +38,7 @@ CHANNELS_LAST = True
 CONVOLUTIONS = (torch.ops.aten.conv2d.default, torch.ops.aten.convolution.default)
 SUFFIX = ".engine"
 REPORTS = "reports/engines"
+ENGINE, LAYERS = "model.engine", "layers.json"
 
 
 class Options(Table):
@@ -124,21 +125,30 @@ def rewritten(graph: Captured) -> Captured:
     return made
 
 
-def lower(folder: Path, groups: Groups, config: Any, doing: Callable[[str], None]) -> dict[str, str]:
+def lower(folder: Path, groups: Groups, config: Any, made: Made) -> dict[str, str]:
     """An engine for each graph, and its layers in `reports/engines`."""
     chosen = options(config)
     trt = library(chosen)
+
+    def built(graph: Captured) -> Files:
+        engine, layers = build(trt, graph, chosen)
+        return {ENGINE: engine, LAYERS: (json.dumps(layers, indent=1) + "\n").encode()}
+
     (folder / "graphs").mkdir(parents=True, exist_ok=True)
     (folder / REPORTS).mkdir(parents=True, exist_ok=True)
     paths = {}
     for component, graphs in groups.items():
         for graph in graphs:
-            doing(f"{component}: {graph.name}" if component != graph.name else component)
-            engine, layers = build(trt, graph, chosen)
+            files = made(component, graph, built)
             paths[graph.name] = f"graphs/{graph.name}{SUFFIX}"
-            (folder / paths[graph.name]).write_bytes(engine)
-            (folder / REPORTS / f"{graph.name}.json").write_text(json.dumps(layers, indent=1) + "\n", "utf-8")
+            (folder / paths[graph.name]).write_bytes(files[ENGINE])
+            (folder / REPORTS / f"{graph.name}.json").write_bytes(files[LAYERS])
     return paths
+
+
+def reproducible(config: Any) -> bool:
+    """TensorRT chooses kernels by their times on its GPU. TensorRT-RTX, which builds without one, gives the same bytes."""
+    return options(config).flavour == "rtx"
 
 
 def build(trt: Any, graph: Captured, chosen: Options) -> tuple[bytes, list[dict[str, Any]]]:

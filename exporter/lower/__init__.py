@@ -40,11 +40,13 @@ class Backend(Protocol):
     CHANNELS_LAST: bool
 
     def adapted(self, recipe: Recipe) -> tuple[Recipe, tuple[str, ...]]:
-        """The recipe as this backend can do it, asked before the model is loaded, and a sentence for each change."""
+        """The recipe as this backend can do it, asked before the model is loaded, and a sentence for each change. Raises
+        RecipeError for what it cannot, and for options that it has not."""
         ...
 
-    def quantized(self, model: nn.Module, names: set[str]) -> None:
-        """Makes the Linears of these names int8, in place: weights by row, activations by token as they come."""
+    def quantized(self, model: nn.Module, names: set[str], method: str) -> None:
+        """Makes the Linears of these names what `method` of the recipe's `quantize` table says, in place: weights by row,
+        activations by token as they come."""
         ...
 
     def rewritten(self, graph: Captured) -> Captured:

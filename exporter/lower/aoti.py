@@ -28,11 +28,13 @@ import torch
 from torch import nn
 
 from ...runtime.elf import EXECUTABLE, GNU_STACK
-from ...runtime.errors import ExportError
+from ...runtime.errors import ExportError, RecipeError
 from ..capture import Captured
+from ..tables import Table
 from ..toolchain import glibc_version
 from . import Files, Groups, Made
 from .isa import choose, host_flags, inductor_flags, int8_flags
+from .options import options
 
 PACKAGED = {
     "aot_inductor.package": True,
@@ -65,7 +67,14 @@ def flags(config: Any) -> dict[str, Any]:
 
 
 def adapted(recipe: Any) -> tuple[Any, tuple[str, ...]]:
-    """As it is."""
+    """As it is. Raises RecipeError for options, of which there are none, and for fp8: on the CPU torch makes such products by
+    way of wider numbers, and slower than those of float32 (docs/backends.md)."""
+    options(recipe.compile, Table)
+    if recipe.quantize.method == "fp8_dynamic":
+        raise RecipeError(
+            "quantize.method 'fp8_dynamic': AOTInductor's models run on the CPU, which multiplies fp8 slower than float32; "
+            "set quantize.method=int8_dynamic, or compile.backend=tensorrt"
+        )
     return recipe, ()
 
 
@@ -130,7 +139,7 @@ def requires(recipe: Any) -> dict[str, Any]:
     }
 
 
-def quantized(model: nn.Module, names: set[str]) -> None:
+def quantized(model: nn.Module, names: set[str], method: str) -> None:
     """By torchao, whose tensor subclasses are unwrapped at the end, so that every stored weight is a plain tensor."""
     from torch._functorch._aot_autograd.subclass_parametrization import unwrap_tensor_subclass_parameters
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_

@@ -21,7 +21,7 @@ def adapted(recipe: Any) -> tuple[Any, tuple[str, ...]]:
     return recipe, ()
 
 
-def quantized(model: nn.Module, names: set[str]) -> None:
+def quantized(model: nn.Module, names: set[str], method: str) -> None:
     raise ExportError("compile.backend 'eager' has no int8; set quantize.method=none")
 
 

@@ -1,6 +1,6 @@
 """The command `prebake`: arguments come in, an exit code of `runtime/errors.py` comes out.
 
-`recipes` and `verify` are here, `export`, `sign`, `bench`, `plan` and `calibrate` in files of their names (`cli_bench.py`, ...),
+`recipes` and `verify` are here, `export`, `sign`, `bench`, `plan`, `cache` and `calibrate` in files of their names (`cli_bench.py`, ...),
 `run` and `inspect` in `runtime/cli.py`. torch and diffusers are imported by the commands that need them and never for `--help`.
 """
 
@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ..runtime.streams import print_anything
 from .cli_bench import add_bench
+from .cli_cache import add_cache
 from .cli_calibrate import add_calibrate
 from .cli_export import add_export
 from .cli_options import add_how, add_overrides, mode, positive, print_json
@@ -94,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     add_sign(commands)
     add_bench(commands)
     add_plan(commands)
+    add_cache(commands)
     _add_recipes(commands)
     add_runtime_commands(commands)
     return parser

@@ -33,6 +33,7 @@ from .families.picture import VAE_ENCODER
 from .guidance import with_planes
 from .layout import Layout
 from .lower import backend
+from .making import Making
 from .marks import Mark, Variant
 from .package import Weights
 from .plan import Planned, plan, without_dead
@@ -42,7 +43,7 @@ from .recipe import Recipe
 from .record import Recording
 from .rewrite import DENOISERS, Layers, rewrite
 from .sites import VariantModule
-from .store import Making, Store
+from .store import Store
 from .toolchain import versions
 from .verify import settle_verdict, write_golden
 

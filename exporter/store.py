@@ -3,6 +3,7 @@
 An entry is one file, written beside its place and renamed, so that a killed export leaves none that is half, and several
 exports may use a folder at once. It begins with a hash of the rest: what is damaged is removed and compiled anew. Entries that
 were used longest ago go where the folder outgrows its limit. It holds code that will be run: only this user may write there.
+`making.py` asks it for every graph.
 """
 
 from __future__ import annotations
@@ -10,25 +11,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..runtime.scratch import scratch, sweep
 from ..runtime.unpack import default_cache, is_private
-from .capture import Captured
-from .fingerprint import fingerprint, toolchain
 from .lower import Files
-from .progress import Progress
-from .recipe import Recipe
 
 LIMIT_BYTES = 4 << 30
-SUFFIX, PARTIAL = ".graph", ".partial"
-COMPILED, FROM_CACHE = "compiled", "from the cache"
-ABANDONED = 3600  # seconds after which nobody is still writing a partial file
+SUFFIX, PARTIAL = ".graph", ".partial-"
 
 
 class Damaged(Exception):
@@ -74,15 +68,10 @@ class Store:
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not is_private(self.folder):
             raise PermissionError(f"{self.folder} can be written by other users")
-        descriptor, partial = tempfile.mkstemp(suffix=PARTIAL, dir=self.folder)  # mode 0600
-        try:
-            with open(descriptor, "wb") as file:
-                file.write(written(key, files, about))
-            os.replace(partial, self.path(key))
-        except BaseException:
-            with suppress(OSError):
-                os.unlink(partial)
-            raise
+        with scratch(self.folder, PARTIAL) as folder:
+            fresh = folder / "entry"
+            fresh.write_bytes(written(key, files, about))
+            os.replace(fresh, self.path(key))
         self.prune(self.limit_bytes)
 
     def remove(self, key: str) -> None:
@@ -98,10 +87,7 @@ class Store:
     def prune(self, limit_bytes: int) -> list[Entry]:
         """Removes what was used longest ago until no more than this is left, and what killed exports left; the entries that
         it removed."""
-        for partial in self.folder.glob(f"*{PARTIAL}"):
-            with suppress(FileNotFoundError):
-                if time.time() - partial.stat().st_mtime > ABANDONED:
-                    partial.unlink()
+        sweep(self.folder, PARTIAL)
         total, removed = 0, []
         for found in self.entries():
             total += found.size
@@ -145,67 +131,3 @@ def entry(path: Path) -> Entry | None:
     except (ValueError, KeyError, TypeError):
         about = {}
     return Entry(path, info.st_size, info.st_mtime, about)
-
-
-# --- while graphs are lowered ---------------------------------------------------------------------------------------
-
-
-@dataclass
-class Making:
-    """What a backend asks for each graph's files (`lower.Made`): from the store, where there is one, else compiled.
-
-    Which it was is told to `progress`. Whatever is wrong with a store costs the time of compiling and a note, and never an
-    export.
-    """
-
-    progress: Progress
-    store: Store | None = None
-    tools: str = ""
-    about: Mapping[str, Any] = field(default_factory=dict)
-    digests: dict[int, str] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, recipe: Recipe, model: str, store: Store | None, progress: Progress) -> Making:
-        """For the graphs of a recipe. `model` is told by `prebake cache`, and is no part of a fingerprint."""
-        if store is None:
-            return cls(progress)
-        return cls(progress, store, toolchain(recipe), {"model": model, "backend": recipe.compile.backend})
-
-    def __call__(self, component: str, graph: Captured, compiled: Callable[[Captured], Files]) -> Files:
-        title = f"{component}: {graph.name}" if component != graph.name else component
-        key = fingerprint(graph, self.tools, self.digests) if self.store else None
-        if key and (files := self.kept(key)):
-            self.progress.doing(f"{title}, {FROM_CACHE}")
-            self.progress.graphs[graph.name] = FROM_CACHE
-            return files
-        self.progress.doing(title)
-        begun = time.perf_counter()
-        files = compiled(graph)
-        self.progress.graphs[graph.name] = COMPILED
-        if key:
-            self.keep(key, files, {**self.about, "graph": graph.name, "seconds": round(time.perf_counter() - begun, 2)})
-        return files
-
-    def kept(self, key: str) -> Files | None:
-        assert self.store
-        try:
-            return self.store.get(key)
-        except (Damaged, OSError) as e:
-            self.progress.note(f"{self.store.path(key)}: cannot be used ({e}), so the graph is compiled anew")
-            with suppress(OSError):
-                self.store.remove(key)
-        return None
-
-    def keep(self, key: str, files: Files, about: Mapping[str, Any]) -> None:
-        assert self.store
-        try:
-            self.store.put(key, files, about)
-        except OSError as e:
-            self.progress.note(f"{self.store.folder}: nothing can be kept there ({e}); the next export compiles again")
-            self.store = None
-
-    def summary(self) -> str:
-        """Which graphs were compiled, and which were not."""
-        origins = self.progress.graphs
-        groups = {origin: [n for n in origins if origins[n] == origin] for origin in (COMPILED, FROM_CACHE)}
-        return "; ".join(f"{origin}: {', '.join(names)}" for origin, names in groups.items() if names)

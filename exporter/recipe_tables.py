@@ -103,13 +103,13 @@ class Dynamic(Table):
 class Int8Dynamic(Dynamic):
     """In integers, as torchao's `Int8DynamicActivationInt8WeightConfig`."""
 
-    method: Literal["int8_dynamic"] = "int8_dynamic"
+    method: Literal["int8_dynamic"] = "int8_dynamic"  # pyright: ignore[reportIncompatibleVariableOverride]  (frozen)
 
 
 class Fp8Dynamic(Dynamic):
     """In float8_e4m3fn, as torchao's `Float8DynamicActivationFloat8WeightConfig` by rows: for GPUs from compute capability 8.9 on."""
 
-    method: Literal["fp8_dynamic"] = "fp8_dynamic"
+    method: Literal["fp8_dynamic"] = "fp8_dynamic"  # pyright: ignore[reportIncompatibleVariableOverride]  (frozen)
 
 
 class Attention(Table):

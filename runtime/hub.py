@@ -86,7 +86,7 @@ class Hub:
             bar.file(path, size)
         commit = self.head
         try:
-            with asked(self), bars(bar.library):
+            with asked(self), telling(bar.library):
                 self.api.snapshot_download(
                     self.repo, revision=commit, local_dir=into, allow_patterns=[glob.escape(path) for path in files]
                 )
@@ -127,7 +127,7 @@ class Hub:
         bar.begin(f"upload {len(paths)} files")
         for path in paths:
             bar.file(path, (folder / path).stat().st_size)
-        with asked(self), bars(bar.library):
+        with asked(self), telling(bar.library):
             operations = [
                 *(CommitOperationAdd(path_in_repo=path, path_or_fileobj=folder / path) for path in paths),
                 *(CommitOperationDelete(path_in_repo=path, is_folder=False) for path in gone),
@@ -172,18 +172,22 @@ def is_content(file: Any, path: Path, sha256: str | None) -> bool:
 
 
 @contextmanager
-def bars(shown: bool) -> Iterator[None]:
-    """huggingface_hub's own bars, or none, for the length of the block."""
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+def telling(shown: bool) -> Iterator[None]:
+    """huggingface_hub's own bars and warnings (such as that a connection broke and is taken up), or none, in the block."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, logging
 
-    if shown or are_progress_bars_disabled():
+    if shown:
         yield
         return
+    disabled, verbosity = are_progress_bars_disabled(), logging.get_verbosity()
     disable_progress_bars()
+    logging.set_verbosity_error()
     try:
         yield
     finally:
-        enable_progress_bars()
+        logging.set_verbosity(verbosity)
+        if not disabled:
+            enable_progress_bars()
 
 
 # --- what the Hub says ------------------------------------------------------------------------------------------------

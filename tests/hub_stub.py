@@ -31,7 +31,13 @@ class Stub:
         self.cuts: dict[str, int] = {}  # path -> bytes that are sent of it before the connection breaks, once
         self.flips: set[str] = set()  # paths of which a byte is sent wrong
         self.loses: set[str] = set()  # paths that a commit leaves out
+        self.spoils: set[str] = set()  # paths of which a commit changes a byte
+        self.meanwhile: dict[str, bytes] | None = None  # what somebody else commits before the next commit
+        self.forbidden = False  # whether nobody may commit
         self.refused_after: int | None = None  # uploads of large files that are taken before all are refused
+        self.tokens: set[str] = set()  # that came with calls of the API
+        self.environment: dict[str, str] = {}  # for processes that are to use this Hub
+        self.stalled: dict[str, threading.Event] = {}  # path -> when it may be sent
 
     def create(self, repo: str, files: dict[str, bytes] | None = None, branch: str = "main") -> str:
         return self.commit(repo, branch, {".gitattributes": b"*.safetensors lfs\n", **(files or {})})
@@ -44,6 +50,15 @@ class Stub:
 
     def files(self, repo: str, branch: str = "main") -> dict[str, bytes]:
         return self.commits[self.branches[repo][branch]]
+
+    @contextmanager
+    def stalling(self, path: str):
+        """For the length of the block, that file is asked for and does not come."""
+        self.stalled[path] = threading.Event()
+        try:
+            yield
+        finally:
+            self.stalled.pop(path).set()
 
     def sent(self, method: str, pattern: str) -> list[str]:
         """The paths of those requests of a method that match."""
@@ -71,6 +86,11 @@ def is_large(path: str) -> bool:
 
 def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
+
+
+def flipped(data: bytes) -> bytes:
+    """Those bytes, but for a bit of the last one."""
+    return data[:-1] + bytes([data[-1] ^ 1])
 
 
 def entry(path: str, data: bytes) -> dict:
@@ -105,6 +125,8 @@ class _Handler(BaseHTTPRequestHandler):
     def answer(self):
         path = unquote(urlsplit(self.path).path)
         self.stub.log.append((self.command, path, self.headers.get("Range")))
+        if path.startswith("/api/models/"):
+            self.stub.tokens.add(self.headers.get("Authorization", ""))
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         for pattern, method in ROUTES:
             if match := re.fullmatch(pattern, f"{self.command} {path}"):
@@ -167,7 +189,7 @@ class _Handler(BaseHTTPRequestHandler):
         wanted = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or "")
         begin = int(wanted[1]) if wanted else 0
         if path in self.stub.flips:
-            data = data[:-1] + bytes([data[-1] ^ 1])
+            data = flipped(data)
         if wanted:
             headers["Content-Range"] = f"bytes {begin}-{len(data) - 1}/{len(data)}"
         self.send_response(206 if wanted else 200)
@@ -176,6 +198,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "HEAD":
             return
+        if event := self.stub.stalled.get(path):
+            event.wait()
         cut = self.stub.cuts.pop(path, None)
         self.wfile.write(data[begin:cut])
         if cut is not None:
@@ -228,6 +252,10 @@ class _Handler(BaseHTTPRequestHandler):
         return self.say(200, {})
 
     def make_commit(self, body, repo, branch):
+        if self.stub.forbidden:
+            return self.say(403, {"error": "this token may only read"})
+        if self.stub.meanwhile is not None:
+            self.stub.commit(repo, branch, self.stub.meanwhile)
         header, *operations = [json.loads(line) for line in body.splitlines()]
         found = self.files_of(repo, branch)
         if not found:
@@ -243,6 +271,8 @@ class _Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = self.stub.large[value["oid"]]
             elif operation["key"] == "deletedFile":
                 del files[value["path"]]
+        for path in self.stub.spoils & files.keys():
+            files[path] = flipped(files[path])
         made = self.stub.commit(repo, branch, {p: data for p, data in files.items() if p not in self.stub.loses})
         self.stub.messages.append(header["value"]["summary"])
         return self.say(200, {"commitUrl": f"http://{self.headers['Host']}/{repo}/commit/{made}", "commitOid": made})

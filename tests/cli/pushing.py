@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -25,9 +26,9 @@ def artifact_in(folder: Path) -> Path:
     return folder
 
 
-def another(folder: Path) -> Path:
-    """One whose plan is another, and whose code and weights are the same."""
-    paper.build(folder)
+def another(artifact: Path, folder: Path) -> Path:
+    """One like it, without the report, whose plan is another; its code and weights are the same."""
+    shutil.copytree(artifact, folder, ignore=shutil.ignore_patterns("reports"))
     (folder / PLAN).write_text(paper.PLAN.model_dump_json(indent=1))
     paper.relist(folder)
     return folder

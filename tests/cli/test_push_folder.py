@@ -239,7 +239,7 @@ def test_the_same_artifact_is_compared_and_not_copied(artifact, target):
 
 def test_another_artifact_takes_force_and_shares_what_is_the_same(artifact, target, tmp_path):
     pulled(FolderOrigin(artifact), target)
-    newer = another(tmp_path / "newer")
+    newer = another(artifact, tmp_path / "newer")
     (line,) = refused(RecipeError, pulled, FolderOrigin(newer), target)
     assert line == f"{target}: already exists, and is not that artifact; replace it with --force"
     assert held(target) == held(artifact)
@@ -253,7 +253,7 @@ def test_another_artifact_takes_force_and_shares_what_is_the_same(artifact, targ
 
 def test_a_refused_replacement_leaves_the_one_before(artifact, target, tmp_path):
     pulled(FolderOrigin(artifact), target)
-    refused(ArtifactError, pulled, Flipping(another(tmp_path / "newer"), PLAN), target, force=True)
+    refused(ArtifactError, pulled, Flipping(another(artifact, tmp_path / "newer"), PLAN), target, force=True)
     assert held(target) == held(artifact)
 
 

@@ -1,5 +1,6 @@
 """The compiled toy, kept from one run to the next."""
 
+import fcntl
 import hashlib
 import tempfile
 from pathlib import Path
@@ -17,8 +18,10 @@ def kept_toy(config) -> Path:
     """
     recipe = Path(toy.__file__).read_bytes() + torch.__version__.encode() + "".join(sorted(cpu_flags())).encode()
     folder = config.cache.mkdir("prebake-toy") / hashlib.sha256(recipe).hexdigest()[:16]
-    if not folder.exists():
-        fresh = Path(tempfile.mkdtemp(dir=folder.parent))
-        toy.build(fresh, toy.Eager())
-        fresh.rename(folder)
+    with (folder.parent / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            fresh = Path(tempfile.mkdtemp(dir=folder.parent))
+            toy.build(fresh, toy.Eager())
+            fresh.rename(folder)
     return folder

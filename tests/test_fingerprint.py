@@ -104,6 +104,7 @@ def test_the_name_of_a_graph_is_no_part_of_it():
     assert key(dataclasses.replace(small(), name="other")) == key(small())
 
 
+@pytest.mark.slow
 def test_it_is_the_same_in_every_process():
     """Whatever the order of sets is there."""
     code = "import test_fingerprint as t; print(t.key(t.small(), t.toolchain(t.recipe())))"

@@ -56,8 +56,10 @@ class AttachedReplayer:
 
     @cached_property
     def loaded(self) -> source.Loaded:
-        """The pipeline that the artifact is attached to."""
-        return load(self.recipe, self.model, None)
+        """The pipeline that the artifact is attached to, on its device. Noise is drawn on the CPU all the same."""
+        loaded = load(self.recipe, self.model, None)
+        loaded.pipe.to(self.artifact.device)
+        return loaded
 
     def draw(self, prompt: str, seed: int, plan: Plan) -> Drawn:
         """One picture, by that plan. Raises ExportError for a prompt that the artifact does not cover."""
@@ -138,13 +140,13 @@ def load(recipe: Recipe, model: str, dtypes: dict[str, torch.dtype] | None) -> s
 
 
 def drawn(recipe: Recipe, loaded: source.Loaded, prompt: str, seed: int, steps: int, calls: Sequence[Call]) -> Drawn:
-    """One call of the pipeline as it is now. `calls` are what was on record when it is done."""
+    """One call of the pipeline as it is now, in the CPU's memory. `calls` are what was on record when it is done."""
     pipe = loaded.pipe
     with stepping(pipe.scheduler) as last:
         start = time.perf_counter()
         result = pipe(**requested_by(recipe, loaded, prompt, output_type="pt")(steps, seed))
         seconds = time.perf_counter() - start
-    return Drawn(picture(type(pipe).__name__, result), last[-1], seconds, tuple(calls))
+    return Drawn(picture(type(pipe).__name__, result).cpu(), last[-1].cpu(), seconds, tuple(calls))
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
 """The command `prebake`: arguments come in, an exit code of `runtime/errors.py` comes out.
 
-`recipes` and `verify` are here, `export`, `sign`, `bench`, `plan` and `calibrate` in files of their names (`cli_bench.py`, ...),
+`recipes` and `verify` are here, `export`, `sign`, `bench`, `plan`, `cache` and `calibrate` in files of their names (`cli_bench.py`, ...),
 `run` and `inspect` in `runtime/cli.py`. torch and diffusers are imported by the commands that need them and never for `--help`.
 """
 
@@ -12,7 +12,9 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
+from ..runtime.streams import print_anything
 from .cli_bench import add_bench
+from .cli_cache import add_cache
 from .cli_calibrate import add_calibrate
 from .cli_export import add_export
 from .cli_options import add_how, add_overrides, mode, positive, print_json
@@ -35,6 +37,7 @@ EXPORT_EXTRA = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. What prebake refuses goes to stderr, a line per problem; anything else is a bug and keeps its traceback."""
+    print_anything()
     args = _parser().parse_args(argv)
     try:
         return args.run(args)
@@ -92,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     add_sign(commands)
     add_bench(commands)
     add_plan(commands)
+    add_cache(commands)
     _add_recipes(commands)
     add_runtime_commands(commands)
     return parser

@@ -60,6 +60,14 @@ def add_export(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--junit", type=Path, metavar="FILE", help="write a JUnit report, with a test case for each export"
     )
+    cache = parser.add_mutually_exclusive_group()
+    cache.add_argument(
+        "--cache-dir",
+        type=Path,
+        metavar="DIR",
+        help="where compiled graphs are kept for further exports (default: $XDG_CACHE_HOME/prebake/compiled)",
+    )
+    cache.add_argument("--no-cache", action="store_true", help="compile every graph, and keep none")
     add_how(parser)
     parser.set_defaults(run=_export)
 
@@ -99,16 +107,19 @@ def _exported(recipe: Recipe, row: Row, args: argparse.Namespace) -> dict[str, A
     from .pipeline import Options, export, prepare
     from .progress import progress
     from .recipe import folder_of
+    from .store import Store, default_folder
 
     near = folder_of(row.recipe)
-    options = Options(force=args.force, keep_failed=args.keep_failed, verify=not args.no_verify, near=near)
+    store = None if args.no_cache else Store(args.cache_dir or default_folder())
+    options = Options(force=args.force, keep_failed=args.keep_failed, verify=not args.no_verify, near=near, store=store)
     with progress(mode(args)) as shown:
         if args.dry_run:
             prepared = prepare(recipe, shown, near=near)
             with shown.stage("forecast"):
                 result = forecast.describe(prepared, forecast.forecasts(prepared))
         else:
-            result = {"artifact": str(export(recipe, row.output or default_output(recipe), options, shown))}
+            artifact = export(recipe, row.output or default_output(recipe), options, shown)
+            result = {"artifact": str(artifact), "graphs": shown.graphs}
     return {**result, "seconds": shown.seconds}
 
 

@@ -26,7 +26,10 @@ from .lower import w8a8
 
 FLOP_FORMULAS = {
     torch.ops.aten._int_mm: lambda a, b, *rest, **kwargs: mm_flop(a, b),
-    w8a8.OPERATOR: lambda x, weight, *rest, **kwargs: mm_flop((math.prod(x[:-1]), x[-1]), weight),
+    **dict.fromkeys(
+        (w8a8.OPERATOR, w8a8.FP8_OPERATOR),
+        lambda x, weight, *rest, **kwargs: mm_flop((math.prod(x[:-1]), x[-1]), weight),
+    ),
     # torch counts the attention of every device but this one, which it silently takes for free
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *rest, **kwargs: sdpa_flop_count(
         q, k, v

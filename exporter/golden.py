@@ -42,6 +42,7 @@ class Tolerance:
 # The same machine gives the same bits, with any number of threads seen so far. The room is for another CPU.
 TOLERANCES = {
     "int8": Tolerance(0.05, 30.0, "another CPU rounds elsewhere, which moves int8 activations to a neighbouring code"),
+    "fp8": Tolerance(0.05, 30.0, "another GPU rounds elsewhere, which moves fp8 activations to a neighbouring number"),
     "bfloat16": Tolerance(0.05, 30.0, "another CPU takes other bfloat16 kernels, which round elsewhere"),
     "float16": Tolerance(0.02, 35.0, "another CPU takes other float16 kernels, which round elsewhere"),
     "float32": Tolerance(1e-3, 60.0, "another CPU takes other float32 kernels, which add in another order"),
@@ -205,7 +206,10 @@ def replay_golden(replayer: Replayer, plan: Plan) -> Replayed:
 
 def tolerance_of(manifest: Manifest) -> Tolerance:
     """That of the coarsest arithmetic in the graphs."""
-    if any(kind == "int8" for kind, _ in manifest.layers.values()):
+    treatments = {treatment for treatment, _ in manifest.layers.values()}
+    if "fp8" in treatments:
+        return TOLERANCES["fp8"]
+    if "int8" in treatments:
         lacking = manifest.requires.machine == "x86_64" and not {"avx512_vnni", "avx_vnni"} & cpu_flags()
         return replace(TOLERANCES["int8"], way_out=NO_VNNI) if lacking else TOLERANCES["int8"]
     used = set(manifest.recipe.get("precision", {}).values())

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 
 from ..runtime.errors import ExportError
+from ..runtime.hub import chain, first_line
 
 
 def download(model: str, revision: str | None) -> Path:
@@ -49,15 +49,3 @@ def reason(model: str, revision: str | None, error: BaseException) -> str:
             f"HF_HUB_OFFLINE), or give the folder of a pipeline; the cause: {first_line(error)}"
         )
     return f"the hub says {first_line(error)}"
-
-
-def chain(error: BaseException | None) -> Iterator[BaseException]:
-    """The error and what led to it, the latest first."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
-def first_line(error: BaseException) -> str:
-    """`Type: its first line`."""
-    return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])

@@ -33,6 +33,7 @@ from .families.picture import VAE_ENCODER
 from .guidance import with_planes
 from .layout import Layout
 from .lower import backend
+from .making import Making
 from .marks import Mark, Variant
 from .package import Weights
 from .plan import Planned, plan, without_dead
@@ -42,6 +43,7 @@ from .recipe import Recipe
 from .record import Recording
 from .rewrite import DENOISERS, Layers, rewrite
 from .sites import VariantModule
+from .store import Store
 from .toolchain import versions
 from .verify import settle_verdict, write_golden
 
@@ -61,12 +63,14 @@ FAMILIES = {
 @dataclass(frozen=True)
 class Options:
     """Choices of one run that do not belong to a recipe. `keep_failed` writes an artifact that misses its thresholds,
-    marked as failed; `verify=False` writes it unverified; `near` is where the recipe's file lies, and the files it names."""
+    marked as failed; `verify=False` writes it unverified; `near` is where the recipe's file lies, and the files it names.
+    `store` keeps what graphs were compiled into; None compiles each."""
 
     force: bool = False
     keep_failed: bool = False
     verify: bool = True
     near: Path | None = None
+    store: Store | None = None
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,7 @@ def export(recipe: Recipe, output: Path, options: Options, progress: Progress) -
     """Writes the artifact folder `output` and returns it. Raises RecipeError or ExportError; then nothing is written."""
     with package.staged(output, force=options.force) as folder:
         prepared = prepare(recipe, progress, near=options.near)
-        prepared, paths = lower(folder, prepared, progress)
+        prepared, paths = lower(folder, prepared, progress, options.store)
         manifest = write(folder, prepared, paths, progress)
         verify(folder, prepared, manifest, options, progress)
     return output
@@ -146,12 +150,17 @@ def exact(recipe: Recipe, denoiser: Any, layout: Layout, tables: dict[int, Table
     return teacache.exact(recipe.cache, denoiser, layout, tables, timestep_scale=scale)
 
 
-def lower(folder: Path, prepared: Prepared, progress: Progress) -> tuple[Prepared, dict[str, str]]:
+def lower(
+    folder: Path, prepared: Prepared, progress: Progress, store: Store | None = None
+) -> tuple[Prepared, dict[str, str]]:
     """The graphs as the backend has rewritten them, and graph -> path of its code in the folder."""
     lowering = backend(prepared.recipe.compile.backend)
     graphs = {component: tuple(map(lowering.rewritten, group)) for component, group in prepared.graphs.items()}
     with progress.stage("lower", sum(map(len, graphs.values()))):
-        paths = lowering.lower(folder, graphs, prepared.recipe.compile, progress.doing)
+        making = Making.of(prepared.recipe, prepared.source.model, store, progress)
+        paths = lowering.lower(folder, graphs, prepared.recipe.compile, making)
+    if store:
+        progress.note(making.summary())
     return replace(prepared, graphs=graphs), paths
 
 
@@ -348,6 +357,7 @@ def describe(folder: Path, prepared: Prepared, weights: Weights, paths: Mapping[
     return Manifest(
         family=FAMILY if prepared.recording else FAMILIES[type(prepared.pipe).__name__],
         backend=prepared.recipe.compile.backend,
+        reproducible=lowering.reproducible(prepared.recipe.compile),
         requires=Requires(**machine(prepared.recipe), **lowering.requires(prepared.recipe)),
         source=prepared.source,
         toolchain={**versions(), **lowering.toolchain(prepared.recipe.compile)},

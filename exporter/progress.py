@@ -14,10 +14,12 @@ Mode = Literal["rich", "json", "quiet"]
 
 
 class Progress:
-    """The base is the quiet one: it says nothing, and times stages for the report."""
+    """The base is the quiet one: it says nothing, and keeps for the report how long stages took, and where the code of each
+    graph came from, "compiled" or "from the cache"."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self.graphs: dict[str, str] = {}
 
     def __enter__(self) -> Progress:
         return self

@@ -26,6 +26,7 @@ from .recipe_problems import did_you_mean, sentences, unknown
 from .recipe_tables import (
     Attention,
     Compile,
+    Fp8Dynamic,
     Fuse,
     Int8Dynamic,
     Model,
@@ -44,6 +45,7 @@ __all__ = [
     "Attention",
     "Cache",
     "Compile",
+    "Fp8Dynamic",
     "Fuse",
     "Int8Dynamic",
     "Mask",

@@ -86,18 +86,30 @@ class NoQuantize(Table):
     method: Literal["none"] = "none"
 
 
-class Int8Dynamic(Table):
-    """torchao's int8 weights (per channel) and int8 activations (per token, scaled as they come) in the denoiser.
+class Dynamic(Table):
+    """Weights of 8 bits (scaled per channel) and activations of 8 bits (per token, scaled as they come) in the denoiser.
 
     A Linear is quantized if `in_features` and `out_features` are both at least `min_width_ratio` times the model's
     inner width, `re.search` finds some `include` in its name and no `exclude`. The defaults leave alone what diffusion-fast
     leaves alone: small layers, embeddings, and the modulation layers, whose one row of work gains nothing.
     """
 
-    method: Literal["int8_dynamic"] = "int8_dynamic"
+    method: Literal["int8_dynamic", "fp8_dynamic"]
     min_width_ratio: float = Field(default=1.0, ge=0)
     include: Regexes = (".*",)
     exclude: Regexes = ("embed", r"(^|\.)norm\w*\.linear$")
+
+
+class Int8Dynamic(Dynamic):
+    """In integers, as torchao's `Int8DynamicActivationInt8WeightConfig`."""
+
+    method: Literal["int8_dynamic"] = "int8_dynamic"  # pyright: ignore[reportIncompatibleVariableOverride]  (frozen)
+
+
+class Fp8Dynamic(Dynamic):
+    """In float8_e4m3fn, as torchao's `Float8DynamicActivationFloat8WeightConfig` by rows: for GPUs from compute capability 8.9 on."""
+
+    method: Literal["fp8_dynamic"] = "fp8_dynamic"  # pyright: ignore[reportIncompatibleVariableOverride]  (frozen)
 
 
 class Attention(Table):
@@ -215,7 +227,7 @@ class Verify(Table):
     seeds: int = Field(default=4, ge=1)
 
 
-Quantize = Annotated[NoQuantize | Int8Dynamic, Field(discriminator="method")]
+Quantize = Annotated[NoQuantize | Int8Dynamic | Fp8Dynamic, Field(discriminator="method")]
 
 
 class Recipe(Table):

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .attachment import attach, detach
-    from .errors import ArtifactError, ExportError, PrebakeError, QualityError, RecipeError
+    from .errors import ArtifactError, Cancelled, ExportError, PrebakeError, QualityError, RecipeError
     from .pipeline import load
 
     __version__: str
 
 __all__ = [
     "ArtifactError",
+    "Cancelled",
     "ExportError",
     "PrebakeError",
     "QualityError",
@@ -31,6 +32,7 @@ _HOME = {
     "detach": ".attachment",
     "load": ".pipeline",
     "ArtifactError": ".errors",
+    "Cancelled": ".errors",
     "ExportError": ".errors",
     "PrebakeError": ".errors",
     "QualityError": ".errors",

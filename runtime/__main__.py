@@ -1,13 +1,15 @@
-"""`python -m prebake.runtime run|inspect|check ...`: the commands that need nothing but the slim runtime."""
+"""`python -m prebake.runtime run|inspect|check|push|pull ...`: the commands that need nothing but the slim runtime."""
 
 import argparse
 import sys
 
 from .cli import add_commands
 from .errors import PrebakeError
+from .streams import print_anything
 
 
 def main(argv: list[str] | None = None) -> int:
+    print_anything()
     parser = argparse.ArgumentParser(prog="python -m prebake.runtime", description="Replays and describes artifacts.")
     add_commands(parser.add_subparsers(dest="command", metavar="command", required=True))
     args = parser.parse_args(argv)

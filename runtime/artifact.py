@@ -23,6 +23,7 @@ from .manifest import Graph, Manifest, Site, read_manifest
 from .memory import memory_for
 from .plan import Plan
 from .replay import Tables, Tensors, Variant, tables_on
+from .runners import Runners, usual_count
 from .weights import map_weights
 
 
@@ -44,7 +45,8 @@ class BoundGraph:
 
 @dataclass(frozen=True)
 class Artifact:
-    """An open artifact. `graphs` and `plans` are by name; `device` is where every tensor of a call must lie."""
+    """An open artifact. `graphs` and `plans` are by name; `device` is where every tensor of a call must lie; whoever calls
+    graphs from several threads holds one of `runners` meanwhile."""
 
     folder: Path
     manifest: Manifest
@@ -53,6 +55,7 @@ class Artifact:
     graphs: Mapping[str, BoundGraph]
     plans: Mapping[str, Plan]
     tables: Mapping[str, Tables]
+    runners: Runners = field(default_factory=lambda: Runners(1), compare=False)
     _tails: dict[tuple[str, int], Tables] = field(default_factory=dict, repr=False, compare=False)
 
     def tables_from(self, name: str, step: int) -> Tables:
@@ -89,22 +92,25 @@ def open_artifact(
     cache_dir: str | Path | None = None,
     trust: Trust = "hash",
     public_key: Key | None = None,
+    runners: int | None = None,
 ) -> Artifact:
     """The artifact in `folder`, checked and opened. Raises ArtifactError with all that is wrong with it.
 
     Machine code is unpacked to `cache_dir` (default: `$XDG_CACHE_HOME/prebake`), where is noted, too, which files have been
     hashed. `trust` says what is compared before anything is opened, see `check.Trust`; `public_key` goes with "signature".
+    `runners` calls may be at work at once, None = `runners.usual_count`.
     """
     folder, cache = Path(folder), Path(cache_dir) if cache_dir else None
     with memory_for(folder):
-        return _opened(folder, cache, trust, public_key)
+        return _opened(folder, cache, trust, public_key, runners)
 
 
-def _opened(folder: Path, cache: Path | None, trust: Trust, public_key: Key | None) -> Artifact:
+def _opened(folder: Path, cache: Path | None, trust: Trust, public_key: Key | None, count: int | None) -> Artifact:
     manifest = read_manifest(folder)
     with checked(folder, manifest, trust=trust, public_key=public_key, cache_dir=cache) as files:
         plans = read_plans(folder, manifest)
         device = device_of(manifest)
+        runners = Runners(usual_count(device) if count is None else count)
         weights = map_weights(
             {folder / path: by_descriptor(files[path]) for path in weight_files(manifest)},
             device,
@@ -112,8 +118,8 @@ def _opened(folder: Path, cache: Path | None, trust: Trust, public_key: Key | No
             manifest.complex,
         )
         tables = {name: tables_on(plan, device, timestep_scale(manifest)) for name, plan in plans.items()}
-    graphs = open_graphs(folder, manifest, weights, device, cache)
-    return Artifact(folder, manifest, device, weights, graphs, plans, tables)
+    graphs = open_graphs(folder, manifest, weights, device, cache, runners.count)
+    return Artifact(folder, manifest, device, weights, graphs, plans, tables, runners)
 
 
 def device_of(manifest: Manifest) -> torch.device:
@@ -147,13 +153,18 @@ def weight_files(manifest: Manifest) -> list[str]:
 
 
 def open_graphs(
-    folder: Path, manifest: Manifest, weights: Mapping[str, torch.Tensor], device: torch.device, cache_dir: Path | None
+    folder: Path,
+    manifest: Manifest,
+    weights: Mapping[str, torch.Tensor],
+    device: torch.device,
+    cache_dir: Path | None,
+    runners: int = 1,
 ) -> dict[str, BoundGraph]:
     """Every graph by name, its constants bound to `weights`. In the middle of it, the artifact's code is opened."""
     contracts = {graph.name: Contract(graph, device) for graph in manifest.graphs}
     constants = {graph.name: constants_of(graph, weights) for graph in manifest.graphs}
 
-    models = backend(manifest.backend).open_models(Opening(folder, manifest, constants, device, cache_dir))
+    models = backend(manifest.backend).open_models(Opening(folder, manifest, constants, device, cache_dir, runners))
     return {graph.name: BoundGraph(graph, models[graph.name], contracts[graph.name]) for graph in manifest.graphs}
 
 

@@ -1,5 +1,5 @@
-"""The commands `run` and `inspect`, and `check` from its own file. All work with the slim runtime alone; `inspect` and
-`--help` need no torch.
+"""The commands `run` and `inspect`; `check`, `push` and `pull` have files of their own. All work with the slim runtime alone;
+`inspect` and `--help` need no torch.
 
 Each command is a function from parsed arguments to an exit code. Errors are raised; whoever owns `main` prints them.
 """
@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from .cli_check import add_check
+from .cli_push import add_pull, add_push
 from .errors import ArtifactError
 from .manifest import Manifest, read_manifest
 from .plan import Plan
+from .streams import text
 
 SIGNS = "10abcdefghijklmnopqrstuvwxyz"  # of variants in a step strip: 1 computes everything
 FPS = 8  # what CogVideoX was trained on
@@ -31,6 +33,8 @@ def add_commands(subparsers: Any) -> None:
     _add_run(subparsers)
     _add_inspect(subparsers)
     add_check(subparsers)
+    add_push(subparsers)
+    add_pull(subparsers)
 
 
 # --- run --------------------------------------------------------------------------------------------------------------
@@ -41,7 +45,9 @@ def _add_run(subparsers: Any) -> None:
         "run", help="make images or videos from an artifact", description="Makes images or videos from an artifact."
     )
     parser.add_argument("artifact", metavar="ARTIFACT", help="an artifact's folder")
-    parser.add_argument("prompts", nargs="+", metavar="PROMPT", help="what to draw; one image or more for each")
+    parser.add_argument(
+        "prompts", nargs="+", type=text, metavar="PROMPT", help="what to draw; one image or more for each"
+    )
     parser.add_argument("--image", metavar="FILE", help="a picture to begin with, where a model takes one")
     parser.add_argument(
         "--strength",
@@ -60,7 +66,10 @@ def _add_run(subparsers: Any) -> None:
     parser.add_argument("--steps", type=int, help="one of the artifact's plans (default: the artifact's own)")
     parser.add_argument("--guidance-scale", type=float, metavar="SCALE", help="default: the artifact's own")
     parser.add_argument(
-        "--negative-prompt", metavar="TEXT", help="what to guide away from, where a model takes it (default: nothing)"
+        "--negative-prompt",
+        type=text,
+        metavar="TEXT",
+        help="what to guide away from, where a model takes it (default: nothing)",
     )
     parser.add_argument("--no-cache", action="store_true", help="compute everything at every step")
     parser.add_argument(

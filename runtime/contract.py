@@ -1,17 +1,27 @@
 """A compiled graph's call contract, checked on every call: AOTInductor itself accepts anything and returns garbage.
 
-Names, shapes, dtypes, contiguity and device of the inputs, and the same of the outputs, against the manifest. Costs a
-few microseconds a call; `Contract.inputs` and `Contract.outputs` are the two directions.
+Names and their order, shapes, dtypes, strides and device of the inputs, and the same of the outputs, against the
+manifest. Every size is one number: a graph has no ranges, and scalars are tensors among its inputs or were fixed at export,
+where no call can give them. `Contract.inputs` and `Contract.outputs` are the two directions; `benchmarks/contract.py` says
+what they cost.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from operator import attrgetter
+from typing import Any
 
 import torch
 
 from .errors import ArtifactError
 from .manifest import Graph, TensorSpec
+
+PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
+"""Compiled code reads memory, and a subclass may keep its numbers elsewhere."""
+FACTS = attrgetter("shape", "dtype", "device")
+Facts = list[tuple[torch.Size, torch.dtype, torch.device]]
 
 
 class Contract:
@@ -19,59 +29,54 @@ class Contract:
 
     def __init__(self, graph: Graph, device: torch.device):
         self._graph = graph.name
-        self._device = device
-        self._names = frozenset(spec.name for spec in graph.inputs)
-        self._inputs = _expectations(graph.inputs)
-        self._outputs = _expectations(graph.outputs)
+        self._inputs = tuple(spec.name for spec in graph.inputs)
+        self._outputs = tuple(spec.name for spec in graph.outputs)
+        self._taken = _facts(graph.inputs, device)
+        self._given = _facts(graph.outputs, device)
+        self._kept = False
 
     def inputs(self, given: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
         """The tensors in the graph's order. Raises ArtifactError naming the input, what was expected, and what came."""
-        if given.keys() != self._names:
+        try:
+            flat = [given[name] for name in self._inputs]
+        except KeyError:
+            flat = []
+        if len(flat) != len(given) or len(flat) != len(self._inputs):
             self._refuse_names(given)
-        flat = []
-        for name, shape, dtype in self._inputs:
-            tensor = given[name]
-            if not self._fits(tensor, shape, dtype):
-                self._refuse("input", name, shape, dtype, tensor)
-            flat.append(tensor)
+        if not _fit(flat, self._taken):
+            self._refuse("input", self._inputs, self._taken, flat)
         return flat
 
     def outputs(self, flat: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Name -> tensor. Raises ArtifactError when the graph gave other tensors than the manifest promises."""
+        """Name -> tensor. Raises ArtifactError when the graph gave other tensors than the manifest promises, which is looked at
+        once: code that was compiled for these inputs gives the same sizes ever after."""
         if len(flat) != len(self._outputs):
             raise ArtifactError(
                 f"graph {self._graph!r}: expected {len(self._outputs)} outputs, got {len(flat)}; export again"
             )
-        named = {}
-        for (name, shape, dtype), tensor in zip(self._outputs, flat, strict=True):
-            if not self._fits(tensor, shape, dtype):
-                self._refuse("output", name, shape, dtype, tensor)
-            named[name] = tensor
-        return named
+        if not self._kept:
+            if not _fit(flat, self._given):
+                self._refuse("output", self._outputs, self._given, flat)
+            self._kept = True
+        return dict(zip(self._outputs, flat, strict=True))
 
-    def _fits(self, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
-        return (
-            isinstance(tensor, torch.Tensor)
-            and tensor.shape == shape
-            and tensor.dtype is dtype
-            and tensor.device == self._device
-            and tensor.is_contiguous()
+    def _refuse(self, kind: str, names: Sequence[str], facts: Facts, flat: Sequence[object]) -> None:
+        """The first that does not fit."""
+        name, expected, got = next(
+            (name, fact, got) for name, fact, got in zip(names, facts, flat, strict=True) if not _fit([got], [fact])
+        )
+        way_out = _way_out(*expected, got) if kind == "input" else "export again"
+        raise ArtifactError(
+            f"graph {self._graph!r}: {kind} {name!r}: expected contiguous {_describe(*expected)}, got {_came(got)}; {way_out}"
         )
 
-    def _refuse(self, kind: str, name: str, shape: tuple[int, ...], dtype: torch.dtype, got: object) -> None:
-        expected = f"contiguous {_describe(shape, dtype, self._device)}"
-        if isinstance(got, torch.Tensor):
-            came = _describe(tuple(got.shape), got.dtype, got.device)
-            came += "" if got.is_contiguous() else f" with strides {tuple(got.stride())}"
-        else:
-            came = type(got).__name__
-        raise ArtifactError(f"graph {self._graph!r}: {kind} {name!r}: expected {expected}, got {came}")
-
     def _refuse_names(self, given: Mapping[str, torch.Tensor]) -> None:
-        wrong = [f"{name!r} is missing" for name in sorted(self._names - given.keys())]
-        wrong += [f"{name!r} is not an input" for name in sorted(given.keys() - self._names)]
-        takes = ", ".join(name for name, _, _ in self._inputs)
-        raise ArtifactError(f"graph {self._graph!r}: {'; '.join(wrong)}; it takes {takes}")
+        names = self._inputs
+        wrong = [f"{name!r} is missing" for name in names if name not in given]
+        for name in sorted(given.keys() - set(names)):
+            near = get_close_matches(name, [n for n in names if n not in given], n=1)
+            wrong.append(f"{name!r} is not an input" + (f", did you mean {near[0]!r}?" if near else ""))
+        raise ArtifactError(f"graph {self._graph!r}: {'; '.join(wrong)}; it takes {', '.join(names)}")
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -82,8 +87,56 @@ def torch_dtype(name: str) -> torch.dtype:
     return dtype
 
 
-def _expectations(specs: Sequence[TensorSpec]) -> tuple[tuple[str, tuple[int, ...], torch.dtype], ...]:
-    return tuple((spec.name, spec.shape, torch_dtype(spec.dtype)) for spec in specs)
+def _facts(specs: Sequence[TensorSpec], device: torch.device) -> Facts:
+    return [(torch.Size(spec.shape), torch_dtype(spec.dtype), device) for spec in specs]
+
+
+def _fit(flat: Sequence[Any], facts: Facts) -> bool:
+    """Whether every tensor is what is expected of it. One question to all of them, and then the next, costs half of all
+    questions to one after the other."""
+    try:
+        return (
+            PLAIN.issuperset(map(type, flat))
+            and list(map(FACTS, flat)) == facts
+            and all(map(torch.Tensor.is_contiguous, flat))
+            and not any(map(torch.Tensor.is_neg, flat))
+        )
+    except RuntimeError:  # a sparse tensor has no strides
+        return False
+
+
+def _came(got: object) -> str:
+    if not isinstance(got, torch.Tensor):
+        return type(got).__name__
+    came = _describe(tuple(got.shape), got.dtype, got.device)
+    if type(got) not in PLAIN:
+        return f"{came} of the class {type(got).__name__}"
+    if got.layout != torch.strided:
+        return f"{came}, {got.layout}".replace("torch.", "")
+    if got.is_neg() or got.is_conj():
+        return f"{came}, a view whose sign is not yet in its memory"
+    return came if got.is_contiguous() else f"{came} with strides {tuple(got.stride())}"
+
+
+def _way_out(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, got: object) -> str:
+    """The nearest call that is legal."""
+    if not isinstance(got, torch.Tensor):
+        return "give a tensor" + (f", such as torch.full({list(shape)}, {got})" if isinstance(got, int | float) else "")
+    if tuple(got.shape) != shape:
+        return f"{list(shape)} is the only shape it was exported for"
+    calls = []
+    if type(got) not in PLAIN:
+        return "give a plain torch.Tensor"
+    if got.layout != torch.strided:
+        calls.append(".to_dense()")
+    if got.device != device or got.dtype is not dtype:
+        same = [f"{device.type!r}"] * (got.device != device) + [str(dtype)] * (got.dtype is not dtype)
+        calls.append(f".to({', '.join(same)})")
+    if got.is_neg() or got.is_conj():
+        calls.append(".clone()")
+    elif got.layout == torch.strided and not got.is_contiguous():
+        calls.append(".contiguous()")
+    return f"give it {''.join(calls)}"
 
 
 def _describe(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> str:

@@ -35,6 +35,9 @@ def read_elf(data: bytes | mmap.mmap) -> Elf:
         raise ValueError("it does not begin like a 64-bit little-endian ELF file")
     try:
         machine, headers = struct.unpack_from("<H", data, 18)[0], list(_headers(data))
+        if any(offset + length > len(data) for kind, _, offset, _, length in headers if kind == LOAD):
+            # a page behind the end of its file is a bus error for whoever touches it
+            raise ValueError("its segments lead out of the file")
         entries = dict(_dynamic(data, headers))
         names = _offset(headers, entries[STRTAB]) if STRTAB in entries else 0
         return Elf(

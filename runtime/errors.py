@@ -51,6 +51,12 @@ class ArtifactError(PrebakeError):
     exit_code = 5
 
 
+class Cancelled(PrebakeError):
+    """A call was ended from outside, by its `cancel`."""
+
+    exit_code = 130
+
+
 def raise_all(folder: object, problems: Iterable[str]) -> None:
     """One ArtifactError, a line for each problem, or nothing when there are none."""
     lines = list(problems)

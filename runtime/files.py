@@ -5,12 +5,14 @@ A folder and a plain name in it come in; a descriptor, or bytes whose hash is th
 
 from __future__ import annotations
 
+import _thread
 import hashlib
 import os
 import stat
+import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from .errors import ArtifactError
@@ -89,8 +91,34 @@ def sha256_of(descriptor: int) -> str:
 def hashes_of(files: Mapping[str, int]) -> dict[str, str]:
     """Path -> sha256 of all these files, largest first, in as many threads as there are cores for this process.
 
-    One file is the work of one thread, for SHA-256 goes through it in order.
+    One file is the work of one thread, for SHA-256 goes through it in order. The caller's thread works too, and does what
+    others could not: where memory is short, `threading.Thread.start` waits for ever for a thread that could not begin
+    (CPython 3.11), and so does a pool of them.
     """
-    largest = sorted(files, key=lambda path: -os.fstat(files[path]).st_size)
-    with ThreadPoolExecutor(max(1, min(len(files), len(os.sched_getaffinity(0))))) as threads:
-        return dict(zip(largest, threads.map(lambda path: sha256_of(files[path]), largest), strict=True))
+    waiting = deque(sorted(files, key=lambda path: -os.fstat(files[path]).st_size))
+    found: dict[str, str] = {}
+    busy: set[str] = set()
+
+    def work() -> None:
+        with suppress(IndexError):  # somebody else took the last one
+            while True:
+                path = waiting.popleft()
+                busy.add(path)
+                try:
+                    found[path] = sha256_of(files[path])
+                finally:
+                    busy.discard(path)
+
+    def help_out() -> None:
+        with suppress(Exception):  # of which the caller's thread will tell
+            work()
+
+    for _ in range(min(len(files), len(os.sched_getaffinity(0))) - 1):
+        with suppress(RuntimeError, MemoryError):  # one thread fewer
+            _thread.start_new_thread(help_out, ())
+    work()
+    while busy:
+        time.sleep(0.001)
+    for path in files.keys() - found.keys():
+        found[path] = sha256_of(files[path])
+    return found

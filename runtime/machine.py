@@ -6,6 +6,7 @@ A manifest, or the bytes of a library, comes in; sentences come out. Nothing of 
 from __future__ import annotations
 
 import functools
+import os
 import platform
 from collections.abc import Iterator
 from pathlib import Path
@@ -99,7 +100,7 @@ def versions_of(library: str) -> frozenset[str]:
 def loaded_libraries(maps: Path = Path("/proc/self/maps")) -> list[Path]:
     """The files of code that this process has mapped, in the order of their addresses."""
     try:
-        lines = [line.split(maxsplit=5) for line in maps.read_text().splitlines()]
+        lines = [line.split(maxsplit=5) for line in os.fsdecode(maps.read_bytes()).splitlines()]
     except OSError:
         return []
     return [Path(p) for p in dict.fromkeys(f[5] for f in lines if len(f) == 6 and ".so" in f[5] and f[5][0] == "/")]
@@ -116,7 +117,7 @@ def _version_order(version: str) -> tuple[str, tuple[int, ...]]:
 def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> set[str]:
     """The instruction sets of this CPU as Linux names them: `flags` on x86, `Features` on Arm. Empty elsewhere."""
     try:
-        lines = cpuinfo.read_text().splitlines()
+        lines = cpuinfo.read_text("utf-8", "replace").splitlines()
     except OSError:
         return set()
     return next((set(line.split(":")[1].split()) for line in lines if line.startswith(("flags", "Features"))), set())

@@ -122,7 +122,8 @@ class Defaults(BaseModel):
 
 
 class Manifest(BaseModel):
-    """`backend` is the module of `runtime/backends` that opens the graphs. `unverified` are plans that were added after `status` was settled, and that nobody has compared with the pipeline.
+    """`backend` is the module of `runtime/backends` that opens the graphs. `reproducible`: whether its code would be the same
+    bytes again, which it is not where kernels were chosen by their times. `unverified` are plans that were added after `status` was settled, and that nobody has compared with the pipeline.
     `layers` says of each Linear of the denoiser whether it is "int8" or "kept", and why. `channels_last` are the keys
     of stored tensors that lie in memory as N H W C; they are bound as N C H W views of it. `complex` are
     those of stored [..., 2] of real and imaginary parts, bound as complex numbers."""
@@ -133,6 +134,7 @@ class Manifest(BaseModel):
     unverified: tuple[str, ...] = ()
     family: str
     backend: str = Field(default="aoti", pattern=r"^[a-z][a-z0-9_]*$")
+    reproducible: bool = True
     requires: Requires
     source: Source
     toolchain: dict[str, str]

@@ -7,6 +7,7 @@ what diffusers draws from the same generator.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from .noise import Generators, chosen, draw
 from .pictures import frames_out, pictures_out
 from .plan import Plan
 from .replay import StopReplay, Tables, replay
+from .runners import Flag, refuse_cancelled
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 Callback = Callable[["Pipeline", int, float, dict[str, torch.Tensor]], dict[str, torch.Tensor] | None]
@@ -35,6 +37,7 @@ def load(
     cache_dir: str | Path | None = None,
     trust: Trust = "hash",
     public_key: Key | None = None,
+    runners: int | None = None,
 ) -> Pipeline:
     """The artifact in `folder`, checked, opened, and ready to be called.
 
@@ -42,10 +45,12 @@ def load(
     opened: "hash", every file with the manifest; "signature", the manifest with its signature too, by the holder of
     `public_key`; "size", weights by their sizes alone, which saves most of the time for large models. `cache_dir` is where
     code is unpacked (default: `$XDG_CACHE_HOME/prebake`, private to the user), and where is noted which files were found
-    right, so that they are not hashed again until they change; what that cannot see is in verified.py. Raises ArtifactError
-    with everything that is wrong, or does not fit this machine.
+    right, so that they are not hashed again until they change; what that cannot see is in verified.py. `runners` is how many
+    calls, from so many threads, are at work at once while others wait; by default on the CPU as many as there are cores for,
+    each with torch's number of threads, and one on a GPU. Raises ArtifactError with everything that is wrong, or does not fit
+    this machine.
     """
-    artifact = open_artifact(folder, cache_dir=cache_dir, trust=trust, public_key=public_key)
+    artifact = open_artifact(folder, cache_dir=cache_dir, trust=trust, public_key=public_key, runners=runners)
     if artifact.manifest.status == "failed":
         raise ArtifactError(
             f"{folder}: its verification failed, see reports/; export again, or use `prebake verify` to look closer"
@@ -74,9 +79,10 @@ class VideoOutput(NamedTuple):
 
 
 class Pipeline:
-    """An open artifact. One may be called from many threads: nothing of a call is kept here.
+    """An open artifact. One may be called from many threads: nothing of a call is kept here, and no more calls are at work at
+    once than it has runners.
 
-    A callback stops its own call by `pipe._interrupt = True`, as in diffusers.
+    A callback stops its own call by `pipe._interrupt = True`, as in diffusers; any other thread by the call's `cancel`.
     """
 
     def __init__(self, artifact: Artifact):
@@ -114,6 +120,7 @@ class Pipeline:
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         max_sequence_length: int | None = None,
         cache: bool = True,
+        cancel: Flag | None = None,
         **more: Any,
     ) -> PipelineOutput | VideoOutput:
         """Images for the prompt or prompts, `num_images_per_prompt` of each, prompt after prompt; or videos, for which
@@ -135,6 +142,9 @@ class Pipeline:
         latents that it returns replace the loop's. An interrupted call gives the images up to the interrupted one.
         `return_dict` may be given and changes nothing: the output is a tuple either way.
 
+        `cancel`, a `threading.Event` that another thread may set, ends the call with Cancelled where it is next looked at:
+        while the call waits for a runner, and between evaluations of the denoiser.
+
         Raises ArtifactError for what the artifact was not exported for, naming what it has.
         """
         self._check_size(height, width, num_frames, max_sequence_length)
@@ -153,24 +163,27 @@ class Pipeline:
         tables = ended(tables, asked.window.end)
         if guidance_scale is None:
             guidance_scale = self.artifact.manifest.defaults.guidance_scale
-        conditions = self.family.conditions(given, guidance_scale)
-        conditions = [c for c in conditions for _ in range(count)]
-        generator = chosen(seed, generator, len(conditions))
-        start = begin(self.family, self.artifact, tables.plan, asked, len(conditions), generator)
-        noise = self._noise(tables, start.latents.shape, generator)
-
-        self._interrupt = False
+        refuse_unusable("guidance_scale", guidance_scale)
         after = self._after_step(callback_on_step_end, callback_on_step_end_tensor_inputs)
-        finals = []
-        for i, condition in enumerate(conditions):
-            draws = [z[i : i + 1] for z in noise]
-            inputs = {**condition, **{name: t[i : i + 1] for name, t in start.inputs.items()}}
-            watch = after_evaluation(tables.plan, start.blend(i), after)
-            x = start.latents[i : i + 1]
-            finals.append(replay(tables, self._variants, self._sites, inputs, x, noise=draws, on_evaluation=watch))
-            if self._interrupt:
-                break
-        return self._output(finals, output_type)
+        self._interrupt = False
+        with self.artifact.runners.one(cancel):
+            conditions = self.family.conditions(given, guidance_scale)
+            conditions = [c for c in conditions for _ in range(count)]
+            generator = chosen(seed, generator, len(conditions))
+            start = begin(self.family, self.artifact, tables.plan, asked, len(conditions), generator)
+            noise = self._noise(tables, start.latents.shape, generator)
+            finals = []
+            for i, condition in enumerate(conditions):
+                refuse_cancelled(cancel)
+                draws = [z[i : i + 1] for z in noise]
+                inputs = {**condition, **{name: t[i : i + 1] for name, t in start.inputs.items()}}
+                watch = unless_cancelled(cancel, after_evaluation(tables.plan, start.blend(i), after))
+                x = start.latents[i : i + 1]
+                finals.append(replay(tables, self._variants, self._sites, inputs, x, noise=draws, on_evaluation=watch))
+                if self._interrupt:
+                    break
+            made = torch.cat(finals) if output_type == "latent" else self._decoded(finals)
+        return self._output(made, output_type)
 
     @property
     def interrupt(self) -> bool:
@@ -255,16 +268,18 @@ class Pipeline:
         draws = [[draw(tuple(shape), generator) for _ in range(u.unused_draws + 1)] for u in updates]
         return [drawn[-1].to(self.artifact.device) for drawn in draws]
 
-    def _output(self, finals: list[torch.Tensor], output_type: str) -> PipelineOutput | VideoOutput:
-        """What the caller gets of the final latents."""
+    def _decoded(self, finals: list[torch.Tensor]) -> torch.Tensor:
+        """Final latents as the decoder's pictures [B, 3, H, W], or videos [B, T, 3, H, W]."""
+        (name,) = (spec.name for spec in self._decoder.graph.outputs)
+        return torch.cat([self._decoder({"latents": x.contiguous()})[name] for x in finals])
+
+    def _output(self, made: torch.Tensor, output_type: str) -> PipelineOutput | VideoOutput:
+        """What the caller gets of the final latents, or of what they were decoded to."""
         video = self.family.makes == "frames"
-        if output_type == "latent":
-            made = torch.cat(finals)
-        else:
-            (name,) = (spec.name for spec in self._decoder.graph.outputs)
-            decoded = torch.cat([self._decoder({"latents": x.contiguous()})[name] for x in finals])
-            made = frames_out(decoded, output_type) if video else pictures_out(decoded, output_type)
-        return VideoOutput(made) if video else PipelineOutput(made)
+        out: Any = made
+        if output_type != "latent":
+            out = frames_out(made, output_type) if video else pictures_out(made, output_type)
+        return VideoOutput(out) if video else PipelineOutput(out)
 
     def _after_step(
         self, callback: Callback | None, callback_inputs: Sequence[str]
@@ -283,3 +298,28 @@ class Pipeline:
             return latents
 
         return after_step
+
+
+OnEvaluation = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor | None]
+
+
+def unless_cancelled(cancel: Flag | None, watch: OnEvaluation | None) -> OnEvaluation | None:
+    """What `replay` calls after each evaluation, with a look at `cancel` before."""
+    if cancel is None:
+        return watch
+
+    def seen(e: int, output: torch.Tensor, latents: torch.Tensor) -> torch.Tensor | None:
+        refuse_cancelled(cancel)
+        return watch(e, output, latents) if watch else None
+
+    return seen
+
+
+def refuse_unusable(name: str, value: Any) -> None:
+    """Raises ArtifactError for what is no finite number: it would make a picture of nothing."""
+    try:
+        usable = math.isfinite(value)
+    except (TypeError, ValueError):
+        usable = False
+    if not usable:
+        raise ArtifactError(f"{name}={value!r}: expected a finite number")

@@ -18,6 +18,8 @@ from .files import read_listed
 from .plan import FROZEN
 from .replay import Tensors
 
+SHOWN = 200  # characters of a text, in what is said of it: a server's log takes a line for each request
+
 
 class Prompt(BaseModel):
     """One tokenizer. The text is diffusers' argument `argument`, ids enter the graph as `input`, and which of them are
@@ -150,7 +152,14 @@ def texts(name: str, value: object) -> list[str]:
     """The argument `name` as a list of texts. Raises ArtifactError for anything else."""
     each = [value] if isinstance(value, str) else value
     if not isinstance(each, list) or not each or not all(isinstance(text, str) for text in each):
-        raise ArtifactError(f"{name}: expected a text or a list of texts, got {value!r}")
+        raise ArtifactError(f"{name}: expected a text or a list of texts, got {value!r:.{SHOWN}}")
+    for text in each:
+        try:
+            text.encode()
+        except UnicodeEncodeError as e:
+            raise ArtifactError(
+                f"{name}: expected a text, got half a character, {text[e.start]!r} at position {e.start}; decode the text as UTF-8"
+            ) from e
     return each
 
 
@@ -175,9 +184,10 @@ class PromptTokenizer:
             text = text.lower().strip()
         encoding = self._tokenizer.encode(text)
         if encoding.overflowing:
-            end = max(end for _, end in encoding.offsets)
+            lost = text[max(end for _, end in encoding.offsets) :].strip()
             warnings.warn(
-                f"the prompt is longer than {self._prompt.max_length} tokens of {self._name}; cut off: {text[end:].strip()!r}",
+                f"the prompt is longer than {self._prompt.max_length} tokens of {self._name}; cut off: {lost[:SHOWN]!r}"
+                + (f" and {len(lost) - SHOWN} characters more" if len(lost) > SHOWN else ""),
                 stacklevel=2,
             )
         return torch.tensor([encoding.ids]), torch.tensor([encoding.attention_mask])

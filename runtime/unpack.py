@@ -23,6 +23,7 @@ from .place import put, replace
 from .scratch import scratch, sweep
 
 SUFFIXES = (".so", ".json", ".cubin")
+VERSION = b"0"  # of torch's archive format
 UNREADABLE = (zipfile.BadZipFile, EOFError, NotImplementedError, OSError, RuntimeError, ValueError, struct.error)
 """What zipfile raises of an archive whose tables say nonsense."""
 
@@ -52,7 +53,8 @@ def read_members(package: str, data: bytes) -> dict[str, dict[str, bytes]]:
     """Model -> file name -> bytes, of everything under `<stem>/data/aotinductor/`; nothing is written yet.
 
     Raises ArtifactError for a name that could leave the folder, a duplicate, a symlink, compression, C++ source or
-    compile flags (torch's loader would run a shell command made of them), and for a model without exactly one `.so`.
+    compile flags (torch's loader would run a shell command made of them), an archive of another version, and for a model
+    without exactly one `.so`.
     """
     try:
         with zipfile.ZipFile(BytesIO(data)) as archive:
@@ -62,6 +64,8 @@ def read_members(package: str, data: bytes) -> dict[str, dict[str, bytes]]:
                 raise zipfile.BadZipFile("its members overlap")
             found: dict[str, dict[str, bytes]] = {}
             for info in infos:
+                if info.filename.endswith("/archive_version"):
+                    _refuse_other_version(package, archive.read(info))
                 if model_file := _model_file(info.filename):
                     found.setdefault(model_file[0], {})[model_file[1]] = archive.read(info)
     except UNREADABLE as e:
@@ -79,6 +83,14 @@ def _refuse_hostile(package: str, infos: list[zipfile.ZipInfo]) -> None:
         if reason := _why_refused(info, seen):
             raise ArtifactError(f"{package}: member {info.orig_filename!r} {reason}; do not open this package")
         seen.add(info.filename)
+
+
+def _refuse_other_version(package: str, version: bytes) -> None:
+    if version != VERSION:
+        raise ArtifactError(
+            f"{package}: archive_version is {version.decode(errors='replace')!r:.40}, this runtime reads {VERSION.decode()!r}; "
+            "export again with this prebake, or install the one that wrote it"
+        )
 
 
 def _why_refused(info: zipfile.ZipInfo, seen: set[str]) -> str | None:

@@ -6,6 +6,8 @@ process on the same artifact, adds no memory for weights.
 
 from __future__ import annotations
 
+import mmap
+import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
@@ -28,6 +30,7 @@ def map_weights(
     tensors: dict[str, torch.Tensor] = {}
     for path, where in files.items():
         try:
+            refuse_what_cannot_be_mapped(where)
             with safe_open(where, framework="pt", device=str(device)) as file:
                 for key in file.keys():  # noqa: SIM118  (safe_open is not iterable)
                     if key in tensors:
@@ -46,3 +49,12 @@ def map_weights(
             raise ArtifactError(f"manifest.json [complex]: {key!r} is not a stored tensor [..., 2]; export again")
         tensors[key] = torch.view_as_complex(tensors[key])
     return tensors
+
+
+def refuse_what_cannot_be_mapped(file: Path) -> None:
+    """Raises OSError where there is no room to map the file twice, as safetensors and torch will: where torch (2.13) cannot,
+    it forgets to close the file."""
+    with file.open("rb") as opened:
+        if os.fstat(opened.fileno()).st_size:
+            with mmap.mmap(opened.fileno(), 0, prot=mmap.PROT_READ), mmap.mmap(opened.fileno(), 0, prot=mmap.PROT_READ):
+                pass

@@ -23,6 +23,7 @@ from attached import BUILDERS, LONGER_PROMPT, OTHER_PROMPT, PROMPT, drawn, pipel
 from diffusers import EulerDiscreteScheduler, PyramidAttentionBroadcastConfig
 from torch import Tensor, nn
 
+from prebake.exporter.attached import AttachedReplayer
 from prebake.exporter.golden import golden_path
 from prebake.exporter.pipeline import Options, export
 from prebake.exporter.progress import progress
@@ -257,6 +258,14 @@ def test_a_copied_scheduler_is_not_followed(artifact):
         assert len(pipe.scheduler.timesteps) != 7
         with pytest.raises(ArtifactError, match="called before the pipeline set a schedule"):
             direct(pipe)
+
+
+def test_verification_draws_in_a_pipeline_on_the_artifacts_device(folder, artifact):
+    """On a GPU, for which torch's device without data stands in here."""
+    elsewhere = replace(artifact("sana"), device=torch.device("meta"))
+    loaded = AttachedReplayer(elsewhere, recipe("sana", folder("sana")), str(folder("sana"))).loaded
+    assert loaded.pipe.transformer.device == elsewhere.device
+    assert loaded.pipe.vae.device == elsewhere.device
 
 
 def test_attaching_needs_no_diffusers_of_its_own():

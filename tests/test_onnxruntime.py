@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import threading
 from collections import Counter
@@ -18,8 +19,8 @@ onnxruntime: Any = pytest.importorskip("onnxruntime", reason="onnxruntime is not
 onnx: Any = pytest.importorskip("onnx", reason="onnx is not installed")
 
 from prebake.exporter.capture import capture  # noqa: E402
+from prebake.exporter.lower import aoti, w8a8  # noqa: E402
 from prebake.exporter.lower import onnxruntime as lowering  # noqa: E402
-from prebake.exporter.lower import w8a8  # noqa: E402
 from prebake.exporter.lower.onnx_graph import onnx_model, with_data  # noqa: E402
 from prebake.exporter.lower.onnx_rewrite import rewritten  # noqa: E402
 from prebake.exporter.pipeline import Options, export  # noqa: E402
@@ -29,6 +30,7 @@ from prebake.runtime import load  # noqa: E402
 from prebake.runtime.artifact import open_artifact, open_graphs  # noqa: E402
 from prebake.runtime.backends import onnxruntime as opening  # noqa: E402
 from prebake.runtime.errors import ArtifactError, RecipeError  # noqa: E402
+from prebake.runtime.manifest import read_manifest  # noqa: E402
 
 BACKEND = "compile.backend=onnxruntime"
 INT8 = (*FLOAT32, "cache.method=none", "quantize.method=int8_dynamic", "quantize.min_width_ratio=0", BACKEND)
@@ -92,10 +94,34 @@ def test_a_session_reads_the_tensors_it_was_given_and_no_copy_of_them(tmp_path):
 
 
 def test_prepacking_keeps_a_copy(tmp_path):
-    """Why it is off by default: sessions of several variants would each hold the weights once more."""
+    """Why variants of a denoiser do not, by default: each would hold the same weights once more."""
     (session, _), constants = session_of(tmp_path, prepack=True)
     constants["weight"].fill_(2)
     assert session.run(None, {"x": np.ones((3, 64), np.float32)})[0][0, 0] == 64
+
+
+def test_sessions_prepack_by_default_unless_several_would_hold_the_same_weights(artifact):
+    one = read_manifest(artifact)
+    full = one.graph("full")
+    two = one.model_copy(update={"graphs": (*one.graphs, full.model_copy(update={"name": "cached"}))})
+    others = {"text_encoder", "vae_decoder"}
+    assert opening.packed(one, None) == others | {"full"}
+    assert opening.packed(two, None) == others
+    assert opening.packed(two, True) == others | {"full", "cached"}
+    assert opening.packed(one, False) == set()
+
+
+def test_prepacking_is_what_the_session_is_opened_with(artifact, monkeypatch):
+    seen = []
+    open_session = opening.open_session
+    monkeypatch.setattr(
+        opening, "open_session", lambda *args, prepack: seen.append(prepack) or open_session(*args, prepack=prepack)
+    )
+    for packs in (set(), {"full"}):
+        monkeypatch.setattr(opening, "packed", lambda manifest, asked, packs=packs: packs)
+        open_artifact(artifact)
+    names = [graph.name for graph in read_manifest(artifact).graphs]
+    assert seen == [False] * len(names) + [name == "full" for name in names]
 
 
 def test_outputs_are_fresh_at_every_call(artifact):
@@ -167,7 +193,7 @@ def test_a_root_mean_square_is_one_kernel(tmp_path):
 def test_a_session_gives_what_the_int8_operator_gives(tmp_path):
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(256, 128))
-    w8a8.quantized(module, {"0"})
+    w8a8.quantized(module, {"0"}, "int8_dynamic")
     x = torch.randn(3, 7, 256)
     graph = rewritten(capture("g", module, (x,), ("x",), ("y",)))
     data = with_data(onnx_model(graph), graph.constants()).SerializeToString()
@@ -251,14 +277,28 @@ def test_bfloat16_becomes_float32_on_the_cpu_and_is_said():
 @pytest.mark.parametrize(
     ("option", "problem"),
     [
-        ("prepak=true", r"compile\.options \[prepak\].*options of this backend: prepack"),
+        ("prepak=true", r"compile\.options \[prepak\].*options of this backend: opset, prepack"),
         ("prepack=1", r"compile\.options \[prepack\].*valid boolean"),
     ],
 )
-def test_options_that_there_are_not(tmp_path, option, problem):
-    config = resolve("flux-fast", (BACKEND, f"compile.options.{option}"), "tiny:flux").compile
+def test_options_that_there_are_not(option, problem):
     with pytest.raises(RecipeError, match=problem):
-        lowering.lower(tmp_path, {}, config, print)
+        lowering.adapted(resolve("flux-fast", (BACKEND, f"compile.options.{option}"), "tiny:flux"))
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "aoti"])
+def test_fp8_is_refused_where_nothing_multiplies_it(backend):
+    recipe = resolve("flux-fast", (f"compile.backend={backend}", "quantize.method=fp8_dynamic"), "tiny:flux")
+    with pytest.raises(
+        RecipeError, match=r"^quantize\.method 'fp8_dynamic': .*set quantize\.method=int8_dynamic, or .*tensorrt$"
+    ):
+        importlib.import_module(f"prebake.exporter.lower.{backend}").adapted(recipe)
+
+
+def test_aoti_has_no_options():
+    recipe = resolve("flux-fast", ("compile.backend=aoti", "compile.options.prepack=true"), "tiny:flux")
+    with pytest.raises(RecipeError, match=r"compile\.options \[prepack\].*options of this backend: none"):
+        aoti.adapted(recipe)
 
 
 # --- families -------------------------------------------------------------------------------------------------------

@@ -36,8 +36,8 @@ FILES = {
     "[precision]\nvae = 'bf16'": " [precision]: key 'vae': expected 'float32', 'bfloat16' or 'float16', got \"bf16\"; did you mean 'bfloat16'?",
     "[precision]\nvae = 'int8'": " [precision]: key 'vae': expected 'float32', 'bfloat16' or 'float16', got \"int8\"",
     "[shapes]\nbatch = 2": " [shapes]: key 'batch': expected 1, got 2",
-    "[quantize]\nmethod = 'int8'": " [quantize]: unknown method 'int8'; did you mean 'int8_dynamic'? known methods: int8_dynamic, none",
-    "[quantize]\nmethod = 8": " [quantize]: key 'method': expected one of none, int8_dynamic, got 8",
+    "[quantize]\nmethod = 'int8'": " [quantize]: unknown method 'int8'; did you mean 'int8_dynamic'? known methods: fp8_dynamic, int8_dynamic, none",
+    "[quantize]\nmethod = 8": " [quantize]: key 'method': expected one of none, int8_dynamic, fp8_dynamic, got 8",
     "[quantize]\nmethod = 'none'\nexclude = []": (
         " [quantize]: key 'exclude' belongs to method 'int8_dynamic', and method is 'none'; set quantize.method to 'int8_dynamic' or leave the key out"
     ),

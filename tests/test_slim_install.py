@@ -52,6 +52,14 @@ def test_inspect_works_in_the_slim_environment(slim_python, tiny_artifact, tmp_p
     assert "FluxPipeline" in done.stdout
 
 
+def test_push_and_pull_work_in_the_slim_environment(slim_python, tiny_artifact, tmp_path):
+    for command in (["push", str(tiny_artifact), "there"], ["pull", "there", "here", "--json"]):
+        done = run(slim_python, "-m", "prebake.runtime", *command, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    names = [sorted(p.relative_to(f) for p in f.rglob("*")) for f in (tiny_artifact, tmp_path / "here")]
+    assert names[0] == names[1]
+
+
 @pytest.mark.parametrize("half", ["exporter.lower", "runtime.backends"])
 def test_a_backend_that_lacks_its_library_names_its_extras(half, slim_python, tmp_path):
     """By the metadata of an installed prebake, which has no list of backends."""

@@ -24,32 +24,45 @@ if TYPE_CHECKING:
 
 Groups = Mapping[str, Sequence["Captured"]]
 """Component -> its graphs: several variants of the denoiser, one of every other component."""
+Files = Mapping[str, bytes]
+"""What a graph is compiled into: file name -> content."""
+Made = Callable[[str, "Captured", Callable[["Captured"], Files]], Files]
+"""`made(component, graph, compiled)` is `compiled(graph)`, or what that gave before; it says which (`exporter/store.py`)."""
 
 
 class Backend(Protocol):
     """`config` is a recipe's `compile` table. `CHANNELS_LAST`: convolutions read their weights as N H W C, and would have to
     reorder others at every call. A module may also have `bind(folder, paths, bound)`: called when the weight files are there,
-    for code that says where its constants lie. `bound` is graph -> {constant: key in the weight files}."""
+    for code that says where its constants lie. `bound` is graph -> {constant: key in the weight files}. And it may have
+    `depends(config)`: what its code depends on besides graph, `config`, versions and `toolchain`, as `toolchain` has it, for
+    the export cache."""
 
     CHANNELS_LAST: bool
 
     def adapted(self, recipe: Recipe) -> tuple[Recipe, tuple[str, ...]]:
-        """The recipe as this backend can do it, asked before the model is loaded, and a sentence for each change."""
+        """The recipe as this backend can do it, asked before the model is loaded, and a sentence for each change. Raises
+        RecipeError for what it cannot, and for options that it has not."""
         ...
 
-    def quantized(self, model: nn.Module, names: set[str]) -> None:
-        """Makes the Linears of these names int8, in place: weights by row, activations by token as they come."""
+    def quantized(self, model: nn.Module, names: set[str], method: str) -> None:
+        """Makes the Linears of these names what `method` of the recipe's `quantize` table says, in place: weights by row,
+        activations by token as they come."""
         ...
 
     def rewritten(self, graph: Captured) -> Captured:
         """The graph as it is lowered. Its constants are what the artifact stores, and what the graph is bound to."""
         ...
 
-    def lower(self, folder: Path, groups: Groups, config: Any, doing: Callable[[str], None]) -> dict[str, str]:
-        """Writes the code of every graph under `folder`, and returns graph -> path there. `doing` says what is compiled.
+    def lower(self, folder: Path, groups: Groups, config: Any, made: Made) -> dict[str, str]:
+        """Writes the code of every graph under `folder`, and returns graph -> path there. What is compiled of one graph, of
+        itself and `config` alone, is asked of `made`, which may know it already.
 
         Raises ExportError naming the graph that the backend cannot compile.
         """
+        ...
+
+    def reproducible(self, config: Any) -> bool:
+        """Whether the same graph and toolchain give the same bytes again: not where kernels are chosen by their times."""
         ...
 
     def requires(self, recipe: Any) -> dict[str, Any]:

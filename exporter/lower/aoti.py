@@ -1,8 +1,8 @@
 """AOTInductor: captured graphs in, one `.pt2` out, with all its models in it and no constants.
 
 The twin of `runtime/backends/aoti.py`. Constants stay outside so that every variant reads one copy; the archive holds
-shared objects and their metadata and nothing that a loader would compile or run in another way. Bytes are reproducible:
-Inductor writes the paths of its sources into what it compiles, so it always works in the same folder.
+shared objects and their metadata and nothing that a loader would compile or run in another way. Bytes are reproducible,
+wherever they are made: sources have fixed names, and paths that the compiler would write into the code are cut short.
 """
 
 from __future__ import annotations
@@ -11,11 +11,16 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import platform
+import re
+import shlex
+import shutil
 import stat
 import struct
+import subprocess
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +28,13 @@ import torch
 from torch import nn
 
 from ...runtime.elf import EXECUTABLE, GNU_STACK
-from ...runtime.errors import ExportError
+from ...runtime.errors import ExportError, RecipeError
 from ..capture import Captured
+from ..tables import Table
 from ..toolchain import glibc_version
-from . import Groups
-from .isa import choose, inductor_flags, int8_flags
+from . import Files, Groups, Made
+from .isa import choose, host_flags, inductor_flags, int8_flags
+from .options import options
 
 PACKAGED = {
     "aot_inductor.package": True,
@@ -37,11 +44,20 @@ PACKAGED = {
     "joint_graph_constant_folding": False,
     # as data, not as text for the assembler, which says nothing of the stack; see `without_executable_stack`
     "aot_inductor.use_consts_asm_build": False,
+    # tables of which line of which file an instruction comes from: of sources that are not kept, in folders of this machine
+    "aot_inductor.enable_line_tables": False,
+    # else a hash of the sources, which name their folders
+    "aot_inductor.model_name_for_generated_files": "model",
 }
 CHANNELS_LAST = True
 SUFFIX = ".pt2"
 KEPT_SUFFIXES = (".so", ".json", ".cubin")
 EPOCH = (1980, 1, 1, 0, 0, 0)
+ENVIRONMENT = re.compile(
+    r"C(PLUS_INCLUDE_)?PATH|C_INCLUDE_PATH|LIBRARY_PATH|COMPILER_PATH|GCC_EXEC_PREFIX|OMP_PREFIX|CXX|"
+    r"(TORCHINDUCTOR|TORCH_INDUCTOR|AOT_?INDUCTOR)_(?!CACHE_DIR$).*"
+)
+"""What g++ and Inductor read while they compile."""
 
 
 def flags(config: Any) -> dict[str, Any]:
@@ -51,7 +67,14 @@ def flags(config: Any) -> dict[str, Any]:
 
 
 def adapted(recipe: Any) -> tuple[Any, tuple[str, ...]]:
-    """As it is."""
+    """As it is. Raises RecipeError for options, of which there are none, and for fp8: on the CPU torch makes such products by
+    way of wider numbers, and slower than those of float32 (docs/backends.md)."""
+    options(recipe.compile, Table)
+    if recipe.quantize.method == "fp8_dynamic":
+        raise RecipeError(
+            "quantize.method 'fp8_dynamic': AOTInductor's models run on the CPU, which multiplies fp8 slower than float32; "
+            "set quantize.method=int8_dynamic, or compile.backend=tensorrt"
+        )
     return recipe, ()
 
 
@@ -69,6 +92,40 @@ def toolchain(config: Any) -> dict[str, str]:
     return {"threads": str(threads(config))}
 
 
+def reproducible(config: Any) -> bool:
+    """Unless the recipe lets Inductor choose kernels by their times."""
+    return not any(value for name, value in config.inductor.items() if "autotune" in name or "benchmark" in name)
+
+
+def depends(config: Any) -> dict[str, str]:
+    """Inductor's sources and settings, torch's switches, the compiler with what it takes from the environment, and the CPU."""
+    from torch._inductor import config as inductor
+    from torch._inductor.codecache import torch_key
+
+    settings = inductor.save_config_portable()
+    written = {k: v for k, v in settings.pop("aot_inductor.metadata", {}).items() if not k.startswith("AOTI_")}
+    switches = (torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled())
+    return {
+        "inductor": torch_key().hex(),
+        "settings": repr(sorted(settings.items())),
+        "metadata": repr(sorted(written.items())),
+        "flags": repr(sorted(flags(config).items())),
+        "torch": repr((*switches, torch.get_default_dtype(), torch.backends.mkldnn.enabled)),
+        "compiler": compiler(),
+        "environment": repr({k: v for k, v in sorted(os.environ.items()) if ENVIRONMENT.fullmatch(k)}),
+        "cpu": " ".join(sorted(host_flags())),
+    }
+
+
+def compiler() -> str:
+    """Where the C++ compiler lies, and all that it says of its version, by which distributions tell their builds apart."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    path = shutil.which(get_cpp_compiler())
+    said = subprocess.run([path, "--version"], capture_output=True, text=True, check=True).stdout if path else ""
+    return f"{path}\n{said}"
+
+
 def requires(recipe: Any) -> dict[str, Any]:
     """The instruction set, this torch and this C library."""
     level, flags = choose(recipe.compile.isa)
@@ -82,7 +139,7 @@ def requires(recipe: Any) -> dict[str, Any]:
     }
 
 
-def quantized(model: nn.Module, names: set[str]) -> None:
+def quantized(model: nn.Module, names: set[str], method: str) -> None:
     """By torchao, whose tensor subclasses are unwrapped at the end, so that every stored weight is a plain tensor."""
     from torch._functorch._aot_autograd.subclass_parametrization import unwrap_tensor_subclass_parameters
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
@@ -97,7 +154,7 @@ def rewritten(graph: Captured) -> Captured:
     return graph
 
 
-def lower(folder: Path, groups: Groups, config: Any, doing: Callable[[str], None]) -> dict[str, str]:
+def lower(folder: Path, groups: Groups, config: Any, made: Made) -> dict[str, str]:
     """A package for each component. Raises ExportError for a device that the runtime has no AOTInductor models for."""
     if config.device != "cpu":
         raise ExportError(
@@ -106,49 +163,73 @@ def lower(folder: Path, groups: Groups, config: Any, doing: Callable[[str], None
         )
     chosen, paths = flags(config), {}
     for component, graphs in groups.items():
-        files = {}
-        for graph in graphs:
-            doing(f"{component}: {graph.name}" if component != graph.name else component)
-            files[graph.name] = compile_graph(graph, chosen)
+        files = {g.name: made(component, g, lambda graph: compile_graph(graph, chosen)) for g in graphs}
         path = f"graphs/{component}{SUFFIX}"
         write_package(folder / path, files)
         paths |= dict.fromkeys(files, path)
     return paths
 
 
-def compile_graph(graph: Captured, flags: dict[str, Any], folder: Path | None = None) -> list[str]:
-    """Compiles one graph in a private `folder`, or the one of this user; returns Inductor's files.
+def compile_graph(graph: Captured, flags: dict[str, Any], folder: Path | None = None) -> Files:
+    """Compiles one graph in a private `folder`, or the one of this user; returns those of Inductor's files that are kept.
 
     Raises ExportError naming the graph when the compiler fails.
     """
-    with build_folder(folder):
+    with build_folder(folder) as place:
+        sources = place / "sources"  # Inductor does not write a file again that is there
+        shutil.rmtree(sources, ignore_errors=True)
+        options = {"aot_inductor.output_path": str(sources), **without_paths(flags, sources)}
         try:
-            files: Any = torch._inductor.aot_compile(graph.gm, graph.args, options=flags)
+            made: Any = torch._inductor.aot_compile(graph.gm, graph.args, options=options)
+            files = {Path(f).name: Path(f).read_bytes() for f in made if isinstance(f, str) and wanted(f)}
         except Exception as e:
             raise ExportError(
                 f"graph {graph.name!r}: AOTInductor could not compile it ({type(e).__name__}: {first_line(e)})"
             ) from e
-    return [str(f) for f in files]
+        shutil.rmtree(sources, ignore_errors=True)
+    return {n: without_executable_stack(data) if n.endswith(".so") else data for n, data in files.items()}
+
+
+def without_paths(flags: dict[str, Any], sources: Path) -> dict[str, Any]:
+    """The flags with two more for the compiler, behind `-march`, which is the only one that Inductor takes from its settings
+    as it is: messages of assertions name their files, here by short names, as if all machines had them in one place.
+
+    torch before 2.13 has no such setting, and other processors than x86 have no `-march=native`; there the flags stay.
+    """
+    from torch._inductor import config
+
+    if platform.machine() not in ("x86_64", "AMD64") or not hasattr(config.cpp, "march"):
+        return flags
+    short = {sources: "sources", Path(torch.__file__).parent: "torch"}
+    maps = (f"-fmacro-prefix-map={shlex.quote(str(path))}={name}" for path, name in short.items())
+    return {**flags, "cpp.march": " ".join((flags.get("cpp.march") or "native", *maps))}
 
 
 def first_line(e: Exception) -> str:
     return next(iter(str(e).strip().splitlines()), "no message")
 
 
-def write_package(path: Path, models: dict[str, list[Any]]) -> None:
-    """One archive of all models, in torch's own layout, without sources, with fixed times and order."""
+def write_package(path: Path, models: Mapping[str, Files]) -> None:
+    """One archive of all models, in torch's own layout, with fixed times and order."""
     from torch._inductor.package import package_aoti
 
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         raw = Path(scratch) / path.name
-        package_aoti(str(raw), models)
+        package_aoti(str(raw), {model: laid_out(Path(scratch) / model, files) for model, files in models.items()})
         with zipfile.ZipFile(raw) as source, zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as target:
-            members = {name: source.read(name) for name in sorted(source.namelist()) if wanted(name)}
-            members |= {n: without_executable_stack(data) for n, data in members.items() if n.endswith(".so")}
+            members = {name: source.read(name) for name in sorted(source.namelist())}
             for name, data in members.items():
                 is_id = name.endswith("/.data/serialization_id")
                 target.writestr(zipfile.ZipInfo(name, EPOCH), serialization_id(members) if is_id else data)
+
+
+def laid_out(folder: Path, files: Files) -> list[Any]:
+    """The paths of the files, written."""
+    folder.mkdir()
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    return [str(folder / name) for name in files]
 
 
 def without_executable_stack(library: bytes) -> bytes:
@@ -167,7 +248,7 @@ def without_executable_stack(library: bytes) -> bytes:
 
 
 def serialization_id(members: dict[str, bytes]) -> bytes:
-    """Forty digits for what is kept; torch's own also covers the sources that are left out, which vary."""
+    """Forty digits for what is kept; torch's own covers the time."""
     kept = hashlib.sha256()
     for name, data in members.items():
         if not name.endswith("/.data/serialization_id"):
@@ -175,15 +256,14 @@ def serialization_id(members: dict[str, bytes]) -> bytes:
     return f"{int(kept.hexdigest(), 16) % 10**40:040d}".encode()
 
 
-def wanted(member: str) -> bool:
+def wanted(file: str) -> bool:
     """Shared objects, kernels and metadata. `*compile_flags.json` would let a loader run a shell command."""
-    inside_model = "/data/aotinductor/" in member
-    return not inside_model or (member.endswith(KEPT_SUFFIXES) and not member.endswith("compile_flags.json"))
+    return file.endswith(KEPT_SUFFIXES) and not file.endswith("compile_flags.json")
 
 
 @contextlib.contextmanager
 def build_folder(folder: Path | None = None) -> Iterator[Path]:
-    """Inductor's working folder, held by one export at a time: for a user always the same path, since it is in the code.
+    """Inductor's working folder, held by one export at a time: for a user always the same, for the headers compiled in it.
 
     Raises ExportError when the place is not a private folder of this user (it will hold code that is loaded).
     """

@@ -2,8 +2,9 @@
 
 The graph comes from `onnx_rewrite.rewritten`. Out comes a model whose initializers have the names of the graph's constants
 and no data: that lies in the artifact's weight files, and `located` writes down where. Its bytes depend on the graph alone; traces and paths of
-the sources are left out. int8 Linears (`w8a8.py`) are Q/DQ pairs of constant scales, which ONNX Runtime and TensorRT
-both turn into products of int8: x / max|x| of its token is what is quantized, and the maximum is multiplied in again after.
+the sources are left out. Linears of 8 bits (`w8a8.py`) are Q/DQ pairs of constant scales, which ONNX Runtime and TensorRT
+both turn into products of int8, and TensorRT into such of fp8: x / max|x| of its token is what is quantized, and the maximum is
+multiplied in again after.
 """
 
 from __future__ import annotations
@@ -27,11 +28,10 @@ from torch.onnx import OnnxExporterError
 from ...runtime.errors import ExportError
 from ..capture import Captured
 from .onnx_program import flat_program
-from .w8a8 import LEVELS, OPERATOR, TINY
+from .options import OPSET
+from .w8a8 import FP8_LEVELS, FP8_OPERATOR, LEVELS, OPERATOR, TINY
 
 op: Any = opset21
-OPSET = 21
-"""Of 23 and later the `Attention` operator fails in TensorRT-RTX 1.7 in float32, and inside an `If` in any dtype."""
 DATA = "weights"
 """Where the model says that its initializers' data lies, until `located` says it."""
 
@@ -77,7 +77,11 @@ def by_torch(graph: Captured, program: torch.export.ExportedProgram, opset: int)
         verbose=False,
         input_names=[s.name for s in graph.inputs],
         output_names=[s.name for s in graph.outputs],
-        custom_translation_table={OPERATOR.default: w8a8(), torch.ops.aten.rms_norm.default: rms_norm},
+        custom_translation_table={
+            OPERATOR.default: w8a8(LEVELS, onnx.TensorProto.INT8),
+            FP8_OPERATOR.default: w8a8(FP8_LEVELS, onnx.TensorProto.FLOAT8E4M3FN),
+            torch.ops.aten.rms_norm.default: rms_norm,
+        },
     )
     assert made is not None
     return made.model
@@ -90,9 +94,9 @@ def root(e: BaseException) -> str:
     return f"{type(e).__name__}: {next(iter(str(e).strip().splitlines()), 'no message')}"
 
 
-def w8a8() -> Any:
-    """What writes `prebake::w8a8`. Products of one input share its scaling, and each has quantizing nodes of its own: that
-    is the pattern which runtimes look for."""
+def w8a8(levels: float, dtype: int) -> Any:
+    """What writes `prebake::w8a8`, or `w8a8_fp8`. Products of one input share its scaling, and each has quantizing nodes of its
+    own: that is the pattern which runtimes look for."""
     scaled: dict[Any, tuple[Any, Any]] = {}
 
     def translate(x: Any, weight: Any, scale: Any, bias: Any = None) -> Any:
@@ -103,7 +107,8 @@ def w8a8() -> Any:
             largest = op.Max(above, below, op.Constant(value_float=TINY))
             scaled[x] = op.Div(wide, largest), largest
         tokens, largest = scaled[x]
-        step, zero = op.Constant(value_float=1 / LEVELS), op.Constant(value=onnx_scalar(0))
+        zero = onnx.helper.make_tensor("", dtype, (), bytes(1), raw=True)
+        step, zero = op.Constant(value_float=1 / levels), op.Constant(value=zero)
         left = op.DequantizeLinear(op.QuantizeLinear(tokens, step, zero), step, zero)
         y = op.Mul(op.MatMul(left, op.DequantizeLinear(weight, scale, axis=1)), largest)
         if bias is not None:
@@ -129,11 +134,6 @@ def as_float(x: Any) -> Any:
     return x if x.dtype == ir.DataType.FLOAT else op.Cast(x, to=ir.DataType.FLOAT)
 
 
-def onnx_scalar(value: int) -> onnx.TensorProto:
-    """An int8 of no dimensions."""
-    return onnx.helper.make_tensor("", onnx.TensorProto.INT8, (), [value])
-
-
 def without_data(name: str, tensor: Tensor) -> ir.ExternalTensor:
     """The tensor's name, dtype, shape and size."""
     dtype = ir.DataType[DTYPES[tensor.dtype]]
@@ -145,6 +145,7 @@ DTYPES = {
     torch.float16: "FLOAT16",
     torch.bfloat16: "BFLOAT16",
     torch.float64: "DOUBLE",
+    torch.float8_e4m3fn: "FLOAT8E4M3FN",
     torch.int8: "INT8",
     torch.uint8: "UINT8",
     torch.int16: "INT16",

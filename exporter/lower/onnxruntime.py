@@ -7,7 +7,7 @@ that one artifact serves every processor of the family. int8 Linears are those o
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,30 +15,50 @@ import onnx
 import onnxruntime
 import onnxscript
 import torch
-from pydantic import ValidationError
 
-from ...runtime.errors import RecipeError, misfit
-from ..tables import Table
-from . import Groups
+from ...runtime.errors import RecipeError
+from ..capture import Captured
+from . import Files, Groups, Made
 from .isa import int8_flags
 from .onnx_graph import located, onnx_model, places
 from .onnx_rewrite import rewritten
+from .options import OnnxOptions, options
 from .w8a8 import quantized
 
-__all__ = ["CHANNELS_LAST", "adapted", "bind", "lower", "quantized", "requires", "rewritten", "toolchain"]
+__all__ = [
+    "CHANNELS_LAST",
+    "adapted",
+    "bind",
+    "lower",
+    "quantized",
+    "reproducible",
+    "requires",
+    "rewritten",
+    "toolchain",
+]
 
 CHANNELS_LAST = False
+MODEL = "model.onnx"
 
 
-class Options(Table):
+class Options(OnnxOptions):
     """`compile.options`. `prepack`: whether each session keeps its weights once more, in the order in which its kernels read
-    them, which takes a copy for every variant (docs/backends.md has what that is worth)."""
+    them; None = where one session alone reads them, for variants of a denoiser would each keep their copy."""
 
-    prepack: bool = False
+    prepack: bool | None = None
 
 
 def adapted(recipe: Any) -> tuple[Any, tuple[str, ...]]:
-    """On the CPU float32 where it says bfloat16, for which ONNX Runtime 1.31 has next to no kernels there: not one for MatMul."""
+    """On the CPU float32 where it says bfloat16, for which ONNX Runtime 1.31 has next to no kernels there: not one for MatMul.
+
+    Raises RecipeError for options that there are not, and for fp8: its optimizer makes products of int8 of such.
+    """
+    options(recipe.compile, Options)
+    if recipe.quantize.method == "fp8_dynamic":
+        raise RecipeError(
+            "quantize.method 'fp8_dynamic': ONNX Runtime has no product of fp8; set quantize.method=int8_dynamic, or "
+            "compile.backend=tensorrt"
+        )
     parts = [part for part, dtype in recipe.precision if dtype == "bfloat16"]
     if recipe.compile.device != "cpu" or not parts:
         return recipe, ()
@@ -47,17 +67,25 @@ def adapted(recipe: Any) -> tuple[Any, tuple[str, ...]]:
     return recipe.model_copy(update={"precision": precision}), (said,)
 
 
-def lower(folder: Path, groups: Groups, config: Any, doing: Callable[[str], None]) -> dict[str, str]:
-    """A model for each graph. Raises RecipeError for options that there are not."""
-    options(config)
+def lower(folder: Path, groups: Groups, config: Any, made: Made) -> dict[str, str]:
+    """A model for each graph."""
+    opset = options(config, Options).opset
+
+    def translated(graph: Captured) -> Files:
+        return {MODEL: onnx_model(graph, opset).SerializeToString(deterministic=True)}
+
     (folder / "graphs").mkdir(exist_ok=True)
     paths = {}
     for component, graphs in groups.items():
         for graph in graphs:
-            doing(f"{component}: {graph.name}" if component != graph.name else component)
             paths[graph.name] = f"graphs/{graph.name}.onnx"
-            (folder / paths[graph.name]).write_bytes(onnx_model(graph).SerializeToString(deterministic=True))
+            (folder / paths[graph.name]).write_bytes(made(component, graph, translated)[MODEL])
     return paths
+
+
+def reproducible(config: Any) -> bool:
+    """Always: kernels are chosen where a model is opened."""
+    return True
 
 
 def bind(folder: Path, paths: Mapping[str, str], bound: Mapping[str, Mapping[str, str]]) -> None:
@@ -67,15 +95,6 @@ def bind(folder: Path, paths: Mapping[str, str], bound: Mapping[str, Mapping[str
         model = onnx.load(folder / path, load_external_data=False)
         located(model, {constant: lie[key] for constant, key in bound[name].items()})
         (folder / path).write_bytes(model.SerializeToString(deterministic=True))
-
-
-def options(config: Any) -> Options:
-    """Those of the recipe's `compile` table. Raises RecipeError for what is not one."""
-    try:
-        return Options.model_validate(config.options)
-    except ValidationError as e:
-        known = ", ".join(Options.model_fields)
-        raise RecipeError(f"{misfit('compile.options', e)}; options of this backend: {known}") from e
 
 
 def requires(recipe: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import Any, Literal
@@ -21,56 +21,66 @@ import onnx
 import onnx_ir as ir
 import torch
 from onnxscript.optimizer import fold_constants, remove_unused_nodes
-from pydantic import Field, ValidationError
+from pydantic import Field
 from torch import nn
 
 from ...runtime.backends.tensorrt import CAPABILITY, CUDA, PACKAGES, logger
-from ...runtime.errors import ExportError, RecipeError, misfit
+from ...runtime.errors import ExportError, RecipeError
 from ...runtime.extras import way_to
+from ...runtime.kept import keep, kept
 from ..capture import Captured
 from ..rewrite.fold import get_tensor
-from ..tables import Table
-from . import Groups, onnx_rewrite
+from . import Files, Groups, Made, onnx_rewrite
 from .onnx_graph import onnx_model
+from .options import OPSET, OnnxOptions, options
 from .w8a8 import quantized as quantized  # by one operator that ONNX models have a form for
 
 CHANNELS_LAST = True
 CONVOLUTIONS = (torch.ops.aten.conv2d.default, torch.ops.aten.convolution.default)
 SUFFIX = ".engine"
 REPORTS = "reports/engines"
+CAPABILITIES = "compute_capabilities"
+FP8_FROM = 89
+ENGINE, LAYERS = "model.engine", "layers.json"
 
 
-class Options(Table):
+class Options(OnnxOptions):
     """`compile.options`. `flavour` is the library: "rtx" is TensorRT-RTX. `compute_capabilities` are the GPUs that an RTX
-    engine is for, by default those that its documentation names; `workspace_mib` is the most scratch memory that the builder
-    may plan with, 0 = all there is; `optimization_level` is the builder's own, 0 to 5."""
+    engine is for, by default those that its documentation names, or that multiply fp8; `workspace_mib` is the most scratch memory
+    that the builder may plan with, 0 = all there is; `optimization_level` is the builder's own, 0 to 5. `cuda_graphs`: whether
+    the runtime records an engine's work once and then launches it as a whole."""
 
     flavour: Literal["rtx", "tensorrt"] = "rtx"
+    cuda_graphs: bool = False
     compute_capabilities: str = Field(default="sm80 sm86 sm89 sm120", pattern=r"^sm\d+( sm\d+)*$")
     workspace_mib: int = Field(default=0, ge=0)
     optimization_level: int = Field(default=3, ge=0, le=5)
 
 
 def adapted(recipe: Any) -> tuple[Any, tuple[str, ...]]:
-    """With the device that engines run on."""
-    if recipe.compile.device == "cuda":
-        return recipe, ()
-    on_gpu = recipe.compile.model_copy(update={"device": "cuda"})
-    return recipe.model_copy(update={"compile": on_gpu}), ("compile.device is cuda: engines of TensorRT run on GPUs",)
-
-
-def options(config: Any) -> Options:
-    """Those of the recipe's `compile` table. Raises RecipeError for what is not one."""
-    try:
-        return Options.model_validate(config.options)
-    except ValidationError as e:
-        known = ", ".join(Options.model_fields)
-        raise RecipeError(f"{misfit('compile.options', e)}; options of this backend: {known}") from e
+    """With the device that engines run on, and for fp8 with the GPUs that multiply it. Raises RecipeError where the recipe asks
+    for others."""
+    chosen, config, said = options(recipe.compile, Options), {}, []
+    if recipe.compile.device != "cuda":
+        config["device"] = "cuda"
+        said.append("compile.device is cuda: engines of TensorRT run on GPUs")
+    if recipe.quantize.method == "fp8_dynamic" and chosen.flavour == "rtx":
+        named = chosen.compute_capabilities.split()
+        able = " ".join(name for name in named if int(name[2:]) >= FP8_FROM)
+        if able != chosen.compute_capabilities:
+            if CAPABILITIES in recipe.compile.options:
+                raise RecipeError(
+                    f"compile.options.{CAPABILITIES}: GPUs multiply fp8 from sm{FP8_FROM} on, got {named[0]!r}; leave out what "
+                    "is below, or set quantize.method=int8_dynamic"
+                )
+            config["options"] = {**recipe.compile.options, CAPABILITIES: able}
+            said.append(f"compile.options.{CAPABILITIES} is {able}: GPUs multiply fp8 from sm{FP8_FROM} on")
+    return recipe.model_copy(update={"compile": recipe.compile.model_copy(update=config)}), tuple(said)
 
 
 def requires(recipe: Any) -> dict[str, Any]:
     """The library and its exact version, the CUDA that its driver must have, and the GPUs; any torch."""
-    chosen = options(recipe.compile)
+    chosen = options(recipe.compile, Options)
     trt = library(chosen)
     packages = {PACKAGES[chosen.flavour]: trt.__version__, CAPABILITY: " ".join(capabilities(chosen))}
     return {"isa_level": "any", "isa": (), "packages": packages | cuda_of(PACKAGES[chosen.flavour])}
@@ -78,7 +88,8 @@ def requires(recipe: Any) -> dict[str, Any]:
 
 def toolchain(config: Any) -> dict[str, str]:
     """The builder's settings, and what wrote its ONNX."""
-    chosen = {f"tensorrt.{name}": str(value) for name, value in options(config).model_dump().items()}
+    settings = options(config, Options).model_dump(exclude={"cuda_graphs"})
+    chosen = {f"tensorrt.{name}": str(value) for name, value in settings.items()}
     return {**chosen, "onnx": onnx.__version__, "tensorrt.network": "strongly typed"}
 
 
@@ -124,26 +135,35 @@ def rewritten(graph: Captured) -> Captured:
     return made
 
 
-def lower(folder: Path, groups: Groups, config: Any, doing: Callable[[str], None]) -> dict[str, str]:
+def lower(folder: Path, groups: Groups, config: Any, made: Made) -> dict[str, str]:
     """An engine for each graph, and its layers in `reports/engines`."""
-    chosen = options(config)
+    chosen = options(config, Options)
     trt = library(chosen)
+
+    def built(graph: Captured) -> Files:
+        engine, layers = build(trt, graph, chosen)
+        return {ENGINE: engine, LAYERS: (json.dumps(layers, indent=1) + "\n").encode()}
+
     (folder / "graphs").mkdir(parents=True, exist_ok=True)
     (folder / REPORTS).mkdir(parents=True, exist_ok=True)
     paths = {}
     for component, graphs in groups.items():
         for graph in graphs:
-            doing(f"{component}: {graph.name}" if component != graph.name else component)
-            engine, layers = build(trt, graph, chosen)
+            files = made(component, graph, built)
             paths[graph.name] = f"graphs/{graph.name}{SUFFIX}"
-            (folder / paths[graph.name]).write_bytes(engine)
-            (folder / REPORTS / f"{graph.name}.json").write_text(json.dumps(layers, indent=1) + "\n", "utf-8")
+            (folder / paths[graph.name]).write_bytes(files[ENGINE])
+            (folder / REPORTS / f"{graph.name}.json").write_bytes(files[LAYERS])
     return paths
+
+
+def reproducible(config: Any) -> bool:
+    """TensorRT chooses kernels by their times on its GPU. TensorRT-RTX, which builds without one, gives the same bytes."""
+    return options(config, Options).flavour == "rtx"
 
 
 def build(trt: Any, graph: Captured, chosen: Options) -> tuple[bytes, list[dict[str, Any]]]:
     """The engine of a graph, and its layers. Raises ExportError naming the graph and what the library refuses."""
-    return build_model(trt, graph.name, network(graph), chosen)
+    return build_model(trt, graph.name, network(graph, chosen.opset), chosen)
 
 
 def build_model(trt: Any, name: str, model: onnx.ModelProto, chosen: Options) -> tuple[bytes, list[dict[str, Any]]]:
@@ -155,7 +175,8 @@ def build_model(trt: Any, name: str, model: onnx.ModelProto, chosen: Options) ->
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, log)
     parsed = parser.parse(model.SerializeToString())
-    engine = builder.build_serialized_network(network, settings(trt, builder, chosen)) if parsed else None
+    config = settings(trt, builder, chosen)
+    engine = builder.build_serialized_network(network, config) if parsed else None
     log.lines = None
     if engine is None:
         refused = [parser.get_error(i) for i in range(parser.num_errors)]
@@ -163,6 +184,8 @@ def build_model(trt: Any, name: str, model: onnx.ModelProto, chosen: Options) ->
         raise ExportError(
             f"graph {name!r}: {trt.__name__} {trt.__version__} cannot build it ({why}); set compile.backend=aoti"
         )
+    if chosen.flavour == "tensorrt":
+        keep(None, timings_place(trt), bytes(config.get_timing_cache().serialize()))
     return bytes(engine), list(layers(said))
 
 
@@ -178,7 +201,22 @@ def settings(trt: Any, builder: Any, chosen: Options) -> Any:
         config.num_compute_capabilities = len(targets)
         for i, target in enumerate(targets):
             config.set_compute_capability(target, i)
+    else:
+        give_timings(trt, config)
     return config
+
+
+def give_timings(trt: Any, config: Any) -> None:
+    """Lets the builder measure each kernel once, and not once an export: what it measured is kept for this user. TensorRT-RTX
+    measures nothing."""
+    for measured in (kept(None, timings_place(trt)), b""):
+        timings = config.create_timing_cache(measured)
+        if timings is not None and config.set_timing_cache(timings, False):
+            return
+
+
+def timings_place(trt: Any) -> str:
+    return "tensorrt/{}-sm{}{}".format(trt.__version__, *torch.cuda.get_device_capability())
 
 
 def compute_capability(trt: Any, name: str) -> Any:
@@ -195,14 +233,18 @@ def compute_capability(trt: Any, name: str) -> Any:
 # --- the network -----------------------------------------------------------------------------------------------------
 
 
-def network(graph: Captured) -> onnx.ModelProto:
+def network(graph: Captured, opset: int = OPSET) -> onnx.ModelProto:
     """The graph's model with its constants as inputs, of the shape in which they lie in memory, and with what the parser
     asks to be an initializer as one.
 
-    Parsers of TensorRT take axes and shapes that are given as values, not as arithmetic on values.
+    Parsers of TensorRT take axes and shapes that are given as values, not as arithmetic on values. Attention that is one
+    operator is marked as one that may be taken apart, or the builder fails where it has no kernel for it, as in float32.
     """
     permuted = {name for name, tensor in graph.constants().items() if lies_as_nhwc(tensor)}
-    made = ir.from_proto(onnx_model(graph))
+    made = ir.from_proto(onnx_model(graph, opset))
+    for node in made.graph:
+        if node.op_type == "Attention":
+            node.attributes.add(ir.AttrInt64("TRT_decomposable", 1))
     scale_after_product(made.graph)
     for value in list(made.graph.initializers.values()):
         if isinstance(value.const_value, ir.ExternalTensor):
@@ -236,7 +278,7 @@ def permute(graph: ir.Graph, weight: ir.Value) -> None:
 
 
 def scale_after_product(graph: ir.Graph) -> None:
-    """Draws the scales of int8 weights out of the products:
+    """Draws the scales of weights of 8 bits out of the products:
 
         before  y = x @ dequantize(weight, scale, axis=1)
         after   y = (x @ dequantize(weight, 1.0)) * scale

@@ -1,4 +1,4 @@
-"""int8 dynamic: weights as int8 with a scale per row, activations quantized per token as they come, by the backend.
+"""int8 and fp8 dynamic: weights of 8 bits with a scale per row, activations quantized per token as they come, by the backend.
 
 Which Linear is quantized goes by its kind (attention and feed-forward yes; modulation, embeddings and the final
 projection no: they are small, run on one row, or carry the whole signal) and by its size against the model's width.
@@ -26,6 +26,8 @@ KINDS = (
     (re.compile(r"\.ff\w*\.|\.proj_mlp$|_blocks\.\d+\.proj_out$"), "feed-forward"),
 )
 QUANTIZED_KINDS = ("attention", "feed-forward")
+TREATMENTS = {"int8_dynamic": "int8", "fp8_dynamic": "fp8"}
+"""`quantize.method` -> what a layer is said to be."""
 
 
 def kind(name: str) -> str:
@@ -34,7 +36,7 @@ def kind(name: str) -> str:
 
 
 def treatment(name: str, linear: nn.Linear, config: Any, width: int) -> tuple[str, str]:
-    """("int8" or "kept", the reason in a few words) for one Linear of a model of inner width `width`."""
+    """("int8", "fp8" or "kept", the reason in a few words) for one Linear of a model of inner width `width`."""
     role = kind(name)
     if role not in QUANTIZED_KINDS:
         return "kept", role
@@ -45,23 +47,23 @@ def treatment(name: str, linear: nn.Linear, config: Any, width: int) -> tuple[st
     smallest = config.min_width_ratio * width
     if min(linear.in_features, linear.out_features) < smallest:
         return "kept", f"{role}, {linear.in_features}x{linear.out_features} is smaller than {smallest:g}"
-    return "int8", f"{role}, {linear.in_features}x{linear.out_features}"
+    return TREATMENTS[config.method], f"{role}, {linear.in_features}x{linear.out_features}"
 
 
 def quantize(
-    model: nn.Module, config: Any, width: int, quantized: Callable[[nn.Module, set[str]], None]
+    model: nn.Module, config: Any, width: int, quantized: Callable[[nn.Module, set[str], str], None]
 ) -> dict[str, tuple[str, str]]:
     """Quantizes `model` in place; returns every Linear's treatment. `quantized` is the backend's. Raises ExportError when no layer qualifies."""
     linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     if config.method == "none":
         return dict.fromkeys(linears, ("kept", "quantize.method is none"))
     layers = {name: treatment(name, m, config, width) for name, m in linears.items()}
-    chosen = {name for name, (what, _) in layers.items() if what == "int8"}
+    chosen = {name for name, (what, _) in layers.items() if what != "kept"}
     if not chosen:
         reasons = sorted({why for _, why in layers.values()})
         raise ExportError(
             f"quantize.method {config.method!r} fits none of the model's {len(layers)} Linear layers ({'; '.join(reasons[:4])}); "
             "relax quantize.include, exclude or min_width_ratio, or set quantize.method=none"
         )
-    quantized(model, chosen)
+    quantized(model, chosen, config.method)
     return layers

@@ -28,13 +28,15 @@ Model = Callable[[Sequence["torch.Tensor"]], list["torch.Tensor"]]
 @dataclass(frozen=True)
 class Opening:
     """What an artifact's graphs are opened from. `constants` are each graph's own, tensors on `device` that several graphs
-    share and that outlive the models; `cache_dir` is where machine code may be kept, None = where it usually is."""
+    share and that outlive the models; `cache_dir` is where machine code may be kept, None = where it usually is. No more than
+    `runners` threads call at once."""
 
     folder: Path
     manifest: Manifest
     constants: Mapping[str, Mapping[str, torch.Tensor]]
     device: torch.device
     cache_dir: Path | None = None
+    runners: int = 1
 
     def code(self, path: str) -> bytes:
         """A listed file, read once: what was hashed is what is opened. Raises ArtifactError where it is another."""

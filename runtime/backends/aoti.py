@@ -3,7 +3,7 @@
 A path to an unpacked `.so` comes in, a `NativeModel` comes out. The stock loader (`torch._inductor.aoti_load_package`)
 unzips into a temporary folder and runs the C++ compiler hundreds of times to print an advisory; the container runner
 used here only calls dlopen. What the stock runner leaves to chance is refused here: running before the constants are
-bound is a segmentation fault there, an ArtifactError here.
+bound is a segmentation fault there, an ArtifactError here. It says what is in a library; `container.py` runs it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch._C import _aoti  # pyright: ignore[reportAttributeAccessIssue]  (private, so not in the stubs)
 
+from ..container import Container, container
 from ..errors import ArtifactError, raise_all
 from ..files import read_listed
 from ..machine import library_problems
@@ -32,8 +33,9 @@ def open_models(opening: Opening) -> dict[str, NativeModel]:
     models: dict[str, NativeModel] = {}
     for package, wanted in packages(opening.manifest).items():
         models.update(open_package(opening, package, wanted))
-    for name, model in models.items():
-        model.bind(opening.constants[name])
+    for graph in opening.manifest.graphs:
+        models[graph.name].check_counts(len(graph.inputs), len(graph.outputs))
+        models[graph.name].bind(opening.constants[graph.name])
     return models
 
 
@@ -44,7 +46,7 @@ def open_package(opening: Opening, package: str, wanted: list[str]) -> dict[str,
     members = read_members(f"{opening.folder / package}", data)
     raise_all(opening.folder, member_problems(package, members, wanted))
     with unpacked(members, sha256, opening.cache_dir) as libraries:
-        return {name: open_model(so, opening.device) for name, so in libraries.items()}
+        return {name: open_model(so, opening.device, opening.runners) for name, so in libraries.items()}
 
 
 def package_problems(folder: Path, manifest: Manifest) -> Iterator[str]:
@@ -78,16 +80,17 @@ def member_problems(package: str, members: Mapping[str, Mapping[str, bytes]], wa
                 yield from library_problems(f"{package}, {model}/{name}", content)
 
 
-def open_model(so: Path, device: torch.device) -> NativeModel:
-    """The compiled model in `so`, opened but not yet callable: `bind` its constants first.
+def open_model(so: Path, device: torch.device, runners: int = 1) -> NativeModel:
+    """The compiled model in `so`, opened but not yet callable: `bind` its constants first. `runners` calls may be in it at once.
 
     This maps and runs machine code. Raises ArtifactError when the file cannot be opened as an AOTInductor model.
     """
     if device.type != "cpu":
         raise ArtifactError(f"{so.name}: this runtime opens models for the cpu, the artifact is for {device.type}")
     try:
-        # One model instance per container: `run` holds the GIL, so a second one would never be used.
-        return NativeModel(so.parent.name, _aoti.AOTIModelContainerRunnerCpu(str(so), 1))
+        # One instance: its `run` holds Python's lock, so a second one would never be used.
+        runner = _aoti.AOTIModelContainerRunnerCpu(str(so), 1)
+        return NativeModel(so.parent.name, runner, container(so.parent.name, so, runners))
     except RuntimeError as e:
         raise ArtifactError(
             f"{so}: expected a model compiled by AOTInductor, but {_first_line(e)}; "
@@ -98,9 +101,10 @@ def open_model(so: Path, device: torch.device) -> NativeModel:
 class NativeModel:
     """A model's machine code. `constants` are the names that `bind` wants; call it with flat tensors after that."""
 
-    def __init__(self, name: str, runner: _aoti.AOTIModelContainerRunnerCpu):
+    def __init__(self, name: str, runner: _aoti.AOTIModelContainerRunnerCpu, container: Container | None):
         self.name = name
         self._runner = runner
+        self._container = container
         self._internal = {fqn: name for name, fqn in runner.get_constant_names_to_original_fqns().items()}
         self._bound = not self._internal
 
@@ -111,19 +115,30 @@ class NativeModel:
     def bind(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Points every constant at the caller's tensor; nothing is copied, so many models can share one tensor.
 
-        torch keeps its references for the life of the process. Raises ArtifactError unless `tensors` has exactly the
+        torch's own runner keeps its references for the life of the process. Raises ArtifactError unless `tensors` has exactly the
         model's constants, with the dtypes that it was compiled for.
         """
         self._check_constants(tensors)
         by_internal_name = {self._internal[fqn]: tensor for fqn, tensor in tensors.items()}
-        self._runner.update_constant_buffer(by_internal_name, False, True, user_managed=True)
+        if self._container:
+            self._container.bind(by_internal_name)
+        else:
+            self._runner.update_constant_buffer(by_internal_name, False, True, user_managed=True)
         self._bound = True
+
+    def check_counts(self, inputs: int, outputs: int) -> None:
+        """Raises ArtifactError unless the model has so many of each: code reads as many pointers as it was compiled for."""
+        if self._container and (self._container.inputs, self._container.outputs) != (inputs, outputs):
+            raise ArtifactError(
+                f"graph {self.name!r}: was compiled for {self._container.inputs} inputs and {self._container.outputs} outputs, "
+                f"the manifest has {inputs} and {outputs}; export again"
+            )
 
     def __call__(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The model's outputs, freshly allocated. The caller has checked the inputs: nothing below this line does."""
         if not self._bound:
             raise ArtifactError(f"graph {self.name!r}: called before its {len(self._internal)} constants were bound")
-        return self._runner.run(list(inputs))
+        return self._container.run(inputs) if self._container else self._runner.run(list(inputs))
 
     def _check_constants(self, tensors: Mapping[str, torch.Tensor]) -> None:
         refuse_unbound(self.name, self.constants, tensors)

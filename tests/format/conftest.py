@@ -13,7 +13,7 @@ def never_opened(monkeypatch, tmp_path):
     """Fails the test when anything gets as far as dlopen; the cache is a folder of the test."""
     import prebake.runtime.backends.aoti
 
-    def open_model(so, device):
+    def open_model(so, device, runners):
         raise AssertionError(f"{so} was opened")
 
     monkeypatch.setattr(prebake.runtime.backends.aoti, "open_model", open_model)
@@ -27,7 +27,7 @@ def opens(monkeypatch, tmp_path):
 
     models = []
 
-    def open_model(so, device):
+    def open_model(so, device, runners):
         models.append(paper_artifact.PaperModel(so))
         return models[-1]
 

@@ -34,6 +34,7 @@ TINY = """\
     "2": "plans/2.json"
   },
   "recipe": {},
+  "reproducible": true,
   "requires": {
     "device": "cpu",
     "glibc": null,

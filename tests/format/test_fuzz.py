@@ -108,7 +108,7 @@ class Base:
 def base(tmp_path_factory):
     home = Base(tmp_path_factory.mktemp("fuzz"))
 
-    def open_model(so, device):
+    def open_model(so, device, runners):
         home.models.append(paper.PaperModel(so))
         return home.models[-1]
 

@@ -1,13 +1,9 @@
-import hashlib
 import shutil
-import tempfile
-from pathlib import Path
 
 import pytest
-import torch
+from kept import kept_toy
 
 import toy
-from prebake.runtime.machine import cpu_flags
 
 
 @pytest.fixture(scope="session")
@@ -16,18 +12,9 @@ def eager():
 
 
 @pytest.fixture(scope="session")
-def toy_artifact(request, eager):
-    """The compiled toy, read-only by agreement: copy it (`artifact_copy`) before you damage it.
-
-    Compiling takes a minute, so it is kept in pytest's own cache until toy.py or torch changes.
-    """
-    recipe = Path(toy.__file__).read_bytes() + torch.__version__.encode() + "".join(sorted(cpu_flags())).encode()
-    folder = request.config.cache.mkdir("prebake-toy") / hashlib.sha256(recipe).hexdigest()[:16]
-    if not folder.exists():
-        fresh = Path(tempfile.mkdtemp(dir=folder.parent))
-        toy.build(fresh, eager)
-        fresh.rename(folder)
-    return folder
+def toy_artifact(request):
+    """The compiled toy, read-only by agreement: copy it (`artifact_copy`) before you damage it."""
+    return kept_toy(request.config)
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import io
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 
 from prebake.exporter.capture import Captured
-from prebake.exporter.lower import Groups
+from prebake.exporter.lower import Files, Groups, Made
 from prebake.runtime.errors import ExportError
 
 CHANNELS_LAST = False
@@ -21,7 +21,7 @@ def adapted(recipe: Any) -> tuple[Any, tuple[str, ...]]:
     return recipe, ()
 
 
-def quantized(model: nn.Module, names: set[str]) -> None:
+def quantized(model: nn.Module, names: set[str], method: str) -> None:
     raise ExportError("compile.backend 'eager' has no int8; set quantize.method=none")
 
 
@@ -29,15 +29,25 @@ def rewritten(graph: Captured) -> Captured:
     return graph
 
 
-def lower(folder: Path, groups: Groups, config: Any, doing: Callable[[str], None]) -> dict[str, str]:
+def lower(folder: Path, groups: Groups, config: Any, made: Made) -> dict[str, str]:
     (folder / "graphs").mkdir()
     paths = {g.name: f"graphs/{g.name}.pt2" for graphs in groups.values() for g in graphs}
-    for graph in (g for graphs in groups.values() for g in graphs):
-        doing(graph.name)
-        program = torch.export.export(lifted(graph), (*graph.args, *sorted_constants(graph)), strict=False)
-        program._example_inputs = None  # among them are the weights
-        torch.export.save(program, folder / paths[graph.name])
+    for component, graphs in groups.items():
+        for graph in graphs:
+            (folder / paths[graph.name]).write_bytes(made(component, graph, saved)["graph.pt2"])
     return paths
+
+
+def saved(graph: Captured) -> Files:
+    program = torch.export.export(lifted(graph), (*graph.args, *sorted_constants(graph)), strict=False)
+    program._example_inputs = None  # among them are the weights
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    return {"graph.pt2": file.getvalue()}
+
+
+def reproducible(config: Any) -> bool:
+    return True
 
 
 def sorted_constants(graph: Captured) -> list[torch.Tensor]:

@@ -1,0 +1,112 @@
+"""A compiled model by its C functions (`torch/csrc/inductor/aoti_runtime/interface.h`), called without Python's lock.
+
+torch's own Python runner, `AOTIModelContainerRunnerCpu`, holds that lock while a model runs
+(https://github.com/pytorch/pytorch/issues/197516), so that one evaluation stops every thread of a server. A foreign call by
+ctypes does not, and the library's functions are plain C. Tensors become the handles that they take, and back, by the same
+functions of torch that Inductor's own wrappers use.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+import weakref
+from collections.abc import Mapping, Sequence
+from ctypes import POINTER, Structure, byref, c_bool, c_char_p, c_int, c_size_t, c_void_p
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._C import _aoti  # pyright: ignore[reportAttributeAccessIssue]  (private, so not in the stubs)
+
+from .errors import ArtifactError
+
+BIND = "UpdateUserManagedConstantBufferPairs"
+"""Without it a library is older than torch 2.13, and is run by torch's runner."""
+
+
+class Entry(Structure):
+    """AOTInductorConstantMapEntry."""
+
+    _fields_ = (("name", c_char_p), ("handle", c_void_p))
+
+
+ARGUMENTS: dict[str, tuple[Any, ...]] = {
+    "CreateWithDevice": (POINTER(c_void_p), c_size_t, c_char_p, c_char_p),
+    "Delete": (c_void_p,),
+    "GetNumInputs": (c_void_p, POINTER(c_size_t)),
+    "GetNumOutputs": (c_void_p, POINTER(c_size_t)),
+    BIND: (c_void_p, POINTER(Entry), c_size_t, c_bool, c_bool),
+    "Run": (c_void_p, c_void_p, c_size_t, c_void_p, c_size_t, c_void_p, c_void_p),
+}
+
+_pointer = ctypes.pythonapi.PyCapsule_GetPointer
+_pointer.restype, _pointer.argtypes = c_void_p, (ctypes.py_object, c_char_p)
+_capsule = ctypes.pythonapi.PyCapsule_New
+_capsule.restype, _capsule.argtypes = ctypes.py_object, (c_void_p, c_char_p, c_void_p)
+
+
+class Container:
+    """`runners` instances of the model in one library, over one set of constants: so many calls may be inside at once,
+    and others wait. The library's own way to wait is not used: a call that fails there wakes nobody."""
+
+    def __init__(self, name: str, library: ctypes.CDLL, runners: int):
+        self._name = name
+        self._functions = {short: function(library, short, types) for short, types in ARGUMENTS.items()}
+        self._last_error = library.AOTInductorGetLastError
+        self._last_error.restype, self._last_error.argtypes = c_int, (POINTER(c_char_p),)
+        self._free = threading.BoundedSemaphore(runners)
+        self._handle = c_void_p()
+        self._call("CreateWithDevice", byref(self._handle), runners, b"cpu", None)
+        self._constants: list[Any] = []
+        freed = weakref.finalize(self, closed, self._functions["Delete"], self._handle, self._constants)
+        freed.atexit = False  # a thread may still be inside
+        self.inputs, self.outputs = self._count("GetNumInputs"), self._count("GetNumOutputs")
+
+    def bind(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Points every constant, by its name in the library, at the tensor. Nothing is copied; the tensors are kept."""
+        self._constants += _aoti.unsafe_alloc_void_ptrs_from_tensors(list(tensors.values()))
+        entries = [Entry(name.encode(), _pointer(c, None)) for name, c in zip(tensors, self._constants, strict=True)]
+        self._call(BIND, self._handle, (Entry * len(entries))(*entries), len(entries), False, True)
+
+    def run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The model's outputs, freshly allocated."""
+        capsules = _aoti.unsafe_alloc_void_ptrs_from_tensors(inputs)  # the model frees what they point at
+        given = (c_void_p * len(capsules))(*[_pointer(c, None) for c in capsules])
+        made = (c_void_p * self.outputs)()
+        with self._free:
+            self._call("Run", self._handle, given, len(given), made, len(made), None, None)
+        return _aoti.alloc_tensors_by_stealing_from_void_ptrs([_capsule(h, None, None) for h in made])
+
+    def _call(self, short: str, *arguments: Any) -> None:
+        if self._functions[short](*arguments):
+            said = c_char_p()
+            self._last_error(byref(said))
+            why = (said.value or b"it does not say why").decode(errors="replace").strip().splitlines()[0]
+            raise ArtifactError(f"graph {self._name!r}: its compiled code failed in {short}: {why}")
+
+    def _count(self, short: str) -> int:
+        count = c_size_t()
+        self._call(short, self._handle, byref(count))
+        return count.value
+
+
+def container(name: str, so: Path, runners: int) -> Container | None:
+    """The library, opened; None where only torch's own runner can run it: it is older than `BIND`, or calls operators
+    by way of torch's dispatcher, which are listed in a file beside it."""
+    library = ctypes.CDLL(str(so))
+    if so.with_suffix(".json").exists() or not hasattr(library, f"AOTInductorModelContainer{BIND}"):
+        return None
+    return Container(name, library, runners)
+
+
+def function(library: ctypes.CDLL, short: str, arguments: tuple[Any, ...]) -> Any:
+    found = library[f"AOTInductorModelContainer{short}"]
+    found.restype, found.argtypes = c_int, arguments
+    return found
+
+
+def closed(delete: Any, handle: c_void_p, constants: list[Any]) -> None:
+    """Frees the instances, and then the constants' handles, which the library only borrowed."""
+    delete(handle)
+    _aoti.alloc_tensors_by_stealing_from_void_ptrs(constants)

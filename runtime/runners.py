@@ -1,0 +1,102 @@
+"""Runners: how many calls of a pipeline are at work at once, and how a waiting or working call is cancelled.
+
+A call needs memory for its own latents, stored sites and activations, and threads to compute with. So no more than a
+fixed number of them is let in; the others wait, first come, first served. What they share, the weights and the code,
+is read only.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+
+from .errors import ArtifactError, Cancelled
+
+POLL_S = 0.02
+"""How often a waiting call looks whether it has been cancelled."""
+
+
+class Flag(Protocol):
+    """What a call is cancelled by: a `threading.Event`, or anything that says the same."""
+
+    def is_set(self) -> bool: ...
+
+
+class Runners:
+    """At most `count` calls at once. A callback may call the pipeline again: it goes on with the runner of its thread."""
+
+    def __init__(self, count: int):
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise ArtifactError(f"runners={count!r}: expected how many calls may run at once, 1 or more")
+        self.count = count
+        self._lock = threading.Lock()
+        self._free = count
+        self._waiting: deque[threading.Event] = deque()
+        self._thread = threading.local()
+
+    @property
+    def free(self) -> int:
+        """How many are idle."""
+        return self._free
+
+    @contextmanager
+    def one(self, cancel: Flag | None = None) -> Iterator[None]:
+        """A runner, for the length of the block, whatever ends it. Raises Cancelled, also while it waits for one."""
+        refuse_cancelled(cancel)
+        if getattr(self._thread, "has_one", False):
+            yield
+            return
+        self._take(cancel)
+        self._thread.has_one = True
+        try:
+            torch.get_num_threads()  # a new thread learns torch's number here, and would compute with all cores
+            yield
+        finally:
+            self._thread.has_one = False
+            self._give_back()
+
+    def _take(self, cancel: Flag | None) -> None:
+        with self._lock:
+            if self._free:
+                self._free -= 1
+                return
+            turn = threading.Event()
+            self._waiting.append(turn)
+        try:
+            while not turn.wait(POLL_S if cancel else None):
+                refuse_cancelled(cancel)
+        except BaseException:
+            with self._lock:
+                left = turn in self._waiting
+                if left:
+                    self._waiting.remove(turn)
+            if not left:  # it was handed over just now
+                self._give_back()
+            raise
+
+    def _give_back(self) -> None:
+        """To whoever waits the longest: a runner that were merely free would go to the thread that is awake."""
+        with self._lock:
+            if self._waiting:
+                self._waiting.popleft().set()
+            else:
+                self._free += 1
+
+
+def refuse_cancelled(cancel: Flag | None) -> None:
+    """Raises Cancelled if it has been."""
+    if cancel is not None and cancel.is_set():
+        raise Cancelled("the call was cancelled by its `cancel`")
+
+
+def usual_count(device: torch.device) -> int:
+    """On the CPU as many as keep all cores busy, each with torch's number of threads; a GPU computes one call at a time."""
+    if device.type != "cpu":
+        return 1
+    return max(1, len(os.sched_getaffinity(0)) // torch.get_num_threads())

@@ -1,0 +1,77 @@
+"""Run as a process of its own: `python staging.py WORK` writes an artifact's folder as an export does, again and again, each
+time in a child that is killed a step later than the one before.
+
+What lies at the output is `nothing`, or an artifact that is replaced, `old`; the file system can `exchange` two names, or not.
+Prints for each of the four what each death has left, and what the next run makes of it, as JSON; and the same of a `naive`
+export, which writes where the artifact will be.
+"""
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from dying import die_at, killed
+
+from prebake.exporter import package
+from prebake.runtime import place
+
+FILES = {"manifest.json": '{"schema_version": 1}', "weights/a": "a" * 100, "graphs/b": "b" * 100}
+
+
+def main(work: Path) -> dict[str, list[dict]]:
+    found = {f"{before} exchange": deaths(work, before, export) for before in ("nothing", "old")}
+    found["naive"] = deaths(work, "nothing", lambda output: write(output, "new"))
+    place.exchanged = lambda a, b: False
+    return found | {f"{before} renames": deaths(work, before, export) for before in ("nothing", "old")}
+
+
+def deaths(work: Path, before: str, export: Callable[[Path], None]) -> list[dict]:
+    found = []
+    while not found or found[-1]["signal"]:
+        found.append(one(work, before, export, len(found) + 1))
+    return found
+
+
+def one(work: Path, before: str, export: Callable[[Path], None], step: int) -> dict:
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    output = work / "out"
+    if before == "old":
+        write(output, "old")
+    ended = killed(lambda: export(output), lambda: die_at(step, work))
+    left = content(output)
+    export(output)
+    return {
+        "signal": ended,
+        "left": left,
+        "next": content(output),
+        "after that": sorted(p.name for p in work.iterdir()),
+    }
+
+
+def export(output: Path) -> None:
+    with package.staged(output, force=True) as folder:
+        write(folder, "new")
+
+
+def write(folder: Path, which: str) -> None:
+    for path, text in FILES.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text(text.replace("a", which) if "/" in path else text)
+
+
+def content(folder: Path) -> str:
+    """Which of the two artifacts a folder is, whole; else `nothing`, or `a part`."""
+    if not folder.exists():
+        return "nothing"
+    have = {p.relative_to(folder).as_posix(): p.read_text() for p in folder.rglob("*") if p.is_file()}
+    for which in ("old", "new"):
+        if have == {path: text.replace("a", which) if "/" in path else text for path, text in FILES.items()}:
+            return which
+    return "a part"
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(Path(sys.argv[1]))))

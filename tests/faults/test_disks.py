@@ -1,0 +1,57 @@
+"""Disks that are full, read-only, without execution, or not there, as file systems of a namespace of its own."""
+
+import places
+import pytest
+from processes import script
+
+
+@pytest.fixture(scope="module")
+def found(toy_artifact, tmp_path_factory):
+    work = tmp_path_factory.mktemp("places")
+    return script("places.py", toy_artifact, work, mounts=places.mounts(toy_artifact, work))
+
+
+NO_ROOM = "give load() a cache_dir that can be written and has room, on a disk that allows execution"
+LOADED = {
+    # case: packages in the cache
+    "the artifact is read-only": 3,
+    "the cache is full": 0,
+    "the cache is read-only": 0,
+    "TMPDIR is missing": 3,
+    "TMPDIR is missing and the cache is read-only": 0,
+}
+REFUSED = {
+    "the cache and temporary files are full": (
+        "WORK/full/cache: machine code cannot be unpacked there (No space left on device), "
+        f"nor into a temporary folder (No space left on device); {NO_ROOM}"
+    ),
+    "nothing can be written": (
+        "WORK/sealed/cache: machine code cannot be unpacked there (Read-only file system), "
+        f"nor into a temporary folder (No usable temporary directory found in ['WORK/missing']); {NO_ROOM}"
+    ),
+}
+
+
+@pytest.mark.parametrize("case", LOADED)
+def test_it_is_loaded_all_the_same(found, case):
+    assert found[case] == {"said": "", "same": True, "left": [], "entries": LOADED[case]}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_it_is_refused_in_words(found, case):
+    assert found[case] == {"said": REFUSED[case], "same": False, "left": [], "entries": 0}
+
+
+@pytest.mark.parametrize("case", ["the cache allows no execution", "temporary files allow no execution"])
+def test_where_code_may_not_run_it_says_what_to_give(found, case):
+    said = found[case]["said"]
+    assert said.startswith("WORK/noexec/")
+    assert ".wrapper.so: expected a model compiled by AOTInductor, but " in said
+    assert "failed to map segment from shared object" in said
+    assert said.endswith("give load() a cache_dir on a disk that allows execution")
+    assert (found[case]["same"], found[case]["left"]) == (False, [])
+
+
+def test_every_case_is_one_of_these(found):
+    noexec = {case for case in found if case.endswith("execution")}
+    assert found.keys() == {*LOADED, *REFUSED, *noexec}

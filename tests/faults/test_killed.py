@@ -1,0 +1,45 @@
+"""kill -9 at every step of what puts files on a disk: an export's folder, and the machine code that a load unpacks."""
+
+import signal
+
+import pytest
+from paper import write_package
+from processes import script
+
+
+@pytest.mark.parametrize("state", ["fresh", "damaged"])
+def test_while_code_is_unpacked(tmp_path, state):
+    write_package(tmp_path / "p.pt2")
+    *deaths, lived, begun, half = script("unpacking.py", tmp_path / "p.pt2", tmp_path / "cache", state)
+    assert len(deaths) > 8
+    assert {death["signal"] for death in deaths} == {signal.SIGKILL}
+    assert {begun["signal"], half["signal"]} == {signal.SIGXFSZ}
+    for found in (*deaths, lived, begun, half):
+        assert found["left"] in (("nothing", "the whole") if state == "fresh" else ("a part", "the whole"))
+        assert found["next is right"]
+        assert found["after that"] == ["c0de"]
+
+
+@pytest.fixture(scope="module")
+def staging(tmp_path_factory):
+    return script("staging.py", tmp_path_factory.mktemp("staging") / "work")
+
+
+@pytest.mark.parametrize("how", ["exchange", "renames"])
+@pytest.mark.parametrize("before", ["nothing", "old"])
+def test_while_an_artifact_is_written(staging, before, how):
+    *deaths, lived = staging[f"{before} {how}"]
+    assert len(deaths) > 15
+    assert {death["signal"] for death in deaths} == {signal.SIGKILL}
+    assert lived["left"] == "new"
+    for found in deaths:
+        moved_aside = (
+            how == "renames" and found["left"] == "nothing"
+        )  # between two steps, and the next run puts it back
+        assert found["left"] in (before, "new") or moved_aside
+        assert found["next"] == "new"
+        assert found["after that"] == ["out"]
+
+
+def test_an_export_that_writes_in_place_would_be_seen(staging):
+    assert "a part" in [death["left"] for death in staging["naive"]]

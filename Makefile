@@ -30,10 +30,10 @@ help:
 	@echo 'make format   let ruff format and sort what it can'
 	@echo 'make clean    remove .venv and the artifacts that are not in git'
 
-# Always exports anew, so that what you see comes from the code as it is now.
+# Always exports anew, so that what you see comes from the code as it is now: nothing of it from the export cache.
 demo: $(VENV)/installed
 	$(step) 'export: $(RECIPE) on $(MODEL)'
-	$(prebake) export --recipe $(RECIPE) --model $(MODEL) --output $(ARTIFACT) --force $(EXPORT)
+	$(prebake) export --recipe $(RECIPE) --model $(MODEL) --output $(ARTIFACT) --force --no-cache $(EXPORT)
 	$(step) 'verify: its golden vectors, replayed'
 	$(prebake) verify $(ARTIFACT)
 	$(step) "run: $$PROMPT"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
 import zipfile
 from pathlib import Path
@@ -148,23 +147,25 @@ def test_a_build_folder_that_others_could_write_is_refused_in_its_own_words(grap
         aoti.compile_graph(graph, {})
 
 
-@pytest.fixture
-def elsewhere(monkeypatch, tmp_path):
-    """Inductor works under `tmp_path`, so that wiping its folder takes nothing from other exports."""
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    return tmp_path / f"prebake-inductor-{aoti.os.getuid()}"
+def packaged_at(graph, folder: Path, monkeypatch) -> Path:
+    """The graph's package, compiled with temporary files in a folder of its own, where nothing is compiled yet."""
+    folder.mkdir()
+    torch._dynamo.reset()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    path = folder / "small.pt2"
+    aoti.write_package(path, {"small": aoti.compile_graph(graph, aoti.flags(Compile()))})
+    return path
 
 
-def test_a_graph_compiled_twice_gives_the_same_bytes(graph, elsewhere, tmp_path):
-    """Everything that Inductor made the first time is wiped in between, or its cache would be what is tested."""
-    packages = []
-    for name in ("first", "second"):
-        torch._dynamo.reset()
-        shutil.rmtree(elsewhere, ignore_errors=True)
-        path = tmp_path / name / "small.pt2"
-        aoti.write_package(path, {"small": aoti.compile_graph(graph, aoti.flags(Compile()))})
-        packages.append(path)
-    first, second = packages
+@pytest.mark.slow
+def test_without_short_names_the_bytes_would_say_where_they_were_made(graph, tmp_path, monkeypatch):
+    monkeypatch.setattr(aoti, "without_paths", lambda flags, sources: flags)
+    first, second = (packaged_at(graph, tmp_path / name, monkeypatch) for name in ("first", "second"))
+    assert [name.rpartition("/")[2] for name in differing(first, second)] == ["serialization_id", "model.wrapper.so"]
+
+
+def test_a_graph_compiled_in_two_places_gives_the_same_bytes(graph, tmp_path, monkeypatch):
+    first, second = (packaged_at(graph, tmp_path / name, monkeypatch) for name in ("first", "second"))
     assert differing(first, second) == []
     assert first.read_bytes() == second.read_bytes()
     metadata = torch._C._aoti.AOTIModelPackageLoader.load_metadata_from_package(str(first), "small")

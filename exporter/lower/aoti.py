@@ -118,11 +118,16 @@ def depends(config: Any) -> dict[str, str]:
 
 
 def compiler() -> str:
-    """Where the C++ compiler lies, and all that it says of its version, by which distributions tell their builds apart."""
+    """Where the C++ compiler lies, and all that it says of its version, by which distributions tell their builds apart; empty
+    without one, which is an error only where something is to be compiled."""
     from torch._inductor.cpp_builder import get_cpp_compiler
 
-    path = shutil.which(get_cpp_compiler())
-    said = subprocess.run([path, "--version"], capture_output=True, text=True, check=True).stdout if path else ""
+    try:
+        path = shutil.which(get_cpp_compiler()) or ""
+        plain = {**os.environ, "LC_ALL": "C"}
+        said = subprocess.run([path, "--version"], env=plain, capture_output=True, text=True, check=True).stdout
+    except (OSError, RuntimeError, subprocess.CalledProcessError):
+        return ""
     return f"{path}\n{said}"
 
 

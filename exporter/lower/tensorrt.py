@@ -78,6 +78,12 @@ def adapted(recipe: Any) -> tuple[Any, tuple[str, ...]]:
     return recipe.model_copy(update={"compile": recipe.compile.model_copy(update=config)}), tuple(said)
 
 
+def depends(config: Any) -> dict[str, str]:
+    """The GPU that TensorRT chooses kernels on. TensorRT-RTX builds without one."""
+    on_gpu = options(config, Options).flavour == "tensorrt"
+    return {"gpu": torch.cuda.get_device_name(), "cuda": str(torch.version.cuda)} if on_gpu else {}
+
+
 def requires(recipe: Any) -> dict[str, Any]:
     """The library and its exact version, the CUDA that its driver must have, and the GPUs; any torch."""
     chosen = options(recipe.compile, Options)

@@ -8,6 +8,7 @@ bound is a segmentation fault there, an ArtifactError here. It says what is in a
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -93,9 +94,17 @@ def open_model(so: Path, device: torch.device, runners: int = 1) -> NativeModel:
         return NativeModel(so.parent.name, runner, container(so.parent.name, so, runners))
     except RuntimeError as e:
         raise ArtifactError(
-            f"{so}: expected a model compiled by AOTInductor, but {_first_line(e)}; "
-            "export again with this torch, or give load() a cache_dir on a disk that allows execution"
+            f"{so}: expected a model compiled by AOTInductor, but {_first_line(e)}; {_way_out(so, e)}"
         ) from e
+
+
+def _way_out(so: Path, error: RuntimeError) -> str:
+    """The linker says the same of a disk that allows no execution and of memory that ran out. Raises MemoryError for the latter."""
+    if os.statvfs(so).f_flag & os.ST_NOEXEC:
+        return "its disk allows no execution, so give load() a cache_dir on one that does"
+    if "failed to map segment" in str(error) or "cannot map zero-fill pages" in str(error):
+        raise MemoryError(str(error)) from error
+    return "export again with this torch"
 
 
 class NativeModel:

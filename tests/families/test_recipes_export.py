@@ -53,7 +53,7 @@ def shown(tiny: str) -> tuple[list[list[str]], list[str]]:
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.works(n, "recipe exports")) for n in FAMILIES])
 def test_a_recipe_exports_and_draws_without_diffusers(name, slim_python, tmp_path, monkeypatch):
     tiny, recipe = FAMILIES[name].tiny, FAMILIES[name].recipe
-    export = ["export", "--recipe", recipe, "--model", f"tiny:{tiny}", "--output", "artifacts/it"]
+    export = ["export", "--recipe", recipe, "--model", f"tiny:{tiny}", "--output", "artifacts/it", "--no-cache"]
     lines, code = shown(tiny) if shown(tiny)[0] else ([export], [])
     monkeypatch.chdir(tmp_path)
     for arguments in lines:

@@ -21,8 +21,8 @@ MIB = 1 << 20
 def main(large: Path, small: Path, cache: Path) -> dict:
     faulthandler.dump_traceback_later(300, exit=True)  # a load that never ends says where it is
     expected = [latents(artifact, cache) for artifact in (large, small)]
-    limits = [(large, spare * MIB) for spare in range(0, 50, 5)] + [(small, spare * MIB // 4) for spare in range(28)]
-    loads = [one(artifact, cache, spare) for artifact, spare in limits]
+    limits = [(large, spare * MIB) for spare in range(0, 50, 5)] + [(small, spare * MIB // 2) for spare in range(14)]
+    loads = [one(artifact, cache / f"{spare}", spare) for artifact, spare in limits]
     again = [latents(artifact, cache) for artifact in (large, small)]
     return {"loads": loads, "right again": all(map(torch.equal, again, expected))}
 

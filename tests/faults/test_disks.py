@@ -48,7 +48,7 @@ def test_where_code_may_not_run_it_says_what_to_give(found, case):
     assert said.startswith("WORK/noexec/")
     assert ".wrapper.so: expected a model compiled by AOTInductor, but " in said
     assert "failed to map segment from shared object" in said
-    assert said.endswith("give load() a cache_dir on a disk that allows execution")
+    assert said.endswith("; its disk allows no execution, so give load() a cache_dir on one that does")
     assert (found[case]["same"], found[case]["left"]) == (False, [])
 
 

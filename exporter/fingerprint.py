@@ -125,6 +125,8 @@ def installed(package: str) -> str | None:
 def sources() -> str:
     """A hash of the backends themselves: their versions do not tell what somebody has changed in them."""
     whole = hashlib.sha256()
-    for path in sorted(p for folder in lower.__path__ for p in Path(folder).glob("*.py")):
+    for path in sorted(
+        p for folder in lower.__path__ for p in Path(folder).rglob("*") if p.suffix in (".py", ".cpp", ".h")
+    ):
         whole.update(path.name.encode() + path.read_bytes())
     return whole.hexdigest()

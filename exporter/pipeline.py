@@ -42,6 +42,7 @@ from .progress import Progress
 from .recipe import Recipe
 from .record import Recording
 from .rewrite import DENOISERS, Layers, rewrite
+from .rewrite.attention import attention_in
 from .sites import VariantModule
 from .store import Store
 from .toolchain import versions
@@ -154,11 +155,15 @@ def lower(
     folder: Path, prepared: Prepared, progress: Progress, store: Store | None = None
 ) -> tuple[Prepared, dict[str, str]]:
     """The graphs as the backend has rewritten them, and graph -> path of its code in the folder."""
-    lowering = backend(prepared.recipe.compile.backend)
-    graphs = {component: tuple(map(lowering.rewritten, group)) for component, group in prepared.graphs.items()}
+    config, dtype = prepared.recipe.compile, prepared.recipe.attention.dtype
+    lowering = backend(config.backend)
+    graphs = dict(prepared.graphs)
+    if dtype:
+        graphs["denoiser"] = tuple(attention_in(g, getattr(torch, dtype)) for g in graphs["denoiser"])
+    graphs = {component: tuple(lowering.rewritten(g, config) for g in group) for component, group in graphs.items()}
     with progress.stage("lower", sum(map(len, graphs.values()))):
         making = Making.of(prepared.recipe, prepared.source.model, store, progress)
-        paths = lowering.lower(folder, graphs, prepared.recipe.compile, making)
+        paths = lowering.lower(folder, graphs, config, making)
     if store:
         progress.note(making.summary())
     return replace(prepared, graphs=graphs), paths

@@ -113,9 +113,11 @@ class Fp8Dynamic(Dynamic):
 
 
 class Attention(Table):
-    """Which implementation of attention is captured: `sdpa` is `torch.nn.functional.scaled_dot_product_attention`."""
+    """The denoiser's. `backend` is which implementation is captured: `sdpa` is
+    `torch.nn.functional.scaled_dot_product_attention`. `dtype` is what it is computed in; None = the denoiser's own."""
 
     backend: Literal["sdpa"] = "sdpa"
+    dtype: Dtype | None = None
 
 
 class Sampler(Table):

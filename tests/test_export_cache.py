@@ -160,7 +160,7 @@ def keys(prepared: Prepared) -> dict[str, str | None]:
     """Graph -> its fingerprint."""
     lowering, tools = backend(prepared.recipe.compile.backend), toolchain(prepared.recipe)
     graphs = [g for group in prepared.graphs.values() for g in group]
-    return {g.name: fingerprint(lowering.rewritten(g), tools, {}) for g in graphs}
+    return {g.name: fingerprint(lowering.rewritten(g, prepared.recipe.compile), tools, {}) for g in graphs}
 
 
 @functools.cache

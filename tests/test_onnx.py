@@ -256,7 +256,7 @@ def tokens() -> torch.Tensor:
 
 def in_8_bits(linear: nn.Linear, method: str) -> nn.Module:
     module = nn.Sequential(copy.deepcopy(linear))
-    w8a8.quantized(module, {"0"}, method)
+    w8a8.to_8_bits(module, {"0"}, method)
     return module
 
 
@@ -342,7 +342,7 @@ def test_products_of_one_input_share_its_scaling_and_quantize_it_each(method):
             return self.a(x), self.b(x)
 
     module = Two()
-    w8a8.quantized(module, {"a", "b"}, method)
+    w8a8.to_8_bits(module, {"a", "b"}, method)
     count = Counter(n.op_type for n in onnx_model(captured(module, torch.ones(4, 32), outputs=("a", "b"))).graph.node)
     assert (count["ReduceMax"], count["Div"], count["QuantizeLinear"], count["DequantizeLinear"]) == (1, 1, 2, 4)
 

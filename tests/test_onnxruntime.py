@@ -193,7 +193,7 @@ def test_a_root_mean_square_is_one_kernel(tmp_path):
 def test_a_session_gives_what_the_int8_operator_gives(tmp_path):
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(256, 128))
-    w8a8.quantized(module, {"0"}, "int8_dynamic")
+    w8a8.to_8_bits(module, {"0"}, "int8_dynamic")
     x = torch.randn(3, 7, 256)
     graph = rewritten(capture("g", module, (x,), ("x",), ("y",)))
     data = with_data(onnx_model(graph), graph.constants()).SerializeToString()

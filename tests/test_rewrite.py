@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -150,7 +152,7 @@ def test_one_int8_layer_is_within_its_rounding():
     model, x = FeedForward(), torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         exact = model(x)
-        assert quantize(model, recipe().quantize, 64, aoti.quantized) == {
+        assert quantize(model, recipe().quantize, 64, partial(aoti.quantized, recipe=recipe())) == {
             "block.ff.0": ("int8", "feed-forward, 64x128")
         }
         # each factor is off by at most half of 1/127 of its row's largest value, evenly spread: about 1% in all
@@ -162,7 +164,9 @@ def test_one_int8_layer_is_within_its_rounding():
 def test_layers_below_the_ratio_are_kept_with_their_size():
     model = FeedForward()
     model.block["ff"].append(nn.Linear(128, 128))
-    assert quantize(model, recipe("quantize.min_width_ratio=1.5").quantize, 64, aoti.quantized) == {
+    assert quantize(
+        model, recipe("quantize.min_width_ratio=1.5").quantize, 64, partial(aoti.quantized, recipe=recipe())
+    ) == {
         "block.ff.0": ("kept", "feed-forward, 64x128 is smaller than 96"),
         "block.ff.1": ("int8", "feed-forward, 128x128"),
     }

@@ -44,12 +44,12 @@ class Backend(Protocol):
         RecipeError for what it cannot, and for options that it has not."""
         ...
 
-    def quantized(self, model: nn.Module, names: set[str], method: str) -> None:
-        """Makes the Linears of these names what `method` of the recipe's `quantize` table says, in place: weights by row,
-        activations by token as they come."""
+    def quantized(self, model: nn.Module, names: set[str], recipe: Recipe) -> None:
+        """Makes the Linears of these names what the recipe's `quantize.method` says, in place: weights by row, activations
+        by token as they come."""
         ...
 
-    def rewritten(self, graph: Captured) -> Captured:
+    def rewritten(self, graph: Captured, config: Any) -> Captured:
         """The graph as it is lowered. Its constants are what the artifact stores, and what the graph is bound to."""
         ...
 

@@ -32,8 +32,9 @@ from ...runtime.errors import ExportError, RecipeError
 from ..capture import Captured
 from ..tables import Table
 from ..toolchain import glibc_version
-from . import Files, Groups, Made
+from . import Files, Groups, Made, kernels, w8a8
 from .isa import choose, host_flags, inductor_flags, int8_flags
+from .kernels.rewrite import calling_kernels
 from .options import options
 
 PACKAGED = {
@@ -67,15 +68,31 @@ def flags(config: Any) -> dict[str, Any]:
 
 
 def adapted(recipe: Any) -> tuple[Any, tuple[str, ...]]:
-    """As it is. Raises RecipeError for options, of which there are none, and for fp8: on the CPU torch makes such products by
-    way of wider numbers, and slower than those of float32 (docs/backends.md)."""
-    options(recipe.compile, Table)
+    """As it is. Raises RecipeError for kernels that this machine cannot run, and for fp8: on the CPU torch makes such products
+    by way of wider numbers, and slower than those of float32 (docs/backends.md)."""
+    if with_kernels(recipe.compile) and not kernels.fit(choose(recipe.compile.isa)[0]):
+        raise RecipeError(
+            f"compile.options.kernels: they need {', '.join(kernels.FLAGS)} and {kernels.LEVEL}, so the result could not be "
+            f"verified with compile.isa={recipe.compile.isa} on this CPU; leave the option out, or export on such a machine"
+        )
     if recipe.quantize.method == "fp8_dynamic":
         raise RecipeError(
             "quantize.method 'fp8_dynamic': AOTInductor's models run on the CPU, which multiplies fp8 slower than float32; "
             "set quantize.method=int8_dynamic, or compile.backend=tensorrt"
         )
     return recipe, ()
+
+
+class Options(Table):
+    """`kernels`: whether attention in bfloat16 and int8 layers are prebake's own code, `kernels/`. By default where the CPU has
+    the instructions, unless `compile.isa` names a level, which promises to run where they may be missing."""
+
+    kernels: bool | None = None
+
+
+def with_kernels(config: Any) -> bool:
+    asked = options(config, Options).kernels
+    return kernels.fit(choose(config.isa)[0]) and config.isa in ("host", "native") if asked is None else asked
 
 
 def threads(config: Any) -> int:
@@ -136,6 +153,8 @@ def requires(recipe: Any) -> dict[str, Any]:
     level, flags = choose(recipe.compile.isa)
     if recipe.quantize.method == "int8_dynamic":
         flags = tuple(sorted({*flags, *int8_flags()}))
+    if with_kernels(recipe.compile):
+        flags = tuple(sorted({*flags, *kernels.FLAGS}))
     return {
         "isa_level": level,
         "isa": flags,
@@ -144,8 +163,11 @@ def requires(recipe: Any) -> dict[str, Any]:
     }
 
 
-def quantized(model: nn.Module, names: set[str], method: str) -> None:
-    """By torchao, whose tensor subclasses are unwrapped at the end, so that every stored weight is a plain tensor."""
+def quantized(model: nn.Module, names: set[str], recipe: Any) -> None:
+    """As the operator that a kernel computes, or by torchao, whose tensor subclasses are unwrapped at the end, so that every stored weight is a plain tensor."""
+    if with_kernels(recipe.compile):
+        w8a8.quantized(model, names, recipe)
+        return
     from torch._functorch._aot_autograd.subclass_parametrization import unwrap_tensor_subclass_parameters
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
@@ -154,9 +176,9 @@ def quantized(model: nn.Module, names: set[str], method: str) -> None:
     unwrap_tensor_subclass_parameters(model)
 
 
-def rewritten(graph: Captured) -> Captured:
-    """As it is: Inductor has its own passes."""
-    return graph
+def rewritten(graph: Captured, config: Any) -> Captured:
+    """With calls of kernels where they fit; the rest is for Inductor's own passes."""
+    return calling_kernels(graph) if with_kernels(config) else graph
 
 
 def lower(folder: Path, groups: Groups, config: Any, made: Made) -> dict[str, str]:
@@ -185,8 +207,11 @@ def compile_graph(graph: Captured, flags: dict[str, Any], folder: Path | None = 
         shutil.rmtree(sources, ignore_errors=True)
         options = {"aot_inductor.output_path": str(sources), **without_paths(flags, sources)}
         try:
-            made: Any = torch._inductor.aot_compile(graph.gm, graph.args, options=options)
+            with kernels.linked(place, graph.gm, flags["cpp.threads"]) as linked:
+                made: Any = torch._inductor.aot_compile(graph.gm, graph.args, options=options | linked)
             files = {Path(f).name: Path(f).read_bytes() for f in made if isinstance(f, str) and wanted(f)}
+        except ExportError:
+            raise
         except Exception as e:
             raise ExportError(
                 f"graph {graph.name!r}: AOTInductor could not compile it ({type(e).__name__}: {first_line(e)})"

@@ -18,10 +18,9 @@ import torch
 
 from ...runtime.errors import RecipeError
 from ..capture import Captured
-from . import Files, Groups, Made
+from . import Files, Groups, Made, onnx_rewrite
 from .isa import int8_flags
 from .onnx_graph import located, onnx_model, places
-from .onnx_rewrite import rewritten
 from .options import OnnxOptions, options
 from .w8a8 import quantized
 
@@ -65,6 +64,11 @@ def adapted(recipe: Any) -> tuple[Any, tuple[str, ...]]:
     precision = recipe.precision.model_copy(update=dict.fromkeys(parts, "float32"))
     said = f"{', '.join(f'precision.{part}' for part in parts)}: float32, since ONNX Runtime has no bfloat16 on the CPU"
     return recipe.model_copy(update={"precision": precision}), (said,)
+
+
+def rewritten(graph: Captured, config: Any) -> Captured:
+    """The graph as ONNX can say it."""
+    return onnx_rewrite.rewritten(graph)
 
 
 def lower(folder: Path, groups: Groups, config: Any, made: Made) -> dict[str, str]:

@@ -127,7 +127,7 @@ def cuda_of(package: str) -> dict[str, str]:
     return next(({CUDA: match[1]} for match in found if match), {})
 
 
-def rewritten(graph: Captured) -> Captured:
+def rewritten(graph: Captured, config: Any) -> Captured:
     """The graph as ONNX can say it, its weights as TensorRT reads them where they lie: those of Linears as [out, in], those
     of convolutions as [out, height, width, in]. It would lay others out anew at every call."""
     made = onnx_rewrite.rewritten(graph, transpose=False)

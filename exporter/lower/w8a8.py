@@ -96,7 +96,12 @@ METHODS = {"int8_dynamic": (by_row, OPERATOR), "fp8_dynamic": (by_row_fp8, FP8_O
 """`quantize.method` of a recipe -> how weights are quantized, and what multiplies them."""
 
 
-def quantized(model: nn.Module, names: set[str], method: str) -> None:
+def quantized(model: nn.Module, names: set[str], recipe: Any) -> None:
+    """A backend's `quantized`, by these operators."""
+    to_8_bits(model, names, recipe.quantize.method)
+
+
+def to_8_bits(model: nn.Module, names: set[str], method: str) -> None:
     """Replaces the Linears of these names in place."""
     for name in sorted(names):
         path, _, leaf = name.rpartition(".")

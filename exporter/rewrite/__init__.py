@@ -6,6 +6,7 @@ table stands for q, k and v. (`fold` and `prune` rewrite captured graphs, not mo
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,7 +42,8 @@ def rewrite_denoiser(name: str, denoiser: Any, recipe: Any) -> Layers:
     lowering = backend(recipe.compile.backend)
     if name == "unet" and lowering.CHANNELS_LAST:
         denoiser.to(memory_format=torch.channels_last)
-    return quantize(denoiser, recipe.quantize, inner_width(denoiser), lowering.quantized)
+    quantized = partial(lowering.quantized, recipe=recipe)
+    return quantize(denoiser, recipe.quantize, inner_width(denoiser), quantized)
 
 
 def inner_width(denoiser: Any) -> int:

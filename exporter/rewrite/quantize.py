@@ -51,7 +51,7 @@ def treatment(name: str, linear: nn.Linear, config: Any, width: int) -> tuple[st
 
 
 def quantize(
-    model: nn.Module, config: Any, width: int, quantized: Callable[[nn.Module, set[str], str], None]
+    model: nn.Module, config: Any, width: int, quantized: Callable[[nn.Module, set[str]], None]
 ) -> dict[str, tuple[str, str]]:
     """Quantizes `model` in place; returns every Linear's treatment. `quantized` is the backend's. Raises ExportError when no layer qualifies."""
     linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
@@ -65,5 +65,5 @@ def quantize(
             f"quantize.method {config.method!r} fits none of the model's {len(layers)} Linear layers ({'; '.join(reasons[:4])}); "
             "relax quantize.include, exclude or min_width_ratio, or set quantize.method=none"
         )
-    quantized(model, chosen, config.method)
+    quantized(model, chosen)
     return layers

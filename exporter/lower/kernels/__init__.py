@@ -7,9 +7,10 @@ Zen 4 on, Intel from Sapphire Rapids on); for other machines a graph stays as it
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,23 +20,23 @@ from torch import fx
 
 from ....runtime.errors import ExportError
 from ..isa import LEVELS, host_flags
-from .operators import OPERATORS
+from .operators import attention, packed_w8a8
 
 HERE = Path(__file__).parent
-SOURCES = ("attention.cpp", "w8a8.cpp")
 LIBRARY = "prebake_kernels"
 LEVEL = "x86-64-v4"
 FLAGS = ("avx512_bf16", "avx512_vnni")
 """What the kernels need above LEVEL, as /proc/cpuinfo names it."""
-COMPILE = (
-    "-std=c++20 -O3 -march=x86-64-v4 -mavx512vnni -mavx512bf16 -fPIC -fvisibility=hidden -ffile-prefix-map={here}=prebake -c"
-)
+COMPILE = ("-std=c++20", "-O3", f"-march={LEVEL}", "-mavx512vnni", "-mavx512bf16", "-fPIC", "-fvisibility=hidden")
 
-_TENSOR, _OPTIONAL = "AtenTensorHandle", "const AtenTensorHandle*"
+_ONE, _SOME = "AtenTensorHandle", "const AtenTensorHandle*"
 DECLARATIONS = {
-    "packed_w8a8": f"AOTITorchError aoti_torch_cpu_packed_w8a8({_OPTIONAL}, int64_t, {_TENSOR}, {_TENSOR}, {_OPTIONAL}, int64_t, {_TENSOR}*)",
-    "attention": f"AOTITorchError aoti_torch_cpu_attention({_TENSOR}, {_TENSOR}, {_TENSOR}, double, {_TENSOR}*)",
+    packed_w8a8._opoverload: (
+        f"AOTITorchError aoti_torch_cpu_packed_w8a8({_SOME}, int64_t, {_ONE}, {_ONE}, {_SOME}, int64_t, {_ONE}*)"
+    ),
+    attention._opoverload: f"AOTITorchError aoti_torch_cpu_attention({_ONE}, {_ONE}, {_ONE}, double, {_ONE}*)",
 }
+OPERATORS = tuple(DECLARATIONS)
 
 
 def fit(level: str) -> bool:
@@ -43,24 +44,18 @@ def fit(level: str) -> bool:
     return level in (LEVEL, "native") and host_flags().issuperset((*LEVELS[LEVEL], *FLAGS))
 
 
-def called(gm: fx.GraphModule) -> bool:
-    return any(node.target in OPERATORS for node in gm.graph.nodes)
-
-
 @contextmanager
-def linked(folder: Path, graphs: Iterable[fx.GraphModule], threads: int) -> Iterator[dict[str, Any]]:
-    """Inductor's options for graphs that call the kernels, which are compiled into `folder` first; none for others."""
-    if not any(map(called, graphs)):
+def linked(folder: Path, gm: fx.GraphModule, threads: int) -> Iterator[dict[str, Any]]:
+    """Inductor's options for a graph that calls kernels, which are compiled into `folder` if they are not there; none for others."""
+    if not any(node.target in OPERATORS for node in gm.graph.nodes):
         yield {}
         return
-    archive(folder, threads)
-    before = os.environ.get("LIBRARY_PATH")
-    os.environ["LIBRARY_PATH"] = os.pathsep.join(filter(None, (str(folder), before)))
+    library = archive(folder, threads)
+    before = os.environ.get("LIBRARY_PATH")  # where the linker looks, and no file that it writes says so
+    os.environ["LIBRARY_PATH"] = os.pathsep.join(filter(None, (str(library.parent), before)))
     try:
         yield {
-            "aot_inductor.custom_ops_to_c_shims": {
-                op: [DECLARATIONS[op._schema.name.partition("::")[2]]] for op in OPERATORS
-            },
+            "aot_inductor.custom_ops_to_c_shims": {op: [DECLARATIONS[op]] for op in OPERATORS},
             "aot_inductor.custom_op_libs": [LIBRARY],
         }
     finally:
@@ -71,23 +66,39 @@ def linked(folder: Path, graphs: Iterable[fx.GraphModule], threads: int) -> Iter
 
 
 def archive(folder: Path, threads: int) -> Path:
-    """A static library of the kernels for loops of so many threads. Raises ExportError with what the compiler said."""
+    """The static library of kernels whose loops fork so many threads, in a folder named by all that goes into it.
+
+    Raises ExportError with what the compiler said.
+    """
     from torch._inductor.cpp_builder import get_cpp_compiler
 
     include = Path(torch.__file__).parent / "include"
-    flags = COMPILE.format(here=HERE).split() + (["-fopenmp"] if threads > 1 else [])
-    objects = []
-    for name in SOURCES:
-        objects.append(folder / f"{LIBRARY}-{name}.o")
-        run([get_cpp_compiler(), *flags, f"-DTHREADS={threads}", f"-I{include}", str(HERE / name), "-o", str(objects[-1])])
-    made = folder / f"lib{LIBRARY}.a"
-    made.unlink(missing_ok=True)
-    run(["ar", "rcsD", str(made), *map(str, objects)])
-    return made
+    command = [get_cpp_compiler(), *COMPILE, *(["-fopenmp"] if threads > 1 else []), f"-DTHREADS={threads}"]
+    sources = sorted(HERE.glob("*.cpp"))
+    parts = [
+        repr(command).encode(),
+        torch.__version__.encode(),
+        *(p.read_bytes() for p in [*sources, *HERE.glob("*.h")]),
+    ]
+    place = folder / f"kernels-{hashlib.sha256(b''.join(parts)).hexdigest()[:16]}"
+    made = place / f"lib{LIBRARY}.a"
+    if made.is_file():
+        return made
+    place.mkdir(exist_ok=True)
+    objects = [place / f"{source.stem}.o" for source in sources]
+    for source, made_of_it in zip(sources, objects, strict=True):
+        shorter = f"-ffile-prefix-map={HERE}=prebake"
+        run([*command, shorter, f"-I{include}", "-c", str(source), "-o", str(made_of_it)])
+    partial = place / "partial.a"
+    partial.unlink(missing_ok=True)
+    run(["ar", "rcsD", str(partial), *map(str, objects)])
+    return partial.rename(made)
 
 
 def run(command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         said = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[:200])
-        raise ExportError(f"the CPU kernels could not be compiled by {command[0]}: {said}; set compile.kernels=false")
+        raise ExportError(
+            f"the CPU kernels could not be compiled ({command[0]}: {said}); set compile.options.kernels=false to do without"
+        )

@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
-from ..w8a8 import LEVELS, w8a8
+from ..w8a8 import w8a8
 
 PANEL = 32
 """Columns side by side in a packed weight: PANEL in w8a8.cpp."""
@@ -58,7 +58,3 @@ def unpack(packed: Tensor, k: int, n: int) -> Tensor:
     """The int8 [K, N] that was packed."""
     panels = packed[:, 4 * PANEL :].reshape(len(packed), -1, PANEL, 4)
     return panels.permute(1, 3, 0, 2).reshape(-1, len(packed) * PANEL)[:k, :n].contiguous()
-
-
-OPERATORS = (torch.ops.prebake.packed_w8a8.default, torch.ops.prebake.attention.default)
-__all__ = ["LEVELS", "OPERATORS", "PANEL", "attention", "pack", "packed_w8a8", "unpack"]

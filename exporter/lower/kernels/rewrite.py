@@ -41,7 +41,7 @@ PACKED: weakref.WeakValueDictionary[tuple[Any, ...], Packed] = weakref.WeakValue
 """What the graphs that are alive have packed: variants of a model share its weights, and go on sharing them."""
 
 
-def with_kernels(graph: Captured) -> Captured:
+def calling_kernels(graph: Captured) -> Captured:
     """The graph, calling kernels where they fit; the same tensors up to rounding."""
     gm = fx.GraphModule(graph.gm, copy.deepcopy(graph.gm.graph))
     kept: dict[str, Packed] = {}

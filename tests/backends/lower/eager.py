@@ -21,11 +21,11 @@ def adapted(recipe: Any) -> tuple[Any, tuple[str, ...]]:
     return recipe, ()
 
 
-def quantized(model: nn.Module, names: set[str], method: str) -> None:
+def quantized(model: nn.Module, names: set[str], recipe: Any) -> None:
     raise ExportError("compile.backend 'eager' has no int8; set quantize.method=none")
 
 
-def rewritten(graph: Captured) -> Captured:
+def rewritten(graph: Captured, config: Any) -> Captured:
     return graph
 
 

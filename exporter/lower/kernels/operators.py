@@ -33,8 +33,8 @@ def _(xs: list[Tensor], packed: Tensor, scale: Tensor, bias: Tensor | None, gelu
 @torch.library.custom_op("prebake::attention", mutates_args=())
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """softmax(q kT scale) v without a mask, bfloat16: q [B, H, S, D], k and v [B, H, T, D]. Lies as [B, S, H, D] in memory."""
-    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale)
-    return out.transpose(1, 2).contiguous().transpose(1, 2)
+    made = torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+    return made.copy_(torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale))
 
 
 @attention.register_fake

@@ -4,6 +4,8 @@
 // every sum starts at -128 times its column's sum of weights, which is packed in front of the panel. The product is exact;
 // scales and bias are applied while the sums are still in registers.
 #include <algorithm>
+#include <cfloat>
+#include <cmath>
 
 #include "product.h"
 #include "tensor.h"
@@ -40,10 +42,11 @@ float quantized(const std::vector<Part>& parts, int64_t row, uint8_t* q) {
     for (const Part& part : parts)
         part.vectors(row, [&](__m512 x, int64_t) ALWAYS { largest = _mm512_max_ps(largest, _mm512_abs_ps(x)); });
     float a = std::max(_mm512_reduce_max_ps(largest), TINY);
-    __m512 by = _mm512_set1_ps(LEVELS / a);
+    // an ulp less: the largest of a row would be a tie, and becomes 127 on either side, as with torchao's two divisions
+    __m512 by = _mm512_set1_ps(std::nextafter(std::min(LEVELS / a, FLT_MAX), 0.0f));
     for (const Part& part : parts) {
         part.vectors(row, [&](__m512 x, int64_t k) ALWAYS {
-            __m128i bytes = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(x, by)));  // saturates: 127.5 is 127
+            __m128i bytes = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(x, by)));
             _mm_storeu_si128(reinterpret_cast<__m128i*>(q + k), _mm_xor_si128(bytes, _mm_set1_epi8(-128)));
         });
         q += part.width;
@@ -78,8 +81,8 @@ struct Layer {
             __mmask16 live = first_lanes(columns - at);
             __m512 s = load(scale + at, live), b = bias ? load(bias + at, live) : _mm512_setzero_ps();
             unrolled<R>([&](auto r) ALWAYS {
-                __m512 sum = _mm512_mul_ps(_mm512_cvtepi32_ps(sums[r * VECTORS + v]), _mm512_set1_ps(factor[r]));
-                __m512 value = _mm512_fmadd_ps(sum, s, b);
+                __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(sums[r * VECTORS + v]), s);
+                value = _mm512_fmadd_ps(value, _mm512_set1_ps(factor[r]), b);
                 store(y + (row + r) * columns + at, GELU ? gelu(value) : value, live);
             });
         });

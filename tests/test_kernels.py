@@ -1,0 +1,253 @@
+"""The CPU kernels give what the operators mean, and graphs call them exactly where they fit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from native import Native
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from prebake.exporter.capture import Captured, capture
+from prebake.exporter.lower import aoti, kernels, w8a8
+from prebake.exporter.lower.kernels.operators import attention, pack, packed_w8a8, unpack
+from prebake.exporter.lower.kernels.rewrite import calling_kernels
+from prebake.exporter.recipe import resolve
+from prebake.exporter.rewrite.attention import attention_in
+from prebake.runtime.errors import RecipeError
+
+LACKS = f"the CPU lacks {', '.join(kernels.FLAGS)}" if not kernels.fit(kernels.LEVEL) else ""
+runs_here = pytest.mark.skipif(bool(LACKS), reason=LACKS)
+HALF, FLOAT = torch.bfloat16, torch.float32
+EPSILON = {HALF: 2**-8, FLOAT: 1e-6}
+
+
+@pytest.fixture(scope="session", params=[1, 2], ids=["one thread", "two threads"])
+def native(request, tmp_path_factory) -> Native:
+    return Native(tmp_path_factory.mktemp("kernels"), request.param)
+
+
+def random(*shape: int, dtype: torch.dtype = FLOAT, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def error(given: Tensor, expected: Tensor) -> float:
+    return float((given.double() - expected.double()).norm() / expected.double().norm())
+
+
+# --- int8 layers -----------------------------------------------------------------------------------------------------
+
+
+@given(k=st.integers(1, 70), n=st.integers(1, 70))
+@settings(max_examples=30, deadline=None)
+def test_a_packed_weight_comes_out_again(k, n):
+    weight = torch.randint(-128, 128, (k, n), dtype=torch.int8)
+    assert torch.equal(unpack(pack(weight), k, n), weight)
+
+
+def layer(widths: tuple[int, ...], columns: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A packed weight, its scale and a bias."""
+    weight, scale = w8a8.by_row(random(columns, sum(widths), seed=1))
+    return pack(weight.t().contiguous()), scale, random(columns, seed=2)
+
+
+@runs_here
+@pytest.mark.parametrize("dtype", [FLOAT, HALF], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("rows", "widths", "columns"),
+    [
+        pytest.param((1, 7), (64,), 96, id="fewer rows than a tile"),
+        pytest.param((2, 171), (128,), 64, id="more rows than a block"),
+        pytest.param((33,), (5,), 7, id="nothing fits"),
+        pytest.param((25,), (48, 20, 1), 40, id="three inputs side by side"),
+        pytest.param((1,), (256,), 1000, id="one row"),
+    ],
+)
+@pytest.mark.parametrize("gelu", [False, True], ids=["plain", "gelu"])
+def test_int8_layers_are_the_operator(native, dtype, rows, widths, columns, gelu):
+    xs = [random(*rows, width, dtype=dtype, seed=10 + i) for i, width in enumerate(widths)]
+    packed, scale, bias = layer(widths, columns)
+    for b in (bias, None):
+        expected, made = packed_w8a8(xs, packed, scale, b, gelu), native.packed_w8a8(xs, packed, scale, b, gelu)
+        assert made.shape == expected.shape
+        assert made.dtype == expected.dtype
+        # x * (127.5 / a) and x / a * 127.5 fall on two sides of a tie now and then: a level of 255 in one value of thousands
+        assert error(made, expected) < 3e-3 + EPSILON[dtype]
+    assert (
+        error(native.packed_w8a8(xs, packed, scale * 1.01, None, gelu), expected) > 5e-3 + EPSILON[dtype]
+    )  # the canary
+
+
+@runs_here
+def test_mixed_dtypes_become_the_wider(native):
+    xs = [random(9, 32, dtype=HALF), random(9, 16, seed=1)]
+    packed, scale, bias = layer((32, 16), 24)
+    made = native.packed_w8a8(xs, packed, scale, bias, False)
+    assert made.dtype == FLOAT
+    assert error(made, packed_w8a8(xs, packed, scale, bias, False)) < 3e-3
+
+
+@runs_here
+def test_extreme_rows_stay_finite(native):
+    xs = [torch.stack([torch.zeros(64), torch.full((64,), 3e38), torch.full((64,), 1e-30)])]
+    packed, scale, _ = layer((64,), 32)
+    made = native.packed_w8a8(xs, packed, scale * 1e-3, None, False)
+    assert torch.equal(made[0], torch.zeros(32))
+    assert made.isfinite().all()
+
+
+# --- attention -------------------------------------------------------------------------------------------------------
+
+
+@runs_here
+@pytest.mark.parametrize(
+    ("heads", "queries", "keys", "features"),
+    [
+        pytest.param(3, 64, 64, 64, id="whole panels"),
+        pytest.param(2, 13, 33, 16, id="no whole tile"),
+        pytest.param(1, 1, 1, 2, id="one key"),
+        pytest.param(2, 50, 1301, 40, id="three blocks of keys"),
+        pytest.param(9, 30, 77, 160, id="more heads than threads"),
+        pytest.param(1, 300, 40, 512, id="one wide head"),
+    ],
+)
+def test_attention_is_as_exact_as_bfloat16_allows(native, heads, queries, keys, features):
+    q = random(2, heads, queries, features, dtype=HALF)
+    k, v = (random(2, heads, keys, features, dtype=HALF, seed=s) for s in (1, 2))
+    exact = scaled_dot_product_attention(q.double(), k.double(), v.double())
+    made = native.attention(q, k, v, features**-0.5)
+    # torch's own rounds the same things: weights, and what comes out
+    assert error(made, exact) < 1.2 * error(scaled_dot_product_attention(q, k, v), exact) + 1e-4
+    assert made.stride() == attention(q, k, v, 1.0).stride()
+    assert error(native.attention(q, k, v, features**-0.5 * 1.5), exact) > 0.01 or keys == 1  # the canary
+
+
+@runs_here
+def test_attention_takes_any_strides_and_large_scores(native):
+    whole = random(1, 50, 3, 4, 32, dtype=HALF) * 30
+    q, k, v = (x.transpose(1, 2) for x in whole.unbind(2))
+    exact = scaled_dot_product_attention(q.double(), k.double(), v.double())
+    assert not q.is_contiguous()
+    assert error(native.attention(q, k, v, 32**-0.5), exact) < 2**-8
+
+
+# --- graphs ----------------------------------------------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    """What a transformer has: int8 layers, a GELU, a concatenation, and attention, which may have a mask."""
+
+    def __init__(self, mask: Tensor | None = None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.qkv, self.up, self.down = nn.Linear(64, 192), nn.Linear(64, 128), nn.Linear(192, 64)
+        self.mask = mask
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, s, c = x.shape
+        q, k, v = (t.reshape(b, s, 4, 16).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        mixed = scaled_dot_product_attention(q, k, v, attn_mask=self.mask).transpose(1, 2).reshape(b, s, c)
+        wide = nn.functional.gelu(self.up(x), approximate="tanh")
+        return x + self.down(torch.cat([mixed, wide], -1))
+
+
+def captured(module: nn.Module) -> Captured:
+    w8a8.to_8_bits(module, {"qkv", "up", "down"}, "int8_dynamic")
+    return capture("block", module, (random(2, 21, 64),), ("x",), ("y",))
+
+
+def called(graph: Captured) -> list[str]:
+    """The heavy operators, in order."""
+    names = [str(n.target).partition(".")[2].removesuffix(".default") for n in graph.gm.graph.nodes]
+    return [
+        n for n in names if n in ("packed_w8a8", "w8a8", "attention", "scaled_dot_product_attention", "cat", "gelu")
+    ]
+
+
+def test_what_lies_around_an_int8_layer_goes_into_it():
+    graph = captured(Block())
+    half = calling_kernels(attention_in(graph, HALF))
+    assert called(half) == ["packed_w8a8", "attention", "packed_w8a8", "packed_w8a8"]
+    # attention stays where it is not asked to be bfloat16: its precision is the recipe's
+    assert called(calling_kernels(graph)) == [
+        "packed_w8a8",
+        "scaled_dot_product_attention",
+        "packed_w8a8",
+        "packed_w8a8",
+    ]
+    (x,) = graph.args
+    assert error(calling_kernels(graph).gm(x)[0], graph.gm(x)[0]) < 1e-6  # the same arithmetic, in eager
+    assert {n.removesuffix("_packed") for n in half.constants()} == {
+        f"{name}.{part}" for name in ("qkv", "up", "down") for part in ("weight", "scale", "bias")
+    }
+
+
+def test_masks_are_left_to_torch():
+    graph = calling_kernels(attention_in(captured(Block(torch.zeros(21, 21))), HALF))
+    assert "attention" not in called(graph)
+    assert "scaled_dot_product_attention" in called(graph)
+
+
+def test_variants_of_a_model_share_what_is_packed():
+    module = Block()
+    first = captured(module)
+    second = capture("again", module, first.args, ("x",), ("y",))
+    one, two = calling_kernels(first), calling_kernels(second)
+    assert {t.data_ptr() for t in one.constants().values()} == {t.data_ptr() for t in two.constants().values()}
+
+
+@runs_here
+def test_compiled_code_calls_the_kernels(tmp_path):
+    from torch._inductor.package import load_package, package_aoti
+
+    graph = calling_kernels(attention_in(captured(Block()), HALF))
+    flags = aoti.flags(resolve("flux-fast", ["compile.threads=1"], "shapes").compile)
+    (tmp_path / "build").mkdir(mode=0o700)
+    files = aoti.compile_graph(graph, flags | {"aot_inductor.package_constants_in_so": True}, tmp_path / "build")
+    library = next(data for name, data in files.items() if name.endswith(".so"))
+    assert b"prebake::" not in library, "an operator is looked up by its name at run time"
+    models = {"model": aoti.laid_out(tmp_path / "model", files)}
+    run = load_package(package_aoti(str(tmp_path / "block.pt2"), models), "model")
+    (x,) = graph.args
+    made = run(x)
+    assert error(made, graph.gm(x)[0]) < 2e-3  # ties, and bfloat16 in the attention, next to a residual
+    assert error(made + 0.01, graph.gm(x)[0]) > 2e-3
+
+
+# --- recipes ---------------------------------------------------------------------------------------------------------
+
+
+def recipe(*overrides: str):
+    return resolve("flux-fast", list(overrides), "shapes")
+
+
+def test_kernels_are_for_machines_that_have_the_instructions(monkeypatch):
+    needed = {*kernels.FLAGS, *aoti.choose("host")[1], "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
+    for module in (kernels, __import__("prebake.exporter.lower.isa", fromlist=["isa"])):
+        monkeypatch.setattr(module, "host_flags", lambda: frozenset(needed))
+    assert set(kernels.FLAGS) <= set(aoti.requires(recipe())["isa"])
+    assert "avx512_bf16" not in aoti.requires(recipe("compile.options.kernels=false"))["isa"]
+    # a level that is asked for by name is a promise to machines that may not have them
+    assert "avx512_bf16" not in aoti.requires(recipe("compile.isa=x86-64-v4"))["isa"]
+    assert "avx512_bf16" in aoti.requires(recipe("compile.isa=x86-64-v4", "compile.options.kernels=true"))["isa"]
+
+
+def test_kernels_that_cannot_be_verified_here_are_refused(monkeypatch):
+    monkeypatch.setattr(kernels, "host_flags", lambda: frozenset({"avx2"}))
+    with pytest.raises(
+        RecipeError, match=r"^compile.options.kernels: they need avx512_bf16, avx512_vnni and x86-64-v4"
+    ):
+        aoti.adapted(recipe("compile.options.kernels=true"))
+    assert aoti.adapted(recipe())[1] == ()
+
+
+def test_a_compiler_that_fails_is_named(tmp_path, monkeypatch):
+    from prebake.runtime.errors import ExportError
+
+    monkeypatch.setattr(kernels, "COMPILE", ("-std=c++98",))
+    with pytest.raises(
+        ExportError, match=r"^the CPU kernels could not be compiled \(.*; set compile.options.kernels=false"
+    ):
+        kernels.archive(tmp_path, 1)

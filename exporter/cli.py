@@ -34,6 +34,13 @@ EXPORT_EXTRA = (
     "setuptools",
 )
 
+LEFT = {  # by a command that is interrupted
+    "export": "; nothing was written",
+    "plan": "; nothing was written",
+    "push": "; what has arrived there is not sent again",
+    "pull": "; what has arrived is not fetched again",
+}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. What prebake refuses goes to stderr, a line per problem; anything else is a bug and keeps its traceback."""
@@ -42,10 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return args.run(args)
     except KeyboardInterrupt:
-        print(
-            "prebake: interrupted" + ("; nothing was written" if args.command in ("export", "plan") else ""),
-            file=sys.stderr,
-        )
+        print("prebake: interrupted" + LEFT.get(args.command, ""), file=sys.stderr)
         return 130
     except Exception as e:
         from ..runtime.errors import PrebakeError

@@ -131,9 +131,9 @@ class Stages:
 def from_artifact(start: Start, caches: Path, stages: Stages) -> Draw:
     """With the runtime alone."""
     with stages.of("import"):
-        import torch
+        from ..runtime import load  # which imports torch
+    import torch
 
-        from ..runtime import load
     torch.set_num_threads(start.threads)
     with stages.of("load"):
         pipe = load(start.artifact, cache_dir=caches / "code")

@@ -15,6 +15,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         return args.run(args)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     except PrebakeError as e:
         print(f"error: {e}", file=sys.stderr)
         return e.exit_code

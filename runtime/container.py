@@ -24,6 +24,8 @@ from .errors import ArtifactError
 BIND = "UpdateUserManagedConstantBufferPairs"
 """Without it a library is older than torch 2.13, and is run by torch's runner."""
 
+ALIGNMENT = 64  # of a constant's bytes, AOTI_CONST_ALIGNMENT
+
 
 class Entry(Structure):
     """AOTInductorConstantMapEntry."""
@@ -36,6 +38,9 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "Delete": (c_void_p,),
     "GetNumInputs": (c_void_p, POINTER(c_size_t)),
     "GetNumOutputs": (c_void_p, POINTER(c_size_t)),
+    "GetNumConstants": (c_void_p, POINTER(c_size_t)),
+    "GetConstantOriginalFQN": (c_void_p, c_size_t, POINTER(c_char_p)),
+    "GetConstantDataSize": (c_void_p, c_size_t, POINTER(c_size_t)),
     BIND: (c_void_p, POINTER(Entry), c_size_t, c_bool, c_bool),
     "Run": (c_void_p, c_void_p, c_size_t, c_void_p, c_size_t, c_void_p, c_void_p),
 }
@@ -62,6 +67,16 @@ class Container:
         freed = weakref.finalize(self, closed, self._functions["Delete"], self._handle, self._constants)
         freed.atexit = False  # a thread may still be inside
         self.inputs, self.outputs = self._count("GetNumInputs"), self._count("GetNumOutputs")
+
+    def constant_bytes(self) -> dict[str, int]:
+        """Constant, by its name in the model -> how many bytes the code was compiled for, rounded up to `ALIGNMENT`."""
+        sizes = {}
+        for i in range(self._count("GetNumConstants")):
+            name, size = c_char_p(), c_size_t()
+            self._call("GetConstantOriginalFQN", self._handle, i, byref(name))
+            self._call("GetConstantDataSize", self._handle, i, byref(size))
+            sizes[(name.value or b"").decode()] = size.value
+        return sizes
 
     def bind(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Points every constant, by its name in the library, at the tensor. Nothing is copied; the tensors are kept."""

@@ -174,10 +174,20 @@ def is_content(file: Any, path: Path, sha256: str | None) -> bool:
 @contextmanager
 def telling(shown: bool) -> Iterator[None]:
     """huggingface_hub's own bars and warnings (such as that a connection broke and is taken up), or none, in the block."""
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, logging
+    from huggingface_hub.utils import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+        logging,
+        tqdm,
+    )
 
     if shown:
         yield
+        for left in list(
+            getattr(tqdm, "_instances", ())
+        ):  # it leaves its last bars open, to be drawn at exit once more
+            left.close()
         return
     disabled, verbosity = are_progress_bars_disabled(), logging.get_verbosity()
     disable_progress_bars()

@@ -55,7 +55,6 @@ class Runners:
         self._take(cancel)
         self._thread.has_one = True
         try:
-            torch.get_num_threads()  # a new thread learns torch's number here, and would compute with all cores
             yield
         finally:
             self._thread.has_one = False

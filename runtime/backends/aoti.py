@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch._C import _aoti  # pyright: ignore[reportAttributeAccessIssue]  (private, so not in the stubs)
 
-from ..container import Container, container
+from ..container import ALIGNMENT, Container, container
 from ..errors import ArtifactError, raise_all
 from ..files import read_listed
 from ..machine import library_problems
@@ -125,7 +125,7 @@ class NativeModel:
         """Points every constant at the caller's tensor; nothing is copied, so many models can share one tensor.
 
         torch's own runner keeps its references for the life of the process. Raises ArtifactError unless `tensors` has exactly the
-        model's constants, with the dtypes that it was compiled for.
+        model's constants, with the dtypes and the numbers of bytes that it was compiled for.
         """
         self._check_constants(tensors)
         by_internal_name = {self._internal[fqn]: tensor for fqn, tensor in tensors.items()}
@@ -161,6 +161,12 @@ class NativeModel:
                 raise ArtifactError(
                     f"graph {self.name!r}: constant {fqn!r} was compiled for {_dtype_named(codes[self._internal[fqn]])}, "
                     f"the weight file holds {tensor.dtype}; export again"
+                )
+        for fqn, size in (self._container.constant_bytes() if self._container else {}).items():
+            if size != -(-tensors[fqn].nbytes // ALIGNMENT) * ALIGNMENT:
+                raise ArtifactError(
+                    f"graph {self.name!r}: constant {fqn!r} was compiled for {size} bytes (to the next {ALIGNMENT}), "
+                    f"the weight file holds {tensors[fqn].nbytes} in the shape {list(tensors[fqn].shape)}; export again"
                 )
 
 

@@ -117,12 +117,14 @@ class Compiled:
     """What TensorRT-RTX compiles of an engine for the GPU at hand, which takes it seconds, from one process to the next.
 
     The library itself compares what it is given with GPU, driver and its own version, and compiles anew where they differ.
+    Configuration and cache have to live as long as the context that was made with them.
     """
 
     config: Any
     cache: Any
     place: tuple[Path | None, str]
     before: bytes
+    saved: bool = False
 
     @classmethod
     def of(cls, trt: Any, engine: Any, folder: Path | None, path: str) -> Compiled:
@@ -136,11 +138,12 @@ class Compiled:
         return cls(config, cache, (folder, path), before)
 
     def save(self) -> None:
-        """Keeps it for later processes, if there is anything new."""
-        data = bytes(self.cache.serialize())
-        if data != self.before:
-            keep(*self.place, data)
-            self.before = data
+        """Keeps it for later processes, if there is anything new; asked again, does nothing."""
+        if not self.saved:
+            self.saved = True
+            data = bytes(self.cache.serialize())
+            if data != self.before:
+                keep(*self.place, data)
 
 
 @functools.cache
@@ -238,7 +241,6 @@ class BoundEngine:
             raise ArtifactError(f"graph {self.graph.name!r}: TensorRT could not run it on this GPU")
         if self.compiled:
             self.compiled.save()
-            self.compiled = None
 
     def can_be_recorded(self) -> bool:
         """Whether the engine's work can be a CUDA graph. TensorRT has no such question, only TensorRT-RTX."""

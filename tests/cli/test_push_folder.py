@@ -147,6 +147,19 @@ def test_what_was_interrupted_goes_on(artifact, target):
     assert listing(target.parent) == ["pulled"]
 
 
+@pytest.mark.parametrize(
+    ("command", "sentence"),
+    [(main, "prebake: interrupted; what has arrived is not fetched again\n"), (slim_main, "interrupted\n")],
+)
+def test_ctrl_c_is_told_in_a_line(artifact, target, monkeypatch, capsys, command, sentence):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(FolderOrigin, "fetch", interrupt)
+    assert command(["pull", str(artifact), str(target), "--quiet"]) == 130
+    assert capsys.readouterr().err == sentence
+
+
 def test_killed_while_a_file_was_half_written(artifact, target):
     stage = target.with_name(".pulled.pull")
     (stage / "graphs").mkdir(parents=True, mode=0o700)

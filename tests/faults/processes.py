@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 HERE = Path(__file__).parent
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)}
 
 
 def script(name: str, *args: object, mounts: str | None = None, **env: str) -> Any:
@@ -29,7 +30,7 @@ def script(name: str, *args: object, mounts: str | None = None, **env: str) -> A
         text=True,
         check=False,
         timeout=600,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **env},
+        env={**os.environ, **ENVIRONMENT, **env},
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])

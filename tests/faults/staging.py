@@ -3,10 +3,12 @@ time in a child that is killed a step later than the one before.
 
 What lies at the output is `nothing`, or an artifact that is replaced, `old`; the file system can `exchange` two names, or not.
 Prints for each of the four what each death has left, and what the next run makes of it, as JSON; and the same of a `naive`
-export, which writes where the artifact will be.
+export, which writes where the artifact will be. Last, exports that end in the same moment: the exit codes of each round.
 """
 
 import json
+import multiprocessing
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -16,6 +18,7 @@ from dying import die_at, killed
 
 from prebake.exporter import package
 from prebake.runtime import place
+from prebake.runtime.errors import ExportError
 
 FILES = {"manifest.json": '{"schema_version": 1}', "weights/a": "a" * 100, "graphs/b": "b" * 100}
 
@@ -23,6 +26,8 @@ FILES = {"manifest.json": '{"schema_version": 1}', "weights/a": "a" * 100, "grap
 def main(work: Path) -> dict[str, list[dict]]:
     found = {f"{before} exchange": deaths(work, before, export) for before in ("nothing", "old")}
     found["naive"] = deaths(work, "nothing", lambda output: write(output, "new"))
+    found["at once"] = [at_once(work, force=False) for _ in range(8)]
+    found["at once, by force"] = [at_once(work, force=True) for _ in range(8)]
     place.exchanged = lambda a, b: False
     return found | {f"{before} renames": deaths(work, before, export) for before in ("nothing", "old")}
 
@@ -51,9 +56,31 @@ def one(work: Path, before: str, export: Callable[[Path], None], step: int) -> d
     }
 
 
-def export(output: Path) -> None:
-    with package.staged(output, force=True) as folder:
+def export(output: Path, *, force: bool = True) -> None:
+    with package.staged(output, force=force) as folder:
         write(folder, "new")
+
+
+def at_once(work: Path, *, force: bool) -> dict:
+    """Six exports to one output, which all begin before the first of them ends. Code 3 is an ExportError."""
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    barrier, children = multiprocessing.get_context("fork").Barrier(6), []
+    for _ in range(6):
+        if (child := os.fork()) == 0:
+            code = 1
+            try:
+                with package.staged(work / "out", force=force) as folder:
+                    write(folder, "new")
+                    barrier.wait()
+                code = 0
+            except ExportError as e:
+                code = 3 if str(e).startswith(f"{work}/out: already exists since this export began") else 1
+            finally:
+                os._exit(code)
+        children.append(child)
+    codes = sorted(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children)
+    return {"codes": codes, "left": content(work / "out"), "after that": sorted(p.name for p in work.iterdir())}
 
 
 def write(folder: Path, which: str) -> None:

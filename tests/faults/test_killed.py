@@ -1,4 +1,5 @@
-"""kill -9 at every step of what puts files on a disk: an export's folder, and the machine code that a load unpacks."""
+"""kill -9 at every step of what puts files on a disk, an export's folder and the machine code that a load unpacks; and several
+processes that do so at once."""
 
 import signal
 
@@ -43,3 +44,21 @@ def test_while_an_artifact_is_written(staging, before, how):
 
 def test_an_export_that_writes_in_place_would_be_seen(staging):
     assert "a part" in [death["left"] for death in staging["naive"]]
+
+
+# --- and several at once, which the same process has tried ------------------------------------------------------------
+
+
+def test_of_exports_to_one_output_one_wins_and_the_others_are_told(staging):
+    for found in staging["at once"]:
+        assert found == {"codes": [0, 3, 3, 3, 3, 3], "left": "new", "after that": ["out"]}
+
+
+def test_of_exports_by_force_each_ends_well_and_one_is_left(staging):
+    for found in staging["at once, by force"]:
+        assert found == {"codes": [0] * 6, "left": "new", "after that": ["out"]}
+
+
+def test_of_processes_that_unpack_the_same_code_each_gets_it(tmp_path):
+    write_package(tmp_path / "p.pt2")
+    assert script("unpackers.py", tmp_path / "p.pt2", tmp_path / "cache") == {"wrong": [], "left": []}

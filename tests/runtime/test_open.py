@@ -65,6 +65,11 @@ def test_a_graph_is_not_callable_before_its_constants_are_bound(unbound):
             {"out.bias": torch.zeros(192, dtype=torch.float16)},
             "graph 'vae_decoder': constant 'out.bias' was compiled for torch.float32, the weight file holds torch.float16; export again",
         ),
+        (
+            {"out.bias": torch.zeros(191, 2)},
+            "graph 'vae_decoder': constant 'out.bias' was compiled for 768 bytes (to the next 64), "
+            "the weight file holds 1528 in the shape [191, 2]; export again",
+        ),
     ],
 )
 def test_constants_must_be_exactly_the_compiled_ones(unbound, eager, change, words):

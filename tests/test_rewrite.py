@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from prebake.exporter.families import flux
 from prebake.exporter.lower import aoti
+from prebake.exporter.lower.w8a8 import W8A8Linear
 from prebake.exporter.recipe import resolve
 from prebake.exporter.rewrite import rewrite
 from prebake.exporter.rewrite.fuse import fuse_qkv
@@ -119,7 +120,7 @@ def test_a_linears_kind_goes_by_its_place(name, role):
 def test_int8_takes_attention_and_feed_forward_and_says_why_it_leaves_the_rest(tiny_pipe):
     before = velocity(tiny_pipe)
     layers = rewrite(tiny_pipe, recipe())
-    linears = {n for n, m in tiny_pipe.transformer.named_modules() if isinstance(m, nn.Linear)}
+    linears = {n for n, m in tiny_pipe.transformer.named_modules() if isinstance(m, nn.Linear | W8A8Linear)}
     assert set(layers) == linears
     reasons = {why for what, why in layers.values() if what == "kept"}
     assert reasons == {"embedding", "modulation", "final projection"}

@@ -17,7 +17,7 @@ prebake = $(VENV)/bin/prebake
 pip     = $(PYTHON) -m pip --python $(python) install --quiet --disable-pip-version-check
 step    = @printf '\n\033[1m%s\033[0m\n'
 
-.PHONY: help demo test test-all fuzz works lint format install clean
+.PHONY: help demo test test-all fuzz faults works lint format install clean
 .NOTPARALLEL:
 
 help:
@@ -25,6 +25,7 @@ help:
 	@echo 'make test     run the tests'
 	@echo 'make test-all run all of them, also those that take minutes'
 	@echo 'make fuzz     damage artifacts at random, 12,000 times, and load each'
+	@echo 'make faults   run the tests of all that can go wrong, and write the table in docs/faults.md'
 	@echo 'make works    run the tests of what each family can do, and write the table in docs/families.md'
 	@echo 'make lint     run ruff and the type checker'
 	@echo 'make format   let ruff format and sort what it can'
@@ -51,6 +52,10 @@ test-all: $(VENV)/installed
 # Another 2,000 for each of six kinds of damage at every run; `make test` does the same 100 each.
 fuzz: $(VENV)/installed
 	PREBAKE_FUZZ=2000 $(python) -m pytest tests/format/test_fuzz.py
+
+# Writes into docs/faults.md what the tests show. `ONLY='-k memory'` runs some, and leaves the rest of the page as it is.
+faults: $(VENV)/installed
+	$(python) -m pytest $(PYTEST) -m '' tests/faults tests --faults-page=docs/faults.md $(ONLY)
 
 # Writes into docs/families.md what the tests show.
 works: $(VENV)/installed

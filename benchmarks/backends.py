@@ -1,6 +1,6 @@
 """CPU time per denoiser evaluation of ONNX Runtime, float32 and int8, prepacked and not, beside AOTInductor's int8.
 
-    python benchmarks/backends.py                  # `wide` of denoiser.py; writes and reads 4 GB under $TMPDIR
+    python benchmarks/backends.py                  # `wide` of denoiser.py; writes and reads 5 GB under $TMPDIR
 
 Every line is an artifact of its own, exported with flux-fast's fusions and int8 layers, all of them open in one process on one
 thread. They take turns, after one round that is not counted; what is printed is the median of each one's CPU seconds, the median
@@ -27,12 +27,13 @@ from prebake.runtime.manifest import Manifest
 
 PLAIN = ("denoiser", "text_encoders", "vae")
 INT8, FLOAT = "quantize.method=int8_dynamic", "quantize.method=none"
-ORT, AOTI, PREPACK = "compile.backend=onnxruntime", "compile.backend=aoti", "compile.options.prepack=true"
+ORT, AOTI, UNPACKED = "compile.backend=onnxruntime", "compile.backend=aoti", "compile.options.prepack=false"
 WAYS = {
     "float32": (ORT, FLOAT),
-    "float32, `prepack`": (ORT, FLOAT, PREPACK),
+    "float32, `prepack=false`": (ORT, FLOAT, UNPACKED),
     "int8": (ORT, INT8),
-    "int8, `prepack`": (ORT, INT8, PREPACK),
+    "int8, `opset=23`": (ORT, INT8, "compile.options.opset=23"),
+    "int8, `prepack=false`": (ORT, INT8, UNPACKED),
     "int8 by AOTInductor": (AOTI, INT8),
 }
 

@@ -4,7 +4,7 @@
 
 PSS (`/proc/PID/smaps_rollup`) counts a page by its share: one that two processes map is half of each. So the sum over all
 processes is the memory that is really used, and how much the sum grows with one more process is what that process costs. What a process that only
-imports the runtime and torch costs is measured beside it, for it is most of it. The last column is what the weights add to that:
+imports torch, and ONNX Runtime for artifacts of it, costs is measured beside it, for it is most of it. The last column is what the weights add to that:
 the growth with the artifact less the growth without, as a share of the weight files' size.
 """
 
@@ -17,10 +17,14 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from prebake.runtime.manifest import read_manifest
+
 DRAWS = """
 import sys, torch
 from prebake.runtime import load
 torch.set_num_threads(1)
+if sys.argv[2] == "onnxruntime":
+    import onnxruntime
 if sys.argv[1]:
     pipe = load(sys.argv[1], runners=1)
     for cache in (False, True):
@@ -39,10 +43,10 @@ def main() -> None:
         "| artifact | weights MiB | first process MiB | each further one MiB | of it without artifact MiB | share of weights |"
     )
     print("| --- | ---: | ---: | ---: | ---: | ---: |")
-    empty = further(totals("", args.processes))
     for artifact in args.artifacts:
-        weights = weights_bytes(artifact)
-        sums = totals(str(artifact), args.processes)
+        weights, backend = weights_bytes(artifact), read_manifest(artifact).backend
+        empty = further(totals("", backend, args.processes))
+        sums = totals(str(artifact), backend, args.processes)
         each = further(sums)
         figures = (weights, sums[0], each, empty)
         print(
@@ -54,12 +58,12 @@ def weights_bytes(artifact: Path) -> int:
     return sum(file.stat().st_size for file in (artifact / "weights").iterdir())
 
 
-def totals(artifact: str, count: int) -> list[int]:
+def totals(artifact: str, backend: str, count: int) -> list[int]:
     """PSS bytes of all processes together, with one of them up, with two, ..."""
     sums, held = [], []
     with contextlib.ExitStack() as stack:
         for _ in range(count):
-            held.append(stack.enter_context(ready(DRAWS, artifact)))
+            held.append(stack.enter_context(ready(DRAWS, artifact, backend)))
             sums.append(sum(pss(process.pid) for process in held))
     return sums
 

@@ -79,7 +79,11 @@ class Container:
         return sizes
 
     def bind(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Points every constant, by its name in the library, at the tensor. Nothing is copied; the tensors are kept."""
+        """Points every constant, by its name in the library, at the tensor. Nothing is copied.
+
+        torch 2.13 takes a reference of its own to each and never gives it back (`MaybeOwningAtenTensorHandle`): a mapped file
+        stays mapped as long as the process lives, though its pages may leave memory.
+        """
         self._constants += _aoti.unsafe_alloc_void_ptrs_from_tensors(list(tensors.values()))
         entries = [Entry(name.encode(), _pointer(c, None)) for name, c in zip(tensors, self._constants, strict=True)]
         self._call(BIND, self._handle, (Entry * len(entries))(*entries), len(entries), False, True)

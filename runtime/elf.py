@@ -49,7 +49,7 @@ def read_elf(data: bytes | mmap.mmap) -> Elf:
             dict(_needs(data, names, _offset(headers, entries[VERNEED]))) if VERNEED in entries else {},
             tuple(_gives(data, names, _offset(headers, entries[VERDEF]))) if VERDEF in entries else (),
         )
-    except (struct.error, UnicodeDecodeError) as e:
+    except (struct.error, UnicodeDecodeError, OverflowError) as e:
         raise ValueError(f"its tables lead out of the file ({e})") from e
 
 

@@ -37,6 +37,7 @@ PLAIN = (
 ORT = ("compile.backend=onnxruntime",)
 INT8 = ("quantize.method=int8_dynamic",)
 FP8 = ("quantize.method=fp8_dynamic", "compile.backend=tensorrt")
+VIDEO = ("fuse.vae_qkv=false", "compile.channels_last_vae=false")
 ALONE = ("model.part=denoiser",)
 CACHED = ("verify.cached_psnr_db=20", "sampler.steps=6")
 
@@ -55,10 +56,10 @@ GRAPHS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "fuse.qkv": ("flux", (), "fuse.qkv=false"),
     "fuse.vae_qkv": ("flux", (), "fuse.vae_qkv=false"),
     "quantize.method": ("flux", (), "quantize.method=int8_dynamic"),
-    "quantize[int8_dynamic].min_width_ratio": ("flux", INT8, "quantize.min_width_ratio=100"),
+    "quantize[int8_dynamic].min_width_ratio": ("sd", INT8, "quantize.min_width_ratio=2.0"),
     "quantize[int8_dynamic].include": ("flux", INT8, 'quantize.include=["to_out"]'),
     "quantize[int8_dynamic].exclude": ("flux", INT8, 'quantize.exclude=["to_out"]'),
-    "quantize[fp8_dynamic].min_width_ratio": ("flux", FP8, "quantize.min_width_ratio=100"),
+    "quantize[fp8_dynamic].min_width_ratio": ("sd", FP8, "quantize.min_width_ratio=2.0"),
     "quantize[fp8_dynamic].include": ("flux", FP8, 'quantize.include=["to_out"]'),
     "quantize[fp8_dynamic].exclude": ("flux", FP8, 'quantize.exclude=["to_out"]'),
     "cache.method": ("flux", CACHED, "cache.method=pab"),
@@ -68,7 +69,7 @@ GRAPHS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "shapes.height": ("flux", (), "shapes.height=64"),
     "shapes.width": ("flux", (), "shapes.width=64"),
     "shapes.max_sequence_length": ("flux", (), "shapes.max_sequence_length=8"),
-    "shapes.num_frames": ("cogvideox", (), "shapes.num_frames=5"),
+    "shapes.num_frames": ("cogvideox", VIDEO, "shapes.num_frames=17"),
     "attach.arguments": ("flux", ALONE, "attach.arguments.max_sequence_length=8"),
 }
 """Field -> tiny model, what is set before, and a value that some graph shows."""
@@ -169,7 +170,8 @@ def keys_of(model: str, *overrides: str) -> Mapping[str, str | None]:
 
 
 def recipe(model: str, *overrides: str) -> Recipe:
-    return resolve("flux-fast", (*PLAIN, *overrides), f"tiny:{model}")
+    named = [override for override in overrides if override.startswith("model.id=")]
+    return resolve("flux-fast", (*PLAIN, *overrides), None if named else f"tiny:{model}")
 
 
 @pytest.mark.parametrize(

@@ -124,7 +124,7 @@ class NativeModel:
     def bind(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Points every constant at the caller's tensor; nothing is copied, so many models can share one tensor.
 
-        torch's own runner keeps its references for the life of the process. Raises ArtifactError unless `tensors` has exactly the
+        References to them are kept for the life of the process, by torch. Raises ArtifactError unless `tensors` has exactly the
         model's constants, with the dtypes and the numbers of bytes that it was compiled for.
         """
         self._check_constants(tensors)

@@ -1,14 +1,17 @@
-"""The artifacts of `tests/format` (on paper) and `tests/runtime` (compiled) are damaged here too."""
+"""The artifacts of `tests/format` (on paper) and `tests/runtime` (compiled) are damaged here too; and what `make faults` does."""
 
 import sys
 from pathlib import Path
 
 import pytest
+from fault_table import EVERY, covers, with_table
 
 sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("format", "runtime")]
 
 import paper as paper_artifact
 from kept import kept_toy
+
+NODES = pytest.StashKey[tuple[str, ...]]()
 
 
 @pytest.fixture
@@ -21,3 +24,38 @@ def paper(tmp_path):
 def toy_artifact(request):
     """A compiled one, read-only by agreement."""
     return kept_toy(request.config)
+
+
+@pytest.fixture(scope="session")
+def collected(request):
+    """The node ids of all tests that were collected, slow ones too."""
+    return request.config.stash[NODES]
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--faults-page", metavar="FILE", type=Path, help="run the tests of all faults, and write FILE's table"
+    )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    """Keeps what was collected, before slow tests are left out. To write the page, only what has a row is run."""
+    config.stash[NODES] = tuple(item.nodeid for item in items)
+    if config.getoption("--faults-page"):
+        items[:] = [item for item in items if any(covers(fault, item.nodeid) for fault in EVERY)]
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    path = config.getoption("--faults-page")
+    if path is None or hasattr(config, "workerinput"):
+        return
+    said = {"passed": "✓", "skipped": "skipped", "failed": "failed", "error": "failed"}  # the worst is said last
+    found = {
+        fault.id: said[outcome]
+        for outcome in said
+        for report in terminalreporter.stats.get(outcome, ())
+        for fault in EVERY
+        if covers(fault, report.nodeid)
+    }
+    path.write_text(with_table(path.read_text("utf-8"), found), "utf-8")

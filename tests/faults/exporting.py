@@ -2,7 +2,7 @@
 needs no compiler, while something goes wrong. Prints what came of it, as JSON.
 
     killed    a child dies at every line of progress that an export has, and at every end of a stage
-    full      the disk, WORK/disk, has room for ever more of the artifact
+    full      the disk, WORK/disk, has room for ever more of the artifact, and in the end for all of it
     nan       one weight is not a number
     two       two exports to one output, without --force and with it
     once      nothing goes wrong
@@ -127,6 +127,8 @@ def full(work: Path) -> list[dict]:
         found.append(
             {"KiB": size, "said": error.replace(str(work), "WORK"), "left": sorted(p.name for p in disk.iterdir())}
         )
+        if not error:
+            break
     return found
 
 

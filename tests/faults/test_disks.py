@@ -8,7 +8,9 @@ from processes import script
 @pytest.fixture(scope="module")
 def found(toy_artifact, tmp_path_factory):
     work = tmp_path_factory.mktemp("places")
-    return script("places.py", toy_artifact, work, mounts=places.mounts(toy_artifact, work))
+    found = script("places.py", toy_artifact, work, mounts=places.mounts(toy_artifact, work))
+    assert found.keys() == {*LOADED, *REFUSED, *NOT_RUN}
+    return found
 
 
 NO_ROOM = "give load() a cache_dir that can be written and has room, on a disk that allows execution"
@@ -20,6 +22,7 @@ LOADED = {
     "TMPDIR is missing": 3,
     "TMPDIR is missing and the cache is read-only": 0,
 }
+NOT_RUN = ("the cache allows no execution", "temporary files allow no execution")
 REFUSED = {
     "the cache and temporary files are full": (
         "WORK/full/cache: machine code cannot be unpacked there (No space left on device), "
@@ -42,7 +45,7 @@ def test_it_is_refused_in_words(found, case):
     assert found[case] == {"said": REFUSED[case], "same": False, "left": [], "entries": 0}
 
 
-@pytest.mark.parametrize("case", ["the cache allows no execution", "temporary files allow no execution"])
+@pytest.mark.parametrize("case", NOT_RUN)
 def test_where_code_may_not_run_it_says_what_to_give(found, case):
     said = found[case]["said"]
     assert said.startswith("WORK/noexec/")
@@ -52,6 +55,20 @@ def test_where_code_may_not_run_it_says_what_to_give(found, case):
     assert (found[case]["same"], found[case]["left"]) == (False, [])
 
 
-def test_every_case_is_one_of_these(found):
-    noexec = {case for case in found if case.endswith("execution")}
-    assert found.keys() == {*LOADED, *REFUSED, *noexec}
+def test_an_output_that_cannot_be_written_is_refused_at_once(tmp_path):
+    """Before anything is loaded: a folder that is read-only for everybody, an administrator too."""
+    mounts = f"mkdir {tmp_path}/sealed; mount -t tmpfs -o ro none {tmp_path}/sealed"
+    code = f"""
+import json
+from pathlib import Path
+from prebake.exporter.package import ExportError, staged
+try:
+    with staged(Path({str(tmp_path / "sealed" / "out")!r}), force=False):
+        said = "it was begun"
+except ExportError as e:
+    said = str(e)
+print(json.dumps(said))
+"""
+    (tmp_path / "staged.py").write_text(code)
+    said = script(tmp_path / "staged.py", mounts=mounts)
+    assert said == f"{tmp_path}/sealed: cannot be written by this user; choose another --output"

@@ -33,6 +33,7 @@ def collected(request):
 
 
 def pytest_addoption(parser):
+    """Known only where this folder is named on the command line, as `make faults` does."""
     parser.addoption(
         "--faults-page", metavar="FILE", type=Path, help="run the tests of all faults, and write FILE's table"
     )
@@ -42,12 +43,12 @@ def pytest_addoption(parser):
 def pytest_collection_modifyitems(config, items):
     """Keeps what was collected, before slow tests are left out. To write the page, only what has a row is run."""
     config.stash[NODES] = tuple(item.nodeid for item in items)
-    if config.getoption("--faults-page"):
+    if config.getoption("--faults-page", None):
         items[:] = [item for item in items if any(covers(fault, item.nodeid) for fault in EVERY)]
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    path = config.getoption("--faults-page")
+    path = config.getoption("--faults-page", None)
     if path is None or hasattr(config, "workerinput"):
         return
     said = {"passed": "✓", "skipped": "skipped", "failed": "failed", "error": "failed"}  # the worst is said last

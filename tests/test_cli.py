@@ -12,6 +12,7 @@ import pytest
 from prebake.exporter import cli, cli_export
 from prebake.exporter.recipe import names, resolve, schema
 from prebake.exporter.sites import Variant
+from prebake.exporter.store import Store, default_folder
 from prebake.runtime.errors import ExportError
 from prebake.runtime.manifest import Cost
 from prebake.runtime.plan import Evaluation, Plan, Update
@@ -173,7 +174,8 @@ def test_export_resolves_and_hands_over(fake_pipeline, capsys):
     recipe, output, options = fake_pipeline.calls[0]
     assert recipe == resolve("flux-fast", ["sampler.steps=8"])
     assert output == Path("artifacts/flux-fast-FLUX.1-dev")
-    assert vars(options) == {"force": True, "keep_failed": False, "verify": True, "near": None}
+    store = Store(default_folder())
+    assert vars(options) == {"force": True, "keep_failed": False, "verify": True, "near": None, "store": store}
     assert capsys.readouterr().out == ""
 
 
@@ -185,7 +187,7 @@ def test_export_main_is_prebake_export(fake_pipeline, monkeypatch, tmp_path, cap
     _, output, options = fake_pipeline.calls[0]
     assert output == tmp_path
     assert not options.verify
-    assert json.loads(capsys.readouterr().out) == {"artifact": str(tmp_path), "seconds": {}}
+    assert json.loads(capsys.readouterr().out) == {"artifact": str(tmp_path), "graphs": {}, "seconds": {}}
 
 
 def test_export_prints_where_the_artifact_is(fake_pipeline, capsys):

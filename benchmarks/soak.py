@@ -105,7 +105,9 @@ def answer(pipe: Pipeline, request: Request) -> torch.Tensor | str:
 
 def same(a: torch.Tensor | str, b: torch.Tensor | str) -> bool:
     """Bit by bit."""
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) else a == b
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return torch.equal(a, b)
+    return isinstance(a, str) and isinstance(b, str) and a == b
 
 
 def served(

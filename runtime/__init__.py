@@ -4,9 +4,6 @@ The names below are looked up on first use, so that `prebake --help` and the lig
 `plan`) do not pay for torch.
 """
 
-import gc
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -49,22 +46,8 @@ def __getattr__(name: str) -> Any:
 
         return version("prebake")
     if name in _HOME:
-        with _uncollected():
-            return getattr(import_module(_HOME[name], __name__), name)
+        return getattr(import_module(_HOME[name], __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """Without garbage collection: importing torch makes objects by the million, nearly all of which stay, and looking
-    through them again and again takes a quarter of the time."""
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collecting:
-            gc.enable()
 
 
 def __dir__() -> list[str]:

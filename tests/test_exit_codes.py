@@ -21,6 +21,7 @@ CODES = {
     errors.ExportError: 3,
     errors.QualityError: 4,
     errors.ArtifactError: 5,
+    errors.Cancelled: 130,
 }
 
 

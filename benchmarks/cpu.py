@@ -1,0 +1,410 @@
+"""One evaluation of a denoiser on a CPU: prebake beside everything else that a CPU user would take.
+
+    python benchmarks/cpu.py flux-88m                  # or flux-284m, unet; --threads 2; --output FILE.json
+    pip install openvino nncf                          # for OpenVINO's lines; without them the table says so
+    python benchmarks/cpu.py --attention               # the attention alone, by number of tokens
+    python benchmarks/cpu.py --layers                  # the int8 layers alone, against the CPU's measured peak
+
+All ways run in one process and take turns, after a round that is not counted. What is printed is the median of each one's CPU
+seconds (so that other programs may run meanwhile), the median over rounds of the time of the fastest other way that is no
+less exact than prebake's int8, divided by its own, and its error against eager float32. Weights are random: speed does not
+depend on them, and errors are those of rounding, not of a trained model's outliers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import ctypes
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from prebake.exporter.capture import Captured, capture
+from prebake.exporter.lower import aoti, kernels, onnxruntime, w8a8
+from prebake.exporter.lower.onnx_graph import onnx_model, with_data
+from prebake.exporter.recipe import resolve
+from prebake.exporter.rewrite import rewrite_denoiser
+from prebake.exporter.rewrite.attention import attention_in
+
+HALF, FLOAT = torch.bfloat16, torch.float32
+PREBAKE = "prebake: "
+OURS, HALVES = PREBAKE + "int8, bfloat16 attention", PREBAKE + "int8, bfloat16"
+
+
+class Problem(NamedTuple):
+    """A denoiser, the names of its inputs, and one example of them."""
+
+    module: nn.Module
+    names: tuple[str, ...]
+    args: tuple[Tensor, ...]
+    denoiser: nn.Module
+
+    def to(self, dtype: torch.dtype) -> Problem:
+        module: Any = copy.deepcopy(self.module).to(dtype)
+        return Problem(module, self.names, tuple(a.to(dtype) for a in self.args), module.denoiser)
+
+    def graph(self) -> Captured:
+        return capture("denoiser", self.module, self.args, self.names, ("sample",))
+
+
+class Called(nn.Module):
+    """A diffusers denoiser with flat inputs."""
+
+    def __init__(self, denoiser: nn.Module, names: tuple[str, ...], **fixed: Any):
+        super().__init__()
+        self.denoiser, self.names, self.fixed = denoiser, names, fixed
+
+    def forward(self, *args: Tensor) -> Tensor:
+        denoiser: Any = self.denoiser
+        return denoiser(**dict(zip(self.names, args, strict=True)), **self.fixed, return_dict=False)[0].contiguous()
+
+
+def random(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def flux(double: int, single: int, side: int, tokens: int) -> Problem:
+    """FLUX of 16 heads of 64 features, for side x side image tokens and so many of text."""
+    from diffusers import FluxTransformer2DModel
+
+    model = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=64,
+        num_layers=double,
+        num_single_layers=single,
+        attention_head_dim=64,
+        num_attention_heads=16,
+        joint_attention_dim=512,
+        pooled_projection_dim=512,
+        guidance_embeds=True,
+        axes_dims_rope=(8, 24, 32),
+    ).eval()
+    image = torch.zeros(side * side, 3)
+    image[:, 1], image[:, 2] = torch.arange(side * side) // side, torch.arange(side * side) % side
+    names = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "guidance")
+    args = (
+        random(1, side * side, 64),
+        random(1, tokens, 512),
+        random(1, 512),
+        torch.tensor([0.5]),
+        torch.tensor([3.5]),
+    )
+    return Problem(Called(model, names, img_ids=image, txt_ids=torch.zeros(tokens, 3)), names, args, model)
+
+
+def unet() -> Problem:
+    """SDXL's UNet at half its width, with 1, 2 and 4 transformer layers a level, for a picture of 512 x 512."""
+    from diffusers import UNet2DConditionModel
+
+    shape: Any = {
+        "sample_size": 64,
+        "block_out_channels": (160, 320, 640),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": (1, 2, 4),
+        "attention_head_dim": (5, 5, 10),
+        "cross_attention_dim": 1024,
+        "use_linear_projection": True,
+    }
+    model: Any = UNet2DConditionModel(**shape).eval()
+    model.to(memory_format=torch.channels_last)
+    names = ("sample", "timestep", "encoder_hidden_states")
+    args = (random(1, 4, 64, 64), torch.tensor([500.0]), random(1, 77, 1024))
+    return Problem(Called(model, names), names, args, model)
+
+
+MODELS: dict[str, Callable[[], Problem]] = {
+    "flux-88m": lambda: flux(1, 2, 24, 64),
+    "flux-284m": lambda: flux(4, 8, 32, 128),
+    "unet": unet,
+}
+
+
+# --- ways to run it --------------------------------------------------------------------------------------------------
+
+
+def ways(problem: Problem, threads: int, only: str) -> Iterator[tuple[str, Callable[[], Tensor] | str]]:
+    """Each way's name and how to run it, or why it cannot be run."""
+    fused: Any = problem.denoiser
+    if hasattr(fused, "fuse_qkv_projections"):
+        fused.fuse_qkv_projections()
+    half = problem.to(HALF)
+    table: dict[str, Callable[[], Callable[[], Tensor]]] = {
+        "eager float32": lambda: lambda: problem.module(*problem.args),
+        "eager bfloat16": lambda: lambda: half.module(*half.args),
+        "torch.compile float32": lambda: torch_compiled(problem),
+        "torch.compile bfloat16": lambda: torch_compiled(half),
+        "AOTInductor int8 (torchao)": lambda: by_aoti(problem, threads, "compile.options.kernels=false"),
+        PREBAKE + "int8 by ONNX Runtime": lambda: by_onnxruntime(problem, threads),
+        OURS: lambda: by_aoti(problem, threads, "attention.dtype=bfloat16"),
+        HALVES: lambda: by_aoti(half, threads),
+        "OpenVINO bfloat16": lambda: by_openvino(problem, threads, quantized=False),
+        "OpenVINO int8 (NNCF)": lambda: by_openvino(problem, threads, quantized=True),
+    }
+    for way, make in table.items():
+        if only in way:
+            try:
+                yield way, make()
+            except ModuleNotFoundError as e:
+                yield way, f"not measured: no {e.name}"
+
+
+def torch_compiled(problem: Problem) -> Callable[[], Tensor]:
+    module = torch.compile(problem.module)
+    return lambda: module(*problem.args)
+
+
+def int8(problem: Problem, *overrides: str) -> tuple[Problem, Any]:
+    """The denoiser with flux-fast's int8 layers, and the recipe."""
+    recipe = resolve("flux-fast", ["cache.method=none", "fuse.qkv=false", *overrides], "shapes")
+    made = problem.to(problem.args[0].dtype)
+    rewrite_denoiser("unet" if hasattr(made.denoiser, "down_blocks") else "transformer", made.denoiser, recipe)
+    return made, recipe
+
+
+def by_aoti(problem: Problem, threads: int, *overrides: str) -> Callable[[], Tensor]:
+    from torch._inductor.package import load_package, package_aoti
+
+    made, recipe = int8(problem, f"compile.threads={threads}", *overrides)
+    graph = made.graph()
+    if recipe.attention.dtype:
+        graph = attention_in(graph, getattr(torch, recipe.attention.dtype))
+    graph = aoti.rewritten(graph, recipe.compile)
+    inside = {"aot_inductor.package_constants_in_so": True, "aot_inductor.use_consts_asm_build": True}
+    folder = Path(tempfile.mkdtemp(dir=os.environ["TMPDIR"]))
+    files = aoti.compile_graph(graph, {**aoti.flags(recipe.compile), **inside})
+    package = package_aoti(str(folder / "graph.pt2"), {"model": aoti.laid_out(folder / "model", files)})
+    run = load_package(package, "model")
+    return lambda: first(run(*made.args))
+
+
+def by_onnxruntime(problem: Problem, threads: int) -> Callable[[], Tensor]:
+    import onnxruntime as ort
+
+    made, recipe = int8(problem, "compile.backend=onnxruntime")
+    graph = onnxruntime.rewritten(made.graph(), recipe.compile)
+    options: Any = ort.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    model = with_data(onnx_model(graph), graph.constants()).SerializeToString()
+    session = ort.InferenceSession(model, options, ["CPUExecutionProvider"])
+    given = {name: a.numpy() for name, a in zip(made.names, made.args, strict=True)}
+    return lambda: torch.from_numpy(session.run(None, given)[0])
+
+
+def by_openvino(problem: Problem, threads: int, *, quantized: bool) -> Callable[[], Tensor]:
+    import openvino
+
+    given = [a.numpy() for a in problem.args]
+    model = openvino.convert_model(torch.export.export(problem.module, problem.args, strict=False))
+    if quantized:
+        import nncf
+
+        model = nncf.quantize(model, nncf.Dataset([given]), model_type=nncf.ModelType.TRANSFORMER, subset_size=1)
+    settings = {"INFERENCE_PRECISION_HINT": "bf16", "INFERENCE_NUM_THREADS": threads}
+    compiled = openvino.Core().compile_model(model, "CPU", settings)
+    return lambda: torch.from_numpy(np.asarray(next(iter(compiled(given).values()))))
+
+
+def first(result: Any) -> Tensor:
+    return result[0] if isinstance(result, tuple | list) else result
+
+
+# --- measuring -------------------------------------------------------------------------------------------------------
+
+
+def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    problem = MODELS[name]()
+    runs: dict[str, Callable[[], Tensor]] = {}
+    missing: dict[str, str] = {}
+    for way, run in ways(problem, args.threads, args.only):
+        print(f"  {way}", flush=True)
+        if isinstance(run, str):
+            missing[way] = run
+        else:
+            runs[way] = run
+    truth = problem.module(*problem.args)
+    errors = {way: float((run().float() - truth).norm() / truth.norm()) for way, run in runs.items()}
+    seconds = in_turn(runs, args.repeats)
+    return {
+        "model": name,
+        "parameters": sum(p.numel() for p in problem.module.parameters()),
+        "seconds": seconds,
+        "errors": errors,
+        "missing": missing,
+        "threads": args.threads,
+        "cpu": cpu(),
+        "torch": torch.__version__,
+    }
+
+
+def in_turn(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+    """CPU seconds of each, a figure for each round."""
+    seconds: dict[str, list[float]] = {way: [] for way in runs}
+    for _ in range(repeats):
+        for way, run in runs.items():
+            start = time.process_time()
+            run()
+            seconds[way].append(time.process_time() - start)
+    return seconds
+
+
+def show(figures: dict[str, Any]) -> None:
+    seconds, errors = figures["seconds"], figures["errors"]
+    medians = {way: statistics.median(s) for way, s in seconds.items()}
+    print(
+        f"\n{figures['model']}: {figures['parameters'] / 1e6:.0f}M parameters, {figures['threads']} thread(s), ", end=""
+    )
+    print(f"{figures['cpu']}, torch {figures['torch']}\n")
+    peers = [w for w in medians if not w.startswith(PREBAKE) and errors[w] <= 1.5 * errors.get(OURS, 1)]
+    best = min(peers, key=lambda w: medians[w], default=None)
+    fastest = min((w for w in medians if not w.startswith(PREBAKE)), key=lambda w: medians[w], default=None)
+    print("| | ms | fastest other / this | error against eager float32 |\n| --- | --- | --- | --- |")
+    for way, median in medians.items():
+        ratio = (
+            statistics.median(f / s for f, s in zip(seconds[fastest], seconds[way], strict=True)) if fastest else 1.0
+        )
+        mark = "**" if way == OURS else ""
+        print(f"| {mark}{way}{mark} | {median * 1e3:.1f} | {ratio:.2f} | {errors[way]:.1e} |")
+    for way, why in figures["missing"].items():
+        print(f"| {way} | {why} | | |")
+    if best and OURS in seconds:
+        ratio = statistics.median(b / s for b, s in zip(seconds[best], seconds[OURS], strict=True))
+        print(f"\nThe fastest other way that is no less exact is {best}: it takes {ratio:.2f} times as long as {OURS}.")
+
+
+def cpu() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+# --- the kernels alone -----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def native() -> Iterator[Any]:
+    """The kernels, callable with tensors (tests/native.py)."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    from native import Native  # pyright: ignore[reportMissingImports]
+
+    with tempfile.TemporaryDirectory() as folder:
+        yield Native(Path(folder))
+
+
+PEAK_LOOPS, SUMS = 1_000_000, 20
+PEAK_OPERATIONS = PEAK_LOOPS * SUMS * 16 * 4 * 2
+"""Of `peak`: each instruction multiplies and adds 4 bytes in 16 lanes."""
+
+
+@contextmanager
+def peak() -> Iterator[Callable[[], Any]]:
+    """Nothing but independent VPDPBUSD: what the core can do at most."""
+    sums = "".join(f"vpdpbusd %%zmm31, %%zmm30, %%zmm{i}\\n" for i in range(SUMS))
+    with tempfile.TemporaryDirectory() as folder:
+        source, library = Path(folder) / "peak.c", Path(folder) / "peak.so"
+        used = ", ".join(f'"zmm{i}"' for i in range(SUMS))
+        source.write_text(f'void peak(long n) {{ while (n--) __asm__ volatile("{sums}" : : : {used}); }}\n')
+        subprocess.run(
+            ["gcc", "-O2", "-march=x86-64-v4", "-mavx512vnni", "-shared", "-fPIC", source, "-o", library], check=True
+        )
+        spin = ctypes.CDLL(str(library)).peak
+        yield lambda: spin(ctypes.c_long(PEAK_LOOPS))
+
+
+def attention(repeats: int) -> None:
+    """GFLOP/s of the kernel and of torch's attention, heads of 64 and 128 features, on one thread."""
+    print("| heads x features | tokens | torch float32 | torch bfloat16 | kernel | error: torch's bfloat16, kernel |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    with native() as library:
+        for heads, features in ((16, 64), (8, 128)):
+            for tokens in (256, 640, 1152, 2048, 4096, 8192):
+                q, k, v = (random(1, heads, tokens + i, features)[:, :, i:].to(HALF) for i in range(3))
+                wide = [x.float() for x in (q, k, v)]
+                runs = {
+                    "float": lambda w=wide: scaled_dot_product_attention(*w),
+                    "half": lambda q=q, k=k, v=v: scaled_dot_product_attention(q, k, v),
+                    "kernel": lambda q=q, k=k, v=v: library.attention(q, k, v, q.shape[-1] ** -0.5),
+                }
+                truth = runs["float"]()
+                errors = [float((runs[way]().float() - truth).norm() / truth.norm()) for way in ("half", "kernel")]
+                rates = [4 * heads * tokens**2 * features / min(s) / 1e9 for s in in_turn(runs, repeats).values()]
+                print(f"| {heads} x {features} | {tokens} | " + " | ".join(f"{r:.0f}" for r in rates), end="")
+                print(f" | {errors[0]:.1e}, {errors[1]:.1e} |", flush=True)
+
+
+def layers(repeats: int) -> None:
+    """GOP/s of int8 layers, quantizing and scales included, against the bare product of torch and the CPU's peak."""
+    print(
+        "| rows x in x out | torch._int_mm alone | whole layer | with GELU | of the peak |\n| --- | --- | --- | --- | --- |"
+    )
+    with native() as library, peak() as spin:
+        for rows, inner, columns in (
+            (640, 1024, 3072),
+            (640, 1024, 4096),
+            (640, 5120, 1024),
+            (1152, 1024, 4096),
+            (4096, 640, 640),
+        ):
+            x = random(rows, inner)
+            weight, scale = w8a8.by_row(random(columns, inner))
+            codes, packed = (
+                torch.randint(-128, 127, (rows, inner), dtype=torch.int8),
+                kernels.operators.pack(weight.t().contiguous()),
+            )
+            runs = {
+                "product": lambda codes=codes, weight=weight: torch._int_mm(codes, weight.t()),
+                "layer": lambda x=x, p=packed, s=scale: library.packed_w8a8([x], p, s, s, False),
+                "gelu": lambda x=x, p=packed, s=scale: library.packed_w8a8([x], p, s, s, True),
+                "peak": spin,
+            }
+            times = in_turn(runs, repeats)
+            rates = {way: 2 * rows * inner * columns / min(times[way]) / 1e9 for way in ("product", "layer", "gelu")}
+            top = PEAK_OPERATIONS / min(times["peak"]) / 1e9
+            shown = " | ".join(f"{rates[way]:.0f}" for way in rates)
+            print(f"| {rows} x {inner} x {columns} | {shown} | {rates['layer'] / top:.0%} of {top:.0f} |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="*", choices=[[], *MODELS], help="what to run (default: flux-88m)")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--only", default="", help="the ways whose names hold this")
+    parser.add_argument("--attention", action="store_true", help="the attention alone, and nothing else")
+    parser.add_argument("--layers", action="store_true", help="the int8 layers alone, and nothing else")
+    parser.add_argument("--output", type=Path, help="write the figures as JSON")
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(args.threads)
+    torch.set_grad_enabled(False)
+    torch.manual_seed(0)
+    os.environ.setdefault("TMPDIR", tempfile.gettempdir())
+    if args.attention:
+        return attention(args.repeats)
+    if args.layers:
+        return layers(args.repeats)
+    figures = [measure(name, args) for name in args.model or ["flux-88m"]]
+    for one in figures:
+        show(one)
+    if args.output:
+        args.output.write_text(json.dumps(figures, indent=1, sort_keys=True) + "\n", "utf-8")
+    return None
+
+
+if __name__ == "__main__":
+    main()

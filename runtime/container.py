@@ -43,6 +43,7 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "GetConstantDataSize": (c_void_p, c_size_t, POINTER(c_size_t)),
     BIND: (c_void_p, POINTER(Entry), c_size_t, c_bool, c_bool),
     "Run": (c_void_p, c_void_p, c_size_t, c_void_p, c_size_t, c_void_p, c_void_p),
+    "RunSingleThreaded": (c_void_p, c_void_p, c_size_t, c_void_p, c_size_t, c_void_p, c_void_p),
 }
 
 _pointer = ctypes.pythonapi.PyCapsule_GetPointer
@@ -53,23 +54,27 @@ _capsule.restype, _capsule.argtypes = ctypes.py_object, (c_void_p, c_char_p, c_v
 
 class Container:
     """`runners` instances of the model in one library, over one set of constants: so many calls may be inside at once,
-    and others wait. The library's own way to wait is not used: a call that fails there wakes nobody."""
+    and others wait. The library's own way to wait is not used: a call that fails there wakes nobody.
 
-    def __init__(self, name: str, library: ctypes.CDLL, runners: int):
-        self._name = name
+    On a GPU a call is queued on the caller's stream, and returns before it is done. A single instance is run without the
+    events by which the library would tell that it is idle: a stream that is being recorded cannot be asked for them."""
+
+    def __init__(self, name: str, library: ctypes.CDLL, runners: int, device: torch.device):
+        self._name, self._device = name, device
+        self._run = "RunSingleThreaded" if device.type == "cuda" and runners == 1 else "Run"
         self._functions = {short: function(library, short, types) for short, types in ARGUMENTS.items()}
         self._last_error = library.AOTInductorGetLastError
         self._last_error.restype, self._last_error.argtypes = c_int, (POINTER(c_char_p),)
         self._free = threading.BoundedSemaphore(runners)
         self._handle = c_void_p()
-        self._call("CreateWithDevice", byref(self._handle), runners, b"cpu", None)
+        self._call("CreateWithDevice", byref(self._handle), runners, str(device).encode(), None)
         self._constants: list[Any] = []
         freed = weakref.finalize(self, closed, self._functions["Delete"], self._handle, self._constants)
         freed.atexit = False  # a thread may still be inside
         self.inputs, self.outputs = self._count("GetNumInputs"), self._count("GetNumOutputs")
 
     def constant_bytes(self) -> dict[str, int]:
-        """Constant, by its name in the model -> how many bytes the code was compiled for, rounded up to `ALIGNMENT`."""
+        """Constant, by its name in the model -> how many bytes the code was compiled for, on the CPU rounded up to `ALIGNMENT`."""
         sizes = {}
         for i in range(self._count("GetNumConstants")):
             name, size = c_char_p(), c_size_t()
@@ -93,8 +98,9 @@ class Container:
         capsules = _aoti.unsafe_alloc_void_ptrs_from_tensors(inputs)  # the model frees what they point at
         given = (c_void_p * len(capsules))(*[_pointer(c, None) for c in capsules])
         made = (c_void_p * self.outputs)()
+        stream = torch.cuda.current_stream(self._device).cuda_stream if self._device.type == "cuda" else None
         with self._free:
-            self._call("Run", self._handle, given, len(given), made, len(made), None, None)
+            self._call(self._run, self._handle, given, len(given), made, len(made), stream, None)
         return _aoti.alloc_tensors_by_stealing_from_void_ptrs([_capsule(h, None, None) for h in made])
 
     def _call(self, short: str, *arguments: Any) -> None:
@@ -110,13 +116,13 @@ class Container:
         return count.value
 
 
-def container(name: str, so: Path, runners: int) -> Container | None:
+def container(name: str, so: Path, runners: int, device: torch.device) -> Container | None:
     """The library, opened; None where only torch's own runner can run it: it is older than `BIND`, or calls operators
     by way of torch's dispatcher, which are listed in a file beside it."""
     library = ctypes.CDLL(str(so))
     if so.with_suffix(".json").exists() or not hasattr(library, f"AOTInductorModelContainer{BIND}"):
         return None
-    return Container(name, library, runners)
+    return Container(name, library, runners, device)
 
 
 def function(library: ctypes.CDLL, short: str, arguments: tuple[Any, ...]) -> Any:

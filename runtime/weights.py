@@ -1,4 +1,4 @@
-"""The weights, mapped into memory once; every graph of an artifact is bound to these same tensors.
+"""The weights, mapped into memory once, and for a GPU copied there once; every graph of an artifact is bound to these same tensors.
 
 Pages are read from disk when a kernel first touches them and belong to the page cache, so a second variant, or a second
 process on the same artifact, adds no memory for weights.
@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from .errors import ArtifactError
+from .upload import uploaded
 
 
 def map_weights(
@@ -31,13 +32,15 @@ def map_weights(
     for path, where in files.items():
         try:
             refuse_what_cannot_be_mapped(where)
-            with safe_open(where, framework="pt", device=str(device)) as file:
+            with safe_open(where, framework="pt", device="cpu") as file:
                 for key in file.keys():  # noqa: SIM118  (safe_open is not iterable)
                     if key in tensors:
                         raise ArtifactError(f"{path}: key {key!r} is in another weight file too; export again")
                     tensors[key] = file.get_tensor(key)
         except (SafetensorError, OSError) as e:
             raise ArtifactError(f"{path}: expected safetensors, but {e}; restore the file or export again") from e
+    if device.type != "cpu":
+        tensors = uploaded(tensors, device)
     for key in channels_last:
         if key not in tensors or tensors[key].dim() != 4:
             raise ArtifactError(

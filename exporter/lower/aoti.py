@@ -32,7 +32,7 @@ from ...runtime.errors import ExportError, RecipeError
 from ..capture import Captured
 from ..tables import Table
 from ..toolchain import glibc_version
-from . import Files, Groups, Made, kernels, w8a8
+from . import Files, Groups, Made, cuda, kernels, w8a8
 from .isa import choose, host_flags, inductor_flags, int8_flags
 from .kernels.rewrite import calling_kernels
 from .options import options
@@ -64,12 +64,25 @@ ENVIRONMENT = re.compile(
 def flags(config: Any) -> dict[str, Any]:
     """Inductor's options for the recipe's `compile` table: packaging, instruction set, and the recipe's own flags."""
     level, _ = choose(config.isa)
-    return {**PACKAGED, "cpp.threads": threads(config), **inductor_flags(level), **config.inductor}
+    device = cuda.flags(options(config, Options)) if on_gpu(config) else {}
+    return {**PACKAGED, **device, "cpp.threads": threads(config), **inductor_flags(level), **config.inductor}
 
 
 def adapted(recipe: Any) -> tuple[Any, tuple[str, ...]]:
-    """As it is. Raises RecipeError for kernels that this machine cannot run, and for fp8: on the CPU torch makes such products
-    by way of wider numbers, and slower than those of float32 (docs/backends.md)."""
+    """As it is. Raises RecipeError for a GPU that is not here, for kernels that this machine cannot run, and for fp8 on the CPU:
+    torch makes such products by way of wider numbers there, and slower than those of float32 (docs/backends.md)."""
+    chosen = options(recipe.compile, Options)
+    if on_gpu(recipe.compile):
+        if chosen.kernels:
+            raise RecipeError(
+                "compile.options.kernels: they are for the CPU, and compile.device is cuda; leave the option out"
+            )
+        cuda.refuse(recipe)
+        return recipe, ()
+    if gpu_only := sorted({"multi_arch", "tf32"} & recipe.compile.options.keys()):
+        raise RecipeError(
+            f"compile.options.{gpu_only[0]}: it is for GPUs, and compile.device is cpu; leave the option out"
+        )
     if with_kernels(recipe.compile) and not kernels.fit(choose(recipe.compile.isa)[0]):
         raise RecipeError(
             f"compile.options.kernels: they need {', '.join(kernels.FLAGS)} and {kernels.LEVEL}, so the result could not be "
@@ -85,13 +98,22 @@ def adapted(recipe: Any) -> tuple[Any, tuple[str, ...]]:
 
 class Options(Table):
     """`kernels`: whether attention in bfloat16 and int8 layers are prebake's own code, `kernels/`. By default where the CPU has
-    the instructions, unless `compile.isa` names a level, which promises to run where they may be missing."""
+    the instructions, unless `compile.isa` names a level, which promises to run where they may be missing. The others are
+    for GPUs: `cuda.Choices`."""
 
     kernels: bool | None = None
+    multi_arch: bool = False
+    tf32: bool = True
+
+
+def on_gpu(config: Any) -> bool:
+    return config.device == "cuda"
 
 
 def with_kernels(config: Any) -> bool:
     asked = options(config, Options).kernels
+    if on_gpu(config):
+        return False
     return kernels.fit(choose(config.isa)[0]) and config.isa in ("host", "native") if asked is None else asked
 
 
@@ -106,12 +128,14 @@ def threads(config: Any) -> int:
 
 def toolchain(config: Any) -> dict[str, str]:
     """What else of this machine went into the code, for the manifest."""
-    return {"threads": str(threads(config))}
+    return {"threads": str(threads(config)), **(cuda.toolchain() if on_gpu(config) else {})}
 
 
 def reproducible(config: Any) -> bool:
-    """Unless the recipe lets Inductor choose kernels by their times."""
-    return not any(value for name, value in config.inductor.items() if "autotune" in name or "benchmark" in name)
+    """Unless Inductor chooses kernels by their times, as the recipe lets it, and as it always does on a GPU."""
+    return not on_gpu(config) and not any(
+        value for name, value in config.inductor.items() if "autotune" in name or "benchmark" in name
+    )
 
 
 def depends(config: Any) -> dict[str, str]:
@@ -151,7 +175,7 @@ def compiler() -> str:
 def requires(recipe: Any) -> dict[str, Any]:
     """The instruction set, this torch and this C library."""
     level, flags = choose(recipe.compile.isa)
-    if recipe.quantize.method == "int8_dynamic":
+    if recipe.quantize.method == "int8_dynamic" and not on_gpu(recipe.compile):
         flags = tuple(sorted({*flags, *int8_flags()}))
     if with_kernels(recipe.compile):
         flags = tuple(sorted({*flags, *kernels.FLAGS}))
@@ -160,11 +184,15 @@ def requires(recipe: Any) -> dict[str, Any]:
         "isa": flags,
         "torch": ".".join(torch.__version__.split(".")[:2]),
         "glibc": glibc_version(),
+        "packages": cuda.packages(options(recipe.compile, Options)) if on_gpu(recipe.compile) else {},
     }
 
 
 def quantized(model: nn.Module, names: set[str], recipe: Any) -> None:
-    """As the operator that a kernel computes, or by torchao, whose tensor subclasses are unwrapped at the end, so that every stored weight is a plain tensor."""
+    """For a GPU as `cuda.py` has it; on the CPU as the operator that a kernel computes, or by torchao, whose tensor subclasses are unwrapped at the end, so that every stored weight is a plain tensor."""
+    if on_gpu(recipe.compile):
+        cuda.quantized(model, names, recipe.quantize.method)
+        return
     if with_kernels(recipe.compile):
         w8a8.quantized(model, names, recipe)
         return
@@ -182,15 +210,17 @@ def rewritten(graph: Captured, config: Any) -> Captured:
 
 
 def lower(folder: Path, groups: Groups, config: Any, made: Made) -> dict[str, str]:
-    """A package for each component. Raises ExportError for a device that the runtime has no AOTInductor models for."""
-    if config.device != "cpu":
-        raise ExportError(
-            f"compile.device {config.device!r}: models of AOTInductor are opened on the cpu alone; set compile.device=cpu, "
-            "or another compile.backend"
-        )
+    """A package for each component."""
     chosen, paths = flags(config), {}
+
+    def compiled(graph: Captured) -> Files:
+        if not on_gpu(config):
+            return compile_graph(graph, chosen)
+        with cuda.float32_as_tf32(options(config, Options).tf32):
+            return compile_graph(cuda.onto(graph, torch.device("cuda")), chosen)
+
     for component, graphs in groups.items():
-        files = {g.name: made(component, g, lambda graph: compile_graph(graph, chosen)) for g in graphs}
+        files = {g.name: made(component, g, compiled) for g in graphs}
         path = f"graphs/{component}{SUFFIX}"
         write_package(folder / path, files)
         paths |= dict.fromkeys(files, path)
@@ -207,7 +237,7 @@ def compile_graph(graph: Captured, flags: dict[str, Any], folder: Path | None = 
         shutil.rmtree(sources, ignore_errors=True)
         options = {"aot_inductor.output_path": str(sources), **without_paths(flags, sources)}
         try:
-            with kernels.linked(place, graph.gm, flags["cpp.threads"]) as linked:
+            with kernels.linked(place, graph.gm, flags.get("cpp.threads") or torch.get_num_threads()) as linked:
                 made: Any = torch._inductor.aot_compile(graph.gm, graph.args, options=options | linked)
             files = {Path(f).name: Path(f).read_bytes() for f in made if isinstance(f, str) and wanted(f)}
         except ExportError:

@@ -21,9 +21,10 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from ...runtime.backends.tensorrt import CAPABILITY, CUDA, PACKAGES, logger
+from ...runtime.backends.tensorrt import PACKAGES, logger
 from ...runtime.errors import ExportError, RecipeError
 from ...runtime.extras import way_to
+from ...runtime.gpu import CAPABILITY, CUDA
 from ...runtime.kept import keep, kept
 from ..capture import Captured
 from ..rewrite.fold import get_tensor

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch._C import _aoti  # pyright: ignore[reportAttributeAccessIssue]  (private, so not in the stubs)
@@ -18,6 +19,7 @@ from torch._C import _aoti  # pyright: ignore[reportAttributeAccessIssue]  (priv
 from ..container import ALIGNMENT, Container, container
 from ..errors import ArtifactError, raise_all
 from ..files import read_listed
+from ..gpu import capability_problems, cuda_of_driver, driver_problems
 from ..machine import library_problems
 from ..manifest import Manifest, Requires
 from ..unpack import read_members, unpacked
@@ -25,8 +27,11 @@ from . import Opening, refuse_unbound
 
 
 def problems(requires: Requires) -> Iterator[str]:
-    """None: torch's version, which is all that this needs, is compared for every backend."""
-    return iter(())
+    """On the CPU none: torch's version, which is all that this needs, is compared for every backend. Where there is a GPU, its
+    kind and its driver."""
+    if requires.device == "cuda" and torch.cuda.is_available():
+        yield from driver_problems(requires.packages, cuda_of_driver())
+        yield from capability_problems(requires.packages, torch.cuda.get_device_capability())
 
 
 def open_models(opening: Opening) -> dict[str, NativeModel]:
@@ -86,12 +91,13 @@ def open_model(so: Path, device: torch.device, runners: int = 1) -> NativeModel:
 
     This maps and runs machine code. Raises ArtifactError when the file cannot be opened as an AOTInductor model.
     """
-    if device.type != "cpu":
-        raise ArtifactError(f"{so.name}: this runtime opens models for the cpu, the artifact is for {device.type}")
     try:
         # One instance: its `run` holds Python's lock, so a second one would never be used.
-        runner = _aoti.AOTIModelContainerRunnerCpu(str(so), 1)
-        return NativeModel(so.parent.name, runner, container(so.parent.name, so, runners))
+        if device.type == "cuda":
+            runner = _aoti.AOTIModelContainerRunnerCuda(str(so), 1, str(device))
+        else:
+            runner = _aoti.AOTIModelContainerRunnerCpu(str(so), 1)
+        return NativeModel(so.parent.name, runner, container(so.parent.name, so, runners, device))
     except RuntimeError as e:
         raise ArtifactError(
             f"{so}: expected a model compiled by AOTInductor, but {_first_line(e)}; {_way_out(so, e)}"
@@ -110,7 +116,7 @@ def _way_out(so: Path, error: RuntimeError) -> str:
 class NativeModel:
     """A model's machine code. `constants` are the names that `bind` wants; call it with flat tensors after that."""
 
-    def __init__(self, name: str, runner: _aoti.AOTIModelContainerRunnerCpu, container: Container | None):
+    def __init__(self, name: str, runner: Any, container: Container | None):
         self.name = name
         self._runner = runner
         self._container = container
@@ -163,7 +169,7 @@ class NativeModel:
                     f"the weight file holds {tensor.dtype}; export again"
                 )
         for fqn, size in (self._container.constant_bytes() if self._container else {}).items():
-            if size != -(-tensors[fqn].nbytes // ALIGNMENT) * ALIGNMENT:
+            if size not in (tensors[fqn].nbytes, -(-tensors[fqn].nbytes // ALIGNMENT) * ALIGNMENT):
                 raise ArtifactError(
                     f"graph {self.name!r}: constant {fqn!r} was compiled for {size} bytes (to the next {ALIGNMENT}), "
                     f"the weight file holds {tensors[fqn].nbytes} in the shape {list(tensors[fqn].shape)}; export again"

@@ -22,14 +22,13 @@ import torch
 
 from ..errors import ArtifactError
 from ..extras import way_to
+from ..gpu import CAPABILITY, cuda_of_driver, driver_problems, named
 from ..kept import keep, kept
 from ..manifest import Graph, Manifest, Requires
 from . import Opening, refuse_unbound
 
 PACKAGES = {"rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
 """Flavour -> what is imported, and stands with its version in the manifest's `requires.packages`."""
-CUDA = "cuda"
-CAPABILITY = "compute_capability"
 COMPILED = "tensorrt-rtx"
 """The folder of the cache with what TensorRT-RTX has compiled here, a file for each engine and kind of GPU."""
 ALIGNED = 256
@@ -59,19 +58,13 @@ def problems(requires: Requires) -> Iterator[str]:
 
 def gpu_problems(packages: Mapping[str, str], cuda: int, capability: tuple[int, int]) -> Iterator[str]:
     """What the driver, for CUDA `cuda`, and a GPU of that compute capability lack."""
-    if cuda < int(packages.get(CUDA, 0)):
-        yield f"needs a driver for CUDA {packages[CUDA]}, this one is for CUDA {cuda}; update the NVIDIA driver"
-    here = "sm{}{}".format(*capability)
+    yield from driver_problems(packages, cuda)
+    here = named(capability)
     if here not in packages.get(CAPABILITY, "").split():
         yield (
             f"was built for GPUs of compute capability {packages.get(CAPABILITY, 'unknown')}, this one has {here}; "
             f"export again with {here} among compile.options.compute_capabilities, if TensorRT has it"
         )
-
-
-def cuda_of_driver() -> int:
-    """The CUDA release, such as 13, that the driver supports; of a torch that sees a GPU."""
-    return torch._C._cuda_getDriverVersion() // 1000  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def package_problems(folder: Path, manifest: Manifest) -> Iterator[str]:

@@ -1,0 +1,49 @@
+"""What code that was compiled for GPUs asks of this one: its compute capability, and the CUDA of its driver.
+
+A manifest's `requires.packages` come in, as `exporter/lower/cuda.py` and `exporter/lower/tensorrt.py` write them; sentences
+come out. Nothing is opened.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+
+import torch
+
+CUDA = "cuda"
+CAPABILITY = "compute_capability"
+
+
+def driver_problems(packages: Mapping[str, str], cuda: int) -> Iterator[str]:
+    """What a driver for CUDA `cuda` lacks."""
+    needed = packages.get(CUDA, "0")
+    if not needed.isdigit():
+        yield f"manifest.json [requires.packages.{CUDA}]: expected a number, got {needed!r}; export again"
+    elif cuda < int(needed):
+        yield f"needs a driver for CUDA {needed}, this one is for CUDA {cuda}; update the NVIDIA driver"
+
+
+def capability_problems(packages: Mapping[str, str], capability: tuple[int, int]) -> Iterator[str]:
+    """Whether code for "sm90", or for "sm90+", which newer GPUs can compile for themselves, runs on a GPU of that kind."""
+    asked = packages.get(CAPABILITY, "none")
+    match = re.fullmatch(r"sm(\d+)(\d)(\+?)", asked)
+    if match is None:
+        yield f"manifest.json [requires.packages.{CAPABILITY}]: expected one such as sm90, got {asked!r}; export again"
+        return
+    made_for = int(match[1]), int(match[2])
+    if not (capability >= made_for if match[3] else capability == made_for):
+        yield (
+            f"was compiled for GPUs of compute capability {asked}, this one has {named(capability)}; "
+            "export again on a machine with this GPU"
+        )
+
+
+def named(capability: tuple[int, int]) -> str:
+    """(9, 0) as "sm90"."""
+    return "sm{}{}".format(*capability)
+
+
+def cuda_of_driver() -> int:
+    """The CUDA release, such as 13, that the driver supports; of a torch that sees a GPU."""
+    return torch._C._cuda_getDriverVersion() // 1000  # pyright: ignore[reportAttributeAccessIssue]

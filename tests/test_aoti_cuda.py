@@ -1,0 +1,316 @@
+"""AOTInductor for GPUs, as far as no GPU is needed: refusals, options, layers in 8 bits, graphs moved, weights sent over.
+
+One test, marked `gpu`, exports and replays on one.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from prebake.exporter.capture import capture
+from prebake.exporter.lower import aoti, cuda, w8a8
+from prebake.exporter.recipe import resolve
+from prebake.runtime import gpu
+from prebake.runtime.backends import aoti as runtime_aoti
+from prebake.runtime.errors import ExportError, RecipeError
+from prebake.runtime.manifest import Requires
+from prebake.runtime.upload import BUFFERS, uploaded
+
+ON_GPU = "compile.device=cuda"
+
+
+def recipe(*changes: str) -> Any:
+    return resolve("flux-fast", changes, "tiny:flux")
+
+
+@pytest.fixture
+def a_gpu(monkeypatch):
+    """torch says that there is a GPU of that compute capability, whose driver is for CUDA 13."""
+
+    def has(*capability: int) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
+        monkeypatch.setattr(runtime_aoti, "cuda_of_driver", lambda: 13)
+
+    return has
+
+
+# --- what is refused, and what is asked of the compiler ------------------------------------------------------------------
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_an_export_for_a_gpu_that_is_not_here_is_refused_before_the_model_is_loaded():
+    with pytest.raises(
+        RecipeError, match=r"compile\.device 'cuda': .* this torch sees none; export on such a machine, or"
+    ):
+        aoti.adapted(recipe(ON_GPU))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            (ON_GPU, "compile.options.kernels=true"),
+            "compile.options.kernels: they are for the CPU, .*leave the option out",
+        ),
+        (("compile.options.tf32=true",), "compile.options.tf32: it is for GPUs, and compile.device is cpu; leave"),
+        ((ON_GPU, "quantize.method=fp8_dynamic"), "GPUs multiply fp8 from sm89 on, this one is sm80; set quantize"),
+        ((ON_GPU, "compile.options.multi=true"), "options of this backend: kernels, multi_arch, tf32"),
+    ],
+)
+def test_what_does_not_go_together(a_gpu, changes, words):
+    a_gpu(8, 0)
+    with pytest.raises(RecipeError, match=words):
+        aoti.adapted(recipe(*changes))
+
+
+@pytest.mark.parametrize(("option", "named"), [((), "sm90"), (("compile.options.multi_arch=true",), "sm90+")])
+def test_the_gpu_goes_into_options_and_manifest(a_gpu, option, named):
+    a_gpu(9, 0)
+    asked = recipe(ON_GPU, "quantize.method=fp8_dynamic", *option)
+    assert aoti.adapted(asked) == (asked, ())
+    needs = aoti.requires(asked)
+    assert needs["packages"] == {"compute_capability": named, "cuda": "13"}
+    assert not {"avx512_vnni", "avx512_bf16", "avx_vnni"} & set(needs["isa"])  # of int8 products on the CPU
+    flags = aoti.flags(asked.compile)
+    assert flags["aot_inductor.embed_kernel_binary"] is True
+    assert flags["aot_inductor.emit_multi_arch_kernel"] is bool(option)
+    assert flags["aot_inductor.package_constants_in_so"] is False
+    assert flags["coordinate_descent_tuning"] is True  # the recipe's own
+    assert not aoti.reproducible(asked.compile)  # kernels are chosen by their times
+    assert not {"aot_inductor.embed_kernel_binary"} & aoti.flags(recipe().compile).keys()
+
+
+def test_tf32_is_the_compilers_alone():
+    before = torch.get_float32_matmul_precision()
+    with cuda.float32_as_tf32(True):
+        assert torch.get_float32_matmul_precision() == "high"
+    with cuda.float32_as_tf32(False):
+        assert torch.get_float32_matmul_precision() == "highest"
+    assert torch.get_float32_matmul_precision() == before
+
+
+@pytest.mark.parametrize(
+    ("asked", "capability", "words"),
+    [
+        ("sm90", (9, 0), None),
+        ("sm80", (8, 6), r"compute capability sm80, this one has sm86; export again on a machine with this GPU"),
+        ("sm80+", (9, 0), None),
+        ("sm90+", (8, 9), r"compute capability sm90\+, this one has sm89"),
+        ("sm120", (12, 0), None),
+        ("hopper", (9, 0), r"expected one such as sm90, got 'hopper'; export again"),
+    ],
+)
+def test_a_gpu_of_another_kind_is_refused_before_anything_is_opened(a_gpu, asked, capability, words):
+    a_gpu(*capability)
+    requires = needed(compute_capability=asked, cuda="13")
+    if words is None:
+        assert list(runtime_aoti.problems(requires)) == []
+    else:
+        with pytest.raises(AssertionError, match=words):
+            assert not (said := list(runtime_aoti.problems(requires))), said
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ("14", "needs a driver for CUDA 14, this one is for CUDA 13; update the NVIDIA driver"),
+        ("new", "expected a number"),
+    ],
+)
+def test_a_driver_that_is_too_old_is_refused(a_gpu, asked, words):
+    a_gpu(9, 0)
+    (said,) = runtime_aoti.problems(needed(compute_capability="sm90", cuda=asked))
+    assert words in said
+
+
+def test_nothing_is_asked_of_a_gpu_for_the_cpu(a_gpu):
+    a_gpu(9, 0)
+    assert not list(runtime_aoti.problems(needed().model_copy(update={"device": "cpu"})))
+
+
+def needed(**packages: str) -> Requires:
+    return Requires(system="Linux", machine="x86_64", device="cuda", isa_level="any", isa=(), packages=packages)
+
+
+def test_a_capability_has_the_name_that_nvidia_gives_it():
+    assert [gpu.named(c) for c in ((9, 0), (12, 1))] == ["sm90", "sm121"]
+
+
+# --- layers in 8 bits ----------------------------------------------------------------------------------------------------
+
+
+def layers(method: str, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
+    """A Linear as a GPU will have it, and as the operator that defines what it computes."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"a": nn.Linear(64, 48, dtype=dtype)})
+    same = copy.deepcopy(model)
+    cuda.quantized(model, {"a"}, method)
+    w8a8.to_8_bits(same, {"a"}, method)
+    return model["a"], same["a"]
+
+
+@pytest.mark.parametrize(
+    ("method", "dtype", "tolerance"),
+    [
+        ("int8_dynamic", torch.float32, 1e-6),  # the same sums in the same order, but for one factor's place
+        ("int8_dynamic", torch.bfloat16, 4e-3),  # half a unit of bfloat16's last place, at the end
+        ("fp8_dynamic", torch.bfloat16, 8e-3),  # and once more where the product comes out in bfloat16
+    ],
+)
+def test_layers_compute_what_the_operator_says(method, dtype, tolerance):
+    ours, operator = layers(method, dtype)
+    x = torch.randn(2, 20, 64, dtype=dtype)
+
+    def error(scale: float) -> float:
+        with torch.no_grad():
+            expected = operator(x).float()
+            return float((ours(x * scale).float() - expected).norm() / expected.norm())
+
+    assert error(1.0) < tolerance < error(1.05)  # the second is the canary
+
+
+@pytest.mark.parametrize("method", ["int8_dynamic", "fp8_dynamic"])
+def test_layers_are_captured_as_operators_of_every_device(method):
+    ours, _ = layers(method, torch.bfloat16)
+    graph = capture("layer", nn.Sequential(ours), (torch.randn(20, 64, dtype=torch.bfloat16),), ("x",), ("y",))
+    targets = {str(n.target) for n in graph.gm.graph.nodes if n.op == "call_function"}
+    product = {"int8_dynamic": "aten._int_mm.default", "fp8_dynamic": "aten._scaled_mm.default"}[method]
+    assert product in targets
+    assert all(t.startswith("aten.") for t in targets)
+    weights = [t for t in graph.constants().values() if t.element_size() == 1]
+    assert [tuple(w.shape) for w in weights] == [(48, 64)]  # by rows, as they are stored and shared
+
+
+def test_what_a_gpu_cannot_multiply_is_refused():
+    model = nn.ModuleDict({"odd": nn.Linear(64, 40)})
+    with pytest.raises(
+        ExportError, match=r"layer 'odd': expected multiples of 16 features .* got 64x40; add its name to"
+    ):
+        cuda.quantized(model, {"odd"}, "int8_dynamic")
+    ours, _ = layers("int8_dynamic", torch.float32)
+    with pytest.raises(ExportError, match=r"graph 'layer': .* take 17 rows or more, and here are 1"):
+        capture("layer", nn.Sequential(ours), (torch.randn(1, 64),), ("x",), ("y",))
+
+
+# --- graphs on the device ------------------------------------------------------------------------------------------------
+
+
+class Made(nn.Module):
+    """Reads one tensor by two names, and makes tensors of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(64, 64))
+        self.same = self.weight
+        self.register_buffer("offset", torch.randn(64))
+
+    def forward(self, x: Tensor) -> tuple[Tensor]:
+        steps = torch.arange(64, dtype=torch.float32, device=x.device)
+        return (x @ self.weight + self.same * steps + self.get_buffer("offset") + x.new_zeros(64),)
+
+
+def test_a_graph_moves_with_all_that_it_makes():
+    graph = capture("made", Made(), (torch.randn(64, 64),), ("x",), ("y",))
+    there = cuda.onto(graph, torch.device("meta"))
+    (y,) = there.gm(*there.args)
+    assert y.device.type == "meta"
+    assert {t.device.type for t in there.constants().values()} == {"meta"}
+    assert there.constants().keys() == graph.constants().keys()
+    assert {t.device.type for t in graph.constants().values()} == {"cpu"}  # it is what is stored
+    assert there.inputs == graph.inputs
+
+
+def test_an_operator_of_the_cpu_does_not_move():
+    class Attention(nn.Module):
+        def forward(self, q: Tensor) -> tuple[Tensor]:
+            return (torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, q, q)[0].contiguous(),)
+
+    graph = capture("attention", Attention(), (torch.randn(1, 2, 8, 16),), ("q",), ("y",))
+    with pytest.raises(
+        ExportError, match=r"graph 'attention': .*_for_cpu.* is an operator of the CPU, so it cannot move"
+    ):
+        cuda.onto(graph, torch.device("meta"))
+
+
+# --- weights to the device -----------------------------------------------------------------------------------------------
+
+
+class LateLane:
+    """What is sent arrives only when it is waited for, and with `waits` False not even then: at the very end."""
+
+    def __init__(self, waits: bool = True) -> None:
+        self.waits, self.under_way, self.buffers, self.most = waits, [], 0, 0
+
+    def buffer(self, count: int) -> Tensor:
+        self.buffers += 1
+        return torch.empty(count, dtype=torch.uint8)
+
+    def send(self, target: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
+        ticket = (target, source)
+        self.under_way.append(ticket)
+        self.most = max(self.most, len(self.under_way))
+        return ticket
+
+    def wait(self, ticket: tuple[Tensor, Tensor]) -> None:
+        if self.waits:
+            target, source = ticket
+            target.copy_(source)
+            self.under_way = [t for t in self.under_way if t is not ticket]
+
+    def close(self) -> None:
+        for target, source in self.under_way:
+            target.copy_(source)
+
+
+WEIGHTS = {
+    "whole": torch.arange(1000, dtype=torch.float32).reshape(10, 100),
+    "scalar": torch.tensor(7.0),
+    "half": torch.arange(130, dtype=torch.bfloat16),
+    "none": torch.empty(0, 4),
+    "bytes": torch.arange(100, dtype=torch.int8).to(torch.float8_e4m3fn),
+    "mask": torch.tensor([True, False, True]),
+}
+
+
+def sent(lane: LateLane) -> bool:
+    there = uploaded(WEIGHTS, torch.device("cpu"), lane, piece_bytes=256)
+    lane.close()
+    assert there.keys() == WEIGHTS.keys()
+    assert all(there[k].dtype == t.dtype and there[k].shape == t.shape for k, t in WEIGHTS.items())
+    raw = [(t.reshape(-1).view(torch.uint8), there[k].reshape(-1).view(torch.uint8)) for k, t in WEIGHTS.items()]
+    return all(torch.equal(a, b) for a, b in raw)
+
+
+def test_no_buffer_is_filled_again_before_it_has_arrived():
+    lane = LateLane()
+    assert sent(lane)
+    assert (lane.buffers, lane.most) == (BUFFERS, BUFFERS)  # one is filled while the other travels
+    assert not sent(LateLane(waits=False))  # the canary
+
+
+# --- on a GPU ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["none", "int8_dynamic"])
+def test_an_export_for_this_gpu_is_verified_on_it(tmp_path, method):
+    from prebake.exporter.pipeline import Options, export
+    from prebake.exporter.progress import progress
+    from prebake.runtime import load
+
+    asked = recipe(
+        ON_GPU, f"quantize.method={method}", "cache.method=pab", "verify.cached_psnr_db=20", "verify.seeds=1"
+    )
+    with progress("quiet") as quiet:
+        export(asked, tmp_path / "artifact", Options(), quiet)
+    pipe = load(tmp_path / "artifact")
+    assert {t.device.type for t in pipe.artifact.weights.values()} == {"cuda"}
+    assert pipe("a circle", seed=0).images[0].size == (32, 32)

@@ -60,7 +60,7 @@ class Problem(NamedTuple):
         return Problem(module, self.names, tuple(a.to(dtype) for a in self.args), module.denoiser)
 
     def graph(self) -> Captured:
-        return capture("denoiser", self.module, self.args, self.names, ("sample",))
+        return capture("denoiser", self.module, self.args, self.names, ("predicted",))
 
 
 class Called(nn.Module):

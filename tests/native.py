@@ -18,13 +18,13 @@ ctypes.pythonapi.PyCapsule_GetPointer.argtypes = [ctypes.py_object, ctypes.c_cha
 ctypes.pythonapi.PyCapsule_New.restype = ctypes.py_object
 ctypes.pythonapi.PyCapsule_New.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
 
-NAMES = ("packed_w8a8", "attention")
+NAMES = ("packed_w8a8", "attention", "rotary")
 ADDRESS = "extern int aoti_torch_cpu_{name}();\nvoid* {name}(void) {{ return aoti_torch_cpu_{name}; }}\n"
 """The kernels are hidden in what they are linked into: a function that is not says where each of them is."""
 
 
 class Native:
-    """`native.packed_w8a8(...)` and `native.attention(...)`, with the arguments of the operators of those names."""
+    """`native.packed_w8a8(...)`, `native.attention(...)` and `native.rotary(...)`, with the arguments of those operators."""
 
     def __init__(self, folder: Path, threads: int = 1):
         archive, torch_folder = kernels.archive(folder, threads), Path(torch.__file__).parent / "lib"
@@ -48,6 +48,9 @@ class Native:
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         return self._call("attention", handle(q), handle(k), handle(v), ctypes.c_double(scale))
+
+    def rotary(self, x: Tensor, cosines: Tensor, sines: Tensor, to_half: bool) -> Tensor:
+        return self._call("rotary", handle(x), handle(cosines), handle(sines), ctypes.c_int64(to_half))
 
     def _call(self, name: str, *args: Any) -> Tensor:
         made = ctypes.c_void_p()

@@ -12,7 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from prebake.exporter.capture import Captured, capture
 from prebake.exporter.lower import aoti, kernels, w8a8
-from prebake.exporter.lower.kernels.operators import attention, pack, packed_w8a8, unpack
+from prebake.exporter.lower.kernels.operators import attention, pack, packed_w8a8, rotary, unpack
 from prebake.exporter.lower.kernels.rewrite import calling_kernels
 from prebake.exporter.recipe import resolve
 from prebake.exporter.rewrite.attention import attention_in
@@ -131,6 +131,54 @@ def test_attention_takes_any_strides_and_large_scores(native):
     exact = scaled_dot_product_attention(q.double(), k.double(), v.double())
     assert not q.is_contiguous()
     assert error(native.attention(q, k, v, 32**-0.5), exact) < 2**-8
+
+
+# --- rotary embeddings -----------------------------------------------------------------------------------------------
+
+
+@runs_here
+@pytest.mark.parametrize("dtype", [FLOAT, HALF], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("table", [(1, 7, 1, 40), (1, 1, 5, 40), (2, 7, 5, 40)], ids=["rows", "columns", "all"])
+def test_pairs_are_turned_as_the_operator_says(native, dtype, table):
+    x, cosines, sines = random(2, 7, 5, 40, dtype=dtype), random(*table, seed=1), random(*table, seed=2)
+    for to_half in (False, True):
+        made, expected = native.rotary(x, cosines, sines, to_half), rotary(x, cosines, sines, to_half)
+        assert made.dtype == expected.dtype
+        # one fused multiplication and addition in place of two operations: an ulp, or one of bfloat16 where that is a tie
+        assert error(made, expected) < (1e-3 if to_half else 1e-6)
+        assert error(native.rotary(x, sines, cosines, to_half), expected) > 0.1  # the canary
+
+
+class Rotary(nn.Module):
+    """diffusers' own, on [B, S, H, D] as FLUX calls it, and attention over it."""
+
+    def __init__(self, negated: int = 1):
+        super().__init__()
+        self.cosines, self.sines = nn.Buffer(random(1, 21, 1, 16, seed=3)), nn.Buffer(random(1, 21, 1, 16, seed=4))
+        self.negated = negated
+
+    def turned(self, x: Tensor) -> Tensor:
+        a, b = x.reshape(*x.shape[:-1], -1, 2).unbind(-1)
+        pair = [-b, a] if self.negated else [b, -a]
+        return (x.float() * self.cosines + torch.stack(pair, -1).flatten(3).float() * self.sines).to(x.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k = self.turned(x).transpose(1, 2), self.turned(x * 2).transpose(1, 2)
+        return scaled_dot_product_attention(q, k, x.transpose(1, 2)).contiguous()
+
+
+@pytest.mark.parametrize("dtype", [FLOAT, HALF], ids=["float32", "bfloat16"])
+def test_rotary_embeddings_are_found(dtype):
+    graph = attention_in(capture("g", Rotary(), (random(1, 21, 4, 16, dtype=dtype),), ("x",), ("y",)), HALF)
+    swapped = calling_kernels(graph)
+    names = [str(n.target) for n in swapped.gm.graph.nodes]
+    assert names.count("prebake.rotary.default") == 2
+    assert not [n for n in names if "unbind" in n or "stack" in n]
+    (x,) = graph.args
+    # bfloat16's rounding, of attention's inputs and of what comes out
+    assert error(swapped.gm(x)[0], graph.gm(x)[0]) < 1e-2
+    other = calling_kernels(capture("g", Rotary(negated=0), graph.args, ("x",), ("y",)))
+    assert "prebake.rotary.default" not in [str(n.target) for n in other.gm.graph.nodes], "turned the other way round"
 
 
 # --- graphs ----------------------------------------------------------------------------------------------------------

@@ -129,7 +129,10 @@ def test_code_for_another_machine_is_refused():
         (b"not machine code", "it does not begin like a 64-bit little-endian ELF file"),
         (library()[:40], "its tables lead out of the file (unpack_from requires a buffer of at least"),
         (changed(library({LIBC: ["X"]}), 4, 2**31), "it has a name without an end"),
-        (library()[:32] + b"\xff" * 8 + library()[40:], "its tables lead out of the file (Python int too large to convert"),
+        (
+            library()[:32] + b"\xff" * 8 + library()[40:],
+            "its tables lead out of the file (Python int too large to convert",
+        ),
     ],
 )
 def test_what_is_no_library_is_refused(data, why):

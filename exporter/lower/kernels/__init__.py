@@ -1,4 +1,5 @@
-"""CPU kernels of our own, for what AOTInductor leaves slow: attention, and int8 layers with what lies around their product.
+"""CPU kernels of our own, for what AOTInductor leaves slow: attention, rotary embeddings, and int8 layers with what lies
+around their product.
 
 They are C++ in this folder, compiled when an artifact is exported and linked into its code, so that a runtime needs nothing
 for them: Inductor calls them by torch's C interface, as it calls its own. Written for AVX-512 with VNNI and BF16 (AMD from
@@ -20,7 +21,7 @@ from torch import fx
 
 from ....runtime.errors import ExportError
 from ..isa import LEVELS, host_flags
-from .operators import attention, packed_w8a8
+from .operators import attention, packed_w8a8, rotary
 
 HERE = Path(__file__).parent
 LIBRARY = "prebake_kernels"
@@ -35,6 +36,7 @@ DECLARATIONS = {
         f"AOTITorchError aoti_torch_cpu_packed_w8a8({_SOME}, int64_t, {_ONE}, {_ONE}, {_SOME}, int64_t, {_ONE}*)"
     ),
     attention._opoverload: f"AOTITorchError aoti_torch_cpu_attention({_ONE}, {_ONE}, {_ONE}, double, {_ONE}*)",
+    rotary._opoverload: f"AOTITorchError aoti_torch_cpu_rotary({_ONE}, {_ONE}, {_ONE}, int64_t, {_ONE}*)",
 }
 OPERATORS = tuple(DECLARATIONS)
 

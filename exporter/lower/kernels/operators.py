@@ -43,6 +43,22 @@ def _(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return q.new_empty(b, s, h, d).transpose(1, 2)
 
 
+@torch.library.custom_op("prebake::rotary", mutates_args=())
+def rotary(x: Tensor, cosines: Tensor, sines: Tensor, to_half: bool) -> Tensor:
+    """Pairs (a, b) of neighbours in x [A, B, C, D] turned: (a cos - b sin, b cos + a sin), in bfloat16 or float32.
+
+    `cosines` and `sines` are float32 [A or 1, B or 1, C or 1, D].
+    """
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    turned = x.float() * cosines + torch.stack([-b, a], -1).flatten(-2) * sines
+    return turned.to(torch.bfloat16 if to_half else torch.float32)
+
+
+@rotary.register_fake
+def _(x: Tensor, cosines: Tensor, sines: Tensor, to_half: bool) -> Tensor:
+    return x.new_empty(x.shape, dtype=torch.bfloat16 if to_half else torch.float32)
+
+
 def pack(weight: Tensor) -> Tensor:
     """int8 [K, N] as w8a8.cpp reads it: for each PANEL of columns a row of bytes, first -128 times each column's sum as
     int32, then the weights, four features of a column side by side. K is filled up to fours with zeros, N to whole panels."""

@@ -1,0 +1,198 @@
+"""`benchmarks/gpu.py` without a GPU: its tiny run, what it records, and the models that it would time on one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+BENCHMARKS = ROOT / "benchmarks"
+
+
+def gpu_py(*arguments: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(BENCHMARKS / "gpu.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", **env})
+
+
+def smoke(work: Path, stages: str, *more: str) -> tuple[str, dict[str, Any]]:
+    done = gpu_py("--smoke", "--repeats", "1", "--work", work, "--stages", stages, *more)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, json.loads((work / "results.json").read_text())["stages"]
+
+
+@pytest.fixture
+def modules(monkeypatch):
+    """The benchmark's modules, from its folder."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import gpu
+    import gpu_models
+    import gpu_ways
+
+    return gpu, gpu_models, gpu_ways
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> tuple[Path, str, dict[str, Any]]:
+    work = tmp_path_factory.mktemp("gpu-bench")
+    return work, *smoke(work, "flux-dev/*,sdxl/*/deepcache")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_smoke_run_measures_what_it_can_and_says_what_lacks(run):
+    _, said, stages = run
+    done = {n: r["figures"] for n, r in stages.items() if r["status"] == "done"}
+    assert set(done) == {"flux-dev/eager/off", "flux-dev/eager/mask", "flux-dev/eager/pab", "sdxl/eager/deepcache"}
+    skipped = {n: r for n, r in stages.items() if n not in done}
+    assert {r["status"] for r in skipped.values()} == {"skipped"}
+    assert {r["why"] for r in skipped.values()} == {"no CUDA device that this torch can use"}
+    assert {n.split("/")[1] for n in skipped} == {"compile", "flux-fast", "prebake-bf16", "prebake-int8", "prebake-fp8"}
+    for name in stages:
+        assert f"| {name} |" in said
+    assert said.count("| not measured yet: no CUDA device") == len(skipped)
+    assert said.strip().endswith("0 stages left")
+
+
+def test_figures_are_of_the_plan_that_was_asked_for(run):
+    _, _, stages = run
+    off, pab = (stages[f"flux-dev/eager/{cache}"]["figures"] for cache in ("off", "pab"))
+    assert off["variants"].keys() == {"full"}
+    assert off["flops_of_uncached"] == 1.0 > pab["flops_of_uncached"] > 0.5
+    assert pab["variants"]["reuse"]["flops"] < pab["variants"]["full"]["flops"] == off["variants"]["full"]["flops"]
+    assert all(f["picture_s"] > 0 and f["matmul_flops_per_s"] > 0 for f in (off, pab))
+
+
+def test_what_is_done_is_not_run_again_and_what_failed_is_on_record(run, tmp_path):
+    work, _, stages = run
+    again, kept = smoke(work, "flux-dev/eager/*")
+    assert kept == stages
+    assert "0 stages left" in again
+    broken = json.loads((work / "results.json").read_text())
+    broken["stages"]["flux-dev/eager/off"] = {"status": "failed", "why": "RuntimeError: out of luck"}
+    (tmp_path / "results.json").write_text(json.dumps(broken))
+    said, kept = smoke(tmp_path, "flux-dev/eager/off")
+    assert kept["flux-dev/eager/off"]["status"] == "failed"
+    assert "| flux-dev/eager/off | not measured yet: RuntimeError: out of luck |" in said
+
+
+def test_results_of_another_machine_are_not_mixed_with_these(run, tmp_path):
+    work, _, _ = run
+    other = json.loads((work / "results.json").read_text())
+    other["machine"]["gpu"] = "NVIDIA H200"
+    (tmp_path / "results.json").write_text(json.dumps(other))
+    done = gpu_py("--smoke", "--work", tmp_path)
+    assert done.returncode == 1
+    assert "was measured where gpu differ from here; give another --work" in done.stderr
+
+
+def test_a_stage_that_fails_leaves_the_others_alone(modules, monkeypatch, tmp_path, capsys):
+    gpu, _, _ = modules
+
+    def figures(stage, place):
+        if stage.cache == "mask":
+            raise ValueError("no such thing\nand more")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gpu, "figures", figures)
+    arguments = ["gpu.py", "--smoke", "--work", str(tmp_path), "--stages", "flux-dev/eager/mask,flux-dev/eager/pab"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(KeyboardInterrupt):  # what was before is kept all the same
+        gpu.main()
+    stages = json.loads((tmp_path / "results.json").read_text())["stages"]
+    assert stages == {"flux-dev/eager/mask": {"status": "failed", "why": "ValueError: no such thing"}}
+
+
+def test_a_stage_apart_that_takes_too_long_is_ended_and_begun_again(modules, monkeypatch, tmp_path):
+    gpu, _, _ = modules
+    sleeps = tmp_path / "sleeps.py"
+    sleeps.write_text("import time\ntime.sleep(60)\n")
+    monkeypatch.setattr(gpu, "__file__", str(sleeps))
+    args = gpu.argparse.Namespace(work=tmp_path, repeats=1)
+    assert gpu.apart("flux-dev/eager/off", args, 0.5) == {"status": "unfinished", "why": "not done after 0 s"}
+    sleeps.write_text("import sys\nprint('first')\nsys.exit('it is broken')\n")
+    assert gpu.apart("x", args, 60) == {"status": "failed", "why": "exit code 1: it is broken"}
+    sleeps.write_text("print('a library says')\nprint('{\"picture_s\": 1}')\n")
+    assert gpu.apart("x", args, 60) == {"status": "done", "figures": {"picture_s": 1}}
+
+
+def test_what_is_not_installed_is_named(modules, monkeypatch):
+    _, models, ways = modules
+    stage = ways.Stage(models.MODELS["flux-dev"], "flux-fast", "off")
+    found = ways.importlib.util.find_spec
+    monkeypatch.setattr(ways.importlib.util, "find_spec", lambda n: None if n in ("torchao", "diffusers") else found(n))
+    assert ways.lacking(stage, cuda=True) == "diffusers, torchao not installed"
+
+
+@pytest.mark.parametrize(
+    ("name", "cls", "billions"),
+    [
+        ("flux-dev", "FluxTransformer2DModel", 11.9),
+        ("flux-schnell", "FluxTransformer2DModel", 11.9),
+        ("sdxl", "UNet2DConditionModel", 2.57),
+        ("cogvideox-5b", "CogVideoXTransformer3DModel", 5.57),
+    ],
+)
+def test_models_have_the_published_number_of_parameters(modules, name, cls, billions):
+    import diffusers
+
+    module = modules[1].undrawn(getattr(diffusers, cls), modules[1].MODELS[name].config)
+    # what the model cards say, to the digits that they give
+    assert sum(p.numel() for p in module.parameters()) / 1e9 == pytest.approx(billions, abs=0.01)
+
+
+def test_random_weights_keep_their_scale(modules):
+    from diffusers import FluxTransformer2DModel
+
+    config = {
+        **modules[1].FLUX,
+        "num_layers": 1,
+        "num_single_layers": 1,
+        "num_attention_heads": 1,
+        "guidance_embeds": True,
+    }
+    model = modules[1].drawn(FluxTransformer2DModel, config, torch.device("cpu"), torch.float32)
+    with torch.no_grad():
+        y = model.proj_out(torch.randn(50, 128))
+    assert float(y.std()) == pytest.approx(1.0, abs=0.1)  # 3200 values: a deviation's own error is 0.013
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_a_beginning_has_every_variant_twice_where_it_runs_twice(modules):
+    beginning = modules[2].beginning
+    assert beginning(["full"] * 28) == 2
+    assert beginning(["full", "full", "reuse", "full", "reuse", "reuse"]) == 5
+    assert beginning(["full", "reuse", "full"]) == 3
+    assert beginning(["full"]) == 1
+
+
+@pytest.mark.slow
+def test_an_artifact_is_exported_opened_and_timed(tmp_path):
+    _, stages = smoke(tmp_path, "flux-dev/prebake-bf16/pab", "--compile")
+    made = stages["flux-dev/prebake-bf16/pab"]["figures"]
+    assert made["variants"].keys() == {"full", "reuse"}
+    assert made["export_s"] > made["load_s"] > 0
+    assert made["cold_start_s"] > made["load_s"]
+    assert made["artifact_bytes"] > 0
+
+
+def test_a_checkout_stands_in_for_an_installation(tmp_path):
+    """Where no prebake is installed, as after this editable one's finders are taken away."""
+    code = (
+        "import sys\n"
+        f"sys.path.insert(0, {str(BENCHMARKS)!r})\n"
+        "sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in str(f).lower()]\n"
+        "sys.path[:] = [p for p in sys.path if 'editable' not in p]\n"
+        "import importlib.util, gpu\n"
+        "assert importlib.util.find_spec('prebake') is None\n"
+        "gpu.importable()\n"
+        "import prebake.runtime.gpu as found\n"
+        "print(found.__file__)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout.strip() == str(ROOT / "runtime/gpu.py"), done.stderr

@@ -20,9 +20,9 @@ import torch
 from denoiser import call
 
 from prebake.exporter.cost import census
+from prebake.exporter.forecast import speed_of
 from prebake.exporter.pipeline import prepare
 from prebake.exporter.progress import progress
-from prebake.exporter.speed import Speed
 from prebake.exporter.verify import recipe_of
 from prebake.runtime.artifact import Artifact, open_artifact
 
@@ -51,7 +51,7 @@ def main() -> None:
 def compared(prepared: Any, artifact: Artifact, repeats: int) -> dict[str, Any]:
     """Variant -> predicted milliseconds by class, and the measured median."""
     measured = taken(prepared, artifact, repeats)
-    speed = Speed()
+    speed = speed_of(prepared.recipe.compile)
     found: dict[str, Any] = {}
     for graph in prepared.graphs["denoiser"]:
         counted = census(graph)

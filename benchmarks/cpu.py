@@ -21,7 +21,6 @@ import os
 import platform
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 import warnings
@@ -37,6 +36,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from prebake.exporter.capture import Captured, capture
 from prebake.exporter.lower import aoti, kernels, onnxruntime, w8a8
+from prebake.exporter.lower.kernels.native import Native
 from prebake.exporter.lower.onnx_graph import onnx_model, with_data
 from prebake.exporter.recipe import resolve
 from prebake.exporter.rewrite import rewrite_denoiser
@@ -298,10 +298,7 @@ def cpu() -> str:
 
 @contextmanager
 def native() -> Iterator[Any]:
-    """The kernels, callable with tensors (tests/native.py)."""
-    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-    from native import Native  # pyright: ignore[reportMissingImports]
-
+    """The kernels, callable with tensors."""
     with tempfile.TemporaryDirectory() as folder:
         yield Native(Path(folder))
 

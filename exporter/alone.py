@@ -62,10 +62,11 @@ def prepare(recipe: Recipe, loaded: Loaded, progress: Progress, near: Path | Non
         planned = plan(recipe.cache, layout, tables, calibration)
         planned = replace(planned, plans=tuple(recording.with_calls(p) for p in planned.plans))
     with progress.stage("capture", len(planned.variants) * (1 + len(others))):
-        kept, variants = capture_variants(first, planned, progress)
+        kept, variants = capture_variants(first, planned, progress, recipe.attention.dtype)
         graphs = {first.name: variants}
         for i, component in enumerate(others, 1):
-            graphs[component.name] = tuple(renamed(g, i) for g in capture_variants(component, planned, progress)[1])
+            _, more = capture_variants(component, planned, progress, recipe.attention.dtype)
+            graphs[component.name] = tuple(renamed(g, i) for g in more)
         costs = {g.name: cost(g) for group in graphs.values() for g in group}
         check_variants(first, kept, costs)
     return Prepared(

@@ -59,6 +59,7 @@ class Compiled:
 
     def model(self, graph: Captured, kind: str = "") -> NativeModel:
         """The graph as machine code, its constants bound."""
+        graph = aoti.rewritten(graph, self.config)
         key = (kind, graph.gm.code, *(f"{s.shape} {s.dtype}" for s in graph.inputs))
         if key not in self.models:
             build = Path(self.folder.name) / "build"

@@ -16,17 +16,26 @@ from ..runtime.plan import Plan
 
 if TYPE_CHECKING:
     from .pipeline import Prepared
-    from .speed import Forecast
+    from .recipe import Compile
+    from .speed import Forecast, Speed
 
 
 def forecasts(prepared: Prepared) -> dict[str, Forecast]:
     """Graph -> its predicted time, measured from this machine's own kernels at the graph's shapes."""
     from .cost import census
-    from .speed import Speed
 
-    speed = Speed()
+    speed = speed_of(prepared.recipe.compile)
     graphs = [g for group in prepared.graphs.values() for g in group]
     return {g.name: speed.forecast(census(g), prepared.costs[g.name].constants_bytes) for g in graphs}
+
+
+def speed_of(config: Compile) -> Speed:
+    """This machine's rates, for code that is compiled so."""
+    from .lower import backend
+    from .speed import Speed
+
+    stand_in = getattr(backend(config.backend), "stand_in", None)
+    return Speed(stand_in(config) if stand_in else None)
 
 
 def describe(prepared: Prepared, predicted: Mapping[str, Forecast]) -> dict[str, Any]:

@@ -134,7 +134,7 @@ def prepare(recipe: Recipe, progress: Progress, *, near: Path | None = None) -> 
         planned = plan(recipe.cache, layout, tables, decisions, tails=tails)
     components = family.others(pipe, size, channels_last=channels_last(recipe), picture=takes_pictures(recipe, family))
     with progress.stage("capture", len(planned.variants) + len(components)):
-        planned, variants = capture_variants(denoiser, planned, progress)
+        planned, variants = capture_variants(denoiser, planned, progress, recipe.attention.dtype)
         others = capture_others(components, progress)
         graphs = {"denoiser": variants, **{g.name: (g,) for g in others}}
         costs = {g.name: cost(g) for group in graphs.values() for g in group}
@@ -155,12 +155,11 @@ def lower(
     folder: Path, prepared: Prepared, progress: Progress, store: Store | None = None
 ) -> tuple[Prepared, dict[str, str]]:
     """The graphs as the backend has rewritten them, and graph -> path of its code in the folder."""
-    config, dtype = prepared.recipe.compile, prepared.recipe.attention.dtype
+    config = prepared.recipe.compile
     lowering = backend(config.backend)
-    graphs = dict(prepared.graphs)
-    if dtype:
-        graphs["denoiser"] = tuple(attention_in(g, getattr(torch, dtype)) for g in graphs["denoiser"])
-    graphs = {component: tuple(lowering.rewritten(g, config) for g in group) for component, group in graphs.items()}
+    graphs = {
+        component: tuple(lowering.rewritten(g, config) for g in group) for component, group in prepared.graphs.items()
+    }
     with progress.stage("lower", sum(map(len, graphs.values()))):
         making = Making.of(prepared.recipe, prepared.source.model, store, progress)
         paths = lowering.lower(folder, graphs, config, making)
@@ -290,12 +289,15 @@ def takes_pictures(recipe: Recipe, family: Any) -> bool:
     return picture is not None and (recipe.sampler.image_to_image or picture.get("required", False))
 
 
-def capture_variants(denoiser: Any, planned: Planned, progress: Progress) -> tuple[Planned, tuple[Captured, ...]]:
-    """Every variant as a graph. Variants that read stored values go first: what none of them reads is not stored."""
+def capture_variants(
+    denoiser: Any, planned: Planned, progress: Progress, attention: str | None = None
+) -> tuple[Planned, tuple[Captured, ...]]:
+    """Every variant as a graph, its attention in the dtype of that name, None = as it is. Variants that read stored values go first: what none of them reads is not stored."""
 
     def captured(variant: Variant, marks: tuple[Mark, ...]) -> Captured:
         module = VariantModule(denoiser.module, marks, variant, denoiser.inputs)
-        return capture(variant.name, module, module.examples(denoiser.args), module.inputs, module.outputs)
+        graph = capture(variant.name, module, module.examples(denoiser.args), module.inputs, module.outputs)
+        return attention_in(graph, getattr(torch, attention)) if attention else graph
 
     readers = [v for v in planned.variants if v.having("combine")]
     for variant in readers:

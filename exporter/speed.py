@@ -1,13 +1,14 @@
 """How long a graph would take on this machine, before it is compiled: its census times rates that are measured here.
 
 A heavy call takes as long as the very operator takes in eager at the graph's own shapes, strides and dtypes: compiled
-code calls the same kernels (oneDNN and BLAS products, PyTorch's attention). The fused loops in between take what their
+code calls the same kernels (oneDNN and BLAS products, PyTorch's attention), or others that the backend names. The fused loops in between take what their
 bytes take at the bandwidth measured for that many bytes, or what their values take to compute, whichever is more, and a
 little for being started. Every distinct call is timed once, for a few milliseconds.
 """
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -31,6 +32,10 @@ CACHED_VALUES = 1 << 15
 CALLS_PER_LOOP = 4
 
 
+StandIn = Callable[[Any, tuple[Any, ...], dict[str, Any]], Callable[[], Any] | None]
+"""From an operator and what it is called with to what a backend calls in its stead, None where that is the operator itself."""
+
+
 @dataclass(frozen=True)
 class Forecast:
     """Predicted milliseconds of one run: heavy calls by `Heavy.label`, and the `loops` between them."""
@@ -46,7 +51,8 @@ class Forecast:
 class Speed:
     """This machine's rates with torch's present number of threads; what is timed is remembered."""
 
-    def __init__(self) -> None:
+    def __init__(self, stand_in: StandIn | None = None) -> None:
+        self._stand_in = stand_in
         self._heavy: dict[tuple[Heavy, int], float] = {}
         self._bandwidth: dict[int, float] = {}
         self._value: float | None = None
@@ -64,7 +70,7 @@ class Speed:
         copies = spread(call, constants_bytes)
         if (call, copies) not in self._heavy:
             probed, scale = reduced(call)
-            self._heavy[call, copies] = scale * time_of(probed, copies)
+            self._heavy[call, copies] = scale * time_of(probed, copies, self._stand_in)
         return self._heavy[call, copies]
 
     def loop_ms(self, loop: Loop) -> float:
@@ -122,14 +128,17 @@ def reduced(call: Heavy) -> tuple[Heavy, float]:
     return replace(call, arguments=arguments), length / short
 
 
-def time_of(call: Heavy, copies: int) -> float:
-    """Milliseconds of the operator itself, on made-up values."""
+def time_of(call: Heavy, copies: int, stand_in: StandIn | None = None) -> float:
+    """Milliseconds of the operator itself, or of what compiled code calls in its stead, on made-up values."""
     once = {o: tensor(o) for o in call.operands if not o.constant}
     sets = []
     for _ in range(copies):
         filled = once | {o: tensor(o) for o in call.operands if o.constant}
         sets.append(tree_map_only(Operand, filled.__getitem__, (call.arguments, dict(call.keywords))))
-    return timed(lambda i: call.op(*sets[i][0], **sets[i][1]), copies)
+    runs = [
+        (stand_in and stand_in(call.op, *given)) or functools.partial(call.op, *given[0], **given[1]) for given in sets
+    ]
+    return timed(lambda i: runs[i](), copies)
 
 
 def tensor(o: Operand) -> Tensor:

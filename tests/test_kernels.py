@@ -6,12 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native import Native
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from prebake.exporter.capture import Captured, capture
 from prebake.exporter.lower import aoti, kernels, w8a8
+from prebake.exporter.lower.kernels.native import Native
 from prebake.exporter.lower.kernels.operators import attention, pack, packed_w8a8, rotary, unpack
 from prebake.exporter.lower.kernels.rewrite import calling_kernels
 from prebake.exporter.recipe import resolve

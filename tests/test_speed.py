@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from prebake.exporter import speed
 from prebake.exporter.cost import Census, Heavy, Loop, Operand, census
 from prebake.exporter.forecast import signs
-from prebake.exporter.speed import COLD_BYTES, PROBE_FLOPS, Speed, reduced, spread, time_of
+from prebake.exporter.speed import COLD_BYTES, FEWEST, PROBE_FLOPS, Speed, reduced, spread, time_of
 from prebake.runtime.cli import SIGNS
 
 LINEAR = torch.ops.aten.linear.default
@@ -33,7 +35,7 @@ def clockwork(monkeypatch):
     """Rates that do not depend on the machine: a million FLOPs or bytes in a millisecond. `asked` is what was timed."""
     asked: list[Heavy] = []
 
-    def time_of(call: Heavy, copies: int) -> float:
+    def time_of(call: Heavy, copies: int, stand_in: Any) -> float:
         asked.append(call)
         rows = call.operands[0].shape[-2]
         return 2 * rows * 64 * 64 / 1e6
@@ -99,6 +101,21 @@ def test_a_long_call_is_timed_on_a_part_of_it(call):
     assert part.operands[0].shape[length] * times == pytest.approx(call.operands[0].shape[length])
     assert call.flops / times <= PROBE_FLOPS
     assert time_of(part, 1) > 0  # the shapes still fit together
+
+
+def test_what_a_backend_calls_instead_is_what_is_timed():
+    asked, ran = [], []
+
+    def stand_in(op, arguments, keywords):
+        asked.append((op, [tuple(a.shape) for a in arguments]))
+        return (lambda: ran.append(torch.ones(1 << 18).exp())) if op is not LINEAR else None
+
+    assert time_of(attention(1, 8), 1, stand_in) > 0
+    assert len(ran) > FEWEST
+    count = len(ran)
+    assert time_of(linear(8), 1, stand_in) > 0
+    assert len(ran) == count
+    assert asked == [(attention(1, 8).op, [(1, 1, 8, 64)] * 3), (LINEAR, [(1, 8, 64), (64, 64)])]
 
 
 def test_a_short_call_is_timed_as_it_is():

@@ -204,6 +204,16 @@ def quantized(model: nn.Module, names: set[str], recipe: Any) -> None:
     unwrap_tensor_subclass_parameters(model)
 
 
+def stand_in(config: Any) -> Any:
+    """The kernels in the place of what they replace, for forecasts; None without them."""
+    if not with_kernels(config):
+        return None
+    from .kernels.native import Native
+
+    with build_folder() as place:
+        return Native(place, threads(config)).stand_in
+
+
 def rewritten(graph: Captured, config: Any) -> Captured:
     """With calls of kernels where they fit; the rest is for Inductor's own passes."""
     return calling_kernels(graph) if with_kernels(config) else graph

@@ -109,21 +109,13 @@ def register(gm: fx.GraphModule, name: str, value: Tensor) -> None:
 def attend(gm: fx.GraphModule, node: fx.Node) -> None:
     """An attention, if it is one that the kernel does."""
     q, k, v, mask, dropout, causal, scale, grouped = arguments(node, SDPA_ARGUMENTS)
-    shapes = [t.meta["val"].shape for t in (q, k, v)]
-    features = shapes[0][-1]
-    if (
-        mask is not None
-        or dropout
-        or causal
-        or grouped
-        or any(t.meta["val"].dtype != torch.bfloat16 or len(t.meta["val"].shape) != 4 for t in (q, k, v))
-        or any(shape[-1] != features for shape in shapes)
-        or features % 2
-    ):
+    values = [t.meta["val"] for t in (q, k, v)]
+    if mask is not None or dropout or causal or grouped or not fits(*values):
         return
+    scale = values[0].shape[-1] ** -0.5 if scale is None else scale
     with gm.graph.inserting_before(node):
         inside = [t if t.meta["val"].stride(-1) == 1 else contiguous(gm, t) for t in (q, k, v)]
-        swap(gm, node, attention, (*inside, float(features**-0.5 if scale is None else scale)))
+        swap(gm, node, attention, (*inside, float(scale)))
 
 
 CASTS = (aten.to.dtype, aten._to_copy.default)
@@ -211,6 +203,13 @@ def plain(node: Any) -> Any:
     while isinstance(node, fx.Node) and node.target in CASTS and node.meta["val"].dtype == torch.float32:
         node = node.args[0]
     return node
+
+
+def fits(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether the kernel does attention of such tensors."""
+    features = q.shape[-1]
+    alike = all(t.dtype == torch.bfloat16 and t.dim() == 4 and t.shape[-1] == features for t in (q, k, v))
+    return alike and features % 2 == 0
 
 
 def arguments(node: fx.Node, names: tuple[str, ...]) -> tuple[Any, ...]:

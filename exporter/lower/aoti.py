@@ -90,8 +90,8 @@ def adapted(recipe: Any) -> tuple[Any, tuple[str, ...]]:
         )
     if recipe.quantize.method == "fp8_dynamic":
         raise RecipeError(
-            "quantize.method 'fp8_dynamic': AOTInductor's models run on the CPU, which multiplies fp8 slower than float32; "
-            "set quantize.method=int8_dynamic, or compile.backend=tensorrt"
+            "quantize.method 'fp8_dynamic': a CPU multiplies fp8 slower than float32; set quantize.method=int8_dynamic, or on a "
+            "machine with a GPU compile.device=cuda, or compile.backend=tensorrt"
         )
     return recipe, ()
 

@@ -34,7 +34,8 @@ from typing import Any
 
 import torch
 from gpu_models import MODELS, Model, tiny
-from gpu_ways import QUANTIZE, Place, Stage, evaluate_once, figures, lacking
+from gpu_times import Place
+from gpu_ways import QUANTIZE, Stage, evaluate_once, figures, lacking
 
 ROOT = Path(__file__).resolve().parents[1]
 CACHES = ("off", "mask", "pab", "deepcache")
@@ -137,7 +138,7 @@ def tried(stage: Stage, args: argparse.Namespace) -> dict[str, Any]:
     try:
         return {"status": "done", "figures": figures(stage, place(args))}
     except Exception as e:
-        return {"status": "failed", "why": first_line(f"{type(e).__name__}: {e}")}
+        return ended(f"{type(e).__name__}: {e}")
 
 
 def apart(name: str, args: argparse.Namespace, seconds: float) -> dict[str, Any]:
@@ -158,12 +159,14 @@ def apart(name: str, args: argparse.Namespace, seconds: float) -> dict[str, Any]
         return {"status": "unfinished", "why": f"not done after {seconds:.0f} s"}
     if child.returncode:
         last = next((line for line in reversed(err.splitlines()) if line.strip()), "it does not say why")
-        return {"status": "failed", "why": f"exit code {child.returncode}: {last[:300]}"}
+        return ended(last if child.returncode > 0 else f"ended by {signal.Signals(-child.returncode).name}: {last}")
     return {"status": "done", "figures": json.loads(out.splitlines()[-1])}
 
 
-def first_line(text: str) -> str:
-    return (text.strip().splitlines() or ["no message"])[0][:300]
+def ended(error: str) -> dict[str, Any]:
+    """What is on record of an error: a package that is missing makes no failure."""
+    line = (error.strip().splitlines() or ["it does not say why"])[0][:300]
+    return {"status": "skipped" if line.startswith(("ModuleNotFoundError", "ImportError")) else "failed", "why": line}
 
 
 # --- the file of results ------------------------------------------------------------------------------------------------

@@ -7,17 +7,16 @@ exports. A way's variants are called by `runtime/replay.py`'s loop, so that what
 from __future__ import annotations
 
 import importlib.util
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from gpu_models import Model, cache_of, pipeline, size_of
+from gpu_times import Place, Subject, Variants, matmul_rate, synchronize, timed
 
 FLUX_FAST = {
     "conv_1x1_as_mm": True,
@@ -28,9 +27,6 @@ FLUX_FAST = {
 """Inductor's flags of huggingface/flux-fast, utils/pipeline_utils.py."""
 QUANTIZE = {"prebake-bf16": "none", "prebake-int8": "int8_dynamic", "prebake-fp8": "fp8_dynamic"}
 FP8_FROM = (8, 9)
-LONGEST_S = 60
-"""Whole pictures that would take longer in all are not drawn."""
-Variants = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -46,29 +42,6 @@ class Stage:
         return f"{self.model.name}/{self.way}/{self.cache}"
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a stage runs, how often it is timed, and where compiled code and artifacts are kept."""
-
-    device: torch.device
-    work: Path
-    repeats: int
-
-
-@dataclass(frozen=True)
-class Subject:
-    """The model as every way has it: the plan for its steps, and what a replay starts from."""
-
-    family: Any
-    pipe: Any
-    size: Any
-    denoiser: Any
-    layout: Any
-    planned: Any
-    plan: Any
-    scale: float
-
-
 def lacking(stage: Stage, cuda: bool, compile_on_cpu: bool = False) -> str | None:
     """Why the stage cannot run here, or None."""
     modules = ["diffusers", "transformers", "tokenizers", "pydantic", "safetensors"]
@@ -76,8 +49,9 @@ def lacking(stage: Stage, cuda: bool, compile_on_cpu: bool = False) -> str | Non
         modules.append("torchao")
     if missing := [m for m in modules if importlib.util.find_spec(m) is None]:
         return f"{', '.join(missing)} not installed"
-    if stage.way != "eager" and not cuda:
-        return None if compile_on_cpu and stage.way == "prebake-bf16" else "no CUDA device that this torch can use"
+    on_cpu = not stage.model.config and (stage.way == "eager" or (compile_on_cpu and stage.way == "prebake-bf16"))
+    if not cuda:
+        return None if on_cpu else "no CUDA device that this torch can use"
     if stage.way in ("flux-fast", "prebake-fp8") and torch.cuda.get_device_capability() < FP8_FROM:
         return "fp8 needs compute capability 8.9, this GPU has {}.{}".format(*torch.cuda.get_device_capability())
     return None
@@ -95,26 +69,6 @@ def figures(stage: Stage, place: Place) -> dict[str, Any]:
     variants = eager(stage, subject) if stage.way == "eager" else compiled(stage, subject)
     made["prepare_s"] = time.perf_counter() - begun
     return made | timed(subject, variants, place, rate)
-
-
-def matmul_rate(device: torch.device) -> float:
-    """FLOP/s of a product of two large matrices in bfloat16, the best of three rounds."""
-    n = 8192 if device.type == "cuda" else 256
-    a, b, c = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(3))
-    rounds = []
-    for _ in range(4):
-        synchronize(device)
-        begun = time.perf_counter()
-        for _ in range(10):
-            torch.mm(a, b, out=c)
-        synchronize(device)
-        rounds.append(10 * 2 * n**3 / (time.perf_counter() - begun))
-    return max(rounds[1:])
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 # --- the model ------------------------------------------------------------------------------------------------------
@@ -308,98 +262,3 @@ def exported(stage: Stage, place: Place) -> tuple[Subject, Path, bool]:
         whole, paths = exporter.lower(partial, whole, quiet, Store(place.work / "compiled"))
         exporter.write(partial, whole, paths, quiet)
     return subject, folder, True
-
-
-# --- times -----------------------------------------------------------------------------------------------------------
-
-
-def timed(subject: Subject, variants: Variants, place: Place, rate: float) -> dict[str, Any]:
-    """Per variant the median of one evaluation, FLOPs, their share of `rate`; launches; and whole pictures, or where those
-    would take too long the sum of their evaluations."""
-    plan, used = subject.plan, {e.variant for e in subject.plan.evaluations}
-    variants = {name: v for name, v in variants.items() if name in used}
-    counted = {name: v.graph.cost.flops for name, v in variants.items()}
-    begin = plan.model_copy(
-        update={"evaluations": plan.evaluations[: beginning([e.variant for e in plan.evaluations])]}
-    )
-    if place.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(place.device)
-    first = replayed(subject, begin, variants, place)
-    spans: dict[str, list[float]] = {}
-    watched = {n: watching(v, place.device, spans.setdefault(n, [])) for n, v in variants.items()}
-    for _ in range(place.repeats):
-        replayed(subject, begin, watched, place)
-    ms = {name: statistics.median(each) for name, each in spans.items()}
-    estimate = sum(ms[e.variant] for e in plan.evaluations) / 1e3
-    whole = estimate * place.repeats < LONGEST_S
-    pictures = [replayed(subject, plan, variants, place) for _ in range(place.repeats)] if whole else [estimate]
-    on_gpu = place.device.type == "cuda"
-    return {
-        "first_evaluations_s": first,
-        "picture_s": statistics.median(pictures),
-        "picture_is": "measured" if whole else "the sum of its evaluations",
-        "evaluations": len(plan.evaluations),
-        "flops_of_uncached": statistics.fmean(counted[e.variant] for e in plan.evaluations) / counted["full"],
-        "variants": {
-            name: {
-                "ms": ms[name],
-                "spread_ms": max(spans[name]) - min(spans[name]),
-                "flops": counted[name],
-                "of_matmul_rate": counted[name] / (ms[name] / 1e3) / rate,
-            }
-            for name in variants
-        },
-        "launches_per_step": launches(lambda: replayed(subject, begin, variants, place)) / len(begin.evaluations)
-        if on_gpu
-        else None,
-        "device_memory_bytes": torch.cuda.max_memory_allocated(place.device) if on_gpu else None,
-    }
-
-
-def beginning(names: Sequence[str]) -> int:
-    """How many evaluations from the first until each variant has run twice, or as often as it does at all."""
-    for n in range(1, len(names)):
-        if all(names[:n].count(name) >= min(2, names.count(name)) for name in set(names)):
-            return n
-    return len(names)
-
-
-def replayed(subject: Subject, plan: Any, variants: Variants, place: Place) -> float:
-    """Seconds of the runtime's loop over the plan."""
-    from prebake.exporter.eager import sites_of
-    from prebake.runtime.replay import replay, tables_on
-
-    named = {n: a.to(place.device) for n, a in zip(subject.denoiser.inputs, subject.denoiser.args, strict=True)}
-    inputs = {n: t for n, t in named.items() if n not in ("hidden_states", "timestep")}
-    latents = named["hidden_states"].float() * plan.init_noise_sigma
-    draws = [torch.randn_like(latents) for e in plan.evaluations if e.update.noise]
-    tables, sites = tables_on(plan, place.device, subject.scale), sites_of(subject.planned)
-    synchronize(place.device)
-    begun = time.perf_counter()
-    replay(tables, variants, sites, inputs, latents, noise=draws)
-    synchronize(place.device)
-    return time.perf_counter() - begun
-
-
-def watching(variant: Any, device: torch.device, spans: list[float]) -> Any:
-    """The variant, whose milliseconds are added to `spans` at each call."""
-
-    def call(given: Mapping[str, Any]) -> Any:
-        synchronize(device)
-        begun = time.perf_counter()
-        result = variant.call(given)
-        synchronize(device)
-        spans.append((time.perf_counter() - begun) * 1e3)
-        return result
-
-    return replace(variant, call=call)
-
-
-def launches(run: Callable[[], Any]) -> int:
-    """Kernels and recorded graphs that it launches."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
-        run()
-    names = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch")
-    return sum(e.count for e in profiled.key_averages() if e.key.startswith(names))

@@ -1,6 +1,6 @@
 """The command `prebake`: arguments come in, an exit code of `runtime/errors.py` comes out.
 
-`recipes` and `verify` are here, `export`, `sign`, `bench`, `plan`, `cache` and `calibrate` in files of their names (`cli_bench.py`, ...),
+`recipes` and `verify` are here, `export`, `sign`, `bench`, `report`, `plan`, `cache` and `calibrate` in files of their names (`cli_bench.py`, ...),
 `run` and `inspect` in `runtime/cli.py`. torch and diffusers are imported by the commands that need them and never for `--help`.
 """
 
@@ -19,6 +19,7 @@ from .cli_calibrate import add_calibrate
 from .cli_export import add_export
 from .cli_options import add_how, add_overrides, mode, positive, print_json
 from .cli_plan import add_plan
+from .cli_report import add_report
 from .cli_sign import add_sign, add_signature, refuse_signature_choices, verify_signature
 
 EXPORT_EXTRA = (
@@ -31,6 +32,7 @@ EXPORT_EXTRA = (
     "rich",
     "skimage",
     "matplotlib",
+    "jinja2",
     "setuptools",
 )
 
@@ -98,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_verify(commands)
     add_sign(commands)
     add_bench(commands)
+    add_report(commands)
     add_plan(commands)
     add_cache(commands)
     _add_recipes(commands)

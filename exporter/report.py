@@ -20,8 +20,8 @@ import torch
 from ..runtime.errors import RecipeError
 from ..runtime.manifest import Manifest
 from ..runtime.plan import Plan
+from . import sheet
 from .quality import Comparison, Sample, largest
-from .sheet import sheet, shown_plans
 
 if TYPE_CHECKING:
     from .verify import Outcome
@@ -43,7 +43,8 @@ def write(folder: Path, manifest: Manifest, outcome: Outcome) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "verify.json").write_text(to_json(describe(manifest, outcome)), "utf-8")
         if outcome.comparison and outcome.comparison.rows:
-            sheet(outcome.comparison.rows, shown_plans(manifest, outcome.plans)).save(folder / "verify.png")
+            plans = sheet.shown_plans(manifest, outcome.plans)
+            sheet.save(outcome.comparison.rows, plans, folder / "verify.png")
     except OSError as e:
         raise RecipeError(
             f"{folder}: the report cannot be written ({e.strerror}); choose another folder with --output"

@@ -1,23 +1,30 @@
 """The sheet: prompts x (eager, artifact, 8 x difference) in one picture, so that a person can see what the figures mean.
 
-Of a video its first, middle and last frame are shown, side by side.
+Of a video its first, middle and last frame are shown, side by side. The PNG says in a text chunk what its cells show, so
+that `page/` can take them apart again.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngImageFile, PngInfo
 from torch import Tensor
 
 from ..runtime.manifest import Manifest
 from ..runtime.plan import Plan
-from .quality import Row
+from .quality import Row, psnr_db
 
 GAIN = 8  # of the difference
 GAP, LINE, FONT_SIZE = 8, 18, 13
 TALLEST = 224  # pixels of a shown picture, so that six rows stay under 1600
+CHUNK = "prebake"  # of the PNG's text
 
 
 def shown_plans(manifest: Manifest, plans: Mapping[str, Plan]) -> tuple[Plan, ...]:
@@ -47,6 +54,63 @@ def sheet(rows: Sequence[Row], plans: Sequence[Plan]) -> Image.Image:
         for column, picture in enumerate(line):
             image.paste(picture, (GAP + column * (width + GAP), y + GAP + LINE))
     return image
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One row of a sheet: eager's picture, and by plan the artifact's, the difference, and its PSNR before rounding."""
+
+    prompt: str
+    seed: int
+    eager: Image.Image
+    plans: Mapping[str, tuple[Image.Image, Image.Image, float]]
+
+
+def save(rows: Sequence[Row], plans: Sequence[Plan], file: Path | BinaryIO) -> None:
+    """The sheet as a PNG that `read_shown` reads."""
+    picture = rows[0].eager[plans[0].steps].image
+    cell = scaled(picture)
+    enlarged = max(1, cell.height // picture.shape[-2])
+    said = {
+        "cell": cell.size,
+        "enlarged": enlarged,
+        "plans": [plan.name for plan in plans],
+        "rows": [
+            [r.prompt, r.seed, [psnr_db(r.plans[p.name].image, r.eager[p.steps].image) for p in plans]] for r in rows
+        ],
+    }
+    chunk = PngInfo()
+    chunk.add_itxt(CHUNK, json.dumps(said), zip=True)
+    sheet(rows, plans).save(file, "PNG", pnginfo=chunk)
+
+
+def read_shown(file: Path | BinaryIO) -> tuple[Shown, ...]:
+    """The rows of a sheet, pictures as small as they were drawn. Raises ValueError for another picture."""
+    image = Image.open(file)
+    if not isinstance(image, PngImageFile) or CHUNK not in image.text:
+        raise ValueError("it does not say what its cells show")
+    said = json.loads(image.text[CHUNK])
+    try:
+        (width, height), enlarged, plans = said["cell"], int(said["enlarged"]), said["plans"]
+        small = (width // enlarged, height // enlarged)
+
+        def cell(row: int, column: int) -> Image.Image:
+            x, y = GAP + column * (width + GAP), 2 * (GAP + LINE) + row * (height + LINE + 2 * GAP)
+            if x + width > image.width or y + height > image.height:
+                raise ValueError("its cells are not inside")
+            return image.crop((x, y, x + width, y + height)).resize(small, Image.Resampling.NEAREST)
+
+        return tuple(
+            Shown(
+                str(prompt),
+                int(seed),
+                cell(r, 0),
+                {p: (cell(r, 1 + 2 * i), cell(r, 2 + 2 * i), float(db[i])) for i, p in enumerate(plans)},
+            )
+            for r, (prompt, seed, db) in enumerate(said["rows"])
+        )
+    except (KeyError, TypeError, IndexError, ZeroDivisionError) as e:
+        raise ValueError("what it says of its cells is damaged") from e
 
 
 def pictures(row: Row, plans: Sequence[Plan]) -> list[Tensor]:

@@ -24,7 +24,8 @@ from .families import family_of
 from .noise import Generators, chosen, draw
 from .pictures import frames_out, pictures_out
 from .plan import Plan
-from .replay import StopReplay, Tables, replay
+from .recorded import loop_of
+from .replay import StopReplay, Tables
 from .runners import Flag, refuse_cancelled
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -90,6 +91,7 @@ class Pipeline:
         self.family = family_of(artifact)
         self._decoder = artifact.graph("vae_decoder")
         self._variants, self._sites = artifact.variants, artifact.sites
+        self._loop = loop_of(artifact.manifest)
         self._request = threading.local()
 
     @torch.no_grad()
@@ -179,7 +181,9 @@ class Pipeline:
                 inputs = {**condition, **{name: t[i : i + 1] for name, t in start.inputs.items()}}
                 watch = unless_cancelled(cancel, after_evaluation(tables.plan, start.blend(i), after))
                 x = start.latents[i : i + 1]
-                finals.append(replay(tables, self._variants, self._sites, inputs, x, noise=draws, on_evaluation=watch))
+                finals.append(
+                    self._loop(tables, self._variants, self._sites, inputs, x, noise=draws, on_evaluation=watch)
+                )
                 if self._interrupt:
                     break
             made = torch.cat(finals) if output_type == "latent" else self._decoded(finals)

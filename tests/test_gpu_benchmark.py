@@ -33,9 +33,10 @@ def modules(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import gpu
     import gpu_models
+    import gpu_times
     import gpu_ways
 
-    return gpu, gpu_models, gpu_ways
+    return gpu, gpu_models, gpu_ways, gpu_times
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +93,7 @@ def test_results_of_another_machine_are_not_mixed_with_these(run, tmp_path):
 
 
 def test_a_stage_that_fails_leaves_the_others_alone(modules, monkeypatch, tmp_path, capsys):
-    gpu, _, _ = modules
+    gpu = modules[0]
 
     def figures(stage, place):
         if stage.cache == "mask":
@@ -109,24 +110,37 @@ def test_a_stage_that_fails_leaves_the_others_alone(modules, monkeypatch, tmp_pa
 
 
 def test_a_stage_apart_that_takes_too_long_is_ended_and_begun_again(modules, monkeypatch, tmp_path):
-    gpu, _, _ = modules
+    gpu = modules[0]
     sleeps = tmp_path / "sleeps.py"
     sleeps.write_text("import time\ntime.sleep(60)\n")
     monkeypatch.setattr(gpu, "__file__", str(sleeps))
     args = gpu.argparse.Namespace(work=tmp_path, repeats=1)
     assert gpu.apart("flux-dev/eager/off", args, 0.5) == {"status": "unfinished", "why": "not done after 0 s"}
     sleeps.write_text("import sys\nprint('first')\nsys.exit('it is broken')\n")
-    assert gpu.apart("x", args, 60) == {"status": "failed", "why": "exit code 1: it is broken"}
+    assert gpu.apart("x", args, 60) == {"status": "failed", "why": "it is broken"}
+    sleeps.write_text("import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)\n")
+    assert gpu.apart("x", args, 60)["why"].startswith("ended by SIGSEGV")
+    sleeps.write_text("import torchao_of_another_name\n")
+    missing = "ModuleNotFoundError: No module named 'torchao_of_another_name'"
+    assert gpu.apart("x", args, 60) == {"status": "skipped", "why": missing}
     sleeps.write_text("print('a library says')\nprint('{\"picture_s\": 1}')\n")
     assert gpu.apart("x", args, 60) == {"status": "done", "figures": {"picture_s": 1}}
 
 
 def test_what_is_not_installed_is_named(modules, monkeypatch):
-    _, models, ways = modules
+    _, models, ways, _ = modules
     stage = ways.Stage(models.MODELS["flux-dev"], "flux-fast", "off")
     found = ways.importlib.util.find_spec
     monkeypatch.setattr(ways.importlib.util, "find_spec", lambda n: None if n in ("torchao", "diffusers") else found(n))
     assert ways.lacking(stage, cuda=True) == "diffusers, torchao not installed"
+
+
+def test_the_real_models_are_for_a_gpu(modules):
+    _, models, ways, _ = modules
+    for model in models.MODELS.values():
+        small, large = ways.Stage(models.tiny(model), "eager", "off"), ways.Stage(model, "eager", "off")
+        assert ways.lacking(small, cuda=False) is None
+        assert ways.lacking(large, cuda=False) == "no CUDA device that this torch can use"
 
 
 @pytest.mark.parametrize(
@@ -164,7 +178,7 @@ def test_random_weights_keep_their_scale(modules):
 
 
 def test_a_beginning_has_every_variant_twice_where_it_runs_twice(modules):
-    beginning = modules[2].beginning
+    beginning = modules[3].beginning
     assert beginning(["full"] * 28) == 2
     assert beginning(["full", "full", "reuse", "full", "reuse", "reuse"]) == 5
     assert beginning(["full", "reuse", "full"]) == 3
@@ -196,3 +210,14 @@ def test_a_checkout_stands_in_for_an_installation(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert done.stdout.strip() == str(ROOT / "runtime/gpu.py"), done.stderr
+
+
+def test_the_page_claims_nothing_that_was_not_measured(modules):
+    _, models, ways, _ = modules
+    page = (ROOT / "docs/gpu.md").read_text("utf-8")
+    assert not (BENCHMARKS / "results/gpu.json").exists(), "there are results: write them into docs/gpu.md"
+    for name, model in models.MODELS.items():
+        (row,) = [line for line in page.splitlines() if line.startswith(f"| {name} |")]
+        cells = [c.strip() for c in row.strip("|").split("|")][1:]
+        assert set(cells) <= {"not measured yet", ""}
+        assert cells.count("not measured yet") == len(model.peers) + len(ways.QUANTIZE)

@@ -79,7 +79,7 @@ def adapted(recipe: Any) -> tuple[Any, tuple[str, ...]]:
             )
         cuda.refuse(recipe)
         return recipe, ()
-    if gpu_only := sorted({"multi_arch", "tf32"} & recipe.compile.options.keys()):
+    if gpu_only := sorted({"cuda_graphs", "multi_arch", "tf32"} & recipe.compile.options.keys()):
         raise RecipeError(
             f"compile.options.{gpu_only[0]}: it is for GPUs, and compile.device is cpu; leave the option out"
         )
@@ -90,8 +90,8 @@ def adapted(recipe: Any) -> tuple[Any, tuple[str, ...]]:
         )
     if recipe.quantize.method == "fp8_dynamic":
         raise RecipeError(
-            "quantize.method 'fp8_dynamic': AOTInductor's models run on the CPU, which multiplies fp8 slower than float32; "
-            "set quantize.method=int8_dynamic, or compile.backend=tensorrt"
+            "quantize.method 'fp8_dynamic': a CPU multiplies fp8 slower than float32; set quantize.method=int8_dynamic, or on a "
+            "machine with a GPU compile.device=cuda, or compile.backend=tensorrt"
         )
     return recipe, ()
 
@@ -99,11 +99,12 @@ def adapted(recipe: Any) -> tuple[Any, tuple[str, ...]]:
 class Options(Table):
     """`kernels`: whether attention in bfloat16 and int8 layers are prebake's own code, `kernels/`. By default where the CPU has
     the instructions, unless `compile.isa` names a level, which promises to run where they may be missing. The others are
-    for GPUs: `cuda.Choices`."""
+    for GPUs: `cuda.Choices`, and `cuda_graphs`, by which the runtime records whole trajectories (`runtime/recorded.py`)."""
 
     kernels: bool | None = None
     multi_arch: bool = False
     tf32: bool = True
+    cuda_graphs: bool = False
 
 
 def on_gpu(config: Any) -> bool:

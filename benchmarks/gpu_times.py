@@ -62,9 +62,9 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def timed(subject: Subject, variants: Variants, place: Place, rate: float) -> dict[str, Any]:
+def timed(subject: Subject, variants: Variants, place: Place, rate: float, loop: Any = None) -> dict[str, Any]:
     """Per variant the median of one evaluation, FLOPs, their share of `rate`; launches; and whole pictures, or where those
-    would take too long the sum of their evaluations."""
+    would take too long the sum of their evaluations. Pictures go through `loop`, too, which may be a recorded one."""
     plan, used = subject.plan, {e.variant for e in subject.plan.evaluations}
     variants = {name: v for name, v in variants.items() if name in used}
     counted = {name: v.graph.cost.flops for name, v in variants.items()}
@@ -83,9 +83,13 @@ def timed(subject: Subject, variants: Variants, place: Place, rate: float) -> di
     whole = estimate * place.repeats < LONGEST_S
     pictures = [replayed(subject, plan, variants, place) for _ in range(place.repeats)] if whole else [estimate]
     on_gpu = place.device.type == "cuda"
+    stepwise = statistics.median(pictures)
+    recorded = looped(subject, variants, place, loop) if loop and whole else {}
     return {
         "first_evaluations_s": first,
-        "picture_s": statistics.median(pictures),
+        "picture_s": recorded.get("recorded_picture_s", stepwise),
+        "stepwise_picture_s": stepwise,
+        **recorded,
         "picture_is": "measured" if whole else "the sum of its evaluations",
         "evaluations": len(plan.evaluations),
         "flops_of_uncached": statistics.fmean(counted[e.variant] for e in plan.evaluations) / counted["full"],
@@ -113,8 +117,17 @@ def beginning(names: Sequence[str]) -> int:
     return len(names)
 
 
-def replayed(subject: Subject, plan: Any, variants: Variants, place: Place) -> float:
-    """Seconds of the runtime's loop over the plan."""
+def looped(subject: Subject, variants: Variants, place: Place, loop: Any) -> dict[str, Any]:
+    """The median of whole pictures through the loop, behind two calls in which it warms up and records; or why it does not."""
+    try:
+        spans = [replayed(subject, subject.plan, variants, place, loop) for _ in range(2 + place.repeats)]
+    except RuntimeError as e:
+        return {"not_recorded": str(e).strip().splitlines()[0]}
+    return {"recorded_picture_s": statistics.median(spans[2:])}
+
+
+def replayed(subject: Subject, plan: Any, variants: Variants, place: Place, loop: Any = None) -> float:
+    """Seconds of the runtime's loop over the plan, or of another with its signature."""
     from prebake.exporter.eager import sites_of
     from prebake.runtime.replay import replay, tables_on
 
@@ -125,7 +138,7 @@ def replayed(subject: Subject, plan: Any, variants: Variants, place: Place) -> f
     tables, sites = tables_on(plan, place.device, subject.scale), sites_of(subject.planned)
     synchronize(place.device)
     begun = time.perf_counter()
-    replay(tables, variants, sites, inputs, latents, noise=draws)
+    (loop or replay)(tables, variants, sites, inputs, latents, noise=draws)
     synchronize(place.device)
     return time.perf_counter() - begun
 

@@ -171,6 +171,8 @@ def bound(variant: Any, graph: Any, run: Any = None) -> Any:
 
 def artifact_figures(stage: Stage, place: Place, rate: float) -> dict[str, Any]:
     """An artifact of the denoiser alone, exported if it is not there, then opened and timed; and opened in a new process."""
+    from prebake.runtime.recorded import RecordedLoop, on_cuda
+
     begun = time.perf_counter()
     subject, folder, built = exported(stage, place)
     made: dict[str, Any] = {"export_s": time.perf_counter() - begun if built else None}
@@ -179,7 +181,8 @@ def artifact_figures(stage: Stage, place: Place, rate: float) -> dict[str, Any]:
     artifact = opened(folder, place)
     synchronize(place.device)
     made["load_s"] = time.perf_counter() - begun
-    made |= timed(subject, artifact.variants, place, rate)
+    loop = RecordedLoop(on_cuda) if place.device.type == "cuda" else None
+    made |= timed(subject, artifact.variants, place, rate, loop)
     begun = time.perf_counter()
     command = [
         sys.executable,

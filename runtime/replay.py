@@ -18,6 +18,8 @@ from .manifest import Graph, Site
 from .plan import Plan, Update
 
 Tensors = dict[str, torch.Tensor]
+ROW_FLOATS = 64
+"""256 bytes, where torch's own allocations on a GPU begin."""
 
 
 @dataclass(frozen=True)
@@ -132,13 +134,19 @@ def store(graph: Graph, sites: Mapping[str, Site], stored: dict[str, deque[Tenso
 
 def tables_on(plan: Plan, device: torch.device, timestep_scale: float = 1.0) -> Tables:
     """The plan with its timesteps and coefficients as rows of two small float32 tensors on the device."""
-    timesteps = torch.tensor([e.timestep * timestep_scale for e in plan.evaluations], dtype=torch.float32)
-    flat = torch.tensor([c for e in plan.evaluations for c in e.coefficients], dtype=torch.float32)
     return Tables(
         plan,
-        timesteps=timesteps.to(device).split(1),
-        coefficients=flat.to(device).split([len(e.coefficients) for e in plan.evaluations]),
+        timesteps=rows([(e.timestep * timestep_scale,) for e in plan.evaluations], device),
+        coefficients=rows([e.coefficients for e in plan.evaluations], device),
     )
+
+
+def rows(values: Sequence[Sequence[float]], device: torch.device) -> tuple[torch.Tensor, ...]:
+    """Each as float32 [K], a view of one tensor that begins ROW_FLOATS, or a multiple of it, behind the one before: code for a
+    GPU copies an input that begins where it cannot read several numbers at once."""
+    width = max((-(-len(v) // ROW_FLOATS) for v in values), default=0) * ROW_FLOATS
+    table = torch.tensor([[*v, *[0.0] * (width - len(v))] for v in values], dtype=torch.float32).to(device)
+    return tuple(table[i, : len(v)] for i, v in enumerate(values))
 
 
 def ends_step(plan: Plan, e: int) -> bool:

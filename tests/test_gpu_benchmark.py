@@ -221,3 +221,18 @@ def test_the_page_claims_nothing_that_was_not_measured(modules):
         cells = [c.strip() for c in row.strip("|").split("|")][1:]
         assert set(cells) <= {"not measured yet", ""}
         assert cells.count("not measured yet") == len(model.peers) + len(ways.QUANTIZE)
+
+
+def test_pictures_of_a_recorded_loop_are_timed_without_its_first_two_calls(modules, monkeypatch):
+    times = modules[3]
+    place = times.Place(torch.device("cpu"), Path(), 3)
+    spans = iter([90.0, 80.0, 2.0, 1.0, 3.0])
+    monkeypatch.setattr(times, "replayed", lambda *_: next(spans))
+    subject = times.Subject(*[None] * 8)
+    assert times.looped(subject, {}, place, "loop") == {"recorded_picture_s": 2.0}
+
+    def refused(*_):
+        raise RuntimeError("operation not permitted\nwhen stream is capturing")
+
+    monkeypatch.setattr(times, "replayed", refused)
+    assert times.looped(subject, {}, place, "loop") == {"not_recorded": "operation not permitted"}

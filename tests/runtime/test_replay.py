@@ -5,7 +5,7 @@ import torch
 
 from prebake.runtime.manifest import Cost, Graph, Site
 from prebake.runtime.plan import Evaluation, Plan, Update
-from prebake.runtime.replay import StopReplay, Variant, ends_step, replay, tables_on
+from prebake.runtime.replay import StopReplay, Variant, ends_step, replay, rows, tables_on
 
 CPU = torch.device("cpu")
 COST = Cost(flops=0, ops=0, constants=0, constants_bytes=0)
@@ -160,3 +160,13 @@ def test_coefficients_are_views_of_one_tensor():
 def test_a_step_ends_with_its_last_evaluation():
     heun = plan(evaluation(step=0), evaluation(step=0), evaluation(step=1))
     assert [ends_step(heun, e) for e in range(3)] == [False, True, True]
+
+
+def test_rows_of_numbers_begin_where_a_gpu_can_read_them():
+    given = [(1.0,), (), tuple(map(float, range(70))), (2.0, 3.0)]
+    made = rows(given, CPU)
+    assert [tuple(r.tolist()) for r in made] == given
+    assert all(r.is_contiguous() and r.dtype == torch.float32 for r in made)
+    begins = [r.data_ptr() - made[0].data_ptr() for r in made if len(r)]
+    assert [b % 256 for b in begins] == [0] * 3
+    assert len(set(begins)) == 3

@@ -119,9 +119,11 @@ def beginning(names: Sequence[str]) -> int:
 
 def looped(subject: Subject, variants: Variants, place: Place, loop: Any) -> dict[str, Any]:
     """The median of whole pictures through the loop, behind two calls in which it warms up and records; or why it does not."""
+    from prebake.runtime.errors import ArtifactError
+
     try:
         spans = [replayed(subject, subject.plan, variants, place, loop) for _ in range(2 + place.repeats)]
-    except RuntimeError as e:
+    except (RuntimeError, ArtifactError) as e:
         return {"not_recorded": str(e).strip().splitlines()[0]}
     return {"recorded_picture_s": statistics.median(spans[2:])}
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from .errors import ArtifactError
 from .manifest import Manifest, Site
 from .replay import Tables, Variant, replay
 
@@ -76,7 +77,7 @@ class RecordedLoop:
         noise: Iterable[torch.Tensor] = (),
         on_evaluation: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor | None] | None = None,
     ) -> torch.Tensor:
-        """As `replay`; the tensor that is returned is the caller's own."""
+        """As `replay`; the tensor that is returned is the caller's own. Raises ArtifactError where the device cannot record it."""
         noise = tuple(noise)
         if on_evaluation is not None:
             return replay(tables, variants, sites, inputs, latents, noise=noise, on_evaluation=on_evaluation)
@@ -108,7 +109,14 @@ class RecordedLoop:
     ) -> None:
         own = tuple(t.clone() for t in given)
         latents, inputs, noise = own[0], dict(zip(names, own[1:], strict=False)), own[1 + len(names) :]
-        made, launch = self._record(lambda: replay(recording.tables, variants, sites, inputs, latents, noise=noise))
+        try:
+            made, launch = self._record(lambda: replay(recording.tables, variants, sites, inputs, latents, noise=noise))
+        except RuntimeError as e:
+            why = str(e).strip().splitlines()[0]
+            raise ArtifactError(
+                f"manifest.json [recipe.compile.options.{OPTION}]: this torch could not record plan {recording.tables.plan.name!r} "
+                f"({why}); export again without that option"
+            ) from e
         recording.given, recording.made, recording.launch = own, made, launch
 
     def _let_go(self) -> None:

@@ -195,9 +195,18 @@ def test_what_a_gpu_cannot_multiply_is_refused():
         ExportError, match=r"layer 'odd': expected multiples of 16 features .* got 64x40; add its name to"
     ):
         cuda.quantized(model, {"odd"}, "int8_dynamic")
-    ours, _ = layers("int8_dynamic", torch.float32)
-    with pytest.raises(ExportError, match=r"graph 'layer': .* take 17 rows or more, and here are 1"):
-        capture("layer", nn.Sequential(ours), (torch.randn(1, 64),), ("x",), ("y",))
+
+
+@pytest.mark.parametrize("rows", [1, 16, 17])
+def test_few_rows_are_filled_up(monkeypatch, rows):
+    ours, operator = layers("int8_dynamic", torch.float32)
+    given, multiply = [], torch._int_mm
+    x = torch.randn(rows, 64)
+    expected = operator(x)
+    monkeypatch.setattr(torch, "_int_mm", lambda a, b: given.append(a.shape[0]) or multiply(a, b))
+    # the same sums in the same order, but for one factor's place
+    torch.testing.assert_close(ours(x), expected, rtol=1e-5, atol=1e-6)
+    assert given == [17]  # what torch asks for on a GPU
 
 
 # --- graphs on the device ------------------------------------------------------------------------------------------------
@@ -238,6 +247,28 @@ def test_an_operator_of_the_cpu_does_not_move():
         ExportError, match=r"graph 'attention': .*_for_cpu.* is an operator of the CPU, so it cannot move"
     ):
         cuda.onto(graph, torch.device("meta"))
+
+
+def test_each_graph_is_compiled_on_the_gpu_with_its_options(a_gpu, monkeypatch, tmp_path):
+    a_gpu(9, 0)
+    graph = capture("made", Made(), (torch.randn(64, 64),), ("x",), ("y",))
+    moved, written = [], {}
+
+    def compiled(graph, flags):
+        moved.append((graph.args[0].device.type, flags, torch.get_float32_matmul_precision()))
+        return {"model.so": b""}
+
+    onto = cuda.onto
+    monkeypatch.setattr(
+        cuda, "onto", lambda graph, device: (onto(graph, torch.device("meta")), moved.append(device))[0]
+    )
+    monkeypatch.setattr(aoti, "compile_graph", compiled)
+    monkeypatch.setattr(aoti, "write_package", lambda path, models: written.update({path.name: models}))
+    config = recipe(ON_GPU, "compile.options.tf32=false").compile
+    paths = aoti.lower(tmp_path, {"denoiser": [graph]}, config, lambda component, graph, compiled: compiled(graph))
+    assert paths == {"made": "graphs/denoiser.pt2"}
+    assert written == {"denoiser.pt2": {"made": {"model.so": b""}}}
+    assert moved == [torch.device("cuda"), ("meta", aoti.flags(config), "highest")]
 
 
 # --- weights to the device -----------------------------------------------------------------------------------------------

@@ -109,13 +109,12 @@ class EightBits(nn.Module):
 
 
 def int8_product(tokens: Tensor, columns: Tensor, scale: Tensor) -> Tensor:
-    """Tokens [T, K] times int8 `columns` [K, N]: float32 [T, N]. Raises ValueError for fewer tokens than a GPU multiplies."""
-    if tokens.shape[0] < FEWEST:
-        raise ValueError(f"int8 products on a GPU take {FEWEST} rows or more, and here are {tokens.shape[0]}")
-    x = tokens.float()
+    """Tokens [T, K] times int8 `columns` [K, N]: float32 [T, N]. Too few rows for a GPU are filled up with zeros."""
+    count, x = tokens.shape[0], tokens.float()
     a = w8a8.largest(x)
     q = (x / a / (1 / w8a8.LEVELS)).round().clamp(-128, 127).to(torch.int8)
-    return torch._int_mm(q, columns).float() * (scale / w8a8.LEVELS) * a
+    q = nn.functional.pad(q, (0, 0, 0, FEWEST - count)) if count < FEWEST else q
+    return torch._int_mm(q, columns)[:count].float() * (scale / w8a8.LEVELS) * a
 
 
 def fp8_product(tokens: Tensor, columns: Tensor, scale: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from prebake.runtime import recorded
+from prebake.runtime import ArtifactError, recorded
 from prebake.runtime.manifest import Cost, Graph, Site
 from prebake.runtime.plan import Evaluation, Plan, Update
 from prebake.runtime.recorded import KEPT, RecordedLoop, loop_of
@@ -150,7 +150,9 @@ def test_a_recording_that_fails_leaves_the_next_call_to_try_again():
 
     loop = RecordedLoop(fails_once)
     through(loop, 0)
-    with pytest.raises(RuntimeError, match="does not record"):
+    with pytest.raises(
+        ArtifactError, match=r"could not record plan 'p' \(the stream does not record this\); export again"
+    ):
         through(loop, 1)
     assert torch.equal(through(loop, 2), through(replay, 2))
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from uncompiled import prepared
 
 from prebake.exporter.capture import capture
 from prebake.exporter.lower import aoti, cuda, w8a8
@@ -235,6 +236,30 @@ def test_a_graph_moves_with_all_that_it_makes():
     assert there.constants().keys() == graph.constants().keys()
     assert {t.device.type for t in graph.constants().values()} == {"cpu"}  # it is what is stored
     assert there.inputs == graph.inputs
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "method"),
+    [
+        ("flux-fast", "tiny:flux", "int8_dynamic"),
+        pytest.param("flux-fast", "tiny:flux", "fp8_dynamic", marks=pytest.mark.slow),
+        pytest.param("sdxl-fast", "tiny:sdxl", "int8_dynamic", marks=pytest.mark.slow),
+        pytest.param("cogvideox-fast", "tiny:cogvideox", "int8_dynamic", marks=pytest.mark.slow),
+    ],
+)
+def test_every_graph_of_a_pipeline_moves(monkeypatch, name, model, method):
+    """A tensor that stayed on the CPU would meet one that has no memory, and be refused."""
+    monkeypatch.setattr(cuda, "refuse", lambda recipe: None)
+    ready = prepared(resolve(name, (ON_GPU, f"quantize.method={method}", "cache.method=pab"), model))
+    assert {"int8_dynamic": "int8", "fp8_dynamic": "fp8"}[method] in {
+        treatment for treatment, _ in ready.layers.values()
+    }
+    graphs = [graph for group in ready.graphs.values() for graph in group]
+    assert {"full", "reuse", "text_encoder", "vae_decoder"} <= {graph.name for graph in graphs}
+    for graph in graphs:
+        there = cuda.onto(graph, torch.device("meta"))
+        made = there.gm(*there.args)
+        assert [(tuple(t.shape), t.device.type) for t in made] == [(s.shape, "meta") for s in graph.outputs], graph.name
 
 
 def test_an_operator_of_the_cpu_does_not_move():

@@ -33,6 +33,7 @@ from prebake.exporter.progress import Progress
 from prebake.exporter.quality import Call, Drawn, Row
 from prebake.runtime import ArtifactError, RecipeError
 from prebake.runtime.manifest import read_manifest
+from prebake.runtime.plan import Call as PlanCall
 from prebake.runtime.plan import Plan
 
 HOSTILE = "<script>alert(1)</script>\"'&`$x$"
@@ -334,6 +335,16 @@ def test_every_cell_of_the_strip_is_drawn_in_the_colour_and_height_of_its_action
 def test_bars_are_as_long_as_the_figures(bare):
     flops = plots.flops(bare.manifest, bare.shown)
     assert flops == {"denoiser, plan 2": {}}  # the graphs on paper have no classes
+    classes = {"matmul int8": 3 * 10**9}
+    graphs = [
+        g.model_copy(update={"name": name, "cost": g.cost.model_copy(update={"flops_by_class": classes})})
+        for g in bare.manifest.graphs
+        for name in (g.name, f"{g.name}.call2")
+    ]
+    twice = tuple(e.model_copy(update={"calls": (PlanCall(of=0), PlanCall(of=1))}) for e in paper.PLAN.evaluations)
+    counted = bare.manifest.model_copy(update={"graphs": tuple(graphs)})
+    called = paper.PLAN.model_copy(update={"evaluations": twice})
+    assert plots.flops(counted, [called]) == {"denoiser, plan 2": {"matmul int8": 12.0}}  # two calls in two evaluations
     with drawing.settings(drawing.LIGHT):
         (ax,) = plots.stacked(drawing.LIGHT, 400, {"a": {"x": 1.0, "y": 3.0}, "b": {"y": 2.0}}, "ms").axes
     widths = [(round(p.get_x(), 6), p.get_width()) for p in ax.patches if p.get_width()]
@@ -433,7 +444,9 @@ class Drawing:
 
     def draw(self, prompt, seed, plan):
         self.order.append((plan.name, seed))
-        calls = tuple(Call(name, {}, {}, ms) for name, ms in (("text_encoder", 2.0), ("full", 1.0), ("reuse", 3.0)))
+        calls = tuple(
+            Call(name, {}, {}, ms) for name, ms in (("text_encoder", 2.0), ("full", 1.0), ("reuse.call2", 3.0))
+        )
         return Drawn(torch.zeros(1), torch.zeros(1), 0.010, calls)
 
     def evaluations(self, drawn):
@@ -546,6 +559,24 @@ def test_without_jinja_it_says_what_to_install(folder, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "jinja2", None)
     assert cli.main(["report", str(folder), "--no-timing", "--quiet"]) == 2
     assert "pip install 'prebake[export]'" in capsys.readouterr().err
+
+
+@pytest.mark.slow  # exports an artifact of its own
+def test_an_attached_artifact_is_timed_in_its_pipeline(tmp_path, capsys):
+    import attached
+
+    from prebake.exporter.pipeline import Options, export
+
+    model = attached.saved("wan", tmp_path / "wan")  # which calls its denoiser twice in a step
+    artifact = tmp_path / "artifact"
+    mask = {"method": "mask", "mask": "1(01)"}
+    export(attached.recipe("wan", model, cache=mask), artifact, Options(), Progress())
+    assert cli.main(["report", str(artifact), "--runs", "2", "--quiet"]) == RecipeError.exit_code
+    assert "add --model" in capsys.readouterr().err
+    assert cli.main(["report", str(artifact), "--runs", "2", "--quiet", "--model", str(model)]) == 0
+    said = words((artifact / "reports/report.html").read_text())
+    assert 'attach(pipe, "artifact")' in said
+    assert "plan a picture denoiser the rest" in said  # the heads of the table of stages
 
 
 # --- in a browser ---------------------------------------------------------------------------------------------------

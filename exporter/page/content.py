@@ -62,9 +62,10 @@ def tiles(g: Gathered) -> Iterator[dict[str, str]]:
     note = f"{computed} of {len(plan.evaluations)} evaluations compute everything"
     yield {"value": f"{100 * share:.0f}%", "what": "of the denoiser's arithmetic", "note": note}
     if g.times:
+        what = "video" if g.manifest.defaults.num_frames else "picture"
         image = g.times.plans[plan.name].image_s
         note = f"median of {g.times.runs}, {machine(g.times.machine)}"
-        yield {"value": seconds(statistics.median(image)), "what": "a picture here", "note": note}
+        yield {"value": seconds(statistics.median(image)), "what": f"a {what} here", "note": note}
     total = sizes(g.manifest)["total"]
     yield {"value": in_bytes(total), "what": "on disk", "note": f"{len(g.manifest.files)} files"}
 

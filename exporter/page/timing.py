@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from ...runtime.artifact import open_artifact
-from ...runtime.attachment import FAMILY
+from ...runtime.attachment import FAMILY, variant_name
 from ...runtime.manifest import Manifest
 from ...runtime.plan import Plan
 from ..bench_report import machine
@@ -74,7 +74,7 @@ def add(times: PlanTimes, replayer: Replays, drawn: Drawn) -> None:
     evaluations = tuple(call.ms for call in replayer.evaluations(drawn))
     stages: dict[str, float] = {}
     for call in drawn.calls:
-        name = DENOISER if call.graph in replayer.artifact.variants else call.graph
+        name = DENOISER if variant_name(call.graph) in replayer.artifact.variants else call.graph
         stages[name] = stages.get(name, 0.0) + call.ms
     times.image_s.append(drawn.seconds)
     times.evaluations_ms.append(evaluations)

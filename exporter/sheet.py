@@ -85,10 +85,15 @@ def save(rows: Sequence[Row], plans: Sequence[Plan], file: Path | BinaryIO) -> N
 
 
 def read_shown(file: Path | BinaryIO) -> tuple[Shown, ...]:
-    """The rows of a sheet, pictures as small as they were drawn. Raises ValueError for another picture."""
+    """The rows of a sheet, pictures as small as they were drawn; none of a sheet of before it said what its cells show.
+
+    Raises ValueError for what is no sheet.
+    """
     image = Image.open(file)
-    if not isinstance(image, PngImageFile) or CHUNK not in image.text:
-        raise ValueError("it does not say what its cells show")
+    if not isinstance(image, PngImageFile):
+        raise ValueError("it is no PNG")
+    if CHUNK not in image.text:
+        return ()
     said = json.loads(image.text[CHUNK])
     try:
         (width, height), enlarged, plans = said["cell"], int(said["enlarged"]), said["plans"]

@@ -158,17 +158,28 @@ def test_a_larger_picture_comes_out_as_it_was_shown():
     assert sheet.read_shown(file)[0].eager.size == (sheet.TALLEST, sheet.TALLEST)
 
 
-@pytest.mark.parametrize(
-    "said", [None, "no json", "{}", '{"cell": [9999, 9], "enlarged": 1, "plans": [], "rows": [["a", 0, []]]}']
-)
-def test_another_picture_is_no_sheet(folder, said):
+def sheet_that_says(folder: Path, said: str | None) -> None:
     verify_on_paper(folder, [drawn_row()])
     chunk = sheet.PngInfo()
     if said is not None:
         chunk.add_itxt(sheet.CHUNK, said)
     Image.new("RGB", (50, 50)).save(folder / "reports/verify.png", pnginfo=chunk)
+
+
+@pytest.mark.parametrize(
+    "said", ["no json", "{}", '{"cell": [9999, 9], "enlarged": 1, "plans": [], "rows": [["a", 0, []]]}']
+)
+def test_another_picture_is_no_sheet(folder, said):
+    sheet_that_says(folder, said)
     with pytest.raises(ArtifactError, match=r"verify\.png: expected a sheet of pictures, but .+; write it anew"):
         gather(folder, NO_TIMES, Progress())
+
+
+def test_a_sheet_of_before_it_said_what_its_cells_show_leaves_the_pictures_out(folder):
+    sheet_that_says(folder, None)
+    said = words(build(gather(folder, NO_TIMES, Progress()))[0])
+    assert "No pictures: the verification kept none one by one" in said
+    assert "41.2 dB" in said
 
 
 def test_a_file_that_is_no_picture_is_refused_by_name(folder):

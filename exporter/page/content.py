@@ -84,7 +84,7 @@ def gaps(g: Gathered) -> Iterator[str]:
             "`prebake report ARTIFACT --source` draws them anew."
         )
     elif not g.kept.shown:
-        yield "No pictures: the verification drew none; `prebake report ARTIFACT --source` draws them anew."
+        yield "No pictures: the verification kept none one by one; `prebake report ARTIFACT --source` draws them anew."
     if g.kept:
         yield from (f"{sentence[:1].upper()}{sentence[1:]}." for sentence in g.kept.verified.not_measured)
         lacking = [name for name in g.plans if name not in g.kept.verified.plans]

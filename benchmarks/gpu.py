@@ -4,7 +4,7 @@
     python benchmarks/gpu.py --work gpu-bench          # again and again, until it says that no stage is left
     python benchmarks/gpu.py --work gpu-bench --stages 'flux-dev/*/off,sdxl/prebake-*'
     python benchmarks/gpu.py --table gpu-bench/results.json
-    python benchmarks/gpu.py --smoke                   # tiny models on the CPU, in seconds: shows that everything runs
+    python benchmarks/gpu.py --smoke                   # tiny models on the CPU: shows that everything runs
 
 FLUX.1-dev and schnell, SDXL and CogVideoX-5B by their published configurations, with random weights (`gpu_models.py`); no
 network. A stage is a model, a way and a cache, in a process of its own. One call ends within `--budget` seconds; stages

@@ -53,6 +53,7 @@ GRAPHS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "precision.denoiser": ("flux", (), "precision.denoiser=bfloat16"),
     "precision.text_encoders": ("flux", (), "precision.text_encoders=bfloat16"),
     "precision.vae": ("flux", (), "precision.vae=bfloat16"),
+    "attention.dtype": ("flux", (), "attention.dtype=bfloat16"),
     "fuse.qkv": ("flux", (), "fuse.qkv=false"),
     "fuse.vae_qkv": ("flux", (), "fuse.vae_qkv=false"),
     "quantize.method": ("flux", (), "quantize.method=int8_dynamic"),
@@ -203,10 +204,11 @@ def files(prepared: Prepared, folder: Path) -> dict[str, Files]:
         kept[graph.name] = compiled(graph)
         return kept[graph.name]
 
-    lowering = backend(prepared.recipe.compile.backend)
-    graphs = {component: tuple(map(lowering.rewritten, group)) for component, group in prepared.graphs.items()}
+    config = prepared.recipe.compile
+    lowering = backend(config.backend)
+    graphs = {name: tuple(lowering.rewritten(g, config) for g in group) for name, group in prepared.graphs.items()}
     folder.mkdir(exist_ok=True)
-    lowering.lower(folder, graphs, prepared.recipe.compile, made)
+    lowering.lower(folder, graphs, config, made)
     return kept
 
 

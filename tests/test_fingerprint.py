@@ -158,10 +158,6 @@ def test_every_key_of_the_compile_table_is_in_the_toolchain(key):
     assert toolchain(recipe(**base, **{key: OTHER_SETTINGS[key]})) != toolchain(recipe(**base))
 
 
-def changed_inductor(monkeypatch) -> None:
-    monkeypatch.setattr("torch._inductor.config.max_fusion_size", 3)
-
-
 def changed_environment(monkeypatch) -> None:
     monkeypatch.setenv("CPLUS_INCLUDE_PATH", "/elsewhere")
 
@@ -186,13 +182,22 @@ def changed_precision(monkeypatch) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [changed_inductor, changed_environment, changed_cpu, changed_versions, changed_sources, changed_precision],
+    [changed_environment, changed_cpu, changed_versions, changed_sources, changed_precision],
 )
 def test_what_compiles_is_in_the_toolchain(monkeypatch, change):
     before = toolchain(recipe())
     assert toolchain(recipe()) == before
     change(monkeypatch)
     assert toolchain(recipe()) != before
+
+
+def test_inductors_settings_are_in_the_toolchain():
+    from torch._inductor import config
+
+    before = toolchain(recipe())
+    with config.patch(max_fusion_size=3):
+        assert toolchain(recipe()) != before
+    assert toolchain(recipe()) == before
 
 
 def test_what_compiling_writes_into_inductors_settings_is_not(monkeypatch):

@@ -24,7 +24,7 @@ def found(toy_artifact, tmp_path_factory):
     manifest["files"].append(entry)
     (artifact / "manifest.json").write_text(json.dumps(manifest))
     (work / "tmp").mkdir()
-    return script("memory.py", artifact, toy_artifact, work / "cache", TMPDIR=str(work / "tmp"))
+    return script("limited.py", artifact, toy_artifact, work / "cache", TMPDIR=str(work / "tmp"))
 
 
 def test_a_load_without_enough_memory_says_so(found):

@@ -1,4 +1,4 @@
-"""Run as a process of its own: `python memory.py LARGE SMALL CACHE` loads two artifacts with ever more address space left
+"""Run as a process of its own: `python limited.py LARGE SMALL CACHE` loads two artifacts with ever more address space left
 (RLIMIT_AS): one whose weights are large, so that these do not fit, and a small one, which fails elsewhere. Prints what was said at each, what is still held after it, and whether a load without a limit
 is right after all of them, as JSON."""
 

@@ -33,7 +33,8 @@ def test_every_row_has_a_test(collected):
 
 def test_every_test_of_this_folder_has_a_row(collected):
     here = [node for node in collected if node.startswith("tests/faults/") and "test_fault_table" not in node]
-    assert here
+    if not here:
+        pytest.skip("needs the tests of this folder to be collected, and only this file was")
     assert [node for node in here if not any(covers(fault, node) for fault in EVERY)] == []
 
 

@@ -2,14 +2,12 @@
 
 import signal
 
-import pytest
 from processes import script
 
 STAGES = ("load", "settle", "rewrite", "plan", "capture", "lower", "package", "verify")
 HARMLESS = {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "TZ": "Pacific/Kiritimati"}
 
 
-@pytest.mark.slow
 def test_killed_at_every_moment(tmp_path):
     """The artifact before stays as it was, nothing has the name of a new one, and the next export clears up."""
     found = script("exporting.py", tmp_path, "killed")
@@ -21,7 +19,6 @@ def test_killed_at_every_moment(tmp_path):
     assert found["after that"] == ["new", "old"]
 
 
-@pytest.mark.slow
 def test_a_disk_that_is_full(tmp_path):
     """From no room at all up to room for the whole artifact: each is a sentence, and leaves nothing."""
     mounts = f"mkdir {tmp_path}/disk; mount -t tmpfs -o size=64m none {tmp_path}/disk"
@@ -36,7 +33,6 @@ def test_a_disk_that_is_full(tmp_path):
         assert set(found["left"]) <= {"ballast"}, found
 
 
-@pytest.mark.slow
 def test_a_weight_that_is_not_a_number(tmp_path):
     found = script("exporting.py", tmp_path, "nan")
     assert found["said"] == (
@@ -46,7 +42,6 @@ def test_a_weight_that_is_not_a_number(tmp_path):
     assert found["left"] == []
 
 
-@pytest.mark.slow
 def test_two_exports_to_one_output(tmp_path):
     found = script("exporting.py", tmp_path, "two")
     refused = (
@@ -57,7 +52,6 @@ def test_two_exports_to_one_output(tmp_path):
     assert found["force True"] == {"codes": [0, 0], "said": ["", ""], "left": "the whole", "hidden": []}
 
 
-@pytest.mark.slow
 def test_another_locale_time_zone_and_day(tmp_path):
     """The same bytes, but for the code of this backend, which torch numbers anew in each export."""
     (tmp_path / "a").mkdir()

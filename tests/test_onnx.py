@@ -12,7 +12,7 @@ import torch
 from denoisers import flux
 from torch import nn
 
-onnx: Any = pytest.importorskip("onnx", reason="onnx is not installed")
+onnx: Any = pytest.importorskip("onnx", reason="onnx is not installed: pip install 'prebake[export]'")
 pytest.importorskip("onnxscript", reason="onnxscript is not installed")
 
 from onnx.reference import ReferenceEvaluator  # noqa: E402

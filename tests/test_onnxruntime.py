@@ -15,8 +15,8 @@ import torch
 from families.parity import FAMILIES, FLOAT32, PLAIN, PROMPTS, expected, relative_error, seeded
 from torch import nn
 
-onnxruntime: Any = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
-onnx: Any = pytest.importorskip("onnx", reason="onnx is not installed")
+onnxruntime: Any = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install 'prebake[ort]'")
+onnx: Any = pytest.importorskip("onnx", reason="onnx is not installed: pip install 'prebake[export]'")
 
 from prebake.exporter.capture import capture  # noqa: E402
 from prebake.exporter.lower import aoti, w8a8  # noqa: E402

@@ -25,7 +25,7 @@ from prebake.runtime.backends.tensorrt import seen_as
 from prebake.runtime.errors import ArtifactError, ExportError, RecipeError
 
 trt: Any = pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
-pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install 'prebake[ort]'")
 lowering: Any = pytest.importorskip("prebake.exporter.lower.tensorrt")
 
 BACKEND = ("compile.backend=tensorrt", "compile.device=cuda")

@@ -33,7 +33,9 @@ def refused(data):
     return list(library_problems("a.so", data))
 
 
-@pytest.mark.skipif(not shutil.which("readelf"), reason="readelf is the oracle")
+@pytest.mark.skipif(
+    not shutil.which("readelf"), reason="readelf, the oracle here, is not installed: apt-get install binutils"
+)
 @pytest.mark.parametrize("start", ["libstdc++", "libc.so", "libm.so", "libtorch_python"])
 def test_it_reads_what_readelf_reads(start):
     path = loaded(start)

@@ -57,8 +57,8 @@ def with_aoti(folder, wide, x):
 
 def with_onnxruntime(folder, wide, x):
     """The graph by hand: the exporter's would be of a whole pipeline."""
-    onnx = pytest.importorskip("onnx", reason="onnx is not installed")
-    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    onnx = pytest.importorskip("onnx", reason="onnx is not installed: pip install 'prebake[export]'")
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install 'prebake[ort]'")
     helper, names = onnx.helper, [name.replace(".", "_") for name in wide.state_dict()]
     nodes = [
         helper.make_node("Gemm", [a, name, ""], [b], transB=1)

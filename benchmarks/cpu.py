@@ -45,6 +45,7 @@ from prebake.exporter.rewrite.attention import attention_in
 HALF, FLOAT = torch.bfloat16, torch.float32
 PREBAKE = "prebake: "
 OURS, HALVES = PREBAKE + "int8, bfloat16 attention", PREBAKE + "int8, bfloat16"
+CONVOLUTIONS = PREBAKE + "int8 with convolutions, bfloat16"
 
 
 class Problem(NamedTuple):
@@ -154,9 +155,12 @@ def ways(problem: Problem, threads: int, only: str) -> Iterator[tuple[str, Calla
         PREBAKE + "int8 by ONNX Runtime": lambda: by_onnxruntime(problem, threads),
         OURS: lambda: by_aoti(problem, threads, "attention.dtype=bfloat16"),
         HALVES: lambda: by_aoti(half, threads),
+        CONVOLUTIONS: lambda: by_aoti(half, threads, "quantize.convolutions=true"),
         "OpenVINO bfloat16": lambda: by_openvino(problem, threads, quantized=False),
         "OpenVINO int8 (NNCF)": lambda: by_openvino(problem, threads, quantized=True),
     }
+    if not hasattr(fused, "down_blocks"):
+        del table[CONVOLUTIONS]
     for way, make in table.items():
         if only in way:
             try:

@@ -30,6 +30,9 @@ FLOP_FORMULAS = {
         (w8a8.OPERATOR, w8a8.FP8_OPERATOR),
         lambda x, weight, *rest, **kwargs: mm_flop((math.prod(x[:-1]), x[-1]), weight),
     ),
+    w8a8.CONV2D: lambda x, weight, scale, bias, kernel, stride, padding, out_shape: mm_flop(
+        (math.prod(out_shape) // out_shape[1], weight[0]), weight
+    ),
     # torch counts the attention of every device but this one, which it silently takes for free
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *rest, **kwargs: sdpa_flop_count(
         q, k, v

@@ -101,9 +101,11 @@ class Dynamic(Table):
 
 
 class Int8Dynamic(Dynamic):
-    """In integers, as torchao's `Int8DynamicActivationInt8WeightConfig`."""
+    """In integers, as torchao's `Int8DynamicActivationInt8WeightConfig`. With `convolutions` also those of a UNet's residual blocks
+    and between its levels, each pixel a token: by prebake's CPU kernels alone."""
 
     method: Literal["int8_dynamic"] = "int8_dynamic"  # pyright: ignore[reportIncompatibleVariableOverride]  (frozen)
+    convolutions: bool = False
 
 
 class Fp8Dynamic(Dynamic):

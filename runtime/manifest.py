@@ -124,7 +124,7 @@ class Defaults(BaseModel):
 class Manifest(BaseModel):
     """`backend` is the module of `runtime/backends` that opens the graphs. `reproducible`: whether its code would be the same
     bytes again, which it is not where kernels were chosen by their times. `unverified` are plans that were added after `status` was settled, and that nobody has compared with the pipeline.
-    `layers` says of each Linear of the denoiser whether it is "int8" or "kept", and why. `channels_last` are the keys
+    `layers` says of each Linear of the denoiser, and of convolutions if they were asked for, whether it is "int8" or "kept", and why. `channels_last` are the keys
     of stored tensors that lie in memory as N H W C; they are bound as N C H W views of it. `complex` are
     those of stored [..., 2] of real and imaginary parts, bound as complex numbers."""
 

@@ -10,6 +10,7 @@ from prebake.exporter.capture import capture
 from prebake.exporter.cost import attention_ops, census, check_skips, cost, module_flops, plan_share
 from prebake.exporter.discover import discover
 from prebake.exporter.families import flux
+from prebake.exporter.lower import w8a8
 from prebake.exporter.marks import Variant
 from prebake.exporter.pipeline import capture_variants, check_variants
 from prebake.exporter.plan import Planned
@@ -51,6 +52,15 @@ def test_flops_ops_and_constants_of_a_graph_counted_by_hand():
     assert got.constants_bytes == 4 * (8 * 16 + 16 + 2 * 9) + 16 * 32
     # linear, to, int_mm, to, sum, two unsqueezes, conv, sum, add; the assertions that `to` brings are pruned
     assert got.ops == 10
+
+
+def test_an_int8_convolution_costs_what_it_replaces():
+    def counted(*int8: str) -> dict[str, int]:
+        module = nn.Sequential(nn.Conv2d(8, 24, 3, stride=2, padding=1), nn.Flatten())
+        w8a8.to_8_bits(module, set(int8), "int8_dynamic")
+        return cost(capture("g", module, (torch.ones(2, 8, 13, 10),), ("x",), ("y",))).flops_by_class
+
+    assert counted("0") == {"convolution int8": counted()["convolution float32"]}
 
 
 @pytest.fixture(scope="module")

@@ -58,6 +58,7 @@ GRAPHS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "fuse.vae_qkv": ("flux", (), "fuse.vae_qkv=false"),
     "quantize.method": ("flux", (), "quantize.method=int8_dynamic"),
     "quantize[int8_dynamic].min_width_ratio": ("sd", INT8, "quantize.min_width_ratio=2.0"),
+    "quantize[int8_dynamic].convolutions": ("sd", INT8, "quantize.convolutions=true"),
     "quantize[int8_dynamic].include": ("flux", INT8, 'quantize.include=["to_out"]'),
     "quantize[int8_dynamic].exclude": ("flux", INT8, 'quantize.exclude=["to_out"]'),
     "quantize[fp8_dynamic].min_width_ratio": ("sd", FP8, "quantize.min_width_ratio=2.0"),

@@ -7,12 +7,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import conv2d, scaled_dot_product_attention
 
 from prebake.exporter.capture import Captured, capture
 from prebake.exporter.lower import aoti, kernels, w8a8
 from prebake.exporter.lower.kernels.native import Native
-from prebake.exporter.lower.kernels.operators import attention, pack, packed_w8a8, rotary, unpack
+from prebake.exporter.lower.kernels.operators import (
+    attention,
+    pack,
+    pack_taps,
+    packed_w8a8,
+    packed_w8a8_conv2d,
+    rotary,
+    unpack,
+    unpack_taps,
+)
 from prebake.exporter.lower.kernels.rewrite import calling_kernels
 from prebake.exporter.recipe import resolve
 from prebake.exporter.rewrite.attention import attention_in
@@ -96,6 +105,59 @@ def test_extreme_rows_stay_finite(native):
     made = native.packed_w8a8(xs, packed, scale * 1e-3, None, False)
     assert torch.equal(made[0], torch.zeros(32))
     assert made.isfinite().all()
+
+
+# --- int8 convolutions -----------------------------------------------------------------------------------------------
+
+CONVOLUTIONS = pytest.mark.parametrize(
+    ("shape", "columns", "kernel", "stride", "padding"),
+    [
+        pytest.param((1, 64, 16, 24), 32, 3, 1, 1, id="whole tiles"),
+        pytest.param((2, 30, 13, 9), 70, 3, 2, 1, id="every other pixel of an odd picture"),
+        pytest.param((1, 5, 4, 5), 3, 1, 1, 0, id="one pixel"),
+        pytest.param((1, 17, 33, 50), 40, 5, 2, 2, id="five by five"),
+        pytest.param((1, 8, 3, 300), 8, 3, 1, 0, id="one row, wider than a block"),
+    ],
+)
+
+
+def convolution(shape: tuple[int, ...], columns: int, kernel: int, dtype: torch.dtype = FLOAT) -> tuple[Tensor, ...]:
+    """A picture with dark and bright pixels, channels last, a weight by rows of the kernel, its scale and a bias."""
+    x = random(*shape) * torch.logspace(-2, 2, shape[2] * shape[3]).reshape(shape[2:])
+    weight, scale = w8a8.by_row(random(columns, kernel * kernel * shape[1], seed=1))
+    x = x.to(dtype).contiguous(memory_format=torch.channels_last)
+    return x, weight.t().contiguous(), scale, random(columns, seed=2)
+
+
+@CONVOLUTIONS
+def test_an_int8_convolution_is_that_of_what_is_rounded(shape, columns, kernel, stride, padding):
+    x, weight, scale, bias = convolution(shape, columns, kernel)
+    a = x.double().abs().amax(1, keepdim=True)
+    rounded = (x.double() / a * 127.49999).round() * a / 127.5  # the largest is a tie, which becomes 127
+    filters = (weight.double() * scale).t().reshape(columns, kernel, kernel, -1).permute(0, 3, 1, 2)
+    expected = conv2d(rounded, filters, bias.double(), stride, padding)
+    made = w8a8.w8a8_conv2d(x, weight, scale, bias, kernel, stride, padding)
+    assert made.is_contiguous(memory_format=torch.channels_last)
+    # sums of float32, of pixels that differ by four orders of magnitude; and one tie of thousands that float32 sees elsewhere
+    assert error(made, expected) < 1e-4
+    assert error(made, conv2d(x.double(), filters, bias.double(), stride, padding)) > 1e-3  # the canary
+
+
+@runs_here
+@pytest.mark.parametrize("dtype", [FLOAT, HALF], ids=["float32", "bfloat16"])
+@CONVOLUTIONS
+def test_the_convolutions_kernel_is_the_operator(native, dtype, shape, columns, kernel, stride, padding):
+    x, weight, scale, bias = convolution(shape, columns, kernel, dtype)
+    packed = pack_taps(weight, kernel * kernel)
+    assert torch.equal(unpack_taps(packed, kernel * kernel, shape[1], columns), weight)
+    for b in (bias, None):
+        rest = (scale, b, kernel, stride, padding)
+        expected, made = packed_w8a8_conv2d(x, packed, *rest), native.packed_w8a8_conv2d(x, packed, *rest)
+        assert (made.shape, made.stride(), made.dtype) == (expected.shape, expected.stride(), expected.dtype)
+        # a tie now and then, as with a layer
+        assert error(made, expected) < 3e-3 + EPSILON[dtype]
+    brighter = native.packed_w8a8_conv2d(x, packed, scale * 1.02, None, kernel, stride, padding)
+    assert error(brighter, expected) > 5e-3 + EPSILON[dtype]  # the canary
 
 
 # --- attention -------------------------------------------------------------------------------------------------------
@@ -201,16 +263,37 @@ class Block(nn.Module):
         return x + self.down(torch.cat([mixed, wide], -1))
 
 
+class Residual(nn.Module):
+    """What a UNet has: convolutions of a normed picture, the first of one that lies in another order, and the second a step of 2."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Conv2d(16, 40, 3, padding=1), nn.Conv2d(40, 16, 3, stride=2, padding=1)
+        self.norm, self.shortcut = nn.GroupNorm(8, 40), nn.Conv2d(16, 16, 1, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.shortcut(x) + self.second(nn.functional.silu(self.norm(self.first(x))))
+        return y.flatten(1)
+
+
+INPUTS = {Block: (2, 21, 64), Residual: (2, 16, 11, 20)}
+
+
 def captured(module: nn.Module) -> Captured:
-    w8a8.to_8_bits(module, {"qkv", "up", "down"}, "int8_dynamic")
-    return capture("block", module, (random(2, 21, 64),), ("x",), ("y",))
+    w8a8.to_8_bits(
+        module, {name for name, m in module.named_children() if hasattr(m, "weight")} - {"norm"}, "int8_dynamic"
+    )
+    return capture("block", module, (random(*INPUTS[type(module)]),), ("x",), ("y",))
 
 
 def called(graph: Captured) -> list[str]:
     """The heavy operators, in order."""
     names = [str(n.target).partition(".")[2].removesuffix(".default") for n in graph.gm.graph.nodes]
     return [
-        n for n in names if n in ("packed_w8a8", "w8a8", "attention", "scaled_dot_product_attention", "cat", "gelu")
+        n
+        for n in names
+        if n.startswith("packed") or n in ("w8a8", "attention", "scaled_dot_product_attention", "cat", "gelu", "clone")
     ]
 
 
@@ -232,6 +315,14 @@ def test_what_lies_around_an_int8_layer_goes_into_it():
     }
 
 
+def test_a_picture_is_laid_out_once_and_stays_so():
+    graph = captured(Residual())
+    swapped = calling_kernels(graph)
+    assert called(swapped) == ["clone", "packed_w8a8_conv2d", "clone", "packed_w8a8_conv2d", "packed_w8a8_conv2d"]
+    (x,) = graph.args
+    assert error(swapped.gm(x)[0], graph.gm(x)[0]) < 1e-6  # the same arithmetic, in eager
+
+
 def test_masks_are_left_to_torch():
     graph = calling_kernels(attention_in(captured(Block(torch.zeros(21, 21))), HALF))
     assert "attention" not in called(graph)
@@ -247,10 +338,11 @@ def test_variants_of_a_model_share_what_is_packed():
 
 
 @runs_here
-def test_compiled_code_calls_the_kernels(tmp_path):
+@pytest.mark.parametrize("block", [Block, Residual])
+def test_compiled_code_calls_the_kernels(tmp_path, block):
     from torch._inductor.package import load_package, package_aoti
 
-    graph = calling_kernels(attention_in(captured(Block()), HALF))
+    graph = calling_kernels(attention_in(captured(block()), HALF))
     flags = aoti.flags(resolve("flux-fast", ["compile.threads=1"], "shapes").compile)
     (tmp_path / "build").mkdir(mode=0o700)
     files = aoti.compile_graph(graph, flags | {"aot_inductor.package_constants_in_so": True}, tmp_path / "build")
@@ -289,6 +381,23 @@ def test_kernels_that_cannot_be_verified_here_are_refused(monkeypatch):
     ):
         aoti.adapted(recipe("compile.options.kernels=true"))
     assert aoti.adapted(recipe())[1] == ()
+
+
+CONVOLUTIONS_ASKED = ("quantize.method=int8_dynamic", "quantize.convolutions=true")
+
+
+@pytest.mark.parametrize("backend", ["aoti", "onnxruntime", "tensorrt"])
+def test_int8_convolutions_without_kernels_are_refused(backend):
+    lowering = pytest.importorskip(
+        f"prebake.exporter.lower.{backend}", reason=f"the extra of {backend} is not installed"
+    )
+    asked = recipe(*CONVOLUTIONS_ASKED, f"compile.backend={backend}")
+    without = asked.model_copy(update={"compile": asked.compile.model_copy(update={"isa": "x86-64-v3"})})
+    said = r"^quantize\.convolutions: only prebake's CPU kernels multiply them in int8 .*; set quantize\.convolutions=false$"
+    with pytest.raises(RecipeError, match=said):
+        lowering.adapted(without)
+    if backend == "aoti" and not LACKS:
+        assert lowering.adapted(asked)[1] == ()
 
 
 def test_a_compiler_that_fails_is_named(tmp_path, monkeypatch):

@@ -12,6 +12,8 @@ from torch import nn
 
 from prebake.exporter.discover import discover
 from prebake.exporter.families import sd
+from prebake.exporter.lower import kernels
+from prebake.exporter.lower.w8a8 import W8A8Conv2d
 from prebake.exporter.pipeline import settle
 from prebake.exporter.recipe import resolve
 from prebake.exporter.rewrite import inner_width, rewrite
@@ -120,6 +122,22 @@ def test_int8_is_measured_by_the_unets_first_level(tiny_sd_pipe):
     assert layers["down_blocks.0.resnets.0.time_emb_proj"] == ("kept", "modulation")
     # int8 rounds to 1/127 of a row's or a token's largest value
     assert 0 < relative_error(guided_sample(tiny_sd_pipe), before) < 0.05
+
+
+@pytest.mark.skipif(not kernels.fit(kernels.LEVEL), reason=f"the CPU lacks {', '.join(kernels.FLAGS)}")
+def test_int8_convolutions_are_those_between_the_first_and_the_last(tiny_sd_pipe):
+    before = guided_sample(tiny_sd_pipe)
+    layers = rewrite(tiny_sd_pipe, recipe("quantize.method=int8_dynamic", "quantize.convolutions=true"))
+    convolutions = {n: m for n, m in tiny_sd_pipe.unet.named_modules() if isinstance(m, W8A8Conv2d)}
+    assert {kind(n) for n in convolutions} == {"convolution", "attention"}
+    assert {n for n in layers if kind(n) == "convolution"} < convolutions.keys()
+    assert layers["down_blocks.0.resnets.0.conv1"] == ("int8", "convolution, 16x16")
+    assert layers["conv_in"] == ("kept", "embedding")
+    assert layers["conv_out"] == ("kept", "final projection")
+    names = {"conv", "conv1", "conv2", "conv_shortcut", "proj_in", "proj_out"}
+    assert {n.rpartition(".")[2] for n in convolutions} == names
+    # as with Linears alone, in as many layers again
+    assert 0 < relative_error(guided_sample(tiny_sd_pipe), before) < 0.1
 
 
 def test_int8_leaves_alone_what_is_narrow(tiny_sd_pipe):

@@ -88,6 +88,8 @@ def adapted(recipe: Any) -> tuple[Any, tuple[str, ...]]:
             f"compile.options.kernels: they need {', '.join(kernels.FLAGS)} and {kernels.LEVEL}, so the result could not be "
             f"verified with compile.isa={recipe.compile.isa} on this CPU; leave the option out, or export on such a machine"
         )
+    if not with_kernels(recipe.compile):
+        w8a8.refuse_convolutions(recipe)
     if recipe.quantize.method == "fp8_dynamic":
         raise RecipeError(
             "quantize.method 'fp8_dynamic': a CPU multiplies fp8 slower than float32; set quantize.method=int8_dynamic, or on a "

@@ -45,6 +45,7 @@ def refuse(recipe: Any) -> None:
             "compile.device 'cuda': AOTInductor compiles for the GPU of the machine it runs on, and this torch sees none; "
             "export on such a machine, or set compile.device=cpu, or compile.backend=tensorrt, which builds without"
         )
+    w8a8.refuse_convolutions(recipe)
     here = torch.cuda.get_device_capability()
     if recipe.quantize.method == "fp8_dynamic" and here < FP8_FROM:
         raise RecipeError(

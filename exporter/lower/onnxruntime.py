@@ -22,7 +22,7 @@ from . import Files, Groups, Made, onnx_rewrite
 from .isa import int8_flags
 from .onnx_graph import located, onnx_model, places
 from .options import OnnxOptions, options
-from .w8a8 import quantized
+from .w8a8 import quantized, refuse_convolutions
 
 __all__ = [
     "CHANNELS_LAST",
@@ -50,9 +50,10 @@ class Options(OnnxOptions):
 def adapted(recipe: Any) -> tuple[Any, tuple[str, ...]]:
     """On the CPU float32 where it says bfloat16, for which ONNX Runtime 1.31 has next to no kernels there: not one for MatMul.
 
-    Raises RecipeError for options that there are not, and for fp8: its optimizer makes products of int8 of such.
+    Raises RecipeError for options that there are not, for int8 convolutions, and for fp8: its optimizer makes products of int8 of such.
     """
     options(recipe.compile, Options)
+    refuse_convolutions(recipe)
     if recipe.quantize.method == "fp8_dynamic":
         raise RecipeError(
             "quantize.method 'fp8_dynamic': ONNX Runtime has no product of fp8; set quantize.method=int8_dynamic, or "

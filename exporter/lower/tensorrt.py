@@ -32,6 +32,7 @@ from . import Files, Groups, Made, onnx_rewrite
 from .options import OnnxOptions, options
 from .tensorrt_network import network
 from .w8a8 import quantized as quantized  # by one operator that ONNX models have a form for
+from .w8a8 import refuse_convolutions
 
 CHANNELS_LAST = True
 CONVOLUTIONS = (torch.ops.aten.conv2d.default, torch.ops.aten.convolution.default)
@@ -59,6 +60,7 @@ def adapted(recipe: Any) -> tuple[Any, tuple[str, ...]]:
     """With the device that engines run on, and for fp8 with the GPUs that multiply it. Raises RecipeError where the recipe asks
     for others."""
     chosen, config, said = options(recipe.compile, Options), {}, []
+    refuse_convolutions(recipe)
     if recipe.compile.device != "cuda":
         config["device"] = "cuda"
         said.append("compile.device is cuda: engines of TensorRT run on GPUs")

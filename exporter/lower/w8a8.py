@@ -1,4 +1,4 @@
-"""A Linear in 8 bits as one operator: weights by column, activations quantized per token as they come.
+"""A Linear in 8 bits as one operator, and a convolution: weights by column, activations quantized per token as they come.
 
     y = quantized(x / a * levels) @ weight * (a / levels) * scale + bias        with a = max |x| over the features of a token
 
@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ...runtime.errors import RecipeError
 
 LEVELS = 127.5
 """Where the largest magnitude of a token, or of a weight's row, lies among the integers -128 .. 127."""
@@ -52,7 +54,36 @@ def _(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[1])
 
 
-OPERATOR, FP8_OPERATOR = torch.ops.prebake.w8a8, torch.ops.prebake.w8a8_fp8
+@torch.library.custom_op("prebake::w8a8_conv2d", mutates_args=())
+def w8a8_conv2d(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, kernel: int, stride: int, padding: int
+) -> Tensor:
+    """A convolution of x [B, C, H, W], whose every pixel is quantized as a token of `w8a8` is: [B, N, H', W'] in x's dtype, channels
+    last in memory. `weight` is int8 [kernel * kernel * C, N], by rows of the kernel; steps and padding are those of both sides."""
+    b, c, h, w = x.shape
+    pixels = x.permute(0, 2, 3, 1).float()
+    a = largest(pixels)
+    q = (pixels / a / (1 / LEVELS)).round().clamp(-128, 127).to(torch.int8)
+    border = (0, 0, padding, padding, padding, padding)
+    q, a = torch.nn.functional.pad(q, border), torch.nn.functional.pad(a, border)
+    high, wide = ((n + 2 * padding - kernel) // stride + 1 for n in (h, w))
+    y = torch.zeros(b, high, wide, weight.shape[1])
+    for tap, columns in enumerate(weight.split(c)):
+        i, j = divmod(tap, kernel)
+        under = (slice(None), slice(i, i + stride * high, stride), slice(j, j + stride * wide, stride))
+        y += torch._int_mm(q[under].reshape(-1, c), columns).reshape(y.shape) * a[under]
+    y = y * (scale / LEVELS)
+    y = y if bias is None else y + bias
+    return y.to(x.dtype).permute(0, 3, 1, 2)
+
+
+@w8a8_conv2d.register_fake
+def _(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, kernel: int, stride: int, padding: int) -> Tensor:
+    high, wide = ((n + 2 * padding - kernel) // stride + 1 for n in x.shape[2:])
+    return x.new_empty(x.shape[0], high, wide, weight.shape[1]).permute(0, 3, 1, 2)
+
+
+OPERATOR, FP8_OPERATOR, CONV2D = torch.ops.prebake.w8a8, torch.ops.prebake.w8a8_fp8, torch.ops.prebake.w8a8_conv2d
 
 
 def largest(tokens: Tensor) -> Tensor:
@@ -78,6 +109,30 @@ class W8A8Linear(nn.Module):
         return self.operator(x, self.weight, self.scale, self.bias)
 
 
+class W8A8Conv2d(nn.Module):
+    """What stands for a Conv2d that `convolves`, its weights quantized by `by_row`."""
+
+    weight: Tensor
+    scale: Tensor
+
+    def __init__(self, conv: nn.Conv2d):
+        super().__init__()
+        weight, scale = by_row(conv.weight.detach().permute(0, 2, 3, 1).flatten(1))
+        self.register_buffer("weight", weight.t().contiguous())
+        self.register_buffer("scale", scale)
+        self.bias = conv.bias
+        self.kernel, self.stride, self.padding = conv.kernel_size[0], conv.stride[0], int(conv.padding[0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return CONV2D(x, self.weight, self.scale, self.bias, self.kernel, self.stride, self.padding)
+
+
+def convolves(conv: nn.Conv2d) -> bool:
+    """Whether it is as `w8a8_conv2d` has them: one group, and the same kernel, step and padding of zeros on all sides."""
+    square = all(isinstance(n, tuple) and len(set(n)) == 1 for n in (conv.kernel_size, conv.stride, conv.padding))
+    return square and conv.groups == 1 and conv.padding_mode == "zeros" and set(conv.dilation) == {1}
+
+
 def by_row(weight: Tensor) -> tuple[Tensor, Tensor]:
     """[N, K] as int8 in -128 .. 127, rounded to nearest, and its scales, float32 [N]: as in torchao."""
     rows = weight.float()
@@ -96,15 +151,27 @@ METHODS = {"int8_dynamic": (by_row, OPERATOR), "fp8_dynamic": (by_row_fp8, FP8_O
 """`quantize.method` of a recipe -> how weights are quantized, and what multiplies them."""
 
 
+def refuse_convolutions(recipe: Any) -> None:
+    """Raises RecipeError where a recipe asks for int8 convolutions of a backend that has none."""
+    if getattr(recipe.quantize, "convolutions", False):
+        raise RecipeError(
+            "quantize.convolutions: only prebake's CPU kernels multiply them in int8 (compile.backend=aoti, compile.device=cpu, "
+            "compile.options.kernels); set quantize.convolutions=false"
+        )
+
+
 def quantized(model: nn.Module, names: set[str], recipe: Any) -> None:
     """A backend's `quantized`, by these operators."""
     to_8_bits(model, names, recipe.quantize.method)
 
 
 def to_8_bits(model: nn.Module, names: set[str], method: str) -> None:
-    """Replaces the Linears of these names in place."""
+    """Replaces the Linears and convolutions of these names in place."""
     for name in sorted(names):
         path, _, leaf = name.rpartition(".")
-        parent, linear = model.get_submodule(path), model.get_submodule(name)
-        assert isinstance(linear, nn.Linear)
-        setattr(parent, leaf, W8A8Linear(linear, *METHODS[method]))
+        parent, layer = model.get_submodule(path), model.get_submodule(name)
+        if isinstance(layer, nn.Conv2d):
+            setattr(parent, leaf, W8A8Conv2d(layer))
+        else:
+            assert isinstance(layer, nn.Linear)
+            setattr(parent, leaf, W8A8Linear(layer, *METHODS[method]))

@@ -1,7 +1,8 @@
 """int8 and fp8 dynamic: weights of 8 bits with a scale per row, activations quantized per token as they come, by the backend.
 
 Which Linear is quantized goes by its kind (attention and feed-forward yes; modulation, embeddings and the final
-projection no: they are small, run on one row, or carry the whole signal) and by its size against the model's width.
+projection no: they are small, run on one row, or carry the whole signal) and by its size against the model's width. So
+does which convolution, where the recipe asks for them: a UNet's first and last are its embedding and final projection.
 The filter is that of diffusion-fast and flux-fast, said by role instead of by name.
 """
 
@@ -14,29 +15,33 @@ from typing import Any
 from torch import nn
 
 from ...runtime.errors import ExportError
+from ..lower.w8a8 import convolves
 
 KINDS = (
     (re.compile(r"(^|\.)norm\w*\.linear(_\d)?$|(^|\.)norm_out\.|\.time_emb_proj$"), "modulation"),
     (re.compile(r"embed"), "embedding"),
-    (re.compile(r"^proj_out$"), "final projection"),
+    (re.compile(r"^conv_in$"), "embedding"),
+    (re.compile(r"^proj_out$|^conv_out$"), "final projection"),
+    (re.compile(r"\.conv\d?$|\.conv_shortcut$"), "convolution"),
     (
         re.compile(r"\.attn\d?\.|\.attentions\.\d+\.proj_(in|out)$|\.to_(q|k|v|qkv|kv|out|add_out|added_qkv)(\.\d)?$"),
         "attention",
     ),
     (re.compile(r"\.ff\w*\.|\.proj_mlp$|_blocks\.\d+\.proj_out$"), "feed-forward"),
 )
-QUANTIZED_KINDS = ("attention", "feed-forward")
+QUANTIZED_KINDS = ("attention", "feed-forward", "convolution")
 TREATMENTS = {"int8_dynamic": "int8", "fp8_dynamic": "fp8"}
 """`quantize.method` -> what a layer is said to be."""
 
 
 def kind(name: str) -> str:
-    """A Linear's role in the model, by its place: modulation, embedding, final projection, attention, feed-forward, other."""
+    """A layer's role in the model, by its place: modulation, embedding, final projection, convolution, attention, feed-forward,
+    other."""
     return next((k for pattern, k in KINDS if pattern.search(name)), "other")
 
 
-def treatment(name: str, linear: nn.Linear, config: Any, width: int) -> tuple[str, str]:
-    """("int8", "fp8" or "kept", the reason in a few words) for one Linear of a model of inner width `width`."""
+def treatment(name: str, layer: nn.Linear | nn.Conv2d, config: Any, width: int) -> tuple[str, str]:
+    """("int8", "fp8" or "kept", the reason in a few words) for one layer of a model of inner width `width`."""
     role = kind(name)
     if role not in QUANTIZED_KINDS:
         return "kept", role
@@ -44,20 +49,28 @@ def treatment(name: str, linear: nn.Linear, config: Any, width: int) -> tuple[st
         return "kept", "quantize.exclude"
     if not any(re.search(p, name) for p in config.include):
         return "kept", "not in quantize.include"
-    smallest = config.min_width_ratio * width
-    if min(linear.in_features, linear.out_features) < smallest:
-        return "kept", f"{role}, {linear.in_features}x{linear.out_features} is smaller than {smallest:g}"
-    return TREATMENTS[config.method], f"{role}, {linear.in_features}x{linear.out_features}"
+    if isinstance(layer, nn.Conv2d):
+        sizes = layer.in_channels, layer.out_channels
+        if not convolves(layer):
+            return "kept", f"{role}, not square or in groups"
+    else:
+        sizes = layer.in_features, layer.out_features
+    smallest, said = config.min_width_ratio * width, f"{role}, {sizes[0]}x{sizes[1]}"
+    if min(sizes) < smallest:
+        return "kept", f"{said} is smaller than {smallest:g}"
+    return TREATMENTS[config.method], said
 
 
 def quantize(
     model: nn.Module, config: Any, width: int, quantized: Callable[[nn.Module, set[str]], None]
 ) -> dict[str, tuple[str, str]]:
-    """Quantizes `model` in place; returns every Linear's treatment. `quantized` is the backend's. Raises ExportError when no layer qualifies."""
-    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    """Quantizes `model` in place; returns every Linear's treatment, and every convolution's where the recipe asks for them.
+    `quantized` is the backend's. Raises ExportError when no layer qualifies."""
+    types = (nn.Linear, nn.Conv2d) if getattr(config, "convolutions", False) else (nn.Linear,)
+    found: dict[str, Any] = {name: m for name, m in model.named_modules() if isinstance(m, types)}
     if config.method == "none":
-        return dict.fromkeys(linears, ("kept", "quantize.method is none"))
-    layers = {name: treatment(name, m, config, width) for name, m in linears.items()}
+        return dict.fromkeys(found, ("kept", "quantize.method is none"))
+    layers = {name: treatment(name, m, config, width) for name, m in found.items()}
     chosen = {name for name, (what, _) in layers.items() if what != "kept"}
     if not chosen:
         reasons = sorted({why for _, why in layers.values()})

@@ -1,5 +1,5 @@
-"""CPU kernels of our own, for what AOTInductor leaves slow: attention, rotary embeddings, and int8 layers with what lies
-around their product.
+"""CPU kernels of our own, for what AOTInductor leaves slow: attention, rotary embeddings, and int8 layers and convolutions
+with what lies around their product.
 
 They are C++ in this folder, compiled when an artifact is exported and linked into its code, so that a runtime needs nothing
 for them: Inductor calls them by torch's C interface, as it calls its own. Written for AVX-512 with VNNI and BF16 (AMD from
@@ -21,7 +21,7 @@ from torch import fx
 
 from ....runtime.errors import ExportError
 from ..isa import LEVELS, host_flags
-from .operators import attention, packed_w8a8, rotary
+from .operators import attention, packed_w8a8, packed_w8a8_conv2d, rotary
 
 HERE = Path(__file__).parent
 LIBRARY = "prebake_kernels"
@@ -34,6 +34,9 @@ _ONE, _SOME = "AtenTensorHandle", "const AtenTensorHandle*"
 DECLARATIONS = {
     packed_w8a8._opoverload: (
         f"AOTITorchError aoti_torch_cpu_packed_w8a8({_SOME}, int64_t, {_ONE}, {_ONE}, {_SOME}, int64_t, {_ONE}*)"
+    ),
+    packed_w8a8_conv2d._opoverload: (
+        f"AOTITorchError aoti_torch_cpu_packed_w8a8_conv2d({_ONE}, {_ONE}, {_ONE}, {_SOME}, int64_t, int64_t, int64_t, {_ONE}*)"
     ),
     attention._opoverload: f"AOTITorchError aoti_torch_cpu_attention({_ONE}, {_ONE}, {_ONE}, double, {_ONE}*)",
     rotary._opoverload: f"AOTITorchError aoti_torch_cpu_rotary({_ONE}, {_ONE}, {_ONE}, int64_t, {_ONE}*)",

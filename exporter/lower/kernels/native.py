@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import w8a8
 from . import archive, run
-from .operators import pack
+from .operators import pack, pack_taps
 from .rewrite import SDPA, fits
 
 HANDLES = cast(Any, torch._C)._aoti  # handles of AOTInductor are pointers to tensors, in Python capsules
@@ -24,13 +24,13 @@ ctypes.pythonapi.PyCapsule_GetPointer.argtypes = [ctypes.py_object, ctypes.c_cha
 ctypes.pythonapi.PyCapsule_New.restype = ctypes.py_object
 ctypes.pythonapi.PyCapsule_New.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
 
-NAMES = ("packed_w8a8", "attention", "rotary")
+NAMES = ("packed_w8a8", "packed_w8a8_conv2d", "attention", "rotary")
 ADDRESS = "extern int aoti_torch_cpu_{name}();\nvoid* {name}(void) {{ return aoti_torch_cpu_{name}; }}\n"
 """The kernels are hidden in what they are linked into: a function that is not says where each of them is."""
 
 
 class Native:
-    """`native.packed_w8a8(...)`, `native.attention(...)` and `native.rotary(...)`, with the arguments of those operators.
+    """A method for each of the operators of `operators.py`, with their arguments.
 
     `folder` is where their library is kept, for loops of so many threads.
     """
@@ -58,6 +58,14 @@ class Native:
                 "packed_w8a8", many, ctypes.c_int64(len(xs)), weight, factors, optional, ctypes.c_int64(gelu)
             )
 
+    def packed_w8a8_conv2d(
+        self, x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, kernel: int, stride: int, padding: int
+    ) -> Tensor:
+        with lent(x, packed, scale, *([] if bias is None else [bias])) as (picture, weight, factors, *rest):
+            optional = ctypes.byref(rest[0]) if rest else None
+            numbers = (ctypes.c_int64(n) for n in (kernel, stride, padding))
+            return self._call("packed_w8a8_conv2d", picture, weight, factors, optional, *numbers)
+
     def attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         with lent(q, k, v) as handles:
             return self._call("attention", *handles, ctypes.c_double(scale))
@@ -74,6 +82,11 @@ class Native:
             return lambda: self.packed_w8a8(
                 [x.contiguous()], packed, scale, None if bias is None else bias.float(), False
             )
+        if op is w8a8.CONV2D.default:
+            x, weight, scale, bias, kernel, *rest = arguments
+            x, packed = x.contiguous(memory_format=torch.channels_last), pack_taps(weight, kernel * kernel)
+            b = None if bias is None else bias.float()
+            return lambda: self.packed_w8a8_conv2d(x, packed, scale, b, kernel, *rest)
         if op is SDPA and not keywords and len(arguments) == 3 and fits(*arguments):
             q, k, v = arguments
             return lambda: self.attention(q, k, v, q.shape[-1] ** -0.5)

@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
-from ..w8a8 import w8a8
+from ..w8a8 import w8a8, w8a8_conv2d
 
 PANEL = 32
 """Columns side by side in a packed weight: PANEL in w8a8.cpp."""
@@ -28,6 +28,21 @@ def packed_w8a8(xs: list[Tensor], packed: Tensor, scale: Tensor, bias: Tensor | 
 def _(xs: list[Tensor], packed: Tensor, scale: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
     dtype = functools.reduce(torch.promote_types, (x.dtype for x in xs))
     return xs[0].new_empty(*xs[0].shape[:-1], len(scale), dtype=dtype)
+
+
+@torch.library.custom_op("prebake::packed_w8a8_conv2d", mutates_args=())
+def packed_w8a8_conv2d(
+    x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, kernel: int, stride: int, padding: int
+) -> Tensor:
+    """`prebake::w8a8_conv2d` with a weight packed by `pack_taps`. `scale` and `bias` are float32 [N]; x lies channels last."""
+    weight = unpack_taps(packed, kernel * kernel, x.shape[1], len(scale))
+    return w8a8_conv2d(x, weight, scale, bias, kernel, stride, padding)
+
+
+@packed_w8a8_conv2d.register_fake
+def _(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, kernel: int, stride: int, padding: int) -> Tensor:
+    high, wide = ((n + 2 * padding - kernel) // stride + 1 for n in x.shape[2:])
+    return x.new_empty(x.shape[0], high, wide, len(scale)).permute(0, 3, 1, 2)
 
 
 @torch.library.custom_op("prebake::attention", mutates_args=())
@@ -74,3 +89,13 @@ def unpack(packed: Tensor, k: int, n: int) -> Tensor:
     """The int8 [K, N] that was packed."""
     panels = packed[:, 4 * PANEL :].reshape(len(packed), -1, PANEL, 4)
     return panels.permute(1, 3, 0, 2).reshape(-1, len(packed) * PANEL)[:k, :n].contiguous()
+
+
+def pack_taps(weight: Tensor, taps: int) -> Tensor:
+    """int8 [taps * C, N] as convolution.cpp reads it: for each PANEL of columns what `pack` makes of every tap."""
+    return torch.cat([pack(tap) for tap in weight.chunk(taps)], 1)
+
+
+def unpack_taps(packed: Tensor, taps: int, c: int, n: int) -> Tensor:
+    """The int8 [taps * C, N] that was packed."""
+    return torch.cat([unpack(tap, c, n) for tap in packed.chunk(taps, 1)])

@@ -1,8 +1,10 @@
 """Where a captured graph does what a kernel does, it calls the kernel.
 
     before  y = gelu(w8a8(cat([a, b]), weight, scale, bias))
+            z = w8a8_conv2d(x, weight, scale, bias, ...)
             o = scaled_dot_product_attention(q, k, v)
     after   y = packed_w8a8([a, b], weight_packed, scale, bias, True)
+            z = packed_w8a8_conv2d(x, weight_packed, scale, bias, ...)
             o = attention(q, k, v, scale)
 
 Attention in bfloat16 without a mask only: a kernel that changed a graph's precision would do it unasked.
@@ -23,19 +25,20 @@ from ...capture import Captured
 from ...rewrite.fold import get_tensor
 from ...rewrite.prune import prune
 from .. import w8a8
-from .operators import attention, pack, packed_w8a8, rotary
+from .operators import attention, pack_taps, packed_w8a8, packed_w8a8_conv2d, rotary
 
 aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default
+CONV2D_ARGUMENTS = ("x", "weight", "scale", "bias", "kernel", "stride", "padding")
 SDPA_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 
 
 class Packed:
     """A packed weight, and the one it is made from, which lives as long, so that its address stays its own."""
 
-    def __init__(self, weight: Tensor):
+    def __init__(self, weight: Tensor, taps: int):
         self.weight = weight
-        self.tensor = pack(weight)
+        self.tensor = pack_taps(weight, taps)
 
 
 PACKED: weakref.WeakValueDictionary[tuple[Any, ...], Packed] = weakref.WeakValueDictionary()
@@ -49,6 +52,8 @@ def calling_kernels(graph: Captured) -> Captured:
     for node in list(gm.graph.nodes):
         if node.target is w8a8.OPERATOR.default:
             multiply(gm, node, kept)
+        elif node.target is w8a8.CONV2D.default:
+            convolve(gm, node, kept)
         elif node.target is SDPA:
             attend(gm, node)
         elif node.target is aten.add.Tensor:
@@ -61,18 +66,35 @@ def multiply(gm: fx.GraphModule, node: fx.Node, kept: dict[str, Packed]) -> None
     """An int8 layer with what lies around it: a concatenation before, a GELU behind. Its packed weight is stored, its bias
     in float32."""
     x, weight, scale, bias = arguments(node, ("x", "weight", "scale", "bias"))
-    name = f"{weight.target}_packed"
-    if name not in kept:
-        kept[name] = packed(get_tensor(gm, str(weight.target)))
-        register(gm, name, kept[name].tensor)
-    if bias is not None and (value := get_tensor(gm, str(bias.target))).dtype != torch.float32:
-        register(gm, f"{bias.target}_float", value.detach().float())
-        with gm.graph.inserting_before(node):
-            bias = gm.graph.get_attr(f"{bias.target}_float")
+    weight, bias = stored(gm, node, weight, bias, kept)
     last = gelu_of(node)
     with gm.graph.inserting_before(node):
         xs = [contiguous(gm, part) for part in joined(x)]
-        swap(gm, last or node, packed_w8a8, (xs, gm.graph.get_attr(name), scale, bias, last is not None))
+        swap(gm, last or node, packed_w8a8, (xs, weight, scale, bias, last is not None))
+
+
+def convolve(gm: fx.GraphModule, node: fx.Node, kept: dict[str, Packed]) -> None:
+    """An int8 convolution, of a picture that lies channels last."""
+    x, weight, scale, bias, kernel, stride, padding = arguments(node, CONV2D_ARGUMENTS)
+    weight, bias = stored(gm, node, weight, bias, kept, taps=kernel * kernel)
+    with gm.graph.inserting_before(node):
+        x = contiguous(gm, x, torch.channels_last)
+        swap(gm, node, packed_w8a8_conv2d, (x, weight, scale, bias, kernel, stride, padding))
+
+
+def stored(
+    gm: fx.GraphModule, node: fx.Node, weight: fx.Node, bias: fx.Node | None, kept: dict[str, Packed], taps: int = 1
+) -> tuple[fx.Node, fx.Node | None]:
+    """The weight as a kernel reads it, and the bias in float32, before the node that uses them."""
+    name = f"{weight.target}_packed"
+    if name not in kept:
+        kept[name] = packed(get_tensor(gm, str(weight.target)), taps)
+        register(gm, name, kept[name].tensor)
+    with gm.graph.inserting_before(node):
+        if bias is not None and (value := get_tensor(gm, str(bias.target))).dtype != torch.float32:
+            register(gm, f"{bias.target}_float", value.detach().float())
+            bias = gm.graph.get_attr(f"{bias.target}_float")
+        return gm.graph.get_attr(name), bias
 
 
 def joined(x: fx.Node) -> list[fx.Node]:
@@ -93,11 +115,11 @@ def gelu_of(node: fx.Node) -> fx.Node | None:
     return reader
 
 
-def packed(weight: Tensor) -> Packed:
-    key = (weight.data_ptr(), tuple(weight.shape), weight.stride())
+def packed(weight: Tensor, taps: int) -> Packed:
+    key = (weight.data_ptr(), tuple(weight.shape), weight.stride(), taps)
     made = PACKED.get(key)
     if made is None:
-        made = PACKED[key] = Packed(weight)
+        made = PACKED[key] = Packed(weight, taps)
     return made
 
 
@@ -218,12 +240,12 @@ def arguments(node: fx.Node, names: tuple[str, ...]) -> tuple[Any, ...]:
     return tuple(given.get(name) for name in names)
 
 
-def contiguous(gm: fx.GraphModule, x: fx.Node) -> fx.Node:
+def contiguous(gm: fx.GraphModule, x: fx.Node, order: torch.memory_format = torch.contiguous_format) -> fx.Node:
     """x where it lies in order, and otherwise a copy."""
-    if x.meta["val"].is_contiguous():
+    if x.meta["val"].is_contiguous(memory_format=order):
         return x
-    fresh = gm.graph.call_function(aten.clone.default, (x,), {"memory_format": torch.contiguous_format})
-    fresh.meta["val"] = x.meta["val"].contiguous()
+    fresh = gm.graph.call_function(aten.clone.default, (x,), {"memory_format": order})
+    fresh.meta["val"] = x.meta["val"].contiguous(memory_format=order)
     return fresh
 
 

@@ -1,24 +1,13 @@
 // y = round(x / a * 127.5) W (a / 127.5) s + bias, with a = max |x| of each row: a W8A8 linear layer in one pass.
 //
-// Rows are quantized to bytes once. VPDPBUSD takes unsigned bytes times signed ones, so rows are stored with 128 added, and
-// every sum starts at -128 times its column's sum of weights, which is packed in front of the panel. The product is exact;
-// scales and bias are applied while the sums are still in registers.
-#include <algorithm>
-#include <cfloat>
-#include <cmath>
-
-#include "product.h"
+// Rows are quantized to bytes once. Scales and bias are applied while the sums are still in registers.
+#include "rows.h"
 #include "tensor.h"
 
 namespace {
 
-constexpr int ROWS = 10, VECTORS = 2;              // 20 sums, 2 columns and 1 row of the 32 registers
-constexpr int64_t PANEL = VECTORS * LANES;         // columns of a panel
-constexpr int64_t BLOCK = 16 * ROWS;               // rows that stay in the cache while the panels pass
-constexpr float LEVELS = 127.5f, TINY = 1.17549435e-38f;
-
-// Bytes of a packed panel for `inner` features: its first sums, then its weights.
-int64_t panel_bytes(int64_t inner) { return PANEL * 4 * (1 + (inner + 3) / 4); }
+constexpr int ROWS = 10;                // 20 sums, 2 columns and 1 row of the 32 registers
+constexpr int64_t BLOCK = 16 * ROWS;    // rows that stay in the cache while the panels pass
 
 // Features of the input that lie in one tensor: a layer may read several side by side.
 struct Part {
@@ -36,22 +25,15 @@ struct Part {
     }
 };
 
-// One row as bytes plus 128, filled up to a multiple of 16; returns a / 127.5.
+// One row as bytes; returns what they are to be multiplied by.
 float quantized(const std::vector<Part>& parts, int64_t row, uint8_t* q) {
-    __m512 largest = _mm512_setzero_ps();
-    for (const Part& part : parts)
-        part.vectors(row, [&](__m512 x, int64_t) ALWAYS { largest = _mm512_max_ps(largest, _mm512_abs_ps(x)); });
-    float a = std::max(_mm512_reduce_max_ps(largest), TINY);
-    // an ulp less: the largest of a row would be a tie, and becomes 127 on either side, as with torchao's two divisions
-    __m512 by = _mm512_set1_ps(std::nextafter(std::min(LEVELS / a, FLT_MAX), 0.0f));
-    for (const Part& part : parts) {
-        part.vectors(row, [&](__m512 x, int64_t k) ALWAYS {
-            __m128i bytes = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(x, by)));
-            _mm_storeu_si128(reinterpret_cast<__m128i*>(q + k), _mm_xor_si128(bytes, _mm_set1_epi8(-128)));
-        });
-        q += part.width;
-    }
-    return a / LEVELS;
+    return ::quantized([&](auto f) ALWAYS {
+        int64_t first = 0;
+        for (const Part& part : parts) {
+            part.vectors(row, [&](__m512 x, int64_t k) ALWAYS { f(x, first + k); });
+            first += part.width;
+        }
+    }, q);
 }
 
 // x / (1 + e^-u) with u = 2 sqrt(2 / pi) (x + 0.044715 x^3), which is GELU's form with the hyperbolic tangent.
@@ -101,7 +83,7 @@ template <class T, bool GELU>
 void run(const std::vector<Part>& x, int64_t rows, int64_t columns, const int8_t* panels, const float* scale, const float* bias, T* y) {
     int64_t inner = 0;
     for (const Part& part : x) inner += part.width;
-    int64_t stride = ((inner + 63) / 64 * 64) | 64;  // an odd number of cache lines: rows fall into different sets
+    int64_t stride = row_bytes(inner);
     Room<uint8_t> q(rows * stride);
     Room<float> factors(rows);
     Layer<T, GELU> layer{rows, inner, columns, stride, panels, scale, bias, y};

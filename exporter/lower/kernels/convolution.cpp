@@ -1,0 +1,114 @@
+// A convolution in 8 bits, over pictures whose channels lie side by side: each pixel is quantized by its own largest channel.
+//
+// Pixels are quantized once, into a picture with its border. There the pixels under one tap of the kernel, for neighbours
+// of a row, lie equally far apart: rows of a matrix for the product of w8a8.cpp. Since every pixel has a scale of its own, sums
+// of integers end with a tap, and are added up in float32, for a block of pixels and a panel of channels, in the cache.
+#include "rows.h"
+#include "tensor.h"
+
+namespace {
+
+constexpr int64_t BLOCK = 256;  // pixels whose sums stay in the cache while the weights pass
+
+struct Convolution {
+    int64_t inner, columns;               // channels in and out
+    int64_t kernel, step, padding;
+    int64_t high, wide, out_high, out_wide;  // of a picture with its border, and of what comes out
+    const int8_t* panels;                 // for each panel of columns one of w8a8.cpp's for every tap
+    const float *scale, *bias;
+    int64_t stride = row_bytes(inner);    // bytes of a quantized pixel
+    int64_t taps = kernel * kernel;
+
+    // Pixel i of all the pictures with their borders, as bytes.
+    template <class T>
+    float pixel(const T* x, int64_t i, uint8_t* q) const {
+        int64_t row = i / wide % high - padding, column = i % wide - padding, h = high - 2 * padding, w = wide - 2 * padding;
+        if (row < 0 || row >= h || column < 0 || column >= w) {
+            std::memset(q, 128, stride);
+            return 0;
+        }
+        const T* at = x + ((i / (wide * high) * h + row) * w + column) * inner;
+        return quantized([&](auto f) ALWAYS {
+            for (int64_t k = 0; k < inner; k += LANES) f(load(at + k, first_lanes(inner - k)), k);
+        }, q);
+    }
+
+    // R neighbours under one tap: added to their sums, or their first.
+    template <int R>
+    INLINE void tile(const uint8_t* q, const float* factor, const int8_t* panel, bool first, float* sum) const {
+        __m512i sums[R * VECTORS];
+        unrolled<R * VECTORS>([&](auto i) ALWAYS { sums[i] = _mm512_loadu_si512(panel + i % VECTORS * 64); });
+        multiply<Bytes, R, VECTORS>(q, stride * step, panel + VECTORS * 64, (inner + 3) / 4, sums);
+        unrolled<R>([&](auto r) ALWAYS {
+            __m512 by = _mm512_set1_ps(factor[r * step]);
+            unrolled<VECTORS>([&](auto v) ALWAYS {
+                float* at = sum + (r * VECTORS + v) * LANES;
+                __m512 before = first ? _mm512_setzero_ps() : _mm512_load_ps(at);
+                _mm512_store_ps(at, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[r * VECTORS + v]), by, before));
+            });
+        });
+    }
+
+    // Rows first .. end of what comes out of one picture, for one panel of columns. q and factors are the picture's.
+    template <class T>
+    void block(const uint8_t* q, const float* factors, int64_t first, int64_t end, int64_t panel, float* sums, T* y) const {
+        for (int64_t tap = 0; tap < taps; tap++) {
+            const int8_t* weights = panels + (panel * taps + tap) * panel_bytes(inner);
+            float* sum = sums;
+            for (int64_t row = first; row < end; row++) {
+                int64_t at = (row * step + tap / kernel) * wide + tap % kernel, left = out_wide;
+                auto tiles = [&]<int R>(std::integral_constant<int, R>) ALWAYS {
+                    for (; left >= R; left -= R, at += R * step, sum += R * PANEL)
+                        tile<R>(q + at * stride, factors + at, weights, tap == 0, sum);
+                };
+                tiles(std::integral_constant<int, 8>());
+                tiles(std::integral_constant<int, 4>());
+                tiles(std::integral_constant<int, 1>());
+            }
+        }
+        unrolled<VECTORS>([&](auto v) ALWAYS {
+            int64_t at = panel * PANEL + v * LANES;
+            __mmask16 live = first_lanes(columns - at);
+            __m512 s = load(scale + at, live), b = bias ? load(bias + at, live) : _mm512_setzero_ps();
+            for (int64_t i = 0; i < (end - first) * out_wide; i++)
+                store(y + (first * out_wide + i) * columns + at, _mm512_fmadd_ps(_mm512_load_ps(sums + i * PANEL + v * LANES), s, b), live);
+        });
+    }
+
+    template <class T>
+    void run(const T* x, int64_t pictures, T* y) const {
+        int64_t pixels = high * wide, rows = std::max<int64_t>(1, BLOCK / out_wide);
+        int64_t blocks = (out_high + rows - 1) / rows, count = (columns + PANEL - 1) / PANEL;
+        Room<uint8_t> q(pictures * pixels * stride);
+        Room<float> factors(pictures * pixels), sums(THREADS * rows * out_wide * PANEL);
+        PARALLEL
+        {
+            EACH for (int64_t i = 0; i < pictures * pixels; i++) factors.data[i] = pixel(x, i, q + i * stride);
+            EACH for (int64_t i = 0; i < pictures * blocks * count; i++) {
+                int64_t picture = i / (blocks * count), first = i / count % blocks * rows;
+                block(q + picture * pixels * stride, factors + picture * pixels, first, std::min(out_high, first + rows), i % count,
+                      sums + THREAD * rows * out_wide * PANEL, y + picture * out_high * out_wide * columns);
+            }
+        }
+    }
+};
+
+}  // namespace
+
+// y = conv2d(x) W + bias. x: [B, C, H, W] channels last, float32 or bfloat16, as y [B, N, H', W'] is; `packed` as operators.py
+// packs it; scale and bias float32 [N]; the kernel is square, with equal steps and padding of zeros on all sides.
+extern "C" AOTITorchError aoti_torch_cpu_packed_w8a8_conv2d(
+    AtenTensorHandle x, AtenTensorHandle packed, AtenTensorHandle scale, const AtenTensorHandle* bias, int64_t kernel,
+    int64_t step, int64_t padding, AtenTensorHandle* y) {
+    return guarded([&] {
+        Tensor from(x), factors(scale);
+        int64_t n = factors.sizes[0], c = from.sizes[1], high = from.sizes[2] + 2 * padding, wide = from.sizes[3] + 2 * padding;
+        int64_t out_high = (high - kernel) / step + 1, out_wide = (wide - kernel) / step + 1;
+        std::vector<int64_t> strides{out_high * out_wide * n, 1, out_wide * n, n};
+        Tensor out = Tensor::empty({from.sizes[0], n, out_high, out_wide}, strides, from.dtype, y);
+        Convolution layer{c, n, kernel, step, padding, high, wide, out_high, out_wide, Tensor(packed).as<int8_t>(),
+                          factors.as<float>(), bias ? Tensor(*bias).as<float>() : nullptr};
+        if (from.is_bfloat16()) layer.run(from.as<half>(), from.sizes[0], out.as<half>());
+        else layer.run(from.as<float>(), from.sizes[0], out.as<float>());
+    });
+}

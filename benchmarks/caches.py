@@ -15,7 +15,6 @@ that the checker of `shapes` finds answered exactly. Methods that look at the da
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import platform
 import statistics
@@ -25,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import figures
 import torch
 
 from prebake.exporter import pipeline, shapes, source
@@ -256,38 +256,6 @@ def result(row: Row, base: Row) -> dict[str, Any]:
     }
 
 
-def plain_at(results: Sequence[dict[str, Any]], share: float) -> float:
-    """PSNR on open prompts of plain steps that take this share of the time, between the measured numbers of steps."""
-    plain = sorted((r["time"], r["psnr_open_db"]) for r in results if r["method"] == "fewer steps")
-    for (t0, p0), (t1, p1) in itertools.pairwise(plain):
-        if t0 <= share <= t1:
-            return p0 + (p1 - p0) * (share - t0) / (t1 - t0)
-    return plain[0][1] if share < plain[0][0] else plain[-1][1]
-
-
-def bounded(results: Sequence[dict[str, Any]], r: dict[str, Any]) -> str:
-    """A row's gain over plain steps in its time; a bound where its time is longer or shorter than all that were measured."""
-    plain = [p["time"] for p in results if p["method"] == "fewer steps"]
-    sign = "≤ " if r["time"] > max(plain) else "≥ " if r["time"] < min(plain) else ""
-    return f"{sign}{r['psnr_open_db'] - plain_at(results, r['time']):+.1f}"
-
-
-def table_of(data: dict[str, Any]) -> str:
-    """The results as a Markdown table, fastest last in each method; `gain` is against fewer steps in the same time."""
-    lines = [
-        f"| {data['model']}, {data['steps']} steps | time | PSNR open | gain | PSNR full | SSIM | exact |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for r in data["results"]:
-        cached = r["method"] not in ("none", "fewer steps")
-        gain = bounded(data["results"], r) if cached else ""
-        lines.append(
-            f"| {r['label']} | {r['time']:.2f} | {r['psnr_open_db']:.1f} | {gain} | {r['psnr_full_db']:.1f} | "
-            f"{r['ssim']:.4f} | {r['exact']:.1f} |"
-        )
-    return "\n".join(lines)
-
-
 def plot(files: Sequence[Path], output: Path) -> None:
     """Speed-up against PSNR, one panel for each model."""
     import matplotlib
@@ -363,7 +331,7 @@ def main() -> None:
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(data, indent=1) + "\n", "utf-8")
-    print(table_of(data))
+    print(figures.caches(data))
 
 
 if __name__ == "__main__":

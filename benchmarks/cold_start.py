@@ -10,10 +10,11 @@ artifact takes more than 0.5 of the eager pipeline's time, or more than 0.05 of 
 from __future__ import annotations
 
 import argparse
-import statistics
+import dataclasses
 import sys
 from pathlib import Path
 
+import figures
 import torch
 
 from prebake.exporter.bench import Choices, Subject, artifact_start, baseline_starts, read
@@ -30,17 +31,20 @@ def main() -> int:
     parser.add_argument("--model", help="the pipeline, where the manifest has only its name")
     parser.add_argument("--baseline", default="eager,compile", help="what to compare with")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--output", type=Path, help="write the figures as JSON")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     baselines = tuple(args.baseline.split(","))
-    missed = False
-    print(f"| seconds | {' | '.join(STAGES)} | total | second image | of eager | of compiled |")
-    print(f"| --- |{' ---: |' * (len(STAGES) + 4)}")
+    choices = Choices(baselines=baselines, cold_runs=args.runs, model=args.model, threads=args.threads)
+    artifacts = []
     for folder in args.artifacts:
-        choices = Choices(baselines=baselines, cold_runs=args.runs, model=args.model, threads=args.threads)
         (subject,) = read([folder], choices)
-        missed |= report(subject, choices, turns(subject, choices))
-    return missed
+        runs = {n: [dataclasses.asdict(s) for s in starts] for n, starts in turns(subject, choices).items()}
+        artifacts.append({"name": subject.label, "runs": runs})
+    found = {"artifacts": artifacts, "stages": STAGES}
+    print(figures.cold_start(found))
+    figures.keep(found, args.output)
+    return any(figures.of(a, b) > goal for a in artifacts for b, goal in GOALS.items() if b in a["runs"])
 
 
 def turns(subject: Subject, choices: Choices) -> dict[str, list[Started]]:
@@ -53,24 +57,6 @@ def turns(subject: Subject, choices: Choices) -> dict[str, list[Started]]:
         for name, start in zip(names, starts, strict=True):
             found[name].append(started(start))
     return found
-
-
-def report(subject: Subject, choices: Choices, found: dict[str, list[Started]]) -> bool:
-    """Prints a row for each, and returns whether the artifact missed a goal."""
-    ratios = {
-        name: statistics.median(a.total / b.total for a, b in zip(found[subject.label], found[name], strict=True))
-        for name in choices.baselines
-    }
-    for name, runs in found.items():
-        stages = [statistics.median(run.seconds[stage] for run in runs) for stage in STAGES]
-        figures = [
-            *stages,
-            statistics.median(run.total for run in runs),
-            statistics.median(r.second_image for r in runs),
-        ]
-        own = [f"{ratios[b]:.3f}" if name == subject.label and b in ratios else "" for b in GOALS]
-        print(f"| {name} | {' | '.join([*(f'{s:.2f}' for s in figures), *own])} |", flush=True)
-    return any(ratio > GOALS[name] for name, ratio in ratios.items() if name in GOALS)
 
 
 if __name__ == "__main__":

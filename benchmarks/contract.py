@@ -13,7 +13,9 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from pathlib import Path
 
+import figures
 import torch
 
 from prebake.runtime.contract import Contract
@@ -25,20 +27,23 @@ WIDTHS = {"no cache": 5, "one site, three slots": 9, "pab, every attention": 5 +
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3000)
-    rounds = parser.parse_args().rounds
-    print("| graph | inputs | µs a call | µs to read as many `dtype`s | µs to compare as many shapes |")
-    print("| --- | ---: | ---: | ---: | ---: |")
+    parser.add_argument("--output", type=Path, help="write the figures as JSON")
+    args = parser.parse_args()
+    graphs = []
     for name, width in WIDTHS.items():
         contract, given = example(width)
         tensors = list(given.values())
         shapes = [t.shape for t in tensors]
         least = fastest(
-            rounds,
+            args.rounds,
             lambda contract=contract, given=given: contract.inputs(given),
             lambda tensors=tensors: [t.dtype for t in tensors],
             lambda tensors=tensors, shapes=shapes: [t.shape for t in tensors] == shapes,
         )
-        print(f"| {name} | {width} | {' | '.join(f'{us:.1f}' for us in least)} |")
+        times = dict(zip(("contract_us", "dtypes_us", "shapes_us"), least, strict=True))
+        graphs.append({"graph": name, "inputs": width, **times})
+    print(figures.contract({"graphs": graphs}))
+    figures.keep({"graphs": graphs}, args.output)
 
 
 def example(width: int) -> tuple[Contract, dict[str, torch.Tensor]]:

@@ -3,23 +3,23 @@
     python benchmarks/denoiser.py --model shapes
     python benchmarks/denoiser.py --model wide      # random weights, 205M parameters, 1024 image + 16 text tokens
 
-Every line is timed in turn (A B C A B C ...), so that a machine whose speed drifts moves all of them alike; medians and
-their ratio to eager float32 are printed, and written as JSON with --output. The artifact is a real one, exported with
-the recipe named by --recipe; `wide` is `shapes` with a larger transformer, and its variants come from `cache.method=pab`
-so that one computes every attention and the other reuses all of them.
+Every line is timed in turn (A B C A B C ...), so that a machine whose speed drifts moves all of them alike; of one thread it
+is the CPU's time, so that other programs may run meanwhile. Medians are printed, and the median over rounds of the ratio to
+eager float32; --output writes all as JSON. The artifact is a real one, exported with the recipe named by --recipe; `wide` is
+`shapes` with a larger transformer, and its variants come from `cache.method=pab` so that one computes every attention and
+the other reuses all of them.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import figures
 import torch
 
 from prebake.exporter import source
@@ -51,7 +51,7 @@ def main() -> None:
     )
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--artifact", type=Path, help="an artifact exported before, instead of exporting one now")
+    parser.add_argument("--artifact", type=Path, help="where the artifact is, or else is exported to")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--output", type=Path, help="write the figures as JSON")
     args = parser.parse_args()
@@ -59,8 +59,14 @@ def main() -> None:
     torch.set_grad_enabled(False)
     with tempfile.TemporaryDirectory() as scratch:
         model = wide(Path(scratch) / "wide", args.base) if args.model == "wide" else args.model
-        folder = args.artifact or exported(model, Path(scratch) / "artifact", args)
-        report(measure(model, open_artifact(folder), args), args)
+        folder = args.artifact or Path(scratch) / "artifact"
+        if not folder.exists():
+            exported(model, folder, args)
+        found = measure(model, open_artifact(folder), args)
+    print(figures.evaluations(found))
+    if len(found["flops"]) > 1:
+        print(figures.reused(found))
+    figures.keep(found, args.output)
 
 
 def wide(folder: Path, base: str) -> str:
@@ -79,13 +85,16 @@ def wide(folder: Path, base: str) -> str:
     return str(folder)
 
 
-def exported(model: str, folder: Path, args: argparse.Namespace) -> Path:
+def exported(model: str, folder: Path, args: argparse.Namespace) -> None:
     with progress("rich") as bar:
-        return export(resolve(args.recipe, args.overrides, model), folder, Options(verify=False), bar)
+        export(resolve(args.recipe, args.overrides, model), folder, Options(verify=False), bar)
 
 
 def measure(model: str, artifact: Artifact, args: argparse.Namespace) -> dict[str, Any]:
-    """Median milliseconds of one evaluation for each way of running it, and each way's error against eager float32."""
+    """Seconds of one evaluation for each way of running it, a figure for each round, and each way's error against eager float32.
+
+    A variant that reuses has no error of its own: what it is given was stored in the same evaluation.
+    """
     size = flux.Size(
         artifact.manifest.defaults.height,
         artifact.manifest.defaults.width,
@@ -105,23 +114,24 @@ def measure(model: str, artifact: Artifact, args: argparse.Namespace) -> dict[st
     for name, variant in artifact.variants.items():
         ways[f"artifact: {name}"] = call(variant, artifact, named)
     truth = ways["eager float32"]()
-    errors = {way: float((run() - truth).norm() / truth.norm()) for way, run in ways.items()}
-    times: dict[str, list[float]] = {way: [] for way in ways}
+    errors = {
+        w: float((run() - truth).norm() / truth.norm()) for w, run in ways.items()
+    }  # and a round that is not counted
+    clock = time.process_time if args.threads == 1 else time.perf_counter
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(args.repeats):
         for way, run in ways.items():
-            start = time.perf_counter()
+            start = clock()
             run()
-            times[way].append((time.perf_counter() - start) * 1e3)
-    parameters = sum(p.numel() for p in component.module.parameters())
-    tokens = component.args[0].shape[1] + component.args[1].shape[1]
-    medians = {way: statistics.median(t) for way, t in times.items()}
+            seconds[way].append(clock() - start)
+    own = {f"artifact: {name}" for name in artifact.variants if name != "full"}
     return {
-        "parameters": parameters,
-        "tokens": tokens,
-        "median_ms": medians,
-        "relative_error": errors,
+        "model": args.model,
+        "parameters": sum(p.numel() for p in component.module.parameters()),
+        "tokens": component.args[0].shape[1] + component.args[1].shape[1],
+        "seconds": seconds,
+        "errors": {way: error for way, error in errors.items() if way not in own},
         "flops": costs,
-        "torch": torch.__version__,
     }
 
 
@@ -150,25 +160,6 @@ def call(variant: Any, artifact: Artifact, named: dict[str, torch.Tensor]) -> Ca
 def narrowed(graph: Any, named: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The named tensors that the graph takes, in its dtypes."""
     return {s.name: named[s.name].to(getattr(torch, s.dtype)) for s in graph.inputs if s.name in named}
-
-
-def report(figures: dict[str, Any], args: argparse.Namespace) -> None:
-    base = figures["median_ms"]["eager float32"]
-    print(
-        f"{args.model}: {figures['parameters'] / 1e6:.0f}M parameters, {figures['tokens']} tokens, {args.threads} thread(s), torch {figures['torch']}"
-    )
-    print(f"{'':28s}{'ms':>10s}{'x eager':>10s}{'error':>10s}{'FLOPs':>8s}")
-    full = figures["flops"]["full"]
-    for way, ms in figures["median_ms"].items():
-        share = figures["flops"].get(way.removeprefix("artifact: "))
-        shown = f"{share / full:8.0%}" if share else ""
-        print(f"{way:28s}{ms:10.2f}{base / ms:10.2f}{figures['relative_error'][way]:10.1e}{shown}")
-    for name, flops in figures["flops"].items():
-        if name != "full":
-            ratio = figures["median_ms"][f"artifact: {name}"] / figures["median_ms"]["artifact: full"]
-            print(f"{name} / full: {ratio:.3f} of the time for {flops / full:.3f} of the FLOPs")
-    if args.output:
-        args.output.write_text(json.dumps(figures, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,9 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
+
+import figures
 
 from prebake.runtime.manifest import read_manifest
 
@@ -38,20 +41,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("artifacts", type=Path, nargs="+")
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--output", type=Path, help="write the figures as JSON")
     args = parser.parse_args()
-    print(
-        "| artifact | weights MiB | first process MiB | each further one MiB | of it without artifact MiB | share of weights |"
-    )
-    print("| --- | ---: | ---: | ---: | ---: | ---: |")
-    for artifact in args.artifacts:
-        weights, backend = weights_bytes(artifact), read_manifest(artifact).backend
-        empty = further(totals("", backend, args.processes))
-        sums = totals(str(artifact), backend, args.processes)
-        each = further(sums)
-        figures = (weights, sums[0], each, empty)
-        print(
-            f"| {artifact.name} | {' | '.join(f'{b / 2**20:.1f}' for b in figures)} | {(each - empty) / weights:.1%} |"
-        )
+    found = {"artifacts": [measured(artifact, args.processes) for artifact in args.artifacts]}
+    print(figures.memory(found))
+    figures.keep(found, args.output)
+
+
+def measured(artifact: Path, processes: int) -> dict[str, Any]:
+    """Bytes: of the weight files, and of the first process, what each further one adds, and what it adds without an artifact."""
+    backend = read_manifest(artifact).backend
+    empty, sums = totals("", backend, processes), totals(str(artifact), backend, processes)
+    return {
+        "artifact": artifact.name,
+        "weights_bytes": weights_bytes(artifact),
+        "first_bytes": sums[0],
+        "further_bytes": further(sums),
+        "empty_bytes": further(empty),
+        "processes": processes,
+    }
 
 
 def weights_bytes(artifact: Path) -> int:

@@ -4,16 +4,20 @@ Names and their order, shapes, dtypes, strides and device of the inputs, and the
 manifest. Every size is one number: a graph has no ranges, and scalars are tensors among its inputs or were fixed at export,
 where no call can give them. `Contract.inputs` and `Contract.outputs` are the two directions; `benchmarks/contract.py` says
 what they cost.
+
+Reading six attributes of every tensor costs more than comparing them. So a call that fits leaves behind what each of its
+tensors was, and a later one that is like it, by one look of torch's own at each tensor, fits too; any other is read again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from operator import attrgetter
 from typing import Any
 
 import torch
+from torch._C._dynamo.guards import TensorGuards  # private, torch 2.11 to 2.13
 
 from .errors import ArtifactError
 from .manifest import Graph, TensorSpec
@@ -21,7 +25,7 @@ from .manifest import Graph, TensorSpec
 PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 """Compiled code reads memory, and a subclass may keep its numbers elsewhere."""
 FACTS = attrgetter("shape", "dtype", "device")
-Facts = list[tuple[torch.Size, torch.dtype, torch.device]]
+Fact = tuple[torch.Size, torch.dtype, torch.device]
 
 
 class Contract:
@@ -33,6 +37,7 @@ class Contract:
         self._outputs = tuple(spec.name for spec in graph.outputs)
         self._taken = _facts(graph.inputs, device)
         self._given = _facts(graph.outputs, device)
+        self._like: list[Callable[[object], bool]] | None = None  # one for each input
         self._kept = False
 
     def inputs(self, given: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
@@ -43,8 +48,9 @@ class Contract:
             flat = []
         if len(flat) != len(given) or len(flat) != len(self._inputs):
             self._refuse_names(given)
-        if not _fit(flat, self._taken):
-            self._refuse("input", self._inputs, self._taken, flat)
+        if self._like is None or False in [like(tensor) for like, tensor in zip(self._like, flat, strict=True)]:
+            self._refuse_misfits("input", self._inputs, self._taken, flat)
+            self._like = [_like_this(tensor) for tensor in flat]
         return flat
 
     def outputs(self, flat: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -55,20 +61,18 @@ class Contract:
                 f"graph {self._graph!r}: expected {len(self._outputs)} outputs, got {len(flat)}; export again"
             )
         if not self._kept:
-            if not _fit(flat, self._given):
-                self._refuse("output", self._outputs, self._given, flat)
+            self._refuse_misfits("output", self._outputs, self._given, flat)
             self._kept = True
         return dict(zip(self._outputs, flat, strict=True))
 
-    def _refuse(self, kind: str, names: Sequence[str], facts: Facts, flat: Sequence[object]) -> None:
-        """The first that does not fit."""
-        name, expected, got = next(
-            (name, fact, got) for name, fact, got in zip(names, facts, flat, strict=True) if not _fit([got], [fact])
-        )
-        way_out = _way_out(*expected, got) if kind == "input" else "export again"
-        raise ArtifactError(
-            f"graph {self._graph!r}: {kind} {name!r}: expected contiguous {_describe(*expected)}, got {_came(got)}; {way_out}"
-        )
+    def _refuse_misfits(self, kind: str, names: Sequence[str], facts: Sequence[Fact], flat: Sequence[object]) -> None:
+        """Raises ArtifactError for the first tensor that is not what is expected of it."""
+        for name, fact, got in zip(names, facts, flat, strict=True):
+            if not _fits(got, fact):
+                way_out = _way_out(*fact, got) if kind == "input" else "export again"
+                raise ArtifactError(
+                    f"graph {self._graph!r}: {kind} {name!r}: expected contiguous {_describe(*fact)}, got {_came(got)}; {way_out}"
+                )
 
     def _refuse_names(self, given: Mapping[str, torch.Tensor]) -> None:
         names = self._inputs
@@ -87,22 +91,32 @@ def torch_dtype(name: str) -> torch.dtype:
     return dtype
 
 
-def _facts(specs: Sequence[TensorSpec], device: torch.device) -> Facts:
+def _facts(specs: Sequence[TensorSpec], device: torch.device) -> list[Fact]:
     return [(torch.Size(spec.shape), torch_dtype(spec.dtype), device) for spec in specs]
 
 
-def _fit(flat: Sequence[Any], facts: Facts) -> bool:
-    """Whether every tensor is what is expected of it. One question to all of them, and then the next, costs half of all
-    questions to one after the other."""
-    try:
-        return (
-            PLAIN.issuperset(map(type, flat))
-            and list(map(FACTS, flat)) == facts
-            and all(map(torch.Tensor.is_contiguous, flat))
-            and not any(map(torch.Tensor.is_neg, flat))
-        )
-    except RuntimeError:  # a sparse tensor has no strides
-        return False
+def _fits(got: object, fact: Fact) -> bool:
+    """Whether it is a tensor whose memory is what compiled code expects there."""
+    return (
+        type(got) in PLAIN
+        and isinstance(got, torch.Tensor)
+        and got.layout == torch.strided
+        and FACTS(got) == fact
+        and got.is_contiguous()
+        and not got.is_neg()
+        and not got.is_conj()
+    )
+
+
+def _like_this(tensor: torch.Tensor) -> Callable[[object], bool]:
+    """Whether something is a tensor of the same class, dtype, device, sizes and strides, and seen alike by torch's dispatcher,
+    which tells apart layouts, devices, views with a sign, and modes such as `torch.inference_mode`.
+
+    It never says so of one that differs, and may deny it of one that does not matter: a stride along a size of 1, or
+    `requires_grad`. The tensor is not kept.
+    """
+    guards: Any = TensorGuards  # whose stub leaves out what it is made of
+    return guards(tensor, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
 
 
 def _came(got: object) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -105,6 +108,21 @@ def test_extreme_rows_stay_finite(native):
     made = native.packed_w8a8(xs, packed, scale * 1e-3, None, False)
     assert torch.equal(made[0], torch.zeros(32))
     assert made.isfinite().all()
+
+
+@runs_here
+def test_calls_leave_no_memory_behind(native):
+    packed, scale, _ = layer((64,), 32)
+    x = random(500_000, 64, dtype=HALF)
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    native.packed_w8a8([x], packed, scale, None, False)
+    before = resident()
+    for _ in range(5):
+        native.packed_w8a8([x], packed, scale, None, False)
+    assert resident() - before < 32e6, "more than one of the outputs, which are of 32 MB"
 
 
 # --- int8 convolutions -----------------------------------------------------------------------------------------------

@@ -35,10 +35,10 @@ struct Convolution {
 
     // R neighbours under one tap: added to their sums, or their first.
     template <int R>
-    INLINE void tile(const uint8_t* q, const float* factor, const int8_t* panel, bool first, float* sum) const {
+    INLINE void tile(const uint8_t* q, const float* factor, const int8_t* panel, bool first, float* sum, Ahead ahead) const {
         __m512i sums[R * VECTORS];
         unrolled<R * VECTORS>([&](auto i) ALWAYS { sums[i] = _mm512_loadu_si512(panel + i % VECTORS * 64); });
-        multiply<Bytes, R, VECTORS>(q, stride * step, panel + VECTORS * 64, (inner + 3) / 4, sums);
+        multiply<Bytes, R, VECTORS>(q, stride * step, panel + VECTORS * 64, (inner + 3) / 4, sums, ahead);
         unrolled<R>([&](auto r) ALWAYS {
             __m512 by = _mm512_set1_ps(factor[r * step]);
             unrolled<VECTORS>([&](auto v) ALWAYS {
@@ -54,16 +54,13 @@ struct Convolution {
     void block(const uint8_t* q, const float* factors, int64_t first, int64_t end, int64_t panel, float* sums, T* y) const {
         for (int64_t tap = 0; tap < taps; tap++) {
             const int8_t* weights = panels + (panel * taps + tap) * panel_bytes(inner);
-            float* sum = sums;
             for (int64_t row = first; row < end; row++) {
-                int64_t at = (row * step + tap / kernel) * wide + tap % kernel, left = out_wide;
-                auto tiles = [&]<int R>(std::integral_constant<int, R>) ALWAYS {
-                    for (; left >= R; left -= R, at += R * step, sum += R * PANEL)
-                        tile<R>(q + at * stride, factors + at, weights, tap == 0, sum);
-                };
-                tiles(std::integral_constant<int, 8>());
-                tiles(std::integral_constant<int, 4>());
-                tiles(std::integral_constant<int, 1>());
+                int64_t pixel = (row * step + tap / kernel) * wide + tap % kernel, before = (row - first) * out_wide;
+                tiled<8, 4, 2, 1>(out_wide, [&](auto r, int64_t x) ALWAYS {
+                    int64_t at = pixel + x * step, done = before + x;
+                    Ahead ahead = next_panel(weights, inner, done, r, (end - first) * out_wide);
+                    tile<r>(q + at * stride, factors + at, weights, tap == 0, sums + done * PANEL, ahead);
+                });
             }
         }
         unrolled<VECTORS>([&](auto v) ALWAYS {

@@ -95,7 +95,7 @@ class Native:
     def _call(self, name: str, *args: Any) -> Tensor:
         made = ctypes.c_void_p()
         assert self._kernels[name](*args, ctypes.byref(made)) == 0
-        return HANDLES.alloc_tensor_by_stealing_from_void_ptr(ctypes.pythonapi.PyCapsule_New(made, None, None))
+        return taken_back([ctypes.pythonapi.PyCapsule_New(made, None, None)])[0]
 
 
 @contextmanager
@@ -105,5 +105,9 @@ def lent(*tensors: Tensor) -> Iterator[list[ctypes.c_void_p]]:
     try:
         yield [ctypes.c_void_p(ctypes.pythonapi.PyCapsule_GetPointer(c, None)) for c in capsules]
     finally:
-        for capsule in capsules:
-            HANDLES.alloc_tensor_by_stealing_from_void_ptr(capsule)
+        taken_back(capsules)
+
+
+def taken_back(capsules: list[Any]) -> list[Tensor]:
+    """The tensors of handles, which are freed. (torch's function for a single one forgets to.)"""
+    return HANDLES.alloc_tensors_by_stealing_from_void_ptrs(capsules)

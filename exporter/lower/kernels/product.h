@@ -57,19 +57,31 @@ struct Halves {
     }
 };
 
+// Memory that is read soon: `each` cache line or part of one is asked for at every step of a product, which has ports to spare.
+struct Ahead {
+    const char* data;
+    int64_t each;
+};
+
 // sums[r * V + v] += row r of `rows`, whose rows lie `stride` bytes apart, times vector v of `panel`.
 template <class Kind, int R, int V>
-INLINE void multiply(const void* rows, int64_t stride, const void* panel, int64_t steps, typename Kind::Sum (&sums)[R * V]) {
-    const char *row = static_cast<const char*>(rows), *column = static_cast<const char*>(panel);
+INLINE void multiply(
+    const void* rows, int64_t stride, const void* panel, int64_t steps, typename Kind::Sum (&sums)[R * V], Ahead ahead = {}) {
+    const char* column = static_cast<const char*>(panel);
+    // an address is a register plus 0, 1 or 2 strides: a register for each row would be more than there are
+    const char* row[(R + 2) / 3];
+    unrolled<(R + 2) / 3>([&](auto i) ALWAYS { row[i] = static_cast<const char*>(rows) + i * 3 * stride; });
     __m512i columns[V];
-    for (int64_t step = 0; step < steps; step++, row += 4, column += V * 64) {
+    for (int64_t step = 0; step < steps; step++, column += V * 64) {
         unrolled<V>([&](auto v) ALWAYS { columns[v] = _mm512_loadu_si512(column + v * 64); });
+        if (ahead.data) _mm_prefetch(ahead.data += ahead.each, _MM_HINT_T0);
         unrolled<R>([&](auto r) ALWAYS {
             int32_t bits;
-            std::memcpy(&bits, row + r * stride, 4);
+            std::memcpy(&bits, row[r / 3] + r % 3 * stride, 4);
             __m512i broadcast = _mm512_set1_epi32(bits);
             unrolled<V>([&](auto v) ALWAYS { Kind::add(sums[r * V + v], broadcast, columns[v]); });
         });
+        unrolled<(R + 2) / 3>([&](auto i) ALWAYS { asm("add $4, %0" : "+r"(row[i])); });
     }
 }
 

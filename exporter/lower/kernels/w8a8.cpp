@@ -51,13 +51,13 @@ struct Layer {
     T* y;
 
     template <int R>
-    INLINE void tile(const uint8_t* q, const float* factor, const int8_t* panel, int64_t row, int64_t column) const {
+    INLINE void tile(const uint8_t* q, const float* factor, const int8_t* panel, int64_t row, int64_t column, Ahead ahead) const {
         __m512i sums[R * VECTORS];
         unrolled<R * VECTORS>([&](auto i) ALWAYS { sums[i] = _mm512_loadu_si512(panel + i % VECTORS * 64); });
         unrolled<R * VECTORS>([&](auto i) ALWAYS {  // what is written at the end is on its way meanwhile
             __builtin_prefetch(y + (row + i / VECTORS) * columns + column + i % VECTORS * LANES, 1);
         });
-        multiply<Bytes, R, VECTORS>(q, stride, panel + VECTORS * 64, (inner + 3) / 4, sums);
+        multiply<Bytes, R, VECTORS>(q, stride, panel + VECTORS * 64, (inner + 3) / 4, sums, ahead);
         unrolled<VECTORS>([&](auto v) ALWAYS {
             int64_t at = column + v * LANES;
             __mmask16 live = first_lanes(columns - at);
@@ -73,9 +73,11 @@ struct Layer {
     // A block of rows times one panel.
     void block(const uint8_t* q, const float* factors, int64_t first, int64_t panel) const {
         const int8_t* weights = panels + panel * panel_bytes(inner);
-        int64_t row = first, end = std::min(rows, first + BLOCK);
-        for (; row + ROWS <= end; row += ROWS) tile<ROWS>(q + row * stride, factors + row, weights, row, panel * PANEL);
-        for (; row < end; row++) tile<1>(q + row * stride, factors + row, weights, row, panel * PANEL);
+        int64_t count = std::min(rows - first, BLOCK);
+        tiled<ROWS, 4, 2, 1>(count, [&](auto r, int64_t at) ALWAYS {
+            int64_t row = first + at;
+            tile<r>(q + row * stride, factors + row, weights, row, panel * PANEL, next_panel(weights, inner, at, r, count));
+        });
     }
 };
 

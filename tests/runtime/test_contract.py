@@ -3,6 +3,7 @@
 import inspect
 import json
 import time
+import weakref
 
 import pytest
 import torch
@@ -29,6 +30,14 @@ def denoiser_inputs():
         "timestep": torch.ones(1),
         "guidance": torch.ones(1),
     }
+
+
+def a_contract(shapes):
+    """Of a graph 'g' with these float32 inputs, and a call that fits."""
+    specs = tuple(TensorSpec(name=name, shape=shape, dtype="float32") for name, shape in shapes.items())
+    cost = Cost(flops=1, ops=1, constants=0, constants_bytes=0)
+    graph = Graph(name="g", package="p", inputs=specs, outputs=specs[:1], constants={}, cost=cost)
+    return Contract(graph, CPU), {s.name: torch.zeros(s.shape) for s in specs}
 
 
 class Marked(torch.Tensor):
@@ -80,6 +89,39 @@ def test_a_wrong_input_is_named_with_what_came_and_the_nearest_that_is_right(art
         str(caught.value)
         == f"graph 'full': input 'hidden_states': expected contiguous float32 [1, 4, 8] on cpu, got {came}"
     )
+
+
+@pytest.mark.parametrize("what", WRONG_INPUTS)
+def test_it_is_refused_after_calls_that_were_right(what):
+    contract, given = a_contract({"x": (1, toy.N, toy.C), "y": (3,)})
+    contract.inputs(given)
+    for _ in range(2):
+        wrong, came = WRONG_INPUTS[what]
+        with pytest.raises(ArtifactError) as caught:
+            contract.inputs({**given, "x": wrong})
+        assert str(caught.value) == f"graph 'g': input 'x': expected contiguous float32 [1, 4, 8] on cpu, got {came}"
+        contract.inputs(given)
+
+
+def test_what_is_right_is_taken_in_every_mode_and_form():
+    """What torch's look tells apart and compiled code does not: each is read in full, and then like the one before."""
+    contract, given = a_contract({"x": (1, 4), "y": (1, 4)})
+    x = torch.zeros(1, 4)
+    with torch.inference_mode():
+        in_inference = torch.zeros(1, 4)
+    forms = (x, torch.nn.Parameter(x), x.clone().requires_grad_(), torch.zeros(4, 1).T, in_inference)
+    for form in (*forms, *reversed(forms)):
+        for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+            with mode():
+                assert contract.inputs({**given, "x": form})[0] is form
+    assert contract.inputs({"x": x, "y": x}) == [x, x]  # one tensor may be two inputs
+
+
+def test_no_tensor_of_a_call_is_kept():
+    contract, given = a_contract({"x": (1, 4)})
+    contract.inputs(given)
+    left = weakref.ref(given.pop("x"))
+    assert left() is None
 
 
 @pytest.mark.parametrize("name", denoiser_inputs())
@@ -182,14 +224,14 @@ stored tensors each, of 38 single ones one."""
 
 
 def test_looking_at_the_widest_call_costs_microseconds():
-    specs = tuple(TensorSpec(name=f"t{i}", shape=(1, 16, 32), dtype="float32") for i in range(WIDEST))
-    cost = Cost(flops=1, ops=1, constants=0, constants_bytes=0)
-    contract = Contract(Graph(name="g", package="p", inputs=specs, outputs=specs[:1], constants={}, cost=cost), CPU)
-    given = {s.name: torch.zeros(s.shape) for s in specs}
-    best = min(seconds(lambda: contract.inputs(given)) for _ in range(300))
-    # benchmarks/contract.py measures it; this machine may be ten times slower than that one. Comparing values, or one
-    # operator of torch for each tensor, would cost more than this.
-    assert best < 200e-6
+    contract, given = a_contract({f"t{i}": (1, 16, 32) for i in range(WIDEST)})
+    tensors = list(given.values())
+    looks, reads = [], []
+    for _ in range(300):
+        looks.append(seconds(lambda: contract.inputs(given)))
+        reads.append(seconds(lambda: [tensor.dtype for tensor in tensors]))
+    # benchmarks/contract.py measures it: 3.5 times what reading one attribute of each takes; reading all, it was 7 times.
+    assert min(looks) < 5 * min(reads)
 
 
 def seconds(call):

@@ -37,6 +37,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from prebake.exporter.capture import Captured, capture
 from prebake.exporter.lower import aoti, kernels, onnxruntime, w8a8
 from prebake.exporter.lower.kernels.native import Native
+from prebake.exporter.lower.kernels.operators import GELU, PLAIN
 from prebake.exporter.lower.onnx_graph import onnx_model, with_data
 from prebake.exporter.recipe import resolve
 from prebake.exporter.rewrite import rewrite_denoiser
@@ -369,8 +370,8 @@ def layers(repeats: int) -> None:
             )
             runs = {
                 "product": lambda codes=codes, weight=weight: torch._int_mm(codes, weight.t()),
-                "layer": lambda x=x, p=packed, s=scale: library.packed_w8a8([x], p, s, s, False),
-                "gelu": lambda x=x, p=packed, s=scale: library.packed_w8a8([x], p, s, s, True),
+                "layer": lambda x=x, p=packed, s=scale: library.packed_w8a8([x], p, s, s, PLAIN),
+                "gelu": lambda x=x, p=packed, s=scale: library.packed_w8a8([x], p, s, s, GELU),
                 "peak": spin,
             }
             times = in_turn(runs, repeats)

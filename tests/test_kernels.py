@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers.models.activations import GEGLU as GatedLinear
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -16,8 +18,12 @@ from prebake.exporter.capture import Captured, capture
 from prebake.exporter.lower import aoti, kernels, w8a8
 from prebake.exporter.lower.kernels.native import Native
 from prebake.exporter.lower.kernels.operators import (
+    GEGLU,
+    GELU,
+    PLAIN,
     attention,
     pack,
+    pack_gated,
     pack_taps,
     packed_w8a8,
     packed_w8a8_conv2d,
@@ -77,35 +83,53 @@ def layer(widths: tuple[int, ...], columns: int) -> tuple[Tensor, Tensor, Tensor
         pytest.param((1,), (256,), 1000, id="one row"),
     ],
 )
-@pytest.mark.parametrize("gelu", [False, True], ids=["plain", "gelu"])
-def test_int8_layers_are_the_operator(native, dtype, rows, widths, columns, gelu):
+@pytest.mark.parametrize("act", [PLAIN, GELU], ids=["plain", "gelu"])
+def test_int8_layers_are_the_operator(native, dtype, rows, widths, columns, act):
     xs = [random(*rows, width, dtype=dtype, seed=10 + i) for i, width in enumerate(widths)]
     packed, scale, bias = layer(widths, columns)
     for b in (bias, None):
-        expected, made = packed_w8a8(xs, packed, scale, b, gelu), native.packed_w8a8(xs, packed, scale, b, gelu)
+        expected, made = packed_w8a8(xs, packed, scale, b, act), native.packed_w8a8(xs, packed, scale, b, act)
         assert made.shape == expected.shape
         assert made.dtype == expected.dtype
         # x * (127.5 / a) and x / a * 127.5 fall on two sides of a tie now and then: a level of 255 in one value of thousands
         assert error(made, expected) < 3e-3 + EPSILON[dtype]
     assert (
-        error(native.packed_w8a8(xs, packed, scale * 1.01, None, gelu), expected) > 5e-3 + EPSILON[dtype]
+        error(native.packed_w8a8(xs, packed, scale * 1.01, None, act), expected) > 5e-3 + EPSILON[dtype]
     )  # the canary
+
+
+@runs_here
+@pytest.mark.parametrize("dtype", [FLOAT, HALF], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 64), (37, 192)])
+def test_gated_layers_are_the_operator(native, dtype, rows, columns):
+    weight, scale = w8a8.by_row(random(columns, 48, seed=1))
+    packed, scale, bias = pack_gated(weight.t().contiguous()), scale * 0.2, random(columns, seed=2)
+    x = random(rows, 48, dtype=dtype)
+    factors, gates = (w8a8.w8a8(x.float(), weight.t().contiguous(), scale, bias)).chunk(2, -1)
+    exact, made = factors * nn.functional.gelu(gates), native.packed_w8a8([x], packed, scale, bias, GEGLU)
+    assert made.dtype == dtype
+    # ties of a token's levels, and what is rounded in bfloat16 in between
+    assert error(made, exact) < 3e-3 + EPSILON[dtype]
+    assert error(made, packed_w8a8([x], packed, scale, bias, GEGLU)) < 3e-3 + 2 * EPSILON[dtype]
+    other = factors * nn.functional.gelu(gates, approximate="tanh")
+    assert error(made, other) > 3 * error(made, exact) or dtype == HALF, "it is the other GELU"
+    assert error(native.packed_w8a8([x], packed, scale, bias.flip(0), GEGLU), exact) > 0.01 + EPSILON[dtype]
 
 
 @runs_here
 def test_mixed_dtypes_become_the_wider(native):
     xs = [random(9, 32, dtype=HALF), random(9, 16, seed=1)]
     packed, scale, bias = layer((32, 16), 24)
-    made = native.packed_w8a8(xs, packed, scale, bias, False)
+    made = native.packed_w8a8(xs, packed, scale, bias, PLAIN)
     assert made.dtype == FLOAT
-    assert error(made, packed_w8a8(xs, packed, scale, bias, False)) < 3e-3
+    assert error(made, packed_w8a8(xs, packed, scale, bias, PLAIN)) < 3e-3
 
 
 @runs_here
 def test_extreme_rows_stay_finite(native):
     xs = [torch.stack([torch.zeros(64), torch.full((64,), 3e38), torch.full((64,), 1e-30)])]
     packed, scale, _ = layer((64,), 32)
-    made = native.packed_w8a8(xs, packed, scale * 1e-3, None, False)
+    made = native.packed_w8a8(xs, packed, scale * 1e-3, None, PLAIN)
     assert torch.equal(made[0], torch.zeros(32))
     assert made.isfinite().all()
 
@@ -119,10 +143,10 @@ def test_calls_leave_no_memory_behind(native):
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
     for _ in range(3):  # what malloc keeps for itself comes with the first
-        native.packed_w8a8([x], packed, scale, None, False)
+        native.packed_w8a8([x], packed, scale, None, PLAIN)
     before = resident()
     for _ in range(5):
-        native.packed_w8a8([x], packed, scale, None, False)
+        native.packed_w8a8([x], packed, scale, None, PLAIN)
     assert resident() - before < 64e6, "more than two of the five outputs, which are of 32 MB"
 
 
@@ -332,6 +356,35 @@ def test_what_lies_around_an_int8_layer_goes_into_it():
     assert {n.removesuffix("_packed") for n in half.constants()} == {
         f"{name}.{part}" for name in ("qkv", "up", "down") for part in ("weight", "scale", "bias")
     }
+
+
+def gated_layer(width: int, **changed) -> Captured:
+    """diffusers' own GEGLU, its Linear in int8."""
+    module = nn.Sequential(GatedLinear(64, width))
+    for name, value in changed.items():
+        vars(module[0])[name] = value
+    w8a8.to_8_bits(module, {"0.proj"}, "int8_dynamic")
+    return capture("gated", module, (random(2, 21, 64),), ("x",), ("y",))
+
+
+def test_a_gate_goes_into_the_int8_layer_before_it():
+    graph = gated_layer(96)
+    swapped = calling_kernels(graph)
+    assert [str(n.target) for n in swapped.gm.graph.nodes if n.op == "call_function"] == ["prebake.packed_w8a8.default"]
+    (x,) = graph.args
+    assert error(swapped.gm(x)[0], graph.gm(x)[0]) < 1e-6  # the same arithmetic, in eager
+
+
+@pytest.mark.parametrize(
+    ("width", "changed"),
+    [
+        pytest.param(40, {}, id="no whole panels"),
+        pytest.param(96, {"gelu": partial(nn.functional.gelu, approximate="tanh")}, id="another GELU"),
+    ],
+)
+def test_other_gates_are_left_to_inductor(width, changed):
+    graph = calling_kernels(gated_layer(width, **changed))
+    assert called(graph) == ["packed_w8a8", "gelu"]
 
 
 def test_a_picture_is_laid_out_once_and_stays_so():

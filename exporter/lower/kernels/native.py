@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import w8a8
 from . import archive, run
-from .operators import pack, pack_taps
+from .operators import PLAIN, pack, pack_taps
 from .rewrite import SDPA, fits
 
 HANDLES = cast(Any, torch._C)._aoti  # handles of AOTInductor are pointers to tensors, in Python capsules
@@ -49,13 +49,13 @@ class Native:
             address.restype = ctypes.c_void_p
             self._kernels[name] = ctypes.CFUNCTYPE(ctypes.c_int)(address())
 
-    def packed_w8a8(self, xs: list[Tensor], packed: Tensor, scale: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
+    def packed_w8a8(self, xs: list[Tensor], packed: Tensor, scale: Tensor, bias: Tensor | None, act: int) -> Tensor:
         with lent(*xs, packed, scale, *([] if bias is None else [bias])) as handles:
             many = (ctypes.c_void_p * len(xs))(*(h.value for h in handles[: len(xs)]))
             weight, factors, *rest = handles[len(xs) :]
             optional = ctypes.byref(rest[0]) if rest else None
             return self._call(
-                "packed_w8a8", many, ctypes.c_int64(len(xs)), weight, factors, optional, ctypes.c_int64(gelu)
+                "packed_w8a8", many, ctypes.c_int64(len(xs)), weight, factors, optional, ctypes.c_int64(act)
             )
 
     def packed_w8a8_conv2d(
@@ -80,7 +80,7 @@ class Native:
             x, weight, scale, bias = arguments
             packed = pack(weight)
             return lambda: self.packed_w8a8(
-                [x.contiguous()], packed, scale, None if bias is None else bias.float(), False
+                [x.contiguous()], packed, scale, None if bias is None else bias.float(), PLAIN
             )
         if op is w8a8.CONV2D.default:
             x, weight, scale, bias, kernel, *rest = arguments

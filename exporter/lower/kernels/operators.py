@@ -13,21 +13,33 @@ PANEL = 32
 """Columns side by side in a packed weight: PANEL in w8a8.cpp."""
 
 
-@torch.library.custom_op("prebake::packed_w8a8", mutates_args=())
-def packed_w8a8(xs: list[Tensor], packed: Tensor, scale: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
-    """`prebake::w8a8` of `xs` [..., K_i] side by side, with a weight packed by `pack`; [..., N] in the widest of their dtypes.
+PLAIN, GELU, GEGLU = range(3)
+"""What an int8 layer ends with: nothing, GELU by the hyperbolic tangent, or its first half of columns times GELU of the second."""
 
-    `scale` and `bias` are float32 [N]; `gelu` applies GELU, by the hyperbolic tangent, to what comes out.
+
+@torch.library.custom_op("prebake::packed_w8a8", mutates_args=())
+def packed_w8a8(xs: list[Tensor], packed: Tensor, scale: Tensor, bias: Tensor | None, act: int) -> Tensor:
+    """`prebake::w8a8` of `xs` [..., K_i] side by side, with a weight packed by `pack`, or by `pack_gated` for GEGLU.
+
+    `scale` and `bias` are float32 [N]. What comes out is [..., N], for GEGLU [..., N / 2], in the widest of the inputs' dtypes.
     """
     x = torch.cat(xs, -1)
-    y = w8a8(x, unpack(packed, x.shape[-1], len(scale)), scale, bias)
-    return torch.nn.functional.gelu(y, approximate="tanh") if gelu else y
+    weight = unpack(packed, x.shape[-1], len(scale))
+    if act == GEGLU:
+        weight = weight[:, gated(len(scale)).argsort()].contiguous()
+    y = w8a8(x, weight, scale, bias)
+    if act == GELU:
+        return torch.nn.functional.gelu(y, approximate="tanh")
+    if act == GEGLU:
+        factors, gates = y.chunk(2, -1)
+        return factors * torch.nn.functional.gelu(gates)
+    return y
 
 
 @packed_w8a8.register_fake
-def _(xs: list[Tensor], packed: Tensor, scale: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
+def _(xs: list[Tensor], packed: Tensor, scale: Tensor, bias: Tensor | None, act: int) -> Tensor:
     dtype = functools.reduce(torch.promote_types, (x.dtype for x in xs))
-    return xs[0].new_empty(*xs[0].shape[:-1], len(scale), dtype=dtype)
+    return xs[0].new_empty(*xs[0].shape[:-1], len(scale) // (2 if act == GEGLU else 1), dtype=dtype)
 
 
 @torch.library.custom_op("prebake::packed_w8a8_conv2d", mutates_args=())
@@ -85,13 +97,23 @@ def pack(weight: Tensor) -> Tensor:
     return torch.cat([first.view(torch.int8), panels], 1).contiguous()
 
 
+def pack_gated(weight: Tensor) -> Tensor:
+    """The same for GEGLU, with a multiple of PANEL columns: each panel has some of the first half and their gates."""
+    return pack(weight[:, gated(weight.shape[1])])
+
+
+def gated(n: int) -> Tensor:
+    """The order of `pack_gated`: half a panel of columns, then those half of all columns further on."""
+    return torch.arange(n).reshape(2, -1, PANEL // 2).transpose(0, 1).flatten()
+
+
 def unpack(packed: Tensor, k: int, n: int) -> Tensor:
     """The int8 [K, N] that was packed."""
     panels = packed[:, 4 * PANEL :].reshape(len(packed), -1, PANEL, 4)
     return panels.permute(1, 3, 0, 2).reshape(-1, len(packed) * PANEL)[:k, :n].contiguous()
 
 
-def pack_taps(weight: Tensor, taps: int) -> Tensor:
+def pack_taps(weight: Tensor, taps: int = 1) -> Tensor:
     """int8 [taps * C, N] as convolution.cpp reads it: for each PANEL of columns what `pack` makes of every tap."""
     return torch.cat([pack(tap) for tap in weight.chunk(taps)], 1)
 

@@ -3,7 +3,7 @@
     before  y = gelu(w8a8(cat([a, b]), weight, scale, bias))
             z = w8a8_conv2d(x, weight, scale, bias, ...)
             o = scaled_dot_product_attention(q, k, v)
-    after   y = packed_w8a8([a, b], weight_packed, scale, bias, True)
+    after   y = packed_w8a8([a, b], weight_packed, scale, bias, GELU)
             z = packed_w8a8_conv2d(x, weight_packed, scale, bias, ...)
             o = attention(q, k, v, scale)
 
@@ -15,7 +15,9 @@ from __future__ import annotations
 import copy
 import operator
 import weakref
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +27,18 @@ from ...capture import Captured
 from ...rewrite.fold import get_tensor
 from ...rewrite.prune import prune
 from .. import w8a8
-from .operators import attention, pack_taps, packed_w8a8, packed_w8a8_conv2d, rotary
+from .operators import (
+    GEGLU,
+    GELU,
+    PANEL,
+    PLAIN,
+    attention,
+    pack_gated,
+    pack_taps,
+    packed_w8a8,
+    packed_w8a8_conv2d,
+    rotary,
+)
 
 aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default
@@ -36,9 +49,9 @@ SDPA_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal"
 class Packed:
     """A packed weight, and the one it is made from, which lives as long, so that its address stays its own."""
 
-    def __init__(self, weight: Tensor, taps: int):
+    def __init__(self, weight: Tensor, pack: Callable[[Tensor], Tensor]):
         self.weight = weight
-        self.tensor = pack_taps(weight, taps)
+        self.tensor = pack(weight)
 
 
 PACKED: weakref.WeakValueDictionary[tuple[Any, ...], Packed] = weakref.WeakValueDictionary()
@@ -63,32 +76,43 @@ def calling_kernels(graph: Captured) -> Captured:
 
 
 def multiply(gm: fx.GraphModule, node: fx.Node, kept: dict[str, Packed]) -> None:
-    """An int8 layer with what lies around it: a concatenation before, a GELU behind. Its packed weight is stored, its bias
-    in float32."""
+    """An int8 layer with what lies around it: a concatenation before, a GELU or GEGLU behind. Its packed weight is stored, its
+    bias in float32."""
     x, weight, scale, bias = arguments(node, ("x", "weight", "scale", "bias"))
-    weight, bias = stored(gm, node, weight, bias, kept)
-    last = gelu_of(node)
-    with gm.graph.inserting_before(node):
+    last, act = node, PLAIN
+    for code, found in ((GELU, gelu_of(node)), (GEGLU, geglu_of(node))):
+        if found:
+            last, act = found, code
+    weight, bias = stored(
+        gm, node, weight, bias, kept, ("gated", pack_gated) if act == GEGLU else ("packed", pack_taps)
+    )
+    with gm.graph.inserting_before(last):
         xs = [contiguous(gm, part) for part in joined(x)]
-        swap(gm, last or node, packed_w8a8, (xs, weight, scale, bias, last is not None))
+        swap(gm, last, packed_w8a8, (xs, weight, scale, bias, act))
 
 
 def convolve(gm: fx.GraphModule, node: fx.Node, kept: dict[str, Packed]) -> None:
     """An int8 convolution, of a picture that lies channels last."""
     x, weight, scale, bias, kernel, stride, padding = arguments(node, CONV2D_ARGUMENTS)
-    weight, bias = stored(gm, node, weight, bias, kept, taps=kernel * kernel)
+    weight, bias = stored(gm, node, weight, bias, kept, ("packed", partial(pack_taps, taps=kernel * kernel)))
     with gm.graph.inserting_before(node):
         x = contiguous(gm, x, torch.channels_last)
         swap(gm, node, packed_w8a8_conv2d, (x, weight, scale, bias, kernel, stride, padding))
 
 
 def stored(
-    gm: fx.GraphModule, node: fx.Node, weight: fx.Node, bias: fx.Node | None, kept: dict[str, Packed], taps: int = 1
+    gm: fx.GraphModule,
+    node: fx.Node,
+    weight: fx.Node,
+    bias: fx.Node | None,
+    kept: dict[str, Packed],
+    packing: tuple[str, Callable[[Tensor], Tensor]],
 ) -> tuple[fx.Node, fx.Node | None]:
-    """The weight as a kernel reads it, and the bias in float32, before the node that uses them."""
-    name = f"{weight.target}_packed"
+    """The weight as a kernel reads it, and the bias in float32, before the node that uses them. `packing` is what is added to its
+    name, and how it is made."""
+    name = f"{weight.target}_{packing[0]}"
     if name not in kept:
-        kept[name] = packed(get_tensor(gm, str(weight.target)), taps)
+        kept[name] = packed(get_tensor(gm, str(weight.target)), *packing)
         register(gm, name, kept[name].tensor)
     with gm.graph.inserting_before(node):
         if bias is not None and (value := get_tensor(gm, str(bias.target))).dtype != torch.float32:
@@ -115,11 +139,33 @@ def gelu_of(node: fx.Node) -> fx.Node | None:
     return reader
 
 
-def packed(weight: Tensor, taps: int) -> Packed:
-    key = (weight.data_ptr(), tuple(weight.shape), weight.stride(), taps)
+def geglu_of(node: fx.Node) -> fx.Node | None:
+    """The product of the node's first half of features and the exact GELU of its second, if nothing else reads either."""
+    halves = only_reader(node)
+    if halves is None or halves.target not in (aten.chunk.default, aten.split.Tensor):
+        return None
+    count, dim = arguments(halves, ("tensor", "parts", "dim"))[1:]
+    columns, rank = node.meta["val"].shape[-1], len(node.meta["val"].shape)
+    parts = {part.args[1]: part for part in halves.users}
+    whole = count == (2 if halves.target is aten.chunk.default else columns // 2) and columns % (2 * PANEL) == 0
+    if not whole or (dim or 0) % rank != rank - 1 or parts.keys() != {0, 1}:
+        return None
+    gelu, product = only_reader(parts[1]), only_reader(parts[0])
+    if gelu is None or gelu.target is not aten.gelu.default or gelu.kwargs.get("approximate", "none") != "none":
+        return None
+    fits = product is not None and product.target is aten.mul.Tensor and only_reader(gelu) is product
+    return product if fits and set(product.args) == {parts[0], gelu} else None
+
+
+def only_reader(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def packed(weight: Tensor, how: str, pack: Callable[[Tensor], Tensor]) -> Packed:
+    key = (weight.data_ptr(), tuple(weight.shape), weight.stride(), how)
     made = PACKED.get(key)
     if made is None:
-        made = PACKED[key] = Packed(weight, taps)
+        made = PACKED[key] = Packed(weight, pack)
     return made
 
 

@@ -43,32 +43,60 @@ INLINE __m512 gelu(__m512 x) {
     return _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1), power));
 }
 
-template <class T, bool GELU>
+// x Phi(x): Phi by formula 7.1.26 of Abramowitz and Stegun for the error function, within 1.5e-7.
+INLINE __m512 exact_gelu(__m512 x) {
+    __m512 size = _mm512_abs_ps(x), one = _mm512_set1_ps(1);
+    __m512 t = _mm512_div_ps(one, _mm512_fmadd_ps(size, _mm512_set1_ps(0.3275911f * 0.70710678f), one));
+    __m512 y = _mm512_set1_ps(1.061405429f);
+    for (float c : {-1.453152027f, 1.421413741f, -0.284496736f, 0.254829592f}) y = _mm512_fmadd_ps(y, t, _mm512_set1_ps(c));
+    __m512 tail = power_of_two(_mm512_mul_ps(_mm512_mul_ps(x, x), _mm512_set1_ps(-0.5f * LOG2E)));
+    tail = _mm512_mul_ps(_mm512_mul_ps(y, t), _mm512_mul_ps(tail, _mm512_set1_ps(0.5f)));
+    return _mm512_fnmadd_ps(size, tail, _mm512_max_ps(x, _mm512_setzero_ps()));
+}
+
+enum Act { PLAIN, GELU, GEGLU };  // as in operators.py
+
+template <class T, Act ACT>
 struct Layer {
-    int64_t rows, inner, columns, stride;  // of x [rows, inner], of y [rows, columns], of the quantized rows in bytes
+    int64_t rows, inner, columns, stride;  // of x [rows, inner] and the product [rows, columns], of the quantized rows in bytes
     const int8_t* panels;
     const float *scale, *bias;
     T* y;
+    int64_t wide = ACT == GEGLU ? columns / 2 : columns, share = ACT == GEGLU ? LANES : PANEL;  // of y, and of a panel's part of it
 
     template <int R>
-    INLINE void tile(const uint8_t* q, const float* factor, const int8_t* panel, int64_t row, int64_t column, Ahead ahead) const {
+    INLINE void tile(const uint8_t* q, const float* factor, const int8_t* panel, int64_t row, int64_t part, Ahead ahead) const {
         __m512i sums[R * VECTORS];
         unrolled<R * VECTORS>([&](auto i) ALWAYS { sums[i] = _mm512_loadu_si512(panel + i % VECTORS * 64); });
         unrolled<R * VECTORS>([&](auto i) ALWAYS {  // what is written at the end is on its way meanwhile
-            __builtin_prefetch(y + (row + i / VECTORS) * columns + column + i % VECTORS * LANES, 1);
+            if (ACT != GEGLU || i % VECTORS == 0) __builtin_prefetch(y + (row + i / VECTORS) * wide + part * share + i % VECTORS * LANES, 1);
         });
         multiply<Bytes, R, VECTORS>(q, stride, panel + VECTORS * 64, (inner + 3) / 4, sums, ahead);
+        __m512 scales[VECTORS], biases[VECTORS];
         unrolled<VECTORS>([&](auto v) ALWAYS {
-            int64_t at = column + v * LANES;
+            int64_t at = first_column(part, v);
             __mmask16 live = first_lanes(columns - at);
-            __m512 s = load(scale + at, live), b = bias ? load(bias + at, live) : _mm512_setzero_ps();
-            unrolled<R>([&](auto r) ALWAYS {
-                __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(sums[r * VECTORS + v]), s);
-                value = _mm512_fmadd_ps(value, _mm512_set1_ps(factor[r]), b);
-                store(y + (row + r) * columns + at, GELU ? gelu(value) : value, live);
+            scales[v] = load(scale + at, live);
+            biases[v] = bias ? load(bias + at, live) : _mm512_setzero_ps();
+        });
+        unrolled<R>([&](auto r) ALWAYS {
+            __m512 values[VECTORS], by = _mm512_set1_ps(factor[r]);
+            unrolled<VECTORS>([&](auto v) ALWAYS {
+                values[v] = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sums[r * VECTORS + v]), scales[v]), by, biases[v]);
             });
+            T* to = y + (row + r) * wide + part * share;
+            if constexpr (ACT == GEGLU) {
+                store(to, _mm512_mul_ps(values[0], exact_gelu(values[1])), 0xffff);
+            } else {
+                unrolled<VECTORS>([&](auto v) ALWAYS {
+                    store(to + v * LANES, ACT == GELU ? gelu(values[v]) : values[v], first_lanes(columns - first_column(part, v)));
+                });
+            }
         });
     }
+
+    // The column of the product that vector v of a panel begins with.
+    int64_t first_column(int64_t panel, int v) const { return panel * share + v * (ACT == GEGLU ? wide : LANES); }
 
     // A block of rows times one panel.
     void block(const uint8_t* q, const float* factors, int64_t first, int64_t panel) const {
@@ -76,19 +104,19 @@ struct Layer {
         int64_t count = std::min(rows - first, BLOCK);
         tiled<ROWS, 4, 2, 1>(count, [&](auto r, int64_t at) ALWAYS {
             int64_t row = first + at;
-            tile<r>(q + row * stride, factors + row, weights, row, panel * PANEL, next_panel(weights, inner, at, r, count));
+            tile<r>(q + row * stride, factors + row, weights, row, panel, next_panel(weights, inner, at, r, count));
         });
     }
 };
 
-template <class T, bool GELU>
+template <class T, Act ACT>
 void run(const std::vector<Part>& x, int64_t rows, int64_t columns, const int8_t* panels, const float* scale, const float* bias, T* y) {
     int64_t inner = 0;
     for (const Part& part : x) inner += part.width;
     int64_t stride = row_bytes(inner);
     Room<uint8_t> q(rows * stride);
     Room<float> factors(rows);
-    Layer<T, GELU> layer{rows, inner, columns, stride, panels, scale, bias, y};
+    Layer<T, ACT> layer{rows, inner, columns, stride, panels, scale, bias, y};
     int64_t blocks = (rows + BLOCK - 1) / BLOCK, count = (columns + PANEL - 1) / PANEL;
     PARALLEL
     {
@@ -100,10 +128,10 @@ void run(const std::vector<Part>& x, int64_t rows, int64_t columns, const int8_t
 }  // namespace
 
 // y = act(concat(xs) W + bias). xs: contiguous [..., K_i], float32 or bfloat16, y: that of them which is wider; `packed`
-// as operators.py packs it; scale and bias float32 [N]; gelu: 1 for GELU by the hyperbolic tangent, 0 for nothing.
+// as operators.py packs it; scale and bias float32 [N].
 extern "C" AOTITorchError aoti_torch_cpu_packed_w8a8(
     const AtenTensorHandle* xs, int64_t parts, AtenTensorHandle packed, AtenTensorHandle scale, const AtenTensorHandle* bias,
-    int64_t gelu, AtenTensorHandle* y) {
+    int64_t act, AtenTensorHandle* y) {
     return guarded([&] {
         std::vector<Part> x;
         std::vector<int64_t> sizes;
@@ -117,12 +145,17 @@ extern "C" AOTITorchError aoti_torch_cpu_packed_w8a8(
             if (!part.is_bfloat16()) dtype = part.dtype;
         }
         Tensor factors(scale);
-        sizes.back() = factors.sizes[0];
+        int64_t columns = factors.sizes[0];
+        sizes.back() = act == GEGLU ? columns / 2 : columns;
         Tensor out = Tensor::contiguous(sizes, dtype, y);
-        auto go = [&]<class T, bool GELU>(T* to, std::bool_constant<GELU>) {
-            run<T, GELU>(x, rows, sizes.back(), Tensor(packed).as<int8_t>(), factors.as<float>(), bias ? Tensor(*bias).as<float>() : nullptr, to);
+        auto go = [&]<class T, Act ACT>(T* to, std::integral_constant<Act, ACT>) {
+            run<T, ACT>(x, rows, columns, Tensor(packed).as<int8_t>(), factors.as<float>(), bias ? Tensor(*bias).as<float>() : nullptr, to);
         };
-        auto either = [&](auto* to) { gelu ? go(to, std::true_type{}) : go(to, std::false_type{}); };
-        out.is_bfloat16() ? either(out.as<half>()) : either(out.as<float>());
+        auto any = [&](auto* to) {
+            if (act == GELU) go(to, std::integral_constant<Act, GELU>());
+            else if (act == GEGLU) go(to, std::integral_constant<Act, GEGLU>());
+            else go(to, std::integral_constant<Act, PLAIN>());
+        };
+        out.is_bfloat16() ? any(out.as<half>()) : any(out.as<float>());
     });
 }

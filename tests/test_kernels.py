@@ -203,6 +203,40 @@ def test_the_convolutions_kernel_is_the_operator(native, dtype, shape, columns, 
     assert error(brighter, expected) > 5e-3 + EPSILON[dtype]  # the canary
 
 
+# --- few rows --------------------------------------------------------------------------------------------------------
+
+
+@runs_here
+@pytest.mark.parametrize("dtype", [FLOAT, HALF], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("rows", "inner", "columns"), [((1,), 64, 96), ((3, 1), 1000, 33), ((4,), 7, 5), ((2,), 80, 31)]
+)
+def test_few_rows_are_a_linear(native, dtype, rows, inner, columns):
+    x, weight = random(*rows, inner, dtype=dtype), random(columns, inner, dtype=dtype, seed=1)
+    for bias in (random(columns, dtype=dtype, seed=2), None):
+        exact = nn.functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
+        made = native.few_rows(x, weight, bias)
+        assert (made.shape, made.dtype) == (exact.shape, dtype)
+        assert error(made, exact) < EPSILON[dtype]  # float32 sums, and what is rounded once at the end
+    assert error(native.few_rows(x, weight * 1.01, None), exact) > EPSILON[dtype]  # the canary
+
+
+def test_linears_of_few_rows_are_found():
+    class Modulated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.many = nn.Linear(16, 24), nn.Linear(24, 24)
+
+        def forward(self, x: Tensor, time: Tensor) -> Tensor:
+            return self.many(x * self.one(nn.functional.silu(time)))
+
+    graph = capture("g", Modulated(), (random(1, 9, 24), random(1, 16)), ("x", "time"), ("y",))
+    swapped = calling_kernels(graph)
+    names = [str(n.target) for n in swapped.gm.graph.nodes]
+    assert [n for n in names if "linear" in n or "rows" in n] == ["prebake.few_rows.default", "aten.linear.default"]
+    assert torch.equal(swapped.gm(*graph.args)[0], graph.gm(*graph.args)[0])
+
+
 # --- attention -------------------------------------------------------------------------------------------------------
 
 

@@ -1,5 +1,5 @@
-"""CPU kernels of our own, for what AOTInductor leaves slow: attention, rotary embeddings, and int8 layers and convolutions
-with what lies around their product.
+"""CPU kernels of our own, for what AOTInductor leaves slow: attention, rotary embeddings, int8 layers and convolutions with
+what lies around their product, and layers of few rows.
 
 They are C++ in this folder, compiled when an artifact is exported and linked into its code, so that a runtime needs nothing
 for them: Inductor calls them by torch's C interface, as it calls its own. Written for AVX-512 with VNNI and BF16 (AMD from
@@ -21,7 +21,7 @@ from torch import fx
 
 from ....runtime.errors import ExportError
 from ..isa import LEVELS, host_flags
-from .operators import attention, packed_w8a8, packed_w8a8_conv2d, rotary
+from .operators import attention, few_rows, packed_w8a8, packed_w8a8_conv2d, rotary
 
 HERE = Path(__file__).parent
 LIBRARY = "prebake_kernels"
@@ -38,6 +38,7 @@ DECLARATIONS = {
     packed_w8a8_conv2d._opoverload: (
         f"AOTITorchError aoti_torch_cpu_packed_w8a8_conv2d({_ONE}, {_ONE}, {_ONE}, {_SOME}, int64_t, int64_t, int64_t, {_ONE}*)"
     ),
+    few_rows._opoverload: f"AOTITorchError aoti_torch_cpu_few_rows({_ONE}, {_ONE}, {_SOME}, {_ONE}*)",
     attention._opoverload: f"AOTITorchError aoti_torch_cpu_attention({_ONE}, {_ONE}, {_ONE}, double, {_ONE}*)",
     rotary._opoverload: f"AOTITorchError aoti_torch_cpu_rotary({_ONE}, {_ONE}, {_ONE}, int64_t, {_ONE}*)",
 }

@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import w8a8
 from . import archive, run
 from .operators import PLAIN, pack, pack_taps
-from .rewrite import SDPA, fits
+from .rewrite import LINEAR, SDPA, fits, is_few_rows
 
 HANDLES = cast(Any, torch._C)._aoti  # handles of AOTInductor are pointers to tensors, in Python capsules
 ctypes.pythonapi.PyCapsule_GetPointer.restype = ctypes.c_void_p
@@ -24,7 +24,7 @@ ctypes.pythonapi.PyCapsule_GetPointer.argtypes = [ctypes.py_object, ctypes.c_cha
 ctypes.pythonapi.PyCapsule_New.restype = ctypes.py_object
 ctypes.pythonapi.PyCapsule_New.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
 
-NAMES = ("packed_w8a8", "packed_w8a8_conv2d", "attention", "rotary")
+NAMES = ("packed_w8a8", "packed_w8a8_conv2d", "few_rows", "attention", "rotary")
 ADDRESS = "extern int aoti_torch_cpu_{name}();\nvoid* {name}(void) {{ return aoti_torch_cpu_{name}; }}\n"
 """The kernels are hidden in what they are linked into: a function that is not says where each of them is."""
 
@@ -66,6 +66,10 @@ class Native:
             numbers = (ctypes.c_int64(n) for n in (kernel, stride, padding))
             return self._call("packed_w8a8_conv2d", picture, weight, factors, optional, *numbers)
 
+    def few_rows(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        with lent(x, weight, *([] if bias is None else [bias])) as (rows, by, *rest):
+            return self._call("few_rows", rows, by, ctypes.byref(rest[0]) if rest else None)
+
     def attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         with lent(q, k, v) as handles:
             return self._call("attention", *handles, ctypes.c_double(scale))
@@ -87,6 +91,10 @@ class Native:
             x, packed = x.contiguous(memory_format=torch.channels_last), pack_taps(weight, kernel * kernel)
             b = None if bias is None else bias.float()
             return lambda: self.packed_w8a8_conv2d(x, packed, scale, b, kernel, *rest)
+        if op is LINEAR and is_few_rows(*arguments):
+            return lambda: self.few_rows(
+                arguments[0].contiguous(), *arguments[1:], *([None] if len(arguments) == 2 else [])
+            )
         if op is SDPA and not keywords and len(arguments) == 3 and fits(*arguments):
             q, k, v = arguments
             return lambda: self.attention(q, k, v, q.shape[-1] ** -0.5)

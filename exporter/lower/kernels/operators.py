@@ -57,6 +57,17 @@ def _(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, kernel: int
     return x.new_empty(x.shape[0], high, wide, len(scale)).permute(0, 3, 1, 2)
 
 
+@torch.library.custom_op("prebake::few_rows", mutates_args=())
+def few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A Linear of few rows: x [..., K], weight [N, K] and bias [N], all float32 or all bfloat16; [..., N]."""
+    return torch.nn.functional.linear(x, weight, bias)
+
+
+@few_rows.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], len(weight))
+
+
 @torch.library.custom_op("prebake::attention", mutates_args=())
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """softmax(q kT scale) v without a mask, bfloat16: q [B, H, S, D], k and v [B, H, T, D]. Lies as [B, S, H, D] in memory."""

@@ -7,6 +7,7 @@
 
 #include <immintrin.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -40,6 +41,16 @@ INLINE void unrolled(F f) {
     [&]<int... I>(std::integer_sequence<int, I...>) ALWAYS {
         (f(std::integral_constant<int, I>{}), ...);
     }(std::make_integer_sequence<int, N>{});
+}
+
+// f(R, at) for n rows from `at` 0 on, so many as a tile has at a time: R are tiles' rows, the largest first, the last of them 1.
+template <int... R, class F>
+INLINE void tiled(int64_t n, F f) {
+    int64_t at = 0;
+    auto tiles = [&](auto r) ALWAYS {
+        for (; at + r <= n; at += r) f(r, at);
+    };
+    (tiles(std::integral_constant<int, R>()), ...);
 }
 
 // As text: gcc 12 copies and spills every sum when these are intrinsics (measured: half of the speed or less).

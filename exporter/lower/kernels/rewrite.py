@@ -7,7 +7,7 @@
             z = packed_w8a8_conv2d(x, weight_packed, scale, bias, ...)
             o = attention(q, k, v, scale)
 
-Attention in bfloat16 without a mask only: a kernel that changed a graph's precision would do it unasked.
+and `linear` of few rows is `few_rows`. Attention in bfloat16 without a mask only: a kernel that changed a graph's precision would do it unasked.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from .operators import (
     PANEL,
     PLAIN,
     attention,
+    few_rows,
     pack_gated,
     pack_taps,
     packed_w8a8,
@@ -41,6 +42,9 @@ from .operators import (
 )
 
 aten = torch.ops.aten
+LINEAR = aten.linear.default
+FEW_ROWS = 4
+"""What `few_rows.cpp` is for: with more, a product is not bound by reading its weight."""
 SDPA = aten.scaled_dot_product_attention.default
 CONV2D_ARGUMENTS = ("x", "weight", "scale", "bias", "kernel", "stride", "padding")
 SDPA_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
@@ -67,6 +71,8 @@ def calling_kernels(graph: Captured) -> Captured:
             multiply(gm, node, kept)
         elif node.target is w8a8.CONV2D.default:
             convolve(gm, node, kept)
+        elif node.target is LINEAR:
+            read_once(gm, node)
         elif node.target is SDPA:
             attend(gm, node)
         elif node.target is aten.add.Tensor:
@@ -184,6 +190,21 @@ def attend(gm: fx.GraphModule, node: fx.Node) -> None:
     with gm.graph.inserting_before(node):
         inside = [t if t.meta["val"].stride(-1) == 1 else contiguous(gm, t) for t in (q, k, v)]
         swap(gm, node, attention, (*inside, float(scale)))
+
+
+def read_once(gm: fx.GraphModule, node: fx.Node) -> None:
+    """A Linear of few rows, whose weight lies as it is read."""
+    x, weight, bias = arguments(node, ("input", "weight", "bias"))
+    if is_few_rows(*(n.meta["val"] for n in (x, weight, bias) if n is not None)):
+        with gm.graph.inserting_before(node):
+            swap(gm, node, few_rows, (contiguous(gm, x), weight, bias))
+
+
+def is_few_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+    """Whether `few_rows.cpp` multiplies such."""
+    alike = {t.dtype for t in (x, weight, bias) if t is not None}
+    rows = x.numel() // max(x.shape[-1], 1)
+    return alike in ({torch.float32}, {torch.bfloat16}) and 0 < rows <= FEW_ROWS and weight.is_contiguous()
 
 
 CASTS = (aten.to.dtype, aten._to_copy.default)

@@ -26,16 +26,6 @@ INLINE Ahead next_panel(const int8_t* panel, int64_t inner, int64_t at, int64_t 
     return {reinterpret_cast<const char*>(panel) + panel_bytes(inner) * (all + at) / all, PANEL * 4 * rows / all};
 }
 
-// f(R, at) for n rows from `at` 0 on, so many as a tile has at a time: R are tiles' rows, the largest first, the last of them 1.
-template <int... R, class F>
-INLINE void tiled(int64_t n, F f) {
-    int64_t at = 0;
-    auto tiles = [&](auto r) ALWAYS {
-        for (; at + r <= n; at += r) f(r, at);
-    };
-    (tiles(std::integral_constant<int, R>()), ...);
-}
-
 // A row given by `vectors(f)`, which calls f(values, first feature) for every 16 features, twice: as bytes plus 128, filled up
 // to a multiple of 16. Returns a / 127.5, with a = max |x|.
 template <class Vectors>

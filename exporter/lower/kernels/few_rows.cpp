@@ -12,14 +12,13 @@ template <int R, class T>
 INLINE void dots(const T* x, const T* weight, int64_t inner, int64_t columns, float bias, T* y) {
     __m512 sums[R * SUMS];
     unrolled<R * SUMS>([&](auto i) ALWAYS { sums[i] = _mm512_setzero_ps(); });
-    auto vector = [&](int64_t k, auto s) ALWAYS {
-        __mmask16 lanes = first_lanes(inner - k);
+    auto vector = [&](int64_t k, auto s, __mmask16 lanes) ALWAYS {
         __m512 w = load(weight + k, lanes);
         unrolled<R>([&](auto r) ALWAYS { sums[r * SUMS + s] = _mm512_fmadd_ps(load(x + r * inner + k, lanes), w, sums[r * SUMS + s]); });
     };
     int64_t k = 0;
-    for (; k + SUMS * LANES <= inner; k += SUMS * LANES) unrolled<SUMS>([&](auto s) ALWAYS { vector(k + s * LANES, s); });
-    for (; k < inner; k += LANES) vector(k, std::integral_constant<int, 0>());
+    for (; k + SUMS * LANES <= inner; k += SUMS * LANES) unrolled<SUMS>([&](auto s) ALWAYS { vector(k + s * LANES, s, 0xffff); });
+    for (; k < inner; k += LANES) vector(k, std::integral_constant<int, 0>(), first_lanes(inner - k));
     unrolled<R>([&](auto r) ALWAYS {
         __m512 sum = sums[r * SUMS];
         unrolled<SUMS - 1>([&](auto s) ALWAYS { sum = _mm512_add_ps(sum, sums[r * SUMS + s + 1]); });

@@ -157,9 +157,14 @@ def geglu_of(node: fx.Node) -> fx.Node | None:
     if not whole or (dim or 0) % rank != rank - 1 or parts.keys() != {0, 1}:
         return None
     gelu, product = only_reader(parts[1]), only_reader(parts[0])
-    if gelu is None or gelu.target is not aten.gelu.default or gelu.kwargs.get("approximate", "none") != "none":
+    if (
+        gelu is None
+        or product is None
+        or gelu.target is not aten.gelu.default
+        or gelu.kwargs.get("approximate", "none") != "none"
+    ):
         return None
-    fits = product is not None and product.target is aten.mul.Tensor and only_reader(gelu) is product
+    fits = product.target is aten.mul.Tensor and only_reader(gelu) is product
     return product if fits and set(product.args) == {parts[0], gelu} else None
 
 

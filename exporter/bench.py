@@ -21,7 +21,8 @@ import torch
 
 from ..runtime.artifact import Artifact, open_artifact, read_plans
 from ..runtime.attachment import FAMILY, placed
-from ..runtime.errors import ArtifactError, RecipeError
+from ..runtime.check import status_problems
+from ..runtime.errors import RecipeError, raise_all
 from ..runtime.manifest import Manifest, read_manifest
 from ..runtime.pipeline import Pipeline
 from ..runtime.plan import Plan
@@ -154,10 +155,7 @@ def read(folders: Sequence[Path], choices: Choices) -> tuple[Subject, ...]:
 
 def check(folder: Path, manifest: Manifest, other: Path, first: Manifest) -> None:
     """Raises ArtifactError for an artifact that failed, and RecipeError for one that draws something else."""
-    if manifest.status == "failed":
-        raise ArtifactError(
-            f"{folder}: its verification failed, see reports/; export again, or use `prebake verify` to look closer"
-        )
+    raise_all(folder, status_problems(manifest))
     if manifest.source.sha256 != first.source.sha256:
         raise RecipeError(
             f"{folder}: expected an artifact of the same model as {other} ({first.source.model!r}), this one is of "

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from .arguments import Argument, Output, bound, diffusers_class, leaves, name_problems
 from .artifact import Artifact, open_artifact
-from .check import Key, Trust
-from .errors import ArtifactError, misfit
+from .check import Key, Trust, status_problems
+from .errors import ArtifactError, misfit, raise_all
 from .plan import FROZEN, Call, Plan
 from .replay import Tensors, slots, store
 
@@ -64,10 +64,7 @@ def attach(
     """
     if not isinstance(artifact, Artifact):
         artifact = open_artifact(artifact, cache_dir=cache_dir, trust=trust, public_key=public_key)
-    if artifact.manifest.status == "failed":
-        raise ArtifactError(
-            f"{artifact.folder}: its verification failed, see reports/; export again, or use `prebake verify` to look closer"
-        )
+    raise_all(artifact.folder, status_problems(artifact.manifest))
     return placed(pipeline, artifact, cache)
 
 

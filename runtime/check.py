@@ -10,12 +10,13 @@ from __future__ import annotations
 import os
 import stat
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path, PurePosixPath
 from typing import Literal, get_args
 
-from .errors import ArtifactError, raise_all
+from .errors import ArtifactError, raise_all, unreadable
 from .files import TRUST, hash_problem, hashes_of, opened
 from .machine import machine_problems
 from .manifest import FileEntry, Graph, Manifest
@@ -26,6 +27,8 @@ from .verified import Marker
 
 FREE = "reports"  # anything may lie in this folder; nothing in it is ever opened
 UNLISTED = {"manifest.json", "signature.json"}  # neither can hold its own hash; see signature.py
+MANY = 5  # unlisted files of one folder that are named one by one
+LFS_BYTES = 1024  # a pointer of Git LFS is smaller
 Trust = Literal["hash", "signature", "size"]
 """`hash`: every file is what the manifest says. `signature`: so, and the holder of a key says that of the manifest. `size`:
 of the weights, which hold no code, only the sizes are compared."""
@@ -108,21 +111,44 @@ def file_problems(folder: Path, manifest: Manifest) -> Iterator[str]:
     listed = {entry.path: entry for entry in manifest.files}
     for entry in listed.values():
         yield from file_problem(folder, entry)
-    for path in sorted(present - listed.keys() - UNLISTED):
-        yield f"{path} is not in the manifest; remove it, or put it under {FREE}/ ({TRUST})"
+    yield from unlisted_problems(present - listed.keys() - UNLISTED)
+
+
+def unlisted_problems(paths: Collection[str]) -> Iterator[str]:
+    """A line for each, and one for all of a folder where there are many: the rest of another artifact, or a `.git`."""
+    for top, names in groupby(sorted(paths), key=lambda path: path.partition("/")[0]):
+        several = list(names)
+        if len(several) > MANY:
+            count = f"{top}/ has {len(several)} files that are not in the manifest, such as {several[0]}"
+            yield f"{count}; remove them, or put them under {FREE}/ ({TRUST})"
+        else:
+            yield from (f"{p} is not in the manifest; remove it, or put it under {FREE}/ ({TRUST})" for p in several)
 
 
 def file_problem(folder: Path, entry: FileEntry) -> Iterator[str]:
     """What the listed file's name and size show, if anything."""
     try:
         info = (folder / entry.path).stat()
+    except PermissionError as e:
+        yield f"{entry.path}: {unreadable(e, folder)}"
+        return
     except OSError:
         yield f"{entry.path} is missing, the manifest lists it; restore the file or export again"
         return
     if not stat.S_ISREG(info.st_mode):
         yield f"{entry.path} is not a plain file; restore the file or export again"
+    elif info.st_size != entry.size and is_lfs_pointer(folder / entry.path, info.st_size):
+        yield f"{entry.path} is a pointer of Git LFS, not the file itself; `git lfs pull` in the clone that it came from"
     elif info.st_size != entry.size:
         yield f"{entry.path} has {info.st_size} bytes, the manifest says {entry.size}; restore the file or export again"
+
+
+def is_lfs_pointer(path: Path, size: int) -> bool:
+    """Whether it is the small text that a clone without Git LFS has in a file's place."""
+    try:
+        return size < LFS_BYTES and path.read_bytes().startswith(b"version https://git-lfs.github.com/spec/")
+    except OSError:
+        return False
 
 
 def hash_problems(folder: Path, manifest: Manifest, hash_weights: bool = True) -> Iterator[str]:
@@ -134,7 +160,11 @@ def hash_problems(folder: Path, manifest: Manifest, hash_weights: bool = True) -
 def content_problems(manifest: Manifest, files: Mapping[str, int], *, hash_weights: bool = True) -> Iterator[str]:
     """Open files whose content is not what the exporter wrote; weights without their hash by size."""
     hashed = {path: d for path, d in files.items() if hash_weights or not path.startswith("weights/")}
-    came = hashes_of(hashed)
+    try:
+        came = hashes_of(hashed)
+    except OSError as e:
+        yield f"{e.filename}: {unreadable(e, 'FOLDER')}"
+        return
     for entry in manifest.files:
         if entry.path in hashed and came[entry.path] != entry.sha256:
             yield hash_problem(entry.path, came[entry.path], entry.sha256)
@@ -148,6 +178,12 @@ def _walk(folder: Path) -> Iterator[str]:
         name = path.relative_to(folder)
         if path.is_symlink() or (not path.is_dir() and name.parts[0] != FREE):
             yield name.as_posix()
+
+
+def status_problems(manifest: Manifest) -> Iterator[str]:
+    """A verification that failed, which `verify` alone goes past."""
+    if manifest.status == "failed":
+        yield "its verification failed, see reports/; export again, or use `prebake verify` to look closer"
 
 
 # --- whether the manifest and the plans agree with themselves -------------------------------------------------------

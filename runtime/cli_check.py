@@ -31,7 +31,9 @@ def add_check(subparsers: Any) -> None:
 def check(args: argparse.Namespace) -> int:
     """Prints what is wrong, a line each, or that nothing is. The exit code is that of a refused artifact where something is."""
     folder = Path(args.artifact)
-    found = [{"kind": kind, "problem": problem} for kind, problem in problems(folder)]
+    found = [
+        {"kind": kind, "problem": problem} for kind, problem in [*problems(folder)] or [*pipeline_problems(folder)]
+    ]
     if args.json:
         print(json.dumps({"artifact": str(folder), "ok": not found, "problems": found}, indent=2, ensure_ascii=False))
     else:
@@ -114,6 +116,24 @@ def content_problems(folder: Path, manifest: Manifest) -> Iterator[tuple[str, st
         yield from of_kind("code", backend(manifest.backend).package_problems(folder, manifest))
     except ArtifactError:
         return  # told as what this machine lacks
+
+
+def pipeline_problems(folder: Path) -> Iterator[tuple[str, str]]:
+    """What an artifact that opens is refused for as a pipeline: its verification, its family, its settings and tokenizers."""
+    import torch
+
+    from .artifact import Artifact, BoundGraph, read_plans
+    from .attachment import FAMILY, read_facts
+    from .check import status_problems
+    from .contract import Contract
+    from .families import family_of
+
+    manifest, cpu = read_manifest(folder), torch.device("cpu")
+    yield from of_kind("manifest", status_problems(manifest))
+    unopened = {graph.name: BoundGraph(graph, list, Contract(graph, cpu)) for graph in manifest.graphs}
+    artifact = Artifact(folder, manifest, cpu, {}, unopened, read_plans(folder, manifest), {})
+    look = read_facts if manifest.family == FAMILY else family_of
+    yield from of_kind("manifest", said(folder, lambda: look(artifact)))
 
 
 def said(folder: Path, look: Any) -> list[str]:

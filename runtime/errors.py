@@ -65,11 +65,19 @@ def raise_all(folder: object, problems: Iterable[str]) -> None:
 
 
 def misfit(file: object, error: ValidationError, *inside: str) -> str:
-    """`FILE [key.of.the.first.problem]: what is wrong there (n problems in all)`, for data that is not to its schema.
+    """`FILE [key.of.the.first.problem]: what is wrong there (3 problems in all)`, for data that is not to its schema.
 
     `inside` are the keys that lead to the validated part of the file. What is wrong with a whole file names no key.
     """
-    first = error.errors()[0]
+    first, count = error.errors()[0], error.error_count()
     where = ".".join((*inside, *(str(part) for part in first["loc"])))
     at = f" [{where}]" if where else ""
-    return f"{file}{at}: {first['msg'].removeprefix('Value error, ')} ({error.error_count()} problems in all)"
+    what = "is not a key that this version knows" if first["type"] == "extra_forbidden" else first["msg"]
+    return f"{file}{at}: {what.removeprefix('Value error, ')}" + (f" ({count} problems in all)" if count > 1 else "")
+
+
+def unreadable(error: OSError, folder: object) -> str:
+    """Why the system does not give a file of the artifact in `folder`, and the way out."""
+    if isinstance(error, PermissionError):
+        return f"this user may not read it ({error.strerror}); its owner can change that: chmod -R a+rX {folder}"
+    return f"cannot be read ({error.strerror}); if its disk is failing, restore the file on another one"

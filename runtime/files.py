@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from .errors import ArtifactError
+from .errors import ArtifactError, unreadable
 from .manifest import Manifest
 
 TRUST = "an artifact holds machine code, so take it only from someone you trust"
@@ -37,6 +37,8 @@ def open_plain(folder: Path, path: str) -> int:
                 at = _kept(stack, os.open(parent, FOLDER | os.O_NOFOLLOW, dir_fd=at))
             file = os.open(name, FILE, dir_fd=at)
     except OSError as e:
+        if isinstance(e, PermissionError):
+            raise ArtifactError(f"{folder}: {path}: {unreadable(e, folder)}") from e
         raise ArtifactError(
             f"{folder}: {path} cannot be opened as a plain file ({e.strerror}); restore the file or export again"
         ) from e
@@ -67,7 +69,10 @@ def read_listed(folder: Path, manifest: Manifest, path: str) -> bytes:
     """The bytes of a listed file, read once: what was hashed is what comes back. Raises ArtifactError where they are others."""
     expected = next(entry for entry in manifest.files if entry.path == path)
     with opened(folder, [path]) as files, open(files[path], "rb", closefd=False) as file:
-        data = file.read(expected.size + 1)
+        try:
+            data = file.read(expected.size + 1)
+        except OSError as e:
+            raise ArtifactError(f"{folder}: {path}: {unreadable(e, folder)}") from e
     came = hashlib.sha256(data).hexdigest()
     if came != expected.sha256:
         raise ArtifactError(f"{folder}: {hash_problem(path, came, expected.sha256)}")
@@ -93,7 +98,7 @@ def hashes_of(files: Mapping[str, int]) -> dict[str, str]:
 
     One file is the work of one thread, for SHA-256 goes through it in order. The caller's thread works too, and does what
     others could not: where memory is short, `threading.Thread.start` waits for ever for a thread that could not begin
-    (CPython 3.11), and so does a pool of them.
+    (CPython 3.11), and so does a pool of them. Raises OSError, with the path as its `filename`, for a file that cannot be read.
     """
     waiting = deque(sorted(files, key=lambda path: -os.fstat(files[path]).st_size))
     found: dict[str, str] = {}
@@ -110,15 +115,18 @@ def hashes_of(files: Mapping[str, int]) -> dict[str, str]:
                     busy.discard(path)
 
     def help_out() -> None:
-        with suppress(Exception):  # of which the caller's thread will tell
+        with suppress(Exception):  # of which the last loop will tell
             work()
 
     for _ in range(min(len(files), len(os.sched_getaffinity(0))) - 1):
         with suppress(RuntimeError, MemoryError):  # one thread fewer
             _thread.start_new_thread(help_out, ())
-    work()
+    help_out()
     while busy:
         time.sleep(0.001)
     for path in files.keys() - found.keys():
-        found[path] = sha256_of(files[path])
+        try:
+            found[path] = sha256_of(files[path])
+        except OSError as e:
+            raise OSError(e.errno, e.strerror, path) from e
     return found

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError
 
-from .errors import ArtifactError, misfit
+from .errors import ArtifactError, misfit, unreadable
 from .plan import FROZEN
 
 SCHEMA_VERSION = 1
@@ -164,18 +164,13 @@ class Manifest(BaseModel):
 def read_manifest(folder: Path) -> Manifest:
     """The folder's manifest. Raises ArtifactError when it is missing, not JSON, of another version, or not to schema."""
     path = folder / "manifest.json"
-    if not folder.is_dir():
-        raise ArtifactError(
-            f"{folder}: expected an artifact folder, found {'a file' if folder.exists() else 'nothing'}; make one with `prebake export`"
-        )
-    if not path.is_file():
-        raise ArtifactError(
-            f"{folder}: expected manifest.json in an artifact folder, found none; make one with `prebake export`"
-        )
     try:
         raw = json.loads(path.read_text("utf-8"))
+    except OSError as e:
+        raise ArtifactError(f"{folder}: {_unread(folder, e)}") from e
     except (ValueError, RecursionError) as e:
-        raise ArtifactError(f"{path}: expected JSON, but {e}; restore the file or export again") from e
+        came = e if path.stat().st_size else "the file is empty"
+        raise ArtifactError(f"{path}: expected JSON, but {came}; restore the file or export again") from e
     version = raw.get("schema_version") if isinstance(raw, dict) else None
     if version != SCHEMA_VERSION:
         raise ArtifactError(
@@ -186,3 +181,17 @@ def read_manifest(folder: Path) -> Manifest:
         return Manifest.model_validate(raw)
     except ValidationError as e:
         raise ArtifactError(f"{misfit(path, e)}; restore the file or export again") from e
+
+
+def _unread(folder: Path, error: OSError) -> str:
+    """What is in the way of reading the folder's manifest."""
+    if isinstance(error, PermissionError):
+        return f"manifest.json: {unreadable(error, folder)}"
+    if not folder.is_dir():
+        found = "a file" if folder.exists() else "nothing"
+        return f"expected an artifact folder, found {found}; make one with `prebake export`"
+    if isinstance(error, FileNotFoundError):
+        inside = next((path.parent for path in sorted(folder.glob("*/manifest.json"))), None)
+        way_out = f"there is one in {inside}" if inside else "make one with `prebake export`"
+        return f"expected manifest.json in an artifact folder, found none; {way_out}"
+    return f"manifest.json: {unreadable(error, folder)}"

@@ -18,8 +18,8 @@ import torch
 from .artifact import Artifact, open_artifact
 from .attachment import FAMILY
 from .begin import Asked, after_evaluation, begin, beginning, ended
-from .check import Key, Trust
-from .errors import ArtifactError
+from .check import Key, Trust, status_problems
+from .errors import ArtifactError, raise_all
 from .families import family_of
 from .noise import Generators, chosen, draw
 from .pictures import frames_out, pictures_out
@@ -52,10 +52,7 @@ def load(
     this machine.
     """
     artifact = open_artifact(folder, cache_dir=cache_dir, trust=trust, public_key=public_key, runners=runners)
-    if artifact.manifest.status == "failed":
-        raise ArtifactError(
-            f"{folder}: its verification failed, see reports/; export again, or use `prebake verify` to look closer"
-        )
+    raise_all(folder, status_problems(artifact.manifest))
     if artifact.manifest.family == FAMILY:
         raise ArtifactError(
             f"{folder}: holds the denoiser of {artifact.manifest.source.pipeline} alone; load that pipeline with diffusers and "

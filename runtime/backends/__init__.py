@@ -67,7 +67,8 @@ def backend(name: str) -> Backend:
     """The module of that name. Raises ArtifactError where there is none, or where what it needs is not installed."""
     if name not in names():
         raise ArtifactError(
-            f"manifest.json [backend]: {name!r} is not one that this runtime opens: {', '.join(names())}"
+            f"manifest.json [backend]: {name!r} is not one that this runtime opens: {', '.join(names())}; "
+            "install the prebake that wrote it, or export again with this one"
         )
     try:
         return cast(Backend, importlib.import_module(f".{name}", __name__))

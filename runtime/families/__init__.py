@@ -175,7 +175,8 @@ def family_of(artifact: Artifact) -> Family:
     name = artifact.manifest.family
     if name not in FAMILIES:
         raise ArtifactError(
-            f"{artifact.folder}: family {name!r} is not one that this runtime replays: {', '.join(FAMILIES)}"
+            f"{artifact.folder}: manifest.json [family]: {name!r} is not one that this runtime replays: {', '.join(FAMILIES)}; "
+            "install the prebake that wrote it, or export again with this one"
         )
     return getattr(importlib.import_module(f".{name}", __name__), FAMILIES[name])(artifact)
 
@@ -190,4 +191,4 @@ def read_settings(kind: type[SettingsT], artifact: Artifact) -> SettingsT:
     try:
         return kind.model_validate(artifact.manifest.pipeline)
     except ValidationError as e:
-        raise ArtifactError(f"{misfit('manifest.json', e, 'pipeline')}; export again") from e
+        raise ArtifactError(f"{misfit(artifact.folder / 'manifest.json', e, 'pipeline')}; export again") from e

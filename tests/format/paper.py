@@ -119,7 +119,11 @@ def manifest_of(folder):
         toolchain={},
         recipe={},
         defaults=Defaults(num_inference_steps=2, guidance_scale=3.5, height=8, width=8),
-        pipeline={"timestep_scale": 1.0},
+        pipeline={
+            "latents_shape": [1, 2, 6],
+            "timestep_scale": 1.0,
+            "text": {"graph": "full", "prompts": [], "embeds": {}},
+        },
         sites=(Site(name="s", slots=1, tensors=("a",)),),
         graphs=(full, reuse),
         plans={"2": "plans/2.json"},

@@ -177,7 +177,10 @@ RULES = {
         "[schema_version]: this runtime reads version 1, the file says None",
     ),
     "newer version": (field("schema_version", to=2), "[schema_version]: this runtime reads version 1, the file says 2"),
-    "unknown key": (field("trust_me", to=True), "manifest.json [trust_me]: Extra inputs are not permitted"),
+    "unknown key": (
+        field("trust_me", to=True),
+        "manifest.json [trust_me]: is not a key that this version knows; restore the file or export again",
+    ),
     "missing key": (lambda f: edit(f, lambda m: m.pop("requires")), "manifest.json [requires]: Field required"),
     "wrong type": (
         field("files", 0, "size", to="big"),

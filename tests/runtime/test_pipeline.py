@@ -271,7 +271,10 @@ def test_an_artifact_that_failed_verification_is_not_loaded(artifact_copy):
 
 def test_another_family_is_refused_by_name(artifact_copy, cache_dir):
     toy.edit_manifest(artifact_copy, family="dream")
-    with pytest.raises(ArtifactError, match="family 'dream' is not one that this runtime replays: cogvideox, flux, "):
+    with pytest.raises(
+        ArtifactError,
+        match=r"manifest\.json \[family\]: 'dream' is not one that this runtime replays: cogvideox, flux, ",
+    ):
         load(artifact_copy, cache_dir=cache_dir)
 
 

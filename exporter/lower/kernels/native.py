@@ -16,7 +16,8 @@ from torch import Tensor
 from .. import w8a8
 from . import archive, run
 from .operators import PLAIN, pack, pack_taps
-from .rewrite import LINEAR, SDPA, fits, is_few_rows
+from .products import LINEAR, is_few_rows
+from .rewrite import SDPA, fits
 
 HANDLES = cast(Any, torch._C)._aoti  # handles of AOTInductor are pointers to tensors, in Python capsules
 ctypes.pythonapi.PyCapsule_GetPointer.restype = ctypes.c_void_p

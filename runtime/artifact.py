@@ -10,6 +10,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import torch
 from pydantic import ValidationError
@@ -21,6 +22,7 @@ from .errors import ArtifactError, misfit, raise_all
 from .files import by_descriptor, read_listed
 from .manifest import Graph, Manifest, Site, read_manifest
 from .memory import memory_for
+from .offload import Asked, Guests, Rebound, Visiting, leaving
 from .plan import Plan
 from .replay import Tables, Tensors, Variant, tables_on
 from .runners import Runners, usual_count
@@ -93,32 +95,41 @@ def open_artifact(
     trust: Trust = "hash",
     public_key: Key | None = None,
     runners: int | None = None,
+    offload: Asked = False,
 ) -> Artifact:
     """The artifact in `folder`, checked and opened. Raises ArtifactError with all that is wrong with it.
 
     Machine code is unpacked to `cache_dir` (default: `$XDG_CACHE_HOME/prebake`), where is noted, too, which files have been
     hashed. `trust` says what is compared before anything is opened, see `check.Trust`; `public_key` goes with "signature".
-    `runners` calls may be at work at once, None = `runners.usual_count`.
+    `runners` calls may be at work at once, None = `runners.usual_count`; the weights of `offload` visit a GPU (`offload.py`).
     """
     folder, cache = Path(folder), Path(cache_dir) if cache_dir else None
     with memory_for(folder):
-        return _opened(folder, cache, trust, public_key, runners)
+        return _opened(folder, cache, trust, public_key, runners, offload)
 
 
-def _opened(folder: Path, cache: Path | None, trust: Trust, public_key: Key | None, count: int | None) -> Artifact:
+def _opened(
+    folder: Path, cache: Path | None, trust: Trust, public_key: Key | None, count: int | None, offload: Asked
+) -> Artifact:
     manifest = read_manifest(folder)
     with checked(folder, manifest, trust=trust, public_key=public_key, cache_dir=cache) as files:
         plans = read_plans(folder, manifest)
         device = device_of(manifest)
         runners = Runners(usual_count(device) if count is None else count)
+        variants = {name for plan in plans.values() for name in plan.variants()}
+        away = leaving(offload, manifest, variants)
+        guests = Guests(manifest, away, device) if away else None
         weights = map_weights(
             {folder / path: by_descriptor(files[path]) for path in weight_files(manifest)},
             device,
             manifest.channels_last,
             manifest.complex,
+            guests.to_device if guests else None,
         )
+        if guests:
+            guests.leave()
         tables = {name: tables_on(plan, device, timestep_scale(manifest)) for name, plan in plans.items()}
-    graphs = open_graphs(folder, manifest, weights, device, cache, runners.count)
+    graphs = open_graphs(folder, manifest, weights, device, cache, runners.count, guests)
     return Artifact(folder, manifest, device, weights, graphs, plans, tables, runners)
 
 
@@ -159,12 +170,19 @@ def open_graphs(
     device: torch.device,
     cache_dir: Path | None,
     runners: int = 1,
+    guests: Guests | None = None,
 ) -> dict[str, BoundGraph]:
-    """Every graph by name, its constants bound to `weights`. In the middle of it, the artifact's code is opened."""
+    """Every graph by name, its constants bound to `weights`, those of `guests` when they are there. In the middle of it, the
+    artifact's code is opened."""
     contracts = {graph.name: Contract(graph, device) for graph in manifest.graphs}
     constants = {graph.name: constants_of(graph, weights) for graph in manifest.graphs}
+    visits = {g.name: guests.needed(g.constants) for g in manifest.graphs} if guests else {}
+    visits = {name: needed for name, needed in visits.items() if needed}
 
-    models = backend(manifest.backend).open_models(Opening(folder, manifest, constants, device, cache_dir, runners))
+    opening = Opening(folder, manifest, constants, device, cache_dir, runners, later=visits.keys())
+    models = dict(backend(manifest.backend).open_models(opening))
+    for name, needed in visits.items():
+        models[name] = Visiting(cast(Rebound, models[name]), constants[name], needed)
     return {graph.name: BoundGraph(graph, models[graph.name], contracts[graph.name]) for graph in manifest.graphs}
 
 

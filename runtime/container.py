@@ -87,11 +87,14 @@ class Container:
         """Points every constant, by its name in the library, at the tensor. Nothing is copied.
 
         torch 2.13 takes a reference of its own to each and never gives it back (`MaybeOwningAtenTensorHandle`): a mapped file
-        stays mapped as long as the process lives, though its pages may leave memory.
+        stays mapped as long as the process lives, though its pages may leave memory. To bind again costs as little as that.
         """
-        self._constants += _aoti.unsafe_alloc_void_ptrs_from_tensors(list(tensors.values()))
-        entries = [Entry(name.encode(), _pointer(c, None)) for name, c in zip(tensors, self._constants, strict=True)]
+        before, fresh = list(self._constants), _aoti.unsafe_alloc_void_ptrs_from_tensors(list(tensors.values()))
+        self._constants += fresh
+        entries = [Entry(name.encode(), _pointer(c, None)) for name, c in zip(tensors, fresh, strict=True)]
         self._call(BIND, self._handle, (Entry * len(entries))(*entries), len(entries), False, True)
+        self._constants[:] = fresh  # in place: it is what `closed` will free
+        _aoti.alloc_tensors_by_stealing_from_void_ptrs(before)
 
     def run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The model's outputs, freshly allocated."""

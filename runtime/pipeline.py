@@ -22,6 +22,8 @@ from .check import Key, Trust, status_problems
 from .errors import ArtifactError, raise_all
 from .families import family_of
 from .noise import Generators, chosen, draw
+from .offload import Asked as Offload
+from .offload import stay
 from .pictures import frames_out, pictures_out
 from .plan import Plan
 from .recorded import loop_of
@@ -39,6 +41,7 @@ def load(
     trust: Trust = "hash",
     public_key: Key | None = None,
     runners: int | None = None,
+    offload: Offload = False,
 ) -> Pipeline:
     """The artifact in `folder`, checked, opened, and ready to be called.
 
@@ -48,10 +51,14 @@ def load(
     code is unpacked (default: `$XDG_CACHE_HOME/prebake`, private to the user), and where is noted which files were found
     right, so that they are not hashed again until they change; what that cannot see is in verified.py. `runners` is how many
     calls, from so many threads, are at work at once while others wait; by default on the CPU as many as there are cores for,
-    each with torch's number of threads, and one on a GPU. Raises ArtifactError with everything that is wrong, or does not fit
-    this machine.
+    each with torch's number of threads, and one on a GPU. `offload`, for artifacts of a GPU: True, or graphs such as
+    `["text_encoder"]`, keeps the weights of what runs once for a prompt in pinned memory of the host, and on the GPU only
+    while it runs; the denoiser and the decoder stay. Raises ArtifactError with everything that is wrong, or does not fit this
+    machine.
     """
-    artifact = open_artifact(folder, cache_dir=cache_dir, trust=trust, public_key=public_key, runners=runners)
+    artifact = open_artifact(
+        folder, cache_dir=cache_dir, trust=trust, public_key=public_key, runners=runners, offload=offload
+    )
     raise_all(folder, status_problems(artifact.manifest))
     if artifact.manifest.family == FAMILY:
         raise ArtifactError(
@@ -166,10 +173,12 @@ class Pipeline:
         after = self._after_step(callback_on_step_end, callback_on_step_end_tensor_inputs)
         self._interrupt = False
         with self.artifact.runners.one(cancel):
-            conditions = self.family.conditions(given, guidance_scale)
+            with stay():
+                conditions = self.family.conditions(given, guidance_scale)
             conditions = [c for c in conditions for _ in range(count)]
             generator = chosen(seed, generator, len(conditions))
-            start = begin(self.family, self.artifact, tables.plan, asked, len(conditions), generator)
+            with stay():
+                start = begin(self.family, self.artifact, tables.plan, asked, len(conditions), generator)
             noise = self._noise(tables, start.latents.shape, generator)
             finals = []
             for i, condition in enumerate(conditions):

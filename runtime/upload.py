@@ -71,6 +71,11 @@ def uploaded(
     return there
 
 
+def on_device(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """As they are on the CPU, and copies on any other device."""
+    return dict(tensors) if device.type == "cpu" else uploaded(tensors, device)
+
+
 def as_bytes(tensor: Tensor) -> Tensor:
     """The tensor's own memory, [nbytes]."""
     return tensor.reshape(-1).view(torch.uint8)

@@ -8,27 +8,33 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from .errors import ArtifactError
-from .upload import uploaded
+from .upload import on_device
+
+Tensors = dict[str, torch.Tensor]
 
 
 def map_weights(
-    files: Mapping[Path, Path], device: torch.device, channels_last: Collection[str] = (), complex: Collection[str] = ()
-) -> dict[str, torch.Tensor]:
-    """Key -> tensor over all files: mapped on the CPU, copied once to any other device.
+    files: Mapping[Path, Path],
+    device: torch.device,
+    channels_last: Collection[str] = (),
+    complex: Collection[str] = (),
+    to_device: Callable[[Tensors], Tensors] | None = None,
+) -> Tensors:
+    """Key -> tensor over all files: mapped on the CPU, copied once to any other device, by `to_device` where there is one.
 
     `files` are their names, for messages, and where to open them: a checked file by its descriptor (`files.by_descriptor`).
 
     Keys in `channels_last` are stored [N, H, W, C] and come out as [N, C, H, W] views, with the strides that compiled
     code expects; keys in `complex` are stored [..., 2] and come out as complex numbers [...]. Raises ArtifactError for a file that is not safetensors and for a key that occurs twice.
     """
-    tensors: dict[str, torch.Tensor] = {}
+    tensors: Tensors = {}
     for path, where in files.items():
         try:
             refuse_what_cannot_be_mapped(where)
@@ -39,8 +45,7 @@ def map_weights(
                     tensors[key] = file.get_tensor(key)
         except (SafetensorError, OSError) as e:
             raise ArtifactError(f"{path}: expected safetensors, but {e}; restore the file or export again") from e
-    if device.type != "cpu":
-        tensors = uploaded(tensors, device)
+    tensors = to_device(tensors) if to_device else on_device(tensors, device)
     for key in channels_last:
         if key not in tensors or tensors[key].dim() != 4:
             raise ArtifactError(

@@ -29,7 +29,8 @@ Model = Callable[[Sequence["torch.Tensor"]], list["torch.Tensor"]]
 class Opening:
     """What an artifact's graphs are opened from. `constants` are each graph's own, tensors on `device` that several graphs
     share and that outlive the models; `cache_dir` is where machine code may be kept, None = where it usually is. No more than
-    `runners` threads call at once."""
+    `runners` threads call at once. Constants of the graphs in `later` have no memory yet: they are compared, and bound by
+    the models' `bind` before each call, if they have moved (`offload.py`)."""
 
     folder: Path
     manifest: Manifest
@@ -37,6 +38,7 @@ class Opening:
     device: torch.device
     cache_dir: Path | None = None
     runners: int = 1
+    later: Collection[str] = ()
 
     def code(self, path: str) -> bytes:
         """A listed file, read once: what was hashed is what is opened. Raises ArtifactError where it is another."""
@@ -44,6 +46,8 @@ class Opening:
 
 
 class Backend(Protocol):
+    """A module may also have `REBINDS = True`: its models have a method `bind`, for constants whose address has changed."""
+
     def problems(self, requires: Requires) -> Iterator[str]:
         """What this process lacks of what the code needs, a sentence each. Nothing of the artifact has been opened."""
         ...

@@ -25,6 +25,8 @@ from ..manifest import Manifest, Requires
 from ..unpack import read_members, unpacked
 from . import Opening, refuse_unbound
 
+REBINDS = True
+
 
 def problems(requires: Requires) -> Iterator[str]:
     """On the CPU none: torch's version, which is all that this needs, is compared for every backend. Where there is a GPU, its
@@ -35,13 +37,15 @@ def problems(requires: Requires) -> Iterator[str]:
 
 
 def open_models(opening: Opening) -> dict[str, NativeModel]:
-    """Every graph by name, its constants bound. From its second half on, the artifact's code runs."""
+    """Every graph by name, its constants bound, or compared where that is for later. From its second half on, the artifact's
+    code runs."""
     models: dict[str, NativeModel] = {}
     for package, wanted in packages(opening.manifest).items():
         models.update(open_package(opening, package, wanted))
     for graph in opening.manifest.graphs:
         models[graph.name].check_counts(len(graph.inputs), len(graph.outputs))
-        models[graph.name].bind(opening.constants[graph.name])
+        taken = models[graph.name].check if graph.name in opening.later else models[graph.name].bind
+        taken(opening.constants[graph.name])
     return models
 
 
@@ -133,7 +137,7 @@ class NativeModel:
         References to them are kept for the life of the process, by torch. Raises ArtifactError unless `tensors` has exactly the
         model's constants, with the dtypes and the numbers of bytes that it was compiled for.
         """
-        self._check_constants(tensors)
+        self.check(tensors)
         by_internal_name = {self._internal[fqn]: tensor for fqn, tensor in tensors.items()}
         if self._container:
             self._container.bind(by_internal_name)
@@ -155,7 +159,8 @@ class NativeModel:
             raise ArtifactError(f"graph {self.name!r}: called before its {len(self._internal)} constants were bound")
         return self._container.run(inputs) if self._container else self._runner.run(list(inputs))
 
-    def _check_constants(self, tensors: Mapping[str, torch.Tensor]) -> None:
+    def check(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Raises ArtifactError for what `bind` would not take. Their memory is not looked at."""
         refuse_unbound(self.name, self.constants, tensors)
         if unknown := sorted(tensors.keys() - self.constants):
             raise ArtifactError(

@@ -20,9 +20,10 @@ from .check import Key, Trust, checked, plan_problems
 from .contract import Contract, torch_dtype
 from .errors import ArtifactError, misfit, raise_all
 from .files import by_descriptor, read_listed
+from .gpu_memory import gpu_memory_for
 from .manifest import Graph, Manifest, Site, read_manifest
 from .memory import memory_for
-from .offload import Asked, Guests, Rebound, Visiting, leaving
+from .offload import Asked, Guests, Rebound, Visiting, leaving, once_for_a_prompt
 from .plan import Plan
 from .replay import Tables, Tensors, Variant, tables_on
 from .runners import Runners, usual_count
@@ -48,7 +49,7 @@ class BoundGraph:
 @dataclass(frozen=True)
 class Artifact:
     """An open artifact. `graphs` and `plans` are by name; `device` is where every tensor of a call must lie; whoever calls
-    graphs from several threads holds one of `runners` meanwhile."""
+    graphs from several threads holds one of `runners` meanwhile. The weights of `away` are on the device only while they run."""
 
     folder: Path
     manifest: Manifest
@@ -58,6 +59,7 @@ class Artifact:
     plans: Mapping[str, Plan]
     tables: Mapping[str, Tables]
     runners: Runners = field(default_factory=lambda: Runners(1), compare=False)
+    away: tuple[str, ...] = ()
     _tails: dict[tuple[str, int], Tables] = field(default_factory=dict, repr=False, compare=False)
 
     def tables_from(self, name: str, step: int) -> Tables:
@@ -119,18 +121,20 @@ def _opened(
         variants = {name for plan in plans.values() for name in plan.variants()}
         away = leaving(offload, manifest, variants)
         guests = Guests(manifest, away, device) if away else None
-        weights = map_weights(
-            {folder / path: by_descriptor(files[path]) for path in weight_files(manifest)},
-            device,
-            manifest.channels_last,
-            manifest.complex,
-            guests.to_device if guests else None,
-        )
-        if guests:
-            guests.leave()
+        able = () if away else once_for_a_prompt(manifest, variants)
+        with gpu_memory_for(folder, "weights were loaded", manifest, device, able):
+            weights = map_weights(
+                {folder / path: by_descriptor(files[path]) for path in weight_files(manifest)},
+                device,
+                manifest.channels_last,
+                manifest.complex,
+                guests.to_device if guests else None,
+            )
+            if guests:
+                guests.leave()
         tables = {name: tables_on(plan, device, timestep_scale(manifest)) for name, plan in plans.items()}
     graphs = open_graphs(folder, manifest, weights, device, cache, runners.count, guests)
-    return Artifact(folder, manifest, device, weights, graphs, plans, tables, runners)
+    return Artifact(folder, manifest, device, weights, graphs, plans, tables, runners, away)
 
 
 def device_of(manifest: Manifest) -> torch.device:

@@ -25,6 +25,7 @@ from .arguments import Argument, Output, bound, diffusers_class, leaves, name_pr
 from .artifact import Artifact, open_artifact
 from .check import Key, Trust, status_problems
 from .errors import ArtifactError, misfit, raise_all
+from .gpu_memory import gpu_memory_for
 from .plan import FROZEN, Call, Plan
 from .replay import Tensors, slots, store
 
@@ -120,7 +121,8 @@ def computed(artifact: Artifact, run: Run, call: Call, given: Tensors) -> Tensor
             "coefficients": artifact.tables[run.plan.name].coefficients[run.evaluation],
             **slots(bound_graph.graph, stored),
         }
-    result = bound_graph(given)
+    with gpu_memory_for(artifact.folder, "the denoiser ran", artifact.manifest, artifact.device):
+        result = bound_graph(given)
     store(bound_graph.graph, artifact.sites, stored, result)
     run.advance()
     return result["sample"]

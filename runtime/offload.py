@@ -87,15 +87,20 @@ def leaving(asked: Asked, manifest: Manifest, variants: Collection[str]) -> tupl
             f"offload={asked!r}: code of the backend {manifest.backend!r} keeps its weights to itself; leave it out, or export "
             "with compile.backend=aoti"
         )
-    able = [g.name for g in manifest.graphs if g.name not in variants and g.name != DECODER]
+    able = once_for_a_prompt(manifest, variants)
     if asked is True:
-        return tuple(able)
+        return able
     if staying := [name for name in asked if name not in able]:
         raise ArtifactError(
             f"offload={asked!r}: {staying[0]!r} is not among the graphs that run once for a prompt: {', '.join(able) or 'none'}; "
             "denoiser and decoder stay on the device"
         )
     return tuple(name for name in able if name in asked)
+
+
+def once_for_a_prompt(manifest: Manifest, variants: Collection[str]) -> tuple[str, ...]:
+    """The graphs that are neither of the denoiser's nor the decoder."""
+    return tuple(g.name for g in manifest.graphs if g.name not in variants and g.name != DECODER)
 
 
 def owners(manifest: Manifest, graphs: Sequence[str]) -> dict[str, dict[str, None]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,9 +22,10 @@ from .begin import Asked, after_evaluation, begin, beginning, ended
 from .check import Key, Trust, status_problems
 from .errors import ArtifactError, raise_all
 from .families import family_of
+from .gpu_memory import gpu_memory_for
 from .noise import Generators, chosen, draw
 from .offload import Asked as Offload
-from .offload import stay
+from .offload import once_for_a_prompt, stay
 from .pictures import frames_out, pictures_out
 from .plan import Plan
 from .recorded import loop_of
@@ -172,7 +174,7 @@ class Pipeline:
         refuse_unusable("guidance_scale", guidance_scale)
         after = self._after_step(callback_on_step_end, callback_on_step_end_tensor_inputs)
         self._interrupt = False
-        with self.artifact.runners.one(cancel):
+        with self.artifact.runners.one(cancel), self._memory():
             with stay():
                 conditions = self.family.conditions(given, guidance_scale)
             conditions = [c for c in conditions for _ in range(count)]
@@ -251,6 +253,13 @@ class Pipeline:
         if count < 1:
             raise ArtifactError(f"num_{name}_per_prompt={count}: expected 1 or more")
         return count
+
+    def _memory(self) -> AbstractContextManager[None]:
+        """Inside, the GPU's memory that ran out is told in a sentence."""
+        artifact = self.artifact
+        able = () if artifact.away else once_for_a_prompt(artifact.manifest, self._variants)
+        doing = f"{self.family.makes} were made"
+        return gpu_memory_for(artifact.folder, doing, artifact.manifest, artifact.device, able)
 
     def _check_choices(self, output_type: str, callback_inputs: Sequence[str]) -> None:
         if output_type not in OUTPUT_TYPES:

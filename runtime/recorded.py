@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from .errors import ArtifactError
+from .gpu_memory import ran_out_there
 from .manifest import Manifest, Site
 from .replay import Tables, Variant, replay
 
@@ -112,6 +113,8 @@ class RecordedLoop:
         try:
             made, launch = self._record(lambda: replay(recording.tables, variants, sites, inputs, latents, noise=noise))
         except RuntimeError as e:
+            if ran_out_there(e):
+                raise
             why = str(e).strip().splitlines()[0]
             raise ArtifactError(
                 f"manifest.json [recipe.compile.options.{OPTION}]: this torch could not record plan {recording.tables.plan.name!r} "

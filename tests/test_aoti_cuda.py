@@ -6,6 +6,8 @@ One test, marked `gpu`, exports and replays on one.
 from __future__ import annotations
 
 import copy
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -143,6 +145,19 @@ def needed(**packages: str) -> Requires:
 
 def test_a_capability_has_the_name_that_nvidia_gives_it():
     assert [gpu.named(c) for c in ((9, 0), (12, 1))] == ["sm90", "sm121"]
+
+
+@pytest.mark.parametrize("takes", [3, 5])
+def test_torchs_runner_is_asked_for_the_single_threaded_entry_where_it_has_one(monkeypatch, takes):
+    def runner(*given):
+        if len(given) > takes:
+            raise TypeError("incompatible constructor arguments")
+        return given
+
+    fake = SimpleNamespace(AOTIModelContainerRunnerCuda=runner)
+    monkeypatch.setattr(runtime_aoti, "_aoti", fake)
+    made = runtime_aoti.cuda_runner(Path("model.so"), torch.device("cuda", 0))
+    assert made == ("model.so", 1, "cuda:0", "", True)[:takes]
 
 
 # --- layers in 8 bits ----------------------------------------------------------------------------------------------------

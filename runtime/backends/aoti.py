@@ -97,15 +97,21 @@ def open_model(so: Path, device: torch.device, runners: int = 1) -> NativeModel:
     """
     try:
         # One instance: its `run` holds Python's lock, so a second one would never be used.
-        if device.type == "cuda":
-            runner = _aoti.AOTIModelContainerRunnerCuda(str(so), 1, str(device))
-        else:
-            runner = _aoti.AOTIModelContainerRunnerCpu(str(so), 1)
+        runner = cuda_runner(so, device) if device.type == "cuda" else _aoti.AOTIModelContainerRunnerCpu(str(so), 1)
         return NativeModel(so.parent.name, runner, container(so.parent.name, so, runners, device))
     except RuntimeError as e:
         raise ArtifactError(
             f"{so}: expected a model compiled by AOTInductor, but {_first_line(e)}; {_way_out(so, e)}"
         ) from e
+
+
+def cuda_runner(so: Path, device: torch.device) -> Any:
+    """torch's own runner, by the library's single-threaded entry, where this torch lets Python ask for that: a CUDA graph
+    cannot record the other."""
+    try:
+        return _aoti.AOTIModelContainerRunnerCuda(str(so), 1, str(device), "", True)
+    except TypeError:
+        return _aoti.AOTIModelContainerRunnerCuda(str(so), 1, str(device))
 
 
 def _way_out(so: Path, error: RuntimeError) -> str:

@@ -33,6 +33,7 @@ from .families.picture import VAE_ENCODER
 from .guidance import with_planes
 from .layout import Layout
 from .lower import backend
+from .lower.cuda_attention import attention_by
 from .making import Making
 from .marks import Mark, Variant
 from .package import Weights
@@ -157,9 +158,12 @@ def lower(
     """The graphs as the backend has rewritten them, and graph -> path of its code in the folder."""
     config = prepared.recipe.compile
     lowering = backend(config.backend)
-    graphs = {
-        component: tuple(lowering.rewritten(g, config) for g in group) for component, group in prepared.graphs.items()
+    asked = prepared.recipe.attention.backend
+    chosen = {
+        component: tuple(attention_by(g, asked) for g in group) if component.startswith("denoiser") else group
+        for component, group in prepared.graphs.items()
     }
+    graphs = {component: tuple(lowering.rewritten(g, config) for g in group) for component, group in chosen.items()}
     with progress.stage("lower", sum(map(len, graphs.values()))):
         making = Making.of(prepared.recipe, prepared.source.model, store, progress)
         paths = lowering.lower(folder, graphs, config, making)

@@ -115,10 +115,11 @@ class Fp8Dynamic(Dynamic):
 
 
 class Attention(Table):
-    """The denoiser's. `backend` is which implementation is captured: `sdpa` is
-    `torch.nn.functional.scaled_dot_product_attention`. `dtype` is what it is computed in; None = the denoiser's own."""
+    """The denoiser's. `backend` is `sdpa`, `torch.nn.functional.scaled_dot_product_attention` by the kernel that torch or the
+    backend prefers, or on a GPU one of torch's own kernels (`torch.nn.attention.SDPBackend`). `dtype` is what it is computed
+    in; None = the denoiser's own."""
 
-    backend: Literal["sdpa"] = "sdpa"
+    backend: Literal["sdpa", "cudnn", "flash", "efficient", "math"] = "sdpa"
     dtype: Dtype | None = None
 
 
@@ -272,6 +273,18 @@ def _impossible(r: Recipe) -> Iterator[Problem]:
         yield (
             ("compile.isa", "compile.device"),
             f'isa = "{r.compile.isa}" names a CPU instruction set, and device is "cuda"; leave isa at "host"',
+        )
+    chosen = r.attention.backend
+    if chosen != "sdpa" and (r.compile.backend, r.compile.device) != ("aoti", "cuda"):
+        yield (
+            ("attention.backend", "compile.backend", "compile.device"),
+            f'backend = "{chosen}" is a kernel that torch has for GPUs; leave it at "sdpa", or export with compile.backend = '
+            '"aoti" and compile.device = "cuda"',
+        )
+    if chosen in ("cudnn", "flash") and (r.attention.dtype or r.precision.denoiser) == "float32":
+        yield (
+            ("attention.backend", "attention.dtype", "precision.denoiser"),
+            f'backend = "{chosen}" computes in bfloat16 or float16, and attention is in float32; set attention.dtype = "bfloat16"',
         )
     for steps in r.sampler.steps or ():
         try:

@@ -44,8 +44,11 @@ CACHED = ("verify.cached_psnr_db=20", "sampler.steps=6")
 COMPILE = {f"compile.{key}" for key in Compile.model_fields}
 """In the key as they are."""
 
-SINGLE = {"attention.backend", "shapes.batch"}
+SINGLE = {"shapes.batch"}
 """Of one value only, as yet."""
+
+ON_A_GPU = {"attention.backend"}
+"""Of one value only on the CPU; see test_cuda_attention.py."""
 
 GRAPHS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "model.id": ("flux", (), "model.id=tiny:flux-schnell"),
@@ -143,7 +146,7 @@ def fields() -> set[str]:
 
 def decided() -> list[str]:
     of_caches = [f"cache[{method}].{key}" for method, keys in VARIANTS.items() for key in keys.split()]
-    return [*COMPILE, *SINGLE, *GRAPHS, *NEUTRAL, *ELSEWHERE, *of_caches]
+    return [*COMPILE, *SINGLE, *ON_A_GPU, *GRAPHS, *NEUTRAL, *ELSEWHERE, *of_caches]
 
 
 def test_every_field_of_a_recipe_is_decided():

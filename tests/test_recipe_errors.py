@@ -73,6 +73,18 @@ FILES = {
         ' [precision]: vae = "float16" is not possible on device "cpu"; use "bfloat16" or "float32", or device "cuda"'
     ),
     "[compile]\ndevice = 'cuda'\nisa = 'native'": ' [compile]: isa = "native" names a CPU instruction set, and device is "cuda"; leave isa at "host"',
+    "[attention]\nbackend = 'flash'\ndtype = 'bfloat16'": (
+        ' [attention]: backend = "flash" is a kernel that torch has for GPUs; leave it at "sdpa", or export with '
+        'compile.backend = "aoti" and compile.device = "cuda"'
+    ),
+    "[attention]\nbackend = 'cudnn'\n[compile]\nbackend = 'tensorrt'\ndevice = 'cuda'\n[precision]\ndenoiser = 'bfloat16'": (
+        ' [attention]: backend = "cudnn" is a kernel that torch has for GPUs; leave it at "sdpa", or export with '
+        'compile.backend = "aoti" and compile.device = "cuda"'
+    ),
+    "[attention]\nbackend = 'cudnn'\n[compile]\ndevice = 'cuda'": (
+        ' [attention]: backend = "cudnn" computes in bfloat16 or float16, and attention is in float32; set attention.dtype = '
+        '"bfloat16"'
+    ),
     "[compile.inductor]\nx = [1]": " [compile]: key 'inductor': flag 'x' is a list, expected a boolean, a number or a string",
 }
 

@@ -21,6 +21,7 @@ from ...runtime.errors import ExportError, RecipeError
 from ...runtime.gpu import CAPABILITY, CUDA, named
 from ..capture import Captured
 from . import w8a8
+from .cuda_attention import refuse_attention
 
 FP8_FROM = (8, 9)
 """The compute capability from which GPUs multiply float8."""
@@ -146,13 +147,14 @@ def quantized(model: nn.Module, names: set[str], method: str) -> None:
 
 def onto(graph: Captured, device: torch.device) -> Captured:
     """The graph on a device: its constants and examples copied there, and every operator that makes tensors making them
-    there. Constants that are one tensor stay one. Raises ExportError for an operator that is the CPU's own."""
-    moved: dict[int, Tensor] = {}
+    there. Constants that are one tensor stay one. Raises ExportError for an operator that is the CPU's own, and for
+    attention by a kernel that the GPU lacks."""
+    copies: dict[int, Tensor] = {}
 
     def there(tensor: Tensor) -> Tensor:
-        if id(tensor) not in moved:
-            moved[id(tensor)] = tensor.detach().to(device)
-        return moved[id(tensor)]
+        if id(tensor) not in copies:
+            copies[id(tensor)] = tensor.detach().to(device)
+        return copies[id(tensor)]
 
     gm = fx.GraphModule(graph.gm, copy.deepcopy(graph.gm.graph))
     for node in gm.graph.nodes:
@@ -170,7 +172,10 @@ def onto(graph: Captured, device: torch.device) -> Captured:
         if isinstance(value := node.meta.get("val"), Tensor):
             node.meta["val"] = value.to(device)
     gm.recompile()
-    return replace(graph, gm=gm, args=tuple(a.to(device) for a in graph.args))
+    moved = replace(graph, gm=gm, args=tuple(a.to(device) for a in graph.args))
+    if device.type == "cuda":
+        refuse_attention(moved)
+    return moved
 
 
 def put(owner: nn.Module, leaf: str, tensor: Tensor) -> None:

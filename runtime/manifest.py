@@ -194,4 +194,6 @@ def _unread(folder: Path, error: OSError) -> str:
         inside = next((path.parent for path in sorted(folder.glob("*/manifest.json"))), None)
         way_out = f"there is one in {inside}" if inside else "make one with `prebake export`"
         return f"expected manifest.json in an artifact folder, found none; {way_out}"
+    if isinstance(error, IsADirectoryError):
+        return "manifest.json is a folder; restore the file or export again"
     return f"manifest.json: {unreadable(error, folder)}"

@@ -93,6 +93,43 @@ def test_a_session_reads_the_tensors_it_was_given_and_no_copy_of_them(tmp_path):
     assert session.run(None, x)[0][0, 0] == 1
 
 
+class Folded(nn.Module):
+    """What is computed of constants alone is computed by the optimizer, before any kernel runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((4,), 2.0))
+
+    def forward(self, x):
+        return (x * (self.scale + 1),)
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_weights_that_are_replaced_after_the_check_are_not_read(tmp_path, by_name):
+    """And would be, had the optimizer only the name of their file."""
+    from safetensors.torch import save_file
+
+    from prebake.exporter.lower.onnx_graph import located, places
+
+    graph = capture("g", Folded(), (torch.ones(4),), ("x",), ("y",))
+    constants = {name: tensor.detach().clone() for name, tensor in graph.constants().items()}
+    (tmp_path / "weights").mkdir()
+    save_file(constants, tmp_path / "weights/g.safetensors")
+    model = onnx_model(graph)
+    located(model, places(tmp_path))
+    values = {name: opening.value_of(tensor) for name, tensor in constants.items()}
+    save_file(
+        {name: torch.full_like(tensor, 8.0) for name, tensor in constants.items()}, tmp_path / "weights/g.safetensors"
+    )
+    if by_name:
+        options = onnxruntime.SessionOptions()
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(tmp_path))
+        session = onnxruntime.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
+    else:
+        session = opening.open_session(model.SerializeToString(), tmp_path, values, CPU, 1, prepack=True)
+    assert session.run(None, {"x": np.ones(4, np.float32)})[0].tolist() == [9.0 if by_name else 3.0] * 4
+
+
 def test_prepacking_keeps_a_copy(tmp_path):
     """Why variants of a denoiser do not, by default: each would hold the same weights once more."""
     (session, _), constants = session_of(tmp_path, prepack=True)

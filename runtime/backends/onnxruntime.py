@@ -92,9 +92,13 @@ def open_session(
     *,
     prepack: bool,
 ) -> Any:
-    """A session of the model, whose weight files lie in `folder`, over these constants, which are the same once more: the
-    kernels read these, and the optimizer reads a few from the files. Raises what ONNX Runtime raises, and ArtifactError when it would run
-    on another device."""
+    """A session of the model over these constants. Raises what ONNX Runtime raises, and ArtifactError when it would run on
+    another device.
+
+    Kernels read the constants where they lie. The optimizer reads some before: on the CPU from a copy that ONNX Runtime makes
+    of all of them while it opens the model, so that nothing is opened by its name after it was checked; on a GPU, for which it
+    takes no copy, from the files in `folder`.
+    """
     options: Any = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -102,7 +106,10 @@ def open_session(
     options.log_severity_level = 3  # errors
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.disable_prepacking", "0" if prepack else "1")
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    if device.type == "cpu":
+        options.add_external_initializers(list(constants), list(constants.values()))
+    else:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     for name, value in constants.items():
         options.add_initializer(name, value)
     provider = PROVIDERS[device.type]

@@ -113,6 +113,18 @@ FAULTS: Mapping[str, tuple[Fault, ...]] = {
             DISKS + "test_an_output_that_cannot_be_written_is_refused_at_once",
         ),
         Fault(
+            "forbidden",
+            "the artifact's folder, its manifest, a folder in it or a weight file, which this user may not read",
+            "`ARTIFACT: manifest.json: this user may not read it (Permission denied); its owner can change that: ...`",
+            AROUND + "test_files_that_this_user_may_not_read",
+        ),
+        Fault(
+            "failing-disk",
+            "a disk that fails while a file of it is hashed",
+            "`weights/...: cannot be read (Input/output error); if its disk is failing, restore the file on another one`",
+            AROUND + "test_a_disk_that_fails",
+        ),
+        Fault(
             "no-tmpdir",
             "TMPDIR names no folder",
             "the load works, by the cache or by the system's folder for temporary files",
@@ -252,6 +264,12 @@ FAULTS: Mapping[str, tuple[Fault, ...]] = {
             TRUST + "test_weights_that_are_replaced_after_the_check_are_not_the_ones_that_are_mapped",
         ),
         Fault(
+            "replaced-onnx",
+            "the same, with ONNX Runtime, whose optimizer reads weights before any kernel does",
+            "what was compared is what it reads",
+            "test_onnxruntime.py::test_weights_that_are_replaced_after_the_check_are_not_read",
+        ),
+        Fault(
             "replaced-code",
             "code, or a plan, that is replaced between the check and the load",
             "`graphs/denoiser.pt2: sha256 is ..., the manifest says ...`",
@@ -305,6 +323,9 @@ FAULTS: Mapping[str, tuple[Fault, ...]] = {
             "test_sign.py::test_a_changed_manifest",
         ),
         Fault("negative-size", "a size of -1", "`PATH has N bytes, the manifest says -1`", DAMAGED + "test_a_size_that_is_none"),
+        Fault("lfs", "a clone without Git LFS", "`PATH is a pointer of Git LFS, not the file itself; ...`", f"{HOSTILE}[a pointer of Git LFS]"),
+        Fault("deeper", "an artifact that was unpacked one folder deeper", "`expected manifest.json ..., found none; there is one in ...`", f"{HOSTILE}[one folder deeper]"),
+        Fault("unlisted", "a `.git` in the folder, or the rest of another artifact", "`.git/ has 30 files that are not in the manifest, such as ...`", f"{HOSTILE}[a repository]"),
         Fault("missing", "a file that is missing", "`plans/2.json is missing, the manifest lists it; ...`", f"{HOSTILE}[missing file]"),
         Fault(
             "nan-weight",
@@ -367,6 +388,12 @@ FAULTS: Mapping[str, tuple[Fault, ...]] = {
             "a package without a model that the manifest names",
             "`the manifest names the models full, reuse, the package has full; export again`",
             f"{HOSTILE}[model missing]",
+        ),
+        Fault(
+            "no-pipeline",
+            "an artifact that opens and is no pipeline: its verification failed, its family is unknown, its settings are incomplete",
+            "`prebake check` refuses it, as `load` does",
+            "format/test_machine.py::test_check_refuses_what_opens_and_is_no_pipeline",
         ),
         Fault("all-rules", "one artifact for every other rule of the format", "its own sentence", HOSTILE),
     ),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -11,13 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from prebake.runtime import verified
+from prebake.runtime import ArtifactError, verified
 from prebake.runtime.artifact import open_artifact
+from prebake.runtime.cli_check import problems
 from prebake.runtime.manifest import read_manifest
 
 ASCII = {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 LATIN = {"PYTHONIOENCODING": "latin-1"}
 PROMPT = "a red 🦊 circle"
+WEIGHTS = "weights/denoiser.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -106,3 +110,64 @@ def test_files_of_any_age_are_loaded(paper, loads, year):
     for path in paper.rglob("*"):
         os.utime(path, ((year - 1970) * 31_556_952,) * 2)
     assert loads(0) == len(read_manifest(paper).files)
+
+
+# --- a system that does not give the files ---------------------------------------------------------------------------
+
+REFUSALS = """
+import sys
+from prebake.runtime import ArtifactError
+from prebake.runtime.artifact import open_artifact
+from prebake.runtime.cli_check import problems
+from pathlib import Path
+for folder in map(Path, sys.argv[1:]):
+    try:
+        open_artifact(folder)
+    except ArtifactError as e:
+        print(e)
+    print(*(problem for _, problem in problems(folder)), sep="\\n")
+"""
+
+
+def test_files_that_this_user_may_not_read(paper, tmp_path):
+    """An administrator may read everything: without that ability, by `setpriv`, an owner is held to its own permissions."""
+    first = {".": "manifest.json", "manifest.json": "manifest.json", "plans": "plans/2.json", WEIGHTS: WEIGHTS}
+    folders = []
+    for n, closed in enumerate(first):
+        folders.append(shutil.copytree(paper, tmp_path / str(n)))
+        (folders[-1] / closed).chmod(0)
+    unprivileged = ["setpriv", "--bounding-set=-all"] if os.geteuid() == 0 else []
+    if unprivileged and not shutil.which("setpriv"):
+        pytest.skip("needs `setpriv` of util-linux, or a user who is no administrator")
+    done = subprocess.run(
+        [*unprivileged, sys.executable, "-c", REFUSALS, *map(str, folders)], capture_output=True, text=True, check=False
+    )
+    for folder in folders:
+        for path in (folder, *(folder / closed for closed in first)):
+            path.chmod(0o755)  # so that pytest can remove it
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    for folder, where in zip(folders, first.values(), strict=True):
+        said = (
+            f"{where}: this user may not read it (Permission denied); its owner can change that: chmod -R a+rX {folder}"
+        )
+        assert lines.pop(0) == f"{folder}: {said}"
+        assert lines.pop(0).removeprefix(f"{folder}: ") == said
+    assert lines == []
+
+
+@pytest.mark.parametrize("path", [WEIGHTS, "graphs/denoiser.pt2"])
+def test_a_disk_that_fails(paper, monkeypatch, path):
+    real, failing = os.preadv, (paper / path).stat().st_ino
+
+    def preadv(descriptor, *args):
+        if os.fstat(descriptor).st_ino == failing:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(descriptor, *args)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    said = f"{path}: cannot be read (Input/output error); if its disk is failing, restore the file on another one"
+    with pytest.raises(ArtifactError) as caught:
+        open_artifact(paper)
+    assert str(caught.value) == f"{paper}: {said}"
+    assert list(problems(paper)) == [("files", said)]

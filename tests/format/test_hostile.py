@@ -147,6 +147,30 @@ def overlapping(folder):
     relist(folder)
 
 
+def deeper(folder):
+    """As an archive of a folder is unpacked into a folder of its name."""
+    folder.rename(folder.with_name("inner"))
+    folder.mkdir()
+    folder.with_name("inner").rename(folder / folder.name)
+
+
+def no_file_of_its_own(folder):
+    (folder / "manifest.json").unlink()
+    (folder / "manifest.json").mkdir()
+
+
+def pointer(folder):
+    """What a clone without Git LFS has in a file's place."""
+    path = folder / "weights/denoiser.safetensors"
+    path.write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize {path.stat().st_size}\n")
+
+
+def repository(folder):
+    (folder / ".git/objects").mkdir(parents=True)
+    for i in range(30):
+        (folder / f".git/objects/{i}").touch()
+
+
 def evaluation(**changes):
     return Evaluation(**{"step": 0, "variant": "full", "timestep": 1.0, "update": EULER, **changes})
 
@@ -157,7 +181,10 @@ RULES = {
         lambda f: (f / "manifest.json").unlink(),
         "expected manifest.json in an artifact folder, found none",
     ),
+    "one folder deeper": (deeper, "found none; there is one in "),
+    "manifest that is a folder": (no_file_of_its_own, "manifest.json is a folder; restore the file"),
     "not JSON": (written("manifest.json", "{"), "expected JSON, but"),
+    "empty manifest": (written("manifest.json", ""), "expected JSON, but the file is empty; restore the file"),
     "endless brackets": (
         written("manifest.json", "[" * 100_000),
         "expected JSON, but maximum recursion depth exceeded",
@@ -207,6 +234,14 @@ RULES = {
     "unlisted file": (
         written("weights/evil.so", ""),
         "weights/evil.so is not in the manifest; remove it, or put it under reports/",
+    ),
+    "a pointer of Git LFS": (
+        pointer,
+        "weights/denoiser.safetensors is a pointer of Git LFS, not the file itself; `git",
+    ),
+    "a repository": (
+        repository,
+        ".git/ has 30 files that are not in the manifest, such as .git/objects/0; remove them, or put them under reports/",
     ),
     "linked file": (linked, "weights/denoiser.safetensors is a symbolic link, an artifact holds plain files only"),
     "linked folder": (linked_folder, "plans is a symbolic link, an artifact holds plain files only"),

@@ -203,6 +203,35 @@ def test_check_tells_problems_of_all_kinds_at_once(paper, never_opened, capsys):
         assert line.startswith(start)
 
 
+NO_PIPELINE = {
+    "status": ({"status": "failed"}, "its verification failed, see reports/; export again"),
+    "family": ({"family": "dream"}, "manifest.json [family]: 'dream' is not one that this runtime replays: cogvideox"),
+    "settings": ({"pipeline": {"timestep_scale": 1.0}}, "manifest.json [pipeline.latents_shape]: Field required (2 pr"),
+    "kind": ({"family": "attach"}, "manifest.json [pipeline."),
+}
+
+
+@pytest.mark.parametrize("what", NO_PIPELINE)
+def test_check_refuses_what_opens_and_is_no_pipeline(paper, never_opened, capsys, what):
+    changes, start = NO_PIPELINE[what]
+    edit(paper, lambda m: m.update(changes))
+    code, out = told(capsys, paper)
+    line, last = out.splitlines()
+    assert (code, last) == (5, f"{paper}: 1 problem")
+    assert line.startswith(start)
+
+
+def test_check_looks_into_tokenizers(paper, never_opened, capsys):
+    (paper / "tokenizers").mkdir()
+    (paper / "tokenizers/x.json").write_text("{}")
+    relist(paper)
+    prompt = {"tokenizer": "tokenizers/x.json", "input": "ids", "max_length": 4, "pad_id": 0, "pad_token": ""}
+    edit(paper, lambda m: m["pipeline"]["text"].update(prompts=[prompt]))
+    code, out = told(capsys, paper)
+    assert code == 5
+    assert out.startswith("tokenizers/x.json: expected a tokenizer.json, but ")
+
+
 def test_check_looks_into_files_that_are_as_listed(paper, never_opened, capsys):
     write_package(paper / "graphs/denoiser.pt2", models=("full",), so=b"text")
     (paper / "plans/2.json").write_text("{}")

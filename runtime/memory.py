@@ -1,7 +1,8 @@
-"""Memory that ran out, told in a sentence, whichever library ran into it."""
+"""Memory that ran out, told in a sentence, whichever library ran into it; and memory that is not needed any more."""
 
 from __future__ import annotations
 
+import ctypes
 import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,3 +36,10 @@ def ran_out(error: BaseException | None) -> bool:
             return True
         error = error.__cause__
     return False
+
+
+def trim() -> None:
+    """Gives the system what the C library's allocator keeps of memory that was freed. glibc can; others keep less, or do so
+    by themselves."""
+    if malloc_trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        malloc_trim(0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +18,11 @@ from typing import Protocol
 import torch
 
 from .errors import ArtifactError, Cancelled
+from .memory import trim
 
+LONG_S = 0.25
+"""A call that took longer is one of a large model: if nobody is at work after it, what its activations lay in goes back to the
+system. That takes milliseconds, and leaves an idle process with little more than the weights' pages, which all processes share."""
 POLL_S = 0.02
 """How often a waiting call looks whether it has been cancelled."""
 
@@ -54,11 +59,14 @@ class Runners:
             return
         self._take(cancel)
         self._thread.has_one = True
+        began = time.monotonic()
         try:
             yield
         finally:
             self._thread.has_one = False
             self._give_back()
+            if self._free == self.count and time.monotonic() - began > LONG_S:
+                trim()
 
     def _take(self, cancel: Flag | None) -> None:
         with self._lock:

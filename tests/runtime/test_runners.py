@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from prebake.runtime import ArtifactError, Cancelled, load
+from prebake.runtime import ArtifactError, Cancelled, load, memory, runners
 from prebake.runtime.backends import aoti
 from prebake.runtime.runners import Runners
 
@@ -239,3 +239,60 @@ def test_flat_samples_are_flat_and_a_leak_is_not():
     lost = [soak.Sample(**{**vars(s), "descriptors": 6 + i}) for i, s in enumerate(samples(0))]
     assert soak.problems(lost) == ["descriptors rose to 65"]
     assert json.dumps(vars(soak.sample(0.0, 0)))
+
+
+# --- memory of calls that have ended ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def trims(monkeypatch):
+    """How often freed memory was given back; here every call is a long one."""
+    seen = []
+    monkeypatch.setattr(runners, "LONG_S", 0)
+    monkeypatch.setattr(runners, "trim", lambda: seen.append(1))
+    return seen
+
+
+def test_freed_memory_is_given_back_when_the_last_call_ends(trims):
+    some = Runners(2)
+    with some.one():
+        with some.one():  # as a callback that calls the pipeline again
+            pass
+        assert trims == []
+    assert trims == [1]
+
+
+def test_it_is_not_given_back_while_others_work_or_after_short_calls(trims, monkeypatch):
+    some, inside, go = Runners(2), threading.Event(), threading.Event()
+
+    def work():
+        with some.one():
+            inside.set()
+            go.wait(SOON_S)
+
+    other = started(work)
+    assert inside.wait(SOON_S)
+    with some.one():
+        pass
+    assert trims == []
+    monkeypatch.setattr(runners, "LONG_S", SOON_S)
+    go.set()
+    joined(other)
+    assert trims == []
+
+
+def test_what_the_allocator_keeps_goes_back_to_the_system():
+    """Blocks that are freed below one that is not stay with the process until then."""
+    blocks = [bytearray(64 << 10) for _ in range(1000)]
+    whole = private_bytes()
+    del blocks[:-1]
+    kept = private_bytes()
+    memory.trim()
+    assert kept > whole - (16 << 20)
+    assert private_bytes() < whole - (48 << 20)
+    assert len(blocks) == 1
+
+
+def private_bytes():
+    lines = Path("/proc/self/smaps_rollup").read_text("utf-8").splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("Private_Dirty:"))

@@ -28,9 +28,9 @@ struct Convolution {
             return 0;
         }
         const T* at = x + ((i / (wide * high) * h + row) * w + column) * inner;
-        return quantized([&](auto f) ALWAYS {
-            for (int64_t k = 0; k < inner; k += LANES) f(load(at + k, first_lanes(inner - k)), k);
-        }, q);
+        Scale scale{largest(at, inner)};
+        quantize(at, inner, scale.to_bytes(), q);
+        return scale.from_bytes();
     }
 
     // R neighbours under one tap: added to their sums, or their first.

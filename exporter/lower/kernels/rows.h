@@ -26,18 +26,35 @@ INLINE Ahead next_panel(const int8_t* panel, int64_t inner, int64_t at, int64_t 
     return {reinterpret_cast<const char*>(panel) + panel_bytes(inner) * (all + at) / all, PANEL * 4 * rows / all};
 }
 
-// A row given by `vectors(f)`, which calls f(values, first feature) for every 16 features, twice: as bytes plus 128, filled up
-// to a multiple of 16. Returns a / 127.5, with a = max |x|.
-template <class Vectors>
-INLINE float quantized(Vectors vectors, uint8_t* q) {
-    __m512 largest = _mm512_setzero_ps();
-    vectors([&](__m512 x, int64_t) ALWAYS { largest = _mm512_max_ps(largest, _mm512_abs_ps(x)); });
-    float a = std::max(_mm512_reduce_max_ps(largest), TINY);
+// max |x| of n numbers. Without its sign a bfloat16 is an integer of the same order.
+INLINE float largest(const float* x, int64_t n) {
+    __m512 most = _mm512_setzero_ps();
+    for (int64_t k = 0; k < n; k += LANES) most = _mm512_max_ps(most, _mm512_abs_ps(load(x + k, first_lanes(n - k))));
+    return _mm512_reduce_max_ps(most);
+}
+INLINE float largest(const half* x, int64_t n) {
+    __m512i most = _mm512_setzero_si512(), unsigned_ = _mm512_set1_epi16(0x7fff);
+    for (int64_t k = 0; k < n; k += 2 * LANES) {
+        __mmask32 lanes = n - k >= 2 * LANES ? ~0u : (1u << (n - k)) - 1;
+        most = _mm512_max_epu16(most, _mm512_and_si512(_mm512_maskz_loadu_epi16(lanes, x + k), unsigned_));
+    }
+    __m512i low = _mm512_slli_epi32(most, 16), high = _mm512_andnot_si512(_mm512_set1_epi32(0xffff), most);
+    return _mm512_reduce_max_ps(_mm512_max_ps(_mm512_castsi512_ps(low), _mm512_castsi512_ps(high)));
+}
+
+// What numbers of which none is larger than `most` are multiplied by to become bytes, and what bytes are to become numbers.
+struct Scale {
+    float most;
     // an ulp less: the largest of a row would be a tie, and becomes 127 on either side, as with torchao's two divisions
-    __m512 by = _mm512_set1_ps(std::nextafter(std::min(LEVELS / a, FLT_MAX), 0.0f));
-    vectors([&](__m512 x, int64_t k) ALWAYS {
-        __m128i bytes = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(x, by)));
+    __m512 to_bytes() const { return _mm512_set1_ps(std::nextafter(std::min(LEVELS / std::max(most, TINY), FLT_MAX), 0.0f)); }
+    float from_bytes() const { return std::max(most, TINY) / LEVELS; }
+};
+
+// n numbers as bytes plus 128, filled up to a multiple of 16.
+template <class T>
+INLINE void quantize(const T* x, int64_t n, __m512 by, uint8_t* q) {
+    for (int64_t k = 0; k < n; k += LANES) {
+        __m128i bytes = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(load(x + k, first_lanes(n - k)), by)));
         _mm_storeu_si128(reinterpret_cast<__m128i*>(q + k), _mm_xor_si128(bytes, _mm_set1_epi8(-128)));
-    });
-    return a / LEVELS;
+    }
 }

@@ -15,25 +15,23 @@ struct Part {
     bool is_half;
     int64_t width;
 
+    // f(row), of float or half.
     template <class F>
-    INLINE void vectors(int64_t row, F f) const {
-        auto pass = [&](auto* x) ALWAYS {
-            for (int64_t k = 0; k < width; k += LANES) f(load(x + row * width + k, first_lanes(width - k)), k);
-        };
-        if (is_half) pass(static_cast<const half*>(data));
-        else pass(static_cast<const float*>(data));
+    INLINE auto with(int64_t row, F f) const {
+        return is_half ? f(static_cast<const half*>(data) + row * width) : f(static_cast<const float*>(data) + row * width);
     }
 };
 
 // One row as bytes; returns what they are to be multiplied by.
 float quantized(const std::vector<Part>& parts, int64_t row, uint8_t* q) {
-    return ::quantized([&](auto f) ALWAYS {
-        int64_t first = 0;
-        for (const Part& part : parts) {
-            part.vectors(row, [&](__m512 x, int64_t k) ALWAYS { f(x, first + k); });
-            first += part.width;
-        }
-    }, q);
+    Scale scale{0};
+    for (const Part& part : parts) scale.most = std::max(scale.most, part.with(row, [&](auto* x) ALWAYS { return largest(x, part.width); }));
+    __m512 by = scale.to_bytes();
+    for (const Part& part : parts) {
+        part.with(row, [&](auto* x) ALWAYS { quantize(x, part.width, by, q); });
+        q += part.width;
+    }
+    return scale.from_bytes();
 }
 
 // x / (1 + e^-u) with u = 2 sqrt(2 / pi) (x + 0.044715 x^3), which is GELU's form with the hyperbolic tangent.

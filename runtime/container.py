@@ -22,7 +22,7 @@ from torch._C import _aoti  # pyright: ignore[reportAttributeAccessIssue]  (priv
 from .errors import ArtifactError
 
 BIND = "UpdateUserManagedConstantBufferPairs"
-"""Without it a library is older than torch 2.13, and is run by torch's runner."""
+"""Without it a library is older than torch 2.11, and is run by torch's runner."""
 
 ALIGNMENT = 64  # of a constant's bytes, AOTI_CONST_ALIGNMENT
 
@@ -63,8 +63,9 @@ class Container:
         self._name, self._device = name, device
         self._run = "RunSingleThreaded" if device.type == "cuda" and runners == 1 else "Run"
         self._functions = {short: function(library, short, types) for short, types in ARGUMENTS.items()}
-        self._last_error = library.AOTInductorGetLastError
-        self._last_error.restype, self._last_error.argtypes = c_int, (POINTER(c_char_p),)
+        self._last_error = getattr(library, "AOTInductorGetLastError", None)  # not in torch 2.11
+        if self._last_error:
+            self._last_error.restype, self._last_error.argtypes = c_int, (POINTER(c_char_p),)
         self._free = threading.BoundedSemaphore(runners)
         self._handle = c_void_p()
         self._call("CreateWithDevice", byref(self._handle), runners, str(device).encode(), None)
@@ -109,7 +110,8 @@ class Container:
     def _call(self, short: str, *arguments: Any) -> None:
         if self._functions[short](*arguments):
             said = c_char_p()
-            self._last_error(byref(said))
+            if self._last_error:
+                self._last_error(byref(said))
             why = (said.value or b"it does not say why").decode(errors="replace").strip().splitlines()[0]
             raise ArtifactError(f"graph {self._name!r}: its compiled code failed in {short}: {why}")
 

@@ -6,12 +6,12 @@ come out. Nothing is opened.
 
 from __future__ import annotations
 
+import ctypes
 import re
 from collections.abc import Iterator, Mapping
 
-import torch
-
 CUDA = "cuda"
+DRIVER = "libcuda.so.1"
 CAPABILITY = "compute_capability"
 
 
@@ -45,5 +45,7 @@ def named(capability: tuple[int, int]) -> str:
 
 
 def cuda_of_driver() -> int:
-    """The CUDA release, such as 13, that the driver supports; of a torch that sees a GPU."""
-    return torch._C._cuda_getDriverVersion() // 1000  # pyright: ignore[reportAttributeAccessIssue]
+    """The CUDA release, such as 13, that the driver supports, by its own word: torch (2.11) does not pass it on."""
+    version = ctypes.c_int()
+    ctypes.CDLL(DRIVER).cuDriverGetVersion(ctypes.byref(version))
+    return version.value // 1000

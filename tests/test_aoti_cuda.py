@@ -134,6 +134,22 @@ def test_a_driver_that_is_too_old_is_refused(a_gpu, asked, words):
     assert words in said
 
 
+def test_the_driver_says_for_which_cuda_it_is(monkeypatch):
+    def says(version) -> int:
+        version._obj.value = 13020
+        return 0
+
+    driver = SimpleNamespace(cuDriverGetVersion=says)
+    monkeypatch.setattr(gpu.ctypes, "CDLL", {"libcuda.so.1": driver}.__getitem__)
+    assert gpu.cuda_of_driver() == 13
+
+
+@pytest.mark.parametrize("has_it", [True, False])
+def test_a_flag_that_torch_does_not_know_is_left_out(monkeypatch, has_it):
+    monkeypatch.setattr(aoti, "knows_line_tables", lambda: has_it)
+    assert ("aot_inductor.enable_line_tables" in aoti.flags(recipe().compile)) is has_it
+
+
 def test_nothing_is_asked_of_a_gpu_for_the_cpu(a_gpu):
     a_gpu(9, 0)
     assert not list(runtime_aoti.problems(needed().model_copy(update={"device": "cpu"})))

@@ -37,6 +37,8 @@ from .isa import choose, host_flags, inductor_flags, int8_flags
 from .kernels.rewrite import calling_kernels
 from .options import options
 
+LINE_TABLES = "aot_inductor.enable_line_tables"
+"""A flag that torch 2.11 has not, nor such tables."""
 PACKAGED = {
     "aot_inductor.package": True,
     "aot_inductor.package_constants_in_so": False,
@@ -46,7 +48,7 @@ PACKAGED = {
     # as data, not as text for the assembler, which says nothing of the stack; see `without_executable_stack`
     "aot_inductor.use_consts_asm_build": False,
     # tables of which line of which file an instruction comes from: of sources that are not kept, in folders of this machine
-    "aot_inductor.enable_line_tables": False,
+    LINE_TABLES: False,
     # else a hash of the sources, which name their folders
     "aot_inductor.model_name_for_generated_files": "model",
 }
@@ -65,7 +67,14 @@ def flags(config: Any) -> dict[str, Any]:
     """Inductor's options for the recipe's `compile` table: packaging, instruction set, and the recipe's own flags."""
     level, _ = choose(config.isa)
     device = cuda.flags(options(config, Options)) if on_gpu(config) else {}
-    return {**PACKAGED, **device, "cpp.threads": threads(config), **inductor_flags(level), **config.inductor}
+    packaged = {name: value for name, value in PACKAGED.items() if name != LINE_TABLES or knows_line_tables()}
+    return {**packaged, **device, "cpp.threads": threads(config), **inductor_flags(level), **config.inductor}
+
+
+def knows_line_tables() -> bool:
+    from torch._inductor import config
+
+    return hasattr(config.aot_inductor, LINE_TABLES.rpartition(".")[2])
 
 
 def adapted(recipe: Any) -> tuple[Any, tuple[str, ...]]:

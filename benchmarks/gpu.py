@@ -16,6 +16,7 @@ torch 2.11 to 2.13, whether prebake is installed or not.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fnmatch
 import importlib.metadata
 import importlib.util
@@ -70,7 +71,7 @@ def main() -> int:
         evaluate_once(args.open, place(args))
         return 0
     if args.one:
-        print(json.dumps(figures(named(args)[args.one], place(args))))
+        print(json.dumps(figures(named(args)[args.one], place(args))), flush=True)
         return 0
     return run_all(args)
 
@@ -109,7 +110,9 @@ def run_all(args: argparse.Namespace) -> int:
     ends = time.monotonic() + args.budget
     path, here = args.work / "results.json", machine(place(args))
     results = read(path, here)
-    for name, stage in named(args).items():
+    begun = {n: r.get("attempts", 0) for n, r in results["stages"].items()}
+    # what has taken too long already waits until everything else had its turn
+    for name, stage in sorted(named(args).items(), key=lambda item: begun.get(item[0], 0)):
         before = results["stages"].get(name, {})
         again = args.retry and before.get("status") in ("skipped", "failed")
         if before.get("status") in KEPT and not again:
@@ -155,12 +158,17 @@ def apart(name: str, args: argparse.Namespace, seconds: float) -> dict[str, Any]
         out, err = child.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
         os.killpg(child.pid, signal.SIGKILL)
-        child.communicate()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # a compiler in a session of its own may hold the pipes
+            child.communicate(timeout=5)
         return {"status": "unfinished", "why": f"not done after {seconds:.0f} s"}
     if child.returncode:
         last = next((line for line in reversed(err.splitlines()) if line.strip()), "it does not say why")
         return ended(last if child.returncode > 0 else f"ended by {signal.Signals(-child.returncode).name}: {last}")
-    return {"status": "done", "figures": json.loads(out.splitlines()[-1])}
+    for line in reversed(out.splitlines()):  # libraries print too, some of them as they end
+        with contextlib.suppress(ValueError):
+            if isinstance(made := json.loads(line), dict):
+                return {"status": "done", "figures": made}
+    return ended("it ended without figures")
 
 
 def ended(error: str) -> dict[str, Any]:
@@ -248,7 +256,7 @@ def table(results: Mapping[str, Any]) -> str:
             f"{'' if made['picture_is'] == 'measured' else '~'}{made['picture_s']:.3f}",
             f"{base['picture_s'] / made['picture_s']:.2f}" if base else "",
             f"{full['of_matmul_rate']:.0%}",
-            shown(made["launches_per_step"], "{:.0f}"),
+            shown(made.get("launches_per_step"), "{:.0f}"),
             shown(made.get("load_s"), "{:.1f}"),
             shown(made.get("cold_start_s"), "{:.1f}"),
             shown(made["device_memory_bytes"] and made["device_memory_bytes"] / 2**30, "{:.1f}"),

@@ -84,12 +84,18 @@ def timed(subject: Subject, variants: Variants, place: Place, rate: float, loop:
     pictures = [replayed(subject, plan, variants, place) for _ in range(place.repeats)] if whole else [estimate]
     on_gpu = place.device.type == "cuda"
     stepwise = statistics.median(pictures)
+    memory = torch.cuda.max_memory_allocated(place.device) if on_gpu else None
+    counted_launches = (
+        launches(lambda: replayed(subject, begin, variants, place), len(begin.evaluations)) if on_gpu else {}
+    )
+    # last, for a recording that fails may leave the device unusable
     recorded = looped(subject, variants, place, loop) if loop and whole else {}
     return {
         "first_evaluations_s": first,
         "picture_s": recorded.get("recorded_picture_s", stepwise),
         "stepwise_picture_s": stepwise,
         **recorded,
+        **counted_launches,
         "picture_is": "measured" if whole else "the sum of its evaluations",
         "evaluations": len(plan.evaluations),
         "flops_of_uncached": statistics.fmean(counted[e.variant] for e in plan.evaluations) / counted["full"],
@@ -102,10 +108,7 @@ def timed(subject: Subject, variants: Variants, place: Place, rate: float, loop:
             }
             for name in variants
         },
-        "launches_per_step": launches(lambda: replayed(subject, begin, variants, place)) / len(begin.evaluations)
-        if on_gpu
-        else None,
-        "device_memory_bytes": torch.cuda.max_memory_allocated(place.device) if on_gpu else None,
+        "device_memory_bytes": memory,
     }
 
 
@@ -119,13 +122,15 @@ def beginning(names: Sequence[str]) -> int:
 
 def looped(subject: Subject, variants: Variants, place: Place, loop: Any) -> dict[str, Any]:
     """The median of whole pictures through the loop, behind two calls in which it warms up and records; or why it does not."""
-    from prebake.runtime.errors import ArtifactError
-
     try:
         spans = [replayed(subject, subject.plan, variants, place, loop) for _ in range(2 + place.repeats)]
-    except (RuntimeError, ArtifactError) as e:
-        return {"not_recorded": str(e).strip().splitlines()[0]}
+    except Exception as e:
+        return {"not_recorded": first_line(e)}
     return {"recorded_picture_s": statistics.median(spans[2:])}
+
+
+def first_line(e: Exception) -> str:
+    return next(iter(str(e).strip().splitlines()), type(e).__name__)
 
 
 def replayed(subject: Subject, plan: Any, variants: Variants, place: Place, loop: Any = None) -> float:
@@ -159,11 +164,16 @@ def watching(variant: Any, device: torch.device, spans: list[float]) -> Any:
     return replace(variant, call=call)
 
 
-def launches(run: Callable[[], Any]) -> int:
-    """Kernels and recorded graphs that it launches."""
+def launches(run: Callable[[], Any], steps: int) -> dict[str, Any]:
+    """Kernels and recorded graphs that it launches in each of so many steps; or why they could not be counted: there are
+    machines whose GPU is not to be profiled."""
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
-        run()
+    try:
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
+            run()
+    except Exception as e:
+        return {"not_profiled": first_line(e)}
     names = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch")
-    return sum(e.count for e in profiled.key_averages() if e.key.startswith(names))
+    count = sum(e.count for e in profiled.key_averages() if e.key.startswith(names))
+    return {"launches_per_step": count / steps} if count else {"not_profiled": "the profiler saw no launch"}

@@ -7,6 +7,7 @@ exports. A way's variants are called by `runtime/replay.py`'s loop, so that what
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import subprocess
 import sys
 import time
@@ -183,6 +184,13 @@ def artifact_figures(stage: Stage, place: Place, rate: float) -> dict[str, Any]:
     made["load_s"] = time.perf_counter() - begun
     loop = RecordedLoop(on_cuda) if place.device.type == "cuda" else None
     made |= timed(subject, artifact.variants, place, rate, loop)
+    made |= cold_start(folder, place)
+    shutil.rmtree(folder)  # its code is kept in the cache, and weights of all stages would fill a disk
+    return made
+
+
+def cold_start(folder: Path, place: Place) -> dict[str, Any]:
+    """Seconds of a new process until it has its first evaluation, or the last line of what it said instead."""
     begun = time.perf_counter()
     command = [
         sys.executable,
@@ -193,8 +201,21 @@ def artifact_figures(stage: Stage, place: Place, rate: float) -> dict[str, Any]:
         str(place.work),
         *(["--smoke"] if place.device.type == "cpu" else []),
     ]
-    subprocess.run(command, check=True, capture_output=True, text=True)
-    return made | {"cold_start_s": time.perf_counter() - begun}
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        return {"no_cold_start": next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "")}
+    return {"cold_start_s": time.perf_counter() - begun}
+
+
+def make_room(place: Place, folder: Path, needed: int) -> None:
+    """Removes artifacts that other stages left as they were ended. Raises OSError where there is no room for this one."""
+    for other in folder.parent.glob("*"):
+        if other != folder:
+            shutil.rmtree(other, ignore_errors=True)
+    if (free := shutil.disk_usage(place.work).free) < needed:
+        raise OSError(
+            f"{place.work}: an artifact of {needed / 2**30:.0f} GiB does not fit on its disk, {free / 2**30:.0f} are free"
+        )
 
 
 def evaluate_once(folder: Path, place: Place) -> None:
@@ -240,6 +261,7 @@ def exported(stage: Stage, place: Place) -> tuple[Subject, Path, bool]:
     folder = place.work / "artifacts" / stage.name.replace("/", "-")
     if (folder / "manifest.json").exists():
         return subject, folder, False
+    make_room(place, folder, sum(p.nbytes for p in subject.denoiser.module.parameters()))
     with progress("quiet") as quiet, package.staged(folder, force=True) as partial:
         planned, graphs = capture_variants(subject.denoiser, subject.planned, quiet)
         defaults = Defaults(

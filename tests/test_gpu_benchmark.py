@@ -125,6 +125,68 @@ def test_a_stage_apart_that_takes_too_long_is_ended_and_begun_again(modules, mon
     assert gpu.apart("x", args, 60) == {"status": "skipped", "why": missing}
     sleeps.write_text("print('a library says')\nprint('{\"picture_s\": 1}')\n")
     assert gpu.apart("x", args, 60) == {"status": "done", "figures": {"picture_s": 1}}
+    sleeps.write_text("print('{\"picture_s\": 2}')\nprint('0')\nprint('a library ends')\n")
+    assert gpu.apart("x", args, 60) == {"status": "done", "figures": {"picture_s": 2}}
+    sleeps.write_text("print('0')\n")
+    assert gpu.apart("x", args, 60) == {"status": "failed", "why": "it ended without figures"}
+
+
+def test_a_stage_that_took_too_long_waits_for_the_others(modules, monkeypatch, tmp_path):
+    gpu = modules[0]
+    ran = []
+
+    def apart(name, args, seconds):
+        ran.append(name)
+        return (
+            {"status": "unfinished", "why": "not done"} if name.endswith("off") else {"status": "done", "figures": {}}
+        )
+
+    monkeypatch.setattr(gpu, "apart", apart)
+    monkeypatch.setattr(gpu, "lacking", lambda *_, **__: None)
+    monkeypatch.setattr(gpu, "table", lambda results: "")
+    stages = "flux-dev/eager/off,flux-dev/eager/mask"
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--work", str(tmp_path), "--stages", stages])
+    results = tmp_path / "results.json"
+    assert gpu.main() == 0
+    assert ran == ["flux-dev/eager/off", "flux-dev/eager/mask"]
+    kept = json.loads(results.read_text())
+    del kept["stages"]["flux-dev/eager/mask"]
+    results.write_text(json.dumps(kept))
+    for _ in range(gpu.ATTEMPTS):
+        assert gpu.main() == 0
+    assert ran[2:] == ["flux-dev/eager/mask"] + ["flux-dev/eager/off"] * (gpu.ATTEMPTS - 1)
+    assert json.loads(results.read_text())["stages"]["flux-dev/eager/off"]["status"] == "failed"
+
+
+def test_a_disk_holds_one_artifact_at_a_time(modules, tmp_path, monkeypatch):
+    ways, times = modules[2], modules[3]
+    place, folder = times.Place(torch.device("cpu"), tmp_path, 1), tmp_path / "artifacts/this"
+    for name in ("this", "other", ".this.partial"):
+        (tmp_path / "artifacts" / name / "weights").mkdir(parents=True)
+    ways.make_room(place, folder, 1)
+    assert [p.name for p in folder.parent.iterdir()] == ["this"]
+    with pytest.raises(OSError, match=r"an artifact of 1048576 GiB does not fit on its disk, \d+ are free"):
+        ways.make_room(place, folder, 1 << 50)
+
+
+def test_a_cold_start_that_fails_costs_no_other_figure(modules, tmp_path):
+    ways, times = modules[2], modules[3]
+    made = ways.cold_start(tmp_path / "nothing", times.Place(torch.device("cpu"), tmp_path, 1))
+    assert made.keys() == {"no_cold_start"}
+    assert "expected an artifact folder, found nothing" in made["no_cold_start"]
+
+
+def test_a_gpu_that_cannot_be_profiled_costs_no_other_figure(modules, monkeypatch):
+    import torch.profiler
+
+    times = modules[3]
+    assert times.launches(lambda: torch.ones(2) + 1, 2) == {"not_profiled": "the profiler saw no launch"}  # on a CPU
+
+    def refused(**_):
+        raise RuntimeError("CUPTI_ERROR_INSUFFICIENT_PRIVILEGES\nand more")
+
+    monkeypatch.setattr(torch.profiler, "profile", refused)
+    assert times.launches(lambda: None, 2) == {"not_profiled": "CUPTI_ERROR_INSUFFICIENT_PRIVILEGES"}
 
 
 def test_what_is_not_installed_is_named(modules, monkeypatch):

@@ -16,10 +16,12 @@ from torch.nn.functional import conv2d, scaled_dot_product_attention
 
 from prebake.exporter.capture import Captured, capture
 from prebake.exporter.lower import aoti, kernels, w8a8
+from prebake.exporter.lower.kernels import operators
 from prebake.exporter.lower.kernels.native import Native
 from prebake.exporter.lower.kernels.operators import (
     GEGLU,
     GELU,
+    NO_NORM,
     PLAIN,
     attention,
     pack,
@@ -194,13 +196,37 @@ def test_the_convolutions_kernel_is_the_operator(native, dtype, shape, columns, 
     packed = pack_taps(weight, kernel * kernel)
     assert torch.equal(unpack_taps(packed, kernel * kernel, shape[1], columns), weight)
     for b in (bias, None):
-        rest = (scale, b, kernel, stride, padding)
+        rest = (scale, b, kernel, stride, padding, *NO_NORM)
         expected, made = packed_w8a8_conv2d(x, packed, *rest), native.packed_w8a8_conv2d(x, packed, *rest)
         assert (made.shape, made.stride(), made.dtype) == (expected.shape, expected.stride(), expected.dtype)
         # a tie now and then, as with a layer
         assert error(made, expected) < 3e-3 + EPSILON[dtype]
-    brighter = native.packed_w8a8_conv2d(x, packed, scale * 1.02, None, kernel, stride, padding)
+    brighter = native.packed_w8a8_conv2d(x, packed, scale * 1.02, None, kernel, stride, padding, *NO_NORM)
     assert error(brighter, expected) > 5e-3 + EPSILON[dtype]  # the canary
+
+
+@runs_here
+@pytest.mark.parametrize("dtype", [FLOAT, HALF], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("shape", "groups"), [((2, 24, 9, 14), 4), ((1, 96, 16, 16), 32), ((1, 70, 5, 3), 1), ((1, 6, 40, 50), 6)]
+)
+@pytest.mark.parametrize("far", [False, True], ids=["about zero", "far from zero"])
+def test_a_convolution_norms_its_picture(native, dtype, shape, groups, far):
+    _, weight, scale, bias = convolution(shape, 40, 3)
+    mean = {HALF: 2, FLOAT: 50}[dtype] if far else 0  # at 50 bfloat16 has but a few numbers
+    x = (random(*shape) + mean).to(dtype).contiguous(memory_format=torch.channels_last)
+    norm_weight, norm_bias = random(shape[1], seed=4), random(shape[1], seed=5)
+    packed = pack_taps(weight, 9)
+
+    def drawn(by, epsilon=1e-5):
+        return by.packed_w8a8_conv2d(x, packed, scale, bias, 3, 1, 1, groups, epsilon, norm_weight, norm_bias)
+
+    normed = nn.functional.group_norm(x.double(), groups, norm_weight.double(), norm_bias.double(), 1e-5)
+    expected = w8a8.w8a8_conv2d(nn.functional.silu(normed).float(), weight, scale, bias, 3, 1, 1)
+    # values between two levels go either way where SiLU differs in its last digits: a level of 255 in some of thousands
+    assert error(drawn(native), expected) < 3e-3 + EPSILON[dtype]
+    assert error(drawn(operators), expected) < 3e-3 + EPSILON[dtype]
+    assert error(drawn(native, epsilon=0.3), expected) > 1e-2 + EPSILON[dtype]  # the canary
 
 
 # --- few rows --------------------------------------------------------------------------------------------------------

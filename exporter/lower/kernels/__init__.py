@@ -36,7 +36,8 @@ DECLARATIONS = {
         f"AOTITorchError aoti_torch_cpu_packed_w8a8({_SOME}, int64_t, {_ONE}, {_ONE}, {_SOME}, int64_t, {_ONE}*)"
     ),
     packed_w8a8_conv2d._opoverload: (
-        f"AOTITorchError aoti_torch_cpu_packed_w8a8_conv2d({_ONE}, {_ONE}, {_ONE}, {_SOME}, int64_t, int64_t, int64_t, {_ONE}*)"
+        f"AOTITorchError aoti_torch_cpu_packed_w8a8_conv2d({_ONE}, {_ONE}, {_ONE}, {_SOME}, int64_t, int64_t, int64_t, "
+        f"int64_t, double, {_SOME}, {_SOME}, {_ONE}*)"
     ),
     few_rows._opoverload: f"AOTITorchError aoti_torch_cpu_few_rows({_ONE}, {_ONE}, {_SOME}, {_ONE}*)",
     attention._opoverload: f"AOTITorchError aoti_torch_cpu_attention({_ONE}, {_ONE}, {_ONE}, double, {_ONE}*)",

@@ -2,8 +2,11 @@
 //
 // Pixels are quantized once, into a picture with its border. There the pixels under one tap of the kernel, for neighbours
 // of a row, lie equally far apart: rows of a matrix for the product of w8a8.cpp. Since every pixel has a scale of its own, sums
-// of integers end with a tap, and are added up in float32, for a block of pixels and a panel of channels, in the cache.
-#include "rows.h"
+// of integers end with a tap, and are added up in float32, for a block of pixels and a panel of channels, in the cache. A
+// GroupNorm and SiLU before it are done with a pixel that is quantized.
+#include <optional>
+
+#include "norm.h"
 #include "tensor.h"
 
 namespace {
@@ -16,21 +19,29 @@ struct Convolution {
     int64_t high, wide, out_high, out_wide;  // of a picture with its border, and of what comes out
     const int8_t* panels;                 // for each panel of columns one of w8a8.cpp's for every tap
     const float *scale, *bias;
+    std::optional<Norm> norm;
     int64_t stride = row_bytes(inner);    // bytes of a quantized pixel
     int64_t taps = kernel * kernel;
 
-    // Pixel i of all the pictures with their borders, as bytes.
+    // Pixel i of all the pictures with their borders, as bytes. `slope` and `shift` are of all the pictures' channels, `room` of
+    // a pixel's.
     template <class T>
-    float pixel(const T* x, int64_t i, uint8_t* q) const {
+    float pixel(const T* x, int64_t i, const float* slope, const float* shift, float* room, uint8_t* q) const {
         int64_t row = i / wide % high - padding, column = i % wide - padding, h = high - 2 * padding, w = wide - 2 * padding;
         if (row < 0 || row >= h || column < 0 || column >= w) {
             std::memset(q, 128, stride);
             return 0;
         }
         const T* at = x + ((i / (wide * high) * h + row) * w + column) * inner;
-        Scale scale{largest(at, inner)};
-        quantize(at, inner, scale.to_bytes(), q);
-        return scale.from_bytes();
+        auto bytes = [&](auto* from) ALWAYS {
+            Scale scale{largest(from, inner)};
+            quantize(from, inner, scale.to_bytes(), q);
+            return scale.from_bytes();
+        };
+        if (!norm) return bytes(at);
+        int64_t picture = i / (wide * high) * inner;
+        normed(at, slope + picture, shift + picture, inner, room);
+        return bytes(static_cast<const float*>(room));
     }
 
     // R neighbours under one tap: added to their sums, or their first.
@@ -78,9 +89,19 @@ struct Convolution {
         int64_t blocks = (out_high + rows - 1) / rows, count = (columns + PANEL - 1) / PANEL;
         Room<uint8_t> q(pictures * pixels * stride);
         Room<float> factors(pictures * pixels), sums(THREADS * rows * out_wide * PANEL);
+        Room<float> slope(pictures * inner), shift(pictures * inner), room(THREADS * inner);
+        int64_t seen = (high - 2 * padding) * (wide - 2 * padding), parts = (inner + 4 * LANES - 1) / (4 * LANES);
         PARALLEL
         {
-            EACH for (int64_t i = 0; i < pictures * pixels; i++) factors.data[i] = pixel(x, i, q + i * stride);
+            if (norm) {
+                EACH for (int64_t i = 0; i < pictures * parts; i++) {
+                    int64_t p = i / parts, at = p * inner;
+                    moments(x + p * seen * inner, seen, inner, i % parts * 4 * LANES, slope + at, shift + at);
+                }
+                EACH for (int64_t p = 0; p < pictures; p++) slopes(*norm, inner, slope + p * inner, shift + p * inner);
+            }
+            EACH for (int64_t i = 0; i < pictures * pixels; i++)
+                factors.data[i] = pixel(x, i, slope.data, shift.data, room + THREAD * inner, q + i * stride);
             EACH for (int64_t i = 0; i < pictures * blocks * count; i++) {
                 int64_t picture = i / (blocks * count), first = i / count % blocks * rows;
                 block(q + picture * pixels * stride, factors + picture * pixels, first, std::min(out_high, first + rows), i % count,
@@ -92,11 +113,13 @@ struct Convolution {
 
 }  // namespace
 
-// y = conv2d(x) W + bias. x: [B, C, H, W] channels last, float32 or bfloat16, as y [B, N, H', W'] is; `packed` as operators.py
-// packs it; scale and bias float32 [N]; the kernel is square, with equal steps and padding of zeros on all sides.
+// y = conv2d(silu(group_norm(x))) W + bias; with 0 groups y = conv2d(x) W + bias. x: [B, C, H, W] channels last, float32 or bfloat16, as y [B, N, H', W'] is; `packed` as operators.py
+// packs it; scale and bias float32 [N]; the kernel is square, with equal steps and padding of zeros on all sides;
+// norm_weight and norm_bias float32 [C].
 extern "C" AOTITorchError aoti_torch_cpu_packed_w8a8_conv2d(
     AtenTensorHandle x, AtenTensorHandle packed, AtenTensorHandle scale, const AtenTensorHandle* bias, int64_t kernel,
-    int64_t step, int64_t padding, AtenTensorHandle* y) {
+    int64_t step, int64_t padding, int64_t groups, double epsilon, const AtenTensorHandle* norm_weight,
+    const AtenTensorHandle* norm_bias, AtenTensorHandle* y) {
     return guarded([&] {
         Tensor from(x), factors(scale);
         int64_t n = factors.sizes[0], c = from.sizes[1], high = from.sizes[2] + 2 * padding, wide = from.sizes[3] + 2 * padding;
@@ -105,6 +128,7 @@ extern "C" AOTITorchError aoti_torch_cpu_packed_w8a8_conv2d(
         Tensor out = Tensor::empty({from.sizes[0], n, out_high, out_wide}, strides, from.dtype, y);
         Convolution layer{c, n, kernel, step, padding, high, wide, out_high, out_wide, Tensor(packed).as<int8_t>(),
                           factors.as<float>(), bias ? Tensor(*bias).as<float>() : nullptr};
+        if (groups) layer.norm = {groups, static_cast<float>(epsilon), Tensor(*norm_weight).as<float>(), Tensor(*norm_bias).as<float>()};
         if (from.is_bfloat16()) layer.run(from.as<half>(), from.sizes[0], out.as<half>());
         else layer.run(from.as<float>(), from.sizes[0], out.as<float>());
     });

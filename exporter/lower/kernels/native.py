@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import w8a8
 from . import archive, run
-from .operators import PLAIN, pack, pack_taps
+from .operators import NO_NORM, PLAIN, pack, pack_taps
 from .products import LINEAR, is_few_rows
 from .rewrite import SDPA, fits
 
@@ -60,12 +60,27 @@ class Native:
             )
 
     def packed_w8a8_conv2d(
-        self, x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, kernel: int, stride: int, padding: int
+        self,
+        x: Tensor,
+        packed: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        kernel: int,
+        stride: int,
+        padding: int,
+        groups: int,
+        epsilon: float,
+        norm_weight: Tensor | None,
+        norm_bias: Tensor | None,
     ) -> Tensor:
-        with lent(x, packed, scale, *([] if bias is None else [bias])) as (picture, weight, factors, *rest):
-            optional = ctypes.byref(rest[0]) if rest else None
-            numbers = (ctypes.c_int64(n) for n in (kernel, stride, padding))
-            return self._call("packed_w8a8_conv2d", picture, weight, factors, optional, *numbers)
+        optional = {
+            name: t for name, t in (("bias", bias), ("weight", norm_weight), ("shift", norm_bias)) if t is not None
+        }
+        with lent(x, packed, scale, *optional.values()) as (picture, weight, factors, *rest):
+            at = {name: ctypes.byref(handle) for name, handle in zip(optional, rest, strict=True)}
+            numbers = (ctypes.c_int64(n) for n in (kernel, stride, padding, groups))
+            norm = (ctypes.c_double(epsilon), at.get("weight"), at.get("shift"))
+            return self._call("packed_w8a8_conv2d", picture, weight, factors, at.get("bias"), *numbers, *norm)
 
     def few_rows(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         with lent(x, weight, *([] if bias is None else [bias])) as (rows, by, *rest):
@@ -91,7 +106,7 @@ class Native:
             x, weight, scale, bias, kernel, *rest = arguments
             x, packed = x.contiguous(memory_format=torch.channels_last), pack_taps(weight, kernel * kernel)
             b = None if bias is None else bias.float()
-            return lambda: self.packed_w8a8_conv2d(x, packed, scale, b, kernel, *rest)
+            return lambda: self.packed_w8a8_conv2d(x, packed, scale, b, kernel, *rest, *NO_NORM)
         if op is LINEAR and is_few_rows(*arguments):
             return lambda: self.few_rows(
                 arguments[0].contiguous(), *arguments[1:], *([None] if len(arguments) == 2 else [])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ PANEL = 32
 """Columns side by side in a packed weight: PANEL in w8a8.cpp."""
 
 
+NO_NORM: tuple[Any, ...] = (0, 0.0, None, None)
+"""The last arguments of `packed_w8a8_conv2d` without a norm."""
 PLAIN, GELU, GEGLU = range(3)
 """What an int8 layer ends with: nothing, GELU by the hyperbolic tangent, or its first half of columns times GELU of the second."""
 
@@ -44,15 +47,33 @@ def _(xs: list[Tensor], packed: Tensor, scale: Tensor, bias: Tensor | None, act:
 
 @torch.library.custom_op("prebake::packed_w8a8_conv2d", mutates_args=())
 def packed_w8a8_conv2d(
-    x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, kernel: int, stride: int, padding: int
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    kernel: int,
+    stride: int,
+    padding: int,
+    groups: int,
+    epsilon: float,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
 ) -> Tensor:
-    """`prebake::w8a8_conv2d` with a weight packed by `pack_taps`. `scale` and `bias` are float32 [N]; x lies channels last."""
-    weight = unpack_taps(packed, kernel * kernel, x.shape[1], len(scale))
-    return w8a8_conv2d(x, weight, scale, bias, kernel, stride, padding)
+    """`prebake::w8a8_conv2d` with a weight packed by `pack_taps`. `scale` and `bias` are float32 [N]; x lies channels last.
+
+    With `groups` other than 0 a convolution of silu(group_norm(x)); `norm_weight` and `norm_bias` are float32 [C].
+    """
+    weight, inside = unpack_taps(packed, kernel * kernel, x.shape[1], len(scale)), x
+    if groups:
+        inside = torch.nn.functional.group_norm(x.float(), groups, norm_weight, norm_bias, epsilon)
+        inside = torch.nn.functional.silu(inside)
+    return w8a8_conv2d(inside, weight, scale, bias, kernel, stride, padding).to(x.dtype)
 
 
 @packed_w8a8_conv2d.register_fake
-def _(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, kernel: int, stride: int, padding: int) -> Tensor:
+def _(
+    x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, kernel: int, stride: int, padding: int, *norm: Any
+) -> Tensor:
     high, wide = ((n + 2 * padding - kernel) // stride + 1 for n in x.shape[2:])
     return x.new_empty(x.shape[0], high, wide, len(scale)).permute(0, 3, 1, 2)
 

@@ -20,7 +20,18 @@ from torch import Tensor, fx
 
 from ...rewrite.fold import get_tensor
 from .graph import arguments, aten, contiguous, only_reader, register, swap
-from .operators import GEGLU, GELU, PANEL, PLAIN, few_rows, pack_gated, pack_taps, packed_w8a8, packed_w8a8_conv2d
+from .operators import (
+    GEGLU,
+    GELU,
+    NO_NORM,
+    PANEL,
+    PLAIN,
+    few_rows,
+    pack_gated,
+    pack_taps,
+    packed_w8a8,
+    packed_w8a8_conv2d,
+)
 
 LINEAR = aten.linear.default
 FEW_ROWS = 4
@@ -57,12 +68,25 @@ def multiply(gm: fx.GraphModule, node: fx.Node, kept: dict[str, Packed]) -> None
 
 
 def convolve(gm: fx.GraphModule, node: fx.Node, kept: dict[str, Packed]) -> None:
-    """An int8 convolution, of a picture that lies channels last."""
+    """An int8 convolution, of a picture that lies channels last, with a GroupNorm and SiLU before it."""
     x, weight, scale, bias, kernel, stride, padding = arguments(node, CONV2D_ARGUMENTS)
     weight, bias = stored(gm, node, weight, bias, kept, ("packed", partial(pack_taps, taps=kernel * kernel)))
+    x, norm = before_silu(gm, node, x) or (x, NO_NORM)
     with gm.graph.inserting_before(node):
         x = contiguous(gm, x, torch.channels_last)
-        swap(gm, node, packed_w8a8_conv2d, (x, weight, scale, bias, kernel, stride, padding))
+        swap(gm, node, packed_w8a8_conv2d, (x, weight, scale, bias, kernel, stride, padding, *norm))
+
+
+def before_silu(gm: fx.GraphModule, node: fx.Node, x: fx.Node) -> tuple[fx.Node, tuple[Any, ...]] | None:
+    """What is silu(group_norm(...)) of, if x is that and has no other reader than the node, and the norm's arguments."""
+    norm = x.args[0] if x.target is aten.silu.default and only_reader(x) is node else None
+    if not isinstance(norm, fx.Node) or norm.target is not aten.group_norm.default or only_reader(norm) is not x:
+        return None
+    inside, groups, weight, bias, epsilon = arguments(norm, ("input", "groups", "weight", "bias", "eps"))
+    if weight is None or bias is None:
+        return None
+    weight, bias = (as_float(gm, node, t) for t in (weight, bias))
+    return inside, (groups, 1e-5 if epsilon is None else epsilon, weight, bias)
 
 
 def stored(
@@ -80,10 +104,17 @@ def stored(
         kept[name] = packed(get_tensor(gm, str(weight.target)), *packing)
         register(gm, name, kept[name].tensor)
     with gm.graph.inserting_before(node):
-        if bias is not None and (value := get_tensor(gm, str(bias.target))).dtype != torch.float32:
-            register(gm, f"{bias.target}_float", value.detach().float())
-            bias = gm.graph.get_attr(f"{bias.target}_float")
-        return gm.graph.get_attr(name), bias
+        return gm.graph.get_attr(name), None if bias is None else as_float(gm, node, bias)
+
+
+def as_float(gm: fx.GraphModule, node: fx.Node, constant: fx.Node) -> fx.Node:
+    """A constant in float32, before the node that uses it."""
+    value = get_tensor(gm, str(constant.target))
+    if value.dtype == torch.float32:
+        return constant
+    register(gm, f"{constant.target}_float", value.detach().float())
+    with gm.graph.inserting_before(node):
+        return gm.graph.get_attr(f"{constant.target}_float")
 
 
 def packed(weight: Tensor, how: str, pack: Callable[[Tensor], Tensor]) -> Packed:

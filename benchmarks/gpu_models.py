@@ -43,6 +43,8 @@ SDXL = {
     "projection_class_embeddings_input_dim": 2816,
 }
 """unet/config.json of stabilityai/stable-diffusion-xl-base-1.0."""
+POOLED = 1280
+"""`projection_dim` of its second text encoder: what the UNet's 2,816 hold besides six numbers of 256 features each."""
 COGVIDEOX = {
     "num_attention_heads": 48,
     "attention_head_dim": 64,
@@ -128,6 +130,8 @@ def pipeline(model: Model, device: torch.device, dtype: torch.dtype) -> Any:
     own = getattr(pipe, name)
     if model.config:
         pipe.register_modules(**{name: drawn(type(own), model.config, device, dtype)})
+        if "projection_class_embeddings_input_dim" in model.config:
+            pipe.text_encoder_2.config.projection_dim = POOLED  # the tiny one's own says how wide examples are
     else:
         nn.Module.to(own, device, dtype)  # diffusers' own `to` warns of dtypes
     return pipe

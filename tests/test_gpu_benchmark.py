@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -220,6 +221,50 @@ def test_models_have_the_published_number_of_parameters(modules, name, cls, bill
     module = modules[1].undrawn(getattr(diffusers, cls), modules[1].MODELS[name].config)
     # what the model cards say, to the digits that they give
     assert sum(p.numel() for p in module.parameters()) / 1e9 == pytest.approx(billions, abs=0.01)
+
+
+NARROW = {
+    "flux-dev": {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 1},
+    "flux-schnell": {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 1},
+    "sdxl": {
+        "transformer_layers_per_block": (1, 1, 1),
+        "block_out_channels": (32, 64, 64),
+        "attention_head_dim": (1, 2, 2),
+    },
+    "cogvideox-5b": {"num_layers": 1, "num_attention_heads": 1},
+}
+"""What of a configuration says how wide and deep it is, and not what goes in and out."""
+
+
+def narrow(modules, name: str, folder: Path) -> tuple[Any, Any]:
+    """The model at the published sizes, and its denoiser and plan; what goes through is followed, and nothing computed."""
+    _, models, ways, times = modules
+    model = replace(models.MODELS[name], config={**models.MODELS[name].config, **NARROW[name]})
+    stage = ways.Stage(model, "eager", model.caches[-1])
+    return model, ways.prepared(stage, times.Place(torch.device("cpu"), folder, 1), on_device=True)
+
+
+@pytest.mark.parametrize("name", NARROW)
+def test_what_goes_into_a_published_configuration_fits_it(modules, name, tmp_path):
+    model, subject = narrow(modules, name, tmp_path)
+    given = dict(zip(subject.denoiser.inputs, (tuple(a.shape) for a in subject.denoiser.args), strict=True))
+    if name.startswith("flux"):
+        assert given["hidden_states"] == (1, 4096, 64)
+        assert given["encoder_hidden_states"] == (1, model.tokens, 4096)
+    elif name == "sdxl":
+        assert (given["hidden_states"], given["text_embeds"]) == ((1, 4, 128, 128), (2, 1280))
+    else:
+        assert given["hidden_states"] == (1, 13, 16, 60, 90)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NARROW)
+def test_published_configurations_are_captured(modules, name, tmp_path):
+    _, subject = narrow(modules, name, tmp_path)
+    made = {v.name: modules[2].captured(subject, v)[1] for v in subject.planned.variants}
+    assert made.keys() == {"full", "reuse"}
+    shapes = {s.name: s.shape for s in made["full"].inputs}
+    assert made["full"].outputs[0].shape[1:] == shapes["hidden_states"][1:]
 
 
 def test_random_weights_keep_their_scale(modules):

@@ -143,12 +143,12 @@ def cells(model: Figures, way: str) -> list[str]:
     return [*(f"{mark}{cell}{mark}" for cell in shown), small(errors.get(way, 0.0))]
 
 
-def reused(wide: Figures) -> str:
-    """What reusing all attention saves of `wide`."""
-    name = next(name for name in wide["flops"] if name != "full")
-    flops = wide["flops"][name] / wide["flops"]["full"]
-    time = 1 / ratio(wide["seconds"]["artifact: full"], wide["seconds"][f"artifact: {name}"])
-    return f"Reusing attention leaves {flops:.0%} of the FLOPs of `wide` and {time:.0%} of the time.\n"
+def reused(model: Figures) -> str:
+    """What reusing all attention saves."""
+    flops, seconds = model["flops"], model["seconds"]
+    name = next(name for name in flops if name != "full")
+    time = ratio(seconds[f"artifact: {name}"], seconds["artifact: full"])
+    return f"Reusing attention leaves {flops[name] / flops['full']:.0%} of the FLOPs of `{model['model']}` and {time:.0%} of the time.\n"
 
 
 def cpu(models: Figures) -> str:

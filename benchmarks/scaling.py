@@ -38,7 +38,7 @@ Run = Callable[[], Any]
 BASE = {"tokens": 1024, "blocks": 3, "prompts": 1, "threads": 1}
 CURVES: Mapping[str, Sequence[int]] = {
     "tokens": (256, 512, 1024, 2048, 4096, 8192),
-    "blocks": (3, 6, 12, 24),
+    "blocks": (3, 6, 12),
     "prompts": (1, 2, 4, 8),
     "threads": (1, 2),
 }

@@ -157,12 +157,9 @@ struct Attention {
             pack_keys(Heads{k}.at(head) + key * k.strides[2], k.strides[2], live, padded, d, desk.keys);
             pack_values(Heads{v}.at(head) + key * v.strides[2], v.strides[2], live, padded, d, desk.values);
             Block block{d, wide, padded, live, q.strides[2], scale * LOG2E, desk.keys, desk.values, desk.scores, desk.weights};
-            auto pass = [&]<int R>(std::integral_constant<int, R>, int64_t i) {
-                block.queries<R>(queries + i * q.strides[2], desk.top + i, desk.total + i, desk.sums + i * wide);
-            };
-            int64_t i = 0;
-            for (; i + ROWS <= count; i += ROWS) pass(std::integral_constant<int, ROWS>{}, i);
-            for (; i < count; i++) pass(std::integral_constant<int, 1>{}, i);
+            tiled<ROWS, 4, 2, 1>(count, [&](auto r, int64_t i) ALWAYS {
+                block.queries<r>(queries + i * q.strides[2], desk.top + i, desk.total + i, desk.sums + i * wide);
+            });
         }
         half* to = const_cast<half*>(Heads{out}.at(head)) + first * out.strides[2];
         for (int64_t i = 0; i < count; i++, to += out.strides[2]) {

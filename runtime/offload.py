@@ -73,10 +73,11 @@ class CudaDevice:
 def leaving(asked: Asked, manifest: Manifest, variants: Collection[str]) -> tuple[str, ...]:
     """The graphs whose weights leave, in the manifest's order; `variants` are the denoiser's. Raises ArtifactError where that
     means nothing, and for graphs that stay."""
-    if isinstance(asked, str) or not (isinstance(asked, bool) or all(isinstance(name, str) for name in asked)):
-        raise ArtifactError(f"offload={asked!r}: expected True, or a list of graphs such as ['text_encoder']")
     if not asked:
         return ()
+    listed = isinstance(asked, list | tuple) and all(isinstance(name, str) for name in asked)
+    if asked is not True and not listed:
+        raise ArtifactError(f"offload={asked!r}: expected True, or a list of graphs such as ['text_encoder']")
     if manifest.requires.device != "cuda":
         raise ArtifactError(
             f"offload={asked!r}: the artifact is for the CPU, where weights are pages of their files already, which leave memory "

@@ -254,6 +254,7 @@ ALL = {n: {} for n in ("full", "text_encoder", "vae_decoder", "vae_encoder")}
     ("asked", "expected"),
     [
         (False, ()),
+        (None, ()),
         ((), ()),
         (True, ("text_encoder", "vae_encoder")),
         (["vae_encoder"], ("vae_encoder",)),
@@ -286,6 +287,7 @@ def test_what_runs_once_for_a_prompt_can_leave(asked, expected):
         (["full"], ("cuda", "aoti"), "'full' is not among"),
         ("text_encoder", ("cuda", "aoti"), r"expected True, or a list of graphs such as \['text_encoder'\]"),
         ([1], ("cuda", "aoti"), "expected True, or a list of graphs"),
+        (1, ("cuda", "aoti"), "offload=1: expected True, or a list of graphs"),
     ],
 )
 def test_what_means_nothing_is_refused(monkeypatch, asked, where, words):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from torch import Tensor
 
 from prebake.runtime import ArtifactError, load, offload
 from prebake.runtime import artifact as opening
+from prebake.runtime.artifact import open_artifact
 from prebake.runtime.manifest import read_manifest
 from prebake.runtime.offload import ALIGNMENT, Guest, Guests, Visiting, leaving, owners, placed, stay
 
@@ -237,6 +241,30 @@ def test_threads_do_not_bind_while_another_runs():
     with ThreadPoolExecutor(4) as pool:
         made = list(pool.map(lambda i: float(call([torch.tensor(float(i))])[0]), range(200)))
     assert made == [float(WEIGHTS["matrix"].sum()) + i for i in range(200)]
+
+
+def test_what_binding_again_leaves_behind_is_small(toy_artifact, cache_dir):
+    """Of AOTInductor's own: what this binding has made for it, it takes back."""
+    artifact = open_artifact(toy_artifact, cache_dir=cache_dir)
+    graph = artifact.graphs["full"]
+    constants = {name: artifact.weights[key].clone() for name, key in graph.graph.constants.items()}
+
+    def grown(rounds: int, keep: list[Any] | None = None) -> float:
+        """Bytes that the process takes more, for each constant."""
+        before = resident_bytes()
+        for _ in range(rounds):
+            graph._model.bind(constants)
+            if keep is not None:
+                keep.append([bytearray(64) for _ in constants])
+        return (resident_bytes() - before) / rounds / len(constants)
+
+    grown(2000)
+    assert grown(20000) < 40  # 32, and 2 MiB of what else the process may take meanwhile
+    assert grown(2000, []) > 40  # the canary: 64 bytes more
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 # --- what may leave ---------------------------------------------------------------------------------------------------

@@ -53,7 +53,8 @@ def main() -> None:
 
 def export_to(folder: Path, model: str, overrides: tuple[str, ...]) -> Path:
     common = ("cache.method=none", *(f"precision.{part}=float32" for part in PLAIN))
-    return exported(model, folder, argparse.Namespace(recipe="flux-fast", overrides=[*common, *overrides]))
+    exported(model, folder, argparse.Namespace(recipe="flux-fast", overrides=[*common, *overrides]))
+    return folder
 
 
 def measure(model: str, folders: dict[str, Path], repeats: int) -> tuple[dict[str, list[float]], dict[str, float]]:

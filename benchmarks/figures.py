@@ -176,7 +176,7 @@ def cold_start(found: Figures) -> str:
     """Medians over turns of each stage; ratios are medians of the turns' own."""
     rows = []
     for artifact in found["artifacts"]:
-        for name, runs in artifact["runs"].items():
+        for name, runs in sorted(artifact["runs"].items(), key=lambda item: item[0] != artifact["name"]):
             own = name == artifact["name"]
             stages = [statistics.median(run["seconds"][stage] for run in runs) for stage in found["stages"]]
             figures = [*stages, statistics.median(map(total, runs)), statistics.median(r["second_image"] for r in runs)]

@@ -56,7 +56,8 @@ def powers(found: Figures) -> str:
     """The exponent between the first two points of each curve, and between the last two."""
     shown = {"seconds": "time", "bytes": "memory", "export": "export"}
     rows = []
-    for name, points in found["curves"].items():
+    for name in UNITS:
+        points = found["curves"][name]
         for quantity, said in shown.items():
             if quantity == "seconds" or has(points, quantity):
                 ways = [way if quantity != "export" or way == "prebake" else "" for way in WAYS]

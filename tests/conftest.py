@@ -18,9 +18,11 @@ torch.set_num_threads(1)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """What torch.compile leaves behind, 140 MB of headers for each set of flags, lies in one folder, and goes with the run."""
-    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ and not hasattr(config, "workerinput"):
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder = tempfile.mkdtemp(prefix="prebake-tests-")
+    """What outlives its test lies in one folder, which goes with the run: torch.compile's headers, 140 MB for each set of flags, and
+    the pipelines on paper of `families/`."""
+    if not hasattr(config, "workerinput"):
+        os.environ["PYTEST_TMP"] = folder = tempfile.mkdtemp(prefix="prebake-tests-")
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", folder)
         config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 

@@ -64,7 +64,7 @@ def uneven(value: Any) -> Any:
         return {key: uneven(v) for key, v in value.items()}
     if isinstance(value, list):
         return [uneven(v) for v in value]
-    return value + value**1.5 if isinstance(value, int | float) else value
+    return value + abs(value) ** 1.5 if isinstance(value, int | float) else value
 
 
 def test_a_growth_is_found_where_it_was_put():

@@ -154,7 +154,7 @@ def test_a_file_that_is_no_calibration_is_refused(file):
         ({"colour": 1}, r"made\.json \[colour\]"),
         (
             {"changes": {"a": [0.5]}},
-            r"made\.json: changes\['a'\]: expected an entry for each of the 5 timesteps, got 1 ",
+            r"made\.json: changes\['a'\]: expected an entry for each of the 5 timesteps, got 1; make it again with ",
         ),
     ):
         file.write_text(json.dumps({**data, **change}), "utf-8")

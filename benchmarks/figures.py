@@ -159,7 +159,7 @@ def openvino(models: Figures) -> str:
     named = {model["model"]: model for model in models}
     told = [
         ("The FLUX `flux-88m`", named["flux-88m"], "prebake: int8, bfloat16"),
-        ("the UNet", named["unet"], "prebake: int8 with convolutions, bfloat16"),
+        ("a UNet with `quantize.convolutions`", named["unet"], "prebake: int8 with convolutions, bfloat16"),
     ]
     theirs = "OpenVINO int8 (NNCF)"
     said = []

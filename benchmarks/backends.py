@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 from denoiser import call, exported, wide
 
-from prebake.exporter import source
-from prebake.exporter.component import Component
 from prebake.exporter.families import flux
+from prebake.exporter.load import source
+from prebake.exporter.sites.component import Component
 from prebake.runtime.artifact import open_artifact
 from prebake.runtime.manifest import Manifest
 

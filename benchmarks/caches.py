@@ -27,7 +27,8 @@ from typing import Any
 import figures
 import torch
 
-from prebake.exporter import pipeline, shapes, source
+from prebake.exporter import pipeline, shapes
+from prebake.exporter.bench.compiled_variants import Compiled, sites_of
 from prebake.exporter.caches import (
     Auto,
     Cache,
@@ -44,16 +45,17 @@ from prebake.exporter.caches import (
     TaylorSeer,
     TeaCache,
 )
-from prebake.exporter.calibration import Calibration, read
-from prebake.exporter.calibrators.runner import Run, Subject, drawn, means, online, shares, watch
-from prebake.exporter.compiled import Compiled, sites_of
-from prebake.exporter.discover import discover
+from prebake.exporter.caches.calibration import Calibration, read
+from prebake.exporter.calibrators.runner import drawn, means, online, shares, watch
+from prebake.exporter.calibrators.subject import Run, Subject
+from prebake.exporter.load import source
 from prebake.exporter.plan import plan
 from prebake.exporter.progress import progress
-from prebake.exporter.quality import psnr_db, ssim
-from prebake.exporter.recipe import Recipe, resolve
+from prebake.exporter.recipe.resolve import Recipe, resolve
 from prebake.exporter.rewrite import rewrite
 from prebake.exporter.shapes.checker import check
+from prebake.exporter.sites.discover import discover
+from prebake.exporter.verify.measure import psnr_db, ssim
 from prebake.runtime.errors import ExportError, RecipeError
 from prebake.runtime.plan import Plan
 from prebake.runtime.replay import Tables, Variant, replay, tables_on

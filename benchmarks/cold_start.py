@@ -17,9 +17,9 @@ from pathlib import Path
 import figures
 import torch
 
-from prebake.exporter.bench import Choices, Subject, artifact_start, baseline_starts, read
-from prebake.exporter.cold import STAGES, Started, started
-from prebake.exporter.quality import picture_prompts
+from prebake.exporter.bench.cold_start import STAGES, Started, started
+from prebake.exporter.bench.rounds import Choices, Subject, artifact_start, baseline_starts, read
+from prebake.exporter.prompts import picture_prompts
 
 GOALS = {"eager": 0.5, "compile": 0.05}
 

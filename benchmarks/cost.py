@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from denoiser import call
 
-from prebake.exporter.cost import census
-from prebake.exporter.forecast import speed_of
+from prebake.exporter.cost.count import census
+from prebake.exporter.cost.forecast import speed_of
 from prebake.exporter.pipeline import prepare
 from prebake.exporter.progress import progress
-from prebake.exporter.verify import recipe_of
+from prebake.exporter.verify.verify import recipe_of
 from prebake.runtime.artifact import Artifact, open_artifact
 
 

@@ -34,14 +34,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from prebake.exporter.capture import Captured, capture
+from prebake.exporter.capture.attention_dtype import attention_in
+from prebake.exporter.capture.capture import Captured, capture
 from prebake.exporter.lower import aoti, kernels, onnxruntime, w8a8
 from prebake.exporter.lower.kernels.native import Native
 from prebake.exporter.lower.kernels.operators import GELU, PLAIN
 from prebake.exporter.lower.onnx_graph import onnx_model, with_data
-from prebake.exporter.recipe import resolve
+from prebake.exporter.recipe.resolve import resolve
 from prebake.exporter.rewrite import rewrite_denoiser
-from prebake.exporter.rewrite.attention import attention_in
 
 HALF, FLOAT = torch.bfloat16, torch.float32
 PREBAKE = "prebake: "

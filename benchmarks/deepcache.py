@@ -18,15 +18,15 @@ import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
+from prebake.exporter.bench.compiled_variants import Compiled
 from prebake.exporter.caches import DeepCache
-from prebake.exporter.compiled import Compiled
-from prebake.exporter.component import Component
-from prebake.exporter.cost import cost
-from prebake.exporter.discover import discover
-from prebake.exporter.pipeline import capture_variants
+from prebake.exporter.capture.variants import capture_variants
+from prebake.exporter.cost.count import cost
 from prebake.exporter.plan import plan
 from prebake.exporter.plan.sampler import tabulate
 from prebake.exporter.progress import progress
+from prebake.exporter.sites.component import Component
+from prebake.exporter.sites.discover import discover
 
 
 class Denoiser(nn.Module):

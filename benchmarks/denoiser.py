@@ -22,11 +22,11 @@ from typing import Any
 import figures
 import torch
 
-from prebake.exporter import source
 from prebake.exporter.families import flux
+from prebake.exporter.load import source
 from prebake.exporter.pipeline import Options, export
 from prebake.exporter.progress import progress
-from prebake.exporter.recipe import resolve
+from prebake.exporter.recipe.resolve import resolve
 from prebake.runtime.artifact import Artifact, open_artifact
 
 WIDE = {

@@ -21,7 +21,7 @@ Figures = Any
 
 def keep(figures: Mapping[str, Any], output: Path | None) -> None:
     """Writes them with the machine and the command; nothing without `output`."""
-    from prebake.exporter.report import machine
+    from prebake.exporter.verify.report import machine
 
     if output:
         command = shlex.join(["python", *sys.argv])

@@ -135,7 +135,7 @@ def first_line(e: Exception) -> str:
 
 def replayed(subject: Subject, plan: Any, variants: Variants, place: Place, loop: Any = None) -> float:
     """Seconds of the runtime's loop over the plan, or of another with its signature."""
-    from prebake.exporter.eager import sites_of
+    from prebake.exporter.calibrators.eager_replay import sites_of
     from prebake.runtime.replay import replay, tables_on
 
     named = {n: a.to(place.device) for n, a in zip(subject.denoiser.inputs, subject.denoiser.args, strict=True)}

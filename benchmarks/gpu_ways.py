@@ -78,9 +78,9 @@ def figures(stage: Stage, place: Place) -> dict[str, Any]:
 def prepared(stage: Stage, place: Place, *, on_device: bool, fused: bool = False, rewrite: Any = None) -> Subject:
     """The denoiser and its plan. Graphs for an artifact are captured on the CPU, where an export captures them."""
     from prebake.exporter import pipeline as exporter
-    from prebake.exporter.discover import discover
     from prebake.exporter.plan import plan
     from prebake.exporter.progress import progress
+    from prebake.exporter.sites.discover import discover
 
     pipe = pipeline(stage.model, place.device, torch.bfloat16)
     model = getattr(pipe, "unet", None) or pipe.transformer
@@ -121,7 +121,7 @@ def quantize_float8(model: Any) -> None:
 def eager(stage: Stage, subject: Subject) -> Variants:
     """The modules as diffusers runs them; with a cache the captured graphs, operator by operator: in the modules, what a
     variant skips would still run."""
-    from prebake.exporter.eager import eager_variants
+    from prebake.exporter.calibrators.eager_replay import eager_variants
 
     if stage.cache != "off":
         return {v.name: bound(*captured(subject, v)) for v in subject.planned.variants}
@@ -152,10 +152,10 @@ def compiled(stage: Stage, subject: Subject) -> Variants:
 
 def captured(subject: Subject, variant: Any) -> tuple[Any, Any]:
     """A variant as `replay` describes it, its FLOPs counted, and its graph."""
-    from prebake.exporter.capture import capture
-    from prebake.exporter.cost import cost
-    from prebake.exporter.eager import eager_variant
-    from prebake.exporter.sites import VariantModule
+    from prebake.exporter.calibrators.eager_replay import eager_variant
+    from prebake.exporter.capture.capture import capture
+    from prebake.exporter.cost.count import cost
+    from prebake.exporter.sites.apply import VariantModule
 
     module = VariantModule(subject.denoiser.module, subject.planned.marks, variant, subject.denoiser.inputs)
     examples = tuple(t.to(subject.denoiser.args[0].device) for t in module.examples(subject.denoiser.args))
@@ -172,7 +172,7 @@ def bound(variant: Any, graph: Any, run: Any = None) -> Any:
 
 def artifact_figures(stage: Stage, place: Place, rate: float) -> dict[str, Any]:
     """An artifact of the denoiser alone, exported if it is not there, then opened and timed; and opened in a new process."""
-    from prebake.runtime.recorded import RecordedLoop, on_cuda
+    from prebake.runtime.gpu.graph_loop import RecordedLoop, on_cuda
 
     begun = time.perf_counter()
     subject, folder, built = exported(stage, place)
@@ -235,14 +235,15 @@ def opened(folder: Path, place: Place) -> Any:
 
 def exported(stage: Stage, place: Place) -> tuple[Subject, Path, bool]:
     """The artifact, and whether it was made now; code that an earlier run has compiled is taken from its cache."""
-    from prebake.exporter import package
     from prebake.exporter import pipeline as exporter
-    from prebake.exporter.cost import cost
-    from prebake.exporter.pipeline import Prepared, capture_variants
+    from prebake.exporter.capture.variants import capture_variants
+    from prebake.exporter.cost.count import cost
+    from prebake.exporter.export_cache.store import Store
+    from prebake.exporter.package import folder as package
+    from prebake.exporter.prepared import Prepared
     from prebake.exporter.progress import progress
-    from prebake.exporter.recipe import resolve
+    from prebake.exporter.recipe.resolve import resolve
     from prebake.exporter.rewrite import rewrite
-    from prebake.exporter.store import Store
     from prebake.runtime.manifest import Defaults, Source
 
     recipe = resolve(

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from diffusers import FluxTransformer2DModel
 
-from prebake.exporter.capture import capture
+from prebake.exporter.capture.capture import capture
+from prebake.exporter.cli.quiet import hush
 from prebake.exporter.families import flux
-from prebake.exporter.hush import hush
 from prebake.exporter.lower.onnx_graph import onnx_model
 from prebake.exporter.lower.onnx_rewrite import rewritten
 from prebake.exporter.tiny.flux import build

@@ -21,13 +21,13 @@ import tensorrt_rtx as trt
 from onnx import TensorProto, helper
 from onnxscript.optimizer import fold_constants, remove_unused_nodes
 
-from prebake.exporter.capture import Captured
-from prebake.exporter.hush import hush
+from prebake.exporter.capture.capture import Captured
+from prebake.exporter.cli.quiet import hush
 from prebake.exporter.lower.onnx_graph import onnx_model, with_data
 from prebake.exporter.lower.tensorrt import Options, build_model, network, rewritten
 from prebake.exporter.pipeline import prepare
 from prebake.exporter.progress import progress
-from prebake.exporter.recipe import resolve
+from prebake.exporter.recipe.resolve import resolve
 from prebake.exporter.tiny import flux
 from prebake.runtime.errors import ExportError
 

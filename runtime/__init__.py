@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .attachment import attach, detach
+    from .attachment.attach import attach, detach
     from .errors import ArtifactError, Cancelled, ExportError, PrebakeError, QualityError, RecipeError
     from .pipeline import load
 
@@ -28,8 +28,8 @@ __all__ = [
 ]
 
 _HOME = {
-    "attach": ".attachment",
-    "detach": ".attachment",
+    "attach": ".attachment.attach",
+    "detach": ".attachment.attach",
     "load": ".pipeline",
     "ArtifactError": ".errors",
     "Cancelled": ".errors",

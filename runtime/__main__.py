@@ -3,9 +3,9 @@
 import argparse
 import sys
 
-from .cli import add_commands
+from .cli.main import add_commands
+from .cli.streams import print_anything
 from .errors import PrebakeError
-from .streams import print_anything
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -16,17 +16,17 @@ import torch
 from pydantic import ValidationError
 
 from .backends import Model, Opening, backend
-from .check import Key, Trust, checked, plan_problems
+from .check.artifact import Key, Trust, checked, plan_problems
 from .contract import Contract, torch_dtype
 from .errors import ArtifactError, misfit, raise_all
-from .files import by_descriptor, read_listed
-from .gpu_memory import gpu_memory_for
+from .gpu.memory import gpu_memory_for
 from .manifest import Graph, Manifest, Site, read_manifest
 from .memory import memory_for
 from .offload import Asked, Guests, Rebound, Visiting, leaving, once_for_a_prompt
 from .plan import Plan
 from .replay import Tables, Tensors, Variant, tables_on
 from .runners import Runners, usual_count
+from .storage.files import by_descriptor, read_listed
 from .weights import map_weights
 
 

@@ -197,3 +197,7 @@ def _unread(folder: Path, error: OSError) -> str:
     if isinstance(error, IsADirectoryError):
         return "manifest.json is a folder; restore the file or export again"
     return f"manifest.json: {unreadable(error, folder)}"
+
+
+FAMILY = "attach"
+"""The manifest's `family` of an artifact that holds a denoiser alone."""

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from .backends import backend
 from .errors import ArtifactError
+from .gpu.upload import PIECE_BYTES, as_bytes, on_device
 from .manifest import Manifest
-from .upload import PIECE_BYTES, as_bytes, on_device
 
 ALIGNMENT = 512
 """Bytes, where torch's own allocations on a GPU begin."""

@@ -17,20 +17,20 @@ from typing import Any, NamedTuple
 import torch
 
 from .artifact import Artifact, open_artifact
-from .attachment import FAMILY
-from .begin import Asked, after_evaluation, begin, beginning, ended
-from .check import Key, Trust, status_problems
+from .check.artifact import Key, Trust, status_problems
 from .errors import ArtifactError, raise_all
 from .families import family_of
-from .gpu_memory import gpu_memory_for
+from .gpu.graph_loop import loop_of
+from .gpu.memory import gpu_memory_for
+from .manifest import FAMILY
 from .noise import Generators, chosen, draw
 from .offload import Asked as Offload
 from .offload import once_for_a_prompt, stay
 from .pictures import frames_out, pictures_out
 from .plan import Plan
-from .recorded import loop_of
 from .replay import StopReplay, Tables
 from .runners import Flag, refuse_cancelled
+from .start import Asked, after_evaluation, begin, beginning, ended
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 Callback = Callable[["Pipeline", int, float, dict[str, torch.Tensor]], dict[str, torch.Tensor] | None]

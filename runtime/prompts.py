@@ -14,9 +14,9 @@ from tokenizers import Tokenizer
 
 from .artifact import Artifact
 from .errors import ArtifactError
-from .files import read_listed
 from .plan import FROZEN
 from .replay import Tensors
+from .storage.files import read_listed
 
 SHOWN = 200  # characters of a text, in what is said of it: a server's log takes a line for each request
 

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from .errors import ArtifactError
-from .upload import on_device
+from .gpu.upload import on_device
 
 Tensors = dict[str, torch.Tensor]
 

@@ -40,10 +40,10 @@ from transformers import (
 )
 from uncompiled import CPU, bound, captured, prepared
 
-from prebake.exporter import package
-from prebake.exporter.package import Weights
-from prebake.exporter.pipeline import describe
-from prebake.exporter.recipe import Recipe, Shapes
+from prebake.exporter.package import folder as package
+from prebake.exporter.package.folder import Weights
+from prebake.exporter.package.manifest import describe
+from prebake.exporter.recipe.resolve import Recipe, Shapes
 from prebake.runtime.artifact import Artifact, read_plans
 from prebake.runtime.replay import tables_on
 

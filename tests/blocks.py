@@ -12,7 +12,7 @@ import peers
 from torch import Tensor, nn
 
 from prebake.exporter.caches import Schedule
-from prebake.exporter.layout import Layout
+from prebake.exporter.sites.layout import Layout
 
 STREAMS = {
     "flux": ("encoder_hidden_states", "hidden_states"),

@@ -5,9 +5,9 @@ from __future__ import annotations
 from peers import Run, inputs_of
 from torch import Tensor
 
-from prebake.exporter.compiled import Compiled, sites_of
-from prebake.exporter.component import Component
+from prebake.exporter.bench.compiled_variants import Compiled, sites_of
 from prebake.exporter.plan import Planned
+from prebake.exporter.sites.component import Component
 from prebake.runtime.plan import Plan
 from prebake.runtime.replay import replay, tables_on
 

@@ -47,7 +47,7 @@ def tiny_folder(shared_tmp) -> Path:
 @pytest.fixture
 def tiny_pipe(tiny_folder):
     """The same, loaded afresh in float32: tests may change it."""
-    from prebake.exporter.source import load
+    from prebake.exporter.load.source import load
 
     return load(str(tiny_folder), None, {"default": torch.float32}).pipe
 
@@ -76,7 +76,7 @@ def tiny_sd_folder(shared_tmp) -> Path:
 @pytest.fixture
 def tiny_sd_pipe(tiny_sd_folder):
     """The same, loaded afresh in float32: tests may change it."""
-    from prebake.exporter.source import load
+    from prebake.exporter.load.source import load
 
     pipe = load(str(tiny_sd_folder), None, {"default": torch.float32}).pipe
     pipe.set_progress_bar_config(disable=True)
@@ -95,7 +95,7 @@ def exported(shared_tmp: Path, name: str, recipe: str, overrides: tuple[str, ...
     """An artifact, compiled once per run, whatever the workers."""
     from prebake.exporter.pipeline import Options, export
     from prebake.exporter.progress import progress
-    from prebake.exporter.recipe import resolve
+    from prebake.exporter.recipe.resolve import resolve
 
     folder = shared_tmp / "artifacts" / name
     with (shared_tmp / f"{name}-artifact.lock").open("w") as lock:

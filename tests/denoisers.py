@@ -14,8 +14,8 @@ from diffusers import (
 )
 from torch import Tensor, nn
 
-from prebake.exporter.component import Component
-from prebake.exporter.guidance import guided
+from prebake.exporter.sites.component import Component
+from prebake.exporter.sites.guidance import guided
 
 
 class Call(nn.Module):

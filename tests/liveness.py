@@ -17,11 +17,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from prebake.exporter.component import Component
-from prebake.exporter.cost import FLOP_FORMULAS
-from prebake.exporter.marks import Mark, Variant
+from prebake.exporter.cost.count import FLOP_FORMULAS
 from prebake.exporter.plan import Planned
-from prebake.exporter.sites import VariantModule
+from prebake.exporter.sites.apply import VariantModule
+from prebake.exporter.sites.component import Component
+from prebake.exporter.sites.marks import Mark, Variant
 
 
 @dataclass(frozen=True)

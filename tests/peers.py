@@ -15,13 +15,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from prebake.exporter.caches import NoCache
-from prebake.exporter.component import Component
-from prebake.exporter.discover import discover
-from prebake.exporter.eager import eager_replay
-from prebake.exporter.guidance import Guided
-from prebake.exporter.layout import Layout
+from prebake.exporter.calibrators.eager_replay import eager_replay
 from prebake.exporter.plan import Planned, plan
 from prebake.exporter.plan.sampler import Table, tabulate
+from prebake.exporter.sites.component import Component
+from prebake.exporter.sites.discover import discover
+from prebake.exporter.sites.guidance import Guided
+from prebake.exporter.sites.layout import Layout
 from prebake.runtime.plan import Plan
 
 

@@ -22,7 +22,7 @@ from peers import Clock
 from torch import nn
 
 from prebake.exporter.caches import Schedule
-from prebake.exporter.component import Component
+from prebake.exporter.sites.component import Component
 
 SCHEDULERS = {
     "ddim": lambda n: scheduled(DDIMScheduler(), n),

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 from uncompiled import prepared
 
-from prebake.exporter.capture import capture
+from prebake.exporter.capture.capture import capture
 from prebake.exporter.lower import aoti, cuda, w8a8
-from prebake.exporter.recipe import resolve
-from prebake.runtime import gpu
+from prebake.exporter.recipe.resolve import resolve
 from prebake.runtime.backends import aoti as runtime_aoti
 from prebake.runtime.errors import ExportError, RecipeError
+from prebake.runtime.gpu import capability as gpu
+from prebake.runtime.gpu.upload import BUFFERS, uploaded
 from prebake.runtime.manifest import Requires
-from prebake.runtime.upload import BUFFERS, uploaded
 
 ON_GPU = "compile.device=cuda"
 

@@ -23,12 +23,12 @@ from attached import BUILDERS, LONGER_PROMPT, OTHER_PROMPT, PROMPT, drawn, pipel
 from diffusers import EulerDiscreteScheduler, PyramidAttentionBroadcastConfig
 from torch import Tensor, nn
 
-from prebake.exporter.attached import AttachedReplayer
-from prebake.exporter.golden import golden_path
 from prebake.exporter.pipeline import Options, export
 from prebake.exporter.progress import progress
-from prebake.exporter.quality import relative_error
-from prebake.exporter.verify import Choices, verify_artifact
+from prebake.exporter.verify.denoiser_alone import AttachedReplayer
+from prebake.exporter.verify.golden import golden_path
+from prebake.exporter.verify.measure import relative_error
+from prebake.exporter.verify.verify import Choices, verify_artifact
 from prebake.runtime import ArtifactError, ExportError, RecipeError, attach, detach, load
 from prebake.runtime.artifact import Artifact, open_artifact
 from prebake.runtime.manifest import read_manifest
@@ -460,8 +460,8 @@ def test_a_whole_pipeline_needs_a_family(folder, tmp_path):
 def test_recording_leaves_the_pipeline_as_it_was(folder):
     from attached import CALLS as ARGUMENTS
 
-    from prebake.exporter.record import record
-    from prebake.exporter.watch import requested
+    from prebake.exporter.denoiser_alone.record import record
+    from prebake.exporter.denoiser_alone.watch import requested
 
     pipe = pipeline("wan")
     eager = drawn(pipe, "wan")
@@ -551,7 +551,7 @@ def test_verify_with_its_pipeline_writes_the_golden_vectors_that_it_lacks(compil
 
 
 def test_golden_vectors_notice_another_denoiser(compiled):
-    from prebake.exporter.attached import replay_golden
+    from prebake.exporter.verify.denoiser_alone import replay_golden
 
     opened = open_artifact(compiled("aura_flow"))
     wrong = replace(opened, graphs={n: Off(g) for n, g in opened.graphs.items()})
@@ -566,9 +566,9 @@ def test_load_says_to_attach(compiled):
 
 
 def test_plan_says_to_export_again(compiled):
-    from prebake.exporter.recipe import Recipe
-    from prebake.exporter.replan import Choices as PlanChoices
-    from prebake.exporter.replan import add
+    from prebake.exporter.add_plan import Choices as PlanChoices
+    from prebake.exporter.add_plan import add
+    from prebake.exporter.recipe.resolve import Recipe
     from prebake.runtime.manifest import read_manifest
 
     asked = Recipe.model_validate(read_manifest(compiled("aura_flow")).recipe)

@@ -12,12 +12,13 @@ import torch
 from families.parity import PLAIN, TOLERANCE, expected, relative_error, seeded
 from safetensors.torch import load_file, save_file
 
-from prebake.exporter import lower, pipeline, verify
-from prebake.exporter.cli import main
-from prebake.exporter.package import file_entries
+from prebake.exporter import lower, pipeline
+from prebake.exporter.cli.main import main
+from prebake.exporter.package.folder import file_entries
 from prebake.exporter.pipeline import Options, export
 from prebake.exporter.progress import progress
-from prebake.exporter.recipe import resolve
+from prebake.exporter.recipe.resolve import resolve
+from prebake.exporter.verify import verify
 from prebake.runtime import backends, load
 from prebake.runtime.errors import ArtifactError, ExportError, RecipeError
 from prebake.runtime.manifest import read_manifest
@@ -85,7 +86,9 @@ def test_a_recipe_that_names_no_backend_is_told_those_there_are():
         resolve("flux-fast", ("compile.backend=aotinductor",), "tiny:flux")
 
 
-@pytest.mark.parametrize("name", ["aotinductor", "os", "__init__", "prebake.runtime.check", "../aoti", "Eager"])
+@pytest.mark.parametrize(
+    "name", ["aotinductor", "os", "__init__", "prebake.runtime.check.artifact", "../aoti", "Eager"]
+)
 def test_a_manifest_names_a_module_of_the_runtime_or_is_refused(artifact, tmp_path, name):
     with pytest.raises(ArtifactError, match=r"manifest.json.*backend"):
         load(with_manifest(artifact, tmp_path, backend=name))

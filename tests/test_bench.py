@@ -13,8 +13,11 @@ import attached
 import pytest
 import torch
 
-from prebake.exporter import bench, bench_report, cli, cli_bench
-from prebake.exporter.bench import (
+from prebake.exporter.bench import report as bench_report
+from prebake.exporter.bench import rounds as bench
+from prebake.exporter.bench.cold_start import STAGES, Start, started
+from prebake.exporter.bench.report import NOT_TOLD_APART, against, describe, figures, interquartile, ratio, show
+from prebake.exporter.bench.rounds import (
     BASELINES,
     Bench,
     Choices,
@@ -28,8 +31,8 @@ from prebake.exporter.bench import (
     labels,
     measure,
 )
-from prebake.exporter.bench_report import NOT_TOLD_APART, against, describe, figures, interquartile, ratio, show
-from prebake.exporter.cold import STAGES, Start, started
+from prebake.exporter.cli import bench as cli_bench
+from prebake.exporter.cli import main as cli
 from prebake.exporter.progress import Progress
 from prebake.runtime import ArtifactError, ExportError, RecipeError
 from prebake.runtime.manifest import read_manifest
@@ -331,7 +334,7 @@ def test_an_attached_artifact_is_timed_in_its_pipeline(tmp_path, monkeypatch):
 def test_the_memory_of_a_fresh_process_is_its_own():
     """`ru_maxrss` would give what the parent holds: see `cold.peak_bytes`."""
     held = bytearray(b"x" * 300_000_000)
-    program = "from prebake.exporter.cold import peak_bytes; print(peak_bytes())"
+    program = "from prebake.exporter.bench.cold_start import peak_bytes; print(peak_bytes())"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert 1e6 < int(done.stdout) < len(held) / 2
 

@@ -14,20 +14,22 @@ import torch
 from PIL import Image
 from pydantic import ValidationError
 
-from prebake.exporter import calibration as calibrations
 from prebake.exporter.caches import Auto, DBCache
+from prebake.exporter.caches import calibration as calibrations
+from prebake.exporter.caches.calibration import Calibration, Decisions, find, frozen, parameters, read, required
 from prebake.exporter.caches.firstblock import FirstBlockCache, decision, marks
-from prebake.exporter.calibration import Calibration, Decisions, find, frozen, parameters, read, required
 from prebake.exporter.calibrators import dbcache, firstblock, runner
 from prebake.exporter.calibrators.dynamic import Loop, dynamic_replay
-from prebake.exporter.cli import main
-from prebake.exporter.discover import discover
+from prebake.exporter.cli.main import main
 from prebake.exporter.families import flux
-from prebake.exporter.layout import Layout, Place
-from prebake.exporter.pipeline import family_of, prepare, sampler_table, write
+from prebake.exporter.families.registry import family_of
+from prebake.exporter.pipeline import prepare, write
 from prebake.exporter.progress import progress
-from prebake.exporter.recipe import resolve
-from prebake.exporter.sites import flat_outputs
+from prebake.exporter.recipe.resolve import resolve
+from prebake.exporter.settle import sampler_table
+from prebake.exporter.sites.apply import flat_outputs
+from prebake.exporter.sites.discover import discover
+from prebake.exporter.sites.layout import Layout, Place
 from prebake.runtime.errors import ExportError, RecipeError
 from prebake.runtime.manifest import Source
 

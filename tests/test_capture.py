@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from prebake.exporter.capture import capture
+from prebake.exporter.capture.capture import capture
 from prebake.runtime.errors import ExportError
 
 

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from prebake.exporter import cli, cli_export
-from prebake.exporter.recipe import names, resolve, schema
-from prebake.exporter.sites import Variant
-from prebake.exporter.store import Store, default_folder
+from prebake.exporter.cli import export as cli_export
+from prebake.exporter.cli import main as cli
+from prebake.exporter.export_cache.store import Store, default_folder
+from prebake.exporter.recipe.resolve import names, resolve, schema
+from prebake.exporter.sites.apply import Variant
 from prebake.runtime.errors import ExportError
 from prebake.runtime.manifest import Cost
 from prebake.runtime.plan import Evaluation, Plan, Update
@@ -75,7 +76,7 @@ def test_readme_shows_every_command():
 @pytest.mark.parametrize("arguments", [["--help"], ["recipes"], ["recipes", "flux-fast"], ["export", "--help"]])
 def test_light_commands_import_no_torch(arguments):
     code = (
-        "import sys\nfrom prebake.exporter.cli import main\n"
+        "import sys\nfrom prebake.exporter.cli.main import main\n"
         f"try: main({arguments!r})\nexcept SystemExit: pass\n"
         "print([m for m in ('torch', 'diffusers', 'transformers', 'torchao') if m in sys.modules], file=sys.stderr)"
     )
@@ -85,7 +86,8 @@ def test_light_commands_import_no_torch(arguments):
 
 
 @pytest.mark.parametrize(
-    "how", [["-m", "prebake.exporter"], ["-c", "import sys; from prebake.exporter.cli import main; sys.exit(main())"]]
+    "how",
+    [["-m", "prebake.exporter"], ["-c", "import sys; from prebake.exporter.cli.main import main; sys.exit(main())"]],
 )
 def test_module_is_the_command(how):
     done = subprocess.run([sys.executable, *how, "recipes", "nope"], capture_output=True, text=True, check=False)
@@ -198,8 +200,8 @@ def test_export_prints_where_the_artifact_is(fake_pipeline, capsys):
 @pytest.fixture
 def forecast_of_a_second(monkeypatch):
     """Every graph is predicted to take a second: nothing is timed."""
-    from prebake.exporter import forecast
-    from prebake.exporter.speed import Forecast
+    from prebake.exporter.cost import forecast
+    from prebake.exporter.cost.machine_rates import Forecast
 
     predicted = Forecast({"matmul float32": 900.0}, 100.0)
     monkeypatch.setattr(forecast, "forecasts", lambda prepared: dict.fromkeys(prepared.costs, predicted))

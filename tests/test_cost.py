@@ -6,16 +6,17 @@ import pytest
 import torch
 from torch import nn
 
-from prebake.exporter.capture import capture
-from prebake.exporter.cost import attention_ops, census, check_skips, cost, module_flops, plan_share
-from prebake.exporter.discover import discover
+from prebake.exporter.capture.capture import capture
+from prebake.exporter.capture.variants import capture_variants
+from prebake.exporter.cost.count import attention_ops, census, check_skips, cost, module_flops, plan_share
+from prebake.exporter.cost.variants import check_variants
 from prebake.exporter.families import flux
+from prebake.exporter.load.source import load
 from prebake.exporter.lower import w8a8
-from prebake.exporter.marks import Variant
-from prebake.exporter.pipeline import capture_variants, check_variants
 from prebake.exporter.plan import Planned
 from prebake.exporter.progress import progress
-from prebake.exporter.source import load
+from prebake.exporter.sites.discover import discover
+from prebake.exporter.sites.marks import Variant
 from prebake.runtime.errors import ExportError
 from prebake.runtime.manifest import Cost
 from prebake.runtime.plan import Evaluation, Plan, Update

@@ -12,14 +12,14 @@ from torch._functorch.aot_autograd import aot_export_module
 from torch.backends import cuda
 
 from prebake.exporter import pipeline
-from prebake.exporter.capture import Captured, capture
-from prebake.exporter.fingerprint import fingerprint
+from prebake.exporter.capture.attention_dtype import attention_in
+from prebake.exporter.capture.capture import Captured, capture
+from prebake.exporter.export_cache.fingerprint import fingerprint
 from prebake.exporter.lower import aoti
 from prebake.exporter.lower.cuda import onto
 from prebake.exporter.lower.cuda_attention import KERNELS, SDPA, attention_by, reason, refuse_attention
 from prebake.exporter.progress import progress
-from prebake.exporter.recipe import resolve
-from prebake.exporter.rewrite.attention import attention_in
+from prebake.exporter.recipe.resolve import resolve
 from prebake.runtime.errors import ExportError
 from prebake.runtime.manifest import Source
 

@@ -9,9 +9,9 @@ import torch
 from diffusers import DDIMScheduler
 
 from prebake.exporter.caches import NoCache
-from prebake.exporter.discover import discover
-from prebake.exporter.guidance import LowPass
 from prebake.exporter.plan import plan
+from prebake.exporter.sites.discover import discover
+from prebake.exporter.sites.guidance import LowPass
 
 ALL = denoisers.DITS | denoisers.UNETS
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from prebake.exporter import cli
-from prebake.exporter.matrix import WORST_FIRST
+from prebake.exporter.cli import main as cli
+from prebake.exporter.cli.matrix import WORST_FIRST
 from prebake.exporter.progress import Bar, progress
 from prebake.runtime import errors
 
@@ -81,7 +81,8 @@ def test_a_command_line_that_does_not_parse_is_2(capsys):
 
 
 def test_a_missed_threshold_of_verify_is_4(monkeypatch, tmp_path, capsys):
-    from prebake.exporter import hush, verify
+    from prebake.exporter.cli import quiet as hush
+    from prebake.exporter.verify import verify
 
     outcome = types.SimpleNamespace(missed=["plan '4': psnr is 12 dB, 30 are asked for"])
     monkeypatch.setattr(hush, "hush", lambda: None)
@@ -141,7 +142,7 @@ def test_a_terminal_gets_the_bar(monkeypatch):
 
 
 def test_tables_have_no_control_codes_in_a_file(tmp_path, monkeypatch):
-    from prebake.exporter.report import print_cells
+    from prebake.exporter.verify.report import print_cells
 
     monkeypatch.setenv("FORCE_COLOR", "1")
     with (tmp_path / "report.txt").open("w+", encoding="utf-8") as file:

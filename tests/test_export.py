@@ -13,14 +13,16 @@ import pytest
 import torch
 
 from prebake.exporter import pipeline
-from prebake.exporter.capture import Captured
-from prebake.exporter.eager import eager_replay
+from prebake.exporter.calibrators.eager_replay import eager_replay
+from prebake.exporter.capture.capture import Captured
 from prebake.exporter.families import flux
+from prebake.exporter.families.registry import family_of
+from prebake.exporter.load.source import load
 from prebake.exporter.lower import aoti
-from prebake.exporter.pipeline import Options, export, prepare, settle
+from prebake.exporter.pipeline import Options, export, prepare
 from prebake.exporter.progress import progress
-from prebake.exporter.recipe import resolve
-from prebake.exporter.source import load
+from prebake.exporter.recipe.resolve import resolve
+from prebake.exporter.settle import settle
 from prebake.runtime.artifact import open_artifact
 from prebake.runtime.errors import ExportError
 from prebake.runtime.manifest import read_manifest
@@ -211,7 +213,7 @@ def test_a_pipeline_without_a_family_is_refused_as_a_whole():
     with pytest.raises(
         ExportError, match=r"pipeline OtherPipeline has no family here: .*; pipelines with one: .*FluxPipeline"
     ):
-        pipeline.family_of(OtherPipeline())
+        family_of(OtherPipeline())
 
 
 def test_captured_graphs_of_one_export_have_names_of_their_own(prepared):

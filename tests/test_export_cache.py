@@ -15,15 +15,16 @@ from typing import Any, Literal, get_args, get_origin
 import pytest
 from uncompiled import prepared
 
-from prebake.exporter.fingerprint import fingerprint, toolchain
+from prebake.exporter.export_cache.compile import COMPILED, FROM_CACHE
+from prebake.exporter.export_cache.fingerprint import fingerprint, toolchain
+from prebake.exporter.export_cache.store import Store
+from prebake.exporter.load.source import tiny_folder
 from prebake.exporter.lower import Files, backend
-from prebake.exporter.making import COMPILED, FROM_CACHE
-from prebake.exporter.pipeline import Options, Prepared, export
+from prebake.exporter.pipeline import Options, export
+from prebake.exporter.prepared import Prepared
 from prebake.exporter.progress import Progress, progress
-from prebake.exporter.recipe import Recipe, resolve
-from prebake.exporter.recipe_tables import Compile, table_names, variants
-from prebake.exporter.source import tiny_folder
-from prebake.exporter.store import Store
+from prebake.exporter.recipe.resolve import Recipe, resolve
+from prebake.exporter.recipe.schema import Compile, table_names, variants
 from prebake.exporter.tiny import save
 from prebake.runtime.manifest import read_manifest
 

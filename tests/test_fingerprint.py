@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import nn
 
-from prebake.exporter import fingerprint as fingerprints
-from prebake.exporter.capture import Captured, capture
-from prebake.exporter.fingerprint import Unwritable, exact, fingerprint, toolchain
-from prebake.exporter.recipe import Compile, Recipe, resolve
+from prebake.exporter.capture.capture import Captured, capture
+from prebake.exporter.export_cache import fingerprint as fingerprints
+from prebake.exporter.export_cache.fingerprint import Unwritable, exact, fingerprint, toolchain
+from prebake.exporter.recipe.resolve import Compile, Recipe, resolve
 
 
 class Small(nn.Module):

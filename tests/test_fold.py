@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from prebake.exporter.passes.fold import fold_constants
+from prebake.exporter.passes.prune import prune
 from prebake.exporter.rewrite import fold
-from prebake.exporter.rewrite.fold import fold_constants
-from prebake.exporter.rewrite.prune import prune
 
 
 def traced(module: nn.Module, *args) -> torch.fx.GraphModule:

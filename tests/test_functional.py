@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from prebake.exporter.rewrite.functional import functionalize, is_mutating
+from prebake.exporter.passes.functional import functionalize, is_mutating
 
 
 def traced(f, *args):

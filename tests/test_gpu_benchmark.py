@@ -312,7 +312,7 @@ def test_a_checkout_stands_in_for_an_installation(tmp_path):
         "import importlib.util, gpu\n"
         "assert importlib.util.find_spec('prebake') is None\n"
         "gpu.importable()\n"
-        "import prebake.runtime.gpu as found\n"
+        "import prebake.runtime.gpu.capability as found\n"
         "print(found.__file__)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)

@@ -11,11 +11,11 @@ from kernel_cases import FLOAT, HALF, LACKS, error, random, runs_here
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from prebake.exporter.capture import Captured, capture
+from prebake.exporter.capture.attention_dtype import attention_in
+from prebake.exporter.capture.capture import Captured, capture
 from prebake.exporter.lower import aoti, kernels, w8a8
 from prebake.exporter.lower.kernels.rewrite import calling_kernels
-from prebake.exporter.recipe import resolve
-from prebake.exporter.rewrite.attention import attention_in
+from prebake.exporter.recipe.resolve import resolve
 from prebake.runtime.errors import RecipeError
 
 

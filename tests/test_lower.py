@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import nn
 
-from prebake.exporter.capture import capture
+from prebake.exporter.capture.capture import capture
 from prebake.exporter.lower import aoti, isa
 from prebake.exporter.progress import progress
-from prebake.exporter.recipe import Compile
+from prebake.exporter.recipe.resolve import Compile
 from prebake.runtime.errors import ExportError
 
 V3, V4 = frozenset(isa.V3), frozenset(isa.V4)

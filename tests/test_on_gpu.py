@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from prebake.runtime import ArtifactError, load
-from prebake.runtime.gpu_memory import stored_bytes
+from prebake.runtime.gpu.memory import stored_bytes
 from prebake.runtime.weights import map_weights
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
@@ -32,7 +32,7 @@ def artifact(tmp_path_factory) -> Path:
     """The tiny FLUX with attention reuse, for this GPU, its trajectories recorded."""
     from prebake.exporter.pipeline import Options, export
     from prebake.exporter.progress import progress
-    from prebake.exporter.recipe import resolve
+    from prebake.exporter.recipe.resolve import resolve
 
     asked = ("compile.device=cuda", "compile.options.cuda_graphs=true", "cache.method=pab", "quantize.method=none")
     gates = ("verify.cached_psnr_db=20", "verify.seeds=1")

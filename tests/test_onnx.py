@@ -17,8 +17,8 @@ pytest.importorskip("onnxscript", reason="onnxscript is not installed")
 
 from onnx.reference import ReferenceEvaluator  # noqa: E402
 
-from prebake.exporter.capture import Captured, capture  # noqa: E402
-from prebake.exporter.cost import cost  # noqa: E402
+from prebake.exporter.capture.capture import Captured, capture  # noqa: E402
+from prebake.exporter.cost.count import cost  # noqa: E402
 from prebake.exporter.lower import onnx_graph, w8a8  # noqa: E402
 from prebake.exporter.lower.onnx_graph import onnx_model, with_data  # noqa: E402
 from prebake.exporter.lower.onnx_rewrite import rewritten  # noqa: E402

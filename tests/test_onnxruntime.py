@@ -18,14 +18,14 @@ from torch import nn
 onnxruntime: Any = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install 'prebake[ort]'")
 onnx: Any = pytest.importorskip("onnx", reason="onnx is not installed: pip install 'prebake[export]'")
 
-from prebake.exporter.capture import capture  # noqa: E402
+from prebake.exporter.capture.capture import capture  # noqa: E402
 from prebake.exporter.lower import aoti, w8a8  # noqa: E402
 from prebake.exporter.lower import onnxruntime as lowering  # noqa: E402
 from prebake.exporter.lower.onnx_graph import onnx_model, with_data  # noqa: E402
 from prebake.exporter.lower.onnx_rewrite import rewritten  # noqa: E402
 from prebake.exporter.pipeline import Options, export  # noqa: E402
 from prebake.exporter.progress import progress  # noqa: E402
-from prebake.exporter.recipe import resolve  # noqa: E402
+from prebake.exporter.recipe.resolve import resolve  # noqa: E402
 from prebake.runtime import load  # noqa: E402
 from prebake.runtime.artifact import open_artifact, open_graphs  # noqa: E402
 from prebake.runtime.backends import onnxruntime as opening  # noqa: E402

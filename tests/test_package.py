@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from prebake.exporter import package
-from prebake.exporter.capture import capture
+from prebake.exporter.capture.capture import capture
+from prebake.exporter.package import folder as package
 from prebake.runtime.errors import ExportError
 from prebake.runtime.weights import map_weights
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from prebake.exporter.rewrite.prune import prune
+from prebake.exporter.passes.prune import prune
 
 
 class Block(nn.Module):

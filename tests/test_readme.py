@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from prebake.exporter import cli
-from prebake.exporter.recipe import resolve
+from prebake.exporter.cli import main as cli
+from prebake.exporter.recipe.resolve import resolve
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prebake.exporter.caches import Auto
-from prebake.exporter.recipe import (
+from prebake.exporter.recipe.resolve import (
     Int8Dynamic,
     Mask,
     NoCache,

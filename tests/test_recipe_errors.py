@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from prebake.exporter import caches
-from prebake.exporter.recipe import Mask, check_inductor_flags, check_scheduler, resolve
+from prebake.exporter.recipe.resolve import Mask, check_inductor_flags, check_scheduler, resolve
 from prebake.runtime.errors import RecipeError
 
 HEAD = 'name = "x"\ndescription = "x"\n'

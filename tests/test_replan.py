@@ -10,19 +10,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from prebake.exporter import calibration as calibrations
-from prebake.exporter import replan
+from prebake.exporter import add_plan as replan
 from prebake.exporter.caches import Auto, Decision, FasterCache, Mask, Schedule
+from prebake.exporter.caches import calibration as calibrations
+from prebake.exporter.caches.calibration import Calibration, Fitted
 from prebake.exporter.caches.fastercache import check_branches
-from prebake.exporter.calibration import Calibration, Fitted
-from prebake.exporter.cli import main
-from prebake.exporter.golden import replay_golden
-from prebake.exporter.marks import Mark
+from prebake.exporter.cli.main import main
 from prebake.exporter.pipeline import prepare
 from prebake.exporter.progress import Progress, progress
-from prebake.exporter.quality import Replayer
-from prebake.exporter.recipe import changed, resolve
-from prebake.exporter.verify import recipe_of
+from prebake.exporter.recipe.resolve import changed, resolve
+from prebake.exporter.sites.marks import Mark
+from prebake.exporter.verify.golden import replay_golden
+from prebake.exporter.verify.measure import Replayer
+from prebake.exporter.verify.verify import recipe_of
 from prebake.runtime import load
 from prebake.runtime.artifact import open_artifact
 from prebake.runtime.errors import ArtifactError, ExportError, RecipeError
@@ -84,10 +84,10 @@ def test_an_added_plan_is_run_listed_and_replayed(copied):
 
 
 def test_the_added_plan_is_the_one_that_an_export_would_have_made(copied, tiny_pipe):
-    from prebake.exporter.discover import discover
     from prebake.exporter.families import flux
     from prebake.exporter.plan import plan
     from prebake.exporter.plan.sampler import tabulate
+    from prebake.exporter.sites.discover import discover
 
     size = flux.Size(32, 32, 8)
     table = tabulate(

@@ -8,11 +8,11 @@ from math import inf, nan
 import pytest
 import torch
 
-from prebake.exporter import report
 from prebake.exporter.progress import Progress
-from prebake.exporter.quality import Checked, Drawn, Replayer, Row
-from prebake.exporter.sheet import GAP, LINE, fitted, pictures, scaled, sheet, shown_plans
-from prebake.exporter.verify import Choices, settled, verify_artifact
+from prebake.exporter.verify import report
+from prebake.exporter.verify.measure import Checked, Drawn, Replayer, Row
+from prebake.exporter.verify.picture_sheet import GAP, LINE, fitted, pictures, scaled, sheet, shown_plans
+from prebake.exporter.verify.verify import Choices, settled, verify_artifact
 from prebake.runtime.artifact import open_artifact
 from prebake.runtime.plan import Evaluation, Plan, Update
 
@@ -26,7 +26,7 @@ def verified(tiny_artifact, tiny_folder):
     """The manifest, and an outcome with pictures and checked prompts."""
     replayer = Replayer(open_artifact(tiny_artifact))
     manifest = replayer.artifact.manifest
-    from prebake.exporter.recipe import Recipe
+    from prebake.exporter.recipe.resolve import Recipe
 
     recipe = Recipe.model_validate(manifest.recipe)
     checked = Checked(("a red circle", "a blue square"), lambda images, prompts: 0.5)

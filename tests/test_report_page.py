@@ -25,12 +25,13 @@ sys.path.insert(0, str(Path(__file__).parent / "format"))
 
 import paper
 
-from prebake.exporter import cli, sheet
+from prebake.exporter.cli import main as cli
 from prebake.exporter.page import content, drawing, plots, strip, timing, verified
 from prebake.exporter.page.build import build, write
 from prebake.exporter.page.gather import Choices, Gathered, gather, layer_of
 from prebake.exporter.progress import Progress
-from prebake.exporter.quality import Call, Drawn, Row
+from prebake.exporter.verify import picture_sheet as sheet
+from prebake.exporter.verify.measure import Call, Drawn, Row
 from prebake.runtime import ArtifactError, RecipeError
 from prebake.runtime.manifest import read_manifest
 from prebake.runtime.plan import Call as PlanCall

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from prebake.exporter.families import flux
 from prebake.exporter.lower import aoti
 from prebake.exporter.lower.w8a8 import W8A8Linear
-from prebake.exporter.recipe import resolve
+from prebake.exporter.recipe.resolve import resolve
 from prebake.exporter.rewrite import rewrite
 from prebake.exporter.rewrite.fuse import fuse_qkv
 from prebake.exporter.rewrite.hooked import refuse_hooked

@@ -10,16 +10,16 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import resca
 from safetensors.torch import load_file
 from torch import nn
 
-from prebake.exporter.discover import discover
 from prebake.exporter.families import sd
+from prebake.exporter.load.source import load
 from prebake.exporter.lower import kernels
 from prebake.exporter.lower.w8a8 import W8A8Conv2d
-from prebake.exporter.pipeline import settle
-from prebake.exporter.recipe import resolve
+from prebake.exporter.recipe.resolve import resolve
 from prebake.exporter.rewrite import inner_width, rewrite
 from prebake.exporter.rewrite.quantize import kind
-from prebake.exporter.source import load
-from prebake.exporter.verify import Choices, verify_artifact
+from prebake.exporter.settle import settle
+from prebake.exporter.sites.discover import discover
+from prebake.exporter.verify.verify import Choices, verify_artifact
 from prebake.runtime.errors import ExportError
 
 SIZE = sd.Size(32, 32, 16)

@@ -11,8 +11,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from prebake.exporter.cli import main
-from prebake.exporter.matrix import WORST_FIRST, Row, Tried, junit, worst
+from prebake.exporter.cli.main import main
+from prebake.exporter.cli.matrix import WORST_FIRST, Row, Tried, junit, worst
 from prebake.runtime.errors import ArtifactError, ExportError, QualityError, RecipeError
 
 

@@ -24,14 +24,14 @@ from hypothesis import strategies as st
 sys.path.insert(0, str(Path(__file__).parent / "format"))
 import paper
 
-from prebake.exporter import sign as signs
-from prebake.exporter.cli import main
-from prebake.exporter.sign import Sigstore, sign, verify
+from prebake.exporter.cli.main import main
+from prebake.exporter.package import sign as signs
+from prebake.exporter.package.sign import Sigstore, sign, verify
 from prebake.runtime.artifact import open_artifact
 from prebake.runtime.backends import aoti
+from prebake.runtime.check.signature import Identity, signature_problems
 from prebake.runtime.errors import ArtifactError, ExportError, RecipeError
 from prebake.runtime.manifest import read_manifest
-from prebake.runtime.signature import Identity, signature_problems
 
 WEIGHTS = "weights/denoiser.safetensors"
 FILES = 4  # three that the manifest lists, and itself

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from prebake.exporter.discover import discover
 from prebake.exporter.families import flux
-from prebake.exporter.marks import Mark, Variant
-from prebake.exporter.sites import VariantModule, submodule
+from prebake.exporter.sites.apply import VariantModule, submodule
+from prebake.exporter.sites.discover import discover
+from prebake.exporter.sites.marks import Mark, Variant
 from prebake.runtime.errors import ExportError
 
 SIZE = flux.Size(32, 32, 8)

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from slim import FOLDERS, ROOT, required, run
 
-RUN = "import sys; from prebake.exporter.cli import main; sys.exit(main())"
+RUN = "import sys; from prebake.exporter.cli.main import main; sys.exit(main())"
 
 
 def test_a_plain_install_requires_no_model_library_and_no_compiler():

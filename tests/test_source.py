@@ -15,7 +15,8 @@ from huggingface_hub import constants, errors
 from original import original
 from safetensors.torch import save_file
 
-from prebake.exporter import source, tiny
+from prebake.exporter import tiny
+from prebake.exporter.load import source
 from prebake.runtime.errors import ExportError
 
 FLOAT32 = {"default": torch.float32}

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from prebake.exporter import speed
-from prebake.exporter.cost import Census, Heavy, Loop, Operand, census
-from prebake.exporter.forecast import signs
-from prebake.exporter.speed import COLD_BYTES, FEWEST, PROBE_FLOPS, Speed, reduced, spread, time_of
-from prebake.runtime.cli import SIGNS
+from prebake.exporter.cost import machine_rates as speed
+from prebake.exporter.cost.count import Census, Heavy, Loop, Operand, census
+from prebake.exporter.cost.forecast import signs
+from prebake.exporter.cost.machine_rates import COLD_BYTES, FEWEST, PROBE_FLOPS, Speed, reduced, spread, time_of
+from prebake.runtime.text import SIGNS
 
 LINEAR = torch.ops.aten.linear.default
 
@@ -132,12 +132,12 @@ def test_weights_are_as_cold_as_in_the_graph():
 
 
 def test_real_kernels_predict_that_skipping_attention_is_cheaper(tiny_pipe):
-    from prebake.exporter.discover import discover
+    from prebake.exporter.capture.variants import capture_variants
     from prebake.exporter.families import flux
-    from prebake.exporter.marks import Variant
-    from prebake.exporter.pipeline import capture_variants
     from prebake.exporter.plan import Planned
     from prebake.exporter.progress import progress
+    from prebake.exporter.sites.discover import discover
+    from prebake.exporter.sites.marks import Variant
 
     denoiser = flux.denoiser(tiny_pipe, flux.Size(32, 32, 8))
     marks = tuple(a.mark() for a in discover(denoiser).attentions)

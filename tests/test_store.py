@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch import nn
 
-from prebake.exporter import cli
-from prebake.exporter.capture import Captured, capture
-from prebake.exporter.making import COMPILED, FROM_CACHE, Making
+from prebake.exporter.capture.capture import Captured, capture
+from prebake.exporter.cli import main as cli
+from prebake.exporter.export_cache.compile import COMPILED, FROM_CACHE, Making
+from prebake.exporter.export_cache.store import Damaged, Store
 from prebake.exporter.progress import Progress
-from prebake.exporter.store import Damaged, Store
 
 FILES = {"model.so": bytes(range(256)) * 40, "model.json": b"{}", "empty": b""}
 ABOUT = {"model": "tiny", "graph": "full", "backend": "aoti", "seconds": 12.3}
@@ -98,7 +98,7 @@ def test_a_folder_that_others_can_write_is_not_used(store):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from prebake.exporter.store import Store
+from prebake.exporter.export_cache.store import Store
 os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 Store(Path(sys.argv[1])).put("k", {"model.so": b"x" * 1_000_000}, {})
 """

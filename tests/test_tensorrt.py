@@ -14,12 +14,12 @@ from onnx import TensorProto
 from torch import nn
 from uncompiled import captured, prepared
 
-from prebake.exporter.capture import Captured, capture
-from prebake.exporter.cli import main
+from prebake.exporter.capture.capture import Captured, capture
+from prebake.exporter.cli.main import main
 from prebake.exporter.lower import w8a8
 from prebake.exporter.pipeline import Options, export
 from prebake.exporter.progress import Progress
-from prebake.exporter.recipe import resolve
+from prebake.exporter.recipe.resolve import resolve
 from prebake.runtime import load
 from prebake.runtime.backends.tensorrt import seen_as
 from prebake.runtime.errors import ArtifactError, ExportError, RecipeError

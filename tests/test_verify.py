@@ -10,14 +10,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from prebake.exporter import golden, quality
-from prebake.exporter.cli import main
-from prebake.exporter.golden import TOLERANCES, Replayed, replay_golden, tolerance_of, write_golden
-from prebake.exporter.package import file_entries, staged
+from prebake.exporter.cli.main import main
+from prebake.exporter.package.folder import file_entries, staged
 from prebake.exporter.progress import Progress
-from prebake.exporter.quality import Checked, Comparison, Replayer, Sample, measure, picture_prompts, relative_error
-from prebake.exporter.recipe import Recipe
-from prebake.exporter.verify import Choices, Verdict, judge, load_reference, settle_verdict, verify_artifact
+from prebake.exporter.prompts import picture_prompts
+from prebake.exporter.recipe.resolve import Recipe
+from prebake.exporter.verify import golden
+from prebake.exporter.verify import measure as quality
+from prebake.exporter.verify.golden import TOLERANCES, Replayed, replay_golden, tolerance_of, write_golden
+from prebake.exporter.verify.measure import Checked, Comparison, Replayer, Sample, measure, relative_error
+from prebake.exporter.verify.outcome import Verdict
+from prebake.exporter.verify.verify import Choices, judge, load_reference, settle_verdict, verify_artifact
 from prebake.runtime.artifact import open_artifact
 from prebake.runtime.errors import ArtifactError, ExportError, RecipeError
 from prebake.runtime.manifest import read_manifest
@@ -347,7 +350,7 @@ def test_source_that_is_another_model_is_refused_with_both_hashes(tiny_artifact,
 
     other = save_tiny(tmp_path / "other", seed=1)
     text = refused(tiny_artifact, with_source=True, model=str(other))
-    from prebake.exporter.source import fingerprint
+    from prebake.exporter.load.source import fingerprint
 
     assert f"sha256 over its files is {fingerprint(other)}" in text
     assert (

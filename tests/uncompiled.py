@@ -7,12 +7,14 @@ from pathlib import Path
 
 import torch
 
-from prebake.exporter import package
-from prebake.exporter.capture import Captured
-from prebake.exporter.package import Weights
-from prebake.exporter.pipeline import Prepared, describe, prepare
+from prebake.exporter.capture.capture import Captured
+from prebake.exporter.package import folder as package
+from prebake.exporter.package.folder import Weights
+from prebake.exporter.package.manifest import describe
+from prebake.exporter.pipeline import prepare
+from prebake.exporter.prepared import Prepared
 from prebake.exporter.progress import progress
-from prebake.exporter.recipe import Recipe
+from prebake.exporter.recipe.resolve import Recipe
 from prebake.runtime.artifact import Artifact, BoundGraph, read_plans
 from prebake.runtime.contract import Contract
 from prebake.runtime.manifest import Graph

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from ..layout import Layout
+from ..sites.layout import Layout
 from . import (
     auto,
     dbcache,

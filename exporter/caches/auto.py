@@ -13,10 +13,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from ...runtime.errors import ExportError
-from ..calibration import Calibrated, Fitted, required
-from ..layout import Layout
-from ..marks import Action, Mark
+from ..sites.layout import Layout
+from ..sites.marks import Action, Mark
 from ..tables import Conflicts, Table
+from .calibration import Calibrated, Fitted, required
 from .mask import Mask
 from .schedule import Decision, Schedule, Trajectory
 

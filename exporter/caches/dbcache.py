@@ -19,10 +19,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from ...runtime.errors import ExportError, RecipeError
-from ..calibration import Frozen, frozen
-from ..layout import Layout
-from ..marks import Mark
+from ..sites.layout import Layout
+from ..sites.marks import Mark
 from ..tables import Conflicts
+from .calibration import Frozen, frozen
 from .schedule import Decision, Schedule, Trajectory
 
 HORIZON = 3

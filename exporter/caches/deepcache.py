@@ -18,8 +18,8 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from ...runtime.errors import ExportError, RecipeError
-from ..layout import Layout, Place
-from ..marks import Mark
+from ..sites.layout import Layout, Place
+from ..sites.marks import Mark
 from ..tables import Conflicts, Table
 from .schedule import Decision, Schedule, Trajectory
 

@@ -15,8 +15,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from ...runtime.errors import ExportError, RecipeError
-from ..layout import Layout
-from ..marks import Mark
+from ..sites.layout import Layout
+from ..sites.marks import Mark
 from ..tables import Table
 from .schedule import Decision, Schedule, Trajectory
 from .windows import Group, Identifiers, Window, inside, matching, taken

@@ -13,9 +13,9 @@ from typing import Literal
 from pydantic import Field
 
 from ...runtime.errors import ExportError
-from ..calibration import Calibration, Frozen, frozen
-from ..layout import Layout
-from ..marks import Mark
+from ..sites.layout import Layout
+from ..sites.marks import Mark
+from .calibration import Calibration, Frozen, frozen
 from .schedule import Decision, Schedule, Trajectory
 
 

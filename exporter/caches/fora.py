@@ -15,8 +15,8 @@ from typing import Any, Literal
 from pydantic import Field
 
 from ...runtime.errors import ExportError
-from ..layout import Layout, Place
-from ..marks import Mark
+from ..sites.layout import Layout, Place
+from ..sites.marks import Mark
 from ..tables import Table
 from .schedule import Decision, Schedule, Trajectory
 

@@ -14,8 +14,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from ...runtime.errors import ExportError
-from ..layout import Kind, Layout, Place
-from ..marks import Mark
+from ..sites.layout import Kind, Layout, Place
+from ..sites.marks import Mark
 from ..tables import Conflicts, Table
 from .schedule import Decision, Schedule, Trajectory
 

@@ -17,10 +17,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from ...runtime.errors import ExportError, RecipeError
-from ..calibration import COMMAND, Calibrated, Calibration
-from ..layout import Layout
-from ..marks import Mark
+from ..sites.layout import Layout
+from ..sites.marks import Mark
 from ..tables import Conflicts
+from .calibration import COMMAND, Calibrated, Calibration
 from .schedule import Decision, Schedule, Trajectory
 
 

@@ -14,8 +14,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, model_validator
 
 from ...runtime.errors import ExportError, RecipeError
-from ..layout import Layout
-from ..marks import Mark
+from ..sites.layout import Layout
+from ..sites.marks import Mark
 from ..tables import Conflicts, Problem, Table
 from .predict import polynomial
 from .schedule import Decision, Schedule, Trajectory

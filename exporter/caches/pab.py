@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from ..layout import Layout
+from ..sites.layout import Layout
 from ..tables import Table
 from .schedule import Decision, Schedule, Trajectory
 from .windows import Group, Identifiers, Window, inside, taken

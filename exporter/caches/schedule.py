@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from ..marks import Action, Mark
+from ..sites.marks import Action, Mark
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from ...runtime.errors import ExportError, RecipeError
-from ..calibration import COMMAND, Calibrated, Calibration, required
-from ..layout import Layout, Place
+from ..sites.layout import Layout, Place
+from .calibration import COMMAND, Calibrated, Calibration, required
 from .schedule import Decision, Schedule, Trajectory
 
 

@@ -18,8 +18,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from ...runtime.errors import ExportError
-from ..layout import Layout, Place
-from ..marks import Action
+from ..sites.layout import Layout, Place
+from ..sites.marks import Action
 from ..tables import Conflicts, Regex, Table
 from .schedule import Decision, Schedule, Trajectory
 

@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field
 
 from ...runtime.errors import ExportError
-from ..layout import Layout, Place
+from ..sites.layout import Layout, Place
 from ..tables import Regex
 
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ..caches.dbcache import Blocks, DBCache, Rule, lists
-from ..layout import Layout
-from ..marks import Mark
 from ..plan.sampler import Table
+from ..sites.layout import Layout
+from ..sites.marks import Mark
 from .firstblock import hidden
 
 

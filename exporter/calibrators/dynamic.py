@@ -28,11 +28,11 @@ from torch import Tensor
 
 from ...runtime.replay import Tensors, scaled, slots, store, updated
 from ..caches import Decision
-from ..component import Component
-from ..eager import eager_variant, sites_of
-from ..marks import Mark, Variant
 from ..plan import Planned, actions_of
 from ..plan.sampler import Table
+from ..sites.component import Component
+from ..sites.marks import Mark, Variant
+from .eager_replay import eager_variant, sites_of
 
 
 class Online(Protocol):

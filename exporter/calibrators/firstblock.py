@@ -8,9 +8,9 @@ from torch import Tensor
 
 from ...runtime.errors import ExportError
 from ..caches.firstblock import FirstBlockCache
-from ..layout import Layout
-from ..marks import Mark
 from ..plan.sampler import Table
+from ..sites.layout import Layout
+from ..sites.marks import Mark
 
 IMAGE = "hidden_states"
 """The stream that is compared."""

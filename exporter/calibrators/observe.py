@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from ..caches.smoothcache import components
-from ..component import Component
-from ..layout import Layout, Place
-from ..marks import Mark, Variant
 from ..plan.sampler import Table
-from ..sites import VariantModule
+from ..sites.apply import VariantModule
+from ..sites.component import Component
+from ..sites.layout import Layout, Place
+from ..sites.marks import Mark, Variant
 from .dynamic import Loop
 from .magnitudes import ratio
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
@@ -18,42 +17,25 @@ import torch
 from torch import Tensor
 
 from ...runtime.errors import RecipeError
-from .. import pipeline, shapes, source
+from .. import shapes
 from ..caches.auto import Auto, skip_marks
+from ..caches.calibration import Calibration, Decisions, Fitted, Frozen, parameters
 from ..caches.smoothcache import SmoothCache
-from ..calibration import Calibration, Decisions, Fitted, Frozen, parameters
-from ..component import Component
-from ..discover import discover
-from ..layout import Layout
+from ..families.registry import family_of
+from ..load import source
 from ..plan.sampler import Table
 from ..progress import Progress
-from ..recipe import Recipe
-from ..recipe_tables import GUIDANCE, Guidance
+from ..recipe.resolve import Recipe
+from ..recipe.schema import GUIDANCE, Guidance
+from ..settle import sampler_table, settle, with_scheduler
+from ..sites.discover import discover
+from ..sites.layout import Layout
 from .dynamic import Replayed, dynamic_replay
 from .observe import Observed, joined, mean_rows, observe
 from .search import search
+from .subject import Run, Subject
 
 LOOKAHEAD = 3  # evaluations that SmoothCache's errors reach back at least
-
-
-@dataclass(frozen=True)
-class Run:
-    """One trajectory to watch: what to draw and from which noise. `inputs` are the denoiser's constant ones."""
-
-    label: str
-    inputs: Mapping[str, Tensor]
-    latents: Tensor
-    noise: tuple[Tensor, ...]
-
-
-@dataclass(frozen=True)
-class Subject:
-    """The model as it is run: the denoiser, what it offers, the sampler's table, and how timesteps reach the denoiser."""
-
-    denoiser: Component
-    layout: Layout
-    table: Table
-    timestep_scale: float
 
 
 def prompts_of(model: str, given: Sequence[str] | None) -> tuple[str, ...]:
@@ -81,10 +63,10 @@ def calibrate(
     with progress.stage("load"):
         progress.doing(recipe.model.id)
         loaded = source.load(recipe.model.id, recipe.model.revision, {"default": dtype}, recipe.model.config)
-        family = pipeline.family_of(loaded.pipe)
-        defaults, size, usual = pipeline.settle(recipe, family, loaded)
-        pipe = pipeline.with_scheduler(loaded.pipe, recipe.sampler.scheduler)
-        table = pipeline.sampler_table(family, pipe, size, steps or usual[0], progress)
+        family = family_of(loaded.pipe)
+        defaults, size, usual = settle(recipe, family, loaded)
+        pipe = with_scheduler(loaded.pipe, recipe.sampler.scheduler)
+        table = sampler_table(family, pipe, size, steps or usual[0], progress)
         denoiser = family.denoiser(pipe, size, recipe.guidance)
         scale = family.facts(pipe, size)["timestep_scale"]
         subject = Subject(denoiser, discover(denoiser), table, scale)
@@ -97,7 +79,7 @@ def calibrate(
     if isinstance(recipe.cache, Auto) and halves:
 
         def plain(n: int) -> Table:
-            return pipeline.sampler_table(family, pipe, size, n, progress)
+            return sampler_table(family, pipe, size, n, progress)
 
         plans = search(subject, recipe.cache, *halves, decoder(family, pipe, size), plain, progress)
     return Calibration(

@@ -28,19 +28,19 @@ from ...runtime.errors import ExportError
 from ...runtime.plan import Update
 from ...runtime.replay import Tensors, Variant, scaled, updated
 from ..caches.auto import Auto, skip_actions, skip_marks
-from ..calibration import Fitted
-from ..component import Component
-from ..cost import module_flops
-from ..eager import eager_variants
-from ..layout import Layout
-from ..marks import Mark
-from ..marks import Variant as Actions
+from ..caches.calibration import Fitted
+from ..cost.count import module_flops
 from ..plan import Planned
 from ..plan.sampler import Table
 from ..progress import Progress
+from ..sites.component import Component
+from ..sites.layout import Layout
+from ..sites.marks import Mark
+from ..sites.marks import Variant as Actions
+from .eager_replay import eager_variants
 
 if TYPE_CHECKING:
-    from .runner import Run, Subject
+    from .subject import Run, Subject
 
 RIDGE = 0.01  # stored values are trusted to 1 %, so that weights stay small: int8's and bfloat16's rounding pass through them
 STALE = 4

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from ...runtime.errors import ExportError
 from ..caches.teacache import Exact, TeaCache, marks
-from ..component import Component
-from ..layout import Layout
-from ..marks import REST, Mark
 from ..plan.sampler import Table
-from ..sites import flat_outputs, submodule
+from ..sites.apply import flat_outputs, submodule
+from ..sites.component import Component
+from ..sites.layout import Layout
+from ..sites.marks import REST, Mark
 
 
 def probes(cache: TeaCache, layout: Layout) -> tuple[Mark, ...]:

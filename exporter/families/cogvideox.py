@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ...runtime.errors import ExportError
-from ..component import Component
-from ..guidance import guided
-from ..recipe_tables import GUIDANCE, Guidance
+from ..recipe.schema import GUIDANCE, Guidance
+from ..sites.component import Component
+from ..sites.guidance import guided
 from .picture import Size, check_multiples, drawn, size_of
 from .text import TextStates, prompt_entry, text_component, tokenizers_of
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from ...runtime.families.flux import pack
 from ...runtime.pictures import pictures_in
-from ..component import Component
-from ..recipe_tables import GUIDANCE, Guidance
+from ..recipe.schema import GUIDANCE, Guidance
+from ..sites.component import Component
 from . import flux
 from .flux import Size, check_size, defaults, facts, noise, scheduler_arguments, size_of, tokenizers
 from .picture import Encoder, drawn, example

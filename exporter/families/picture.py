@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ...runtime.errors import ExportError
 from ...runtime.manifest import Manifest
-from ..component import Component
+from ..sites.component import Component
 
 VAE_ENCODER = "vae_encoder"
 """The graph's name."""

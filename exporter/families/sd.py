@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from ...runtime.errors import ExportError
-from ..component import Component
-from ..guidance import guided
-from ..recipe_tables import GUIDANCE, Guidance
+from ..recipe.schema import GUIDANCE, Guidance
+from ..sites.component import Component
+from ..sites.guidance import guided
 from .picture import Decoder, Encoder, Size, check_multiples, drawn, encoder_component, size_of
 from .text import TextStates, prompt_entry, refuse_masked, text_component, tokenizers_of
 

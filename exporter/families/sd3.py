@@ -18,9 +18,9 @@ from torch.nn.functional import pad
 
 from ...runtime.errors import ExportError
 from ...runtime.manifest import Manifest
-from ..component import Component
-from ..guidance import guided
-from ..recipe_tables import GUIDANCE, Guidance
+from ..recipe.schema import GUIDANCE, Guidance
+from ..sites.component import Component
+from ..sites.guidance import guided
 from .picture import Decoder, Encoder, Size, check_multiples, drawn, encoder_component
 from .text import prompt_entry, refuse_masked, text_component, tokenizers_of
 

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from ...runtime.errors import ExportError
 from ...runtime.families.sdxl import size_numbers
-from ..component import Component
-from ..guidance import guided
-from ..recipe_tables import GUIDANCE, Guidance
+from ..recipe.schema import GUIDANCE, Guidance
+from ..sites.component import Component
+from ..sites.guidance import guided
 from .picture import Decoder, Encoder, Size, check_multiples, drawn, encoder_component, example, size_of
 from .sd import latents_shape, noise, scalars, scheduler_arguments
 from .text import prompt_entry, refuse_masked, text_component, tokenizers_of

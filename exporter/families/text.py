@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ...runtime.errors import ExportError
-from ..component import Component
+from ..sites.component import Component
 
 ENCODER = "text_encoder"
 """The graph's name."""

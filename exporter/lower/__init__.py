@@ -19,8 +19,8 @@ from ...runtime.extras import way_to
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..capture import Captured
-    from ..recipe import Recipe
+    from ..capture.capture import Captured
+    from ..recipe.schema import Recipe
 
 Groups = Mapping[str, Sequence["Captured"]]
 """Component -> its graphs: several variants of the denoiser, one of every other component."""

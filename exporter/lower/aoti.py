@@ -29,13 +29,13 @@ from torch import nn
 
 from ...runtime.elf import EXECUTABLE, GNU_STACK
 from ...runtime.errors import ExportError, RecipeError
-from ..capture import Captured
+from ..capture.capture import Captured
 from ..tables import Table
-from ..toolchain import glibc_version
 from . import Files, Groups, Made, cuda, kernels, w8a8
 from .isa import choose, host_flags, inductor_flags, int8_flags
 from .kernels.rewrite import calling_kernels
 from .options import options
+from .toolchain import glibc_version
 
 LINE_TABLES = "aot_inductor.enable_line_tables"
 """A flag that torch 2.11 has not, nor such tables."""

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from ...runtime.errors import ExportError, RecipeError
-from ...runtime.gpu import CAPABILITY, CUDA, named
-from ..capture import Captured
+from ...runtime.gpu.capability import CAPABILITY, CUDA, named
+from ..capture.capture import Captured
 from . import w8a8
 from .cuda_attention import refuse_attention
 

@@ -23,7 +23,7 @@ from torch.backends import cuda
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ...runtime.errors import ExportError
-from ..capture import Captured
+from ..capture.capture import Captured
 
 SDPA = torch.ops.aten.scaled_dot_product_attention.default
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.onnx import OnnxExporterError
 
 from ...runtime.errors import ExportError
-from ..capture import Captured
+from ..capture.capture import Captured
 from .onnx_program import flat_program
 from .options import OPSET
 from .w8a8 import FP8_LEVELS, FP8_OPERATOR, LEVELS, OPERATOR, TINY

@@ -19,7 +19,7 @@ from torch.export.graph_signature import InputKind, InputSpec, OutputKind, Outpu
 from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from ..capture import Captured, output_nodes
+from ..capture.capture import Captured, output_nodes
 
 
 class FlatProgram(ExportedProgram):

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ..capture import Captured
-from ..rewrite.fold import get_tensor
-from ..rewrite.prune import prune
+from ..capture.capture import Captured
+from ..passes.fold import get_tensor
+from ..passes.prune import prune
 
 aten = torch.ops.aten
 SPLITS = (aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int)

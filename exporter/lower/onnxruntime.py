@@ -17,7 +17,7 @@ import onnxscript
 import torch
 
 from ...runtime.errors import RecipeError
-from ..capture import Captured
+from ..capture.capture import Captured
 from . import Files, Groups, Made, onnx_rewrite
 from .isa import int8_flags
 from .onnx_graph import located, onnx_model, places

@@ -24,10 +24,10 @@ from torch import nn
 from ...runtime.backends.tensorrt import PACKAGES, logger
 from ...runtime.errors import ExportError, RecipeError
 from ...runtime.extras import way_to
-from ...runtime.gpu import CAPABILITY, CUDA
-from ...runtime.kept import keep, kept
-from ..capture import Captured
-from ..rewrite.fold import get_tensor
+from ...runtime.gpu.capability import CAPABILITY, CUDA
+from ...runtime.storage.user_cache import keep, kept
+from ..capture.capture import Captured
+from ..passes.fold import get_tensor
 from . import Files, Groups, Made, onnx_rewrite
 from .options import OnnxOptions, options
 from .tensorrt_network import network

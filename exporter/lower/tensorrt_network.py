@@ -8,7 +8,7 @@ import onnx_ir as ir
 import torch
 from onnxscript.optimizer import fold_constants, remove_unused_nodes
 
-from ..capture import Captured
+from ..capture.capture import Captured
 from .onnx_graph import onnx_model
 from .options import OPSET
 

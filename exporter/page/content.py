@@ -15,10 +15,10 @@ from typing import Any
 
 from PIL import Image
 
-from ...runtime.cli import in_bytes, sizes
 from ...runtime.manifest import Manifest
 from ...runtime.plan import Plan
-from ..sheet import GAIN
+from ...runtime.text import in_bytes, sizes
+from ..verify.picture_sheet import GAIN
 from . import plots
 from .gather import Gathered
 from .measured import ordered

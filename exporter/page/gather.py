@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...runtime.artifact import read_plans
-from ...runtime.check import file_problems, hash_problems, name_problems, reference_problems
+from ...runtime.check.artifact import file_problems, hash_problems, name_problems, reference_problems
 from ...runtime.errors import ArtifactError, raise_all
 from ...runtime.manifest import Manifest, read_manifest
 from ...runtime.plan import Plan
 from ..progress import Progress
 from ..rewrite.quantize import kind
-from ..sheet import shown_plans
+from ..verify.picture_sheet import shown_plans
 from . import strip, timing, verified
 
 FEWEST_RUNS = 2
@@ -91,8 +91,8 @@ def refuse_damaged(folder: Path, manifest: Manifest) -> None:
 
 def drawn(folder: Path, model: str | None, progress: Progress) -> verified.Kept:
     """The recipe's prompts with seed 0, drawn with the artifact and with its pipeline now. The artifact stays as it is."""
-    from ..verify import Choices as Comparing
-    from ..verify import verify_artifact
+    from ..verify.verify import Choices as Comparing
+    from ..verify.verify import verify_artifact
 
     comparing = Comparing(with_source=True, model=model, prompt_set="recipe", seeds=1)
     return verified.of_outcome(*verify_artifact(folder, comparing, progress))

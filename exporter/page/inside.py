@@ -6,8 +6,8 @@ import json
 from collections import Counter
 from typing import Any
 
-from ...runtime.attachment import FAMILY
-from ...runtime.cli import in_bytes, short, sizes
+from ...runtime.manifest import FAMILY
+from ...runtime.text import in_bytes, short, sizes
 from ..rewrite.quantize import kind
 from .gather import Gathered
 from .words import Table, bars

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...runtime.plan import Plan
-from ..report import number
+from ..verify.report import number
 from . import plots
 from .gather import Gathered
 from .timing import Times

@@ -10,10 +10,10 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ...runtime.attachment import graph_name
+from ...runtime.attachment.facts import graph_name
 from ...runtime.manifest import Manifest
 from ...runtime.plan import Plan
-from ..marks import Action
+from ..sites.marks import Action
 from .drawing import Palette
 from .strip import SAID, Row
 from .timing import DENOISER, REST, Times

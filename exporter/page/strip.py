@@ -8,8 +8,8 @@ from pathlib import Path
 
 from ...runtime.manifest import Manifest
 from ...runtime.plan import Plan
-from .. import replan
-from ..marks import Action
+from .. import add_plan as replan
+from ..sites.marks import Action
 
 WHOLE = "the whole denoiser"
 SAID: Mapping[Action, str] = {

@@ -14,13 +14,14 @@ from pathlib import Path
 import torch
 
 from ...runtime.artifact import open_artifact
-from ...runtime.attachment import FAMILY, variant_name
-from ...runtime.manifest import Manifest
+from ...runtime.attachment.facts import variant_name
+from ...runtime.manifest import FAMILY, Manifest
 from ...runtime.plan import Plan
-from ..bench_report import machine
+from ..bench.report import machine
 from ..progress import Progress
-from ..quality import Drawn, Replays, picture_prompts
-from ..verify import model_of, recipe_of, replayer_of
+from ..prompts import picture_prompts
+from ..verify.measure import Drawn, Replays
+from ..verify.verify import model_of, recipe_of, replayer_of
 
 DENOISER, REST = "denoiser", "the rest"
 

@@ -18,7 +18,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from ...runtime.errors import ArtifactError, misfit
 from ...runtime.manifest import Manifest, Source
 from ...runtime.plan import Plan
-from .. import report, sheet
+from ..verify import picture_sheet as sheet
+from ..verify import report
 
 AGAIN = "write it anew with `prebake verify ARTIFACT --source`"
 LOOSE = ConfigDict(extra="ignore", frozen=True)

@@ -14,8 +14,8 @@ from typing import Any
 from ...runtime.errors import ExportError
 from ...runtime.plan import Evaluation, Plan, Tail
 from ..caches import Decision, Schedule, Trajectory, schedule
-from ..layout import Layout
-from ..marks import Mark, Variant
+from ..sites.layout import Layout
+from ..sites.marks import Mark, Variant
 from .sampler import Table
 
 

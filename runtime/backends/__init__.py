@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 
 from ..errors import ArtifactError
 from ..extras import way_to
-from ..files import read_listed
+from ..storage.files import read_listed
 
 if TYPE_CHECKING:
     import torch

@@ -18,11 +18,11 @@ from torch._C import _aoti  # pyright: ignore[reportAttributeAccessIssue]  (priv
 
 from ..container import ALIGNMENT, Container, container
 from ..errors import ArtifactError, raise_all
-from ..files import read_listed
-from ..gpu import capability_problems, cuda_of_driver, driver_problems
-from ..machine import library_problems
+from ..gpu.capability import capability_problems, cuda_of_driver, driver_problems
+from ..libraries import library_problems
 from ..manifest import Manifest, Requires
-from ..unpack import read_members, unpacked
+from ..storage.files import read_listed
+from ..storage.unpack import read_members, unpacked
 from . import Opening, refuse_unbound
 
 REBINDS = True

@@ -22,9 +22,9 @@ import torch
 
 from ..errors import ArtifactError
 from ..extras import way_to
-from ..gpu import CAPABILITY, cuda_of_driver, driver_problems, named
-from ..kept import keep, kept
+from ..gpu.capability import CAPABILITY, cuda_of_driver, driver_problems, named
 from ..manifest import Graph, Manifest, Requires
+from ..storage.user_cache import keep, kept
 from . import Opening, refuse_unbound
 
 PACKAGES = {"rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}

@@ -15,13 +15,13 @@ from pydantic import ValidationError
 
 from prebake.exporter.caches import Auto, NoCache
 from prebake.exporter.caches.auto import Floor, choose
-from prebake.exporter.calibration import Calibration, Fitted, find, read
+from prebake.exporter.caches.calibration import Calibration, Fitted, find, read
 from prebake.exporter.calibrators.runner import parted
 from prebake.exporter.calibrators.search import RIDGE, Walk, least_squares, search, stacked
-from prebake.exporter.discover import discover
 from prebake.exporter.plan import plan
 from prebake.exporter.progress import progress
-from prebake.exporter.recipe import names, resolve
+from prebake.exporter.recipe.resolve import names, resolve
+from prebake.exporter.sites.discover import discover
 from prebake.runtime.errors import ExportError, RecipeError
 
 STEPS = 8

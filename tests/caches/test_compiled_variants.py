@@ -10,8 +10,8 @@ from compiled import compiled_run
 from diffusers import DDIMScheduler
 
 from prebake.exporter.caches import Mask, PyramidAttentionBroadcast
-from prebake.exporter.discover import discover
 from prebake.exporter.plan import plan
+from prebake.exporter.sites.discover import discover
 
 CASES = {
     "flux": (Mask(mask="11(01)", order=1), False),

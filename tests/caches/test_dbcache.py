@@ -28,15 +28,15 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from prebake.exporter.caches import Trajectory
+from prebake.exporter.caches.calibration import Calibration, Decisions, parameters
 from prebake.exporter.caches.dbcache import DBCache, decision, forecast, lists, marks, schedule
-from prebake.exporter.calibration import Calibration, Decisions, parameters
 from prebake.exporter.calibrators import dbcache
 from prebake.exporter.calibrators.dynamic import Replayed, dynamic_replay
-from prebake.exporter.component import Component
-from prebake.exporter.discover import discover
-from prebake.exporter.layout import Layout, Place
 from prebake.exporter.plan import plan
 from prebake.exporter.plan.sampler import Table
+from prebake.exporter.sites.component import Component
+from prebake.exporter.sites.discover import discover
+from prebake.exporter.sites.layout import Layout, Place
 from prebake.runtime.errors import ExportError, RecipeError
 
 TABLES = {

@@ -23,12 +23,13 @@ from torch._subclasses import FakeTensorMode
 
 from prebake.exporter.caches import DeepCache, NoCache, Trajectory, schedule
 from prebake.exporter.caches.deepcache import whole_evaluations
-from prebake.exporter.cost import cost
-from prebake.exporter.discover import discover
-from prebake.exporter.marks import Variant
-from prebake.exporter.pipeline import capture_variants, check_variants
+from prebake.exporter.capture.variants import capture_variants
+from prebake.exporter.cost.count import cost
+from prebake.exporter.cost.variants import check_variants
 from prebake.exporter.plan import plan
 from prebake.exporter.progress import progress
+from prebake.exporter.sites.discover import discover
+from prebake.exporter.sites.marks import Variant
 from prebake.runtime.errors import ExportError, RecipeError
 
 # float32 through eight evaluations; a stale layer that should be fresh, or the other way round, is off by 1e-3

@@ -21,12 +21,13 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from prebake.exporter.caches import FasterCache, Trajectory, schedule
-from prebake.exporter.cost import attention_ops, cost, module_flops
-from prebake.exporter.discover import discover
-from prebake.exporter.layout import Layout, Place
-from prebake.exporter.pipeline import capture_variants, check_variants
+from prebake.exporter.capture.variants import capture_variants
+from prebake.exporter.cost.count import attention_ops, cost, module_flops
+from prebake.exporter.cost.variants import check_variants
 from prebake.exporter.plan import plan
 from prebake.exporter.progress import progress
+from prebake.exporter.sites.discover import discover
+from prebake.exporter.sites.layout import Layout, Place
 from prebake.runtime.errors import ExportError, RecipeError
 
 # float32 through up to 16 evaluations, where diffusers goes through a Fourier transform and back: up to 1.2e-6 was seen; a

@@ -15,16 +15,16 @@ from diffusers import DDIMScheduler, FirstBlockCacheConfig, FlowMatchEulerDiscre
 from torch import Tensor, nn
 
 from prebake.exporter.caches import Trajectory
+from prebake.exporter.caches.calibration import Calibration, Decisions, parameters
 from prebake.exporter.caches.firstblock import FirstBlockCache, decision, marks, schedule
-from prebake.exporter.calibration import Calibration, Decisions, parameters
 from prebake.exporter.calibrators import firstblock
 from prebake.exporter.calibrators.dynamic import Replayed, dynamic_replay
 from prebake.exporter.calibrators.runner import shares
-from prebake.exporter.component import Component
-from prebake.exporter.discover import discover
-from prebake.exporter.layout import Layout
 from prebake.exporter.plan import plan
 from prebake.exporter.plan.sampler import Table
+from prebake.exporter.sites.component import Component
+from prebake.exporter.sites.discover import discover
+from prebake.exporter.sites.layout import Layout
 from prebake.runtime.errors import ExportError
 
 TABLES = {

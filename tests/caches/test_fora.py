@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from prebake.exporter.caches import Fora, NoCache, Trajectory, schedule
-from prebake.exporter.discover import discover
-from prebake.exporter.layout import Layout
 from prebake.exporter.plan import plan
+from prebake.exporter.sites.discover import discover
+from prebake.exporter.sites.layout import Layout
 from prebake.runtime.errors import ExportError
 
 SCHEDULERS = {

@@ -23,12 +23,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 from prebake.exporter.caches import LayerSkip, NoCache, Trajectory, schedule
-from prebake.exporter.capture import capture
-from prebake.exporter.cost import attention_ops, cost
-from prebake.exporter.discover import discover
-from prebake.exporter.pipeline import capture_variants, check_variants
+from prebake.exporter.capture.capture import capture
+from prebake.exporter.capture.variants import capture_variants
+from prebake.exporter.cost.count import attention_ops, cost
+from prebake.exporter.cost.variants import check_variants
 from prebake.exporter.plan import plan
 from prebake.exporter.progress import progress
+from prebake.exporter.sites.discover import discover
 from prebake.runtime.errors import ExportError
 
 # float32 through a few evaluations of the same operations; a layer that is skipped or not is off by 1e-1

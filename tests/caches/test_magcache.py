@@ -25,12 +25,12 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from prebake.exporter.caches import MagCache, NoCache, Trajectory, schedule
+from prebake.exporter.caches.calibration import Calibration
 from prebake.exporter.caches.magcache import decisions, interpolated
-from prebake.exporter.calibration import Calibration
+from prebake.exporter.calibrators.eager_replay import eager_variants
 from prebake.exporter.calibrators.magnitudes import ratio
-from prebake.exporter.discover import discover
-from prebake.exporter.eager import eager_variants
 from prebake.exporter.plan import plan
+from prebake.exporter.sites.discover import discover
 from prebake.runtime.errors import ExportError, RecipeError
 from prebake.runtime.manifest import Site
 from prebake.runtime.replay import Variant, replay, tables_on

@@ -18,8 +18,8 @@ from pydantic import ValidationError
 from prebake.exporter.caches import Mask, NoCache, Trajectory, schedule
 from prebake.exporter.caches.predict import polynomial
 from prebake.exporter.caches.steps_mask import NAMES, steps_mask
-from prebake.exporter.discover import discover
 from prebake.exporter.plan import plan
+from prebake.exporter.sites.discover import discover
 from prebake.runtime.errors import ExportError, RecipeError
 
 SCHEDULERS = {

@@ -8,12 +8,12 @@ from diffusers import PyramidAttentionBroadcastConfig, apply_pyramid_attention_b
 from diffusers.hooks import HookRegistry
 
 from prebake.exporter.caches import Trajectory, schedule
-from prebake.exporter.discover import discover
-from prebake.exporter.eager import eager_replay
+from prebake.exporter.calibrators.eager_replay import eager_replay
 from prebake.exporter.families import flux
 from prebake.exporter.plan import plan
 from prebake.exporter.plan.sampler import tabulate
-from prebake.exporter.recipe import Mask, PyramidAttentionBroadcast
+from prebake.exporter.recipe.resolve import Mask, PyramidAttentionBroadcast
+from prebake.exporter.sites.discover import discover
 from prebake.runtime.errors import ExportError
 
 SIZE = flux.Size(32, 32, 8)

@@ -21,9 +21,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prebake.exporter.caches import PyramidAttentionBroadcast, Trajectory, schedule
-from prebake.exporter.discover import discover
-from prebake.exporter.layout import Layout, Place
 from prebake.exporter.plan import plan
+from prebake.exporter.sites.discover import discover
+from prebake.exporter.sites.layout import Layout, Place
 from prebake.runtime.errors import ExportError
 
 # float32 through up to 16 evaluations, the two halves of a batch run apart: up to 1.2e-6 was seen; a wrong site or step

@@ -15,15 +15,15 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, HeunDiscre
 from torch import Tensor
 
 from prebake.exporter.caches import NoCache, Trajectory
+from prebake.exporter.caches.calibration import Calibration
 from prebake.exporter.caches.smoothcache import SmoothCache, components, scan, schedule
-from prebake.exporter.calibration import Calibration
 from prebake.exporter.calibrators.observe import joined, observe
-from prebake.exporter.component import Component
-from prebake.exporter.discover import discover
-from prebake.exporter.layout import Layout
 from prebake.exporter.plan import plan
 from prebake.exporter.plan.sampler import Table
-from prebake.exporter.sites import flat_outputs
+from prebake.exporter.sites.apply import flat_outputs
+from prebake.exporter.sites.component import Component
+from prebake.exporter.sites.discover import discover
+from prebake.exporter.sites.layout import Layout
 from prebake.runtime.errors import ExportError, RecipeError
 
 KINDS = {

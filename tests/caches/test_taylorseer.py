@@ -24,9 +24,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prebake.exporter.caches import TaylorSeer, Trajectory, schedule
-from prebake.exporter.discover import discover
 from prebake.exporter.plan import plan
-from prebake.exporter.recipe import resolve
+from prebake.exporter.recipe.resolve import resolve
+from prebake.exporter.sites.discover import discover
 from prebake.runtime.errors import ExportError, RecipeError
 
 # float32 through up to 14 evaluations, sums in another order: up to 1.3e-6 was seen; a wrong step or coefficient is off by

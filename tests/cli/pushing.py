@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "format"))
 
 import paper
 
-from prebake.runtime.bar import Bar
+from prebake.runtime.transfer.progress import Bar
 
 WEIGHTS = "weights/denoiser.safetensors"
 PACKAGE = "graphs/denoiser.pt2"

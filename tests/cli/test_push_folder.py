@@ -14,15 +14,15 @@ from pathlib import Path
 import pytest
 from pushing import FILES, PACKAGE, PLAN, REPORT, WEIGHTS, Noting, another, artifact_in, flip, held, paper
 
-from prebake.exporter.cli import main
+from prebake.exporter.cli.main import main
 from prebake.runtime.__main__ import main as slim_main
-from prebake.runtime.bar import Bar
-from prebake.runtime.check import check
+from prebake.runtime.check.artifact import check
 from prebake.runtime.errors import ArtifactError, RecipeError
-from prebake.runtime.folder import FolderOrigin
 from prebake.runtime.manifest import read_manifest
-from prebake.runtime.pull import Choices, pull
-from prebake.runtime.push import push
+from prebake.runtime.transfer.folder import FolderOrigin
+from prebake.runtime.transfer.progress import Bar
+from prebake.runtime.transfer.pull import Choices, pull
+from prebake.runtime.transfer.push import push
 
 
 @pytest.fixture(autouse=True)
@@ -102,8 +102,8 @@ def test_a_path_with_spaces_as_a_url(tmp_path, target):
 
 def test_a_pull_that_follows_is_not_hashed_again_by_load(artifact, target, monkeypatch):
     """The note of what was found right is bound to inodes, which the rename leaves as they are."""
-    from prebake.runtime import check as checks
-    from prebake.runtime import verified
+    from prebake.runtime.check import artifact as checks
+    from prebake.runtime.storage import hash_marker as verified
 
     monkeypatch.setattr(verified, "RECENT", -(10**12))  # files this young are never noted otherwise
     pulled(FolderOrigin(artifact), target)
@@ -214,7 +214,7 @@ def test_a_damaged_artifact_is_not_pulled(artifact, target):
 
 def test_no_room(artifact, target, monkeypatch):
     few = shutil._ntuple_diskusage(100, 90, 10)
-    monkeypatch.setattr("prebake.runtime.pull.shutil.disk_usage", lambda path: few)
+    monkeypatch.setattr("prebake.runtime.transfer.pull.shutil.disk_usage", lambda path: few)
     (line,) = refused(ArtifactError, pulled, FolderOrigin(artifact), target)
     assert line == f"{artifact}: has 2024 bytes to fetch, 10 are free here; make room"
 

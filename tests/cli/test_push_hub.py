@@ -20,7 +20,7 @@ from pushing import FILES, PACKAGE, PLAN, REPORT, WEIGHTS, another, artifact_in,
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from hub_stub import Stub, serving, sha256
 
-from prebake.exporter.cli import main
+from prebake.exporter.cli.main import main
 
 REPO = "owner/shapes"
 PLACE = f"hf://{REPO}"

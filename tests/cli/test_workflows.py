@@ -14,7 +14,7 @@ from xml.etree import ElementTree
 import pytest
 import yaml
 
-from prebake.exporter.cli import _parser, main
+from prebake.exporter.cli.main import _parser, main
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / ".ci/artifacts"

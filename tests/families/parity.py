@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from uncompiled import uncompiled
 
-from prebake.exporter import source
 from prebake.exporter.families.picture import Size, example
-from prebake.exporter.recipe import resolve
+from prebake.exporter.load import source
+from prebake.exporter.recipe.resolve import resolve
 from prebake.exporter.tiny import NAMES
 from prebake.runtime.pipeline import Pipeline
 

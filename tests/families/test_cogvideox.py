@@ -19,14 +19,14 @@ from PIL import Image, ImageSequence
 from uncompiled import uncompiled
 
 from prebake.exporter import tiny
-from prebake.exporter.capture import capture
+from prebake.exporter.capture.capture import capture
 from prebake.exporter.families import cogvideox
 from prebake.exporter.families.picture import Size
-from prebake.exporter.quality import Drawn, Row, as_array, psnr_db, ssim
-from prebake.exporter.recipe import resolve
-from prebake.exporter.sheet import scaled, sheet
-from prebake.exporter.source import load as load_model
+from prebake.exporter.load.source import load as load_model
+from prebake.exporter.recipe.resolve import resolve
 from prebake.exporter.tiny import parts
+from prebake.exporter.verify.measure import Drawn, Row, as_array, psnr_db, ssim
+from prebake.exporter.verify.picture_sheet import scaled, sheet
 from prebake.runtime.__main__ import main
 from prebake.runtime.errors import ArtifactError, ExportError
 from prebake.runtime.manifest import Manifest

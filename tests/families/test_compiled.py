@@ -7,7 +7,7 @@ from parity import FAMILIES, PLAIN, PROMPTS, expected, relative_error, seeded
 
 from prebake.exporter.pipeline import Options, export
 from prebake.exporter.progress import progress
-from prebake.exporter.recipe import resolve
+from prebake.exporter.recipe.resolve import resolve
 from prebake.runtime import load
 
 LIMIT = 1e-4

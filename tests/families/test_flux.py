@@ -13,8 +13,8 @@ from uncompiled import prepared
 
 from prebake.exporter.families import flux
 from prebake.exporter.families.picture import Size, example
-from prebake.exporter.pipeline import takes_pictures
-from prebake.exporter.recipe import resolve
+from prebake.exporter.recipe.resolve import resolve
+from prebake.exporter.settle import takes_pictures
 from prebake.runtime.errors import ArtifactError, ExportError, RecipeError
 
 PICTURES = ("sampler.image_to_image=true",)

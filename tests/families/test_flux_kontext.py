@@ -9,8 +9,8 @@ from parity import PICTURE, PROMPTS, TOLERANCE, eager, expected, got, ours, rela
 
 from prebake.exporter.families import flux_kontext
 from prebake.exporter.families.picture import Size, example
-from prebake.exporter.pipeline import takes_pictures
-from prebake.exporter.recipe import resolve
+from prebake.exporter.recipe.resolve import resolve
+from prebake.exporter.settle import takes_pictures
 from prebake.runtime.errors import ArtifactError, ExportError, RecipeError
 
 NAME = "flux-kontext"

@@ -18,7 +18,7 @@ from uncompiled import uncompiled
 
 from prebake.exporter import tiny
 from prebake.exporter.families import pixart
-from prebake.exporter.recipe import resolve
+from prebake.exporter.recipe.resolve import resolve
 from prebake.exporter.rewrite import rewrite
 from prebake.exporter.tiny import parts
 from prebake.runtime.errors import ArtifactError, ExportError, RecipeError

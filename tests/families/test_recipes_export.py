@@ -12,8 +12,8 @@ import pytest
 from parity import FAMILIES
 from slim import run
 
-from prebake.exporter import cli
-from prebake.exporter.recipe import resolve
+from prebake.exporter.cli import main as cli
+from prebake.exporter.recipe.resolve import resolve
 from prebake.exporter.tiny import NAMES
 
 PAGES = {path.stem: path.read_text("utf-8") for path in (Path(__file__).parents[2] / "docs" / "families").glob("*.md")}

@@ -24,7 +24,7 @@ from uncompiled import uncompiled
 from prebake.exporter import tiny
 from prebake.exporter.families import sd3
 from prebake.exporter.families.picture import example
-from prebake.exporter.recipe import resolve
+from prebake.exporter.recipe.resolve import resolve
 from prebake.exporter.rewrite import rewrite
 from prebake.exporter.rewrite.fuse import fuse_qkv
 from prebake.exporter.tiny import parts

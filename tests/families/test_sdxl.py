@@ -22,10 +22,10 @@ from PIL import Image, ImageDraw
 from prebake.exporter.caches import Decision, Schedule
 from prebake.exporter.families import sdxl
 from prebake.exporter.families.picture import Size, example
-from prebake.exporter.pipeline import family_of
+from prebake.exporter.families.registry import family_of
 from prebake.exporter.plan import join
 from prebake.exporter.plan.sampler import tabulate, tail_tables
-from prebake.exporter.quality import Replayer
+from prebake.exporter.verify.measure import Replayer
 from prebake.runtime.errors import ArtifactError, ExportError
 from prebake.runtime.pipeline import Pipeline
 from prebake.runtime.replay import tables_on

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from prebake.exporter.capture import capture
+from prebake.exporter.capture.capture import capture
 from prebake.exporter.lower import aoti
 from prebake.runtime.errors import ExportError
 

@@ -26,9 +26,9 @@ from families.parity import PLAIN
 from prebake.exporter import lower, pipeline
 from prebake.exporter.pipeline import Options, export
 from prebake.exporter.progress import Progress
-from prebake.exporter.recipe import resolve
+from prebake.exporter.recipe.resolve import resolve
 from prebake.runtime import backends
-from prebake.runtime.check import check
+from prebake.runtime.check.artifact import check
 from prebake.runtime.errors import PrebakeError
 from prebake.runtime.manifest import read_manifest
 

@@ -16,9 +16,9 @@ from pathlib import Path
 
 from dying import die_at, killed
 
-from prebake.exporter import package
-from prebake.runtime import place
+from prebake.exporter.package import folder as package
 from prebake.runtime.errors import ExportError
+from prebake.runtime.storage import rename as place
 
 FILES = {"manifest.json": '{"schema_version": 1}', "weights/a": "a" * 100, "graphs/b": "b" * 100}
 

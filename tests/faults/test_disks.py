@@ -61,7 +61,7 @@ def test_an_output_that_cannot_be_written_is_refused_at_once(tmp_path):
     code = f"""
 import json
 from pathlib import Path
-from prebake.exporter.package import ExportError, staged
+from prebake.exporter.package.folder import ExportError, staged
 try:
     with staged(Path({str(tmp_path / "sealed" / "out")!r}), force=False):
         said = "it was begun"

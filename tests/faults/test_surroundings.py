@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from prebake.runtime import ArtifactError, verified
+from prebake.runtime import ArtifactError
 from prebake.runtime.artifact import open_artifact
-from prebake.runtime.cli_check import problems
 from prebake.runtime.manifest import read_manifest
+from prebake.runtime.problems import problems
+from prebake.runtime.storage import hash_marker as verified
 
 ASCII = {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 LATIN = {"PYTHONIOENCODING": "latin-1"}
@@ -81,7 +82,7 @@ def loads(paper, monkeypatch, tmp_path):
     import paper as on_paper
 
     import prebake.runtime.backends.aoti
-    from prebake.runtime import files
+    from prebake.runtime.storage import files
 
     monkeypatch.setattr(prebake.runtime.backends.aoti, "open_model", lambda so, *_: on_paper.PaperModel(so))
     hashed, real, clock = [], files.sha256_of, time.time_ns
@@ -118,7 +119,7 @@ REFUSALS = """
 import sys
 from prebake.runtime import ArtifactError
 from prebake.runtime.artifact import open_artifact
-from prebake.runtime.cli_check import problems
+from prebake.runtime.cli.check import problems
 from pathlib import Path
 for folder in map(Path, sys.argv[1:]):
     try:

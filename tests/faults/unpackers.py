@@ -8,7 +8,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from prebake.runtime import unpack
+from prebake.runtime.storage import unpack
 
 PROCESSES, ROUNDS, SHA256 = 8, 20, "c0de"
 

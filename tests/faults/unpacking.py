@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dying import die_after, die_at, killed
 
-from prebake.runtime import unpack
+from prebake.runtime.storage import unpack
 
 SHA256 = "c0de"  # any name, for this purpose
 Members = dict[str, dict[str, bytes]]

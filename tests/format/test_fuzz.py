@@ -23,8 +23,8 @@ from hypothesis import strategies as st
 import prebake.runtime.backends.aoti
 from prebake.runtime import ArtifactError
 from prebake.runtime.artifact import open_artifact
-from prebake.runtime.cli_check import problems
 from prebake.runtime.plan import Plan
+from prebake.runtime.problems import problems
 
 LONGEST = datetime.timedelta(seconds=5)  # a good one takes some 10 ms on a quiet core
 WEIGHTS, PLAN, PACKAGE = "weights/denoiser.safetensors", "plans/2.json", "graphs/denoiser.pt2"

@@ -10,10 +10,11 @@ import pytest
 from paper import edit, library, relist, write_package
 
 from prebake.exporter.lower.aoti import without_executable_stack
-from prebake.runtime import ArtifactError, machine
+from prebake.runtime import ArtifactError
 from prebake.runtime.artifact import open_artifact
+from prebake.runtime.check import machine
 from prebake.runtime.elf import map_elf, read_elf
-from prebake.runtime.machine import library_problems, loaded_libraries, versions_of
+from prebake.runtime.libraries import library_problems, loaded_libraries, versions_of
 
 HERE = platform.machine()
 LIBC = "libc.so.6"

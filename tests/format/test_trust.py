@@ -8,9 +8,12 @@ import torch
 from paper import library, write_package
 from safetensors.torch import save_file
 
-from prebake.runtime import ArtifactError, artifact, check, files, verified
+from prebake.runtime import ArtifactError, artifact
 from prebake.runtime.artifact import open_artifact
+from prebake.runtime.check import artifact as check
 from prebake.runtime.manifest import read_manifest
+from prebake.runtime.storage import files
+from prebake.runtime.storage import hash_marker as verified
 
 WEIGHTS = "weights/denoiser.safetensors"
 PACKAGE = "graphs/denoiser.pt2"

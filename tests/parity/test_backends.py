@@ -13,11 +13,11 @@ from families.parity import FLOAT32, PROMPTS, expected, relative_error, seeded
 from torch import nn
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
-from prebake.exporter import source
 from prebake.exporter.caches.pab import SPATIAL
+from prebake.exporter.load import source
 from prebake.exporter.pipeline import Options, export
 from prebake.exporter.progress import progress
-from prebake.exporter.recipe import resolve
+from prebake.exporter.recipe.resolve import resolve
 from prebake.runtime import load
 from prebake.runtime.pipeline import Pipeline
 

@@ -16,10 +16,10 @@ import torch
 from test_sampler import CASES, FLOW, KARRAS, SD, UNCLIPPED, Case, flux, name, relative_error, replayed
 
 from prebake.exporter.caches import Fora, NoCache, PyramidAttentionBroadcast, TaylorSeer
-from prebake.exporter.layout import Layout, Place
-from prebake.exporter.package import write_plans
+from prebake.exporter.package.folder import write_plans
 from prebake.exporter.plan import plan
 from prebake.exporter.plan.sampler import HISTORY, Table, tabulate, tail_tables
+from prebake.exporter.sites.layout import Layout, Place
 from prebake.runtime.artifact import Artifact
 from prebake.runtime.errors import ArtifactError, ExportError
 from prebake.runtime.manifest import Cost, Graph, Site

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 import toy
-from prebake.runtime.machine import cpu_flags
+from prebake.runtime.check.machine import cpu_flags
 
 
 def kept_toy(config) -> Path:

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 import toy
-from prebake.runtime import ArtifactError, load, recorded
+from prebake.runtime import ArtifactError, load
 from prebake.runtime import artifact as opening
-from prebake.runtime.attachment import computed
-from prebake.runtime.gpu_memory import gpu_memory_for, ran_out_there, stored_bytes
+from prebake.runtime.attachment.attach import computed
+from prebake.runtime.gpu import graph_loop as recorded
+from prebake.runtime.gpu.memory import gpu_memory_for, ran_out_there, stored_bytes
 from prebake.runtime.manifest import read_manifest
 
 GPU = torch.device("cuda", 0)
@@ -134,7 +135,7 @@ def test_while_images_are_made(toy_artifact, cache_dir, monkeypatch):
 def test_while_an_attached_denoiser_runs(toy_artifact, cache_dir, monkeypatch):
     from types import SimpleNamespace
 
-    from prebake.runtime import attachment
+    from prebake.runtime.attach import attach as attachment
 
     on_a_gpu(monkeypatch, attachment)
     artifact = load(toy_artifact, cache_dir=cache_dir).artifact

@@ -18,7 +18,8 @@ import toy
 from prebake.runtime import ArtifactError, load
 from prebake.runtime.artifact import open_artifact
 from prebake.runtime.backends import aoti
-from prebake.runtime.unpack import default_cache, read_members, unpacked
+from prebake.runtime.storage.private import default_cache
+from prebake.runtime.storage.unpack import read_members, unpacked
 from prebake.runtime.weights import map_weights
 
 

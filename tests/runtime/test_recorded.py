@@ -9,10 +9,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from prebake.runtime import ArtifactError, recorded
+from prebake.runtime import ArtifactError
+from prebake.runtime.gpu import graph_loop as recorded
+from prebake.runtime.gpu.graph_loop import KEPT, RecordedLoop, loop_of
 from prebake.runtime.manifest import Cost, Graph, Site
 from prebake.runtime.plan import Evaluation, Plan, Update
-from prebake.runtime.recorded import KEPT, RecordedLoop, loop_of
 from prebake.runtime.replay import Variant, replay, tables_on
 
 COST = Cost(flops=0, ops=0, constants=0, constants_bytes=0)

@@ -9,9 +9,10 @@ from PIL import Image
 
 import toy
 from prebake.runtime.__main__ import main
-from prebake.runtime.cli import drawn, numbered, save, short
+from prebake.runtime.cli.main import numbered, save
 from prebake.runtime.errors import ArtifactError
 from prebake.runtime.pipeline import PipelineOutput, VideoOutput
+from prebake.runtime.text import drawn, short
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +72,7 @@ class Fake:
     def __init__(self, monkeypatch, made, num_frames=None):
         self.made = made
         manifest = SimpleNamespace(defaults=SimpleNamespace(num_frames=num_frames))
-        monkeypatch.setattr("prebake.runtime.cli.read_manifest", lambda folder: manifest)
+        monkeypatch.setattr("prebake.runtime.cli.main.read_manifest", lambda folder: manifest)
         monkeypatch.setattr("prebake.runtime.pipeline.load", lambda folder, **_: self)
 
     def __call__(self, prompts, **arguments):

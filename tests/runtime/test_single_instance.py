@@ -8,7 +8,7 @@ import torch
 
 import toy
 from prebake.runtime.container import Container
-from prebake.runtime.unpack import read_members, unpacked
+from prebake.runtime.storage.unpack import read_members, unpacked
 from prebake.runtime.weights import map_weights
 
 

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from prebake.runtime.machine import cpu_flags
+from prebake.runtime.check.machine import cpu_flags
 from prebake.runtime.manifest import Cost, Defaults, FileEntry, Graph, Manifest, Requires, Site, Source, TensorSpec
 from prebake.runtime.plan import Evaluation, Plan, Update
 

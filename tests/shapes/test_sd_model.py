@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 
-from prebake.exporter import source
+from prebake.exporter.load import source
 from prebake.exporter.shapes import MODEL, SD_MODEL, prompts
 from prebake.exporter.shapes.checker import accuracy
 from prebake.exporter.shapes.evaluate import defaults, draw

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ...rewrite.fold import get_tensor
+from ...passes.fold import get_tensor
 from .graph import arguments, aten, contiguous, only_reader, register, swap
 from .operators import (
     GEGLU,

@@ -15,8 +15,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, fx
 
-from ...capture import Captured
-from ...rewrite.prune import prune
+from ...capture.capture import Captured
+from ...passes.prune import prune
 from .. import w8a8
 from .graph import arguments, aten, contiguous, swap
 from .operators import attention

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from prebake.exporter.capture import Captured
+from prebake.exporter.capture.capture import Captured
 from prebake.exporter.lower import Files, Groups, Made
 from prebake.runtime.errors import ExportError
 

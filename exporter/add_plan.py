@@ -1,0 +1,324 @@
+"""Replan: another plan for an artifact that exists, in seconds, because its variants are compiled and a plan is data.
+
+In: an artifact and a number of steps, a scheduler or a cache. Out: the same artifact with that plan, its golden vectors and
+a manifest that lists both; the folder changes in one move. `replan.json`, which an export writes and the runtime ignores,
+holds what a plan is made of besides the recipe: the scheduler, the model's layout, the sites and the variants.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shutil
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from ..runtime.artifact import open_artifact
+from ..runtime.check.artifact import check, plan_problems
+from ..runtime.errors import ArtifactError, ExportError, QualityError, RecipeError, misfit
+from ..runtime.manifest import FAMILY, Manifest, read_manifest
+from ..runtime.plan import Plan
+from .caches import Decision, Schedule, Trajectory, schedule
+from .caches import calibration as calibrations
+from .caches.calibration import Calibration
+from .caches.fallback import that_holds
+from .package.folder import linked, plan_path, write_plans, written
+from .plan import Planned, actions_of, join
+from .plan.sampler import Table, tabulate, tail_tables
+from .progress import Progress
+from .recipe.resolve import Recipe
+from .sites.layout import Layout
+from .sites.marks import Action, Mark, Variant
+from .verify import report
+from .verify.golden import golden_path, write_plan_golden
+from .verify.measure import Replayer
+from .verify.verify import gate_prompts, model_of, picture_jobs, settled
+
+FILE = "replan.json"
+
+
+class Kept(BaseModel):
+    """What `replan.json` holds. `variants` says of each which sites do not compute."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    scheduler: str
+    scheduler_config: dict[str, Any]
+    layout: Layout
+    marks: tuple[Mark, ...]
+    variants: dict[str, dict[str, Action]]
+
+    def all_variants(self) -> tuple[Variant, ...]:
+        """With the action of every site."""
+        return tuple(
+            Variant(name, tuple((m.name, actions.get(m.name, "compute")) for m in self.marks))
+            for name, actions in self.variants.items()
+        )
+
+
+def kept(pipe: Any, layout: Layout, planned: Planned) -> str:
+    """The bytes of `replan.json`: sorted keys, no set order, a final newline."""
+    scheduler = pipe.scheduler
+    config = json.loads(scheduler.to_json_string())
+    config["_use_default_values"] = sorted(scheduler.config.get("_use_default_values", ()))
+    variants: dict[str, dict[str, Action]] = {
+        v.name: {site: a for site, a in v.actions if a != "compute"} for v in planned.variants
+    }
+    content = Kept(
+        scheduler=type(scheduler).__name__,
+        scheduler_config=config,
+        layout=layout,
+        marks=planned.marks,
+        variants=variants,
+    )
+    return json.dumps(content.model_dump(mode="json"), indent=1, sort_keys=True) + "\n"
+
+
+def read_kept(folder: Path, manifest: Manifest) -> Kept:
+    """Raises ArtifactError for an artifact that was written without `replan.json`."""
+    if FILE not in {entry.path for entry in manifest.files}:
+        raise ArtifactError(
+            f"{folder}: has no {FILE}, which says what a plan is made of; export again with this prebake"
+        )
+    try:
+        return Kept.model_validate_json((folder / FILE).read_bytes())
+    except ValidationError as e:
+        raise ArtifactError(f"{misfit(folder / FILE, e)}; export again") from e
+
+
+# --- the plans ------------------------------------------------------------------------------------------------------
+
+
+def plans_of(
+    folder: Path, manifest: Manifest, recipe: Recipe, steps: int, progress: Progress
+) -> tuple[tuple[Plan, ...], Calibration | None]:
+    """The plan for `steps` with the recipe's scheduler and cache, and with a cache the one without it, as an export has
+    them, and the calibration that they rest on. With a note, `cache.otherwise` stands in for a plan found for other steps.
+
+    Raises ExportError where the artifact lacks a variant that it needs, or has another calibration.
+    """
+    if manifest.family == FAMILY:
+        raise ExportError(
+            f"{folder}: holds a denoiser alone, whose plans follow its pipeline's own schedule; export again with sampler.steps"
+        )
+    content = read_kept(folder, manifest)
+    table, tails = sampler_tables(content, manifest, recipe, steps)
+    cache = that_holds(recipe.cache, manifest.source, manifest.defaults, {steps: table}, folder, progress)
+    marks = content.marks
+    names = {v.actions: v.name for v in content.all_variants()}
+    everything = Schedule(marks, tuple(Decision() for _ in table.updates))
+    if cache.method == "none":
+        return (join(str(steps), steps, "none", table, everything, names, tails),), None
+    if getattr(cache, "exact", False):
+        raise ExportError(
+            f"cache.method {cache.method!r} with signal = {cache.signal!r} decides by the model's weights, which `prebake plan` does "
+            "not read; set cache.signal=modulated and name a calibration, or export again with sampler.steps"
+        )
+    calibration = carried(cache, manifest, folder)
+    trajectory = Trajectory(table.timesteps, table.sigmas, table.steps)
+    asked = schedule(cache, content.layout, trajectory, calibration)
+    if all(action == "compute" for d in asked.decisions for action in d.actions.values()):
+        raise ExportError(
+            f"cache.method {cache.method!r} skips nothing at {steps} steps; widen its range, take more steps, or add --cache none"
+        )
+    translated = in_terms_of(marks, asked)
+    check_variants(content, translated, names)
+    cached = join(str(steps), steps, cache.method, table, translated, names, tails)
+    return (cached, join(f"{steps}-uncached", steps, "none", table, everything, names, tails)), calibration
+
+
+def carried(cache: Any, manifest: Manifest, folder: Path) -> Calibration | None:
+    """The calibration that the cache names, if it names one. Raises ExportError where the artifact carries another."""
+    calibration = calibrations.load(cache, manifest.source, folder, manifest.defaults)
+    own = folder / calibrations.FILE
+    if calibration and own.exists() and calibrations.read(own) != calibration:
+        raise ExportError(
+            f"cache.calibration {cache.calibration!r} is not the calibration that the artifact carries, which its plans rest on; set "
+            f"cache.calibration={calibrations.FILE}, or export again with this one"
+        )
+    return calibration
+
+
+def sampler_tables(content: Kept, manifest: Manifest, recipe: Recipe, steps: int) -> tuple[Table, Mapping[int, Table]]:
+    """The scheduler's table, from the configuration that the artifact keeps, and those of its later starts."""
+    import diffusers
+
+    name = recipe.sampler.scheduler
+    scheduler = getattr(diffusers, content.scheduler if name == "model" else name).from_config(content.scheduler_config)
+    family = importlib.import_module(f".families.{manifest.family}", __package__)
+    arguments = family.scheduler_arguments(scheduler, manifest.pipeline["latents_shape"], steps)
+    tails = tail_tables(scheduler, steps, **arguments) if recipe.sampler.image_to_image else {}
+    return tabulate(scheduler, steps, **arguments), tails
+
+
+def in_terms_of(marks: Sequence[Mark], asked: Schedule) -> Schedule:
+    """The schedule with the artifact's sites in place of equal ones under other names, and a zero for each slot more
+    that the artifact keeps. Sites that it lacks stay, for `check_variants` to name."""
+    there = {identity(m): m for m in marks}
+    same = {m.name: there[identity(m)] for m in asked.marks if identity(m) in there}
+    more = tuple(m for m in asked.marks if m.name not in same)
+    decisions = []
+    for d in asked.decisions:
+        actions: dict[str, Action] = {same[s].name if s in same else s: a for s, a in d.actions.items()}
+        weights = {same[s].name: padded(same[s], c) for s, c in d.coefficients.items() if s in same}
+        decisions.append(Decision(actions, weights))
+    return Schedule((*marks, *more), tuple(decisions))
+
+
+def identity(mark: Mark) -> tuple[Any, ...]:
+    """What makes two marks the same site: all but the name, and how much of it is kept."""
+    return mark.modules, mark.streams, mark.residual, mark.emitted, mark.dtype, mark.part
+
+
+def padded(mark: Mark, weights: tuple[float, ...]) -> tuple[float, ...]:
+    if len(weights) > mark.slots:
+        raise ExportError(
+            f"site {mark.name!r}: the cache combines {len(weights)} stored values, the artifact's variants have room for "
+            f"{mark.slots}; lower the order, or export again"
+        )
+    return weights + (0.0,) * (mark.slots - len(weights))
+
+
+def check_variants(content: Kept, asked: Schedule, names: dict[Any, str]) -> None:
+    """Raises ExportError with the actions that no compiled variant has, and with the variants that exist."""
+    marks = content.marks
+    lacking: dict[str, list[int]] = {}
+    for e, decision in enumerate(asked.decisions):
+        acting: dict[str, Action] = {site: a for site, a in decision.actions.items() if a != "compute"}
+        if acting.keys() - {m.name for m in marks} or actions_of(decision, marks) not in names:
+            lacking.setdefault(told(acting), []).append(e)
+    if lacking:
+        needs = "; ".join(f"{what} (evaluations {', '.join(map(str, at))})" for what, at in lacking.items())
+        have = "; ".join(
+            f"{v.name} = {told({s: a for s, a in v.actions if a != 'compute'})}" for v in content.all_variants()
+        )
+        raise ExportError(
+            f"no compiled variant does what this cache asks for: {needs}. The artifact has: {have}. "
+            "Choose a cache that does with these, or export again"
+        )
+
+
+def told(actions: dict[str, Action]) -> str:
+    """`combine a, b, c and 4 more`, for each kind of action."""
+    kinds = {a: [s for s, action in actions.items() if action == a] for a in dict.fromkeys(actions.values())}
+    shown = (f"{a} {', '.join(s[:3])}{f' and {len(s) - 3} more' if len(s) > 3 else ''}" for a, s in kinds.items())
+    return ", ".join(shown) or "compute all"
+
+
+# --- the artifact ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Choices:
+    """One `prebake plan`. `verify` compares the plan with the pipeline, found at `model` if not where the manifest says."""
+
+    force: bool = False
+    verify: bool = False
+    dry_run: bool = False
+    model: str | None = None
+
+
+def add(
+    folder: Path, recipe: Recipe, steps: int, choices: Choices, progress: Progress
+) -> tuple[Manifest, dict[str, Plan]]:
+    """The manifest with the new plans, and these. `recipe` is the artifact's own with what the caller changed.
+
+    Raises ExportError where the variants do not exist, or a threshold is missed; then the artifact is as it was.
+    """
+    manifest = read_manifest(folder)
+    check(folder, manifest, trust="size")
+    with progress.stage("plan"):
+        if str(steps) in manifest.plans and not choices.force:
+            raise ExportError(f"{folder}: plan '{steps}' is there already; replace it with --force")
+        made, calibration = plans_of(folder, manifest, recipe, steps, progress)
+        plans = {p.name: p for p in made}
+        replaced = {str(steps), f"{steps}-uncached"} & set(manifest.plans)
+        listed = with_plans(without(manifest, replaced - set(plans)), plans)
+        if problems := list(plan_problems(plans, listed)):
+            raise ExportError("\n".join(problems))
+    if choices.dry_run:
+        return manifest, plans
+    with linked(folder) as fresh:
+        unlink(fresh, manifest, replaced)
+        shutil.rmtree(report_folder(fresh, str(steps)), ignore_errors=True)
+        write_plans(fresh, tuple(plans.values()))
+        if calibration and not (fresh / calibrations.FILE).exists():
+            calibrations.write(fresh / calibrations.FILE, calibration)
+        manifest = written(fresh, listed, manifest)
+        replayer = Replayer(open_artifact(fresh, trust="size"))
+        with progress.stage("golden", len(plans)):
+            for name in plans:
+                progress.doing(f"golden vectors of plan {name}")
+                write_plan_golden(replayer, recipe, name)
+        manifest = written(fresh, manifest, manifest)
+        if choices.verify:
+            manifest = verified(fresh, manifest, recipe, plans, choices, progress)
+    return manifest, plans
+
+
+def verified(
+    folder: Path, manifest: Manifest, recipe: Recipe, plans: dict[str, Plan], choices: Choices, progress: Progress
+) -> Manifest:
+    """Compares these plans alone with the pipeline; the report goes to `reports/plan-<steps>/`."""
+    artifact = open_artifact(folder, trust="size")
+    with progress.stage("verify", len(plans) + 1):
+        chosen = Replayer(artifact).only(plans)
+        model = choices.model or model_of(manifest)
+        outcome = settled(chosen, recipe, model, picture_jobs(recipe), gate_prompts(recipe, manifest), progress)
+    if outcome.missed:
+        raise QualityError("\n".join([*outcome.missed, "the plan is not added"]))
+    report.write(report_folder(folder, next(iter(plans))), manifest, outcome)
+    left = tuple(name for name in manifest.unverified if name not in plans)
+    return written(folder, manifest.model_copy(update={"unverified": left}), manifest)
+
+
+def remove(folder: Path, name: str) -> Manifest:
+    """The manifest without that plan; without a plan `20`, the plan `20-uncached` could not be reached, and goes too.
+
+    Raises RecipeError for a plan that is not there, or that calls use by default.
+    """
+    manifest = read_manifest(folder)
+    check(folder, manifest, trust="size")
+    if name not in manifest.plans:
+        raise RecipeError(f"{folder}: has no plan {name!r}; it has {', '.join(manifest.plans)}")
+    default = str(manifest.defaults.num_inference_steps)
+    gone = {name, f"{name}-uncached"} & set(manifest.plans)
+    if name in (default, f"{default}-uncached"):
+        raise RecipeError(f"{folder}: plan {name!r} belongs to the default of {default} steps, and stays")
+    with linked(folder) as fresh:
+        unlink(fresh, manifest, gone)
+        shutil.rmtree(report_folder(fresh, name), ignore_errors=True)
+        return written(fresh, without(manifest, gone), manifest)
+
+
+def without(manifest: Manifest, names: Set[str]) -> Manifest:
+    """Lists these plans no more."""
+    left = {n: path for n, path in manifest.plans.items() if n not in names}
+    unverified = tuple(n for n in manifest.unverified if n not in names)
+    return manifest.model_copy(update={"plans": left, "unverified": unverified})
+
+
+def unlink(folder: Path, manifest: Manifest, names: Set[str]) -> None:
+    """Takes the files of these plans out of a folder of links."""
+    for name in names:
+        (folder / manifest.plans[name]).unlink()
+        (folder / golden_path(name)).unlink(missing_ok=True)
+
+
+def report_folder(folder: Path, name: str) -> Path:
+    """Where `add` reports on the plans of that number of steps, `20` and `20-uncached` alike."""
+    return folder / "reports" / f"plan-{name.removesuffix('-uncached')}"
+
+
+def with_plans(manifest: Manifest, plans: Mapping[str, Plan]) -> Manifest:
+    """Lists them, as plans that nobody has compared with the pipeline."""
+    added = {name: plan_path(plan) for name, plan in plans.items()}
+    return manifest.model_copy(
+        update={
+            "plans": {**manifest.plans, **added},
+            "unverified": tuple(sorted({*manifest.unverified, *added})),
+        }
+    )

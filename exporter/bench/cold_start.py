@@ -1,0 +1,215 @@
+"""Cold start: how long it takes from an empty process to the first picture, stage by stage.
+
+In: what to start, as a `Start`. Out: a `Started` of a fresh Python process: `start` (the interpreter), `import`, `load` and
+`first_image`, in seconds. What the measuring itself imports lies between the stages and is in none. Unpacked code
+and torch.compile's caches go to a folder that is empty before and gone after, so nothing is found that another run left;
+the files themselves may lie in the system's cache, as they do for a program that is started again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...runtime.errors import ArtifactError, ExportError, PrebakeError
+
+if TYPE_CHECKING:
+    from ...runtime.manifest import Manifest
+    from ..load.source import Loaded
+    from ..recipe.resolve import Recipe
+
+PROGRAM = "import time; arrived = time.monotonic(); from prebake.exporter.bench.cold_start import run; run(arrived)"
+STAGES = ("start", "import", "load", "first_image")
+Draw = Callable[[str, int, int], Any]
+"""One picture of a prompt, a seed and a number of steps."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """What to start: an artifact by itself, or a diffusers pipeline, plain, compiled or with an artifact attached.
+
+    `pipeline` is the folder or file to load with diffusers, None = the artifact alone; `config` as `model.config` of a
+    recipe; `dtypes` are names by component; `pipeline_class` is what its program would import. `artifact` says the sizes and the scheduler in any case.
+    """
+
+    name: str
+    artifact: str
+    prompt: str
+    steps: int
+    cached: bool
+    threads: int
+    pipeline: str | None = None
+    pipeline_class: str = ""
+    config: str | None = None
+    dtypes: dict[str, str] = dataclasses.field(default_factory=dict)
+    attached: bool = False
+    compiled: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Started:
+    """Seconds by stage, and of a second picture; `peak_bytes` is the resident memory's peak up to the first picture."""
+
+    seconds: dict[str, float]
+    second_image: float
+    peak_bytes: int
+
+    @property
+    def total(self) -> float:
+        return sum(self.seconds.values())
+
+
+def started(start: Start) -> Started:
+    """Starts it once. Raises ArtifactError with what prebake refused there, and ExportError with the process's last line
+    where anything else went wrong."""
+    with tempfile.TemporaryDirectory(prefix="prebake-cold-") as caches:
+        variables = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": f"{caches}/inductor"}
+        asked = json.dumps({"begun": time.monotonic(), "caches": caches, "start": dataclasses.asdict(start)})
+        done = subprocess.run(
+            [sys.executable, "-c", PROGRAM, asked], env=variables, capture_output=True, text=True, check=False
+        )
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or ["it said nothing"]
+        raise ExportError(
+            f"cold start of {start.name}: the process ended with code {done.returncode} ({lines[-1]}); leave it out with --no-cold"
+        )
+    said = json.loads(done.stdout.strip().splitlines()[-1])
+    if "refused" in said:
+        raise ArtifactError(said["refused"])
+    return Started(**said)
+
+
+# --- in the fresh process -------------------------------------------------------------------------------------------
+
+
+def run(arrived: float) -> None:
+    """Prints the `Started` of what the arguments ask for, or what was refused. `arrived` is when the interpreter was ready."""
+    asked = json.loads(sys.argv[1])
+    stages = Stages()
+    stages.seconds["start"] = arrived - asked["begun"]
+    try:
+        said = dataclasses.asdict(drawn_twice(Start(**asked["start"]), Path(asked["caches"]), stages))
+    except PrebakeError as e:
+        said = {"refused": str(e)}
+    print(json.dumps(said))
+
+
+def drawn_twice(start: Start, caches: Path, stages: Stages) -> Started:
+    """The stages from `import` on, and a second picture."""
+    draw = (from_artifact if start.pipeline is None else from_pipeline)(start, caches, stages)
+    with stages.of("first_image"):
+        draw(start.prompt, 0, start.steps)
+    peak = peak_bytes()
+    began = time.perf_counter()
+    draw(start.prompt, 0, start.steps)
+    return Started(stages.seconds, time.perf_counter() - began, peak)
+
+
+class Stages:
+    """Seconds by stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def of(self, name: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - began
+
+
+def from_artifact(start: Start, caches: Path, stages: Stages) -> Draw:
+    """With the runtime alone."""
+    with stages.of("import"):
+        from ...runtime import load
+    import torch
+
+    torch.set_num_threads(start.threads)
+    with stages.of("load"):
+        pipe = load(start.artifact, cache_dir=caches / "code")
+    given: dict[str, Any] = {}
+    if (picture := pipe.family.settings.picture) and picture.required:
+        from ..verify.measure import example_arguments
+
+        given = example_arguments(pipe, 0)
+    return lambda prompt, seed, steps: pipe(
+        prompt, seed=seed, num_inference_steps=steps, cache=start.cached, output_type="pt", **given
+    )
+
+
+def from_pipeline(start: Start, caches: Path, stages: Stages) -> Draw:
+    """With diffusers."""
+    with stages.of("import"):
+        import diffusers
+        import torch
+
+        getattr(diffusers, start.pipeline_class, None)  # diffusers imports a class when it is asked for
+    from ...runtime import attach
+    from ...runtime.manifest import read_manifest
+    from ..denoiser_alone.watch import denoiser_name
+    from ..load import source
+    from ..recipe.resolve import Recipe
+
+    torch.set_num_threads(start.threads)
+    manifest = read_manifest(Path(start.artifact))
+    recipe = Recipe.model_validate(manifest.recipe)
+    with stages.of("load"):
+        pipe = read(start)
+        if recipe.sampler.scheduler != "model":
+            pipe.scheduler = getattr(diffusers, recipe.sampler.scheduler).from_config(pipe.scheduler.config)
+        if start.attached:
+            attach(pipe, start.artifact, cache=start.cached, cache_dir=caches / "code")
+        if start.compiled:
+            name = denoiser_name(pipe)
+            setattr(pipe, name, torch.compile(getattr(pipe, name)))
+    pipe.set_progress_bar_config(disable=True)
+    folder = Path(start.config or start.pipeline or "")
+    defaults = source.own_defaults(folder) if folder.is_dir() else {}
+    return eager_call(source.Loaded(pipe, manifest.source, defaults), manifest, recipe)
+
+
+def read(start: Start) -> Any:
+    """The pipeline, without the fingerprint that `source.load` takes of its files."""
+    import torch
+
+    from ..load import single_file, source
+
+    dtypes = {component: getattr(torch, name) for component, name in start.dtypes.items()}
+    model = start.pipeline or ""
+    if source.is_file(model):
+        return single_file.load(Path(model), Path(start.config) if start.config else None, dtypes)
+    return source.read(model, Path(model), dtypes)
+
+
+def eager_call(loaded: Loaded, manifest: Manifest, recipe: Recipe) -> Draw:
+    """The plain call of a diffusers pipeline that the artifact of this manifest is held against."""
+    import torch
+
+    from ...runtime.manifest import FAMILY
+
+    if manifest.family == FAMILY:
+        from ..verify.denoiser_alone import drawn
+
+        return torch.no_grad()(lambda prompt, seed, steps: drawn(recipe, loaded, prompt, seed, steps, ()))
+    family: Any = importlib.import_module(f"...families.{manifest.family}", __name__)
+    size, scale = family.size_of(manifest), manifest.defaults.guidance_scale
+    return torch.no_grad()(
+        lambda prompt, seed, steps: family.draw(loaded.pipe, prompt, seed, steps, scale, size),
+    )
+
+
+def peak_bytes() -> int:
+    """The peak of this process's resident memory. Not `ru_maxrss`, in which Linux counts what the parent held when it
+    started this process."""
+    status = Path("/proc/self/status").read_text("utf-8")
+    return next(int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("VmHWM:"))

@@ -1,0 +1,102 @@
+"""Capture: a module and example tensors come in, a pruned functional GraphModule with its contract comes out.
+
+The graph is functional (no in-place ops), takes and returns flat tensors, and holds nothing that its outputs do not
+need. `lower/` may rely on that, and `cost.py` counts on it. torch.export runs non-strict: the site hooks of `sites.py`
+are ordinary Python to it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+
+from ...runtime.errors import ExportError
+from ...runtime.manifest import TensorSpec
+from ..passes.fold import fold_constants
+from ..passes.functional import functionalize
+from ..passes.prune import prune
+
+PASSES: tuple[Callable[[fx.GraphModule], fx.GraphModule], ...] = (
+    prune,  # first: a variant's skipped modules must not be folded
+    fold_constants,
+    prune,  # what only fed a folded value
+)
+
+
+@dataclass(frozen=True)
+class Captured:
+    """One graph ready to lower: `gm(*args)` returns a tuple. `inputs` and `outputs` name what is passed, in order."""
+
+    name: str
+    gm: fx.GraphModule
+    args: tuple[Tensor, ...]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    def constants(self) -> dict[str, Tensor]:
+        """Every tensor the graph reads that is not an input, by the name AOTInductor will ask for."""
+        held = dict(self.gm.named_parameters()) | dict(self.gm.named_buffers())
+        used = {n.target for n in self.gm.graph.nodes if n.op == "get_attr"}
+        return {name: t for name, t in held.items() if name in used}
+
+    def live_inputs(self) -> tuple[TensorSpec, ...]:
+        """The inputs that the pruned graph reads."""
+        placeholders = self.gm.graph.find_nodes(op="placeholder")
+        return tuple(spec for spec, node in zip(self.inputs, placeholders, strict=True) if node.users)
+
+
+def capture(
+    name: str, module: nn.Module, args: tuple[Tensor, ...], inputs: tuple[str, ...], outputs: tuple[str, ...]
+) -> Captured:
+    """`module(*args)` as a graph. Raises ExportError naming the graph when torch.export cannot trace it."""
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            program = torch.export.export(module, args, strict=False)
+            gm = program.module()
+            if not functionalize(gm):
+                gm = program.run_decompositions({}).module()
+        except Exception as e:
+            first = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+            raise ExportError(f"graph {name!r}: torch.export could not trace it ({type(e).__name__}: {first})") from e
+        results = [n.meta["val"] for n in output_nodes(gm)]
+        if strided := [n for n, t in zip(outputs, results, strict=True) if not t.is_contiguous()]:
+            raise ExportError(
+                f"graph {name!r}: outputs {', '.join(strided)} are not contiguous, which the call contract asks for"
+            )
+        register_constants(gm)
+        for rewrite in PASSES:
+            gm = rewrite(gm)
+    return Captured(name, gm, args, specs(inputs, args), specs(outputs, results))
+
+
+def register_constants(gm: fx.GraphModule) -> None:
+    """Makes buffers of tensors that tracing left as plain attributes: `constants` and AOTInductor know buffers by name."""
+    known = dict(gm.named_parameters()) | dict(gm.named_buffers())
+    for target in {str(n.target) for n in gm.graph.find_nodes(op="get_attr")} - known.keys():
+        path, _, name = target.rpartition(".")
+        owner = gm.get_submodule(path)
+        value = getattr(owner, name)
+        if isinstance(value, Tensor):
+            delattr(owner, name)
+            owner.register_buffer(name, value)
+
+
+def output_nodes(gm: fx.GraphModule) -> list[fx.Node]:
+    """The nodes whose values the graph returns, flat."""
+    (output,) = gm.graph.find_nodes(op="output")
+    flat: list[fx.Node] = []
+    fx.map_arg(output.args, lambda n: flat.append(n))
+    return flat
+
+
+def specs(names: tuple[str, ...], tensors) -> tuple[TensorSpec, ...]:
+    """Names, shapes and dtypes side by side; both lists must be of one length."""
+    return tuple(
+        TensorSpec(name=n, shape=tuple(t.shape), dtype=str(t.dtype).removeprefix("torch."))
+        for n, t in zip(names, tensors, strict=True)
+    )

@@ -1,0 +1,225 @@
+"""The command `prebake`: arguments come in, an exit code of `runtime/errors.py` comes out.
+
+`recipes` and `verify` are here, `export`, `sign`, `bench`, `report`, `plan`, `cache` and `calibrate` in files of their names (`cli_bench.py`, ...),
+`run` and `inspect` in `runtime/cli.py`. torch and diffusers are imported by the commands that need them and never for `--help`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+from ...runtime.cli.streams import print_anything
+from .bench import add_bench
+from .cache import add_cache
+from .calibrate import add_calibrate
+from .errors import missing_extra, print_errors
+from .export import add_export
+from .options import add_how, add_overrides, mode, positive, print_json
+from .plan import add_plan
+from .report import add_report
+from .sign import add_sign, add_signature, refuse_signature_choices, verify_signature
+
+LEFT = {  # by a command that is interrupted
+    "export": "; nothing was written",
+    "plan": "; nothing was written",
+    "push": "; what has arrived there is not sent again",
+    "pull": "; what has arrived is not fetched again",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command. What prebake refuses goes to stderr, a line per problem; anything else is a bug and keeps its traceback."""
+    print_anything()
+    args = _parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except KeyboardInterrupt:
+        print("prebake: interrupted" + LEFT.get(args.command, ""), file=sys.stderr)
+        return 130
+    except Exception as e:
+        from ...runtime.errors import PrebakeError
+
+        if said := missing_extra(e, args.command):
+            print_errors(said)
+            return 2
+        if not isinstance(e, PrebakeError):
+            raise
+        print_errors(str(e))
+        return e.exit_code
+
+
+def export_main() -> int:
+    """The second entry point: `export --recipe flux-fast` is `prebake export --recipe flux-fast`."""
+    return main(["export", *sys.argv[1:]])
+
+
+def _parser() -> argparse.ArgumentParser:
+    from ...runtime.cli.main import add_commands as add_runtime_commands
+    from ...runtime.errors import EXIT_CODES
+
+    parser = argparse.ArgumentParser(
+        prog="prebake",
+        description="Exports diffusers pipelines ahead of time, and runs what it exported.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="\n".join(["exit codes:", *(f"  {code:>3}  {meaning}" for code, meaning in EXIT_CODES.items())]),
+    )
+    parser.add_argument("--version", action="version", version=f"prebake {version('prebake')}")
+    commands = parser.add_subparsers(dest="command", metavar="command", required=True)
+    add_export(commands)
+    add_calibrate(commands)
+    _add_verify(commands)
+    add_sign(commands)
+    add_bench(commands)
+    add_report(commands)
+    add_plan(commands)
+    add_cache(commands)
+    _add_recipes(commands)
+    add_runtime_commands(commands)
+    return parser
+
+
+# prebake recipes
+
+
+def _add_recipes(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "recipes",
+        help="list the recipes, or show one",
+        description="Lists the recipes that ship. With a name or a file: the recipe as it resolves, in TOML, under the file as comments.",
+    )
+    parser.add_argument("name", nargs="?", metavar="NAME|FILE", help="a recipe that ships, or a .toml file")
+    add_overrides(parser)
+    parser.add_argument("--json", action="store_true", help="JSON in place of text")
+    parser.add_argument("--schema", action="store_true", help="print the JSON schema of recipe files, for editors")
+    parser.set_defaults(run=_recipes)
+
+
+def _recipes(args: argparse.Namespace) -> int:
+    from ...runtime.errors import RecipeError
+    from ..recipe import resolve as recipe
+
+    if args.schema:
+        print_json(recipe.schema())
+    elif args.name is not None:
+        _show(args)
+    elif args.overrides or args.model:
+        raise RecipeError(
+            "`prebake recipes` with --set or --model needs the name of a recipe: prebake recipes flux-fast --set cache.method=none"
+        )
+    else:
+        _list(as_json=args.json)
+    return 0
+
+
+def _show(args: argparse.Namespace) -> None:
+    from ..recipe.resolve import read, resolve, to_toml
+
+    resolved = resolve(args.name, args.overrides, args.model)
+    if args.json:
+        return print_json(resolved.model_dump(mode="json"))
+    file = read(args.name)
+    print(f"# {file.label}:", "#", *(f"# {line}".rstrip() for line in file.text.splitlines()), "#", sep="\n")
+    print(
+        "# resolved, with every default:"
+        if not args.overrides
+        else f"# resolved, with every default and {len(args.overrides)} --set:"
+    )
+    print(f"\n{to_toml(resolved)}", end="")
+    return None
+
+
+def _list(*, as_json: bool) -> None:
+    from ..recipe.resolve import names, read
+
+    rows = [(name, str(read(name).data["description"])) for name in names()]
+    if as_json:
+        print_json([{"name": name, "description": description} for name, description in rows])
+    elif not (sys.stdout.isatty() and _table(rows)):
+        for name, description in rows:
+            print(f"{name}\t{description}")
+
+
+def _table(rows: list[tuple[str, str]]) -> bool:
+    """Draws the rows with rich; False where rich is not installed (it comes with the `export` extra)."""
+    try:
+        from rich import box
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        return False
+    table = Table("recipe", "what it does", box=box.SIMPLE_HEAD)
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+    return True
+
+
+# prebake verify
+
+
+def _add_verify(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "verify",
+        help="replay an artifact's golden vectors here, or compare it with its pipeline again",
+        description="Replays the artifact's golden vectors on this machine. With --source, also draws prompts with the artifact "
+        "and with the eager float32 pipeline, and holds the figures to the recipe's thresholds; what the artifact has unverified is "
+        "then marked as verified. Exit code 4: something misses. With --signature, opens no code.",
+    )
+    parser.add_argument("artifact", type=Path, metavar="ARTIFACT", help="an artifact folder")
+    parser.add_argument(
+        "--source", action="store_true", help="run the pipeline it came from as well, with the same seeds and prompts"
+    )
+    parser.add_argument(
+        "--model",
+        metavar="ID|FOLDER|FILE|shapes|tiny:FAMILY",
+        help="where the pipeline is, if not where the manifest says; with --source",
+    )
+    parser.add_argument(
+        "--prompt-set",
+        choices=("recipe", "accuracy", "all"),
+        default="all",
+        help="the recipe's prompts, those that the model's checker judges, or both (default: all)",
+    )
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help="prompts in place of the recipe's, one a line")
+    parser.add_argument(
+        "--seeds", type=positive, metavar="N", help="seeds 0 to N - 1 for each prompt, in place of the recipe's number"
+    )
+    parser.add_argument("--limit", type=positive, metavar="N", help="at most N prompts of each set")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="where the report goes (default with --source: ARTIFACT/reports; else nowhere)",
+    )
+    add_signature(parser)
+    add_how(parser, json_result="the report as JSON")
+    parser.set_defaults(run=_verify)
+
+
+def _verify(args: argparse.Namespace) -> int:
+    if args.signature:
+        return verify_signature(args)
+    refuse_signature_choices(args)
+    from ...runtime.errors import QualityError
+    from ..progress import progress
+    from ..verify import report
+    from ..verify.verify import Choices, verify_artifact
+    from .quiet import hush
+
+    hush()
+    choices = Choices(args.source, args.model, args.prompts, args.prompt_set, args.seeds, args.limit)
+    with progress(mode(args)) as shown:
+        manifest, outcome = verify_artifact(args.artifact, choices, shown)
+    if args.json:
+        print(report.to_json(report.describe(manifest, outcome)), end="")
+    elif args.quiet:
+        print(*outcome.missed, sep="\n", end="\n" if outcome.missed else "", file=sys.stderr)
+    else:
+        report.show(manifest, outcome, sys.stdout)
+    if args.output or args.source:  # last, so that a folder that cannot be written costs no result
+        report.write(args.output or args.artifact / "reports", manifest, outcome)
+    return QualityError.exit_code if outcome.missed else 0

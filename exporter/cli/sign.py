@@ -1,0 +1,106 @@
+"""`prebake sign`, and what `prebake verify --signature` does."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .options import print_json
+
+if TYPE_CHECKING:
+    from ...runtime.check.signature import Identity
+
+TOKEN = "SIGSTORE_ID_TOKEN"
+
+
+def add_sign(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "sign",
+        help="sign an artifact, for those who have your public key",
+        description="Hashes every file of an artifact against its manifest, and writes signature.json beside it. The signature "
+        "is an OpenSSF model signature, which `model_signing verify` reads too. Needs pip install 'prebake[sign]'.",
+    )
+    parser.add_argument("artifact", type=Path, metavar="ARTIFACT", help="an artifact folder")
+    who = parser.add_mutually_exclusive_group(required=True)
+    who.add_argument(
+        "--key", type=Path, metavar="FILE", help="a private elliptic curve key in PEM, P-256, P-384 or P-521"
+    )
+    who.add_argument(
+        "--sigstore",
+        action="store_true",
+        help=f"sign as the person or workflow that you are to sigstore: ${TOKEN}, or what the CI gives, or a browser",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON in place of text")
+    parser.set_defaults(run=_sign)
+
+
+def _sign(args: argparse.Namespace) -> int:
+    from ...runtime.check.signature import FILE
+    from ..package.sign import Sigstore, sign
+
+    files = sign(args.artifact, Sigstore(os.environ.get(TOKEN)) if args.sigstore else args.key)
+    if args.json:
+        print_json({"signature": str(args.artifact / FILE), "files": files})
+    else:
+        print(f"{args.artifact / FILE}: {files} files signed")
+    return 0
+
+
+def add_signature(parser: argparse.ArgumentParser) -> None:
+    """The options of `prebake verify --signature`."""
+    parser.add_argument(
+        "--signature",
+        action="store_true",
+        help="check who signed it and that every file is as signed, and open no code; with --public-key or --identity",
+    )
+    whose = parser.add_mutually_exclusive_group()
+    whose.add_argument("--public-key", type=Path, metavar="FILE", help="the public key of whom you trust, in PEM")
+    whose.add_argument(
+        "--identity",
+        metavar="NAME",
+        help="who signed by sigstore: an e-mail address, or a workflow's URL; needs a network",
+    )
+    parser.add_argument(
+        "--issuer",
+        metavar="URL",
+        help="who vouches for that identity, such as https://token.actions.githubusercontent.com",
+    )
+
+
+def verify_signature(args: argparse.Namespace) -> int:
+    """Raises ArtifactError with what is wrong, and RecipeError for options that do not fit."""
+    from ..package.sign import verify
+
+    whose = _whose(args)
+    files = verify(args.artifact, whose)
+    if args.json:
+        print_json({"artifact": str(args.artifact), "signed_by": str(whose), "files": files})
+    elif not args.quiet:
+        print(f"{args.artifact}: signed by {whose}, {files} files are as signed")
+    return 0
+
+
+def refuse_signature_choices(args: argparse.Namespace) -> None:
+    """Raises RecipeError for options that would have no effect without --signature."""
+    from ...runtime.errors import RecipeError
+
+    for name in ("public_key", "identity", "issuer"):
+        if getattr(args, name) is not None:
+            raise RecipeError(
+                f"--{name.replace('_', '-')}: says who must have signed the artifact; add --signature, or leave it out"
+            )
+
+
+def _whose(args: argparse.Namespace) -> Path | Identity:
+    from ...runtime.check.signature import Identity
+    from ...runtime.errors import RecipeError
+
+    if args.source or args.model or args.prompts or args.seeds or args.limit or args.output or args.prompt_set != "all":
+        raise RecipeError("--signature: opens no code, so nothing can be drawn; verify once more without it")
+    if args.public_key is None and args.identity is None:
+        raise RecipeError("--signature: expected --public-key FILE, or --identity NAME with --issuer URL, got neither")
+    if (args.identity is None) != (args.issuer is None):
+        raise RecipeError("--identity and --issuer: expected both or none, since anyone can vouch for a name")
+    return args.public_key or Identity(args.identity, args.issuer)

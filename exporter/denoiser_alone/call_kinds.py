@@ -1,0 +1,114 @@
+"""Kinds: what several runs of a pipeline say of its denoiser's calls, each argument by its role.
+
+In: the runs of `watch.py`. Out: the distinct kinds of call, whose arguments are latents, equal at every step, given by the
+schedule, or compiled in; and for a later call which kind it is and the values that follow the schedule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...runtime.attachment.arguments import Argument, digest, dtype_name, same, shown, values
+from ...runtime.errors import ExportError
+from ...runtime.plan import Call
+from .watch import Seen, Watched, check_plain
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of call: its arguments as the manifest has them, and an example to capture with."""
+
+    arguments: tuple[Argument, ...]
+    example: Seen
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return tuple(a.name for a in self.arguments if a.is_input)
+
+
+def kinds_of(
+    name: str, real: Watched, stub: Watched, other_seed: Watched, *, baked: frozenset[str] = frozenset()
+) -> tuple[Kind, ...]:
+    """The distinct calls of the first evaluation, branch by branch. Raises ExportError for one that changes later."""
+    kinds: list[Kind] = []
+    for branch in range(len(real.evaluations[0])):
+        runs = [[e[branch] for e in run.evaluations if branch < len(e)] for run in (real, stub, other_seed)]
+        first = runs[0][0]
+        for seen in (s for run in runs for s in run):
+            check_like(name, first, seen)
+        arguments = tuple(argument(n, runs, n in baked) for n in first.flat)
+        match = next((i for i, k in enumerate(kinds) if alike(k.arguments, arguments)), None)
+        if match is None:
+            kinds.append(Kind(arguments, first))
+        else:
+            kinds[match] = Kind(tuple(map(wider, kinds[match].arguments, arguments)), kinds[match].example)
+    return tuple(kinds)
+
+
+def check_like(name: str, first: Seen, later: Seen) -> None:
+    """Raises ExportError unless both calls have the same arguments but for the numbers in tensors."""
+    for n in dict.fromkeys((*first.flat, *later.flat)):
+        a, b = first.flat.get(n, "nothing"), later.flat.get(n, "nothing")
+        if isinstance(a, Tensor) and isinstance(b, Tensor) and (a.shape, a.dtype) == (b.shape, b.dtype):
+            continue
+        if isinstance(a, Tensor) or isinstance(b, Tensor) or not same(a, b):
+            raise ExportError(
+                f"{name}: argument {n!r} is {shown(a)} at the first step and {shown(b)} later, and only the numbers in "
+                "tensors may change; it cannot be exported"
+            )
+
+
+def argument(name: str, runs: Sequence[Sequence[Seen]], bake: bool) -> Argument:
+    """What the two steps of three runs say of one argument: with the real denoiser, with one that answers zeros, and the
+    latter from other noise."""
+    first = runs[0][0].flat[name]
+    if not isinstance(first, Tensor):
+        check_plain(f"argument {name!r}", first)
+        return Argument(name=name, role="constant", value=first)
+    real, stub, other = ([s.flat[name] for s in run] for run in runs)
+    described = {"name": name, "shape": tuple(first.shape), "dtype": dtype_name(first)}
+    if bake:
+        return Argument(role="baked", sha256=digest(first), nonzero=int(first.count_nonzero()), **described)
+    if not all(torch.equal(a, b) for a, b in zip(real, stub, strict=True)):
+        return Argument(role="latents", **described)
+    moves = not all(torch.equal(stub[0], t) for t in stub)
+    if moves and not all(torch.equal(a, b) for a, b in zip(stub, other, strict=True)):
+        return Argument(role="latents", **described)
+    return Argument(role="step" if moves else "fixed", **described)
+
+
+def alike(a: Sequence[Argument], b: Sequence[Argument]) -> bool:
+    """Whether one graph serves both kinds of call."""
+    hidden = {"role": "fixed"}
+    return [x.model_copy(update=hidden) if x.is_input else x for x in a] == [
+        x.model_copy(update=hidden) if x.is_input else x for x in b
+    ]
+
+
+def wider(a: Argument, b: Argument) -> Argument:
+    """Of two roles the one that allows more: what is latents in one branch may not be held to the other's schedule."""
+    order = ("latents", "fixed", "step", "baked", "constant")
+    return min(a, b, key=lambda x: order.index(x.role))
+
+
+def call(kinds: Sequence[Kind], seen: Seen) -> Call:
+    """The call as a plan has it: which kind, and the values of its step tensors. Raises ExportError for an unknown kind."""
+    for i, kind in enumerate(kinds):
+        if all(fits(a, seen.flat.get(a.name)) for a in kind.arguments) and len(kind.arguments) == len(seen.flat):
+            return Call(of=i, values={a.name: values(seen.flat[a.name]) for a in kind.arguments if a.role == "step"})
+    raise ExportError(
+        "the pipeline calls its denoiser in other ways at other numbers of steps than at two; it cannot be exported"
+    )
+
+
+def fits(a: Argument, value: Any) -> bool:
+    if a.role == "constant":
+        return same(a.value, value)
+    if not isinstance(value, Tensor) or (tuple(value.shape), dtype_name(value)) != (a.shape, a.dtype):
+        return False
+    return a.role != "baked" or digest(value) == a.sha256

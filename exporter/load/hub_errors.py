@@ -1,0 +1,51 @@
+"""Models from the Hugging Face hub, through diffusers' own loader, and what to do where there is none."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+from ...runtime.errors import ExportError
+from ...runtime.transfer.hub import chain, first_line
+
+
+def download(model: str, revision: str | None) -> Path:
+    """The folder of the hub's `model`, downloaded or from the cache. Raises ExportError with the way out."""
+    from diffusers import DiffusionPipeline
+
+    try:
+        return Path(DiffusionPipeline.download(model, revision=revision))
+    except Exception as e:
+        raise ExportError(f"model {model!r}: {reason(model, revision, e)}") from e
+
+
+def reason(model: str, revision: str | None, error: BaseException) -> str:
+    """In one clause, why the hub gave no `model`, and the way out."""
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    causes = tuple(chain(error))
+
+    def among(*types: type[BaseException]) -> bool:
+        return any(isinstance(cause, types) for cause in causes)
+
+    if among(GatedRepoError):  # is a RepositoryNotFoundError too
+        return (
+            f"its owner asks for a licence to be accepted; do so on the model's page, https://huggingface.co/{model}, "
+            "and log in with `hf auth login`"
+        )
+    if among(RevisionNotFoundError):
+        return f"the hub has no revision {revision!r} of it; give a branch, tag or commit that its page lists, or none"
+    if among(RepositoryNotFoundError):
+        return "the hub has no such model, or it is private; check the name, or log in with `hf auth login`"
+    # whatever library speaks HTTP, a network that is not there ends in one of Python's own errors
+    if among(LocalEntryNotFoundError, ConnectionError, TimeoutError, socket.gaierror):
+        return (
+            "it is not in the hub's cache and the hub cannot be reached; export once with a network (and without "
+            f"HF_HUB_OFFLINE), or give the folder of a pipeline; the cause: {first_line(error)}"
+        )
+    return f"the hub says {first_line(error)}"

@@ -1,0 +1,215 @@
+"""Package: graphs, weights, plans, tokenizers and golden vectors become a folder, all of it or nothing.
+
+Files are written into a hidden sibling of the output and renamed at the end, so that a killed export leaves no half
+artifact. Each distinct tensor is stored once, whatever graphs read it and under whatever names.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from ...runtime.errors import ExportError
+from ...runtime.manifest import FileEntry, Manifest
+from ...runtime.plan import Plan
+from ...runtime.storage.rename import is_artifact, make_readable, put, recover, replace
+from ...runtime.storage.scratch import scratch, sweep
+from ..capture.capture import Captured
+from .disk import disk_for
+
+PARTIAL = ".partial"
+UNLISTED = ("manifest.json", "signature.json", "reports")
+
+
+@contextlib.contextmanager
+def staged(output: Path, *, force: bool) -> Iterator[Path]:
+    """A temporary sibling of `output` that takes its place on success and is removed on any failure; what an export
+    that was killed has left is removed by the next one.
+
+    Raises ExportError when `output` exists, unless `force`, which replaces an earlier artifact (and nothing else), and when
+    the disk is full or cannot be written.
+    """
+    output = output.absolute()
+    with disk_for(output):
+        made_ready(output)
+    if output.exists():
+        if not force:
+            raise ExportError(f"{output}: already exists; choose another --output, or replace it with --force")
+        if not is_artifact(output) and (not output.is_dir() or any(output.iterdir())):
+            raise ExportError(
+                f"{output}: --force replaces artifacts only, and this has no manifest.json of one; choose another --output"
+            )
+    with disk_for(output), scratch(output.parent, f".{output.name}.", PARTIAL) as folder:
+        yield folder
+        make_readable(folder)
+        if force:
+            replace(folder, output)
+        elif not put(folder, output):
+            raise ExportError(
+                f"{output}: already exists since this export began; choose another --output, or replace it with --force"
+            )
+
+
+def made_ready(output: Path) -> None:
+    """There is a folder to write into, and nothing in it that an export has left which was killed. Raises ExportError."""
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise ExportError(f"{output.parent}: cannot be made a folder ({e.strerror}); choose another --output") from e
+    if not os.access(output.parent, os.W_OK | os.X_OK):
+        raise ExportError(f"{output.parent}: cannot be written by this user; choose another --output")
+    recover(output)
+    sweep(output.parent, f".{output.name}.", PARTIAL)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What was stored: graph name -> {constant name: key}, the keys whose tensors are stored as N H W C, and those of
+    complex numbers, stored as [..., 2] of real and imaginary parts: safetensors has no complex128."""
+
+    bound: dict[str, dict[str, str]]
+    channels_last: tuple[str, ...]
+    complex: tuple[str, ...] = ()
+
+
+def write_weights(folder: Path, groups: Mapping[str, Sequence[Captured]]) -> Weights:
+    """Writes `weights/<component>.safetensors`, each distinct tensor once: in the first component that reads it, under
+    `<component>.<its name there>`."""
+    stored: dict[str, str] = {}
+    bound: dict[str, dict[str, str]] = {}
+    permuted: list[str] = []
+    pairs: list[str] = []
+    (folder / "weights").mkdir()
+    for component, graphs in groups.items():
+        fresh: dict[str, torch.Tensor] = {}
+        for graph in graphs:
+            names = bound.setdefault(graph.name, {})
+            for name, tensor in sorted(graph.constants().items()):
+                content = digest(tensor)
+                if content not in stored:
+                    stored[content] = unique(f"{component}.{name.removeprefix('denoiser.')}", fresh)
+                    if tensor.is_complex():
+                        pairs.append(stored[content])
+                    fresh[stored[content]] = parts(in_memory_order(tensor.detach()))
+                    if is_channels_last(tensor):
+                        permuted.append(stored[content])
+                names[name] = stored[content]
+        save_file(fresh, folder / "weights" / f"{component}.safetensors")
+    return Weights(bound, tuple(sorted(permuted)), tuple(sorted(pairs)))
+
+
+def parts(tensor: torch.Tensor) -> torch.Tensor:
+    """Complex numbers as [..., 2], real and imaginary; anything else as it is."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+def is_channels_last(tensor: torch.Tensor) -> bool:
+    """Whether a tensor's memory is N H W C, and not also plain N C H W (as a 1x1 convolution's is)."""
+    return tensor.dim() == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
+
+
+def in_memory_order(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor with its dimensions in the order of its memory: compiled code reads constants by their strides."""
+    if is_channels_last(tensor):
+        return tensor.permute(0, 2, 3, 1)
+    if not tensor.is_contiguous():
+        raise ExportError(
+            f"a constant of shape {tuple(tensor.shape)} has strides {tensor.stride()}, which safetensors cannot keep; this is a bug in a rewrite"
+        )
+    return tensor
+
+
+def digest(tensor: torch.Tensor) -> str:
+    """A hash of dtype, shape, strides and bytes."""
+    data = in_memory_order(tensor.detach()).reshape(-1).view(torch.uint8)
+    return f"{tensor.dtype} {tuple(tensor.shape)} {tensor.stride()} {hashlib.sha256(data.numpy().data).hexdigest()}"
+
+
+def unique(key: str, taken: Mapping[str, torch.Tensor]) -> str:
+    """`key`, or `key.1`, `key.2`, ...: folded values of two variants may share a name and not a value."""
+    n = 0
+    candidate = key
+    while candidate in taken:
+        n += 1
+        candidate = f"{key}.{n}"
+    return candidate
+
+
+def plan_path(plan: Plan) -> str:
+    return f"plans/{plan.name}.json"
+
+
+def write_plans(folder: Path, plans: Sequence[Plan]) -> None:
+    """One JSON file per plan, without the values that a reader assumes anyway; floats by `repr`, so that what is read is
+    what was computed."""
+    (folder / "plans").mkdir(exist_ok=True)
+    for plan in plans:
+        content = json.dumps(plan.model_dump(mode="json", exclude_defaults=True), indent=1) + "\n"
+        (folder / plan_path(plan)).write_text(content, "utf-8")
+
+
+def write_tokenizers(folder: Path, tokenizers: Mapping[str, Any]) -> None:
+    """`tokenizer.json` of each, which is all that the runtime's `tokenizers` library reads. Raises ExportError without one."""
+    for path, tokenizer in tokenizers.items():
+        if not getattr(tokenizer, "is_fast", False):
+            raise ExportError(
+                f"{path}: expected a fast tokenizer, got {type(tokenizer).__name__}; convert it with transformers first"
+            )
+        (folder / path).mkdir(parents=True)
+        tokenizer.backend_tokenizer.save(str(folder / path / "tokenizer.json"))
+
+
+def file_entries(folder: Path, known: Mapping[str, FileEntry] | None = None) -> tuple[FileEntry, ...]:
+    """Path, size and sha256 of every file that the manifest answers for, sorted by path; those in `known` are not read."""
+    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.relative_to(folder).parts[0] not in UNLISTED)
+    entries = []
+    for path in paths:
+        if known and (entry := known.get(path.relative_to(folder).as_posix())):
+            entries.append(entry)
+            continue
+        with path.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        entries.append(FileEntry(path=path.relative_to(folder).as_posix(), size=path.stat().st_size, sha256=sha256))
+    return tuple(entries)
+
+
+# --- changing an artifact ---------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def linked(folder: Path) -> Iterator[Path]:
+    """A copy of the artifact whose files are links to its own, which takes its place on success.
+
+    What is to change in it must be unlinked first. A run that is killed leaves the artifact as it was.
+    """
+    with staged(folder, force=True) as fresh:
+        shutil.copytree(folder, fresh, copy_function=link, dirs_exist_ok=True)
+        yield fresh
+
+
+def link(source: str, target: str) -> None:
+    """A hard link, or a copy where the file system has none."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def written(folder: Path, manifest: Manifest, known: Manifest) -> Manifest:
+    """The manifest with the folder's files, written. Weights and graphs are as in `known`, and not read again."""
+    same = {e.path: e for e in known.files if e.path.startswith(("weights/", "graphs/"))}
+    manifest = manifest.model_copy(update={"files": file_entries(folder, same)})
+    target = folder / "manifest.json"
+    target.unlink(missing_ok=True)
+    target.write_text(manifest.to_json(), "utf-8")
+    return manifest

@@ -1,0 +1,98 @@
+"""The manifest of an export."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ...runtime.attachment.facts import variant_name
+from ...runtime.manifest import FAMILY, Graph, Manifest, Requires, Site
+from ..caches import calibration as calibrations
+from ..families.picture import VAE_ENCODER
+from ..families.registry import FAMILIES
+from ..load import source
+from ..lower import backend
+from ..lower.toolchain import versions
+from ..prepared import Prepared
+from ..recipe.resolve import Recipe
+from ..sites.marks import Variant
+from . import folder as package
+from .folder import Weights
+
+
+def describe(folder: Path, prepared: Prepared, weights: Weights, paths: Mapping[str, str]) -> Manifest:
+    """The manifest, still unverified."""
+    lowering = backend(prepared.recipe.compile.backend)
+    planned = prepared.planned
+    combined = {site for v in planned.variants for site in v.having("combine")}
+    marks = tuple(m for m in planned.marks if m.name in combined)
+    variants = {v.name: v for v in planned.variants}
+    graphs = []
+    for group in prepared.graphs.values():
+        for g in group:
+            variant = variants.get(variant_name(g.name), Variant(g.name, ()))
+            graphs.append(
+                Graph(
+                    name=g.name,
+                    package=paths[g.name],
+                    inputs=g.inputs,
+                    outputs=g.outputs,
+                    stores=tuple(m.name for m in variant.storing(marks)) if variant.name in variants else (),
+                    combines=variant.combining(marks),
+                    zeros=variant.having("zero"),
+                    identities=variant.having("identity"),
+                    constants=weights.bound[g.name],
+                    cost=prepared.costs[g.name],
+                )
+            )
+    return Manifest(
+        family=FAMILY if prepared.recording else FAMILIES[type(prepared.pipe).__name__],
+        backend=prepared.recipe.compile.backend,
+        reproducible=lowering.reproducible(prepared.recipe.compile),
+        requires=Requires(**machine(prepared.recipe), **lowering.requires(prepared.recipe)),
+        source=prepared.source,
+        toolchain={**versions(), **lowering.toolchain(prepared.recipe.compile)},
+        recipe=own_recipe(prepared).model_dump(mode="json"),
+        defaults=prepared.defaults,
+        pipeline=facts(prepared),
+        layers=prepared.layers,
+        channels_last=weights.channels_last,
+        complex=weights.complex,
+        sites=tuple(Site(name=m.name, slots=m.slots, tensors=m.tensors) for m in marks),
+        graphs=tuple(graphs),
+        plans={p.name: package.plan_path(p) for p in planned.plans},
+        files=package.file_entries(folder),
+    )
+
+
+def facts(prepared: Prepared) -> dict[str, Any]:
+    """The family's facts, and what pictures it takes; of a denoiser alone what `attach` holds a pipeline to."""
+    if prepared.recording:
+        return prepared.recording.facts.model_dump(mode="json")
+    family, size = prepared.family, prepared.size
+    own = family.facts(prepared.pipe, size)
+    if "picture" in own or VAE_ENCODER not in prepared.graphs:
+        return own
+    return {**own, "picture": {"height": size.height, "width": size.width, **family.PICTURE}}
+
+
+def own_recipe(prepared: Prepared) -> Recipe:
+    """The recipe as the artifact has it: the model by its name, the calibration as the artifact's own file."""
+    recipe = prepared.recipe
+    names = {"id": prepared.source.model, "config": recipe.model.config and source.name_of(recipe.model.config)}
+    changes: dict[str, Any] = {"model": recipe.model.model_copy(update=names)}
+    if prepared.calibration:
+        changes["cache"] = recipe.cache.model_copy(update={"calibration": calibrations.FILE})
+    return recipe.model_copy(update=changes)
+
+
+def machine(recipe: Recipe) -> dict[str, Any]:
+    """System, processor family and device, as `Requires` names them."""
+    import platform
+
+    return {
+        "system": platform.system(),
+        "machine": platform.machine(),
+        "device": recipe.compile.device,
+    }

@@ -1,0 +1,119 @@
+"""Signs an artifact: a folder and a signer come in, `signature.json` lies in the folder when it returns.
+
+Every file is hashed against the manifest first, so what is signed is what is there. The signature then lists each of them
+with that hash, in the format of model-signing (OpenSSF), so that its own verifier reads it as well as
+`runtime/signature.py`, which says what is signed.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...runtime.check.artifact import file_problems, hash_problems, name_problems
+from ...runtime.check.signature import (
+    FILE,
+    NEEDED,
+    Identity,
+    first_line,
+    listed_hashing,
+    signature_problems,
+    signed_hashes,
+)
+from ...runtime.errors import ArtifactError, ExportError, RecipeError, raise_all
+from ...runtime.manifest import Manifest, read_manifest
+
+
+@dataclass(frozen=True)
+class Sigstore:
+    """Signing by sigstore, which needs a network: with a token, else with what the CI gives, else a browser is opened."""
+
+    token: str | None = None
+
+
+def sign(folder: Path, signer: Path | Sigstore) -> int:
+    """Writes `signature.json`, in place of an earlier one, and returns the number of files that it covers.
+
+    `signer` is a PEM file of a private elliptic curve key (P-256, P-384 or P-521) without a password, or sigstore. The artifact
+    need not be one that this machine can run. Raises ArtifactError for one that is not as its manifest says or that missed its
+    thresholds, RecipeError for a key that is none, and ExportError where sigstore or the disk refuses.
+    """
+    signing = signing_by(signer)
+    manifest = read_manifest(folder)
+    if manifest.status == "failed":
+        raise ArtifactError(f"{folder}: missed its thresholds, and its manifest says so; sign one that holds")
+    check_files(folder, manifest)
+    hashes = signed_hashes(folder, manifest)
+    signing.set_hashing_config(listed_hashing(hashes))
+    try:
+        write(signing, folder, signer)
+    except OSError as e:
+        raise ExportError(f"{folder / FILE}: cannot be written ({e.strerror or e}); make room, or sign a copy") from e
+    return len(hashes)
+
+
+def verify(folder: Path, whose: Path | Identity) -> int:
+    """The number of files that `whose` signed and that are as signed: all. No code is opened, whatever machine it is for.
+
+    Raises ArtifactError with everything that is wrong, and RecipeError for a file that is no public key.
+    """
+    manifest = read_manifest(folder)
+    check_names(folder, manifest)
+    raise_all(folder, [*signature_problems(folder, manifest, whose), *hash_problems(folder, manifest, True)])
+    return len(manifest.files) + 1
+
+
+def check_files(folder: Path, manifest: Manifest) -> None:
+    """Raises ArtifactError unless every file is there, listed, and what the manifest says it is."""
+    check_names(folder, manifest)
+    raise_all(folder, hash_problems(folder, manifest, True))
+
+
+def check_names(folder: Path, manifest: Manifest) -> None:
+    raise_all(folder, name_problems(manifest))
+    raise_all(folder, file_problems(folder, manifest))
+
+
+def signing_by(signer: Path | Sigstore) -> Any:
+    """A `model_signing.signing.Config`. Raises as `sign` does for what is no key, or for sigstore."""
+    try:
+        from model_signing import signing
+    except ModuleNotFoundError as e:
+        raise RecipeError(NEEDED) from e
+    if isinstance(signer, Sigstore):
+        try:
+            return signing.Config().use_sigstore_signer(
+                identity_token=signer.token, use_ambient_credentials=signer.token is None
+            )
+        except Exception as e:
+            raise unreached(e) from e
+    try:
+        return signing.Config().use_elliptic_key_signer(private_key=signer)
+    except (OSError, ValueError, TypeError, AttributeError) as e:  # the last two: with a password, or of another kind
+        raise RecipeError(
+            f"--key {signer}: expected a private key in PEM, of an elliptic curve P-256, P-384 or P-521, without a password, "
+            f"and it is none ({type(e).__name__}); `openssl ecparam -name prime256v1 -genkey -noout -out KEY` makes one"
+        ) from e
+
+
+def write(signing: Any, folder: Path, signer: Path | Sigstore) -> None:
+    """Signs into a file of another name, which then takes the place of `signature.json`: there is never half of one."""
+    with tempfile.TemporaryDirectory(prefix=f".{folder.resolve().name}.", dir=folder.resolve().parent) as beside:
+        fresh = Path(beside) / FILE
+        try:
+            signing.sign(folder, fresh)
+        except Exception as e:
+            if isinstance(signer, Sigstore):  # whose network errors are OSErrors too
+                raise unreached(e) from e
+            raise
+        os.replace(fresh, folder / FILE)
+
+
+def unreached(e: Exception) -> ExportError:
+    """Of what sigstore, its network and its browser raise, which is of many kinds."""
+    return ExportError(
+        f"--sigstore: sigstore did not sign ({first_line(e)}); it needs a network and a token, and --key needs neither"
+    )

@@ -1,0 +1,36 @@
+"""What is known before anything is compiled."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..runtime.manifest import Cost, Defaults, Source
+    from .caches.calibration import Calibration
+    from .capture.capture import Captured
+    from .denoiser_alone.record import Recording
+    from .plan import Planned
+    from .recipe.resolve import Recipe
+    from .rewrite import Layers
+    from .sites.layout import Layout
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that is known before anything is compiled: what `--dry-run` prints. `recording` is there where the denoiser
+    is exported alone (`alone.py`), and then `family` is not."""
+
+    recipe: Recipe
+    family: Any
+    pipe: Any
+    size: Any
+    source: Source
+    defaults: Defaults
+    layers: Layers
+    calibration: Calibration | None
+    layout: Layout
+    planned: Planned
+    graphs: dict[str, tuple[Captured, ...]]
+    costs: dict[str, Cost]
+    recording: Recording | None = None

@@ -1,0 +1,89 @@
+"""Settle: sizes, steps, dtypes and the scheduler of an export."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..runtime.errors import RecipeError
+from ..runtime.manifest import Defaults
+from .load import source
+from .lower import backend
+from .plan.sampler import Table, tabulate, tail_tables
+from .progress import Progress
+from .recipe.resolve import Recipe
+from .rewrite import DENOISERS
+
+
+def dtypes(recipe: Recipe) -> dict[str, torch.dtype]:
+    """Component -> dtype, as `from_pretrained(torch_dtype=...)` takes it; those that a pipeline lacks are passed over."""
+    of = recipe.precision
+    names = {
+        **dict.fromkeys(DENOISERS, of.denoiser),
+        **dict.fromkeys(("text_encoder", "text_encoder_2", "text_encoder_3"), of.text_encoders),
+        "vae": of.vae,
+    }
+    return {"default": torch.float32, **{component: getattr(torch, name) for component, name in names.items()}}
+
+
+def settle(recipe: Recipe, family: Any, loaded: source.Loaded) -> tuple[Defaults, Any, tuple[int, ...]]:
+    """Sizes, steps and guidance: the recipe's word, else the model's own default, else the family's."""
+    usual = {**family.defaults(loaded.pipe), **loaded.defaults}
+    asked = {**recipe.shapes.model_dump(), "guidance_scale": recipe.sampler.guidance_scale}
+    chosen = {name: usual[name] if asked.get(name) is None else asked[name] for name in usual}
+    steps = recipe.sampler.steps or (usual["num_inference_steps"],)
+    frames = chosen.get("num_frames")
+    size = family.Size(chosen["height"], chosen["width"], chosen["max_sequence_length"], frames or 1)
+    family.check_size(loaded.pipe, size)
+    if check_steps := getattr(family, "check_steps", None):
+        for n in steps:
+            check_steps(loaded.pipe, n)
+    defaults = Defaults(
+        num_inference_steps=steps[0],
+        guidance_scale=float(chosen["guidance_scale"]),
+        height=size.height,
+        width=size.width,
+        num_frames=frames,
+    )
+    return defaults, size, steps
+
+
+def with_scheduler(pipe: Any, name: str) -> Any:
+    """The pipeline with the named diffusers scheduler made from its own one's configuration."""
+    if name != "model":
+        import diffusers
+
+        pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config)
+    return pipe
+
+
+def sampler_table(family: Any, pipe: Any, size: Any, steps: int, progress: Progress) -> Table:
+    progress.doing(f"{type(pipe.scheduler).__name__}, {steps} steps")
+    return tabulate(pipe.scheduler, steps, **schedule_arguments(family, pipe, size, steps))
+
+
+def schedule_arguments(family: Any, pipe: Any, size: Any, steps: int) -> dict[str, Any]:
+    """What the pipeline passes to its scheduler besides the number of steps."""
+    return family.scheduler_arguments(pipe.scheduler, family.facts(pipe, size)["latents_shape"], steps)
+
+
+def tails_of(recipe: Recipe, family: Any, pipe: Any, size: Any, steps: int) -> dict[int, Table]:
+    """The schedules that begin in the middle, by the number of steps that they leave out; none without pictures to begin
+    from."""
+    if not recipe.sampler.image_to_image:
+        return {}
+    return tail_tables(pipe.scheduler, steps, **schedule_arguments(family, pipe, size, steps))
+
+
+def channels_last(recipe: Recipe) -> bool:
+    """Whether the VAE's weights lie as N H W C."""
+    return recipe.compile.channels_last_vae and backend(recipe.compile.backend).CHANNELS_LAST
+
+
+def takes_pictures(recipe: Recipe, family: Any) -> bool:
+    """Whether the artifact needs the VAE's encoder. Raises RecipeError where a family has no use for it."""
+    picture = getattr(family, "PICTURE", None)
+    if recipe.sampler.image_to_image and (picture is None or picture.get("role") == "reference"):
+        raise RecipeError("sampler.image_to_image: this family's pipelines start from noise alone; leave the key out")
+    return picture is not None and (recipe.sampler.image_to_image or picture.get("required", False))

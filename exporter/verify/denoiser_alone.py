@@ -1,0 +1,258 @@
+"""Attached: an artifact of a denoiser alone, drawing in its own pipeline, for `verify.py`.
+
+`AttachedReplayer` and `AttachedReference` do for such an artifact what `Replayer` and `Reference` in `quality.py` do for
+others, and are compared by the same functions. Golden vectors need no pipeline: they are the denoiser's own calls, what
+it was given and what it returned, in the order of the plan.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ...runtime.artifact import Artifact, open_artifact
+from ...runtime.attachment.attach import Run, computed, placed
+from ...runtime.attachment.facts import graph_name, read_facts
+from ...runtime.attachment.follow import Followed
+from ...runtime.errors import ArtifactError, ExportError
+from ...runtime.manifest import Manifest
+from ...runtime.plan import Plan
+from ..denoiser_alone.prepare import requested_by
+from ..denoiser_alone.record import record
+from ..load import source
+from ..package.folder import file_entries
+from ..prompts import picture_prompts
+from ..recipe.resolve import Recipe
+from ..sites.component import Component
+from .golden import GOLDEN_BYTES, Replayed, golden_path, tolerance_of
+from .measure import Call, Drawn, Tap, relative_error
+
+
+@dataclass(frozen=True)
+class Joined(Call):
+    """The denoiser's calls of one evaluation as one: outputs flat, one after the other, and their times added."""
+
+    parts: tuple[Call, ...] = ()
+
+
+class AttachedReplayer:
+    """An artifact that draws in its own pipeline, in the dtypes of the recipe, with its graphs' calls on record.
+
+    The pipeline is loaded when the first picture is drawn, from `model`.
+    """
+
+    def __init__(self, artifact: Artifact, recipe: Recipe, model: str) -> None:
+        self.artifact, self.recipe, self.model = artifact, recipe, model
+        self._calls: list[Call] = []
+        sites = {tensor for site in artifact.manifest.sites for tensor in site.tensors}
+        taps = {name: Tap(bound, sites, self._calls) for name, bound in artifact.graphs.items()}
+        self._tapped = replace(artifact, graphs=taps)
+
+    @cached_property
+    def loaded(self) -> source.Loaded:
+        """The pipeline that the artifact is attached to, on its device. Noise is drawn on the CPU all the same."""
+        loaded = load(self.recipe, self.model, None)
+        loaded.pipe.to(self.artifact.device)
+        return loaded
+
+    def draw(self, prompt: str, seed: int, plan: Plan) -> Drawn:
+        """One picture, by that plan. Raises ExportError for a prompt that the artifact does not cover."""
+        self._calls.clear()
+        with placed(self.loaded.pipe, self._tapped, plan.cache != "none"):
+            try:
+                return drawn(self.recipe, self.loaded, prompt, seed, plan.steps, self._calls)
+            except ArtifactError as e:
+                raise ExportError(f"prompt {prompt!r}: {e}; or set verify.prompts to prompts that it covers") from e
+
+    def only(self, plans: Mapping[str, Plan]) -> AttachedReplayer:
+        """The same with these plans alone."""
+        fewer = AttachedReplayer(replace(self.artifact, plans=plans), self.recipe, self.model)
+        if "loaded" in vars(self):
+            fewer.loaded = self.loaded
+        return fewer
+
+    def evaluations(self, drawn: Drawn) -> tuple[Joined, ...]:
+        """One for each of the plan's evaluations."""
+        calls = iter(drawn.calls)
+        plan = next(p for p in self.artifact.plans.values() if fits(p, drawn.calls))
+        return tuple(joined(e.variant, [next(calls) for _ in e.calls]) for e in plan.evaluations)
+
+
+def fits(plan: Plan, calls: Sequence[Call]) -> bool:
+    """Whether these are the graphs that the plan calls."""
+    return [graph_name(e.variant, c.of) for e in plan.evaluations for c in e.calls] == [c.graph for c in calls]
+
+
+def joined(variant: str, parts: Sequence[Call]) -> Joined:
+    sample = torch.cat([c.outputs["sample"].reshape(-1) for c in parts])
+    return Joined(variant, parts[0].inputs, {"sample": sample}, sum(c.ms for c in parts), tuple(parts))
+
+
+class AttachedReference:
+    """The pipeline as diffusers runs it, in float32."""
+
+    def __init__(self, recipe: Recipe, loaded: source.Loaded) -> None:
+        self._recipe, self._loaded = recipe, loaded
+        request = requested_by(recipe, loaded, picture_prompts(recipe)[0])
+        self._denoisers = record(loaded.pipe, request, ()).components()
+
+    @property
+    def scheduler(self) -> str:
+        """The class, as a plan names it."""
+        return type(self._loaded.pipe.scheduler).__name__
+
+    @torch.no_grad()
+    def draw(self, prompt: str, seed: int, steps: int) -> Drawn:
+        return drawn(self._recipe, self._loaded, prompt, seed, steps, ())
+
+    @torch.no_grad()
+    def evaluate(self, call: Call) -> tuple[Tensor, float]:
+        """What the denoiser returns at the inputs of one evaluation, flat, and its milliseconds."""
+        assert isinstance(call, Joined)
+        start = time.perf_counter()
+        samples = [self._denoiser(part).module(*self._given(part)) for part in call.parts]
+        return torch.cat([s.reshape(-1) for s in samples]), (time.perf_counter() - start) * 1e3
+
+    def _denoiser(self, part: Call) -> Component:
+        _, _, number = part.graph.partition(".call")
+        return self._denoisers[int(number) - 1 if number else 0]
+
+    def _given(self, part: Call) -> list[Tensor]:
+        tensors = (part.inputs[name] for name in self._denoiser(part).inputs)
+        return [t.float() if t.is_floating_point() else t for t in tensors]
+
+
+def load(recipe: Recipe, model: str, dtypes: dict[str, torch.dtype] | None) -> source.Loaded:
+    """The pipeline with the recipe's scheduler, in these dtypes or the recipe's own."""
+    from ..settle import dtypes as dtypes_of
+    from ..settle import with_scheduler
+
+    loaded = source.load(model, recipe.model.revision, dtypes or dtypes_of(recipe), recipe.model.config)
+    loaded.pipe.set_progress_bar_config(disable=True)
+    with_scheduler(loaded.pipe, recipe.sampler.scheduler)
+    return loaded
+
+
+def drawn(recipe: Recipe, loaded: source.Loaded, prompt: str, seed: int, steps: int, calls: Sequence[Call]) -> Drawn:
+    """One call of the pipeline as it is now, in the CPU's memory. `calls` are what was on record when it is done."""
+    pipe = loaded.pipe
+    with stepping(pipe.scheduler) as last:
+        start = time.perf_counter()
+        result = pipe(**requested_by(recipe, loaded, prompt, output_type="pt")(steps, seed))
+        seconds = time.perf_counter() - start
+    return Drawn(picture(type(pipe).__name__, result).cpu(), last[-1].cpu(), seconds, tuple(calls))
+
+
+@contextlib.contextmanager
+def stepping(scheduler: Any) -> Iterator[list[Tensor]]:
+    """A list that holds what the scheduler's `step` returned last."""
+    last: list[Tensor] = []
+    scheduler.step = Followed(scheduler, "step", lambda result, *_, **__: last.__setitem__(slice(None), [result[0]]))
+    try:
+        yield last
+    finally:
+        del scheduler.step
+
+
+def picture(pipeline: str, result: Any) -> Tensor:
+    """The pipeline's picture [1, 3, H, W], or its video [1, T, 3, H, W], in 0..1. Raises ExportError for anything else."""
+    value = next(iter(result.values()))
+    if isinstance(value, Tensor) and value.dim() in (4, 5) and value.shape[-3] == 3:
+        return value.float()
+    raise ExportError(
+        f"{pipeline}: expected pictures or frames to compare, got something else; export with --no-verify, and compare it yourself"
+    )
+
+
+# --- golden vectors -------------------------------------------------------------------------------------------------
+
+
+def write_golden(folder: Path, manifest: Manifest, recipe: Recipe, model: str) -> Manifest:
+    """The manifest with `golden/<plan>.safetensors` among its files: the calls of one picture, as many as fit.
+
+    Raises ExportError where the denoiser gives NaN or infinity.
+    """
+    replayer = AttachedReplayer(open_artifact(folder), recipe, model)
+    for name in replayer.artifact.plans:
+        write_plan_golden(replayer, recipe, name)
+    manifest = manifest.model_copy(update={"files": file_entries(folder)})
+    (folder / "manifest.json").write_text(manifest.to_json(), "utf-8")
+    return manifest
+
+
+def write_plan_golden(replayer: AttachedReplayer, recipe: Recipe, name: str) -> None:
+    """The golden vectors of one plan, in the folder of the replayer's artifact.
+
+    `input.<e>.<b>.<name>` and `output.<e>.<b>` are of the b-th call of evaluation e; an input that is equal at every
+    evaluation stands there once, as `input.<b>.<name>`.
+    """
+    artifact = replayer.artifact
+    evaluations = replayer.evaluations(replayer.draw(picture_prompts(recipe)[0], 0, artifact.plans[name]))
+    for e, evaluation in enumerate(evaluations):
+        if not evaluation.outputs["sample"].isfinite().all():
+            raise ExportError(
+                f"plan {name!r}, evaluation {e} (variant {evaluation.graph!r}): the compiled denoiser gives values that are "
+                "not finite; set precision.denoiser to float32 or quantize.method to none to find out where they come from"
+            )
+    path = artifact.folder / golden_path(name)
+    path.parent.mkdir(exist_ok=True)
+    save_file(golden_tensors(evaluations), path)
+
+
+def golden_tensors(evaluations: Sequence[Joined]) -> dict[str, Tensor]:
+    """The first evaluations, as many as are within the bytes of a golden file, and at least one."""
+    tensors: dict[str, Tensor] = {}
+    for e, evaluation in enumerate(evaluations):
+        fresh: dict[str, Tensor] = {}
+        for b, part in enumerate(evaluation.parts):
+            for name, tensor in part.inputs.items():
+                if name == "coefficients":
+                    continue
+                shared = f"input.{b}.{name}"
+                if all(b < len(x.parts) and torch.equal(x.parts[b].inputs[name], tensor) for x in evaluations):
+                    fresh[shared] = tensor
+                else:
+                    fresh[f"input.{e}.{b}.{name}"] = tensor
+            fresh[f"output.{e}.{b}"] = part.outputs["sample"]
+        if e and sum(t.nbytes for t in (tensors | fresh).values()) > GOLDEN_BYTES:
+            break
+        tensors |= fresh
+    return {name: t.contiguous().clone() for name, t in tensors.items()}
+
+
+def replay_golden(artifact: Artifact, plan: Plan) -> Replayed:
+    """The stored calls made again."""
+    stored = load_file(artifact.folder / golden_path(plan.name))
+    facts, run = read_facts(artifact), Run(plan)
+    errors: list[list[float]] = []
+    bitwise = True
+    while (call := run.call) and f"output.{run.evaluation}.{run.branch}" in stored:
+        e, b = run.evaluation, run.branch
+        names = (a.name for a in facts.calls[call.of] if a.is_input)
+        given = {n: stored.get(f"input.{b}.{n}", stored.get(f"input.{e}.{b}.{n}")) for n in names}
+        sample = computed(artifact, run, call, {n: t.to(artifact.device) for n, t in given.items() if t is not None})
+        reference = stored[f"output.{e}.{b}"].to(artifact.device)
+        errors += [[]] if b == 0 else []
+        errors[e].append(relative_error(sample, reference))
+        bitwise = bitwise and torch.equal(sample, reference)
+    return Replayed(
+        plan=plan.name,
+        evaluations=tuple(range(len(errors))),
+        evaluation_errors=tuple(max(of_one) for of_one in errors),
+        embeddings_relative_error=0.0,
+        initial_latents_equal=True,
+        input_ids_equal=True,
+        final_latents_relative_error=None,
+        image_psnr_db=None,
+        bitwise=bitwise,
+        tolerance=tolerance_of(artifact.manifest),
+    )

@@ -1,0 +1,217 @@
+"""Golden vectors: one picture for each plan, tensor by tensor, so that any machine can see whether it computes the same.
+
+In: a staged artifact; out: `golden/<plan>.safetensors` and the manifest that lists them. Later, in: an artifact; out: a
+`Replayed` for each plan, which fails where the difference is more than other kernels explain. Equal is not good: that
+is for `verify.py` to say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ...runtime.artifact import open_artifact
+from ...runtime.check.machine import cpu_flags
+from ...runtime.errors import ExportError
+from ...runtime.manifest import Manifest
+from ...runtime.plan import Plan
+from ..families.picture import VAE_ENCODER
+from ..families.text import ENCODER
+from ..package.folder import file_entries
+from ..prompts import picture_prompts
+from ..recipe.resolve import Recipe
+from .measure import Drawn, Replayer, as_array, largest, psnr_db, relative_error
+
+GOLDEN_BYTES = 64 << 20  # of one plan's denoiser outputs
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far a replay may be from its golden vectors, why it may be at all, and what to do when it is farther."""
+
+    relative_error: float
+    image_psnr_db: float
+    reason: str
+    way_out: str = "export again on this machine"
+
+
+# The same machine gives the same bits, with any number of threads seen so far. The room is for another CPU.
+TOLERANCES = {
+    "int8": Tolerance(0.05, 30.0, "another CPU rounds elsewhere, which moves int8 activations to a neighbouring code"),
+    "fp8": Tolerance(0.05, 30.0, "another GPU rounds elsewhere, which moves fp8 activations to a neighbouring number"),
+    "bfloat16": Tolerance(0.05, 30.0, "another CPU takes other bfloat16 kernels, which round elsewhere"),
+    "float16": Tolerance(0.02, 35.0, "another CPU takes other float16 kernels, which round elsewhere"),
+    "float32": Tolerance(1e-3, 60.0, "another CPU takes other float32 kernels, which add in another order"),
+}
+# Seen with torch 2.13, oneDNN held to AVX-512 without VNNI: float32 model, int8 layers, error 0.001 against eager
+# becomes 0.02. There, pairs of 8-bit products are added in 16 bits.
+NO_VNNI = "this CPU has no VNNI, so sums of int8 products saturate at 16 bits; take a CPU that has it, or export with quantize.method=none"
+
+
+def write_golden(folder: Path, manifest: Manifest, recipe: Recipe) -> Manifest:
+    """The manifest with `golden/<plan>.safetensors` among its files: one prompt, seed 0, drawn with every plan.
+
+    The files depend on the artifact and nothing else. Raises ExportError where the denoiser gives NaN or infinity.
+    """
+    replayer = Replayer(open_artifact(folder))
+    for name in replayer.artifact.plans:
+        write_plan_golden(replayer, recipe, name)
+    manifest = manifest.model_copy(update={"files": file_entries(folder)})
+    (folder / "manifest.json").write_text(manifest.to_json(), "utf-8")
+    return manifest
+
+
+def write_plan_golden(replayer: Replayer, recipe: Recipe, name: str) -> None:
+    """The golden vectors of one plan, in the folder of the replayer's artifact."""
+    plan, prompt = replayer.artifact.plans[name], picture_prompts(recipe)[0]
+    drawn = replayer.draw(prompt, 0, plan)
+    check_finite(replayer, drawn, name)
+    kept, dtype = evaluations_kept(replayer, drawn)
+    path = replayer.artifact.folder / golden_path(name)
+    path.parent.mkdir(exist_ok=True)
+    save_file(golden_tensors(replayer, drawn, prompt, 0, kept, dtype), path)
+
+
+def golden_path(plan: str) -> str:
+    return f"golden/{plan}.safetensors"
+
+
+def lacking_golden(folder: Path, plans: Iterable[str]) -> tuple[str, ...]:
+    """Which of an artifact's plans have no golden vectors: all, where it was exported on a machine that cannot run it."""
+    return tuple(name for name in plans if not (folder / golden_path(name)).is_file())
+
+
+def check_finite(replayer: Replayer, drawn: Drawn, plan: str) -> None:
+    for e, call in enumerate(replayer.evaluations(drawn)):
+        if not all(t.isfinite().all() for t in call.outputs.values()):
+            raise ExportError(
+                f"plan {plan!r}, evaluation {e} (variant {call.graph!r}): the compiled denoiser gives values that are not finite; "
+                "set precision.denoiser to float32 or quantize.method to none to find out where they come from"
+            )
+
+
+def evaluations_kept(replayer: Replayer, drawn: Drawn) -> tuple[list[int], torch.dtype]:
+    """Which evaluations' outputs a golden file keeps, and in what: all in float32 or float16 if they fit, else as many as do."""
+    outputs = [c.outputs["sample"] for c in replayer.evaluations(drawn)]
+    n, one = len(outputs), outputs[0].numel()
+    if n * one * 4 <= GOLDEN_BYTES:
+        return list(range(n)), torch.float32
+    fit = max(1, min(n, GOLDEN_BYTES // (one * 2)))
+    return [i * (n - 1) // max(1, fit - 1) for i in range(fit)], torch.float16
+
+
+def golden_tensors(
+    replayer: Replayer, drawn: Drawn, prompt: str, seed: int, kept: Sequence[int], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """What is kept of one picture. Not safetensors' metadata, which it writes in any order: prompt and seed are tensors too.
+
+    `outputs` are [K, ...] of the evaluations in `evaluations` [K]; `initial_latents` are as the first evaluation gets
+    them, `final_latents` as the decoder does; `image` is uint8 [H, W, 3], of a video [T, H, W, 3].
+    """
+    evaluations = replayer.evaluations(drawn)
+    tensors = {
+        "prompt": torch.tensor(list(prompt.encode()), dtype=torch.uint8),
+        "seed": torch.tensor([seed]),
+        "evaluations": torch.tensor(list(kept)),
+        "initial_latents": evaluations[0].inputs["hidden_states"],
+        "outputs": torch.cat([evaluations[e].outputs["sample"] for e in kept]).to(dtype),
+        "final_latents": drawn.latents,
+        "image": torch.from_numpy((as_array(drawn.image) * 255).round().astype("uint8")),
+    }
+    encoded = 0  # how often the text encoder was called: a negative prompt is a call more
+    for call in drawn.calls:
+        if call.graph == ENCODER:
+            tensors |= {f"input_ids.{encoded}.{name}": t for name, t in call.inputs.items()}
+            tensors |= {f"embeddings.{encoded}.{name}": t for name, t in call.outputs.items()}
+            encoded += 1
+        if call.graph == VAE_ENCODER:
+            tensors |= {f"embeddings.image.{name}": t for name, t in call.outputs.items()}
+    return {name: t.contiguous().clone() for name, t in tensors.items()}
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """One plan's golden vectors against their replay here. `bitwise` is whether every tensor is the same to the bit. Latents
+    and picture are None of a denoiser alone."""
+
+    plan: str
+    evaluations: tuple[int, ...]
+    evaluation_errors: tuple[float, ...]
+    embeddings_relative_error: float
+    initial_latents_equal: bool
+    input_ids_equal: bool
+    final_latents_relative_error: float | None
+    image_psnr_db: float | None
+    bitwise: bool
+    tolerance: Tolerance
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """What is not as it was at export, one sentence each; none if the replay passes."""
+        allowed = self.tolerance.relative_error
+        found = []
+        if not self.input_ids_equal:
+            found.append(
+                "the tokenizers give other ids than at export; restore tokenizers/, or install the exporter's version of tokenizers"
+            )
+        if not self.initial_latents_equal:
+            found.append(
+                "torch draws other noise from seed 0 than at export, so the rest cannot be compared; use the exporter's torch"
+            )
+        for what, error in (
+            ("embeddings", self.embeddings_relative_error),
+            ("denoiser outputs", largest(self.evaluation_errors)),
+            ("final latents", self.final_latents_relative_error),
+        ):
+            if error is not None and not error <= allowed:
+                found.append(
+                    f"{what} are off by {error:.3g} (relative, L2), {allowed:g} is allowed; {self.tolerance.way_out}"
+                )
+        if self.image_psnr_db is not None and not self.image_psnr_db >= self.tolerance.image_psnr_db:
+            found.append(
+                f"the picture has {self.image_psnr_db:.1f} dB against the stored one, {self.tolerance.image_psnr_db:g} are asked for; {self.tolerance.way_out}"
+            )
+        return tuple(f"golden replay of plan {self.plan!r}: {sentence}" for sentence in found)
+
+
+def replay_golden(replayer: Replayer, plan: Plan) -> Replayed:
+    """The stored prompt and seed drawn again."""
+    artifact = replayer.artifact
+    stored = load_file(artifact.folder / golden_path(plan.name))
+    prompt, seed, kept = bytes(stored["prompt"].tolist()).decode(), int(stored["seed"]), stored["evaluations"].tolist()
+    fresh = golden_tensors(replayer, replayer.draw(prompt, seed, plan), prompt, seed, kept, stored["outputs"].dtype)
+    embeddings = [name for name in stored if name.startswith("embeddings.")]
+    starts = fresh["initial_latents"], stored["initial_latents"]
+    tolerance = tolerance_of(artifact.manifest)
+    # latents that begin from a picture went through a graph, and are as close as graphs are
+    encoded = any(name.startswith("embeddings.image.") for name in stored)
+    room = tolerance.relative_error if encoded else 0.0
+    return Replayed(
+        plan=plan.name,
+        evaluations=tuple(kept),
+        evaluation_errors=tuple(map(relative_error, fresh["outputs"], stored["outputs"])),
+        embeddings_relative_error=largest(relative_error(fresh[name], stored[name]) for name in embeddings),
+        initial_latents_equal=relative_error(*starts) <= room,
+        input_ids_equal=all(torch.equal(fresh[name], stored[name]) for name in stored if name.startswith("input_ids.")),
+        final_latents_relative_error=relative_error(fresh["final_latents"], stored["final_latents"]),
+        image_psnr_db=psnr_db(fresh["image"] / 255, stored["image"] / 255),
+        bitwise=all(torch.equal(fresh[name], stored[name]) for name in stored),
+        tolerance=tolerance,
+    )
+
+
+def tolerance_of(manifest: Manifest) -> Tolerance:
+    """That of the coarsest arithmetic in the graphs."""
+    treatments = {treatment for treatment, _ in manifest.layers.values()}
+    if "fp8" in treatments:
+        return TOLERANCES["fp8"]
+    if "int8" in treatments:
+        lacking = manifest.requires.machine == "x86_64" and not {"avx512_vnni", "avx_vnni"} & cpu_flags()
+        return replace(TOLERANCES["int8"], way_out=NO_VNNI) if lacking else TOLERANCES["int8"]
+    used = set(manifest.recipe.get("precision", {}).values())
+    return next(t for dtype, t in TOLERANCES.items() if dtype in used or dtype == "float32")

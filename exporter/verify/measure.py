@@ -1,0 +1,359 @@
+"""Quality: an artifact and the eager pipeline draw the same prompts and seeds, and figures say how far apart they are.
+
+In: an open artifact, and optionally the float32 diffusers pipeline that it was made of. Out: `Drawn` pictures, and
+one `Sample` of figures for each picture and plan. The artifact is called as its user calls it, through the runtime's `Pipeline`; its
+graphs are tapped, so that every evaluation's inputs, outputs and time are seen and no loop is written twice.
+Times are wall times on the CPU.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...runtime.artifact import Artifact, BoundGraph
+from ...runtime.manifest import Graph
+from ...runtime.pipeline import Pipeline
+from ...runtime.plan import Plan
+from ..families.picture import Size, example
+from ..load.source import EMBEDDED
+from ..progress import Progress
+
+ROWS = 6  # that a report shows
+LEAST_MSE = 1e-12  # pictures closer than this are equal: 120 dB
+Job = tuple[str, int]
+"""A prompt and the seed of its noise."""
+
+
+def psnr_db(a: Tensor, b: Tensor) -> float:
+    """Peak signal-to-noise ratio of two pictures in 0..1, or of all frames of two videos, in dB, 120 at most. Not rounded to
+    8 bits, which would end at 59."""
+    mse = (a.double() - b.double()).square().mean().item()
+    return mse if math.isnan(mse) else -10 * math.log10(max(mse, LEAST_MSE))
+
+
+def ssim(a: Tensor, b: Tensor) -> float:
+    """Structural similarity of two pictures [1, 3, H, W] in 0..1, or the mean over the frames of two videos
+    [1, T, 3, H, W]; 1 is equal. scikit-image's, windows of 7 x 7."""
+    from skimage.metrics import structural_similarity
+
+    def similarity(x: np.ndarray, y: np.ndarray) -> float:
+        similar: Any = structural_similarity(x, y, channel_axis=-1, data_range=1.0)
+        return float(similar)
+
+    stills = [t.reshape(-1, *t.shape[-3:]).permute(0, 2, 3, 1).double().cpu().numpy() for t in (a, b)]  # [T, H, W, 3]
+    return statistics.fmean(map(similarity, *stills))
+
+
+def relative_error(value: Tensor, reference: Tensor) -> float:
+    """|value - reference| / |reference| in L2: 0 where both are zero, inf where only the reference is. NaN stays NaN."""
+    difference, size = (value.double() - reference.double()).norm().item(), reference.double().norm().item()
+    if difference == 0:
+        return 0.0
+    return difference / size if size else math.inf
+
+
+def largest(errors: Iterable[float]) -> float:
+    """The largest, and NaN is larger than any: `max` would pass over it."""
+    return max(errors, key=lambda error: (math.isnan(error), error))
+
+
+# --- drawing --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of one graph. What it read from and stored to sites is left out: it can be larger than the latents by far."""
+
+    graph: str
+    inputs: Mapping[str, Tensor]
+    outputs: Mapping[str, Tensor]
+    ms: float
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A picture [1, 3, H, W] in 0..1, or a video [1, T, 3, H, W], the final latents it was decoded from, and the wall time
+    of the whole call."""
+
+    image: Tensor
+    latents: Tensor
+    seconds: float
+    calls: tuple[Call, ...] = ()
+
+
+class Tap(BoundGraph):
+    """A bound graph that puts every call on record, in the CPU's memory: the pipeline that it is compared with is there."""
+
+    def __init__(self, bound: BoundGraph, sites: Iterable[str], calls: list[Call]) -> None:
+        self.graph: Graph = bound.graph
+        self._bound, self._sites, self._calls = bound, frozenset(sites), calls
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        start = time.perf_counter()
+        outputs = self._bound(inputs)
+        if any(t.is_cuda for t in outputs.values()):
+            torch.cuda.synchronize()  # the call returned when its work was queued
+        ms = (time.perf_counter() - start) * 1e3
+        given = {name: t.cpu() for name, t in inputs.items() if "@" not in name}
+        came = {name: t.cpu() for name, t in outputs.items() if name not in self._sites}
+        self._calls.append(Call(self.graph.name, given, came, ms))
+        return outputs
+
+
+class Replays(Protocol):
+    """What draws with an artifact: `Replayer`, or of a denoiser alone `AttachedReplayer`."""
+
+    artifact: Artifact
+
+    def draw(self, prompt: str, seed: int, plan: Plan) -> Drawn: ...
+    def only(self, plans: Mapping[str, Plan]) -> Replays: ...
+    def evaluations(self, drawn: Drawn) -> Sequence[Call]: ...
+
+
+class References(Protocol):
+    """What an artifact is held against: `Reference`, or `AttachedReference`."""
+
+    @property
+    def scheduler(self) -> str: ...
+    def draw(self, prompt: str, seed: int, steps: int) -> Drawn: ...
+    def evaluate(self, call: Call) -> tuple[Tensor, float]: ...
+
+
+class Replayer:
+    """An open artifact that draws as it does for its user, with the calls of its graphs on record.
+
+    Where a picture is required it gets `families.picture.example` of the seed, as the family's own `draw` gives it to eager.
+    """
+
+    def __init__(self, artifact: Artifact) -> None:
+        self.artifact = artifact
+        self.variants = frozenset(artifact.variants)
+        self._calls: list[Call] = []
+        sites = {tensor for site in artifact.manifest.sites for tensor in site.tensors}
+        taps = {name: Tap(bound, sites, self._calls) for name, bound in artifact.graphs.items()}
+        self._pipe = Pipeline(replace(artifact, graphs=taps))
+
+    def draw(self, prompt: str, seed: int, plan: Plan) -> Drawn:
+        self._calls.clear()
+        arguments = call_arguments(self._pipe, seed, plan)
+        start = time.perf_counter()
+        output: Any = self._pipe(prompt, **arguments)
+        seconds = time.perf_counter() - start
+        calls = tuple(self._calls)
+        latents = next(c.inputs["latents"] for c in calls if c.graph == "vae_decoder")
+        return Drawn(output[0].cpu(), latents, seconds, calls)
+
+    def only(self, plans: Mapping[str, Plan]) -> Replayer:
+        """The same with these plans alone."""
+        return Replayer(replace(self.artifact, plans=plans))
+
+    def evaluations(self, drawn: Drawn) -> tuple[Call, ...]:
+        """The denoiser's calls, in the order of the plan's evaluations."""
+        return tuple(c for c in drawn.calls if c.graph in self.variants)
+
+
+def call_arguments(pipe: Pipeline, seed: int, plan: Plan) -> dict[str, Any]:
+    """What an artifact is called with, besides the prompt, to draw the seed's picture by that plan."""
+    chosen = {"seed": seed, "num_inference_steps": plan.steps, "cache": plan.cache != "none", "output_type": "pt"}
+    return {**chosen, **example_arguments(pipe, seed)}
+
+
+def example_arguments(pipe: Pipeline, seed: int) -> dict[str, Any]:
+    """The argument `image` of artifacts that draw nothing without one. Where calls begin from it they begin with the plan's
+    first step: all that is in the plan is measured, and not its end alone."""
+    picture = pipe.family.settings.picture
+    if picture is None or not picture.required:
+        return {}
+    whole = {"strength": 1.0} if picture.role == "start" else {}
+    return {"image": example(Size(picture.height, picture.width, 0), seed), **whole}
+
+
+class Reference:
+    """The pipeline as diffusers runs it: float32, nothing fused, quantized, cached or compiled. `family` is its exporter module,
+    `guidance` the recipe's table."""
+
+    def __init__(self, pipe: Any, family: Any, manifest: Any, guidance: Any) -> None:
+        self._pipe, self._family = pipe, family
+        self._size, self._guidance_scale = family.size_of(manifest), manifest.defaults.guidance_scale
+        self._denoiser = family.denoiser(pipe, self._size, guidance)
+
+    @property
+    def scheduler(self) -> str:
+        """The class, as a plan names it."""
+        return type(self._pipe.scheduler).__name__
+
+    @torch.no_grad()
+    def draw(self, prompt: str, seed: int, steps: int) -> Drawn:
+        start = time.perf_counter()
+        latents, image = self._family.draw(self._pipe, prompt, seed, steps, self._guidance_scale, self._size)
+        return Drawn(image, latents, time.perf_counter() - start)
+
+    @torch.no_grad()
+    def evaluate(self, call: Call) -> tuple[Tensor, float]:
+        """The denoiser's output at this call's inputs (the artifact's own, so errors do not add up), and its milliseconds."""
+        given = (call.inputs[name] for name in self._denoiser.inputs)
+        args = [t.float() if t.is_floating_point() else t for t in given]
+        start = time.perf_counter()
+        sample = self._denoiser.module(*args)
+        return sample, (time.perf_counter() - start) * 1e3
+
+
+# --- comparing ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    """One prompt and seed: drawn in eager at each number of steps, and by the artifact with each plan."""
+
+    prompt: str
+    seed: int
+    eager: Mapping[int, Drawn]
+    plans: Mapping[str, Drawn]
+
+    def bare(self) -> Row:
+        """The same without the graphs' calls, whose tensors are large."""
+        return replace(self, plans={name: replace(drawn, calls=()) for name, drawn in self.plans.items()})
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One picture of one plan against the eager one of the same prompt, seed and number of steps.
+
+    `evaluation_errors` are teacher-forced: eager at the artifact's own inputs of that evaluation; `eager_ms` are those
+    calls' times. Both are empty where that was not asked for.
+    """
+
+    plan: str
+    psnr_db: float
+    ssim: float
+    latents_relative_error: float
+    evaluation_errors: tuple[float, ...]
+    eager_ms: tuple[float, ...]
+    variant_ms: tuple[tuple[str, float], ...]
+    seconds: float
+    eager_seconds: float
+
+
+def draw_rows(replayer: Replays, reference: References, jobs: Sequence[Job]) -> Iterator[Row]:
+    """Draws every job; eager and plans take turns, so that what slows this machine down slows all of them down.
+
+    The first job is drawn once more before, unseen: the first call of anything is slow.
+    """
+    plans = replayer.artifact.plans
+    for prompt, seed in jobs[:1]:
+        reference.draw(prompt, seed, min(p.steps for p in plans.values()))
+        for plan in plans.values():
+            replayer.draw(prompt, seed, plan)
+    for prompt, seed in jobs:
+        eager = {steps: reference.draw(prompt, seed, steps) for steps in sorted({p.steps for p in plans.values()})}
+        yield Row(prompt, seed, eager, {name: replayer.draw(prompt, seed, p) for name, p in plans.items()})
+
+
+def compare(replayer: Replays, reference: References, row: Row, *, teacher_forced: bool) -> tuple[Sample, ...]:
+    """The figures of a row, plan by plan."""
+    samples = []
+    for name, drawn in row.plans.items():
+        eager = row.eager[replayer.artifact.plans[name].steps]
+        calls = replayer.evaluations(drawn)
+        forced = [(c.outputs["sample"], *reference.evaluate(c)) for c in calls] if teacher_forced else []
+        samples.append(
+            Sample(
+                plan=name,
+                psnr_db=psnr_db(drawn.image, eager.image),
+                ssim=ssim(drawn.image, eager.image),
+                latents_relative_error=relative_error(drawn.latents, eager.latents),
+                evaluation_errors=tuple(relative_error(ours, theirs) for ours, theirs, _ in forced),
+                eager_ms=tuple(ms for _, _, ms in forced),
+                variant_ms=tuple((c.graph, c.ms) for c in calls),
+                seconds=drawn.seconds,
+                eager_seconds=eager.seconds,
+            )
+        )
+    return tuple(samples)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All measurements of one run: samples of the recipe's pictures and of the checked ones, and the first few rows.
+
+    `exact_eager` by number of steps and `exact` by plan are shares, 0..1, over the `checked_pictures`; all empty and 0
+    where nothing was checked.
+    """
+
+    pictures: tuple[Sample, ...] = ()
+    checked: tuple[Sample, ...] = ()
+    rows: tuple[Row, ...] = ()
+    exact_eager: Mapping[int, float] = field(default_factory=dict)
+    exact: Mapping[str, float] = field(default_factory=dict)
+    checked_pictures: int = 0
+
+
+def measure(
+    replayer: Replays, reference: References, pictures: Sequence[Job], checked: Checked | None, progress: Progress
+) -> Comparison:
+    """Draws all `pictures` and, if there are any, the `checked` prompts.
+
+    The evaluations of seed 0 are compared one by one as well, which costs eager another run of the denoiser each.
+    """
+    samples: list[Sample] = []
+    rows: list[Row] = []
+    progress.doing(f"{len(pictures)} pictures with eager and {len(replayer.artifact.plans)} plans")
+    for row in draw_rows(replayer, reference, pictures):
+        samples += compare(replayer, reference, row, teacher_forced=row.seed == 0)
+        if row.seed == 0:
+            rows.append(row.bare())
+    if checked is None:
+        return Comparison(tuple(samples), rows=tuple(rows[:ROWS]))
+    progress.doing(f"prompt accuracy on {len(checked.prompts)} prompts")
+    others: list[Sample] = []
+    more: list[Row] = []
+    for row in draw_rows(replayer, reference, [(prompt, i) for i, prompt in enumerate(checked.prompts)]):
+        others += compare(replayer, reference, row, teacher_forced=False)
+        more.append(row.bare())
+    return Comparison(tuple(samples), tuple(others), tuple((rows or more)[:ROWS]), *shares(more, checked), len(more))
+
+
+def shares(rows: Sequence[Row], checked: Checked) -> tuple[dict[int, float], dict[str, float]]:
+    """How many pictures are right, of eager by number of steps and of the artifact by plan."""
+
+    def share(drawn: Sequence[Drawn]) -> float:
+        return checked.exact([as_array(d.image) for d in drawn], [row.prompt for row in rows])
+
+    eager = {steps: share([row.eager[steps] for row in rows]) for steps in rows[0].eager}
+    return eager, {plan: share([row.plans[plan] for row in rows]) for plan in rows[0].plans}
+
+
+# --- prompts, and whether a picture shows what its prompt says -------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Checked:
+    """Prompts whose pictures can be judged, each drawn with its index as the seed. `exact` gives the share, 0..1, of the
+    images [H, W, 3] that show all that their prompt says."""
+
+    prompts: tuple[str, ...]
+    exact: Callable[[list[np.ndarray], list[str]], float]
+
+
+def checked_prompts(model: str) -> Checked | None:
+    """The accuracy prompts and the checker that come with a model, or None."""
+    if model not in EMBEDDED:
+        return None
+    from ..shapes import prompts
+    from ..shapes.checker import accuracy
+
+    return Checked(tuple(prompts("full")), lambda images, texts: accuracy(images, texts)["exact"])
+
+
+def as_array(image: Tensor) -> np.ndarray:
+    """[1, 3, H, W] in 0..1 as float32 [H, W, 3], a video [1, T, 3, H, W] as [T, H, W, 3]; NaN is black."""
+    return image[0].movedim(-3, -1).float().nan_to_num().cpu().numpy()

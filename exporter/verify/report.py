@@ -1,0 +1,367 @@
+"""Report: what a verification found, as a table for people and as JSON for programs, with the pictures of `sheet.py`.
+
+An `Outcome` of `verify.py` comes in. Units are in the names; every mean says over how many; what was not measured is
+listed. Times belong to the machine that is named beside them, so a report is never part of what an artifact's hashes cover.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import statistics
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+import torch
+
+from ...runtime.errors import RecipeError
+from ...runtime.manifest import Manifest
+from ...runtime.plan import Plan
+from . import picture_sheet as sheet
+from .measure import Comparison, Sample, largest
+
+if TYPE_CHECKING:
+    from .outcome import Outcome
+
+SCHEMA_VERSION = 1
+METHOD = {
+    "psnr_db": "mean over pictures of each picture's PSNR against eager float32, same prompt, seed and steps, before rounding to 8 bits; of a video over all its frames; 120 = equal",
+    "ssim": "mean over pictures of scikit-image's structural_similarity, per colour channel, 7 x 7 windows; of a video the mean over its frames",
+    "relative_error": "L2 norm of the difference over L2 norm of eager's output; eager's denoiser is given the artifact's own inputs, on the pictures of seed 0",
+    "latents_relative_error": "the same of the final latents, each from its own trajectory",
+    "accuracy_percent": "share of pictures that show everything that their prompt says, by the model's checker",
+    "times": "medians over pictures, of a plan's evaluations the mean within each; eager and artifact took turns in one process on the machine named here",
+}
+
+
+def write(folder: Path, manifest: Manifest, outcome: Outcome) -> None:
+    """`verify.json` and, if pictures were drawn, `verify.png`. Raises RecipeError where the folder cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "verify.json").write_text(to_json(describe(manifest, outcome)), "utf-8")
+        if outcome.comparison and outcome.comparison.rows:
+            plans = sheet.shown_plans(manifest, outcome.plans)
+            sheet.save(outcome.comparison.rows, plans, folder / "verify.png")
+    except OSError as e:
+        raise RecipeError(
+            f"{folder}: the report cannot be written ({e.strerror}); choose another folder with --output"
+        ) from e
+
+
+def to_json(described: dict[str, Any]) -> str:
+    """Sorted keys, two spaces, a final newline; numbers that JSON does not have become the strings "nan", "inf", "-inf"."""
+    return json.dumps(finite(described), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+def finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: finite(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(v) for v in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# --- as JSON --------------------------------------------------------------------------------------------------------
+
+
+def describe(manifest: Manifest, outcome: Outcome) -> dict[str, Any]:
+    """The report as plain values. `eager`, `variants` and most of `plans` are absent where eager was not run."""
+    described: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION,
+        "passed": not outcome.missed,
+        "missed": list(outcome.missed),
+        "not_measured": list(outcome.not_measured),
+        "model": manifest.source.model_dump(mode="json"),
+        "recipe": outcome.recipe.name,
+        "thresholds": outcome.recipe.verify.model_dump(mode="json", exclude={"prompts"}),
+        "exported_with": manifest.toolchain,
+        "machine": machine(),
+        "golden": {g.plan: golden(g) for g in outcome.golden},
+    }
+    if comparison := outcome.comparison:
+        shares = flops_shares(manifest, outcome.plans)
+        described["method"] = METHOD
+        described["eager"] = eager(outcome.plans, comparison)
+        described["plans"] = {name: plan_figures(plan, shares, comparison) for name, plan in outcome.plans.items()}
+        described["variants"] = variants(shares, comparison)
+        described["verdicts"] = [
+            {
+                "plan": v.plan,
+                "figure": v.figure,
+                "value": v.value,
+                "threshold": v.threshold,
+                "passed": v.passed,
+                "over": v.over,
+            }
+            for v in outcome.verdicts
+        ]
+    return described
+
+
+def machine() -> dict[str, Any]:
+    """What measured times depend on, and the versions that drew."""
+    names = ("torch", "diffusers", "transformers", "torchao", "prebake")
+    return {
+        "cpu": cpu_name(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        **{n: version(n) for n in names},
+    }
+
+
+def cpu_name() -> str:
+    """The CPU's name as Linux gives it, else what Python knows."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())
+
+
+def golden(replayed: Any) -> dict[str, Any]:
+    return {
+        "passed": not replayed.problems,
+        "bitwise": replayed.bitwise,
+        "evaluations": list(replayed.evaluations),
+        "relative_error_per_evaluation": list(replayed.evaluation_errors),
+        "embeddings_relative_error": replayed.embeddings_relative_error,
+        "final_latents_relative_error": replayed.final_latents_relative_error,
+        "image_psnr_db": replayed.image_psnr_db,
+        "tolerance": {
+            "relative_error": replayed.tolerance.relative_error,
+            "image_psnr_db": replayed.tolerance.image_psnr_db,
+            "reason": replayed.tolerance.reason,
+        },
+    }
+
+
+def eager(plans: Mapping[str, Plan], comparison: Comparison) -> dict[str, Any]:
+    """By number of steps: accuracy, and the time of a picture and of an evaluation of the float32 pipeline."""
+    found = {}
+    for steps in sorted({p.steps for p in plans.values()}):
+        samples = [s for s in every(comparison) if plans[s.plan].steps == steps]
+        found[str(steps)] = {
+            "image_s": median([s.eager_seconds for s in samples]),
+            "evaluation_ms": median([statistics.fmean(s.eager_ms) for s in samples if s.eager_ms]),
+            "accuracy_percent": percent(comparison.exact_eager.get(steps)),
+        }
+    return found
+
+
+def plan_figures(plan: Plan, shares: Mapping[str, float], comparison: Comparison) -> dict[str, Any]:
+    """Every figure of one plan."""
+    pictures = [s for s in comparison.pictures if s.plan == plan.name]
+    checked = [s for s in comparison.checked if s.plan == plan.name]
+    samples = pictures + checked
+    return {
+        "cache": plan.cache,
+        "steps": plan.steps,
+        "evaluations": [e.variant for e in plan.evaluations],
+        "flops_share_percent": statistics.fmean(shares[e.variant] for e in plan.evaluations),
+        "pictures": closeness(pictures),
+        "checked_pictures": closeness(checked),
+        "relative_error": evaluation_errors(plan, pictures),
+        "accuracy_percent": percent(comparison.exact.get(plan.name)),
+        "image_s": median([s.seconds for s in samples]),
+        "evaluation_ms": median([statistics.fmean(ms for _, ms in s.variant_ms) for s in samples]),
+        "speedup": ratio(median([s.eager_seconds for s in samples]), median([s.seconds for s in samples])),
+    }
+
+
+def flops_shares(manifest: Manifest, plans: Mapping[str, Plan]) -> dict[str, float]:
+    """Variant -> its FLOPs in percent of the largest variant's, which computes everything."""
+    flops = {name: manifest.graph(name).cost.flops for plan in plans.values() for name in plan.variants()}
+    return {name: 100 * n / max(flops.values()) for name, n in flops.items()}
+
+
+def variants(shares: Mapping[str, float], comparison: Comparison) -> dict[str, Any]:
+    """Each variant's measured time beside its FLOP share: where time is the larger one, the skip is not worth its promise."""
+    ms = {
+        name: median([t for s in every(comparison) for variant, t in s.variant_ms if variant == name])
+        for name in shares
+    }
+    whole = next(ms[name] for name, share in shares.items() if share == 100)
+    return {
+        name: {
+            "evaluation_ms": ms[name],
+            "flops_share_percent": share,
+            "time_share_percent": percent(ratio(ms[name], whole)),
+        }
+        for name, share in shares.items()
+    }
+
+
+def closeness(samples: Sequence[Sample]) -> dict[str, Any] | None:
+    """How close pictures are to eager's, or None without pictures."""
+    if not samples:
+        return None
+    return {
+        "pictures": len(samples),
+        "psnr_db": statistics.fmean(s.psnr_db for s in samples),
+        "psnr_db_min": min(s.psnr_db for s in samples),
+        "ssim": statistics.fmean(s.ssim for s in samples),
+        "ssim_min": min(s.ssim for s in samples),
+        "latents_relative_error": statistics.fmean(s.latents_relative_error for s in samples),
+        "latents_relative_error_max": largest(s.latents_relative_error for s in samples),
+    }
+
+
+def evaluation_errors(plan: Plan, samples: Sequence[Sample]) -> dict[str, Any] | None:
+    """Teacher-forced errors of the plan's evaluations over the pictures of seed 0, or None without any."""
+    table = [s.evaluation_errors for s in samples if s.evaluation_errors]
+    if not table:
+        return None
+    columns = list(zip(*table, strict=True))  # per evaluation, over pictures
+    by_variant = {
+        v: [x for e, column in zip(plan.evaluations, columns, strict=True) if e.variant == v for x in column]
+        for v in plan.variants()
+    }
+    return {
+        "pictures": len(table),
+        "max": largest(x for column in columns for x in column),
+        "mean": statistics.fmean(x for column in columns for x in column),
+        "max_per_evaluation": [largest(column) for column in columns],
+        "max_per_variant": {name: largest(errors) for name, errors in by_variant.items()},
+    }
+
+
+def every(comparison: Comparison) -> tuple[Sample, ...]:
+    return comparison.pictures + comparison.checked
+
+
+def median(values: Sequence[float]) -> float | None:
+    return statistics.median(values) if values else None
+
+
+def ratio(a: float | None, b: float | None) -> float | None:
+    return a / b if a is not None and b else None
+
+
+def percent(share: float | None) -> float | None:
+    return None if share is None else 100 * share
+
+
+# --- as a table -----------------------------------------------------------------------------------------------------
+
+Cells = list[tuple[str, ...]]
+
+
+def show(manifest: Manifest, outcome: Outcome, file: TextIO) -> None:
+    """Tables on `file`: drawn by rich where it is installed, columns of plain text where it is not."""
+    described = describe(manifest, outcome)
+    tables = [("golden vectors, replayed here", golden_cells(described["golden"]))]
+    if outcome.comparison:
+        tables.append((f"against eager float32, {described['machine']['threads']} threads", plan_cells(described)))
+        tables.append(("variants", variant_cells(described["variants"])))
+        tables.append(("thresholds of the recipe", verdict_cells(described["verdicts"])))
+    for title, cells in tables:
+        print_cells(title, cells, file)
+    for sentence in described["not_measured"]:
+        print(f"note: {sentence}", file=file)
+    for sentence in described["missed"]:
+        print(f"FAILED: {sentence}", file=file)
+
+
+def golden_cells(replays: Mapping[str, Any]) -> Cells:
+    cells: Cells = [("plan", "denoiser error", "final latents", "picture", "allowed", "")]
+    for plan, g in replays.items():
+        allowed = f"{g['tolerance']['relative_error']:g}, {g['tolerance']['image_psnr_db']:g} dB"
+        how = (
+            ("same to the bit" if g["bitwise"] else f"passed: {g['tolerance']['reason']}") if g["passed"] else "FAILED"
+        )
+        figures = (g["relative_error_per_evaluation"], g["final_latents_relative_error"], g["image_psnr_db"])
+        picture = f"{figures[2]:.1f} dB" if figures[2] is not None else ""
+        cells.append((plan, f"{largest(figures[0]):.2g}", number(figures[1], ".2g"), picture, allowed, how))
+    return cells
+
+
+def plan_cells(described: Mapping[str, Any]) -> Cells:
+    """Eager's line for each number of steps, and a line for each plan."""
+    cells: Cells = [
+        ("", "PSNR dB", "SSIM", "error: max", "mean", "latents", "accuracy %", "s/image", "ms/step", "speed", "FLOPs %")
+    ]
+    for steps, e in described["eager"].items():
+        times = (number(e["image_s"], ".3f"), number(e["evaluation_ms"], ".2f"))
+        cells.append(
+            (f"eager, {steps} steps", "", "", "", "", "", number(e["accuracy_percent"], ".1f"), *times, "1.00x", "")
+        )
+    for name, plan in described["plans"].items():
+        near, errors = plan["pictures"] or plan["checked_pictures"] or {}, plan["relative_error"] or {}
+        cells.append(
+            (
+                f"plan {name}" + ("" if plan["cache"] == "none" else f", cache {plan['cache']}"),
+                number(near.get("psnr_db"), ".1f"),
+                number(near.get("ssim"), ".4f"),
+                number(errors.get("max"), ".2g"),
+                number(errors.get("mean"), ".2g"),
+                number(near.get("latents_relative_error"), ".2g"),
+                number(plan["accuracy_percent"], ".1f"),
+                number(plan["image_s"], ".3f"),
+                number(plan["evaluation_ms"], ".2f"),
+                number(plan["speedup"], ".2f", "x"),
+                number(plan["flops_share_percent"], ".0f"),
+            )
+        )
+    return cells
+
+
+def variant_cells(measured: Mapping[str, Any]) -> Cells:
+    cells: Cells = [("variant", "ms", "time %", "FLOPs %")]
+    for name, v in measured.items():
+        cells.append(
+            (
+                name,
+                number(v["evaluation_ms"], ".2f"),
+                number(v["time_share_percent"], ".1f"),
+                number(v["flops_share_percent"], ".1f"),
+            )
+        )
+    return cells
+
+
+def verdict_cells(verdicts: Sequence[Mapping[str, Any]]) -> Cells:
+    cells: Cells = [("plan", "figure", "value", "threshold", "over", "")]
+    for v in verdicts:
+        cells.append(
+            (
+                v["plan"],
+                v["figure"],
+                f"{v['value']:.4g}",
+                f"{v['threshold']:g}",
+                v["over"],
+                "passed" if v["passed"] else "FAILED",
+            )
+        )
+    return cells
+
+
+def number(value: float | None, form: str, unit: str = "") -> str:
+    return "-" if value is None else f"{value:{form}}{unit}"
+
+
+def print_cells(title: str, cells: Cells, file: TextIO) -> None:
+    try:
+        from rich import box
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        return print_plain(title, cells, file)
+    table = Table(*cells[0], title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for row in cells[1:]:
+        table.add_row(*row)
+    if file.isatty():
+        Console(file=file, highlight=False).print(table)
+    else:  # whatever FORCE_COLOR says: control codes in a file are noise
+        Console(file=file, width=160, highlight=False, force_terminal=False).print(table)
+    return None
+
+
+def print_plain(title: str, cells: Cells, file: TextIO) -> None:
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    print(title, file=file)
+    for row in cells:
+        print("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip(), file=file)

@@ -1,0 +1,390 @@
+"""Verify: an artifact and the eager pipeline draw the same prompts, and the recipe's thresholds decide.
+
+`pipeline.py` calls `write_golden` (in `golden.py`) and `settle_verdict` on the staged folder; `prebake verify` calls
+`verify_artifact` on a finished one. `quality.py` measures, `report.py` writes down; here the figures are judged. An
+artifact that goes on has the status "verified", or "failed" if that was asked for. What an export could not settle, since
+the code runs on another machine, `verify_artifact` settles there.
+"""
+
+from __future__ import annotations
+
+import importlib
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+
+from ...runtime.artifact import Artifact, open_artifact
+from ...runtime.check.artifact import check
+from ...runtime.errors import ArtifactError, QualityError, RecipeError, misfit
+from ...runtime.manifest import FAMILY, Manifest, read_manifest
+from ...runtime.plan import Plan
+from ..load import source
+from ..package.folder import linked, written
+from ..progress import Progress
+from ..prompts import picture_prompts
+from ..recipe.resolve import Recipe
+from . import denoiser_alone as attached
+from . import report
+from .golden import Replayed, lacking_golden, replay_golden, write_golden, write_plan_golden
+from .measure import (
+    Checked,
+    Comparison,
+    Job,
+    Reference,
+    References,
+    Replayer,
+    Replays,
+    Sample,
+    checked_prompts,
+    largest,
+    measure,
+)
+from .outcome import Outcome, Verdict
+
+__all__ = ["Choices", "Verdict", "settle_verdict", "verify_artifact", "write_golden"]
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What one `prebake verify` draws. Without `with_source`, only the golden vectors are replayed.
+
+    `model` says where the pipeline is, if not where the manifest says. `prompts` and `seeds` stand in for the recipe's;
+    `prompt_set` is "recipe", "accuracy" (the prompts that the model's checker judges), or "all". `limit` is the largest
+    number of prompts of each.
+    """
+
+    with_source: bool = False
+    model: str | None = None
+    prompts: Path | None = None
+    prompt_set: str = "all"
+    seeds: int | None = None
+    limit: int | None = None
+
+    @property
+    def everything(self) -> bool:
+        """Whether the recipe's prompts and seeds, and all checked prompts, are drawn."""
+        return self.with_source and self.prompt_set == "all" and (self.prompts, self.seeds, self.limit) == (None,) * 3
+
+
+def settle_verdict(folder: Path, manifest: Manifest, recipe: Recipe, keep_failed: bool, progress: Progress) -> None:
+    """Compares the staged folder with eager, writes `reports/`, and writes "verified" or "failed" into its manifest.
+
+    Raises QualityError with every threshold that is missed, unless `keep_failed`.
+    """
+    replayer = replayer_of(open_artifact(folder), recipe, recipe.model.id)
+    outcome = settled(replayer, recipe, recipe.model.id, picture_jobs(recipe), gate_prompts(recipe, manifest), progress)
+    if outcome.missed and not keep_failed:
+        way_out = "the artifact is not written; --keep-failed writes it all the same, marked as failed"
+        raise QualityError("\n".join([*outcome.missed, way_out]))
+    manifest = manifest.model_copy(update={"status": "failed" if outcome.missed else "verified"})
+    (folder / "manifest.json").write_text(manifest.to_json(), "utf-8")
+    report.write(folder / "reports", manifest, outcome)
+
+
+def verify_artifact(folder: Path, choices: Choices, progress: Progress) -> tuple[Manifest, Outcome]:
+    """The manifest, and what was found: the golden vectors replayed here and, `with_source`, the chosen comparison. If that
+    is of everything and passes, what the artifact has unverified is marked as verified.
+
+    Raises ArtifactError for a folder that cannot be opened, that was written without a recipe that this version reads, or
+    that has nothing to replay, and RecipeError for choices that do not fit it.
+    """
+    manifest = read_manifest(folder)
+    check(folder, manifest)
+    recipe = recipe_of(folder, manifest)
+    if not choices.with_source:
+        refuse_source_choices(choices)
+        refuse_nothing_to_replay(folder, manifest)
+        replayer = replayer_of(open_artifact(folder, trust="size"), recipe, "")
+        with progress.stage("verify", len(replayer.artifact.plans)):
+            return manifest, Outcome(recipe, replayer.artifact.plans, replay_all(replayer, progress))
+    recipe = asked(recipe, choices)
+    jobs = () if choices.prompt_set == "accuracy" else picture_jobs(recipe, choices.limit)
+    checked = None if choices.prompt_set == "recipe" else first(checked_prompts(manifest.source.model), choices.limit)
+    if not jobs and checked is None:
+        raise RecipeError(
+            f"--prompt-set accuracy: model {manifest.source.model!r} has no checker; leave the option out"
+        )
+    model = choices.model or model_of(manifest)
+    lacking = lacking_golden(folder, manifest.plans)
+    if choices.everything and (lacking or manifest.unverified or manifest.status == "unverified"):
+        return settle(folder.resolve(), manifest, recipe, model, jobs, checked, progress)
+    replayer = replayer_of(open_artifact(folder, trust="size"), recipe, model)
+    with progress.stage("verify", len(replayer.artifact.plans) + 2):
+        return manifest, settled(replayer, recipe, model, jobs, checked, progress)
+
+
+class Unsettled(Exception):
+    """A threshold was missed, and the artifact stays as it was."""
+
+    def __init__(self, outcome: Outcome) -> None:
+        self.outcome = outcome
+
+
+def settle(
+    folder: Path,
+    manifest: Manifest,
+    recipe: Recipe,
+    model: str,
+    jobs: Sequence[Job],
+    checked: Checked | None,
+    progress: Progress,
+) -> tuple[Manifest, Outcome]:
+    """The golden vectors that the artifact lacks, and the verdict, in one move; if the verdict is not clean, neither.
+
+    A status "failed" stays, and so do plans that were not compared.
+    """
+    try:
+        with linked(folder) as fresh:
+            replayer = replayer_of(open_artifact(fresh, trust="size"), recipe, model)
+            with progress.stage("verify", len(manifest.plans) + 3):
+                progress.doing("golden vectors")
+                write_lacking_golden(replayer, recipe)
+                outcome = settled(replayer, recipe, model, jobs, checked, progress)
+            if outcome.missed:
+                raise Unsettled(outcome)
+            status = "failed" if manifest.status == "failed" else "verified"
+            left = tuple(name for name in manifest.unverified if name not in outcome.plans)
+            changed = manifest.model_copy(update={"status": status, "unverified": left})
+            manifest = written(fresh, changed, manifest)
+    except Unsettled as e:
+        return manifest, e.outcome
+    progress.note(f"{folder.name} has golden vectors of all plans, and is marked {manifest.status}")
+    return manifest, outcome
+
+
+def refuse_nothing_to_replay(folder: Path, manifest: Manifest) -> None:
+    """Raises ArtifactError for plans without golden vectors."""
+    if lacking := lacking_golden(folder, manifest.plans):
+        raise ArtifactError(
+            f"{folder}: there are no golden vectors to replay (plan {', '.join(lacking)}); "
+            f"`prebake verify {folder} --source` compares the artifact with its pipeline, and writes them"
+        )
+
+
+def refuse_source_choices(choices: Choices) -> None:
+    """Raises RecipeError for choices that would have no effect."""
+    chosen = {
+        "--model": choices.model,
+        "--prompts": choices.prompts,
+        "--seeds": choices.seeds,
+        "--limit": choices.limit,
+    }
+    given = [name for name, value in chosen.items() if value is not None] + ["--prompt-set"] * (
+        choices.prompt_set != "all"
+    )
+    if given:
+        raise RecipeError(
+            f"{', '.join(given)}: says how the artifact is compared with its pipeline; add --source, or leave it out"
+        )
+
+
+def settled(
+    replayer: Replays, recipe: Recipe, model: str, jobs: Sequence[Job], checked: Checked | None, progress: Progress
+) -> Outcome:
+    """Golden vectors, then the comparison, then the verdicts. Plans of another scheduler than the recipe's (`prebake plan
+    --scheduler` adds such) draw other pictures, and are replayed only."""
+    artifact, manifest = replayer.artifact, replayer.artifact.manifest
+    reference = load_reference(manifest, recipe, model)
+    golden = replay_all(replayer, progress)
+    lacking = lacking_golden(artifact.folder, artifact.plans)
+    not_replayed = tuple(f"plan {name} has no golden vectors to replay" for name in lacking)
+    plans = {name: p for name, p in artifact.plans.items() if p.scheduler == reference.scheduler}
+    others = tuple(
+        f"plan {name} was not compared: it is for {p.scheduler}, the recipe's scheduler is {reference.scheduler}"
+        for name, p in artifact.plans.items()
+        if name not in plans
+    )
+    comparison = measure(replayer.only(plans), reference, jobs, checked, progress)
+    verdicts = judge(manifest, recipe, plans, comparison)
+    return Outcome(
+        recipe, plans, golden, comparison, verdicts, (*gaps(recipe, plans, comparison), *others, *not_replayed)
+    )
+
+
+def replay_all(replayer: Replays, progress: Progress) -> tuple[Replayed, ...]:
+    """The golden vectors that there are, against their replay."""
+    artifact, replayed = replayer.artifact, []
+    lacking = lacking_golden(artifact.folder, artifact.plans)
+    for plan in (plan for name, plan in artifact.plans.items() if name not in lacking):
+        progress.doing(f"golden vectors of plan {plan.name}")
+        whole = isinstance(replayer, Replayer)
+        replayed.append(replay_golden(replayer, plan) if whole else attached.replay_golden(artifact, plan))
+    return tuple(replayed)
+
+
+def write_lacking_golden(replayer: Replayer | attached.AttachedReplayer, recipe: Recipe) -> None:
+    """Golden vectors of the plans that have none, in the folder of the replayer's artifact."""
+    for name in lacking_golden(replayer.artifact.folder, replayer.artifact.plans):
+        if isinstance(replayer, attached.AttachedReplayer):
+            attached.write_plan_golden(replayer, recipe, name)
+        else:
+            write_plan_golden(replayer, recipe, name)
+
+
+def replayer_of(artifact: Artifact, recipe: Recipe, model: str) -> Replayer | attached.AttachedReplayer:
+    """What draws with the artifact: the artifact itself, or of a denoiser alone its pipeline, loaded from `model` if it draws."""
+    if artifact.manifest.family == FAMILY:
+        return attached.AttachedReplayer(artifact, recipe, model)
+    return Replayer(artifact)
+
+
+# --- what is drawn, and with which pipeline -------------------------------------------------------------------------
+
+
+def load_reference(manifest: Manifest, recipe: Recipe, model: str) -> References:
+    """The manifest's pipeline, loaded again in float32 and left as it is, with the recipe's scheduler.
+
+    Raises RecipeError when `model` is not the one that the artifact was made of.
+    """
+    loaded = load_pipeline(manifest, recipe, model, torch.float32)
+    if manifest.family == FAMILY:
+        return attached.AttachedReference(recipe, loaded)
+    family = importlib.import_module(f"...families.{manifest.family}", __name__)
+    return Reference(loaded.pipe, family, manifest, recipe.guidance)
+
+
+def load_pipeline(manifest: Manifest, recipe: Recipe, model: str, dtype: torch.dtype) -> source.Loaded:
+    """The same, all of it in `dtype`, as it was loaded."""
+    loaded = source.load(model, recipe.model.revision, {"default": dtype}, recipe.model.config)
+    if loaded.source.sha256 != manifest.source.sha256:
+        raise RecipeError(
+            f"model {model!r}: sha256 over its files is {loaded.source.sha256}, the artifact was made of "
+            f"{manifest.source.model!r} with {manifest.source.sha256}; name that one with --model, or export again"
+        )
+    pipe = loaded.pipe
+    pipe.set_progress_bar_config(disable=True)
+    if recipe.sampler.scheduler != "model":
+        import diffusers
+
+        pipe.scheduler = getattr(diffusers, recipe.sampler.scheduler).from_config(pipe.scheduler.config)
+    return loaded
+
+
+def model_of(manifest: Manifest) -> str:
+    """What to load where the caller is silent. Raises RecipeError for a folder or file, of which the manifest has only the name."""
+    model = manifest.source.model
+    if source.is_known(model):
+        return model
+    raise RecipeError(
+        f"the artifact was made of a folder or file named {model!r}, and does not say where it lies; add --model FOLDER"
+    )
+
+
+def recipe_of(folder: Path, manifest: Manifest) -> Recipe:
+    try:
+        return Recipe.model_validate(manifest.recipe)
+    except ValidationError as e:
+        raise ArtifactError(f"{misfit(folder / 'manifest.json', e, 'recipe')}; export again") from e
+
+
+def asked(recipe: Recipe, choices: Choices) -> Recipe:
+    """The recipe with the prompts and seeds of the command line. Raises RecipeError for a file without prompts."""
+    changes: dict[str, Any] = {} if choices.seeds is None else {"seeds": choices.seeds}
+    if choices.prompts is not None:
+        changes["prompts"] = read_prompts(choices.prompts)
+    return recipe.model_copy(update={"verify": recipe.verify.model_copy(update=changes)})
+
+
+def read_prompts(path: Path) -> tuple[str, ...]:
+    """The file's lines that are not empty: one prompt each."""
+    try:
+        prompts = tuple(line.strip() for line in path.read_text("utf-8").splitlines() if line.strip())
+    except OSError as e:
+        raise RecipeError(f"--prompts {path}: expected a text file with one prompt a line, but {e.strerror}") from e
+    if not prompts:
+        raise RecipeError(f"--prompts {path}: expected one prompt a line, the file has none")
+    return prompts
+
+
+def picture_jobs(recipe: Recipe, limit: int | None = None) -> tuple[Job, ...]:
+    """The recipe's prompts with each of its seeds."""
+    return tuple((prompt, seed) for seed in range(recipe.verify.seeds) for prompt in picture_prompts(recipe)[:limit])
+
+
+def gate_prompts(recipe: Recipe, manifest: Manifest) -> Checked | None:
+    """The checked prompts of an export: only as many as the recipe says, since all of them take minutes."""
+    if recipe.verify.prompt_accuracy_drop is None:
+        return None
+    return first(checked_prompts(manifest.source.model), recipe.verify.accuracy_prompts)
+
+
+def first(checked: Checked | None, limit: int | None) -> Checked | None:
+    return checked and replace(checked, prompts=checked.prompts[:limit])
+
+
+# --- verdicts -------------------------------------------------------------------------------------------------------
+
+
+def judge(manifest: Manifest, recipe: Recipe, plans: Mapping[str, Plan], comparison: Comparison) -> tuple[Verdict, ...]:
+    """Every threshold of the recipe that this comparison can be held to."""
+    verdicts = []
+    for name, plan in plans.items():
+        samples = [s for s in comparison.pictures if s.plan == name]
+        if samples:
+            verdicts.append(judge_psnr(recipe, plan, samples))
+            verdicts.append(judge_evaluations(manifest, recipe, plan, samples))
+        if comparison.exact and recipe.verify.prompt_accuracy_drop is not None:
+            verdicts.append(judge_accuracy(recipe, plan, comparison))
+    return tuple(verdicts)
+
+
+def judge_psnr(recipe: Recipe, plan: Plan, samples: Sequence[Sample]) -> Verdict:
+    """The mean over pictures of each picture's PSNR."""
+    key, threshold = "psnr_db", recipe.verify.psnr_db
+    way_out = "quantize fewer layers (quantize.exclude), take a wider precision, or lower verify.psnr_db"
+    if plan.cache != "none" and recipe.verify.cached_psnr_db is not None:
+        key, threshold = "cached_psnr_db", recipe.verify.cached_psnr_db
+        way_out = "let the cache compute at more steps, or lower verify.cached_psnr_db"
+    value = statistics.fmean(s.psnr_db for s in samples)
+    return Verdict(plan.name, key, value, threshold, True, f"mean of {len(samples)} pictures", way_out)
+
+
+def judge_evaluations(manifest: Manifest, recipe: Recipe, plan: Plan, samples: Sequence[Sample]) -> Verdict:
+    """The largest error of an evaluation that computes everything; what a cache predicts is judged by its pictures."""
+    whole = whole_variants(manifest)
+    errors = [
+        error
+        for s in samples
+        for error, (variant, _) in zip(s.evaluation_errors, s.variant_ms, strict=False)
+        if variant in whole
+    ]
+    value = largest(errors)
+    way_out = "quantize fewer layers (quantize.exclude), take a wider precision, or raise verify.relative_error"
+    over = f"largest of {len(errors)} evaluations that compute everything"
+    return Verdict(plan.name, "relative_error", value, recipe.verify.relative_error, False, over, way_out)
+
+
+def judge_accuracy(recipe: Recipe, plan: Plan, comparison: Comparison) -> Verdict:
+    """Points that the plan loses of eager's accuracy."""
+    drop = 100 * (comparison.exact_eager[plan.steps] - comparison.exact[plan.name])
+    way_out = "quantize or cache less, or raise verify.prompt_accuracy_drop"
+    over = f"points, on {comparison.checked_pictures} prompts"
+    return Verdict(
+        plan.name, "prompt_accuracy_drop", drop, recipe.verify.prompt_accuracy_drop or 0.0, False, over, way_out
+    )
+
+
+def whole_variants(manifest: Manifest) -> frozenset[str]:
+    """Graphs in which every site computes."""
+    return frozenset(g.name for g in manifest.graphs if not (g.combines or g.zeros or g.identities))
+
+
+def gaps(recipe: Recipe, plans: Mapping[str, Plan], comparison: Comparison) -> tuple[str, ...]:
+    """What the recipe asks for and this comparison cannot say, a sentence each."""
+    found = []
+    if not comparison.pictures:
+        found.append(
+            "PSNR and evaluations were not held to the recipe: its own prompts were not drawn (--prompt-set accuracy)"
+        )
+    if recipe.verify.prompt_accuracy_drop is not None and not comparison.exact:
+        found.append("prompt accuracy was not measured: the model has no checker, or its prompts were not asked for")
+    if any(plan.cache != "none" for plan in plans.values()):
+        found.append(
+            "the evaluations that the cache predicts are reported and have no threshold of their own; the cached plan's pictures have"
+        )
+    return tuple(found)

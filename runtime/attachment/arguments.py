@@ -1,0 +1,227 @@
+"""A denoiser's call as flat named values: what an exporter records of it, and what an attached artifact is held to.
+
+A `forward` call comes in as its bound arguments; out come its leaves by name (`added_cond_kwargs.text_embeds`,
+`controlnet_block_samples.0`), each a tensor or a plain value. `Argument` says of one leaf what was seen at export, and
+`Argument.problem` in a sentence what is wrong with another one. No diffusers here: structures are tuples, lists and
+dicts, and diffusers' output classes are dicts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, Field
+from torch import Tensor
+
+from ..errors import ArtifactError
+from ..plan import FROZEN
+
+Plain = bool | int | float | str | None
+Role = Literal["latents", "fixed", "step", "baked", "constant"]
+NEAR = 1e-4  # relative: other machines' timesteps differ by float32 rounding, those of 1000 steps by 1e-3
+ONE_CALL = "its graphs are compiled for the call of the export; call the pipeline as the recipe did, or export again"
+WAYS_OUT = {
+    "shape": "call with the sizes, the batch and one image per prompt of the export, or export again",
+    "dtype": "load the pipeline in the dtype of the recipe's precision, or export again",
+    "value": "call the pipeline with the export's arguments, or export again",
+    "step": "the plan is for the schedule of the export: give no sigmas, timesteps or strength of your own, or export again",
+    "baked": "this model reads it in Python, so that the graph holds for these values alone: take a prompt of as many tokens "
+    "as the export's, or export again with this one",
+}
+
+
+class Empty(BaseModel):
+    """A tuple, list or dict without anything in it, as a leaf."""
+
+    model_config = FROZEN
+    empty: Literal["sequence", "mapping"]
+
+
+class Argument(BaseModel):
+    """One leaf of a call as the export saw it.
+
+    `latents` change with the scheduler's output, `fixed` are equal at every step: of both shape and dtype are held to.
+    `step` tensors change with the schedule alone; their values are in the plan. `baked` tensors are compiled in, since the
+    model reads them in Python: `sha256` is over their bytes. A `constant` is no tensor, and has a `value`.
+    """
+
+    model_config = FROZEN
+    name: str
+    role: Role
+    shape: tuple[int, ...] = ()
+    dtype: str = ""
+    value: Plain | Empty = None
+    sha256: str = ""
+    nonzero: int = Field(default=0, ge=0)
+
+    @property
+    def is_input(self) -> bool:
+        """Whether the graph takes it."""
+        return self.role in ("latents", "fixed", "step")
+
+    def problem(self, came: Any, device: torch.device, expected: Sequence[float] = ()) -> str:
+        """What is wrong with `came` in this argument's place, or ''. `expected` are the values of a `step` tensor."""
+        if self.role == "constant":
+            return "" if same(self.value, came) else self._told(shown(self.value), shown(came), "value")
+        if not isinstance(came, Tensor):
+            return self._told(self._tensor(device), shown(came), "value")
+        if tuple(came.shape) != self.shape or came.device != device:
+            return self._told(self._tensor(device), shown(came), "shape")
+        if dtype_name(came) != self.dtype:
+            return self._told(self._tensor(device), shown(came), "dtype")
+        if self.role == "step" and not near(values(came), expected):
+            return self._told(f"{listed(expected)} at this evaluation", listed(values(came)), "step")
+        if self.role == "baked" and digest(came) != self.sha256:
+            held, found = f"{self.nonzero} of {math.prod(self.shape)} values set", int(came.count_nonzero())
+            return self._told(f"the values of the export ({held})", f"others ({found} set)", "baked")
+        return ""
+
+    def _tensor(self, device: torch.device) -> str:
+        return f"{self.dtype} {list(self.shape)} on {device}"
+
+    def _told(self, expected: str, came: str, way_out: str) -> str:
+        return f"argument {self.name!r}: expected {expected}, got {came}; {WAYS_OUT[way_out]}"
+
+
+# --- calls as leaves ------------------------------------------------------------------------------------------------
+
+
+def bound(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> inspect.BoundArguments:
+    """The call by the forward's own names, defaults filled in. Raises TypeError as the call itself would."""
+    arguments = signature.bind(*args, **kwargs)
+    arguments.apply_defaults()
+    return arguments
+
+
+def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Name and value of everything in nested tuples, lists and dicts that is none of these; an empty one is a leaf."""
+    if isinstance(value, Mapping):
+        items: list[tuple[Any, Any]] = list(value.items())
+    elif isinstance(value, tuple | list):
+        items = list(enumerate(value))
+    else:
+        yield name, value
+        return
+    if not items:
+        yield name, Empty(empty="mapping" if isinstance(value, Mapping) else "sequence")
+    for key, item in items:
+        yield from leaves(item, f"{name}.{key}" if name else str(key))
+
+
+def rebuilt(value: Any, leaf: Callable[[str, Any], Any], name: str = "") -> Any:
+    """The same structure with `leaf(name, value)` in each leaf's place."""
+    if isinstance(value, Mapping) and value:
+        return {key: rebuilt(item, leaf, f"{name}.{key}" if name else str(key)) for key, item in value.items()}
+    if isinstance(value, tuple | list) and value:
+        items = [rebuilt(item, leaf, f"{name}.{i}" if name else str(i)) for i, item in enumerate(value)]
+        return type(value)(items) if type(value) in (tuple, list) else tuple(items)
+    return leaf(name, value)
+
+
+def name_problems(expected: Sequence[Argument], came: Mapping[str, Any]) -> str:
+    """A sentence that names the arguments that are missing, and those that are too many; '' where none is."""
+    names = [a.name for a in expected]
+    wrong = [f"{n!r} is missing" for n in names if n not in came]
+    wrong += [f"{n!r} was not there at export" for n in came if n not in names]
+    return f"{', '.join(wrong)}: the call has other arguments than the export's; {ONE_CALL}" if wrong else ""
+
+
+# --- values ---------------------------------------------------------------------------------------------------------
+
+
+def same(expected: Any, came: Any) -> bool:
+    """Equality in which True is no 1, and 1 and 1.0 are one number. A tensor equals nothing."""
+    if isinstance(expected, bool) or isinstance(came, bool) or not isinstance(expected, int | float):
+        return type(expected) is type(came) and expected == came
+    return isinstance(came, int | float) and expected == came
+
+
+def values(tensor: Tensor) -> tuple[float, ...]:
+    """The tensor's numbers, only the first where all are that one."""
+    flat = tensor.detach().reshape(-1)
+    if flat.numel() > 1 and bool((flat == flat[0]).all()):
+        flat = flat[:1]
+    return tuple(float(v) for v in flat.tolist())
+
+
+def near(came: Sequence[float], expected: Sequence[float]) -> bool:
+    """Whether both are one list of numbers but for rounding."""
+    return len(came) == len(expected) and all(
+        math.isclose(a, b, rel_tol=NEAR, abs_tol=1e-7) for a, b in zip(came, expected, strict=True)
+    )
+
+
+def digest(tensor: Tensor) -> str:
+    """sha256 over the tensor's bytes."""
+    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return hashlib.sha256(data.numpy().tobytes()).hexdigest()
+
+
+def dtype_name(tensor: Tensor) -> str:
+    """torch's name, e.g. `bfloat16`."""
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def shown(value: Any) -> str:
+    """A value for an error: a tensor by dtype, shape and device, anything else briefly."""
+    if isinstance(value, Tensor):
+        return f"{dtype_name(value)} {list(value.shape)} on {value.device}"
+    if isinstance(value, Empty):
+        return {"sequence": "an empty list", "mapping": "an empty dict"}[value.empty]
+    return f"{value!r:.60}"
+
+
+def listed(numbers: Sequence[float]) -> str:
+    """The first three of them."""
+    few = ", ".join(f"{n:g}" for n in numbers[:3])
+    return f"{few}, ... ({len(numbers)} values)" if len(numbers) > 3 else few
+
+
+# --- outputs --------------------------------------------------------------------------------------------------------
+
+
+class Output(BaseModel):
+    """What the denoiser returns around its one tensor: the tensor itself, a tuple, a list, a dict or one of diffusers'
+    output classes (`cls`, its full name). `items` by name or position; a leaf that is no tensor is a `value`."""
+
+    model_config = FROZEN
+    kind: Literal["tensor", "constant", "tuple", "list", "dict"]
+    cls: str = ""
+    items: dict[str, Output] = {}
+    value: Plain = None
+
+    def around(self, tensor: Tensor, classes: Mapping[str, type]) -> Any:
+        """The structure with `tensor` in it. `classes` has every `cls`."""
+        if self.kind == "tensor":
+            return tensor
+        if self.kind == "constant":
+            return self.value
+        items = {name: item.around(tensor, classes) for name, item in self.items.items()}
+        if self.kind == "dict":
+            return classes[self.cls](**items) if self.cls else items
+        return tuple(items.values()) if self.kind == "tuple" else list(items.values())
+
+    def named_classes(self) -> set[str]:
+        """Every `cls` in it."""
+        inside = (item.named_classes() for item in self.items.values())
+        return {self.cls} - {""} | set().union(*inside)
+
+
+def diffusers_class(name: str) -> type:
+    """One of diffusers' output classes, from the diffusers that the caller's pipeline has imported. Raises ArtifactError
+    for anything else: a manifest names no other code."""
+    import sys
+
+    module, _, cls = name.rpartition(".")
+    found = getattr(sys.modules.get(module), cls, None) if module.startswith("diffusers.") else None
+    if not (isinstance(found, type) and issubclass(found, dict)):
+        raise ArtifactError(
+            f"manifest.json [pipeline.output]: expected an output class of the diffusers that is imported, got {name!r}; "
+            "install the exporter's diffusers, or export again"
+        )
+    return found

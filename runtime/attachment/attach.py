@@ -1,0 +1,307 @@
+"""Attach: an artifact's denoiser in place of the one in an ordinary diffusers pipeline, whatever its family.
+
+In: a diffusers pipeline, which the caller has loaded, and an artifact that holds a denoiser alone. Out: the same pipeline,
+whose denoiser's `forward` replays compiled graphs by a plan; config, dtype, device and class of the denoiser stay, and so
+do the pipeline's scheduler, text encoders and VAE. Every call is compared with the one that the export recorded, before
+it runs. This module imports no diffusers; `exporter/record.py` writes the facts that it reads.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..artifact import Artifact, open_artifact
+from ..check.artifact import Key, Trust, status_problems
+from ..errors import ArtifactError, raise_all
+from ..gpu.memory import gpu_memory_for
+from ..plan import Call, Plan
+from ..replay import Tensors, slots, store
+from .arguments import bound, diffusers_class, leaves, name_problems
+from .facts import Facts, graph_name, read_facts
+from .follow import Followed, steps_of
+
+SAMPLES = 16  # numbers of each weight that are compared
+
+
+def attach(
+    pipeline: Any,
+    artifact: Artifact | str | Path,
+    *,
+    cache: bool = True,
+    cache_dir: str | Path | None = None,
+    trust: Trust = "hash",
+    public_key: Key | None = None,
+) -> Attached:
+    """Puts the artifact's denoiser into `pipeline`, until `detach(pipeline)` or the end of a `with` block.
+
+    From then on the pipeline's own call runs the plan for its number of steps, with the cache or, if `cache` is False,
+    without. `cache_dir`, `trust` and `public_key` are as for `load`. Compared with the export now: the classes of pipeline,
+    denoiser and scheduler, the denoiser's config, and of each of its weights name, shape, dtype and 16 numbers. Not
+    compared: the other numbers. Raises ArtifactError for what differs, and for a denoiser that carries hooks.
+    """
+    if not isinstance(artifact, Artifact):
+        artifact = open_artifact(artifact, cache_dir=cache_dir, trust=trust, public_key=public_key)
+    raise_all(artifact.folder, status_problems(artifact.manifest))
+    return placed(pipeline, artifact, cache)
+
+
+def placed(pipeline: Any, artifact: Artifact, cache: bool) -> Attached:
+    """`attach` for an open artifact, whatever its verification said."""
+    facts = read_facts(artifact)
+    denoiser = fitting_denoiser(pipeline, artifact, facts)
+    attached = Attached(pipeline, denoiser, artifact, facts, cache)
+    attached.install()
+    return attached
+
+
+def detach(pipeline: Any) -> None:
+    """Gives the pipeline its own denoiser back. Raises ArtifactError where none is attached."""
+    found = [a for part in components(pipeline).values() if (a := attached_to(part))]
+    if not found:
+        raise ArtifactError(f"{type(pipeline).__name__}: nothing is attached to it, so there is nothing to detach")
+    for attached in found:
+        attached.remove()
+
+
+@dataclass
+class Run:
+    """One call of the pipeline: where in the plan it is, and what each branch has stored."""
+
+    plan: Plan
+    evaluation: int = 0
+    branch: int = 0
+    stored: dict[int, dict[str, deque[Tensors]]] = field(default_factory=dict)
+
+    @property
+    def call(self) -> Call | None:
+        """What the denoiser should be asked next, None after the last evaluation."""
+        if self.evaluation == len(self.plan.evaluations):
+            return None
+        return self.plan.evaluations[self.evaluation].calls[self.branch]
+
+    def advance(self) -> None:
+        """To the next call: the evaluation's next branch, or the next evaluation's first."""
+        self.branch += 1
+        if self.branch == len(self.plan.evaluations[self.evaluation].calls):
+            self.evaluation, self.branch = self.evaluation + 1, 0
+
+
+def computed(artifact: Artifact, run: Run, call: Call, given: Tensors) -> Tensor:
+    """The denoiser's output at the run's present call, from the tensors of that call; the run moves on."""
+    evaluation = run.plan.evaluations[run.evaluation]
+    bound_graph = artifact.graph(graph_name(evaluation.variant, call.of))
+    stored = run.stored.setdefault(run.branch, {})
+    if bound_graph.graph.combines:
+        given = {
+            **given,
+            "coefficients": artifact.tables[run.plan.name].coefficients[run.evaluation],
+            **slots(bound_graph.graph, stored),
+        }
+    with gpu_memory_for(artifact.folder, "the denoiser ran", artifact.manifest, artifact.device):
+        result = bound_graph(given)
+    store(bound_graph.graph, artifact.sites, stored, result)
+    run.advance()
+    return result["sample"]
+
+
+class Attached:
+    """An artifact in a pipeline: the denoiser's `forward` for as long as it is attached. Leaving a `with` detaches it."""
+
+    def __init__(self, pipeline: Any, denoiser: nn.Module, artifact: Artifact, facts: Facts, cache: bool) -> None:
+        self.pipeline, self.denoiser, self.artifact, self.facts, self.cache = pipeline, denoiser, artifact, facts, cache
+        self._scheduler = pipeline.scheduler
+        self._classes = {name: diffusers_class(name) for name in sorted(facts.output.named_classes())}
+        self._run: Run | None = None
+        functools.update_wrapper(self, denoiser.forward)
+        self._signature = inspect.signature(denoiser.forward)
+
+    def __enter__(self) -> Attached:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if attached_to(self.denoiser) is self:
+            self.remove()
+
+    def install(self) -> None:
+        """Takes the place of the denoiser's forward, and follows the scheduler: a run begins where a schedule is set."""
+        self.denoiser.forward = self
+        self._scheduler.set_timesteps = Followed(self._scheduler, "set_timesteps", self.begin)
+
+    def remove(self) -> None:
+        """Leaves denoiser and scheduler as they were."""
+        del self.denoiser.forward
+        if isinstance(vars(self._scheduler).get("set_timesteps"), Followed):
+            del self._scheduler.set_timesteps
+        self._run = None
+
+    def begin(self, *_: Any, **__: Any) -> None:
+        """A new run, at the plan's first evaluation. What an interrupted one had stored is dropped."""
+        self._run = None
+        self._run = Run(self._plan(steps_of(self._scheduler)))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """One forward of the denoiser. Raises ArtifactError, before anything runs, for a call that the plan does not have."""
+        run, call = self._next()
+        given = self._checked(call, args, kwargs, f"evaluation {run.evaluation} of plan {run.plan.name!r}")
+        return self.facts.output.around(computed(self.artifact, run, call, given), self._classes)
+
+    def _next(self) -> tuple[Run, Call]:
+        """The run that the pipeline is in, and the call that it should make now."""
+        if self.pipeline.scheduler is not self._scheduler:
+            raise ArtifactError(
+                f"scheduler: expected the {type(self._scheduler).__name__} that the pipeline had when the artifact was "
+                f"attached, got another {type(self.pipeline.scheduler).__name__}; detach, and attach again"
+            )
+        if self._run is None:
+            raise ArtifactError(
+                f"{self.facts.denoiser}: called before the pipeline set a schedule, so no plan can be followed; call the "
+                "pipeline, or detach to use the denoiser alone"
+            )
+        call = self._run.call
+        if call is None:
+            raise ArtifactError(
+                f"{self.facts.denoiser}: plan {self._run.plan.name!r} ends after {len(self._run.plan.evaluations)} "
+                "evaluations, and the pipeline calls it once more; call the pipeline as the recipe did, or export again"
+            )
+        return self._run, call
+
+    def _plan(self, steps: int) -> Plan:
+        """The plan for that number of steps."""
+        plans = self.artifact.plans
+        name = str(steps)
+        if not self.cache and name in plans and plans[name].cache != "none":
+            name += "-uncached"
+        if name not in plans:
+            raise ArtifactError(
+                f"num_inference_steps={steps}: the artifact has the plans {', '.join(plans)}; export again with another one"
+            )
+        return plans[name]
+
+    def _checked(self, call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any], where: str) -> Tensors:
+        """The graph's inputs by name. Raises ArtifactError naming the first argument that is not as recorded."""
+        try:
+            given = dict(leaves(bound(self._signature, args, kwargs).arguments))
+        except TypeError as e:
+            raise ArtifactError(
+                f"{where}: {self.facts.denoiser_class} does not take this call ({e}); correct the call"
+            ) from e
+        expected = self.facts.calls[call.of]
+        problem = name_problems(expected, given)
+        for argument in () if problem else expected:
+            recorded = call.values.get(argument.name, ())
+            if problem := argument.problem(given[argument.name], self.artifact.device, recorded):
+                break
+        if problem:
+            raise ArtifactError(f"{where}: {problem}")
+        return {a.name: given[a.name].contiguous() for a in expected if a.is_input}
+
+
+# --- what is compared when an artifact is attached ------------------------------------------------------------------
+
+
+def fitting_denoiser(pipeline: Any, artifact: Artifact, facts: Facts) -> nn.Module:
+    """The pipeline's denoiser. Raises ArtifactError for the first thing that is not as at export."""
+    parts = components(pipeline)
+    expect("pipeline", artifact.manifest.source.pipeline, type(pipeline).__name__, "attach to a pipeline of this class")
+    denoiser = parts.get(facts.denoiser)
+    expect(facts.denoiser, facts.denoiser_class, type(denoiser).__name__, "load the pipeline as it was at export")
+    assert isinstance(denoiser, nn.Module)
+    refuse_hooked(facts.denoiser, denoiser)
+    scheduler = next(iter(artifact.plans.values())).scheduler
+    expect("scheduler", scheduler, type(pipeline.scheduler).__name__, "set the export's scheduler, or export again")
+    if "set_timesteps" in vars(pipeline.scheduler):
+        raise ArtifactError(
+            "scheduler: its set_timesteps is replaced already, so it cannot be followed; load a fresh one"
+        )
+    expect(
+        facts.denoiser,
+        artifact.device,
+        next(denoiser.parameters()).device,
+        "move the pipeline, or export for its device",
+    )
+    config = config_of(denoiser)
+    for key in sorted(facts.config.keys() | config.keys()):
+        expect(f"{facts.denoiser}.config.{key}", facts.config.get(key), config.get(key), "load the export's model")
+    if weights_digest(denoiser) != facts.weights:
+        raise ArtifactError(
+            f"{facts.denoiser}: its weights are not the ones of the export (names, shapes, dtypes, and {SAMPLES} numbers of "
+            "each are compared); load the export's model in its precision and without LoRA, or export again"
+        )
+    return denoiser
+
+
+def expect(what: str, expected: Any, came: Any, way_out: str) -> None:
+    """Raises ArtifactError unless both are equal."""
+    if expected != came:
+        raise ArtifactError(f"{what}: the artifact was exported for {expected}, got {came}; {way_out}")
+
+
+def refuse_hooked(name: str, denoiser: nn.Module) -> None:
+    """Raises ArtifactError for what would run beside the replaced forward, or in place of it."""
+    if attached_to(denoiser):
+        raise ArtifactError(f"{name}: an artifact is attached to it already; detach(pipeline) first")
+    if getattr(denoiser, "_compiled_call_impl", None) is not None:
+        raise ArtifactError(f"{name}: is compiled by torch.compile; load a fresh pipeline and attach to that")
+    for path, module in denoiser.named_modules():
+        where = f"{name}.{path}" if path else name
+        registry = getattr(module, "_diffusers_hook", None)
+        if registry is not None and registry.hooks:
+            carried = f"the diffusers hook {', '.join(registry.hooks)}"
+        elif hasattr(module, "_hf_hook"):
+            carried = "accelerate's hook (CPU offload, a device map)"
+        elif "forward" in vars(module):
+            carried = "another forward"
+        else:
+            continue
+        raise ArtifactError(
+            f"{where}: carries {carried}, which an artifact cannot carry out; load a pipeline without it"
+        )
+
+
+def components(pipeline: Any) -> Mapping[str, Any]:
+    """A diffusers pipeline's parts by name. Raises ArtifactError for anything else."""
+    parts = getattr(pipeline, "components", None)
+    if not isinstance(parts, Mapping):
+        raise ArtifactError(
+            f"expected a diffusers pipeline, got {type(pipeline).__name__}; load it with diffusers first"
+        )
+    return parts
+
+
+def attached_to(denoiser: Any) -> Attached | None:
+    """What is attached to a denoiser."""
+    forward = vars(denoiser).get("forward") if isinstance(denoiser, nn.Module) else None
+    return forward if isinstance(forward, Attached) else None
+
+
+def config_of(denoiser: Any) -> dict[str, Any]:
+    """The model's config as JSON has it, without what starts with `_`."""
+    return {key: plain(value) for key, value in dict(denoiser.config).items() if not key.startswith("_")}
+
+
+def plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): plain(v) for key, v in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [plain(v) for v in value]
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+
+
+def weights_digest(denoiser: nn.Module) -> str:
+    """sha256 over name, shape, dtype and `SAMPLES` evenly spaced numbers of every parameter and stored buffer."""
+    whole = hashlib.sha256()
+    for name, tensor in sorted(denoiser.state_dict().items()):
+        flat = tensor.detach().reshape(-1)
+        few = flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES].cpu().contiguous()
+        whole.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode() + few.view(torch.uint8).numpy().tobytes())
+    return whole.hexdigest()

@@ -1,0 +1,271 @@
+"""Everything that can be known to be wrong before native code is opened: files, machine, and whether plans fit graphs.
+
+A folder and its manifest come in; the listed files come out, open, so that what was compared is what will be read. Every
+problem found is in the one ArtifactError. The cheap checks (names, sizes, machine) come first, and file contents are hashed
+only when those hold. Plans are parsed after that.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import groupby
+from pathlib import Path, PurePosixPath
+from typing import Literal, get_args
+
+from ..errors import ArtifactError, raise_all, unreadable
+from ..manifest import FileEntry, Graph, Manifest
+from ..plan import Evaluation, Plan
+from ..storage.files import TRUST, hash_problem, hashes_of, opened
+from ..storage.hash_marker import Marker
+from ..storage.private import default_cache
+from .machine import machine_problems
+from .signature import Identity, signature_problems
+
+FREE = "reports"  # anything may lie in this folder; nothing in it is ever opened
+UNLISTED = {"manifest.json", "signature.json"}  # neither can hold its own hash; see signature.py
+MANY = 5  # unlisted files of one folder that are named one by one
+LFS_BYTES = 1024  # a pointer of Git LFS is smaller
+Trust = Literal["hash", "signature", "size"]
+"""`hash`: every file is what the manifest says. `signature`: so, and the holder of a key says that of the manifest. `size`:
+of the weights, which hold no code, only the sizes are compared."""
+Key = Path | str | Identity
+
+
+def check(folder: Path, manifest: Manifest, *, trust: Trust = "hash") -> None:
+    """Raises ArtifactError with every problem of the folder, or of this machine, that the manifest lets one see."""
+    with checked(folder, manifest, trust=trust):
+        pass
+
+
+@contextmanager
+def checked(
+    folder: Path,
+    manifest: Manifest,
+    *,
+    trust: Trust = "hash",
+    public_key: Key | None = None,
+    cache_dir: Path | None = None,
+) -> Iterator[dict[str, int]]:
+    """Path -> descriptor of every listed file, compared with the manifest, for the length of the block.
+
+    Files that this user has found right before, and that nobody has touched since, are not hashed again: see verified.py.
+    Raises ArtifactError as `check` does, and as `signature_problems` does for `trust="signature"`.
+    """
+    check_trust(trust, public_key)
+    raise_all(folder, [*name_problems(manifest), *machine_problems(manifest), *reference_problems(manifest)])
+    raise_all(folder, file_problems(folder, manifest))
+    if public_key is not None:
+        raise_all(folder, signature_problems(folder, manifest, public_key))
+    with opened(folder, [entry.path for entry in manifest.files]) as files:
+        if trust == "size":
+            raise_all(folder, content_problems(manifest, files, hash_weights=False))
+        else:
+            marker = Marker(cache_dir or default_cache(), folder, manifest, files)
+            if not marker.holds():
+                raise_all(folder, content_problems(manifest, files))
+                marker.write()
+        yield files
+
+
+def check_trust(trust: str, public_key: Key | None) -> None:
+    """Raises ArtifactError for a policy that does not exist, or whose key is missing or of no use."""
+    if trust not in get_args(Trust):
+        raise ArtifactError(f"trust={trust!r}: expected one of {', '.join(get_args(Trust))}")
+    if trust == "signature" and public_key is None:
+        raise ArtifactError(
+            "trust='signature': expected public_key, the file of the key of whoever signed the artifact"
+        )
+    if trust != "signature" and public_key is not None:
+        raise ArtifactError(f"public_key: trust={trust!r} does not ask for a signature; give trust='signature' with it")
+
+
+def name_problems(manifest: Manifest) -> Iterator[str]:
+    """Listed files whose names could lead out of the folder, or that are listed twice."""
+    for path, count in Counter(entry.path for entry in manifest.files).items():
+        if not is_plain_name(path):
+            yield f"manifest.json [files]: {path!r} is not a plain name inside the folder; {TRUST}"
+        elif path in UNLISTED or path.split("/")[0] == FREE:
+            yield f"manifest.json [files]: {path!r} cannot be listed; export again"
+        elif count > 1:
+            yield f"manifest.json [files]: {path!r} is listed {count} times; export again"
+
+
+def is_plain_name(path: str) -> bool:
+    """Whether the path is relative, in its shortest form, and stays inside the folder on every system."""
+    if not path or path.startswith("/") or "\\" in path or ":" in path or "\0" in path:
+        return False
+    if not path.isprintable():  # so are halves of surrogate pairs, which no file system takes
+        return False
+    return ".." not in PurePosixPath(path).parts and path == str(PurePosixPath(path)) and path != "."
+
+
+def file_problems(folder: Path, manifest: Manifest) -> Iterator[str]:
+    """Files that are missing, of another size, links, or not listed."""
+    present = set(_walk(folder))
+    for path in sorted(path for path in present if (folder / path).is_symlink()):
+        yield f"{path} is a symbolic link, an artifact holds plain files only; copy the file in its place"
+    listed = {entry.path: entry for entry in manifest.files}
+    for entry in listed.values():
+        yield from file_problem(folder, entry)
+    yield from unlisted_problems(present - listed.keys() - UNLISTED)
+
+
+def unlisted_problems(paths: Collection[str]) -> Iterator[str]:
+    """A line for each, and one for all of a folder where there are many: the rest of another artifact, or a `.git`."""
+    for top, names in groupby(sorted(paths), key=lambda path: path.partition("/")[0]):
+        several = list(names)
+        if len(several) > MANY:
+            count = f"{top}/ has {len(several)} files that are not in the manifest, such as {several[0]}"
+            yield f"{count}; remove them, or put them under {FREE}/ ({TRUST})"
+        else:
+            yield from (f"{p} is not in the manifest; remove it, or put it under {FREE}/ ({TRUST})" for p in several)
+
+
+def file_problem(folder: Path, entry: FileEntry) -> Iterator[str]:
+    """What the listed file's name and size show, if anything."""
+    try:
+        info = (folder / entry.path).stat()
+    except PermissionError as e:
+        yield f"{entry.path}: {unreadable(e, folder)}"
+        return
+    except OSError:
+        yield f"{entry.path} is missing, the manifest lists it; restore the file or export again"
+        return
+    if not stat.S_ISREG(info.st_mode):
+        yield f"{entry.path} is not a plain file; restore the file or export again"
+    elif info.st_size != entry.size and is_lfs_pointer(folder / entry.path, info.st_size):
+        yield f"{entry.path} is a pointer of Git LFS, not the file itself; `git lfs pull` in the clone that it came from"
+    elif info.st_size != entry.size:
+        yield f"{entry.path} has {info.st_size} bytes, the manifest says {entry.size}; restore the file or export again"
+
+
+def is_lfs_pointer(path: Path, size: int) -> bool:
+    """Whether it is the small text that a clone without Git LFS has in a file's place."""
+    try:
+        return size < LFS_BYTES and path.read_bytes().startswith(b"version https://git-lfs.github.com/spec/")
+    except OSError:
+        return False
+
+
+def hash_problems(folder: Path, manifest: Manifest, hash_weights: bool = True) -> Iterator[str]:
+    """As `content_problems`, of a folder whose files have the right names."""
+    with opened(folder, [entry.path for entry in manifest.files]) as files:
+        yield from content_problems(manifest, files, hash_weights=hash_weights)
+
+
+def content_problems(manifest: Manifest, files: Mapping[str, int], *, hash_weights: bool = True) -> Iterator[str]:
+    """Open files whose content is not what the exporter wrote; weights without their hash by size."""
+    hashed = {path: d for path, d in files.items() if hash_weights or not path.startswith("weights/")}
+    try:
+        came = hashes_of(hashed)
+    except OSError as e:
+        yield f"{e.filename}: {unreadable(e, 'FOLDER')}"
+        return
+    for entry in manifest.files:
+        if entry.path in hashed and came[entry.path] != entry.sha256:
+            yield hash_problem(entry.path, came[entry.path], entry.sha256)
+        elif entry.path in files and (size := os.fstat(files[entry.path]).st_size) != entry.size:
+            yield f"{entry.path} has {size} bytes, the manifest says {entry.size}; restore the file or export again"
+
+
+def _walk(folder: Path) -> Iterator[str]:
+    """Names of all files and links, relative to the folder, without what lies in `reports/`."""
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder)
+        if path.is_symlink() or (not path.is_dir() and name.parts[0] != FREE):
+            yield name.as_posix()
+
+
+def status_problems(manifest: Manifest) -> Iterator[str]:
+    """A verification that failed, which `verify` alone goes past."""
+    if manifest.status == "failed":
+        yield "its verification failed, see reports/; export again, or use `prebake verify` to look closer"
+
+
+# --- whether the manifest and the plans agree with themselves -------------------------------------------------------
+
+
+def reference_problems(manifest: Manifest) -> Iterator[str]:
+    """Names in the manifest that point at nothing, or at two things."""
+    files = {entry.path for entry in manifest.files}
+    for name, count in Counter(graph.name for graph in manifest.graphs).items():
+        if count > 1:
+            yield f"manifest.json [graphs]: {name!r} occurs {count} times; export again"
+    for path in sorted({graph.package for graph in manifest.graphs} | set(manifest.plans.values())):
+        if path not in files:
+            yield f"manifest.json: {path!r} is used but not in files; export again"
+    sites = {site.name for site in manifest.sites}
+    for graph in manifest.graphs:
+        unknown = sorted({*graph.stores, *graph.combines} - sites)
+        if unknown:
+            yield f"manifest.json [graphs.{graph.name}]: site {unknown[0]!r} is not in sites; export again"
+        else:
+            yield from _slot_problems(graph, manifest)
+
+
+def _slot_problems(graph: Graph, manifest: Manifest) -> Iterator[str]:
+    sites = {site.name: site for site in manifest.sites}
+    expected = {f"{t}@{k}" for name in graph.combines for t in sites[name].tensors for k in range(sites[name].slots)}
+    taken = {spec.name for spec in graph.inputs if "@" in spec.name}
+    if expected != taken:
+        yield f"manifest.json [graphs.{graph.name}]: combines need the inputs {sorted(expected)}, it has {sorted(taken)}; export again"
+    given = {spec.name for spec in graph.outputs}
+    if lacking := sorted(t for name in graph.stores for t in sites[name].tensors if t not in given):
+        yield f"manifest.json [graphs.{graph.name}]: stores {lacking[0]!r}, which is not among its outputs; export again"
+
+
+def plan_problems(plans: Mapping[str, Plan], manifest: Manifest) -> Iterator[str]:
+    """Evaluations that the loop could not run: no such variant, a read before a write, a history that is too short.
+
+    A tail is checked as the plan that it stands for.
+    """
+    graphs = {graph.name: graph for graph in manifest.graphs}
+    for name, plan in plans.items():
+        path = manifest.plans[name]
+        yield from _evaluation_problems(plan.evaluations, graphs, f"{path} [")
+        if not plan.evaluations:
+            yield f"{path}: has no evaluations; export again"
+        for step, count in Counter(tail.step for tail in plan.tails).items():
+            if count > 1:
+                yield f"{path} [tail {step}]: occurs {count} times; export again"
+        for tail in plan.tails:
+            where, left = f"{path} [tail {tail.step}", len(plan.evaluations) - tail.begin
+            if tail.step >= plan.steps:
+                yield f"{where}]: leaves out {tail.step} steps, the plan has {plan.steps}; export again"
+            elif left < 1:
+                yield f"{where}]: begins at evaluation {tail.begin}, the plan has {len(plan.evaluations)}; export again"
+            elif len(tail.head) > left:
+                yield f"{where}]: its head has {len(tail.head)} evaluations, {left} are left; export again"
+            else:
+                evaluations = plan.evaluations_of(tail)
+                if evaluations[0].marginal is None:
+                    yield f"{where}]: has no marginal to begin with; export again"
+                yield from _evaluation_problems(evaluations, graphs, f"{where}, ")
+
+
+def _evaluation_problems(
+    evaluations: tuple[Evaluation, ...], graphs: Mapping[str, Graph], prefix: str
+) -> Iterator[str]:
+    """What stands in the way of running these from the first on; `prefix` is the place in the file, up to the evaluation."""
+    stored: set[str] = set()
+    for e, evaluation in enumerate(evaluations):
+        where = f"{prefix}evaluation {e}]"
+        graph = graphs.get(evaluation.variant)
+        if graph is None:
+            yield f"{where}: variant {evaluation.variant!r} is not in the artifact, it has {', '.join(graphs)}; export again"
+            continue
+        update = evaluation.update
+        reach = max(len(update.latents), len(update.outputs))
+        if not 1 <= reach <= e + 1:
+            yield f"{where}: the update reads {reach} evaluations, there are {e + 1} so far; export again"
+        if early := sorted(set(graph.combines) - stored):
+            yield f"{where}: combines site {early[0]!r} before any evaluation stored it; export again"
+        wanted = next((spec.shape for spec in graph.inputs if spec.name == "coefficients"), (0,))
+        if wanted != (len(evaluation.coefficients),):
+            takes = wanted[0] if len(wanted) == 1 else f"a shape of {list(wanted)}"
+            yield f"{where}: has {len(evaluation.coefficients)} coefficients, variant {graph.name!r} takes {takes}; export again"
+        stored.update(graph.stores)

@@ -1,0 +1,310 @@
+"""The commands `run` and `inspect`; `check`, `push` and `pull` have files of their own. All work with the slim runtime alone;
+`inspect` and `--help` need no torch.
+
+Each command is a function from parsed arguments to an exit code. Errors are raised; whoever owns `main` prints them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import ArtifactError
+from ..manifest import Manifest, read_manifest
+from ..plan import Plan
+from ..text import drawn, in_bytes, letters, short, sizes, strip, table
+from .check import add_check
+from .streams import text
+from .transfer import add_pull, add_push
+
+FPS = 8  # what CogVideoX was trained on
+UNVERIFIED = "added since, and not compared with the pipeline: {}; `prebake verify --source` does that"
+
+
+def add_commands(subparsers: Any) -> None:
+    """Adds the commands to an argparse subparsers object; each sets `run`, a function of the parsed arguments."""
+    _add_run(subparsers)
+    _add_inspect(subparsers)
+    add_check(subparsers)
+    add_push(subparsers)
+    add_pull(subparsers)
+
+
+# --- run --------------------------------------------------------------------------------------------------------------
+
+
+def _add_run(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "run", help="make images or videos from an artifact", description="Makes images or videos from an artifact."
+    )
+    parser.add_argument("artifact", metavar="ARTIFACT", help="an artifact's folder")
+    parser.add_argument(
+        "prompts", nargs="+", type=text, metavar="PROMPT", help="what to draw; one image or more for each"
+    )
+    parser.add_argument("--image", metavar="FILE", help="a picture to begin with, where a model takes one")
+    parser.add_argument(
+        "--strength",
+        type=float,
+        metavar="X",
+        help="how far to go from that picture, 0 to 1 (default: the pipeline's own)",
+    )
+    parser.add_argument("--mask", metavar="FILE", help="a picture, white where that picture is to be drawn anew")
+    parser.add_argument(
+        "--output",
+        metavar="FILE",
+        help="where to write; several are numbered (default: image.png; of videos video.mp4, or video.gif without PyAV)",
+    )
+    parser.add_argument("--fps", type=int, metavar="N", help=f"frames per second of a video (default: {FPS})")
+    parser.add_argument("--seed", type=int, help="makes the images reproducible")
+    parser.add_argument("--steps", type=int, help="one of the artifact's plans (default: the artifact's own)")
+    parser.add_argument("--guidance-scale", type=float, metavar="SCALE", help="default: the artifact's own")
+    parser.add_argument(
+        "--negative-prompt",
+        type=text,
+        metavar="TEXT",
+        help="what to guide away from, where a model takes it (default: nothing)",
+    )
+    parser.add_argument("--no-cache", action="store_true", help="compute everything at every step")
+    parser.add_argument(
+        "--trust",
+        choices=("hash", "signature", "size"),
+        default="hash",
+        help="what is compared before code is opened: every file's hash (default), a signature too, or of weights the size alone",
+    )
+    parser.add_argument("--public-key", metavar="FILE", help="of whoever signed the artifact, with --trust signature")
+    parser.add_argument("--num-images", type=int, default=1, metavar="N", help="images for each prompt (default: 1)")
+    parser.add_argument("--json", action="store_true", help="print JSON in place of text")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Makes the images or videos and writes them. Raises ArtifactError for what the artifact cannot do.
+
+    What the command line alone can get wrong is found before anything is loaded.
+    """
+    target = _target(args, read_manifest(Path(args.artifact)))
+    started = time.perf_counter()
+    from ..pictures import open_picture
+    from ..pipeline import VideoOutput, load
+
+    image, mask = (None if path is None else open_picture(path) for path in (args.image, args.mask))
+    pipe = load(args.artifact, trust=args.trust, public_key=args.public_key)
+    loaded = time.perf_counter()
+    output = pipe(
+        args.prompts,
+        image=image,
+        mask_image=mask,
+        strength=args.strength,
+        num_inference_steps=args.steps,
+        guidance_scale=args.guidance_scale,
+        negative_prompt=args.negative_prompt,
+        seed=args.seed,
+        num_images_per_prompt=args.num_images,
+        cache=not args.no_cache,
+    )
+    seconds = (loaded - started, time.perf_counter() - loaded)
+    kind, made = ("video", output.frames) if isinstance(output, VideoOutput) else ("image", output.images)
+    paths = _write(made, target, args.fps or FPS)
+    _tell(kind, paths, seconds, in_json=args.json)
+    return 0
+
+
+def _target(args: argparse.Namespace, manifest: Manifest) -> Path:
+    """Where to write. Raises ArtifactError where what the artifact makes cannot be written there."""
+    from ..video import check_target, default_path
+
+    video = manifest.defaults.num_frames is not None
+    target = Path(args.output) if args.output else default_path() if video else Path("image.png")
+    if video:
+        check_target(target, FPS if args.fps is None else args.fps)
+    elif args.fps is not None:
+        raise ArtifactError("--fps: the artifact makes images, which have no frames; leave it out")
+    elif target.suffix.lower() not in _image_suffixes():
+        raise ArtifactError(f"{target}: the artifact makes images, and none can be written so; give --output a .png")
+    if not target.parent.is_dir():
+        raise ArtifactError(
+            f"{target}: there is no folder {target.parent} to write to; make it, or give another --output"
+        )
+    return target
+
+
+def _image_suffixes() -> set[str]:
+    from PIL import Image
+
+    return {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.SAVE}
+
+
+def _write(made: Sequence[Any], target: Path, fps: int) -> list[Path]:
+    """Writes images, or videos as lists of frames; where."""
+    from ..video import write_video
+
+    paths = numbered(target, len(made))
+    for each, path in zip(made, paths, strict=True):
+        if isinstance(each, list):
+            write_video(each, path, fps)
+        else:
+            save(each, path)
+    return paths
+
+
+def _tell(kind: str, paths: Sequence[Path], seconds: tuple[float, float], *, in_json: bool) -> None:
+    """Prints what was written, and the seconds that loading and making it took."""
+    load_seconds, made_seconds = (round(s, 3) for s in seconds)
+    if in_json:
+        told = {f"{kind}s": [str(path) for path in paths], "load_seconds": load_seconds}
+        print(json.dumps(told | {f"{kind}s_seconds": made_seconds}))
+    else:
+        print(*paths, sep="\n")
+        count = f"1 {kind}" if len(paths) == 1 else f"{len(paths)} {kind}s"
+        print(f"loaded in {load_seconds:.2f} s, {count} in {made_seconds:.2f} s")
+
+
+def numbered(path: Path, count: int) -> list[Path]:
+    """`x.png` alone, or `x-0.png`, `x-1.png` and so on."""
+    return [path] if count == 1 else [path.with_stem(f"{path.stem}-{i}") for i in range(count)]
+
+
+def save(image: Any, path: Path) -> None:
+    try:
+        image.save(path)
+    except (OSError, ValueError) as e:
+        raise ArtifactError(
+            f"{path}: the image could not be written: {e}; give --output a .png in a folder that exists"
+        ) from e
+
+
+# --- inspect ----------------------------------------------------------------------------------------------------------
+
+
+def _add_inspect(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "inspect",
+        help="say what is in an artifact",
+        description="Says what is in an artifact, without opening its machine code.",
+    )
+    parser.add_argument("artifact", metavar="ARTIFACT", help="an artifact's folder")
+    parser.add_argument("--layers", action="store_true", help="list every layer: quantized or not, and why")
+    parser.add_argument("--json", action="store_true", help="print JSON in place of text")
+    parser.set_defaults(run=inspect)
+
+
+def inspect(args: argparse.Namespace) -> int:
+    """Prints what the manifest and the plans say. Raises ArtifactError when they cannot be read."""
+    folder = Path(args.artifact)
+    manifest = read_manifest(folder)
+    plans = {name: _read_plan(folder, path) for name, path in manifest.plans.items()}
+    if args.json:
+        print(json.dumps(as_json(manifest, plans), indent=2, ensure_ascii=False))
+    else:
+        print("\n".join(as_text(folder, manifest, plans, layers=args.layers)))
+    return 0
+
+
+def _read_plan(folder: Path, path: str) -> Plan:
+    from ..check.artifact import is_plain_name
+
+    if not is_plain_name(path):
+        raise ArtifactError(f"{folder}: manifest.json [plans]: {path!r} is not a plain name inside the folder")
+    try:
+        return Plan.model_validate_json((folder / path).read_bytes())
+    except (OSError, ValueError) as e:
+        raise ArtifactError(f"{folder / path}: expected a plan, but {e}; restore the file or export again") from e
+
+
+def as_json(manifest: Manifest, plans: Mapping[str, Plan]) -> dict[str, Any]:
+    """The manifest without its list of constants, and the plans as step strips, with sizes and shares."""
+    graphs = [
+        g.model_dump(mode="json", exclude={"constants"}) | {"share": share} for g, share in _shares(manifest, plans)
+    ]
+    rest = manifest.model_dump(mode="json", exclude={"graphs", "plans", "files"})
+    strips = {
+        name: {
+            "steps": plan.steps,
+            "cache": plan.cache,
+            "scheduler": plan.scheduler,
+            "strip": strip(plan, letters(manifest, plans.values())),
+            "verified": manifest.status == "verified" and name not in manifest.unverified,
+        }
+        for name, plan in plans.items()
+    }
+    return rest | {
+        "graphs": graphs,
+        "plans": strips,
+        "variants": letters(manifest, plans.values()),
+        "sizes": sizes(manifest),
+    }
+
+
+def as_text(folder: Path, manifest: Manifest, plans: Mapping[str, Plan], *, layers: bool) -> list[str]:
+    """The lines of `prebake inspect`."""
+    needs, defaults = manifest.requires, manifest.defaults
+    versions = {"torch": needs.torch, "glibc": needs.glibc, **needs.packages}
+    packages = "".join(f", {name} {version}" for name, version in versions.items() if version)
+    frames = "" if defaults.num_frames is None else f"{defaults.num_frames} frames of "
+    lines = table(
+        [
+            ("artifact", f"{folder} ({manifest.family}, {manifest.status})"),
+            ("source", f"{manifest.source.model} ({manifest.source.pipeline}, sha256 {manifest.source.sha256[:12]}..)"),
+            ("needs", f"{needs.system} {needs.machine}, {needs.device}, {needs.isa_level}{packages}"),
+            (
+                "defaults",
+                f"{defaults.num_inference_steps} steps, guidance {defaults.guidance_scale:g}, {frames}{defaults.width} x {defaults.height} pixels",
+            ),
+            ("sizes", ", ".join(f"{name} {in_bytes(size)}" for name, size in sizes(manifest).items())),
+        ]
+    )
+    rows = [("graph", "FLOPs", "of an image", "ops", "constants", "bytes", "package")]
+    for graph, share in _shares(manifest, plans):
+        cost = graph.cost
+        rows.append(
+            (
+                graph.name,
+                short(cost.flops),
+                f"{share:.1%}",
+                str(cost.ops),
+                str(cost.constants),
+                in_bytes(cost.constants_bytes),
+                graph.package,
+            )
+        )
+    lines += ["", *table(rows, right=range(1, 6)), "", *_plan_lines(manifest, plans), ""]
+    return [*lines, *_layer_lines(manifest, layers)]
+
+
+def _plan_lines(manifest: Manifest, plans: Mapping[str, Plan]) -> list[str]:
+    """Every plan as a step strip, what the signs mean, and which plans nobody has verified."""
+    signs = drawn(letters(manifest, plans.values()), sys.stdout.encoding)
+    width = max(map(len, plans), default=0)
+    lines = ["plan"]
+    for name, plan in plans.items():
+        note = ", unverified" if name in manifest.unverified else ""
+        lines.append(f"{name:<{width}}  {strip(plan, signs)}  cache {plan.cache}, {plan.scheduler}{note}")
+    lines.append(f"{'':<{width}}  {', '.join(f'{sign} = {name}' for name, sign in signs.items())}")
+    if manifest.unverified:
+        lines.append(UNVERIFIED.format(", ".join(manifest.unverified)))
+    return lines
+
+
+def _layer_lines(manifest: Manifest, every: bool) -> list[str]:
+    if every:
+        return table([("layer", "treatment", "reason"), *((name, *said) for name, said in manifest.layers.items())])
+    counts = Counter(said[0] for said in manifest.layers.values())
+    summary = ", ".join(f"{count} {treatment}" for treatment, count in sorted(counts.items())) or "none listed"
+    return [f"layers  {summary} (--layers says why)" if counts else f"layers  {summary}"]
+
+
+def _shares(manifest: Manifest, plans: Mapping[str, Plan]) -> list[tuple[Any, float]]:
+    """(graph, its share of one image's FLOPs): every graph once, denoiser variants as often as the default plan says."""
+    calls = Counter({graph.name: 1 for graph in manifest.graphs})
+    for name in {variant for plan in plans.values() for variant in plan.variants()}:
+        calls[name] = 0
+    if default := plans.get(str(manifest.defaults.num_inference_steps)):
+        calls.update(evaluation.variant for evaluation in default.evaluations)
+    total = sum(calls[graph.name] * graph.cost.flops for graph in manifest.graphs) or 1
+    return [(graph, calls[graph.name] * graph.cost.flops / total) for graph in manifest.graphs]

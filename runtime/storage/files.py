@@ -1,0 +1,132 @@
+"""An artifact's files by descriptor, so that what was hashed is what is read or mapped, whatever happens to names meanwhile.
+
+A folder and a plain name in it come in; a descriptor, or bytes whose hash is the manifest's, come out.
+"""
+
+from __future__ import annotations
+
+import _thread
+import hashlib
+import os
+import stat
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+from ..errors import ArtifactError, unreadable
+from ..manifest import Manifest
+
+TRUST = "an artifact holds machine code, so take it only from someone you trust"
+BLOCK = 1 << 20  # bytes read at a time: no file is ever whole in memory to be hashed
+FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # a pipe in a file's place is not waited for
+
+
+def open_plain(folder: Path, path: str) -> int:
+    """A descriptor of the plain file of that plain name. Below `folder` no link is followed, neither a file nor a folder.
+
+    Raises ArtifactError for what is no such file (any more).
+    """
+    *parents, name = path.split("/")
+    try:
+        with ExitStack() as stack:
+            at = _kept(stack, os.open(folder, FOLDER))
+            for parent in parents:
+                at = _kept(stack, os.open(parent, FOLDER | os.O_NOFOLLOW, dir_fd=at))
+            file = os.open(name, FILE, dir_fd=at)
+    except OSError as e:
+        if isinstance(e, PermissionError):
+            raise ArtifactError(f"{folder}: {path}: {unreadable(e, folder)}") from e
+        raise ArtifactError(
+            f"{folder}: {path} cannot be opened as a plain file ({e.strerror}); restore the file or export again"
+        ) from e
+    if not stat.S_ISREG(os.fstat(file).st_mode):
+        os.close(file)
+        raise ArtifactError(f"{folder}: {path} is not a plain file; restore the file or export again")
+    return file
+
+
+def _kept(stack: ExitStack, descriptor: int) -> int:
+    stack.callback(os.close, descriptor)
+    return descriptor
+
+
+@contextmanager
+def opened(folder: Path, paths: Iterable[str]) -> Iterator[dict[str, int]]:
+    """Path -> descriptor, for the length of the block. Raises ArtifactError, see `open_plain`."""
+    with ExitStack() as stack:
+        yield {path: _kept(stack, open_plain(folder, path)) for path in paths}
+
+
+def by_descriptor(descriptor: int) -> Path:
+    """A name of exactly the open file, for libraries that want a name."""
+    return Path(f"/proc/self/fd/{descriptor}")
+
+
+def read_listed(folder: Path, manifest: Manifest, path: str) -> bytes:
+    """The bytes of a listed file, read once: what was hashed is what comes back. Raises ArtifactError where they are others."""
+    expected = next(entry for entry in manifest.files if entry.path == path)
+    with opened(folder, [path]) as files, open(files[path], "rb", closefd=False) as file:
+        try:
+            data = file.read(expected.size + 1)
+        except OSError as e:
+            raise ArtifactError(f"{folder}: {path}: {unreadable(e, folder)}") from e
+    came = hashlib.sha256(data).hexdigest()
+    if came != expected.sha256:
+        raise ArtifactError(f"{folder}: {hash_problem(path, came, expected.sha256)}")
+    return data
+
+
+def hash_problem(path: str, came: str, expected: str) -> str:
+    return f"{path}: sha256 is {came[:12]}.., the manifest says {expected[:12]}..; restore the file or export again ({TRUST})"
+
+
+def sha256_of(descriptor: int) -> str:
+    """In hexadecimal. Several threads may hash at once: hashlib and the system call both release Python's lock."""
+    digest, block, at = hashlib.sha256(), memoryview(bytearray(BLOCK)), 0
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+    while count := os.preadv(descriptor, [block], at):
+        digest.update(block[:count])
+        at += count
+    return digest.hexdigest()
+
+
+def hashes_of(files: Mapping[str, int]) -> dict[str, str]:
+    """Path -> sha256 of all these files, largest first, in as many threads as there are cores for this process.
+
+    One file is the work of one thread, for SHA-256 goes through it in order. The caller's thread works too, and does what
+    others could not: where memory is short, `threading.Thread.start` waits for ever for a thread that could not begin
+    (CPython 3.11), and so does a pool of them. Raises OSError, with the path as its `filename`, for a file that cannot be read.
+    """
+    waiting = deque(sorted(files, key=lambda path: -os.fstat(files[path]).st_size))
+    found: dict[str, str] = {}
+    busy: set[str] = set()
+
+    def work() -> None:
+        with suppress(IndexError):  # somebody else took the last one
+            while True:
+                path = waiting.popleft()
+                busy.add(path)
+                try:
+                    found[path] = sha256_of(files[path])
+                finally:
+                    busy.discard(path)
+
+    def help_out() -> None:
+        with suppress(Exception):  # of which the last loop will tell
+            work()
+
+    for _ in range(min(len(files), len(os.sched_getaffinity(0))) - 1):
+        with suppress(RuntimeError, MemoryError):  # one thread fewer
+            _thread.start_new_thread(help_out, ())
+    help_out()
+    while busy:
+        time.sleep(0.001)
+    for path in files.keys() - found.keys():
+        try:
+            found[path] = sha256_of(files[path])
+        except OSError as e:
+            raise OSError(e.errno, e.strerror, path) from e
+    return found

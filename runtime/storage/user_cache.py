@@ -1,0 +1,48 @@
+"""What one process leaves in the user's cache folder for later ones: files that nobody else can write, each whole or absent.
+
+A path in a folder of the cache comes in. What is not private is not read; what cannot be kept privately is not kept.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+
+from .private import default_cache, is_private
+
+
+def keep(cache: Path | None, path: str, data: bytes) -> None:
+    """Puts `data` at `<cache>/<folder>/<name>`, by one rename; `cache` is None for the usual place."""
+    where = (cache or default_cache()) / path
+    with suppress(OSError):
+        for folder in (where.parent.parent, where.parent):  # the mode is not for parents
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if _is_ours(where):
+            descriptor, fresh = tempfile.mkstemp(prefix=".", dir=where.parent)  # mode 0600
+            try:
+                with open(descriptor, "wb") as file:
+                    file.write(data)
+                os.replace(fresh, where)
+            except OSError:
+                os.unlink(fresh)
+                raise
+
+
+def kept(cache: Path | None, path: str) -> bytes:
+    """What was put there, or nothing: where there is no such file, or where others could have written it."""
+    where = (cache or default_cache()) / path
+    try:
+        if not _is_ours(where):
+            return b""
+        descriptor = os.open(where, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(descriptor, "rb") as file:
+            info = os.fstat(descriptor)
+            return file.read() if info.st_uid == os.geteuid() and not info.st_mode & 0o022 else b""
+    except OSError:
+        return b""
+
+
+def _is_ours(where: Path) -> bool:
+    return is_private(where.parent.parent) and is_private(where.parent)

@@ -45,7 +45,7 @@ from prebake.exporter.caches import (
     TaylorSeer,
     TeaCache,
 )
-from prebake.exporter.caches.calibration import Calibration, read
+from prebake.exporter.caches.common.calibration import Calibration, read
 from prebake.exporter.calibrators.runner import drawn, means, online, shares, watch
 from prebake.exporter.calibrators.subject import Run, Subject
 from prebake.exporter.load import source

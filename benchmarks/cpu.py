@@ -34,12 +34,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from prebake.exporter.capture.attention_dtype import attention_in
-from prebake.exporter.capture.capture import Captured, capture
-from prebake.exporter.lower import aoti, kernels, onnxruntime, w8a8
-from prebake.exporter.lower.kernels.native import Native
-from prebake.exporter.lower.kernels.operators import GELU, PLAIN
-from prebake.exporter.lower.onnx_graph import onnx_model, with_data
+from prebake.exporter.capture.capture import capture
+from prebake.exporter.lower import aoti, onnxruntime, w8a8
+from prebake.exporter.lower.aoti import kernels
+from prebake.exporter.lower.aoti.kernels.native import Native
+from prebake.exporter.lower.aoti.kernels.operators import GELU, PLAIN
+from prebake.exporter.lower.onnx.graph import onnx_model, with_data
+from prebake.exporter.passes.attention_dtype import attention_in
+from prebake.exporter.passes.captured_graph import Captured
 from prebake.exporter.recipe.resolve import resolve
 from prebake.exporter.rewrite import rewrite_denoiser
 

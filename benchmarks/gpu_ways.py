@@ -155,7 +155,7 @@ def captured(subject: Subject, variant: Any) -> tuple[Any, Any]:
     from prebake.exporter.calibrators.eager_replay import eager_variant
     from prebake.exporter.capture.capture import capture
     from prebake.exporter.cost.count import cost
-    from prebake.exporter.sites.apply import VariantModule
+    from prebake.exporter.sites.actions import VariantModule
 
     module = VariantModule(subject.denoiser.module, subject.planned.marks, variant, subject.denoiser.inputs)
     examples = tuple(t.to(subject.denoiser.args[0].device) for t in module.examples(subject.denoiser.args))

@@ -16,8 +16,8 @@ from diffusers import FluxTransformer2DModel
 from prebake.exporter.capture.capture import capture
 from prebake.exporter.cli.quiet import hush
 from prebake.exporter.families import flux
-from prebake.exporter.lower.onnx_graph import onnx_model
-from prebake.exporter.lower.onnx_rewrite import rewritten
+from prebake.exporter.lower.onnx.graph import onnx_model
+from prebake.exporter.lower.onnx.rewrite import rewritten
 from prebake.exporter.tiny.flux import build
 
 

@@ -1,6 +1,6 @@
 """Where the weights of several step variants go in TensorRT: what each of three ways costs in bytes and build time.
 
-    inputs   an engine for each variant, weights as inputs of its network (what `exporter/lower/tensorrt.py` does)
+    inputs   an engine for each variant, weights as inputs of its network (what `exporter/lower/tensorrt/__init__.py` does)
     inside   an engine for each variant, with the weights in it
     if       one engine, with the weights in it, whose `If` chooses the variant
 
@@ -21,10 +21,10 @@ import tensorrt_rtx as trt
 from onnx import TensorProto, helper
 from onnxscript.optimizer import fold_constants, remove_unused_nodes
 
-from prebake.exporter.capture.capture import Captured
 from prebake.exporter.cli.quiet import hush
-from prebake.exporter.lower.onnx_graph import onnx_model, with_data
+from prebake.exporter.lower.onnx.graph import onnx_model, with_data
 from prebake.exporter.lower.tensorrt import Options, build_model, network, rewritten
+from prebake.exporter.passes.captured_graph import Captured
 from prebake.exporter.pipeline import prepare
 from prebake.exporter.progress import progress
 from prebake.exporter.recipe.resolve import resolve

@@ -23,9 +23,9 @@ from ..runtime.errors import ArtifactError, ExportError, QualityError, RecipeErr
 from ..runtime.manifest import FAMILY, Manifest, read_manifest
 from ..runtime.plan import Plan
 from .caches import Decision, Schedule, Trajectory, schedule
-from .caches import calibration as calibrations
-from .caches.calibration import Calibration
-from .caches.fallback import that_holds
+from .caches.common import calibration as calibrations
+from .caches.common.calibration import Calibration
+from .caches.common.fallback import that_holds
 from .package.folder import linked, plan_path, write_plans, written
 from .plan import Planned, actions_of, join
 from .plan.sampler import Table, tabulate, tail_tables

@@ -17,21 +17,21 @@ from ..runtime.check.machine import machine_problems
 from ..runtime.manifest import Manifest
 from . import add_plan as replan
 from .caches import TeaCache
-from .caches import calibration as calibrations
-from .caches.fallback import that_holds
+from .caches.common import calibration as calibrations
+from .caches.common.fallback import that_holds
 from .calibrators import teacache
 from .capture.variants import capture_others, capture_variants
 from .cost.count import cost
 from .cost.variants import check_variants
 from .denoiser_alone import prepare as alone
-from .export_cache.compile import Making
+from .export_cache.compilation import Making
 from .export_cache.store import Store
 from .families.registry import FAMILIES, family_of
 from .load import source
 from .lower import backend
-from .lower.cuda_attention import attention_by
 from .package import folder as package
 from .package.manifest import describe
+from .passes.attention_backend import attention_by
 from .plan import plan
 from .plan.sampler import Table
 from .prepared import Prepared

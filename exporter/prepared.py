@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ..runtime.manifest import Cost, Defaults, Source
-    from .caches.calibration import Calibration
-    from .capture.capture import Captured
-    from .denoiser_alone.record import Recording
+    from .caches.common.calibration import Calibration
+    from .denoiser_alone.recording import Recording
+    from .passes.captured_graph import Captured
     from .plan import Planned
     from .recipe.resolve import Recipe
     from .rewrite import Layers

@@ -19,6 +19,6 @@ def picture_prompts(recipe: Recipe) -> tuple[str, ...]:
         return recipe.verify.prompts
     if recipe.model.id not in EMBEDDED:
         return DIVERSE
-    from ..shapes import prompts
+    from .shapes import prompts
 
     return (*prompts("full")[:4], *prompts("underspecified")[:4])

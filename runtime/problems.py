@@ -17,8 +17,8 @@ def problems(folder: Path) -> Iterator[tuple[str, str]]:
     except ArtifactError as e:
         yield "manifest", str(e)
         return
-    from ..check.artifact import name_problems, reference_problems
-    from ..check.machine import machine_problems
+    from .check.artifact import name_problems, reference_problems
+    from .check.machine import machine_problems
 
     names, references = list(name_problems(manifest)), list(reference_problems(manifest))
     yield from of_kind("manifest", [*names, *references])
@@ -37,8 +37,8 @@ def of_kind(kind: str, lines: Iterable[str]) -> Iterator[tuple[str, str]]:
 
 def file_problems(folder: Path, manifest: Manifest) -> Iterator[str]:
     """Names, sizes and links, and the hashes of all files that are there in the right size."""
-    from ..check import artifact as check
-    from ..storage.files import opened
+    from .check import artifact as check
+    from .storage.files import opened
 
     yield from check.file_problems(folder, manifest)
     for entry in manifest.files:
@@ -60,11 +60,11 @@ def content_problems(folder: Path, manifest: Manifest) -> Iterator[tuple[str, st
     """What is wrong inside files that are all there and are what the manifest says."""
     import torch
 
-    from ..artifact import constants_of, read_plans, timestep_scale, weight_files
-    from ..backends import backend
-    from ..contract import Contract
-    from ..storage.files import by_descriptor, opened
-    from ..weights import map_weights
+    from .artifact import constants_of, read_plans, timestep_scale, weight_files
+    from .backends import backend
+    from .contract import Contract
+    from .storage.files import by_descriptor, opened
+    from .weights import map_weights
 
     yield from of_kind("manifest", said(folder, lambda: timestep_scale(manifest)))
     yield from of_kind("plans", said(folder, lambda: read_plans(folder, manifest)))
@@ -89,12 +89,12 @@ def pipeline_problems(folder: Path) -> Iterator[tuple[str, str]]:
     """What an artifact that opens is refused for as a pipeline: its verification, its family, its settings and tokenizers."""
     import torch
 
-    from ..artifact import Artifact, BoundGraph, read_plans
-    from ..attachment.facts import read_facts
-    from ..check.artifact import status_problems
-    from ..contract import Contract
-    from ..families import family_of
-    from ..manifest import FAMILY
+    from .artifact import Artifact, BoundGraph, read_plans
+    from .attachment.facts import read_facts
+    from .check.artifact import status_problems
+    from .contract import Contract
+    from .families import family_of
+    from .manifest import FAMILY
 
     manifest, cpu = read_manifest(folder), torch.device("cpu")
     yield from of_kind("manifest", status_problems(manifest))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from prebake.exporter.lower import kernels
+from prebake.exporter.lower.aoti import kernels
 
 LACKS = f"the CPU lacks {', '.join(kernels.FLAGS)}" if not kernels.fit(kernels.LEVEL) else ""
 runs_here = pytest.mark.skipif(bool(LACKS), reason=LACKS)

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from prebake.exporter.cost.count import FLOP_FORMULAS
 from prebake.exporter.plan import Planned
-from prebake.exporter.sites.apply import VariantModule
+from prebake.exporter.sites.actions import VariantModule
 from prebake.exporter.sites.component import Component
 from prebake.exporter.sites.marks import Mark, Variant
 

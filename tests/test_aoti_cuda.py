@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from uncompiled import prepared
 
 from prebake.exporter.capture.capture import capture
-from prebake.exporter.lower import aoti, cuda, w8a8
+from prebake.exporter.lower import aoti, w8a8
+from prebake.exporter.lower.aoti import cuda
 from prebake.exporter.recipe.resolve import resolve
 from prebake.runtime.backends import aoti as runtime_aoti
 from prebake.runtime.errors import ExportError, RecipeError

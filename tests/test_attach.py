@@ -460,8 +460,8 @@ def test_a_whole_pipeline_needs_a_family(folder, tmp_path):
 def test_recording_leaves_the_pipeline_as_it_was(folder):
     from attached import CALLS as ARGUMENTS
 
-    from prebake.exporter.denoiser_alone.record import record
-    from prebake.exporter.denoiser_alone.watch import requested
+    from prebake.exporter.denoiser_alone.observation import requested
+    from prebake.exporter.denoiser_alone.recording import record
 
     pipe = pipeline("wan")
     eager = drawn(pipe, "wan")

@@ -15,8 +15,8 @@ from PIL import Image
 from pydantic import ValidationError
 
 from prebake.exporter.caches import Auto, DBCache
-from prebake.exporter.caches import calibration as calibrations
-from prebake.exporter.caches.calibration import Calibration, Decisions, find, frozen, parameters, read, required
+from prebake.exporter.caches.common import calibration as calibrations
+from prebake.exporter.caches.common.calibration import Calibration, Decisions, find, frozen, parameters, read, required
 from prebake.exporter.caches.firstblock import FirstBlockCache, decision, marks
 from prebake.exporter.calibrators import dbcache, firstblock, runner
 from prebake.exporter.calibrators.dynamic import Loop, dynamic_replay
@@ -27,7 +27,7 @@ from prebake.exporter.pipeline import prepare, write
 from prebake.exporter.progress import progress
 from prebake.exporter.recipe.resolve import resolve
 from prebake.exporter.settle import sampler_table
-from prebake.exporter.sites.apply import flat_outputs
+from prebake.exporter.sites.actions import flat_outputs
 from prebake.exporter.sites.discover import discover
 from prebake.exporter.sites.layout import Layout, Place
 from prebake.runtime.errors import ExportError, RecipeError

@@ -13,7 +13,7 @@ from prebake.exporter.cli import export as cli_export
 from prebake.exporter.cli import main as cli
 from prebake.exporter.export_cache.store import Store, default_folder
 from prebake.exporter.recipe.resolve import names, resolve, schema
-from prebake.exporter.sites.apply import Variant
+from prebake.exporter.sites.actions import Variant
 from prebake.runtime.errors import ExportError
 from prebake.runtime.manifest import Cost
 from prebake.runtime.plan import Evaluation, Plan, Update

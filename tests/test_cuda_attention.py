@@ -12,12 +12,13 @@ from torch._functorch.aot_autograd import aot_export_module
 from torch.backends import cuda
 
 from prebake.exporter import pipeline
-from prebake.exporter.capture.attention_dtype import attention_in
-from prebake.exporter.capture.capture import Captured, capture
+from prebake.exporter.capture.capture import capture
 from prebake.exporter.export_cache.fingerprint import fingerprint
 from prebake.exporter.lower import aoti
-from prebake.exporter.lower.cuda import onto
-from prebake.exporter.lower.cuda_attention import KERNELS, SDPA, attention_by, reason, refuse_attention
+from prebake.exporter.lower.aoti.cuda import onto
+from prebake.exporter.passes.attention_backend import KERNELS, SDPA, attention_by, reason, refuse_attention
+from prebake.exporter.passes.attention_dtype import attention_in
+from prebake.exporter.passes.captured_graph import Captured
 from prebake.exporter.progress import progress
 from prebake.exporter.recipe.resolve import resolve
 from prebake.runtime.errors import ExportError

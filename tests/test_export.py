@@ -14,11 +14,11 @@ import torch
 
 from prebake.exporter import pipeline
 from prebake.exporter.calibrators.eager_replay import eager_replay
-from prebake.exporter.capture.capture import Captured
 from prebake.exporter.families import flux
 from prebake.exporter.families.registry import family_of
 from prebake.exporter.load.source import load
 from prebake.exporter.lower import aoti
+from prebake.exporter.passes.captured_graph import Captured
 from prebake.exporter.pipeline import Options, export, prepare
 from prebake.exporter.progress import progress
 from prebake.exporter.recipe.resolve import resolve

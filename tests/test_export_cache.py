@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args, get_origin
 import pytest
 from uncompiled import prepared
 
-from prebake.exporter.export_cache.compile import COMPILED, FROM_CACHE
+from prebake.exporter.export_cache.compilation import COMPILED, FROM_CACHE
 from prebake.exporter.export_cache.fingerprint import fingerprint, toolchain
 from prebake.exporter.export_cache.store import Store
 from prebake.exporter.load.source import tiny_folder

@@ -13,9 +13,10 @@ import pytest
 import torch
 from torch import nn
 
-from prebake.exporter.capture.capture import Captured, capture
+from prebake.exporter.capture.capture import capture
 from prebake.exporter.export_cache import fingerprint as fingerprints
 from prebake.exporter.export_cache.fingerprint import Unwritable, exact, fingerprint, toolchain
+from prebake.exporter.passes.captured_graph import Captured
 from prebake.exporter.recipe.resolve import Compile, Recipe, resolve
 
 

@@ -11,10 +11,12 @@ from kernel_cases import FLOAT, HALF, LACKS, error, random, runs_here
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from prebake.exporter.capture.attention_dtype import attention_in
-from prebake.exporter.capture.capture import Captured, capture
-from prebake.exporter.lower import aoti, kernels, w8a8
-from prebake.exporter.lower.kernels.rewrite import calling_kernels
+from prebake.exporter.capture.capture import capture
+from prebake.exporter.lower import aoti, w8a8
+from prebake.exporter.lower.aoti import kernels
+from prebake.exporter.lower.aoti.kernels.rewrite import calling_kernels
+from prebake.exporter.passes.attention_dtype import attention_in
+from prebake.exporter.passes.captured_graph import Captured
 from prebake.exporter.recipe.resolve import resolve
 from prebake.runtime.errors import RecipeError
 
@@ -218,7 +220,7 @@ def recipe(*overrides: str):
 
 def test_kernels_are_for_machines_that_have_the_instructions(monkeypatch):
     needed = {*kernels.FLAGS, *aoti.choose("host")[1], "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
-    for module in (kernels, __import__("prebake.exporter.lower.isa", fromlist=["isa"])):
+    for module in (kernels, __import__("prebake.exporter.lower.aoti.isa", fromlist=["isa"])):
         monkeypatch.setattr(module, "host_flags", lambda: frozenset(needed))
     assert set(kernels.FLAGS) <= set(aoti.requires(recipe())["isa"])
     assert "avx512_bf16" not in aoti.requires(recipe("compile.options.kernels=false"))["isa"]

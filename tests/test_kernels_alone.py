@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d, scaled_dot_product_attention
 
 from prebake.exporter.lower import w8a8
-from prebake.exporter.lower.kernels import operators
-from prebake.exporter.lower.kernels.native import Native
-from prebake.exporter.lower.kernels.operators import (
+from prebake.exporter.lower.aoti.kernels import operators
+from prebake.exporter.lower.aoti.kernels.native import Native
+from prebake.exporter.lower.aoti.kernels.operators import (
     GEGLU,
     GELU,
     NO_NORM,

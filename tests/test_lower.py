@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from prebake.exporter.capture.capture import capture
-from prebake.exporter.lower import aoti, isa
+from prebake.exporter.lower import aoti
+from prebake.exporter.lower.aoti import isa
 from prebake.exporter.progress import progress
 from prebake.exporter.recipe.resolve import Compile
 from prebake.runtime.errors import ExportError

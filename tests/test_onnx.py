@@ -17,11 +17,13 @@ pytest.importorskip("onnxscript", reason="onnxscript is not installed")
 
 from onnx.reference import ReferenceEvaluator  # noqa: E402
 
-from prebake.exporter.capture.capture import Captured, capture  # noqa: E402
+from prebake.exporter.capture.capture import capture  # noqa: E402
 from prebake.exporter.cost.count import cost  # noqa: E402
-from prebake.exporter.lower import onnx_graph, w8a8  # noqa: E402
-from prebake.exporter.lower.onnx_graph import onnx_model, with_data  # noqa: E402
-from prebake.exporter.lower.onnx_rewrite import rewritten  # noqa: E402
+from prebake.exporter.lower import w8a8  # noqa: E402
+from prebake.exporter.lower.onnx import graph as onnx_graph  # noqa: E402
+from prebake.exporter.lower.onnx.graph import onnx_model, with_data  # noqa: E402
+from prebake.exporter.lower.onnx.rewrite import rewritten  # noqa: E402
+from prebake.exporter.passes.captured_graph import Captured  # noqa: E402
 from prebake.runtime.errors import ExportError  # noqa: E402
 
 CLOSE = 1e-6

@@ -21,8 +21,8 @@ onnx: Any = pytest.importorskip("onnx", reason="onnx is not installed: pip insta
 from prebake.exporter.capture.capture import capture  # noqa: E402
 from prebake.exporter.lower import aoti, w8a8  # noqa: E402
 from prebake.exporter.lower import onnxruntime as lowering  # noqa: E402
-from prebake.exporter.lower.onnx_graph import onnx_model, with_data  # noqa: E402
-from prebake.exporter.lower.onnx_rewrite import rewritten  # noqa: E402
+from prebake.exporter.lower.onnx.graph import onnx_model, with_data  # noqa: E402
+from prebake.exporter.lower.onnx.rewrite import rewritten  # noqa: E402
 from prebake.exporter.pipeline import Options, export  # noqa: E402
 from prebake.exporter.progress import progress  # noqa: E402
 from prebake.exporter.recipe.resolve import resolve  # noqa: E402
@@ -71,7 +71,7 @@ def session_of(folder: Path, *, prepack: bool = False) -> tuple[Any, dict[str, t
     """A session of `Product`, and its constants, which are the session's own memory."""
     from safetensors.torch import save_file
 
-    from prebake.exporter.lower.onnx_graph import located, places
+    from prebake.exporter.lower.onnx.graph import located, places
 
     graph = capture("g", Product(), (torch.ones(3, 64),), ("x",), ("y",))
     constants = {name: tensor.detach().clone() for name, tensor in graph.constants().items()}
@@ -109,7 +109,7 @@ def test_weights_that_are_replaced_after_the_check_are_not_read(tmp_path, by_nam
     """And would be, had the optimizer only the name of their file."""
     from safetensors.torch import save_file
 
-    from prebake.exporter.lower.onnx_graph import located, places
+    from prebake.exporter.lower.onnx.graph import located, places
 
     graph = capture("g", Folded(), (torch.ones(4),), ("x",), ("y",))
     constants = {name: tensor.detach().clone() for name, tensor in graph.constants().items()}

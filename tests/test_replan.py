@@ -12,8 +12,8 @@ import torch
 
 from prebake.exporter import add_plan as replan
 from prebake.exporter.caches import Auto, Decision, FasterCache, Mask, Schedule
-from prebake.exporter.caches import calibration as calibrations
-from prebake.exporter.caches.calibration import Calibration, Fitted
+from prebake.exporter.caches.common import calibration as calibrations
+from prebake.exporter.caches.common.calibration import Calibration, Fitted
 from prebake.exporter.caches.fastercache import check_branches
 from prebake.exporter.cli.main import main
 from prebake.exporter.pipeline import prepare

@@ -26,9 +26,9 @@ sys.path.insert(0, str(Path(__file__).parent / "format"))
 import paper
 
 from prebake.exporter.cli import main as cli
-from prebake.exporter.page import content, drawing, plots, strip, timing, verified
-from prebake.exporter.page.build import build, write
-from prebake.exporter.page.gather import Choices, Gathered, gather, layer_of
+from prebake.exporter.html_report import content, drawing, plots, strip, timing, verified
+from prebake.exporter.html_report.build import build, write
+from prebake.exporter.html_report.facts import Choices, Gathered, gather, layer_of
 from prebake.exporter.progress import Progress
 from prebake.exporter.verify import picture_sheet as sheet
 from prebake.exporter.verify.measure import Call, Drawn, Row

@@ -15,8 +15,8 @@ from prebake.exporter.lower.w8a8 import W8A8Linear
 from prebake.exporter.recipe.resolve import resolve
 from prebake.exporter.rewrite import rewrite
 from prebake.exporter.rewrite.fuse import fuse_qkv
-from prebake.exporter.rewrite.hooked import refuse_hooked
 from prebake.exporter.rewrite.quantize import kind, quantize
+from prebake.exporter.rewrite.refuse_hooks import refuse_hooked
 from prebake.runtime.errors import ExportError
 
 SIZE = flux.Size(32, 32, 8)

@@ -12,7 +12,7 @@ from torch import nn
 
 from prebake.exporter.families import sd
 from prebake.exporter.load.source import load
-from prebake.exporter.lower import kernels
+from prebake.exporter.lower.aoti import kernels
 from prebake.exporter.lower.w8a8 import W8A8Conv2d
 from prebake.exporter.recipe.resolve import resolve
 from prebake.exporter.rewrite import inner_width, rewrite

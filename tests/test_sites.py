@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from prebake.exporter.families import flux
-from prebake.exporter.sites.apply import VariantModule, submodule
+from prebake.exporter.sites.actions import VariantModule, submodule
 from prebake.exporter.sites.discover import discover
 from prebake.exporter.sites.marks import Mark, Variant
 from prebake.runtime.errors import ExportError

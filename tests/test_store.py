@@ -13,10 +13,11 @@ import pytest
 import torch
 from torch import nn
 
-from prebake.exporter.capture.capture import Captured, capture
+from prebake.exporter.capture.capture import capture
 from prebake.exporter.cli import main as cli
-from prebake.exporter.export_cache.compile import COMPILED, FROM_CACHE, Making
+from prebake.exporter.export_cache.compilation import COMPILED, FROM_CACHE, Making
 from prebake.exporter.export_cache.store import Damaged, Store
+from prebake.exporter.passes.captured_graph import Captured
 from prebake.exporter.progress import Progress
 
 FILES = {"model.so": bytes(range(256)) * 40, "model.json": b"{}", "empty": b""}

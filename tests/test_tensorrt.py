@@ -14,9 +14,10 @@ from onnx import TensorProto
 from torch import nn
 from uncompiled import captured, prepared
 
-from prebake.exporter.capture.capture import Captured, capture
+from prebake.exporter.capture.capture import capture
 from prebake.exporter.cli.main import main
 from prebake.exporter.lower import w8a8
+from prebake.exporter.passes.captured_graph import Captured
 from prebake.exporter.pipeline import Options, export
 from prebake.exporter.progress import Progress
 from prebake.exporter.recipe.resolve import resolve

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
-from prebake.exporter.capture.capture import Captured
 from prebake.exporter.package import folder as package
 from prebake.exporter.package.folder import Weights
 from prebake.exporter.package.manifest import describe
+from prebake.exporter.passes.captured_graph import Captured
 from prebake.exporter.pipeline import prepare
 from prebake.exporter.prepared import Prepared
 from prebake.exporter.progress import progress

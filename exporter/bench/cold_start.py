@@ -156,7 +156,7 @@ def from_pipeline(start: Start, caches: Path, stages: Stages) -> Draw:
         getattr(diffusers, start.pipeline_class, None)  # diffusers imports a class when it is asked for
     from ...runtime import attach
     from ...runtime.manifest import read_manifest
-    from ..denoiser_alone.watch import denoiser_name
+    from ..denoiser_alone.observation import denoiser_name
     from ..load import source
     from ..recipe.resolve import Recipe
 

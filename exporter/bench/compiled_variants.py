@@ -19,9 +19,9 @@ from ...runtime.manifest import Graph
 from ...runtime.replay import Variant
 from ...runtime.storage.unpack import read_members, unpacked
 from ..calibrators.eager_replay import UNCOUNTED, sites_of
-from ..capture.capture import Captured
 from ..capture.variants import capture_variants
 from ..lower import aoti
+from ..passes.captured_graph import Captured
 from ..plan import Planned
 from ..progress import progress
 from ..recipe.resolve import Compile

@@ -281,7 +281,7 @@ class Eager:
     """The diffusers pipeline, its denoiser compiled or not while it draws: what else draws with the pipeline sees its own."""
 
     def __init__(self, subject: Subject, loaded: source.Loaded, compiled: bool) -> None:
-        from ..denoiser_alone.watch import denoiser_name
+        from ..denoiser_alone.observation import denoiser_name
 
         self.pipe, self.name = loaded.pipe, denoiser_name(loaded.pipe)
         self.plain: torch.nn.Module = getattr(self.pipe, self.name)

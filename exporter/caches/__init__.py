@@ -29,6 +29,7 @@ from . import (
     teacache,
 )
 from .auto import Auto
+from .common.schedule import Decision, Schedule, Trajectory
 from .dbcache import DBCache
 from .deepcache import DeepCache
 from .fastercache import FasterCache
@@ -39,7 +40,6 @@ from .magcache import MagCache
 from .mask import Mask
 from .none import NoCache
 from .pab import PyramidAttentionBroadcast
-from .schedule import Decision, Schedule, Trajectory
 from .smoothcache import SmoothCache
 from .taylorseer import TaylorSeer
 from .teacache import TeaCache

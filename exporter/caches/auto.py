@@ -16,9 +16,9 @@ from ...runtime.errors import ExportError
 from ..sites.layout import Layout
 from ..sites.marks import Action, Mark
 from ..tables import Conflicts, Table
-from .calibration import Calibrated, Fitted, required
+from .common.calibration import Calibrated, Fitted, required
+from .common.schedule import Decision, Schedule, Trajectory
 from .mask import Mask
-from .schedule import Decision, Schedule, Trajectory
 
 
 class Floor(Table):

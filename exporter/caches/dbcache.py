@@ -22,8 +22,8 @@ from ...runtime.errors import ExportError, RecipeError
 from ..sites.layout import Layout
 from ..sites.marks import Mark
 from ..tables import Conflicts
-from .calibration import Frozen, frozen
-from .schedule import Decision, Schedule, Trajectory
+from .common.calibration import Frozen, frozen
+from .common.schedule import Decision, Schedule, Trajectory
 
 HORIZON = 3
 """FoCa reaches this many evaluations ahead, and no further."""

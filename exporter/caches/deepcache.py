@@ -21,7 +21,7 @@ from ...runtime.errors import ExportError, RecipeError
 from ..sites.layout import Layout, Place
 from ..sites.marks import Mark
 from ..tables import Conflicts, Table
-from .schedule import Decision, Schedule, Trajectory
+from .common.schedule import Decision, Schedule, Trajectory
 
 UP_LAYER = re.compile(r"up_blocks\.\d+\.resnets\.\d+")
 

@@ -18,8 +18,8 @@ from ...runtime.errors import ExportError, RecipeError
 from ..sites.layout import Layout
 from ..sites.marks import Mark
 from ..tables import Table
-from .schedule import Decision, Schedule, Trajectory
-from .windows import Group, Identifiers, Window, inside, matching, taken
+from .common.schedule import Decision, Schedule, Trajectory
+from .common.windows import Group, Identifiers, Window, inside, matching, taken
 
 SPATIAL = ("^blocks.*attn", "^transformer_blocks.*attn", "^single_transformer_blocks.*attn")
 TEMPORAL = ("^temporal_transformer_blocks.*attn",)

@@ -15,8 +15,8 @@ from pydantic import Field
 from ...runtime.errors import ExportError
 from ..sites.layout import Layout
 from ..sites.marks import Mark
-from .calibration import Calibration, Frozen, frozen
-from .schedule import Decision, Schedule, Trajectory
+from .common.calibration import Calibration, Frozen, frozen
+from .common.schedule import Decision, Schedule, Trajectory
 
 
 class FirstBlockCache(Frozen):

@@ -18,7 +18,7 @@ from ...runtime.errors import ExportError
 from ..sites.layout import Layout, Place
 from ..sites.marks import Mark
 from ..tables import Table
-from .schedule import Decision, Schedule, Trajectory
+from .common.schedule import Decision, Schedule, Trajectory
 
 
 class Fora(Table):

@@ -17,7 +17,7 @@ from ...runtime.errors import ExportError
 from ..sites.layout import Kind, Layout, Place
 from ..sites.marks import Mark
 from ..tables import Conflicts, Table
-from .schedule import Decision, Schedule, Trajectory
+from .common.schedule import Decision, Schedule, Trajectory
 
 Index = Annotated[int, Field(ge=0)]
 

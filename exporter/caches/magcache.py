@@ -20,8 +20,8 @@ from ...runtime.errors import ExportError, RecipeError
 from ..sites.layout import Layout
 from ..sites.marks import Mark
 from ..tables import Conflicts
-from .calibration import COMMAND, Calibrated, Calibration
-from .schedule import Decision, Schedule, Trajectory
+from .common.calibration import COMMAND, Calibrated, Calibration
+from .common.schedule import Decision, Schedule, Trajectory
 
 
 def _named_or_listed(ratios: Any) -> Any:

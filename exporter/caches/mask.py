@@ -17,9 +17,9 @@ from ...runtime.errors import ExportError, RecipeError
 from ..sites.layout import Layout
 from ..sites.marks import Mark
 from ..tables import Conflicts, Problem, Table
-from .predict import polynomial
-from .schedule import Decision, Schedule, Trajectory
-from .steps_mask import NAMES, steps_mask
+from .common.predict import polynomial
+from .common.schedule import Decision, Schedule, Trajectory
+from .common.steps_mask import NAMES, steps_mask
 
 
 def _as_text(mask: Any) -> Any:

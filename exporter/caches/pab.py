@@ -15,8 +15,8 @@ from pydantic import Field
 
 from ..sites.layout import Layout
 from ..tables import Table
-from .schedule import Decision, Schedule, Trajectory
-from .windows import Group, Identifiers, Window, inside, taken
+from .common.schedule import Decision, Schedule, Trajectory
+from .common.windows import Group, Identifiers, Window, inside, taken
 
 SPATIAL = ("blocks", "transformer_blocks", "single_transformer_blocks", "layers", "visual_transformer_blocks")
 TEMPORAL = ("temporal_transformer_blocks",)

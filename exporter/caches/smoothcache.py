@@ -15,8 +15,8 @@ from pydantic import Field
 
 from ...runtime.errors import ExportError, RecipeError
 from ..sites.layout import Layout, Place
-from .calibration import COMMAND, Calibrated, Calibration, required
-from .schedule import Decision, Schedule, Trajectory
+from .common.calibration import COMMAND, Calibrated, Calibration, required
+from .common.schedule import Decision, Schedule, Trajectory
 
 
 class SmoothCache(Calibrated):

@@ -21,7 +21,7 @@ from ...runtime.errors import ExportError
 from ..sites.layout import Layout, Place
 from ..sites.marks import Action
 from ..tables import Conflicts, Regex, Table
-from .schedule import Decision, Schedule, Trajectory
+from .common.schedule import Decision, Schedule, Trajectory
 
 ATTENTIONS = (
     "^blocks.*attn",

@@ -20,8 +20,8 @@ from ...runtime.errors import ExportError
 from ..sites.layout import Layout
 from ..sites.marks import Mark
 from ..tables import Conflicts
-from .calibration import Frozen, frozen
-from .schedule import Decision, Schedule, Trajectory
+from .common.calibration import Frozen, frozen
+from .common.schedule import Decision, Schedule, Trajectory
 
 POLYNOMIALS: Mapping[str, tuple[float, ...]] = {
     "flux": (4.98651651e02, -2.83781631e02, 5.58554382e01, -3.82021401e00, 2.64230861e-01),

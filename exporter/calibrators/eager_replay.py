@@ -14,7 +14,7 @@ from ...runtime.replay import Variant as RuntimeVariant
 from ...runtime.replay import replay, tables_on
 from ..capture.capture import specs
 from ..plan import Planned
-from ..sites.apply import VariantModule
+from ..sites.actions import VariantModule
 from ..sites.component import Component
 from ..sites.marks import Variant
 

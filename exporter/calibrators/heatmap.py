@@ -9,7 +9,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ..caches.calibration import Calibration
+from ..caches.common.calibration import Calibration
 
 MOST_LABELS = 64  # sites that are named; of more, every n-th
 

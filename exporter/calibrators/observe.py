@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..caches.smoothcache import components
 from ..plan.sampler import Table
-from ..sites.apply import VariantModule
+from ..sites.actions import VariantModule
 from ..sites.component import Component
 from ..sites.layout import Layout, Place
 from ..sites.marks import Mark, Variant

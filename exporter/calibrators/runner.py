@@ -19,7 +19,7 @@ from torch import Tensor
 from ...runtime.errors import RecipeError
 from .. import shapes
 from ..caches.auto import Auto, skip_marks
-from ..caches.calibration import Calibration, Decisions, Fitted, Frozen, parameters
+from ..caches.common.calibration import Calibration, Decisions, Fitted, Frozen, parameters
 from ..caches.smoothcache import SmoothCache
 from ..families.registry import family_of
 from ..load import source

@@ -28,7 +28,7 @@ from ...runtime.errors import ExportError
 from ...runtime.plan import Update
 from ...runtime.replay import Tensors, Variant, scaled, updated
 from ..caches.auto import Auto, skip_actions, skip_marks
-from ..caches.calibration import Fitted
+from ..caches.common.calibration import Fitted
 from ..cost.count import module_flops
 from ..plan import Planned
 from ..plan.sampler import Table

@@ -15,7 +15,7 @@ from torch import Tensor
 from ...runtime.errors import ExportError
 from ..caches.teacache import Exact, TeaCache, marks
 from ..plan.sampler import Table
-from ..sites.apply import flat_outputs, submodule
+from ..sites.actions import flat_outputs, submodule
 from ..sites.component import Component
 from ..sites.layout import Layout
 from ..sites.marks import REST, Mark

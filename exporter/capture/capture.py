@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, nn
 
 from ...runtime.errors import ExportError
 from ...runtime.manifest import TensorSpec
+from ..passes.captured_graph import Captured, output_nodes
 from ..passes.fold import fold_constants
 from ..passes.functional import functionalize
 from ..passes.prune import prune
@@ -25,28 +25,6 @@ PASSES: tuple[Callable[[fx.GraphModule], fx.GraphModule], ...] = (
     fold_constants,
     prune,  # what only fed a folded value
 )
-
-
-@dataclass(frozen=True)
-class Captured:
-    """One graph ready to lower: `gm(*args)` returns a tuple. `inputs` and `outputs` name what is passed, in order."""
-
-    name: str
-    gm: fx.GraphModule
-    args: tuple[Tensor, ...]
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
-
-    def constants(self) -> dict[str, Tensor]:
-        """Every tensor the graph reads that is not an input, by the name AOTInductor will ask for."""
-        held = dict(self.gm.named_parameters()) | dict(self.gm.named_buffers())
-        used = {n.target for n in self.gm.graph.nodes if n.op == "get_attr"}
-        return {name: t for name, t in held.items() if name in used}
-
-    def live_inputs(self) -> tuple[TensorSpec, ...]:
-        """The inputs that the pruned graph reads."""
-        placeholders = self.gm.graph.find_nodes(op="placeholder")
-        return tuple(spec for spec, node in zip(self.inputs, placeholders, strict=True) if node.users)
 
 
 def capture(
@@ -84,14 +62,6 @@ def register_constants(gm: fx.GraphModule) -> None:
         if isinstance(value, Tensor):
             delattr(owner, name)
             owner.register_buffer(name, value)
-
-
-def output_nodes(gm: fx.GraphModule) -> list[fx.Node]:
-    """The nodes whose values the graph returns, flat."""
-    (output,) = gm.graph.find_nodes(op="output")
-    flat: list[fx.Node] = []
-    fx.map_arg(output.args, lambda n: flat.append(n))
-    return flat
 
 
 def specs(names: tuple[str, ...], tensors) -> tuple[TensorSpec, ...]:

@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 
+from ..passes.attention_dtype import attention_in
+from ..passes.captured_graph import Captured
 from ..plan import Planned, without_dead
 from ..progress import Progress
-from ..sites.apply import VariantModule
+from ..sites.actions import VariantModule
 from ..sites.marks import Mark, Variant
-from .attention_dtype import attention_in
-from .capture import Captured, capture
+from .capture import capture
 
 
 def capture_variants(

@@ -46,7 +46,7 @@ def add_calibrate(commands: argparse._SubParsersAction) -> None:
 def _calibrate(args: argparse.Namespace) -> int:
     import torch
 
-    from ..caches import calibration
+    from ..caches.common import calibration
     from ..calibrators import heatmap, runner
     from ..progress import progress
     from ..recipe.resolve import check_scheduler, folder_of, resolve

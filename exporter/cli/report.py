@@ -43,8 +43,8 @@ def add_report(commands: argparse._SubParsersAction) -> None:
 def _report(args: argparse.Namespace) -> int:
     from ...runtime.errors import RecipeError
     from ...runtime.manifest import FAMILY, read_manifest
-    from ..page.build import write
-    from ..page.gather import Choices, gather
+    from ..html_report.build import write
+    from ..html_report.facts import Choices, gather
     from ..progress import progress
     from .quiet import hush
 

@@ -21,8 +21,8 @@ from torch.utils.flop_counter import FlopCounterMode, mm_flop, sdpa_flop_count
 from ...runtime.errors import ExportError
 from ...runtime.manifest import Cost
 from ...runtime.plan import Plan
-from ..capture.capture import Captured
 from ..lower import w8a8
+from ..passes.captured_graph import Captured
 
 FLOP_FORMULAS = {
     torch.ops.aten._int_mm: lambda a, b, *rest, **kwargs: mm_flop(a, b),

@@ -16,7 +16,7 @@ from torch import Tensor
 from ...runtime.attachment.arguments import Argument, digest, dtype_name, same, shown, values
 from ...runtime.errors import ExportError
 from ...runtime.plan import Call
-from .watch import Seen, Watched, check_plain
+from .observation import Seen, Watched, check_plain
 
 
 @dataclass(frozen=True)

@@ -15,19 +15,19 @@ from typing import TYPE_CHECKING, Any
 from ...runtime.attachment.facts import graph_name
 from ...runtime.errors import RecipeError
 from ...runtime.manifest import Defaults
-from ..caches import calibration as calibrations
-from ..caches.fallback import that_holds
-from ..capture.capture import Captured
+from ..caches.common import calibration as calibrations
+from ..caches.common.fallback import that_holds
 from ..cost.count import cost
 from ..load.source import Loaded
+from ..passes.captured_graph import Captured
 from ..plan import plan
 from ..progress import Progress
 from ..prompts import picture_prompts
 from ..recipe.resolve import Recipe
 from ..rewrite import rewrite_denoiser
 from ..sites.discover import discover
-from .record import record
-from .watch import Request, requested
+from .observation import Request, requested
+from .recording import record
 
 if TYPE_CHECKING:
     from ..prepared import Prepared

@@ -20,9 +20,9 @@ from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 
 from .. import lower
-from ..capture.capture import Captured
 from ..lower.toolchain import versions
 from ..package.folder import digest
+from ..passes.captured_graph import Captured
 from ..recipe.resolve import Recipe
 
 FORMAT = 1

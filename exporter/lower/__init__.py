@@ -19,7 +19,7 @@ from ...runtime.extras import way_to
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..capture.capture import Captured
+    from ..passes.captured_graph import Captured
     from ..recipe.schema import Recipe
 
 Groups = Mapping[str, Sequence["Captured"]]

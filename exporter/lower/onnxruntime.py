@@ -17,10 +17,11 @@ import onnxscript
 import torch
 
 from ...runtime.errors import RecipeError
-from ..capture.capture import Captured
-from . import Files, Groups, Made, onnx_rewrite
-from .isa import int8_flags
-from .onnx_graph import located, onnx_model, places
+from ..passes.captured_graph import Captured
+from . import Files, Groups, Made
+from .aoti.isa import int8_flags
+from .onnx import rewrite
+from .onnx.graph import located, onnx_model, places
 from .options import OnnxOptions, options
 from .w8a8 import quantized, refuse_convolutions
 
@@ -69,7 +70,7 @@ def adapted(recipe: Any) -> tuple[Any, tuple[str, ...]]:
 
 def rewritten(graph: Captured, config: Any) -> Captured:
     """The graph as ONNX can say it."""
-    return onnx_rewrite.rewritten(graph)
+    return rewrite.rewritten(graph)
 
 
 def lower(folder: Path, groups: Groups, config: Any, made: Made) -> dict[str, str]:

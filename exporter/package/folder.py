@@ -24,7 +24,7 @@ from ...runtime.manifest import FileEntry, Manifest
 from ...runtime.plan import Plan
 from ...runtime.storage.rename import is_artifact, make_readable, put, recover, replace
 from ...runtime.storage.scratch import scratch, sweep
-from ..capture.capture import Captured
+from ..passes.captured_graph import Captured
 from .disk import disk_for
 
 PARTIAL = ".partial"

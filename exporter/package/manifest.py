@@ -8,7 +8,7 @@ from typing import Any
 
 from ...runtime.attachment.facts import variant_name
 from ...runtime.manifest import FAMILY, Graph, Manifest, Requires, Site
-from ..caches import calibration as calibrations
+from ..caches.common import calibration as calibrations
 from ..families.picture import VAE_ENCODER
 from ..families.registry import FAMILIES
 from ..load import source

@@ -14,8 +14,8 @@ from torch import nn
 
 from ..lower import backend
 from .fuse import fuse_qkv
-from .hooked import refuse_hooked
 from .quantize import quantize
+from .refuse_hooks import refuse_hooked
 
 DENOISERS = ("transformer", "unet")
 """What diffusers' pipelines call the part that is run at every step."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from ...runtime.errors import ExportError
-from .joint import FusedJointAttention
+from .sd3_attention import FusedJointAttention
 
 PARTS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
 

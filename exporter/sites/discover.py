@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
-from .apply import arguments, flat_outputs, submodule
+from .actions import arguments, flat_outputs, submodule
 from .component import Component
 from .guidance import LOW
 from .layout import Kind, Layout, Place

@@ -27,7 +27,7 @@ from ...runtime.errors import ArtifactError, ExportError
 from ...runtime.manifest import Manifest
 from ...runtime.plan import Plan
 from ..denoiser_alone.prepare import requested_by
-from ..denoiser_alone.record import record
+from ..denoiser_alone.recording import record
 from ..load import source
 from ..package.folder import file_entries
 from ..prompts import picture_prompts

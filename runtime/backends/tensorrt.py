@@ -1,6 +1,6 @@
 """TensorRT and TensorRT-RTX, whose bindings have the same names: an engine in, a callable graph out.
 
-The twin of `exporter/lower/tensorrt.py`. An engine is native code, and has no weights in it: constants are inputs of its
+The twin of `exporter/lower/tensorrt/__init__.py`. An engine is native code, and has no weights in it: constants are inputs of its
 network, and every engine is bound to the artifact's tensors where they lie. Scratch memory is one block, for the graph
 that needs the most; graphs run in turn on a stream of their own, which waits for the caller's and which the caller's
 waits for. So calls from several streams or threads cannot meet in it. What TensorRT-RTX compiles for this GPU when an engine is

@@ -1,6 +1,6 @@
 """What code that was compiled for GPUs asks of this one: its compute capability, and the CUDA of its driver.
 
-A manifest's `requires.packages` come in, as `exporter/lower/cuda.py` and `exporter/lower/tensorrt.py` write them; sentences
+A manifest's `requires.packages` come in, as `exporter/lower/aoti/cuda.py` and `exporter/lower/tensorrt/__init__.py` write them; sentences
 come out. Nothing is opened.
 """
 

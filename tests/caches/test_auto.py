@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from prebake.exporter.caches import Auto, NoCache
 from prebake.exporter.caches.auto import Floor, choose
-from prebake.exporter.caches.calibration import Calibration, Fitted, find, read
+from prebake.exporter.caches.common.calibration import Calibration, Fitted, find, read
 from prebake.exporter.calibrators.runner import parted
 from prebake.exporter.calibrators.search import RIDGE, Walk, least_squares, search, stacked
 from prebake.exporter.plan import plan

@@ -28,7 +28,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from prebake.exporter.caches import Trajectory
-from prebake.exporter.caches.calibration import Calibration, Decisions, parameters
+from prebake.exporter.caches.common.calibration import Calibration, Decisions, parameters
 from prebake.exporter.caches.dbcache import DBCache, decision, forecast, lists, marks, schedule
 from prebake.exporter.calibrators import dbcache
 from prebake.exporter.calibrators.dynamic import Replayed, dynamic_replay

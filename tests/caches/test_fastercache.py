@@ -20,7 +20,8 @@ from diffusers import (
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from prebake.exporter.caches import FasterCache, Trajectory, schedule
+from prebake.exporter.caches import FasterCache, Trajectory
+from prebake.exporter.caches.common import schedule
 from prebake.exporter.capture.variants import capture_variants
 from prebake.exporter.cost.count import attention_ops, cost, module_flops
 from prebake.exporter.cost.variants import check_variants

@@ -15,7 +15,7 @@ from diffusers import DDIMScheduler, FirstBlockCacheConfig, FlowMatchEulerDiscre
 from torch import Tensor, nn
 
 from prebake.exporter.caches import Trajectory
-from prebake.exporter.caches.calibration import Calibration, Decisions, parameters
+from prebake.exporter.caches.common.calibration import Calibration, Decisions, parameters
 from prebake.exporter.caches.firstblock import FirstBlockCache, decision, marks, schedule
 from prebake.exporter.calibrators import firstblock
 from prebake.exporter.calibrators.dynamic import Replayed, dynamic_replay

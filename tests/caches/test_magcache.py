@@ -24,8 +24,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from prebake.exporter.caches import MagCache, NoCache, Trajectory, schedule
-from prebake.exporter.caches.calibration import Calibration
+from prebake.exporter.caches import MagCache, NoCache, Trajectory
+from prebake.exporter.caches.common import schedule
+from prebake.exporter.caches.common.calibration import Calibration
 from prebake.exporter.caches.magcache import decisions, interpolated
 from prebake.exporter.calibrators.eager_replay import eager_variants
 from prebake.exporter.calibrators.magnitudes import ratio

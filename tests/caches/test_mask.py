@@ -15,9 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from prebake.exporter.caches import Mask, NoCache, Trajectory, schedule
-from prebake.exporter.caches.predict import polynomial
-from prebake.exporter.caches.steps_mask import NAMES, steps_mask
+from prebake.exporter.caches import Mask, NoCache, Trajectory
+from prebake.exporter.caches.common import schedule
+from prebake.exporter.caches.common.predict import polynomial
+from prebake.exporter.caches.common.steps_mask import NAMES, steps_mask
 from prebake.exporter.plan import plan
 from prebake.exporter.sites.discover import discover
 from prebake.runtime.errors import ExportError, RecipeError

@@ -15,12 +15,12 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, HeunDiscre
 from torch import Tensor
 
 from prebake.exporter.caches import NoCache, Trajectory
-from prebake.exporter.caches.calibration import Calibration
+from prebake.exporter.caches.common.calibration import Calibration
 from prebake.exporter.caches.smoothcache import SmoothCache, components, scan, schedule
 from prebake.exporter.calibrators.observe import joined, observe
 from prebake.exporter.plan import plan
 from prebake.exporter.plan.sampler import Table
-from prebake.exporter.sites.apply import flat_outputs
+from prebake.exporter.sites.actions import flat_outputs
 from prebake.exporter.sites.component import Component
 from prebake.exporter.sites.discover import discover
 from prebake.exporter.sites.layout import Layout

@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from prebake.exporter.caches import Trajectory
-from prebake.exporter.caches.calibration import Calibration, Decisions, parameters
+from prebake.exporter.caches.common.calibration import Calibration, Decisions, parameters
 from prebake.exporter.caches.teacache import POLYNOMIALS, Exact, TeaCache, decision, marks, schedule
 from prebake.exporter.calibrators import teacache
 from prebake.exporter.calibrators.dynamic import Replayed, dynamic_replay

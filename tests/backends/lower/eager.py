@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from prebake.exporter.capture.capture import Captured
 from prebake.exporter.lower import Files, Groups, Made
+from prebake.exporter.passes.captured_graph import Captured
 from prebake.runtime.errors import ExportError
 
 CHANNELS_LAST = False

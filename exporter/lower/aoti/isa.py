@@ -1,0 +1,64 @@
+"""The CPU instruction set that compiled code may use, chosen at export and written down, never `-march=native` unsaid."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+from ....runtime.errors import ExportError
+
+V3 = ("avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe")
+V4 = (*V3, "avx512bw", "avx512cd", "avx512dq", "avx512f", "avx512vl")
+LEVELS = {"x86-64-v3": V3, "x86-64-v4": V4}
+SIMDLEN = {"x86-64-v3": 256, "x86-64-v4": 512}
+
+
+def host_flags() -> frozenset[str]:
+    """This machine's CPU flags as /proc/cpuinfo names them; empty where there is none (not Linux, not x86)."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return frozenset(next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), []))
+
+
+def choose(isa: str) -> tuple[str, tuple[str, ...]]:
+    """(level, /proc/cpuinfo flags it needs). "host" is the highest named level that this machine has.
+
+    Raises ExportError for a level that the compiler's self-checks could not run here.
+    """
+    flags = host_flags()
+    if isa == "native" or platform.machine() not in ("x86_64", "AMD64"):
+        return "native", tuple(sorted(flags))
+    if isa == "host":
+        level = next((name for name in ("x86-64-v4", "x86-64-v3") if flags.issuperset(LEVELS[name])), None)
+        if level is None:
+            raise ExportError(
+                "compile.isa 'host': this CPU has no AVX2, so neither x86-64-v3 nor v4 fits; set compile.isa=native"
+            )
+        return level, LEVELS[level]
+    missing = sorted(set(LEVELS[isa]) - flags)
+    if missing:
+        raise ExportError(
+            f"compile.isa {isa!r} needs {', '.join(missing)}, which this CPU lacks, so the result could not be verified here; export on such a machine or choose a lower level"
+        )
+    return isa, LEVELS[isa]
+
+
+def int8_flags() -> tuple[str, ...]:
+    """The flag that quantized code needs besides its level.
+
+    Where the exporting CPU has VNNI, torchao multiplies unsigned by signed bytes. Without VNNI oneDNN adds such products
+    in pairs of 16 bits, which saturate: the test pipeline's error rose from 0.001 to 0.02 with oneDNN held below VNNI.
+    """
+    return next(((flag,) for flag in ("avx512_vnni", "avx_vnni") if flag in host_flags()), ())
+
+
+def inductor_flags(level: str) -> dict[str, object]:
+    """The Inductor options that hold generated code to the level. `cpp.march` exists since torch 2.13."""
+    import torch._inductor.config as config
+
+    if level == "native":
+        return {}
+    flags: dict[str, object] = {"cpp.simdlen": SIMDLEN[level]}
+    if hasattr(config.cpp, "march"):
+        flags["cpp.march"] = level
+    return flags

@@ -1,0 +1,111 @@
+"""CPU kernels of our own, for what AOTInductor leaves slow: attention, rotary embeddings, int8 layers and convolutions with
+what lies around their product, and layers of few rows.
+
+They are C++ in this folder, compiled when an artifact is exported and linked into its code, so that a runtime needs nothing
+for them: Inductor calls them by torch's C interface, as it calls its own. Written for AVX-512 with VNNI and BF16 (AMD from
+Zen 4 on, Intel from Sapphire Rapids on); for other machines a graph stays as it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+from .....runtime.errors import ExportError
+from ..isa import LEVELS, host_flags
+from .operators import attention, few_rows, packed_w8a8, packed_w8a8_conv2d, rotary
+
+HERE = Path(__file__).parent
+LIBRARY = "prebake_kernels"
+LEVEL = "x86-64-v4"
+FLAGS = ("avx512_bf16", "avx512_vnni")
+"""What the kernels need above LEVEL, as /proc/cpuinfo names it."""
+COMPILE = ("-std=c++20", "-O3", f"-march={LEVEL}", "-mavx512vnni", "-mavx512bf16", "-fPIC", "-fvisibility=hidden")
+
+_ONE, _SOME = "AtenTensorHandle", "const AtenTensorHandle*"
+DECLARATIONS = {
+    packed_w8a8._opoverload: (
+        f"AOTITorchError aoti_torch_cpu_packed_w8a8({_SOME}, int64_t, {_ONE}, {_ONE}, {_SOME}, int64_t, {_ONE}*)"
+    ),
+    packed_w8a8_conv2d._opoverload: (
+        f"AOTITorchError aoti_torch_cpu_packed_w8a8_conv2d({_ONE}, {_ONE}, {_ONE}, {_SOME}, int64_t, int64_t, int64_t, "
+        f"int64_t, double, {_SOME}, {_SOME}, {_ONE}*)"
+    ),
+    few_rows._opoverload: f"AOTITorchError aoti_torch_cpu_few_rows({_ONE}, {_ONE}, {_SOME}, {_ONE}*)",
+    attention._opoverload: f"AOTITorchError aoti_torch_cpu_attention({_ONE}, {_ONE}, {_ONE}, double, {_ONE}*)",
+    rotary._opoverload: f"AOTITorchError aoti_torch_cpu_rotary({_ONE}, {_ONE}, {_ONE}, int64_t, {_ONE}*)",
+}
+OPERATORS = tuple(DECLARATIONS)
+
+
+def fit(level: str) -> bool:
+    """Whether code for this level of compile.isa may call them, and this machine could verify it."""
+    return level in (LEVEL, "native") and host_flags().issuperset((*LEVELS[LEVEL], *FLAGS))
+
+
+@contextmanager
+def linked(folder: Path, gm: fx.GraphModule, threads: int) -> Iterator[dict[str, Any]]:
+    """Inductor's options for a graph that calls kernels, which are compiled into `folder` if they are not there; none for others."""
+    if not any(node.target in OPERATORS for node in gm.graph.nodes):
+        yield {}
+        return
+    library = archive(folder, threads)
+    before = os.environ.get("LIBRARY_PATH")  # where the linker looks, and no file that it writes says so
+    os.environ["LIBRARY_PATH"] = os.pathsep.join(filter(None, (str(library.parent), before)))
+    try:
+        yield {
+            "aot_inductor.custom_ops_to_c_shims": {op: [DECLARATIONS[op]] for op in OPERATORS},
+            "aot_inductor.custom_op_libs": [LIBRARY],
+        }
+    finally:
+        if before is None:
+            del os.environ["LIBRARY_PATH"]
+        else:
+            os.environ["LIBRARY_PATH"] = before
+
+
+def archive(folder: Path, threads: int) -> Path:
+    """The static library of kernels whose loops fork so many threads, in a folder named by all that goes into it.
+
+    Raises ExportError with what the compiler said.
+    """
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    include = Path(torch.__file__).parent / "include"
+    command = [get_cpp_compiler(), *COMPILE, *(["-fopenmp"] if threads > 1 else []), f"-DTHREADS={threads}"]
+    sources = sorted(HERE.glob("*.cpp"))
+    parts = [
+        repr(command).encode(),
+        torch.__version__.encode(),
+        *(p.read_bytes() for p in [*sources, *HERE.glob("*.h")]),
+    ]
+    place = folder / f"kernels-{hashlib.sha256(b''.join(parts)).hexdigest()[:16]}"
+    made = place / f"lib{LIBRARY}.a"
+    if made.is_file():
+        return made
+    place.mkdir(exist_ok=True)
+    objects = [place / f"{source.stem}.o" for source in sources]
+    for source, made_of_it in zip(sources, objects, strict=True):
+        shorter = f"-ffile-prefix-map={HERE}=prebake"
+        run([*command, shorter, f"-I{include}", "-c", str(source), "-o", str(made_of_it)])
+    partial = place / "partial.a"
+    partial.unlink(missing_ok=True)
+    run(["ar", "rcsD", str(partial), *map(str, objects)])
+    return partial.rename(made)
+
+
+def run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        said = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[:200])
+        raise ExportError(
+            f"the CPU kernels could not be compiled ({command[0]}: {said}); set compile.options.kernels=false to do without"
+        )

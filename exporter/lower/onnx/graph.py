@@ -1,0 +1,207 @@
+"""A captured graph as an ONNX model: for every backend that reads ONNX, and for nothing else.
+
+The graph comes from `onnx_rewrite.rewritten`. Out comes a model whose initializers have the names of the graph's constants
+and no data: that lies in the artifact's weight files, and `located` writes down where. Its bytes depend on the graph alone; traces and paths of
+the sources are left out. Linears of 8 bits (`w8a8.py`) are Q/DQ pairs of constant scales, which ONNX Runtime and TensorRT
+both turn into products of int8, and TensorRT into such of fp8: x / max|x| of its token is what is quantized, and the maximum is
+multiplied in again after.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import torch
+from onnx_ir.passes import common
+from onnxscript import opset21
+from torch import Tensor
+from torch.onnx import OnnxExporterError
+
+from ....runtime.errors import ExportError
+from ...passes.captured_graph import Captured
+from ..options import OPSET
+from ..w8a8 import FP8_LEVELS, FP8_OPERATOR, LEVELS, OPERATOR, TINY
+from .program import flat_program
+
+op: Any = opset21
+DATA = "weights"
+"""Where the model says that its initializers' data lies, until `located` says it."""
+
+
+def onnx_model(graph: Captured, opset: int = OPSET) -> onnx.ModelProto:
+    """The graph as ONNX, with inputs and outputs named as its own. Raises ExportError naming what ONNX cannot say."""
+    constants = graph.constants()
+    if pairs := sorted(name for name, tensor in constants.items() if tensor.is_complex()):
+        raise ExportError(
+            f"graph {graph.name!r}: constant {pairs[0]!r} is complex, which ONNX has no operators for; set compile.backend=aoti"
+        )
+    model = translated(graph, opset)
+    for name, tensor in constants.items():
+        if name in model.graph.initializers:
+            model.graph.initializers[name].const_value = without_data(name, tensor)
+    model.metadata_props.clear()
+    model.producer_version = None
+    common.ClearMetadataAndDocStringPass()(model)
+    common.RemoveUnusedNodesPass()(model)
+    return ir.to_proto(model)
+
+
+def translated(graph: Captured, opset: int) -> ir.Model:
+    """By torch.onnx: of the graph as it is, and of one that is traced again where an operator has to be taken apart."""
+    try:
+        with quiet():
+            try:
+                return by_torch(graph, flat_program(graph), opset)
+            except OnnxExporterError:
+                return by_torch(graph, torch.export.export(graph.gm, graph.args, strict=False), opset)
+    except Exception as e:
+        raise ExportError(f"graph {graph.name!r}: it has no form in ONNX ({root(e)}); set compile.backend=aoti") from e
+
+
+def by_torch(graph: Captured, program: torch.export.ExportedProgram, opset: int) -> ir.Model:
+    """Without torch.onnx's optimizer, whose time grows faster than the graph."""
+    made = torch.onnx.export(
+        program,
+        (),
+        dynamo=True,
+        opset_version=opset,
+        optimize=False,
+        verbose=False,
+        input_names=[s.name for s in graph.inputs],
+        output_names=[s.name for s in graph.outputs],
+        custom_translation_table={
+            OPERATOR.default: w8a8(LEVELS, onnx.TensorProto.INT8),
+            FP8_OPERATOR.default: w8a8(FP8_LEVELS, onnx.TensorProto.FLOAT8E4M3FN),
+            torch.ops.aten.rms_norm.default: rms_norm,
+        },
+    )
+    assert made is not None
+    return made.model
+
+
+def root(e: BaseException) -> str:
+    """What an error comes from, in a line: torch.onnx wraps the operator that it does not know in pages of advice."""
+    while e.__cause__:
+        e = e.__cause__
+    return f"{type(e).__name__}: {next(iter(str(e).strip().splitlines()), 'no message')}"
+
+
+def w8a8(levels: float, dtype: int) -> Any:
+    """What writes `prebake::w8a8`, or `w8a8_fp8`. Products of one input share its scaling, and each has quantizing nodes of its
+    own: that is the pattern which runtimes look for."""
+    scaled: dict[Any, tuple[Any, Any]] = {}
+
+    def translate(x: Any, weight: Any, scale: Any, bias: Any = None) -> Any:
+        if x not in scaled:
+            wide = as_float(x)
+            last = op.Constant(value_ints=[-1])
+            above, below = op.ReduceMax(wide, last, keepdims=1), op.Neg(op.ReduceMin(wide, last, keepdims=1))
+            largest = op.Max(above, below, op.Constant(value_float=TINY))
+            scaled[x] = op.Div(wide, largest), largest
+        tokens, largest = scaled[x]
+        zero = onnx.helper.make_tensor("", dtype, (), bytes(1), raw=True)
+        step, zero = op.Constant(value_float=1 / levels), op.Constant(value=zero)
+        left = op.DequantizeLinear(op.QuantizeLinear(tokens, step, zero), step, zero)
+        y = op.Mul(op.MatMul(left, op.DequantizeLinear(weight, scale, axis=1)), largest)
+        if bias is not None:
+            y = op.Add(y, as_float(bias))
+        return y if x.dtype == ir.DataType.FLOAT else op.Cast(y, to=x.dtype)
+
+    return translate
+
+
+def rms_norm(x: Any, shape: Sequence[int], weight: Any = None, eps: float | None = None) -> Any:
+    """What writes `aten::rms_norm`, in float32, as x / sqrt(mean(x ** 2) + eps) * weight: ONNX Runtime makes one kernel of
+    that, and none of what torch.onnx would take it apart into."""
+    wide = as_float(x)
+    axes = op.Constant(value_ints=list(range(-len(shape), 0)))
+    mean = op.ReduceMean(op.Pow(wide, op.Constant(value_float=2.0)), axes, keepdims=1)
+    least = op.Constant(value_float=torch.finfo(torch.float32).eps if eps is None else eps)
+    y = op.Div(wide, op.Sqrt(op.Add(mean, least)))
+    y = y if weight is None else op.Mul(y, as_float(weight))
+    return y if x.dtype == ir.DataType.FLOAT else op.Cast(y, to=x.dtype)
+
+
+def as_float(x: Any) -> Any:
+    return x if x.dtype == ir.DataType.FLOAT else op.Cast(x, to=ir.DataType.FLOAT)
+
+
+def without_data(name: str, tensor: Tensor) -> ir.ExternalTensor:
+    """The tensor's name, dtype, shape and size."""
+    dtype = ir.DataType[DTYPES[tensor.dtype]]
+    return ir.ExternalTensor(DATA, 0, tensor.nbytes, dtype, shape=ir.Shape(tensor.shape), name=name, base_dir="")
+
+
+DTYPES = {
+    torch.float32: "FLOAT",
+    torch.float16: "FLOAT16",
+    torch.bfloat16: "BFLOAT16",
+    torch.float64: "DOUBLE",
+    torch.float8_e4m3fn: "FLOAT8E4M3FN",
+    torch.int8: "INT8",
+    torch.uint8: "UINT8",
+    torch.int16: "INT16",
+    torch.int32: "INT32",
+    torch.int64: "INT64",
+    torch.bool: "BOOL",
+}
+"""torch's dtype -> ONNX's name of it."""
+
+
+def located(model: onnx.ModelProto, places: Mapping[str, tuple[str, int]]) -> None:
+    """Points every constant at its place, (file, offset in bytes): files are relative to the folder that readers are told."""
+    for initializer in model.graph.initializer:
+        if initializer.data_location == onnx.TensorProto.EXTERNAL:
+            path, offset = places[initializer.name]
+            length = next(e.value for e in initializer.external_data if e.key == "length")
+            del initializer.external_data[:]
+            for key, value in (("location", path), ("offset", str(offset)), ("length", length)):
+                initializer.external_data.add(key=key, value=value)
+
+
+def places(folder: Path) -> dict[str, tuple[str, int]]:
+    """Key -> (weight file, offset of its data), of all tensors in the folder's weight files."""
+    found = {}
+    for path in sorted((folder / "weights").iterdir()):
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
+        for key, entry in header.items():
+            if key != "__metadata__":
+                found[key] = (f"weights/{path.name}", 8 + size + entry["data_offsets"][0])
+    return found
+
+
+def with_data(model: onnx.ModelProto, constants: Mapping[str, Tensor]) -> onnx.ModelProto:
+    """A copy of the model with its constants' values inside: for checkers, which want a whole model, and for small ones."""
+    whole = onnx.ModelProto()
+    whole.CopyFrom(model)
+    for initializer in whole.graph.initializer:
+        if initializer.data_location == onnx.TensorProto.EXTERNAL:
+            initializer.ClearField("data_location")
+            del initializer.external_data[:]
+            values = constants[initializer.name].detach().contiguous().reshape(-1)
+            initializer.raw_data = values.view(torch.uint8).numpy().tobytes()
+    return whole
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without torch.onnx's notes on packages that nothing here needs."""
+    log = logging.getLogger("torch.onnx._internal.exporter._registration")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(before)

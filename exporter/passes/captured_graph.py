@@ -1,0 +1,39 @@
+"""A captured graph: what capture gives, passes change and backends lower."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, fx
+
+from ...runtime.manifest import TensorSpec
+
+
+@dataclass(frozen=True)
+class Captured:
+    """One graph ready to lower: `gm(*args)` returns a tuple. `inputs` and `outputs` name what is passed, in order."""
+
+    name: str
+    gm: fx.GraphModule
+    args: tuple[Tensor, ...]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    def constants(self) -> dict[str, Tensor]:
+        """Every tensor the graph reads that is not an input, by the name AOTInductor will ask for."""
+        held = dict(self.gm.named_parameters()) | dict(self.gm.named_buffers())
+        used = {n.target for n in self.gm.graph.nodes if n.op == "get_attr"}
+        return {name: t for name, t in held.items() if name in used}
+
+    def live_inputs(self) -> tuple[TensorSpec, ...]:
+        """The inputs that the pruned graph reads."""
+        placeholders = self.gm.graph.find_nodes(op="placeholder")
+        return tuple(spec for spec, node in zip(self.inputs, placeholders, strict=True) if node.users)
+
+
+def output_nodes(gm: fx.GraphModule) -> list[fx.Node]:
+    """The nodes whose values the graph returns, flat."""
+    (output,) = gm.graph.find_nodes(op="output")
+    flat: list[fx.Node] = []
+    fx.map_arg(output.args, lambda n: flat.append(n))
+    return flat

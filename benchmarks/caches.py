@@ -28,7 +28,7 @@ import figures
 import torch
 
 from prebake.exporter import pipeline, shapes
-from prebake.exporter.bench.compiled_variants import Compiled, sites_of
+from prebake.exporter.bench.compiled_variants import Compiled, describe_sites
 from prebake.exporter.caches import (
     Auto,
     Cache,
@@ -45,20 +45,26 @@ from prebake.exporter.caches import (
     TaylorSeer,
     TeaCache,
 )
-from prebake.exporter.caches.common.calibration import Calibration, read
-from prebake.exporter.calibrators.runner import drawn, means, online, shares, watch
-from prebake.exporter.calibrators.subject import Run, Subject
+from prebake.exporter.caches.common.calibration import Calibration, read_calibration
+from prebake.exporter.calibrators.runner import (
+    average_figures,
+    build_rule_replay,
+    count_decisions,
+    draw_runs,
+    observe_runs,
+)
+from prebake.exporter.calibrators.subject import CalibrationRun, CalibrationSubject
 from prebake.exporter.load import source
-from prebake.exporter.plan import plan
+from prebake.exporter.plan import make_plans
 from prebake.exporter.progress import progress
 from prebake.exporter.recipe.resolve import Recipe, resolve
-from prebake.exporter.rewrite import rewrite
+from prebake.exporter.rewrite import rewrite_pipeline
 from prebake.exporter.shapes.checker import check
-from prebake.exporter.sites.discover import discover
+from prebake.exporter.sites.discover import discover_layout
 from prebake.exporter.verify.measure import psnr_db, ssim
 from prebake.runtime.errors import ExportError, RecipeError
 from prebake.runtime.plan import Plan
-from prebake.runtime.replay import Tables, Variant, replay, tables_on
+from prebake.runtime.replay import DenoiserVariant, PlanTables, replay, tabulate_plan
 
 RECIPES = {"shapes": "flux-fast", "shapes-sd": "sd-fast"}
 FLOAT32 = (
@@ -86,8 +92,8 @@ class Row:
     """A contender as it runs, and what was seen of it."""
 
     contender: Contender
-    tables: Tables
-    variants: dict[str, Variant]
+    tables: PlanTables
+    variants: dict[str, DenoiserVariant]
     sites: dict[str, Any]
     strip: str
     seconds: list[float] = field(default_factory=list)
@@ -161,12 +167,12 @@ class Bench:
         recipe: Recipe = resolve(RECIPES[model], FLOAT32, model)
         self.quiet = progress("quiet")
         loaded = source.load(model, None, {"default": torch.float32})
-        self.pipe, self.family = loaded.pipe, pipeline.family_of(loaded.pipe)
-        rewrite(self.pipe, recipe)
+        self.pipe, self.family = loaded.pipe, pipeline.find_family(loaded.pipe)
+        rewrite_pipeline(self.pipe, recipe)
         self.defaults, self.size, _ = pipeline.settle(recipe, self.family, loaded)
-        self.steps, self.fitted, self.source = steps, fitted, loaded.source
+        self.steps, self.fit_weights, self.source = steps, fitted, loaded.source
         self.denoiser = self.family.denoiser(self.pipe, self.size)
-        self.layout = discover(self.denoiser)
+        self.layout = discover_layout(self.denoiser)
         self.scale = self.family.facts(self.pipe, self.size)["timestep_scale"]
         self.compiled = Compiled()
         decoder = self.family.others(self.pipe, self.size, channels_last=False)[-1].module
@@ -176,42 +182,46 @@ class Bench:
         with progress("quiet") as quiet:
             return pipeline.sampler_table(self.family, self.pipe, self.size, steps, quiet)
 
-    def runs(self, prompts: Sequence[str]) -> list[Run]:
+    def runs(self, prompts: Sequence[str]) -> list[CalibrationRun]:
         """The prompts with noise that no calibration has seen."""
         guidance = self.defaults.guidance_scale
-        return list(drawn(self.family, self.pipe, self.size, self.table(self.steps), prompts, 1, guidance, SEED))
+        return list(draw_runs(self.family, self.pipe, self.size, self.table(self.steps), prompts, 1, guidance, SEED))
 
     def observe(self, count: int) -> None:
         """What eager runs on noise of their own show, for the methods that are calibrated."""
         prompts = shapes.prompts("underspecified")
         guidance = self.defaults.guidance_scale
         table = self.table(self.steps)
-        every = list(drawn(self.family, self.pipe, self.size, table, prompts, 3, guidance))
+        every = list(draw_runs(self.family, self.pipe, self.size, table, prompts, 3, guidance))
         self.calibration_runs = every[2::3][:count]
-        self.subject = Subject(self.denoiser, self.layout, table, self.scale)
+        self.subject = CalibrationSubject(self.denoiser, self.layout, table, self.scale)
         with progress("quiet") as quiet:
-            observed, _ = watch(self.subject, NoCache(), iter(self.calibration_runs), quiet)
+            observed, _ = observe_runs(self.subject, NoCache(), iter(self.calibration_runs), quiet)
         self.calibration = Calibration(
             model=self.source.model, sha256=self.source.sha256, scheduler=table.scheduler, steps=self.steps,
             timesteps=table.timesteps, guidance_scale=guidance, prompts=count, prompts_sha256="", seeds=1,
-            auto=self.fitted.auto if self.fitted else (), **means(self.layout, observed),
+            auto=self.fit_weights.auto if self.fit_weights else (), **average_figures(self.layout, observed),
         )  # fmt: skip
 
     def row(self, contender: Contender) -> Row:
         """The contender's plan, compiled. Raises ExportError or RecipeError where the model or the steps do not suit it."""
         calibration = self.calibration
-        if decides := online(contender.cache):
+        if decides := build_rule_replay(contender.cache):
             decided = [decides(self.subject, run).decisions for run in self.calibration_runs]
-            frozen = {contender.cache.method: shares(contender.cache, decided)}
+            frozen = {contender.cache.method: count_decisions(contender.cache, decided)}
             calibration = calibration.model_copy(update={"decisions": frozen})
-        planned = plan(contender.cache, self.layout, {contender.steps: self.table(contender.steps)}, calibration)
+        planned = make_plans(contender.cache, self.layout, {contender.steps: self.table(contender.steps)}, calibration)
         chosen = planned.plans[0]
         planned, variants = self.compiled.variants(self.denoiser, planned)
         return Row(
-            contender, tables_on(chosen, torch.device("cpu"), self.scale), variants, sites_of(planned), strip(chosen)
+            contender,
+            tabulate_plan(chosen, torch.device("cpu"), self.scale),
+            variants,
+            describe_sites(planned),
+            strip(chosen),
         )
 
-    def draw(self, row: Row, run: Run) -> tuple[torch.Tensor, float]:
+    def draw(self, row: Row, run: CalibrationRun) -> tuple[torch.Tensor, float]:
         """A picture, and the seconds of its denoising loop."""
         start = time.perf_counter()
         latents = replay(row.tables, row.variants, row.sites, run.inputs, run.latents, noise=run.noise)
@@ -307,7 +317,7 @@ def main() -> None:
         return
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
-    bench = Bench(args.model, args.steps, read(args.calibration) if args.calibration else None)
+    bench = Bench(args.model, args.steps, read_calibration(args.calibration) if args.calibration else None)
     bench.observe(args.calibrate_runs)
     rows: list[Row] = []
     for contender in contenders(args.model, args.steps):

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from denoiser import call
 
-from prebake.exporter.cost.count import census
-from prebake.exporter.cost.forecast import speed_of
+from prebake.exporter.cost.count import take_census
+from prebake.exporter.cost.forecast import build_rates
 from prebake.exporter.pipeline import prepare
 from prebake.exporter.progress import progress
 from prebake.exporter.verify.verify import recipe_of
@@ -51,10 +51,10 @@ def main() -> None:
 def compared(prepared: Any, artifact: Artifact, repeats: int) -> dict[str, Any]:
     """Variant -> predicted milliseconds by class, and the measured median."""
     measured = taken(prepared, artifact, repeats)
-    speed = speed_of(prepared.recipe.compile)
+    speed = build_rates(prepared.recipe.compile)
     found: dict[str, Any] = {}
     for graph in prepared.graphs["denoiser"]:
-        counted = census(graph)
+        counted = take_census(graph)
         start = time.perf_counter()
         forecast = speed.forecast(counted, prepared.costs[graph.name].constants_bytes)
         found[graph.name] = {

@@ -34,14 +34,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from prebake.exporter.capture.capture import capture
+from prebake.exporter.capture.capture import capture_graph
 from prebake.exporter.lower import aoti, onnxruntime, w8a8
 from prebake.exporter.lower.aoti import kernels
-from prebake.exporter.lower.aoti.kernels.native import Native
-from prebake.exporter.lower.aoti.kernels.operators import GELU, PLAIN
-from prebake.exporter.lower.onnx.graph import onnx_model, with_data
-from prebake.exporter.passes.attention_dtype import attention_in
-from prebake.exporter.passes.captured_graph import Captured
+from prebake.exporter.lower.aoti.kernels.native import NativeKernels
+from prebake.exporter.lower.aoti.kernels.operators import GELU, NO_ACTIVATION
+from prebake.exporter.lower.onnx.graph import embed_data, onnx_model
+from prebake.exporter.passes.attention_dtype import cast_attention
+from prebake.exporter.passes.captured_graph import CapturedGraph
 from prebake.exporter.recipe.resolve import resolve
 from prebake.exporter.rewrite import rewrite_denoiser
 
@@ -63,8 +63,8 @@ class Problem(NamedTuple):
         module: Any = copy.deepcopy(self.module).to(dtype)
         return Problem(module, self.names, tuple(a.to(dtype) for a in self.args), module.denoiser)
 
-    def graph(self) -> Captured:
-        return capture("denoiser", self.module, self.args, self.names, ("predicted",))
+    def graph(self) -> CapturedGraph:
+        return capture_graph("denoiser", self.module, self.args, self.names, ("predicted",))
 
 
 class Called(nn.Module):
@@ -191,12 +191,12 @@ def by_aoti(problem: Problem, threads: int, *overrides: str) -> Callable[[], Ten
     made, recipe = int8(problem, f"compile.threads={threads}", *overrides)
     graph = made.graph()
     if recipe.attention.dtype:
-        graph = attention_in(graph, getattr(torch, recipe.attention.dtype))
-    graph = aoti.rewritten(graph, recipe.compile)
+        graph = cast_attention(graph, getattr(torch, recipe.attention.dtype))
+    graph = aoti.rewrite_graph(graph, recipe.compile)
     inside = {"aot_inductor.package_constants_in_so": True, "aot_inductor.use_consts_asm_build": True}
     folder = Path(tempfile.mkdtemp(dir=os.environ["TMPDIR"]))
-    files = aoti.compile_graph(graph, {**aoti.flags(recipe.compile), **inside})
-    package = package_aoti(str(folder / "graph.pt2"), {"model": aoti.laid_out(folder / "model", files)})
+    files = aoti.compile_graph(graph, {**aoti.compile_flags(recipe.compile), **inside})
+    package = package_aoti(str(folder / "graph.pt2"), {"model": aoti.write_files(folder / "model", files)})
     run = load_package(package, "model")
     return lambda: first(run(*made.args))
 
@@ -205,10 +205,10 @@ def by_onnxruntime(problem: Problem, threads: int) -> Callable[[], Tensor]:
     import onnxruntime as ort
 
     made, recipe = int8(problem, "compile.backend=onnxruntime")
-    graph = onnxruntime.rewritten(made.graph(), recipe.compile)
+    graph = onnxruntime.rewrite_graph(made.graph(), recipe.compile)
     options: Any = ort.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    model = with_data(onnx_model(graph), graph.constants()).SerializeToString()
+    model = embed_data(onnx_model(graph), graph.constants()).SerializeToString()
     session = ort.InferenceSession(model, options, ["CPUExecutionProvider"])
     given = {name: a.numpy() for name, a in zip(made.names, made.args, strict=True)}
     return lambda: torch.from_numpy(session.run(None, given)[0])
@@ -308,7 +308,7 @@ def cpu() -> str:
 def native() -> Iterator[Any]:
     """The kernels, callable with tensors."""
     with tempfile.TemporaryDirectory() as folder:
-        yield Native(Path(folder))
+        yield NativeKernels(Path(folder))
 
 
 PEAK_LOOPS, SUMS = 1_000_000, 20
@@ -366,14 +366,14 @@ def layers(repeats: int) -> None:
             (4096, 640, 640),
         ):
             x = random(rows, inner)
-            weight, scale = w8a8.by_row(random(columns, inner))
+            weight, scale = w8a8.quantize_rows_int8(random(columns, inner))
             codes, packed = (
                 torch.randint(-128, 127, (rows, inner), dtype=torch.int8),
                 kernels.operators.pack(weight.t().contiguous()),
             )
             runs = {
                 "product": lambda codes=codes, weight=weight: torch._int_mm(codes, weight.t()),
-                "layer": lambda x=x, p=packed, s=scale: library.packed_w8a8([x], p, s, s, PLAIN),
+                "layer": lambda x=x, p=packed, s=scale: library.packed_w8a8([x], p, s, s, NO_ACTIVATION),
                 "gelu": lambda x=x, p=packed, s=scale: library.packed_w8a8([x], p, s, s, GELU),
                 "peak": spin,
             }

@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from prebake.exporter.bench.compiled_variants import Compiled
 from prebake.exporter.caches import DeepCache
 from prebake.exporter.capture.variants import capture_variants
-from prebake.exporter.cost.count import cost
-from prebake.exporter.plan import plan
-from prebake.exporter.plan.sampler import tabulate
+from prebake.exporter.cost.count import count_cost
+from prebake.exporter.plan import make_plans
+from prebake.exporter.plan.sampler import tabulate_scheduler
 from prebake.exporter.progress import progress
 from prebake.exporter.sites.component import Component
-from prebake.exporter.sites.discover import discover
+from prebake.exporter.sites.discover import discover_layout
 
 
 class Denoiser(nn.Module):
@@ -71,13 +71,13 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
     component = denoiser(tuple(args.widths), args.latent, args.text)
-    layout, compiled = discover(component), Compiled()
-    tables = {4: tabulate(DDIMScheduler(clip_sample=False), 4)}
+    layout, compiled = discover_layout(component), Compiled()
+    tables = {4: tabulate_scheduler(DDIMScheduler(clip_sample=False), 4)}
     print(f"widths {tuple(args.widths)}, latent {args.latent} x {args.latent}, {args.pairs} pairs of runs")
     for branch in args.branches:
-        planned = plan(DeepCache(cache_interval=2, cache_branch_id=branch), layout, tables)
+        planned = make_plans(DeepCache(cache_interval=2, cache_branch_id=branch), layout, tables)
         with progress("quiet") as quiet:
-            full_cost, reuse_cost = (cost(g) for g in capture_variants(component, planned, quiet)[1])
+            full_cost, reuse_cost = (count_cost(g) for g in capture_variants(component, planned, quiet)[1])
         _, variants = compiled.variants(component, planned)
         inputs = dict(zip(component.inputs, component.args, strict=True))
         full, reuse = variants["full"].call, variants["reuse"].call

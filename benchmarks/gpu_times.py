@@ -135,14 +135,14 @@ def first_line(e: Exception) -> str:
 
 def replayed(subject: Subject, plan: Any, variants: Variants, place: Place, loop: Any = None) -> float:
     """Seconds of the runtime's loop over the plan, or of another with its signature."""
-    from prebake.exporter.calibrators.eager_replay import sites_of
-    from prebake.runtime.replay import replay, tables_on
+    from prebake.exporter.calibrators.eager_replay import describe_sites
+    from prebake.runtime.replay import replay, tabulate_plan
 
     named = {n: a.to(place.device) for n, a in zip(subject.denoiser.inputs, subject.denoiser.args, strict=True)}
     inputs = {n: t for n, t in named.items() if n not in ("hidden_states", "timestep")}
     latents = named["hidden_states"].float() * plan.init_noise_sigma
     draws = [torch.randn_like(latents) for e in plan.evaluations if e.update.noise]
-    tables, sites = tables_on(plan, place.device, subject.scale), sites_of(subject.planned)
+    tables, sites = tabulate_plan(plan, place.device, subject.scale), describe_sites(subject.planned)
     synchronize(place.device)
     begun = time.perf_counter()
     (loop or replay)(tables, variants, sites, inputs, latents, noise=draws)

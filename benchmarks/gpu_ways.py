@@ -78,9 +78,9 @@ def figures(stage: Stage, place: Place) -> dict[str, Any]:
 def prepared(stage: Stage, place: Place, *, on_device: bool, fused: bool = False, rewrite: Any = None) -> Subject:
     """The denoiser and its plan. Graphs for an artifact are captured on the CPU, where an export captures them."""
     from prebake.exporter import pipeline as exporter
-    from prebake.exporter.plan import plan
+    from prebake.exporter.plan import make_plans
     from prebake.exporter.progress import progress
-    from prebake.exporter.sites.discover import discover
+    from prebake.exporter.sites.discover import discover_layout
 
     pipe = pipeline(stage.model, place.device, torch.bfloat16)
     model = getattr(pipe, "unet", None) or pipe.transformer
@@ -91,16 +91,16 @@ def prepared(stage: Stage, place: Place, *, on_device: bool, fused: bool = False
         rewrite(pipe)  # where the model is: quantizing 12 billion weights on a CPU takes minutes
     if not on_device:
         model.cpu()
-    family = exporter.family_of(pipe)
+    family = exporter.find_family(pipe)
     size = size_of(stage.model, family, pipe)
     denoiser = family.denoiser(pipe, size)
     if on_device:
         there = tuple(a.to(place.device) for a in denoiser.args)
         denoiser = replace(denoiser, module=denoiser.module.to(place.device), args=there)
-    layout = discover(denoiser)
+    layout = discover_layout(denoiser)
     with progress("quiet") as quiet:
         table = exporter.sampler_table(family, pipe, size, stage.model.steps, quiet)
-    planned = plan(cache_of(stage.model, stage.cache), layout, {stage.model.steps: table}, None)
+    planned = make_plans(cache_of(stage.model, stage.cache), layout, {stage.model.steps: table}, None)
     chosen = next(p for p in planned.plans if p.name == str(stage.model.steps))
     scale = family.facts(pipe, size)["timestep_scale"]
     return Subject(family, pipe, size, denoiser, layout, planned, chosen, scale)
@@ -153,15 +153,15 @@ def compiled(stage: Stage, subject: Subject) -> Variants:
 def captured(subject: Subject, variant: Any) -> tuple[Any, Any]:
     """A variant as `replay` describes it, its FLOPs counted, and its graph."""
     from prebake.exporter.calibrators.eager_replay import eager_variant
-    from prebake.exporter.capture.capture import capture
-    from prebake.exporter.cost.count import cost
+    from prebake.exporter.capture.capture import capture_graph
+    from prebake.exporter.cost.count import count_cost
     from prebake.exporter.sites.actions import VariantModule
 
     module = VariantModule(subject.denoiser.module, subject.planned.marks, variant, subject.denoiser.inputs)
     examples = tuple(t.to(subject.denoiser.args[0].device) for t in module.examples(subject.denoiser.args))
-    graph = capture(variant.name, module, examples, module.inputs, module.outputs)
+    graph = capture_graph(variant.name, module, examples, module.inputs, module.outputs)
     described = eager_variant(subject.denoiser, subject.planned, variant)
-    return replace(described, graph=described.graph.model_copy(update={"cost": cost(graph)})), graph
+    return replace(described, graph=described.graph.model_copy(update={"cost": count_cost(graph)})), graph
 
 
 def bound(variant: Any, graph: Any, run: Any = None) -> Any:
@@ -172,7 +172,7 @@ def bound(variant: Any, graph: Any, run: Any = None) -> Any:
 
 def artifact_figures(stage: Stage, place: Place, rate: float) -> dict[str, Any]:
     """An artifact of the denoiser alone, exported if it is not there, then opened and timed; and opened in a new process."""
-    from prebake.runtime.gpu.graph_loop import RecordedLoop, on_cuda
+    from prebake.runtime.gpu.graph_loop import RecordedLoop, record_cuda_graph
 
     begun = time.perf_counter()
     subject, folder, built = exported(stage, place)
@@ -182,7 +182,7 @@ def artifact_figures(stage: Stage, place: Place, rate: float) -> dict[str, Any]:
     artifact = opened(folder, place)
     synchronize(place.device)
     made["load_s"] = time.perf_counter() - begun
-    loop = RecordedLoop(on_cuda) if place.device.type == "cuda" else None
+    loop = RecordedLoop(record_cuda_graph) if place.device.type == "cuda" else None
     made |= timed(subject, artifact.variants, place, rate, loop)
     made |= cold_start(folder, place)
     shutil.rmtree(folder)  # its code is kept in the cache, and weights of all stages would fill a disk
@@ -237,13 +237,13 @@ def exported(stage: Stage, place: Place) -> tuple[Subject, Path, bool]:
     """The artifact, and whether it was made now; code that an earlier run has compiled is taken from its cache."""
     from prebake.exporter import pipeline as exporter
     from prebake.exporter.capture.variants import capture_variants
-    from prebake.exporter.cost.count import cost
+    from prebake.exporter.cost.count import count_cost
     from prebake.exporter.export_cache.store import Store
     from prebake.exporter.package import folder as package
     from prebake.exporter.prepared import Prepared
     from prebake.exporter.progress import progress
     from prebake.exporter.recipe.resolve import resolve
-    from prebake.exporter.rewrite import rewrite
+    from prebake.exporter.rewrite import rewrite_pipeline
     from prebake.runtime.manifest import Defaults, Source
 
     recipe = resolve(
@@ -258,7 +258,9 @@ def exported(stage: Stage, place: Place) -> tuple[Subject, Path, bool]:
         f"tiny:{stage.model.tiny}",
     )
     layers: dict[str, Any] = {}
-    subject = prepared(stage, place, on_device=False, rewrite=lambda pipe: layers.update(rewrite(pipe, recipe)))
+    subject = prepared(
+        stage, place, on_device=False, rewrite=lambda pipe: layers.update(rewrite_pipeline(pipe, recipe))
+    )
     folder = place.work / "artifacts" / stage.name.replace("/", "-")
     if (folder / "manifest.json").exists():
         return subject, folder, False
@@ -283,7 +285,7 @@ def exported(stage: Stage, place: Place) -> tuple[Subject, Path, bool]:
             layout=subject.layout,
             planned=planned,
             graphs={"denoiser": graphs},
-            costs={g.name: cost(g) for g in graphs},
+            costs={g.name: count_cost(g) for g in graphs},
         )
         whole, paths = exporter.lower(partial, whole, quiet, Store(place.work / "compiled"))
         exporter.write(partial, whole, paths, quiet)

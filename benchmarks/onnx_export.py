@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from diffusers import FluxTransformer2DModel
 
-from prebake.exporter.capture.capture import capture
+from prebake.exporter.capture.capture import capture_graph
 from prebake.exporter.cli.quiet import hush
 from prebake.exporter.families import flux
 from prebake.exporter.lower.onnx.graph import onnx_model
-from prebake.exporter.lower.onnx.rewrite import rewritten
+from prebake.exporter.lower.onnx.rewrite import rewrite_graph
 from prebake.exporter.tiny.flux import build
 
 
@@ -35,11 +35,11 @@ def main() -> None:
     c = flux.denoiser(pipe, flux.Size(64, 64, 8))
     timed(
         "first calls of all",
-        lambda: onnx_model(rewritten(capture("warm", torch.nn.ReLU(), c.args[:1], ("x",), ("y",)))),
+        lambda: onnx_model(rewrite_graph(capture_graph("warm", torch.nn.ReLU(), c.args[:1], ("x",), ("y",)))),
     )
     timed("torch.export alone", lambda: torch.export.export(c.module, c.args, strict=False))
-    graph = timed("capture", lambda: capture("denoiser", c.module, c.args, c.inputs, c.outputs))
-    graph = timed("rewritten", lambda: rewritten(graph))
+    graph = timed("capture", lambda: capture_graph("denoiser", c.module, c.args, c.inputs, c.outputs))
+    graph = timed("rewritten", lambda: rewrite_graph(graph))
     model = timed("onnx_model", lambda: onnx_model(graph))
     print(f"{len(graph.gm.graph.nodes)} nodes of ATen, {len(model.graph.node)} of ONNX")
 

@@ -22,9 +22,9 @@ from onnx import TensorProto, helper
 from onnxscript.optimizer import fold_constants, remove_unused_nodes
 
 from prebake.exporter.cli.quiet import hush
-from prebake.exporter.lower.onnx.graph import onnx_model, with_data
-from prebake.exporter.lower.tensorrt import Options, build_model, network, rewritten
-from prebake.exporter.passes.captured_graph import Captured
+from prebake.exporter.lower.onnx.graph import embed_data, onnx_model
+from prebake.exporter.lower.tensorrt import TensorRTOptions, build_model_engine, network, rewrite_graph
+from prebake.exporter.passes.captured_graph import CapturedGraph
 from prebake.exporter.pipeline import prepare
 from prebake.exporter.progress import progress
 from prebake.exporter.recipe.resolve import resolve
@@ -51,7 +51,7 @@ def main() -> None:
         for method in ("none", "int8_dynamic"):
             with progress("quiet") as quiet:
                 prepared = prepare(resolve("flux-fast", (*SETTINGS, f"quantize.method={method}"), folder), quiet)
-            full, *others = (rewritten(graph) for graph in prepared.graphs["denoiser"])
+            full, *others = (rewrite_graph(graph) for graph in prepared.graphs["denoiser"])
             pair = (full, max(others, key=lambda g: prepared.costs[g.name].flops))
             weights = {t.data_ptr(): t.nbytes for graph in pair for t in graph.constants().values()}
             for way, models in (
@@ -61,7 +61,7 @@ def main() -> None:
             ):
                 start = time.perf_counter()
                 try:
-                    built = [build_model(trt, way, model, Options()) for model in models]
+                    built = [build_model_engine(trt, way, model, TensorRTOptions()) for model in models]
                 except ExportError as e:
                     print(
                         f"| {method} | {sum(weights.values()):,} | {way} | not built: {' '.join(str(e).split())} | | | |"
@@ -75,9 +75,9 @@ def main() -> None:
                 )
 
 
-def whole(graph: Captured) -> onnx.ModelProto:
+def whole(graph: CapturedGraph) -> onnx.ModelProto:
     """The graph with the values of its constants inside."""
-    return with_data(onnx_model(graph), graph.constants())
+    return embed_data(onnx_model(graph), graph.constants())
 
 
 def folded(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -141,7 +141,7 @@ def branch(graph: onnx.GraphProto, prefix: str, shared: Any, outputs: dict[str, 
     return helper.make_graph(nodes, prefix, [], results, own)
 
 
-def moved(layers: list[dict[str, Any]], graph: Captured) -> int:
+def moved(layers: list[dict[str, Any]], graph: CapturedGraph) -> int:
     """Bytes of the weights that a layer does nothing with but move."""
     weights = graph.constants()
     moves = [layer for layer in layers if layer["name"].startswith("__myl_Move_")]

@@ -18,17 +18,17 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ..runtime.artifact import open_artifact
-from ..runtime.check.artifact import check, plan_problems
-from ..runtime.errors import ArtifactError, ExportError, QualityError, RecipeError, misfit
-from ..runtime.manifest import FAMILY, Manifest, read_manifest
+from ..runtime.check.artifact import check_artifact, plan_problems
+from ..runtime.errors import ArtifactError, ExportError, QualityError, RecipeError, describe_schema_error
+from ..runtime.manifest import ATTACH_FAMILY, Manifest, read_manifest
 from ..runtime.plan import Plan
 from .caches import Decision, Schedule, Trajectory, schedule
 from .caches.common import calibration as calibrations
 from .caches.common.calibration import Calibration
-from .caches.common.fallback import that_holds
+from .caches.common.fallback import cache_or_fallback
 from .package.folder import linked, plan_path, write_plans, written
-from .plan import Planned, actions_of, join
-from .plan.sampler import Table, tabulate, tail_tables
+from .plan import PlanSet, join_plan, list_actions
+from .plan.sampler import SchedulerTable, tabulate_scheduler, tabulate_tails
 from .progress import Progress
 from .recipe.resolve import Recipe
 from .sites.layout import Layout
@@ -59,7 +59,7 @@ class Kept(BaseModel):
         )
 
 
-def kept(pipe: Any, layout: Layout, planned: Planned) -> str:
+def kept(pipe: Any, layout: Layout, planned: PlanSet) -> str:
     """The bytes of `replan.json`: sorted keys, no set order, a final newline."""
     scheduler = pipe.scheduler
     config = json.loads(scheduler.to_json_string())
@@ -86,7 +86,7 @@ def read_kept(folder: Path, manifest: Manifest) -> Kept:
     try:
         return Kept.model_validate_json((folder / FILE).read_bytes())
     except ValidationError as e:
-        raise ArtifactError(f"{misfit(folder / FILE, e)}; export again") from e
+        raise ArtifactError(f"{describe_schema_error(folder / FILE, e)}; export again") from e
 
 
 # --- the plans ------------------------------------------------------------------------------------------------------
@@ -100,18 +100,18 @@ def plans_of(
 
     Raises ExportError where the artifact lacks a variant that it needs, or has another calibration.
     """
-    if manifest.family == FAMILY:
+    if manifest.family == ATTACH_FAMILY:
         raise ExportError(
             f"{folder}: holds a denoiser alone, whose plans follow its pipeline's own schedule; export again with sampler.steps"
         )
     content = read_kept(folder, manifest)
     table, tails = sampler_tables(content, manifest, recipe, steps)
-    cache = that_holds(recipe.cache, manifest.source, manifest.defaults, {steps: table}, folder, progress)
+    cache = cache_or_fallback(recipe.cache, manifest.source, manifest.defaults, {steps: table}, folder, progress)
     marks = content.marks
     names = {v.actions: v.name for v in content.all_variants()}
     everything = Schedule(marks, tuple(Decision() for _ in table.updates))
     if cache.method == "none":
-        return (join(str(steps), steps, "none", table, everything, names, tails),), None
+        return (join_plan(str(steps), steps, "none", table, everything, names, tails),), None
     if getattr(cache, "exact", False):
         raise ExportError(
             f"cache.method {cache.method!r} with signal = {cache.signal!r} decides by the model's weights, which `prebake plan` does "
@@ -126,23 +126,25 @@ def plans_of(
         )
     translated = in_terms_of(marks, asked)
     check_variants(content, translated, names)
-    cached = join(str(steps), steps, cache.method, table, translated, names, tails)
-    return (cached, join(f"{steps}-uncached", steps, "none", table, everything, names, tails)), calibration
+    cached = join_plan(str(steps), steps, cache.method, table, translated, names, tails)
+    return (cached, join_plan(f"{steps}-uncached", steps, "none", table, everything, names, tails)), calibration
 
 
 def carried(cache: Any, manifest: Manifest, folder: Path) -> Calibration | None:
     """The calibration that the cache names, if it names one. Raises ExportError where the artifact carries another."""
-    calibration = calibrations.load(cache, manifest.source, folder, manifest.defaults)
-    own = folder / calibrations.FILE
-    if calibration and own.exists() and calibrations.read(own) != calibration:
+    calibration = calibrations.load_calibration(cache, manifest.source, folder, manifest.defaults)
+    own = folder / calibrations.CALIBRATION_FILE
+    if calibration and own.exists() and calibrations.read_calibration(own) != calibration:
         raise ExportError(
             f"cache.calibration {cache.calibration!r} is not the calibration that the artifact carries, which its plans rest on; set "
-            f"cache.calibration={calibrations.FILE}, or export again with this one"
+            f"cache.calibration={calibrations.CALIBRATION_FILE}, or export again with this one"
         )
     return calibration
 
 
-def sampler_tables(content: Kept, manifest: Manifest, recipe: Recipe, steps: int) -> tuple[Table, Mapping[int, Table]]:
+def sampler_tables(
+    content: Kept, manifest: Manifest, recipe: Recipe, steps: int
+) -> tuple[SchedulerTable, Mapping[int, SchedulerTable]]:
     """The scheduler's table, from the configuration that the artifact keeps, and those of its later starts."""
     import diffusers
 
@@ -150,8 +152,8 @@ def sampler_tables(content: Kept, manifest: Manifest, recipe: Recipe, steps: int
     scheduler = getattr(diffusers, content.scheduler if name == "model" else name).from_config(content.scheduler_config)
     family = importlib.import_module(f".families.{manifest.family}", __package__)
     arguments = family.scheduler_arguments(scheduler, manifest.pipeline["latents_shape"], steps)
-    tails = tail_tables(scheduler, steps, **arguments) if recipe.sampler.image_to_image else {}
-    return tabulate(scheduler, steps, **arguments), tails
+    tails = tabulate_tails(scheduler, steps, **arguments) if recipe.sampler.image_to_image else {}
+    return tabulate_scheduler(scheduler, steps, **arguments), tails
 
 
 def in_terms_of(marks: Sequence[Mark], asked: Schedule) -> Schedule:
@@ -188,7 +190,7 @@ def check_variants(content: Kept, asked: Schedule, names: dict[Any, str]) -> Non
     lacking: dict[str, list[int]] = {}
     for e, decision in enumerate(asked.decisions):
         acting: dict[str, Action] = {site: a for site, a in decision.actions.items() if a != "compute"}
-        if acting.keys() - {m.name for m in marks} or actions_of(decision, marks) not in names:
+        if acting.keys() - {m.name for m in marks} or list_actions(decision, marks) not in names:
             lacking.setdefault(told(acting), []).append(e)
     if lacking:
         needs = "; ".join(f"{what} (evaluations {', '.join(map(str, at))})" for what, at in lacking.items())
@@ -229,7 +231,7 @@ def add(
     Raises ExportError where the variants do not exist, or a threshold is missed; then the artifact is as it was.
     """
     manifest = read_manifest(folder)
-    check(folder, manifest, trust="size")
+    check_artifact(folder, manifest, trust="size")
     with progress.stage("plan"):
         if str(steps) in manifest.plans and not choices.force:
             raise ExportError(f"{folder}: plan '{steps}' is there already; replace it with --force")
@@ -245,8 +247,8 @@ def add(
         unlink(fresh, manifest, replaced)
         shutil.rmtree(report_folder(fresh, str(steps)), ignore_errors=True)
         write_plans(fresh, tuple(plans.values()))
-        if calibration and not (fresh / calibrations.FILE).exists():
-            calibrations.write(fresh / calibrations.FILE, calibration)
+        if calibration and not (fresh / calibrations.CALIBRATION_FILE).exists():
+            calibrations.write_calibration(fresh / calibrations.CALIBRATION_FILE, calibration)
         manifest = written(fresh, listed, manifest)
         replayer = Replayer(open_artifact(fresh, trust="size"))
         with progress.stage("golden", len(plans)):
@@ -281,7 +283,7 @@ def remove(folder: Path, name: str) -> Manifest:
     Raises RecipeError for a plan that is not there, or that calls use by default.
     """
     manifest = read_manifest(folder)
-    check(folder, manifest, trust="size")
+    check_artifact(folder, manifest, trust="size")
     if name not in manifest.plans:
         raise RecipeError(f"{folder}: has no plan {name!r}; it has {', '.join(manifest.plans)}")
     default = str(manifest.defaults.num_inference_steps)

@@ -18,26 +18,26 @@ from ..runtime.manifest import Manifest
 from . import add_plan as replan
 from .caches import TeaCache
 from .caches.common import calibration as calibrations
-from .caches.common.fallback import that_holds
+from .caches.common.fallback import cache_or_fallback
 from .calibrators import teacache
-from .capture.variants import capture_others, capture_variants
-from .cost.count import cost
-from .cost.variants import check_variants
+from .capture.variants import capture_components, capture_variants
+from .cost.count import count_cost
+from .cost.variants import check_variant_costs
 from .denoiser_alone import prepare as alone
 from .export_cache.compilation import Making
 from .export_cache.store import Store
-from .families.registry import FAMILIES, family_of
+from .families.registry import FAMILIES, find_family
 from .load import source
-from .lower import backend
+from .lower import load_backend
 from .package import folder as package
 from .package.manifest import describe
-from .passes.attention_backend import attention_by
-from .plan import plan
-from .plan.sampler import Table
+from .passes.attention_backend import set_attention_backend
+from .plan import make_plans
+from .plan.sampler import SchedulerTable
 from .prepared import Prepared
 from .progress import Progress
 from .recipe.resolve import Recipe
-from .rewrite import rewrite
+from .rewrite import rewrite_pipeline
 from .settle import (
     channels_last,
     dtypes,
@@ -47,8 +47,8 @@ from .settle import (
     takes_pictures,
     with_scheduler,
 )
-from .sites.discover import discover
-from .sites.guidance import with_planes
+from .sites.discover import discover_layout
+from .sites.guidance import add_planes
 from .sites.layout import Layout
 from .verify import denoiser_alone as attached
 from .verify.verify import settle_verdict, write_golden
@@ -79,7 +79,7 @@ def export(recipe: Recipe, output: Path, options: Options, progress: Progress) -
 
 def prepare(recipe: Recipe, progress: Progress, *, near: Path | None = None) -> Prepared:
     """load, rewrite, plan and capture: the graphs and their costs, before any of them is compiled."""
-    recipe, changes = backend(recipe.compile.backend).adapted(recipe)
+    recipe, changes = load_backend(recipe.compile.backend).adapt_recipe(recipe)
     for change in changes:
         progress.note(change)
     with progress.stage("load"):
@@ -89,39 +89,39 @@ def prepare(recipe: Recipe, progress: Progress, *, near: Path | None = None) -> 
     if alone.is_alone(recipe, type(pipe).__name__ in FAMILIES):
         return alone.prepare(recipe, loaded, progress, near)
     with progress.stage("settle"):
-        family = family_of(pipe)
+        family = find_family(pipe)
         defaults, size, steps = settle(recipe, family, loaded)
         tables = {n: sampler_table(family, pipe, size, n, progress) for n in steps}
         tails = {n: tails_of(recipe, family, pipe, size, n) for n in steps}
-        cache = that_holds(recipe.cache, loaded.source, size, tables, near, progress)
+        cache = cache_or_fallback(recipe.cache, loaded.source, size, tables, near, progress)
         recipe = recipe.model_copy(update={"cache": cache})
-        calibration = calibrations.load(recipe.cache, loaded.source, near, size)
+        calibration = calibrations.load_calibration(recipe.cache, loaded.source, near, size)
     with progress.stage("rewrite"):
-        layers = rewrite(pipe, recipe)
+        layers = rewrite_pipeline(pipe, recipe)
     with progress.stage("plan"):
         denoiser = family.denoiser(pipe, size, recipe.guidance)
-        denoiser = with_planes(denoiser) if getattr(recipe.cache, "needs_planes", False) else denoiser
-        layout = discover(denoiser)
+        denoiser = add_planes(denoiser) if getattr(recipe.cache, "needs_planes", False) else denoiser
+        layout = discover_layout(denoiser)
         scale = family.facts(pipe, size)["timestep_scale"]
         decisions = exact(recipe, denoiser, layout, tables, scale) or calibration
-        planned = plan(recipe.cache, layout, tables, decisions, tails=tails)
+        planned = make_plans(recipe.cache, layout, tables, decisions, tails=tails)
     components = family.others(pipe, size, channels_last=channels_last(recipe), picture=takes_pictures(recipe, family))
     with progress.stage("capture", len(planned.variants) + len(components)):
         planned, variants = capture_variants(denoiser, planned, progress, recipe.attention.dtype)
-        others = capture_others(components, progress)
+        others = capture_components(components, progress)
         graphs = {"denoiser": variants, **{g.name: (g,) for g in others}}
-        costs = {g.name: cost(g) for group in graphs.values() for g in group}
-        check_variants(denoiser, planned, costs)
+        costs = {g.name: count_cost(g) for group in graphs.values() for g in group}
+        check_variant_costs(denoiser, planned, costs)
     return Prepared(
         recipe, family, pipe, size, loaded.source, defaults, layers, calibration, layout, planned, graphs, costs
     )
 
 
-def exact(recipe: Recipe, denoiser: Any, layout: Layout, tables: dict[int, Table], scale: float) -> Any:
+def exact(recipe: Recipe, denoiser: Any, layout: Layout, tables: dict[int, SchedulerTable], scale: float) -> Any:
     """TeaCache's decisions where its signal is the timestep's embedding, which needs weights and no calibration; else None."""
     if not isinstance(recipe.cache, TeaCache) or not recipe.cache.exact:
         return None
-    return teacache.exact(recipe.cache, denoiser, layout, tables, timestep_scale=scale)
+    return teacache.decide_by_timesteps(recipe.cache, denoiser, layout, tables, timestep_scale=scale)
 
 
 def lower(
@@ -129,13 +129,13 @@ def lower(
 ) -> tuple[Prepared, dict[str, str]]:
     """The graphs as the backend has rewritten them, and graph -> path of its code in the folder."""
     config = prepared.recipe.compile
-    lowering = backend(config.backend)
+    lowering = load_backend(config.backend)
     asked = prepared.recipe.attention.backend
     chosen = {
-        component: tuple(attention_by(g, asked) for g in group) if component.startswith("denoiser") else group
+        component: tuple(set_attention_backend(g, asked) for g in group) if component.startswith("denoiser") else group
         for component, group in prepared.graphs.items()
     }
-    graphs = {component: tuple(lowering.rewritten(g, config) for g in group) for component, group in chosen.items()}
+    graphs = {component: tuple(lowering.rewrite_graph(g, config) for g in group) for component, group in chosen.items()}
     with progress.stage("lower", sum(map(len, graphs.values()))):
         making = Making.of(prepared.recipe, prepared.source.model, store, progress)
         paths = lowering.lower(folder, graphs, config, making)
@@ -149,14 +149,14 @@ def write(folder: Path, prepared: Prepared, paths: Mapping[str, str], progress: 
     with progress.stage("package", 1):
         progress.doing("weights")
         weights = package.write_weights(folder, prepared.graphs)
-        if bind := getattr(backend(prepared.recipe.compile.backend), "bind", None):
+        if bind := getattr(load_backend(prepared.recipe.compile.backend), "bind", None):
             bind(folder, paths, weights.bound)
         package.write_plans(folder, prepared.planned.plans)
         if prepared.recording is None:
             (folder / replan.FILE).write_text(replan.kept(prepared.pipe, prepared.layout, prepared.planned), "utf-8")
             package.write_tokenizers(folder, prepared.family.tokenizers(prepared.pipe, prepared.size))
         if prepared.calibration:
-            calibrations.write(folder / calibrations.FILE, prepared.calibration)
+            calibrations.write_calibration(folder / calibrations.CALIBRATION_FILE, prepared.calibration)
         manifest = describe(folder, prepared, weights, paths)
         (folder / "manifest.json").write_text(manifest.to_json(), "utf-8")
     return manifest

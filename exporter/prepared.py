@@ -9,10 +9,10 @@ if TYPE_CHECKING:
     from ..runtime.manifest import Cost, Defaults, Source
     from .caches.common.calibration import Calibration
     from .denoiser_alone.recording import Recording
-    from .passes.captured_graph import Captured
-    from .plan import Planned
+    from .passes.captured_graph import CapturedGraph
+    from .plan import PlanSet
     from .recipe.resolve import Recipe
-    from .rewrite import Layers
+    from .rewrite import LayerTreatments
     from .sites.layout import Layout
 
 
@@ -27,10 +27,10 @@ class Prepared:
     size: Any
     source: Source
     defaults: Defaults
-    layers: Layers
+    layers: LayerTreatments
     calibration: Calibration | None
     layout: Layout
-    planned: Planned
-    graphs: dict[str, tuple[Captured, ...]]
+    planned: PlanSet
+    graphs: dict[str, tuple[CapturedGraph, ...]]
     costs: dict[str, Cost]
     recording: Recording | None = None

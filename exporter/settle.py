@@ -9,18 +9,18 @@ import torch
 from ..runtime.errors import RecipeError
 from ..runtime.manifest import Defaults
 from .load import source
-from .lower import backend
-from .plan.sampler import Table, tabulate, tail_tables
+from .lower import load_backend
+from .plan.sampler import SchedulerTable, tabulate_scheduler, tabulate_tails
 from .progress import Progress
 from .recipe.resolve import Recipe
-from .rewrite import DENOISERS
+from .rewrite import DENOISER_NAMES
 
 
 def dtypes(recipe: Recipe) -> dict[str, torch.dtype]:
     """Component -> dtype, as `from_pretrained(torch_dtype=...)` takes it; those that a pipeline lacks are passed over."""
     of = recipe.precision
     names = {
-        **dict.fromkeys(DENOISERS, of.denoiser),
+        **dict.fromkeys(DENOISER_NAMES, of.denoiser),
         **dict.fromkeys(("text_encoder", "text_encoder_2", "text_encoder_3"), of.text_encoders),
         "vae": of.vae,
     }
@@ -58,9 +58,9 @@ def with_scheduler(pipe: Any, name: str) -> Any:
     return pipe
 
 
-def sampler_table(family: Any, pipe: Any, size: Any, steps: int, progress: Progress) -> Table:
+def sampler_table(family: Any, pipe: Any, size: Any, steps: int, progress: Progress) -> SchedulerTable:
     progress.doing(f"{type(pipe.scheduler).__name__}, {steps} steps")
-    return tabulate(pipe.scheduler, steps, **schedule_arguments(family, pipe, size, steps))
+    return tabulate_scheduler(pipe.scheduler, steps, **schedule_arguments(family, pipe, size, steps))
 
 
 def schedule_arguments(family: Any, pipe: Any, size: Any, steps: int) -> dict[str, Any]:
@@ -68,17 +68,17 @@ def schedule_arguments(family: Any, pipe: Any, size: Any, steps: int) -> dict[st
     return family.scheduler_arguments(pipe.scheduler, family.facts(pipe, size)["latents_shape"], steps)
 
 
-def tails_of(recipe: Recipe, family: Any, pipe: Any, size: Any, steps: int) -> dict[int, Table]:
+def tails_of(recipe: Recipe, family: Any, pipe: Any, size: Any, steps: int) -> dict[int, SchedulerTable]:
     """The schedules that begin in the middle, by the number of steps that they leave out; none without pictures to begin
     from."""
     if not recipe.sampler.image_to_image:
         return {}
-    return tail_tables(pipe.scheduler, steps, **schedule_arguments(family, pipe, size, steps))
+    return tabulate_tails(pipe.scheduler, steps, **schedule_arguments(family, pipe, size, steps))
 
 
 def channels_last(recipe: Recipe) -> bool:
     """Whether the VAE's weights lie as N H W C."""
-    return recipe.compile.channels_last_vae and backend(recipe.compile.backend).CHANNELS_LAST
+    return recipe.compile.channels_last_vae and load_backend(recipe.compile.backend).CHANNELS_LAST
 
 
 def takes_pictures(recipe: Recipe, family: Any) -> bool:

@@ -45,7 +45,7 @@ from prebake.exporter.package.folder import Weights
 from prebake.exporter.package.manifest import describe
 from prebake.exporter.recipe.resolve import Recipe, Shapes
 from prebake.runtime.artifact import Artifact, read_plans
-from prebake.runtime.replay import tables_on
+from prebake.runtime.replay import tabulate_plan
 
 PROMPT, OTHER_PROMPT, LONGER_PROMPT = "a red circle", "a blue square", "a large red circle on white"
 
@@ -317,5 +317,5 @@ def uncompiled(recipe: Recipe, folder: Path) -> Artifact:
     )
     graphs = {g.name: bound(g, captured(made)[g.name]) for g in manifest.graphs}
     plans = read_plans(folder, manifest)
-    tables = {n: tables_on(p, CPU) for n, p in plans.items()}
+    tables = {n: tabulate_plan(p, CPU) for n, p in plans.items()}
     return Artifact(folder, manifest, CPU, {}, graphs, plans, tables)

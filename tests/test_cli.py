@@ -201,10 +201,10 @@ def test_export_prints_where_the_artifact_is(fake_pipeline, capsys):
 def forecast_of_a_second(monkeypatch):
     """Every graph is predicted to take a second: nothing is timed."""
     from prebake.exporter.cost import forecast
-    from prebake.exporter.cost.machine_rates import Forecast
+    from prebake.exporter.cost.machine_rates import GraphForecast
 
-    predicted = Forecast({"matmul float32": 900.0}, 100.0)
-    monkeypatch.setattr(forecast, "forecasts", lambda prepared: dict.fromkeys(prepared.costs, predicted))
+    predicted = GraphForecast({"matmul float32": 900.0}, 100.0)
+    monkeypatch.setattr(forecast, "forecast_graphs", lambda prepared: dict.fromkeys(prepared.costs, predicted))
 
 
 def test_dry_run_says_what_would_be_compiled_and_exports_nothing(fake_pipeline, forecast_of_a_second, capsys):

@@ -15,10 +15,10 @@ import torch
 from prebake.exporter import pipeline
 from prebake.exporter.calibrators.eager_replay import eager_replay
 from prebake.exporter.families import flux
-from prebake.exporter.families.registry import family_of
+from prebake.exporter.families.registry import find_family
 from prebake.exporter.load.source import load
 from prebake.exporter.lower import aoti
-from prebake.exporter.passes.captured_graph import Captured
+from prebake.exporter.passes.captured_graph import CapturedGraph
 from prebake.exporter.pipeline import Options, export, prepare
 from prebake.exporter.progress import progress
 from prebake.exporter.recipe.resolve import resolve
@@ -213,9 +213,9 @@ def test_a_pipeline_without_a_family_is_refused_as_a_whole():
     with pytest.raises(
         ExportError, match=r"pipeline OtherPipeline has no family here: .*; pipelines with one: .*FluxPipeline"
     ):
-        family_of(OtherPipeline())
+        find_family(OtherPipeline())
 
 
 def test_captured_graphs_of_one_export_have_names_of_their_own(prepared):
-    graphs: list[Captured] = [g for group in prepared.graphs.values() for g in group]
+    graphs: list[CapturedGraph] = [g for group in prepared.graphs.values() for g in group]
     assert [g.name for g in graphs] == ["full", "reuse", "text_encoder", "vae_decoder"]

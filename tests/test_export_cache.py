@@ -19,7 +19,7 @@ from prebake.exporter.export_cache.compilation import COMPILED, FROM_CACHE
 from prebake.exporter.export_cache.fingerprint import fingerprint, toolchain
 from prebake.exporter.export_cache.store import Store
 from prebake.exporter.load.source import tiny_folder
-from prebake.exporter.lower import Files, backend
+from prebake.exporter.lower import CodeFiles, load_backend
 from prebake.exporter.pipeline import Options, export
 from prebake.exporter.prepared import Prepared
 from prebake.exporter.progress import Progress, progress
@@ -165,9 +165,9 @@ def test_a_field_of_one_value_has_one(field):
 
 def keys(prepared: Prepared) -> dict[str, str | None]:
     """Graph -> its fingerprint."""
-    lowering, tools = backend(prepared.recipe.compile.backend), toolchain(prepared.recipe)
+    lowering, tools = load_backend(prepared.recipe.compile.backend), toolchain(prepared.recipe)
     graphs = [g for group in prepared.graphs.values() for g in group]
-    return {g.name: fingerprint(lowering.rewritten(g, prepared.recipe.compile), tools, {}) for g in graphs}
+    return {g.name: fingerprint(lowering.rewrite_graph(g, prepared.recipe.compile), tools, {}) for g in graphs}
 
 
 @functools.cache
@@ -201,17 +201,17 @@ def changed() -> Recipe:
     return Recipe.model_validate(data)
 
 
-def files(prepared: Prepared, folder: Path) -> dict[str, Files]:
+def files(prepared: Prepared, folder: Path) -> dict[str, CodeFiles]:
     """Graph -> what it is compiled into, without any cache."""
-    kept: dict[str, Files] = {}
+    kept: dict[str, CodeFiles] = {}
 
-    def made(component: str, graph: Any, compiled: Any) -> Files:
+    def made(component: str, graph: Any, compiled: Any) -> CodeFiles:
         kept[graph.name] = compiled(graph)
         return kept[graph.name]
 
     config = prepared.recipe.compile
-    lowering = backend(config.backend)
-    graphs = {name: tuple(lowering.rewritten(g, config) for g in group) for name, group in prepared.graphs.items()}
+    lowering = load_backend(config.backend)
+    graphs = {name: tuple(lowering.rewrite_graph(g, config) for g in group) for name, group in prepared.graphs.items()}
     folder.mkdir(exist_ok=True)
     lowering.lower(folder, graphs, config, made)
     return kept
@@ -282,7 +282,7 @@ def test_an_export_from_the_cache_is_the_same_artifact_and_is_verified(compiler,
     assert (first / "manifest.json").read_bytes() == (second / "manifest.json").read_bytes()
     assert read_manifest(second).status == "verified"
     assert "verify" in warm.seconds
-    lowering = backend(compiler)
+    lowering = load_backend(compiler)
     monkeypatch.setattr(lowering, "compile_graph" if compiler == "aoti" else "onnx_model", None)
     third, planned = exported("third", "sampler.steps=3", "verify.psnr_db=40")
     assert set(planned.graphs.values()) == {FROM_CACHE}

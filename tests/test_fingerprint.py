@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import nn
 
-from prebake.exporter.capture.capture import capture
+from prebake.exporter.capture.capture import capture_graph
 from prebake.exporter.export_cache import fingerprint as fingerprints
 from prebake.exporter.export_cache.fingerprint import Unwritable, exact, fingerprint, toolchain
-from prebake.exporter.passes.captured_graph import Captured
+from prebake.exporter.passes.captured_graph import CapturedGraph
 from prebake.exporter.recipe.resolve import Compile, Recipe, resolve
 
 
@@ -32,25 +32,25 @@ class Small(nn.Module):
 
 def small(
     module: nn.Module | None = None, shape: tuple[int, ...] = (2, 4), names: tuple[str, str] = ("x", "y")
-) -> Captured:
+) -> CapturedGraph:
     args = (torch.ones(shape), torch.ones(shape))
-    return capture("small", (module or Small()).eval(), args, names, ("z",))
+    return capture_graph("small", (module or Small()).eval(), args, names, ("z",))
 
 
-def key(graph: Captured, tools: str = "") -> str:
+def key(graph: CapturedGraph, tools: str = "") -> str:
     found = fingerprint(graph, tools, {})
     assert found is not None
     return found
 
 
-def with_constant(change) -> Captured:
+def with_constant(change) -> CapturedGraph:
     graph = small()
     linear = graph.gm.linear
     linear.weight = nn.Parameter(change(linear.weight.detach().clone()), requires_grad=False)
     return graph
 
 
-def with_node(change) -> Captured:
+def with_node(change) -> CapturedGraph:
     graph = small()
     change(next(n for n in graph.gm.graph.nodes if n.op == "call_function"))
     return graph
@@ -61,7 +61,7 @@ def nudged(weight: torch.Tensor) -> torch.Tensor:
     return weight
 
 
-def renamed_output() -> Captured:
+def renamed_output() -> CapturedGraph:
     graph = small()
     return dataclasses.replace(graph, outputs=(graph.outputs[0].model_copy(update={"name": "w"}),))
 
@@ -86,7 +86,7 @@ def test_what_a_compiler_reads_is_in_it(change):
 
 
 def test_the_strides_of_a_weight_are_in_it():
-    plain = capture("c", nn.Conv2d(3, 4, 3).eval(), (torch.ones(1, 3, 8, 8),), ("x",), ("y",))
+    plain = capture_graph("c", nn.Conv2d(3, 4, 3).eval(), (torch.ones(1, 3, 8, 8),), ("x",), ("y",))
     lying = copy.copy(plain)
     before = key(plain)
     plain.gm.weight.data = plain.gm.weight.data.contiguous(memory_format=torch.channels_last)
@@ -170,7 +170,7 @@ def changed_cpu(monkeypatch) -> None:
 
 
 def changed_versions(monkeypatch) -> None:
-    monkeypatch.setattr(fingerprints, "versions", lambda: {"torch": "3.0"})
+    monkeypatch.setattr(fingerprints, "toolchain_versions", lambda: {"torch": "3.0"})
 
 
 def changed_sources(monkeypatch) -> None:

@@ -7,12 +7,12 @@ import torch
 from torch import nn
 
 from prebake.exporter.passes.fold import fold_constants
-from prebake.exporter.passes.prune import prune
+from prebake.exporter.passes.prune import prune_dead_code
 from prebake.exporter.rewrite import fold
 
 
 def traced(module: nn.Module, *args) -> torch.fx.GraphModule:
-    return prune(torch.export.export(module, args, strict=False).module())
+    return prune_dead_code(torch.export.export(module, args, strict=False).module())
 
 
 def ops(gm) -> list[str]:
@@ -24,7 +24,7 @@ def buffers(gm) -> dict[str, tuple[int, ...]]:
 
 
 def folded(gm) -> torch.fx.GraphModule:
-    return prune(fold_constants(gm))
+    return prune_dead_code(fold_constants(gm))
 
 
 @pytest.fixture

@@ -66,7 +66,7 @@ def test_between_the_first_step_and_the_decode_nothing_waits(artifact, tmp_path)
     for _ in range(3):  # libraries load, the plan is recorded, and the recording has run
         pipe(PROMPT, seed=0)
     recorded = pipe._loop
-    pipe._loop, pipe._decoded = called("test: loop", recorded), called("test: decode", pipe._decoded)
+    pipe._loop, pipe._decode = called("test: loop", recorded), called("test: decode", pipe._decode)
     events, begin, end = profiled_call(pipe, tmp_path)
     assert waits(events, begin, end) == []
     assert count(events, begin, end, ("cudaGraphLaunch",)) == 1
@@ -85,7 +85,7 @@ def test_a_loop_step_by_step_does_not_wait_either(artifact, tmp_path):
     from prebake.runtime.replay import replay
 
     pipe = load(artifact)
-    pipe._loop, pipe._decoded = called("test: loop", replay), called("test: decode", pipe._decoded)
+    pipe._loop, pipe._decode = called("test: loop", replay), called("test: decode", pipe._decode)
     pipe(PROMPT, seed=0)
     assert waits(*profiled_call(pipe, tmp_path)) == []
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from prebake.exporter.capture.capture import capture
+from prebake.exporter.capture.capture import capture_graph
 from prebake.exporter.package import folder as package
 from prebake.runtime.errors import ExportError
 from prebake.runtime.weights import map_weights
@@ -124,7 +124,7 @@ class Model(nn.Module):
 
 
 def graph(name: str, **weights):
-    return capture(name, Model(**weights), (torch.ones(1),), ("x",), ("y",))
+    return capture_graph(name, Model(**weights), (torch.ones(1),), ("x",), ("y",))
 
 
 def stored(folder: Path, component: str) -> dict[str, torch.Tensor]:
@@ -195,7 +195,7 @@ def test_the_embedding_that_t5_ties_is_stored_once(tiny_pipe, tmp_path):
     from prebake.exporter.families import flux
 
     component = flux.others(tiny_pipe, flux.Size(32, 32, 8), channels_last=False)[0]
-    captured = capture(component.name, component.module, component.args, component.inputs, component.outputs)
+    captured = capture_graph(component.name, component.module, component.args, component.inputs, component.outputs)
     package.write_weights(tmp_path, {"text_encoder": (captured,)})
     shape = tiny_pipe.text_encoder_2.shared.weight.shape
     assert sum(t.shape == shape for t in stored(tmp_path, "text_encoder").values()) == 1

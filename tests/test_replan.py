@@ -13,7 +13,7 @@ import torch
 from prebake.exporter import add_plan as replan
 from prebake.exporter.caches import Auto, Decision, FasterCache, Mask, Schedule
 from prebake.exporter.caches.common import calibration as calibrations
-from prebake.exporter.caches.common.calibration import Calibration, Fitted
+from prebake.exporter.caches.common.calibration import Calibration, FittedPlan
 from prebake.exporter.caches.fastercache import check_branches
 from prebake.exporter.cli.main import main
 from prebake.exporter.pipeline import prepare
@@ -85,18 +85,18 @@ def test_an_added_plan_is_run_listed_and_replayed(copied):
 
 def test_the_added_plan_is_the_one_that_an_export_would_have_made(copied, tiny_pipe):
     from prebake.exporter.families import flux
-    from prebake.exporter.plan import plan
-    from prebake.exporter.plan.sampler import tabulate
-    from prebake.exporter.sites.discover import discover
+    from prebake.exporter.plan import make_plans
+    from prebake.exporter.plan.sampler import tabulate_scheduler
+    from prebake.exporter.sites.discover import discover_layout
 
     size = flux.Size(32, 32, 8)
-    table = tabulate(
+    table = tabulate_scheduler(
         tiny_pipe.scheduler,
         6,
         **flux.scheduler_arguments(tiny_pipe.scheduler, flux.facts(tiny_pipe, size)["latents_shape"], 6),
     )
     cache = recipe_of(copied, read_manifest(copied)).cache
-    expected = plan(cache, discover(flux.denoiser(tiny_pipe, size)), {6: table}).plans
+    expected = make_plans(cache, discover_layout(flux.denoiser(tiny_pipe, size)), {6: table}).plans
     _, plans = added(copied, 6, dry_run=True)
     assert tuple(plans.values()) == expected
 
@@ -270,7 +270,7 @@ def calibration_of(folder, **changes) -> Calibration:
     manifest = read_manifest(folder)
     plan = Plan.model_validate_json((folder / manifest.plans["8"]).read_bytes())
     weights = tuple({"output": (2.0, -1.0, 0.0)} if e == 5 else {} for e in range(8))
-    fitted = Fitted(
+    fitted = FittedPlan(
         cost=0.875, skips=tuple("output" if w else "" for w in weights), weights=weights,
         psnr_db=40.0, held_out_psnr_db=39.0, fewer_steps=7, fewer_steps_psnr_db=20.0,
     )  # fmt: skip
@@ -282,7 +282,7 @@ def calibration_of(folder, **changes) -> Calibration:
     return Calibration(**{**given, **changes})
 
 
-FOUND = Auto(calibration=calibrations.FILE, otherwise=OTHERWISE, budget=0.9)
+FOUND = Auto(calibration=calibrations.CALIBRATION_FILE, otherwise=OTHERWISE, budget=0.9)
 
 
 @pytest.fixture
@@ -293,7 +293,7 @@ def found(copied):
     kept = kept.model_copy(update={"marks": (output,), "variants": {"full": {}, "reuse": {output.name: "combine"}}})
     (copied / replan.FILE).unlink()
     (copied / replan.FILE).write_text(kept.model_dump_json(), "utf-8")
-    calibrations.write(copied / calibrations.FILE, calibration_of(copied))
+    calibrations.write_calibration(copied / calibrations.CALIBRATION_FILE, calibration_of(copied))
     return copied
 
 
@@ -330,7 +330,7 @@ def test_at_other_steps_the_mask_stands_in_with_the_variants_that_are_there(foun
 def test_with_another_scheduler_or_model_the_mask_stands_in_too(found):
     plan, notes = planned(found, 8, "sampler.scheduler=FlowMatchHeunDiscreteScheduler")
     assert (plan.cache, plan.scheduler, len(notes)) == ("mask", "FlowMatchHeunDiscreteScheduler", 1)
-    calibrations.write(found / calibrations.FILE, calibration_of(found, sha256="0" * 64))
+    calibrations.write_calibration(found / calibrations.CALIBRATION_FILE, calibration_of(found, sha256="0" * 64))
     plan, notes = planned(found, 8)
     assert plan.cache == "mask"
     assert "is of the model 'tiny', and this is another one, so mask" in notes[0]
@@ -343,16 +343,16 @@ def test_without_otherwise_other_steps_are_refused(found):
 
 def test_another_calibration_than_the_artifacts_own_is_refused(found, tmp_path):
     other = tmp_path / "other.json"
-    calibrations.write(other, calibration_of(found, prompts=2))
+    calibrations.write_calibration(other, calibration_of(found, prompts=2))
     with pytest.raises(ExportError, match=r"other.json' is not the calibration that the artifact carries"):
         planned(found, 8, cache=FOUND.model_copy(update={"calibration": str(other)}))
-    calibrations.write(other, calibration_of(found))
+    calibrations.write_calibration(other, calibration_of(found))
     assert planned(found, 8, cache=FOUND.model_copy(update={"calibration": str(other)}))[0].cache == "auto"
 
 
 def test_the_first_calibration_of_an_artifact_goes_into_it_and_is_hashed(copied, tmp_path):
     errors = tuple((0.1,) * min(e, 3) for e in range(8))
-    calibrations.write(tmp_path / "errors.json", calibration_of(copied, errors={"attn": errors}, auto=()))
+    calibrations.write_calibration(tmp_path / "errors.json", calibration_of(copied, errors={"attn": errors}, auto=()))
     smooth = ("cache.method=smoothcache", 'cache.components_to_wrap=["attn"]', "cache.calibration_threshold=0.2")
     manifest, plans = added(copied, 8, *smooth, f"cache.calibration={tmp_path / 'errors.json'}", force=True)
     assert [e.variant for e in plans["8"].evaluations] == [
@@ -365,10 +365,10 @@ def test_the_first_calibration_of_an_artifact_goes_into_it_and_is_hashed(copied,
         "reuse",
         "full",
     ]
-    assert calibrations.FILE in {entry.path for entry in manifest.files}
-    assert contents(copied)[calibrations.FILE] == (tmp_path / "errors.json").read_bytes()
+    assert calibrations.CALIBRATION_FILE in {entry.path for entry in manifest.files}
+    assert contents(copied)[calibrations.CALIBRATION_FILE] == (tmp_path / "errors.json").read_bytes()
     open_artifact(copied)
-    calibrations.write(tmp_path / "other.json", calibration_of(copied, errors={"attn": errors}, prompts=2))
+    calibrations.write_calibration(tmp_path / "other.json", calibration_of(copied, errors={"attn": errors}, prompts=2))
     with pytest.raises(ExportError, match="export again with this one"):
         added(copied, 8, *smooth, f"cache.calibration={tmp_path / 'other.json'}", force=True)
 
@@ -385,7 +385,7 @@ def test_the_first_calibration_of_an_artifact_goes_into_it_and_is_hashed(copied,
 def test_an_export_takes_the_found_plan_only_where_all_its_timesteps_are_the_calibrations(
     tiny_artifact, tiny_folder, tmp_path, overrides, cache, notes
 ):
-    calibrations.write(tmp_path / "found.json", calibration_of(tiny_artifact))
+    calibrations.write_calibration(tmp_path / "found.json", calibration_of(tiny_artifact))
     told = Notes()
     found = ("cache.method=auto", "cache.calibration=found.json", f"cache.otherwise={OTHERWISE}", "cache.budget=0.9")
     recipe = resolve("flux-fast", (*OVERRIDES[1:], *found, *overrides), str(tiny_folder))

@@ -34,7 +34,7 @@ from prebake.exporter.verify import picture_sheet as sheet
 from prebake.exporter.verify.measure import Call, Drawn, Row
 from prebake.runtime import ArtifactError, RecipeError
 from prebake.runtime.manifest import read_manifest
-from prebake.runtime.plan import Call as PlanCall
+from prebake.runtime.plan import DenoiserCall as PlanCall
 from prebake.runtime.plan import Plan
 
 HOSTILE = "<script>alert(1)</script>\"'&`$x$"

@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch import nn
 
-from prebake.exporter.capture.capture import capture
+from prebake.exporter.capture.capture import capture_graph
 from prebake.exporter.cli import main as cli
 from prebake.exporter.export_cache.compilation import COMPILED, FROM_CACHE, Making
 from prebake.exporter.export_cache.store import Damaged, Store
-from prebake.exporter.passes.captured_graph import Captured
+from prebake.exporter.passes.captured_graph import CapturedGraph
 from prebake.exporter.progress import Progress
 
 FILES = {"model.so": bytes(range(256)) * 40, "model.json": b"{}", "empty": b""}
@@ -163,18 +163,18 @@ class Compiler:
     def __init__(self) -> None:
         self.asked = 0
 
-    def __call__(self, graph: Captured):
+    def __call__(self, graph: CapturedGraph):
         self.asked += 1
         return FILES
 
 
 @pytest.fixture(scope="module")
-def graph() -> Captured:
-    return capture("full", nn.Linear(4, 4), (torch.ones(2, 4),), ("x",), ("y",))
+def graph() -> CapturedGraph:
+    return capture_graph("full", nn.Linear(4, 4), (torch.ones(2, 4),), ("x",), ("y",))
 
 
 def made(
-    graph: Captured, store: Store | None, compiler: Compiler, component: str = "denoiser", tools: str = ""
+    graph: CapturedGraph, store: Store | None, compiler: Compiler, component: str = "denoiser", tools: str = ""
 ) -> Notes:
     notes = Notes()
     assert Making(notes, store, tools, ABOUT)(component, graph, compiler) == FILES

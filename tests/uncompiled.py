@@ -10,7 +10,7 @@ import torch
 from prebake.exporter.package import folder as package
 from prebake.exporter.package.folder import Weights
 from prebake.exporter.package.manifest import describe
-from prebake.exporter.passes.captured_graph import Captured
+from prebake.exporter.passes.captured_graph import CapturedGraph
 from prebake.exporter.pipeline import prepare
 from prebake.exporter.prepared import Prepared
 from prebake.exporter.progress import progress
@@ -19,7 +19,7 @@ from prebake.runtime.artifact import Artifact, BoundGraph, read_plans
 from prebake.runtime.contract import Contract
 from prebake.runtime.manifest import Graph
 from prebake.runtime.pipeline import Pipeline
-from prebake.runtime.replay import tables_on
+from prebake.runtime.replay import tabulate_plan
 
 CPU = torch.device("cpu")
 
@@ -42,15 +42,15 @@ def opened(prepared: Prepared, folder: Path) -> Pipeline:
     )
     graphs = {g.name: bound(g, captured(prepared)[g.name]) for g in manifest.graphs}
     plans = read_plans(folder, manifest)
-    tables = {n: tables_on(p, CPU, manifest.pipeline["timestep_scale"]) for n, p in plans.items()}
+    tables = {n: tabulate_plan(p, CPU, manifest.pipeline["timestep_scale"]) for n, p in plans.items()}
     return Pipeline(Artifact(folder, manifest, CPU, {}, graphs, plans, tables))
 
 
-def captured(prepared: Prepared) -> dict[str, Captured]:
+def captured(prepared: Prepared) -> dict[str, CapturedGraph]:
     return {g.name: g for group in prepared.graphs.values() for g in group}
 
 
-def bound(graph: Graph, captured: Captured) -> BoundGraph:
+def bound(graph: Graph, captured: CapturedGraph) -> BoundGraph:
     """The graph under its own call contract."""
 
     def run(flat: list[torch.Tensor]) -> list[torch.Tensor]:

@@ -195,9 +195,9 @@ def eager_call(loaded: Loaded, manifest: Manifest, recipe: Recipe) -> Draw:
     """The plain call of a diffusers pipeline that the artifact of this manifest is held against."""
     import torch
 
-    from ...runtime.manifest import FAMILY
+    from ...runtime.manifest import ATTACH_FAMILY
 
-    if manifest.family == FAMILY:
+    if manifest.family == ATTACH_FAMILY:
         from ..verify.denoiser_alone import drawn
 
         return torch.no_grad()(lambda prompt, seed, steps: drawn(recipe, loaded, prompt, seed, steps, ()))

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 
 from ...runtime.artifact import Artifact, open_artifact, read_plans
-from ...runtime.attachment.attach import placed
+from ...runtime.attachment.attach import attach_opened
 from ...runtime.check.artifact import status_problems
-from ...runtime.errors import RecipeError, raise_all
-from ...runtime.manifest import FAMILY, Manifest, read_manifest
+from ...runtime.errors import RecipeError, raise_problems
+from ...runtime.manifest import ATTACH_FAMILY, Manifest, read_manifest
 from ...runtime.pipeline import Pipeline
 from ...runtime.plan import Plan
 from ..load import source
@@ -131,7 +131,7 @@ class Subject:
 
     @property
     def attached(self) -> bool:
-        return self.manifest.family == FAMILY
+        return self.manifest.family == ATTACH_FAMILY
 
     @cached_property
     def model(self) -> str:
@@ -157,7 +157,7 @@ def read(folders: Sequence[Path], choices: Choices) -> tuple[Subject, ...]:
 
 def check(folder: Path, manifest: Manifest, other: Path, first: Manifest) -> None:
     """Raises ArtifactError for an artifact that failed, and RecipeError for one that draws something else."""
-    raise_all(folder, status_problems(manifest))
+    raise_problems(folder, status_problems(manifest))
     if manifest.source.sha256 != first.source.sha256:
         raise RecipeError(
             f"{folder}: expected an artifact of the same model as {other} ({first.source.model!r}), this one is of "
@@ -249,7 +249,7 @@ def attached_picture(replayer: attached.AttachedReplayer) -> Picture:
     pipe = replayer.loaded.pipe
 
     def picture(prompt: str, seed: int, plan: Plan) -> float:
-        with placed(pipe, replayer.artifact, plan.cache != "none"):
+        with attach_opened(pipe, replayer.artifact, plan.cache != "none"):
             return attached.drawn(replayer.recipe, replayer.loaded, prompt, seed, plan.steps, ()).seconds
 
     return picture

@@ -62,13 +62,13 @@ def several(text: str) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from ...runtime.manifest import FAMILY, read_manifest
+    from ...runtime.manifest import ATTACH_FAMILY, read_manifest
     from ..bench import report as bench_report
     from ..bench.rounds import Choices, bench
     from ..progress import progress
     from ..verify.report import to_json
 
-    if args.baseline or any(read_manifest(folder).family == FAMILY for folder in args.artifacts):
+    if args.baseline or any(read_manifest(folder).family == ATTACH_FAMILY for folder in args.artifacts):
         from .quiet import hush
 
         hush()  # which imports diffusers

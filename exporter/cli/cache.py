@@ -70,13 +70,13 @@ def as_json(entry: Entry) -> dict[str, Any]:
 
 def lines(folder: Path, entries: list[Entry]) -> list[str]:
     """A table of the entries, and how much they are in all."""
-    from ...runtime.text import table
+    from ...runtime.text import align_columns
 
     total = f"{folder}: {len(entries)} graphs, {size(entries) / GIB:.2f} GiB"
     if not entries:
         return [total]
     head = ("model", "graph", "backend", "MB", "compiled in", "used")
-    return [*table([head, *map(row, entries)], right=(3, 4, 5)), total]
+    return [*align_columns([head, *map(row, entries)], right=(3, 4, 5)), total]
 
 
 def row(entry: Entry) -> tuple[str, ...]:

@@ -56,15 +56,15 @@ def _calibrate(args: argparse.Namespace) -> int:
     recipe = resolve(args.recipe, args.overrides, args.model)
     hush()
     check_scheduler(recipe.sampler.scheduler)
-    prompts = runner.prompts_of(recipe.model.id, read_prompts(args.prompts) if args.prompts else None)
+    prompts = runner.choose_prompts(recipe.model.id, read_prompts(args.prompts) if args.prompts else None)
     name = getattr(recipe.cache, "calibration", None) or f"{recipe.name}.calibration.json"
     output = args.output or (folder_of(args.recipe) or Path()) / name
     picture = picture_beside(output, force=args.force)
     with progress(mode(args)) as shown:
         dtype = getattr(torch, args.dtype)
         made = runner.calibrate(recipe, prompts, args.seeds, shown, steps=args.steps, dtype=dtype)
-    calibration.write(output, made)
-    written = [output, picture] if heatmap.draw(made, picture) else [output]
+    calibration.write_calibration(output, made)
+    written = [output, picture] if heatmap.draw_heatmap(made, picture) else [output]
     if args.json:
         files = dict(zip(("calibration", "picture"), map(str, written), strict=False))
         print_json({**files, "seconds": shown.seconds})

@@ -116,7 +116,7 @@ def _exported(recipe: Recipe, row: Row, args: argparse.Namespace) -> dict[str, A
         if args.dry_run:
             prepared = prepare(recipe, shown, near=near)
             with shown.stage("forecast"):
-                result = forecast.describe(prepared, forecast.forecasts(prepared))
+                result = forecast.describe_forecast(prepared, forecast.forecast_graphs(prepared))
         else:
             artifact = export(recipe, row.output or default_output(recipe), options, shown)
             result = {"artifact": str(artifact), "graphs": shown.graphs}
@@ -132,12 +132,12 @@ def _tell(result: dict[str, Any], args: argparse.Namespace) -> None:
 
 def _lines(result: dict[str, Any]) -> Iterator[str]:
     """The result for people: where the artifact is, or what `--dry-run` found, in aligned columns."""
-    from ..cost.forecast import lines
+    from ..cost.forecast import format_forecast
 
     if "artifact" in result:
         yield result["artifact"]
     if "plans" in result:
-        yield from lines(result, sys.stdout.encoding)
+        yield from format_forecast(result, sys.stdout.encoding)
 
 
 def default_output(recipe: Recipe) -> Path:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from ...runtime.cli.streams import print_anything
+from ...runtime.cli.streams import escape_unprintable
 from .bench import add_bench
 from .cache import add_cache
 from .calibrate import add_calibrate
@@ -33,7 +33,7 @@ LEFT = {  # by a command that is interrupted
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. What prebake refuses goes to stderr, a line per problem; anything else is a bug and keeps its traceback."""
-    print_anything()
+    escape_unprintable()
     args = _parser().parse_args(argv)
     try:
         return args.run(args)

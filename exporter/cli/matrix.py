@@ -15,7 +15,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from ...runtime.errors import RecipeError
-from ...runtime.text import table
+from ...runtime.text import align_columns
 
 KEYS = {"recipe": str, "model": str, "set": list, "output": str}
 WORST_FIRST = (1, 2, 3, 5, 4, 0)  # from what nobody foresaw to what may be tolerated: a missed threshold alone is 4
@@ -115,7 +115,7 @@ def summary(tried: Sequence[Tried]) -> list[str]:
     for one in tried:
         said = one.errors[0] if one.errors else one.result.get("artifact", "")
         rows.append((one.row.recipe, one.row.model or "", WORDS[one.code], f"{one.seconds:.1f}", said))
-    return table(rows, right=(3,))
+    return align_columns(rows, right=(3,))
 
 
 def as_json(tried: Sequence[Tried], code: int) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def add_plan(commands: argparse._SubParsersAction) -> None:
 
 def _plan(args: argparse.Namespace) -> int:
     from .. import add_plan as replan
-    from ..cost.forecast import lines
+    from ..cost.forecast import format_forecast
     from ..progress import progress
     from .quiet import hush
 
@@ -69,7 +69,7 @@ def _plan(args: argparse.Namespace) -> int:
     elif not args.quiet and args.remove is not None:
         print(f"removed {args.remove}; {args.artifact} has the plans {', '.join(result['plans_left'])}")
     elif not args.quiet:
-        print(*lines(result, sys.stdout.encoding), sep="\n")
+        print(*format_forecast(result, sys.stdout.encoding), sep="\n")
         if result["unverified"] and not args.dry_run:
             print(f"not compared with the pipeline; `prebake verify {args.artifact} --source` does that")
     return 0
@@ -98,11 +98,11 @@ def _asked(folder: Path, args: argparse.Namespace) -> Recipe:
 
 def _added(manifest: Manifest, plans: dict[str, Plan]) -> dict[str, Any]:
     """What was added, as `--dry-run` of an export tells of its plans, without times."""
-    from ...runtime.text import letters
+    from ...runtime.text import variant_signs
     from ..cost.forecast import plan_figures
 
     flops = {g.name: g.cost.flops for g in manifest.graphs}
-    names = letters(manifest, plans.values())
+    names = variant_signs(manifest, plans.values())
     shares = {name: flops[name] / flops["full"] for name in names}
     return {
         "plans": {name: plan_figures(plan, names, shares) for name, plan in plans.items()},

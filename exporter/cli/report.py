@@ -42,13 +42,13 @@ def add_report(commands: argparse._SubParsersAction) -> None:
 
 def _report(args: argparse.Namespace) -> int:
     from ...runtime.errors import RecipeError
-    from ...runtime.manifest import FAMILY, read_manifest
+    from ...runtime.manifest import ATTACH_FAMILY, read_manifest
     from ..html_report.build import write
     from ..html_report.facts import Choices, gather
     from ..progress import progress
     from .quiet import hush
 
-    attached = read_manifest(args.artifact).family == FAMILY
+    attached = read_manifest(args.artifact).family == ATTACH_FAMILY
     if args.model and not args.source and (args.no_timing or not attached):
         raise RecipeError("--model: says where the pipeline is; add --source, or leave it out")
     target = args.output or args.artifact / "reports" / "report.html"

@@ -37,14 +37,14 @@ def add_sign(commands: argparse._SubParsersAction) -> None:
 
 
 def _sign(args: argparse.Namespace) -> int:
-    from ...runtime.check.signature import FILE
+    from ...runtime.check.signature import SIGNATURE_FILE
     from ..package.sign import Sigstore, sign
 
     files = sign(args.artifact, Sigstore(os.environ.get(TOKEN)) if args.sigstore else args.key)
     if args.json:
-        print_json({"signature": str(args.artifact / FILE), "files": files})
+        print_json({"signature": str(args.artifact / SIGNATURE_FILE), "files": files})
     else:
-        print(f"{args.artifact / FILE}: {files} files signed")
+        print(f"{args.artifact / SIGNATURE_FILE}: {files} files signed")
     return 0
 
 

@@ -13,9 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...runtime.attachment.arguments import Argument, digest, dtype_name, same, shown, values
+from ...runtime.attachment.arguments import (
+    Argument,
+    describe_value,
+    dtype_name,
+    is_same_value,
+    tensor_numbers,
+    tensor_sha256,
+)
 from ...runtime.errors import ExportError
-from ...runtime.plan import Call
+from ...runtime.plan import DenoiserCall
 from .observation import Seen, Watched, check_plain
 
 
@@ -56,9 +63,9 @@ def check_like(name: str, first: Seen, later: Seen) -> None:
         a, b = first.flat.get(n, "nothing"), later.flat.get(n, "nothing")
         if isinstance(a, Tensor) and isinstance(b, Tensor) and (a.shape, a.dtype) == (b.shape, b.dtype):
             continue
-        if isinstance(a, Tensor) or isinstance(b, Tensor) or not same(a, b):
+        if isinstance(a, Tensor) or isinstance(b, Tensor) or not is_same_value(a, b):
             raise ExportError(
-                f"{name}: argument {n!r} is {shown(a)} at the first step and {shown(b)} later, and only the numbers in "
+                f"{name}: argument {n!r} is {describe_value(a)} at the first step and {describe_value(b)} later, and only the numbers in "
                 "tensors may change; it cannot be exported"
             )
 
@@ -73,7 +80,7 @@ def argument(name: str, runs: Sequence[Sequence[Seen]], bake: bool) -> Argument:
     real, stub, other = ([s.flat[name] for s in run] for run in runs)
     described = {"name": name, "shape": tuple(first.shape), "dtype": dtype_name(first)}
     if bake:
-        return Argument(role="baked", sha256=digest(first), nonzero=int(first.count_nonzero()), **described)
+        return Argument(role="baked", sha256=tensor_sha256(first), nonzero=int(first.count_nonzero()), **described)
     if not all(torch.equal(a, b) for a, b in zip(real, stub, strict=True)):
         return Argument(role="latents", **described)
     moves = not all(torch.equal(stub[0], t) for t in stub)
@@ -96,11 +103,13 @@ def wider(a: Argument, b: Argument) -> Argument:
     return min(a, b, key=lambda x: order.index(x.role))
 
 
-def call(kinds: Sequence[Kind], seen: Seen) -> Call:
+def call(kinds: Sequence[Kind], seen: Seen) -> DenoiserCall:
     """The call as a plan has it: which kind, and the values of its step tensors. Raises ExportError for an unknown kind."""
     for i, kind in enumerate(kinds):
         if all(fits(a, seen.flat.get(a.name)) for a in kind.arguments) and len(kind.arguments) == len(seen.flat):
-            return Call(of=i, values={a.name: values(seen.flat[a.name]) for a in kind.arguments if a.role == "step"})
+            return DenoiserCall(
+                of=i, values={a.name: tensor_numbers(seen.flat[a.name]) for a in kind.arguments if a.role == "step"}
+            )
     raise ExportError(
         "the pipeline calls its denoiser in other ways at other numbers of steps than at two; it cannot be exported"
     )
@@ -108,7 +117,7 @@ def call(kinds: Sequence[Kind], seen: Seen) -> Call:
 
 def fits(a: Argument, value: Any) -> bool:
     if a.role == "constant":
-        return same(a.value, value)
+        return is_same_value(a.value, value)
     if not isinstance(value, Tensor) or (tuple(value.shape), dtype_name(value)) != (a.shape, a.dtype):
         return False
-    return a.role != "baked" or digest(value) == a.sha256
+    return a.role != "baked" or tensor_sha256(value) == a.sha256

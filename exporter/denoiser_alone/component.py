@@ -17,7 +17,7 @@ from torch._subclasses import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ...runtime.attachment.arguments import Empty, leaves, rebuilt
+from ...runtime.attachment.arguments import EmptyContainer, map_leaves, named_leaves
 from ...runtime.errors import ExportError
 from ..sites.component import Component
 from .call_kinds import Kind
@@ -37,15 +37,15 @@ class Recorded(nn.Module):
 
     def forward(self, *tensors: Tensor) -> Tensor:
         named = {**self.baked, **dict(zip(self.inputs, tensors, strict=True))}
-        arguments = rebuilt(self.given, lambda name, leaf: named.get(name, empty(leaf)))
+        arguments = map_leaves(self.given, lambda name, leaf: named.get(name, empty(leaf)))
         call = inspect.BoundArguments(self.signature, arguments)  # pyright: ignore[reportArgumentType]
         with Known(self.baked.values()) if self.baked else contextlib.nullcontext():
             output = self.get_submodule(self.name)(*call.args, **call.kwargs)
-        return next(leaf for _, leaf in leaves(output) if isinstance(leaf, Tensor))
+        return next(leaf for _, leaf in named_leaves(output) if isinstance(leaf, Tensor))
 
 
 def empty(leaf: Any) -> Any:
-    return leaf if not isinstance(leaf, Empty) else {} if leaf.empty == "mapping" else []
+    return leaf if not isinstance(leaf, EmptyContainer) else {} if leaf.empty == "mapping" else []
 
 
 class Known(TorchFunctionMode):
@@ -56,12 +56,12 @@ class Known(TorchFunctionMode):
         self.known = {id(t): t for t in tensors}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = [leaf for _, leaf in leaves([args, kwargs or {}]) if isinstance(leaf, Tensor)]
+        given = [leaf for _, leaf in named_leaves([args, kwargs or {}]) if isinstance(leaf, Tensor)]
         if not given or not all(id(t) in self.known for t in given):
             return func(*args, **(kwargs or {}))
         with _disable_current_modes():
             result = func(*args, **(kwargs or {}))
-        self.known.update((id(leaf), leaf) for _, leaf in leaves(result) if isinstance(leaf, Tensor))
+        self.known.update((id(leaf), leaf) for _, leaf in named_leaves(result) if isinstance(leaf, Tensor))
         return result
 
 

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...runtime.attachment.arguments import Empty, Output, bound, leaves, rebuilt
-from ...runtime.attachment.follow import Followed, steps_of
+from ...runtime.attachment.arguments import EmptyContainer, OutputStructure, bind_call, map_leaves, named_leaves
+from ...runtime.attachment.scheduler_observer import SchedulerObserver, schedule_steps
 from ...runtime.errors import ExportError, RecipeError
 from ..plan.sampler import floats
 
@@ -98,9 +98,9 @@ def watched(pipe: Any, name: str, arguments: Mapping[str, Any], answers: Sequenc
     original, signature = denoiser.forward, inspect.signature(denoiser.forward)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        given = bound(signature, args, kwargs).arguments
-        given = rebuilt(given, lambda _, leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf)
-        pending.append(Seen(given, dict(leaves(given))))
+        given = bind_call(signature, args, kwargs).arguments
+        given = map_leaves(given, lambda _, leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf)
+        pending.append(Seen(given, dict(named_leaves(given))))
         if answers is not None:
             return copy.deepcopy(answers[min(len(pending), len(answers)) - 1])
         output = original(*args, **kwargs)
@@ -113,7 +113,7 @@ def watched(pipe: Any, name: str, arguments: Mapping[str, Any], answers: Sequenc
             raise ExportError(
                 f"{type(pipe).__name__}: sets its schedule again inside its loop, which no plan can follow"
             )
-        run.steps, run.order = steps_of(scheduler), int(getattr(scheduler, "order", 1))
+        run.steps, run.order = schedule_steps(scheduler), int(getattr(scheduler, "order", 1))
         run.sigmas = floats(getattr(scheduler, "sigmas", ()))
 
     def stepped(result: Any, *args: Any, **kwargs: Any) -> None:
@@ -133,7 +133,7 @@ def watched(pipe: Any, name: str, arguments: Mapping[str, Any], answers: Sequenc
         denoiser.forward = forward
         for method, then in (("set_timesteps", begun), ("step", stepped)):
             stack.callback(vars(scheduler).pop, method, None)
-            setattr(scheduler, method, Followed(scheduler, method, then))
+            setattr(scheduler, method, SchedulerObserver(scheduler, method, then))
         with torch.no_grad(), quiet(pipe):
             run.result = pipe(**arguments)
     check_loop(type(pipe).__name__, name, run, pending, others)
@@ -171,35 +171,37 @@ def check_loop(
 def zeroed(output: Any) -> Any:
     """The same structure, its tensors all zeros."""
     answer = copy.deepcopy(output)
-    for _, leaf in leaves(answer):
+    for _, leaf in named_leaves(answer):
         if isinstance(leaf, Tensor):
             leaf.zero_()
     return answer
 
 
-def described(output: Any, name: str = "") -> Output:
+def described(output: Any, name: str = "") -> OutputStructure:
     """What is around the denoiser's one tensor. Raises ExportError where it returns another number of tensors."""
     if not name:
-        tensors = [n for n, leaf in leaves(output) if isinstance(leaf, Tensor)]
+        tensors = [n for n, leaf in named_leaves(output) if isinstance(leaf, Tensor)]
         if len(tensors) != 1:
             raise ExportError(
                 f"the denoiser returns {len(tensors)} tensors ({', '.join(tensors[:4])}), expected one; it cannot be exported"
             )
     if isinstance(output, Tensor):
-        return Output(kind="tensor")
+        return OutputStructure(kind="tensor")
     if isinstance(output, Mapping):
         cls = type(output)
         items = {str(key): described(item, f"{name}.{key}") for key, item in output.items()}
-        return Output(kind="dict", cls="" if cls is dict else f"{cls.__module__}.{cls.__qualname__}", items=items)
+        return OutputStructure(
+            kind="dict", cls="" if cls is dict else f"{cls.__module__}.{cls.__qualname__}", items=items
+        )
     if isinstance(output, tuple | list):
         items = {str(i): described(item, f"{name}.{i}") for i, item in enumerate(output)}
-        return Output(kind="tuple" if isinstance(output, tuple) else "list", items=items)
+        return OutputStructure(kind="tuple" if isinstance(output, tuple) else "list", items=items)
     check_plain(f"output {name}", output)
-    return Output(kind="constant", value=output)
+    return OutputStructure(kind="constant", value=output)
 
 
 def check_plain(name: str, value: Any) -> None:
-    if not isinstance(value, bool | int | float | str | Empty | None):
+    if not isinstance(value, bool | int | float | str | EmptyContainer | None):
         raise ExportError(
             f"{name}: expected tensors and plain values, got a {type(value).__name__}, which an artifact cannot hold"
         )

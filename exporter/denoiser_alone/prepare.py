@@ -16,16 +16,16 @@ from ...runtime.attachment.facts import graph_name
 from ...runtime.errors import RecipeError
 from ...runtime.manifest import Defaults
 from ..caches.common import calibration as calibrations
-from ..caches.common.fallback import that_holds
-from ..cost.count import cost
+from ..caches.common.fallback import cache_or_fallback
+from ..cost.count import count_cost
 from ..load.source import Loaded
-from ..passes.captured_graph import Captured
-from ..plan import plan
+from ..passes.captured_graph import CapturedGraph
+from ..plan import make_plans
 from ..progress import Progress
 from ..prompts import picture_prompts
 from ..recipe.resolve import Recipe
 from ..rewrite import rewrite_denoiser
-from ..sites.discover import discover
+from ..sites.discover import discover_layout
 from .observation import Request, requested
 from .recording import record
 
@@ -41,7 +41,7 @@ def is_alone(recipe: Recipe, has_family: bool) -> bool:
 def prepare(recipe: Recipe, loaded: Loaded, progress: Progress, near: Path | None) -> Prepared:
     """record, rewrite, plan and capture. `loaded` has the recipe's scheduler already."""
     from ..capture.variants import capture_variants
-    from ..cost.variants import check_variants
+    from ..cost.variants import check_variant_costs
     from ..prepared import Prepared
 
     pipe = loaded.pipe
@@ -53,15 +53,15 @@ def prepare(recipe: Recipe, loaded: Loaded, progress: Progress, near: Path | Non
         recording = record(pipe, request, steps)
         defaults = defaults_of(recipe, loaded, steps[0])
         tables = recording.tables()
-        cache = that_holds(recipe.cache, loaded.source, defaults, tables, near, progress)
+        cache = cache_or_fallback(recipe.cache, loaded.source, defaults, tables, near, progress)
         recipe = recipe.model_copy(update={"cache": cache})
-        calibration = calibrations.load(recipe.cache, loaded.source, near, defaults)
+        calibration = calibrations.load_calibration(recipe.cache, loaded.source, near, defaults)
     with progress.stage("rewrite"):
         layers = rewrite_denoiser(recording.name, recording.denoiser, recipe)
     with progress.stage("plan"):
         first, *others = recording.components()
-        layout = discover(first)
-        planned = plan(recipe.cache, layout, tables, calibration)
+        layout = discover_layout(first)
+        planned = make_plans(recipe.cache, layout, tables, calibration)
         planned = replace(planned, plans=tuple(recording.with_calls(p) for p in planned.plans))
     with progress.stage("capture", len(planned.variants) * (1 + len(others))):
         kept, variants = capture_variants(first, planned, progress, recipe.attention.dtype)
@@ -69,8 +69,8 @@ def prepare(recipe: Recipe, loaded: Loaded, progress: Progress, near: Path | Non
         for i, component in enumerate(others, 1):
             _, more = capture_variants(component, planned, progress, recipe.attention.dtype)
             graphs[component.name] = tuple(renamed(g, i) for g in more)
-        costs = {g.name: cost(g) for group in graphs.values() for g in group}
-        check_variants(first, kept, costs)
+        costs = {g.name: count_cost(g) for group in graphs.values() for g in group}
+        check_variant_costs(first, kept, costs)
     return Prepared(
         recipe,
         None,
@@ -88,7 +88,7 @@ def prepare(recipe: Recipe, loaded: Loaded, progress: Progress, near: Path | Non
     )
 
 
-def renamed(graph: Captured, call: int) -> Captured:
+def renamed(graph: CapturedGraph, call: int) -> CapturedGraph:
     """The variant's graph for a later kind of call."""
     return replace(graph, name=graph_name(graph.name, call))
 

@@ -16,10 +16,10 @@ from typing import Any
 from torch import nn
 
 from ...runtime.attachment.attach import config_of, weights_digest
-from ...runtime.attachment.facts import Facts
+from ...runtime.attachment.facts import AttachmentFacts
 from ...runtime.errors import ExportError
-from ...runtime.plan import Call, Plan, Update
-from ..plan.sampler import Table, user_steps
+from ...runtime.plan import DenoiserCall, Plan, Update
+from ..plan.sampler import SchedulerTable, user_steps
 from ..sites.component import Component
 from .call_kinds import Kind, call, kinds_of
 from .component import baked, component
@@ -32,7 +32,7 @@ STAYS = Update(latents=(1.0,), outputs=(0.0,))
 class Schedule:
     """What the pipeline does for one number of steps: one entry per evaluation in each of the first two."""
 
-    calls: tuple[tuple[Call, ...], ...]
+    calls: tuple[tuple[DenoiserCall, ...], ...]
     timesteps: tuple[float, ...]
     sigmas: tuple[float, ...]
     order: int
@@ -46,18 +46,18 @@ class Recording:
     denoiser: nn.Module
     scheduler: str
     kinds: tuple[Kind, ...]
-    facts: Facts
+    facts: AttachmentFacts
     schedules: Mapping[int, Schedule]
 
     def components(self) -> tuple[Component, ...]:
         """The denoiser as a graph for each kind of call: `denoiser`, `denoiser.call2`, ..."""
         return tuple(component(self.name, self.denoiser, kind, i) for i, kind in enumerate(self.kinds))
 
-    def tables(self) -> dict[int, Table]:
+    def tables(self) -> dict[int, SchedulerTable]:
         """The schedules as cache policies take them. The pipeline's own scheduler updates the latents, so that the
         updates leave them as they are."""
         return {
-            n: Table(
+            n: SchedulerTable(
                 scheduler=self.scheduler,
                 timesteps=s.timesteps,
                 sigmas=s.sigmas,
@@ -97,7 +97,7 @@ def record(pipe: Any, request: Request, steps: Sequence[int]) -> Recording:
             )
         calls = tuple(tuple(call(kinds, seen) for seen in evaluation) for evaluation in run.evaluations)
         schedules[n] = Schedule(calls, tuple(run.timesteps), run.sigmas, run.order)
-    facts = Facts(
+    facts = AttachmentFacts(
         denoiser=name,
         denoiser_class=type(denoiser).__name__,
         config=config_of(denoiser),

@@ -12,8 +12,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..lower import Files
-from ..passes.captured_graph import Captured
+from ..lower import CodeFiles
+from ..passes.captured_graph import CapturedGraph
 from ..progress import Progress
 from ..recipe.resolve import Recipe
 from .fingerprint import fingerprint, toolchain
@@ -24,7 +24,7 @@ COMPILED, FROM_CACHE = "compiled", "from the cache"
 
 @dataclass
 class Making:
-    """A `lower.Made`: from the store, where there is one, else compiled. Which it was is told to `progress`."""
+    """A `lower.GraphCompiler`: from the store, where there is one, else compiled. Which it was is told to `progress`."""
 
     progress: Progress
     store: Store | None = None
@@ -39,7 +39,9 @@ class Making:
             return cls(progress)
         return cls(progress, store, toolchain(recipe), {"model": model, "backend": recipe.compile.backend})
 
-    def __call__(self, component: str, graph: Captured, compiled: Callable[[Captured], Files]) -> Files:
+    def __call__(
+        self, component: str, graph: CapturedGraph, compiled: Callable[[CapturedGraph], CodeFiles]
+    ) -> CodeFiles:
         title = f"{component}: {graph.name}" if component != graph.name else component
         key = fingerprint(graph, self.tools, self.digests) if self.store else None
         if key and (files := self.kept(key)):
@@ -54,7 +56,7 @@ class Making:
             self.keep(key, files, {**self.about, "graph": graph.name, "seconds": round(time.perf_counter() - begun, 2)})
         return files
 
-    def kept(self, key: str) -> Files | None:
+    def kept(self, key: str) -> CodeFiles | None:
         assert self.store
         try:
             return self.store.get(key)
@@ -64,7 +66,7 @@ class Making:
                 self.store.remove(key)
         return None
 
-    def keep(self, key: str, files: Files, about: Mapping[str, Any]) -> None:
+    def keep(self, key: str, files: CodeFiles, about: Mapping[str, Any]) -> None:
         assert self.store
         try:
             self.store.put(key, files, about)

@@ -20,9 +20,9 @@ from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 
 from .. import lower
-from ..lower.toolchain import versions
+from ..lower.toolchain import toolchain_versions
 from ..package.folder import digest
-from ..passes.captured_graph import Captured
+from ..passes.captured_graph import CapturedGraph
 from ..recipe.resolve import Recipe
 
 FORMAT = 1
@@ -37,7 +37,7 @@ class Unwritable(Exception):
     """What the graph holds that has no exact description."""
 
 
-def fingerprint(graph: Captured, tools: str, digests: dict[int, str]) -> str | None:
+def fingerprint(graph: CapturedGraph, tools: str, digests: dict[int, str]) -> str | None:
     """The key in hexadecimal; None for a graph that cannot be described exactly. `tools` is that of `toolchain`.
 
     `digests` keeps hashes of constants by the tensors' `id`, for as long as the graphs are alive: variants share theirs.
@@ -51,7 +51,7 @@ def fingerprint(graph: Captured, tools: str, digests: dict[int, str]) -> str | N
     return whole.hexdigest()
 
 
-def lines(graph: Captured, digests: dict[int, str]) -> Iterator[str]:
+def lines(graph: CapturedGraph, digests: dict[int, str]) -> Iterator[str]:
     """The graph as text. Its own name is no part of it."""
     gm, constants = graph.gm, graph.constants()
     yield f"inputs {[s.model_dump() for s in graph.inputs]!r} {[said(t) for t in graph.args]!r}"
@@ -100,14 +100,14 @@ def said(value: Any) -> str:
 
 def toolchain(recipe: Recipe) -> str:
     """What else went into the code of all the graphs of a recipe: its `compile` table, versions, sources and settings."""
-    config, lowering = recipe.compile, lower.backend(recipe.compile.backend)
+    config, lowering = recipe.compile, lower.load_backend(recipe.compile.backend)
     depends = getattr(lowering, "depends", None)
     described = {
         "format": FORMAT,
         "compile": config.model_dump(mode="json"),
         "requires": lowering.requires(recipe),
         "toolchain": lowering.toolchain(config),
-        "versions": versions() | {name: installed(name) for name in PACKAGES},
+        "versions": toolchain_versions() | {name: installed(name) for name in PACKAGES},
         "sources": sources(),
         "depends": depends(config) if depends else {},
     }

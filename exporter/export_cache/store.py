@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...runtime.storage.private import default_cache, is_private
-from ...runtime.storage.scratch import scratch, sweep
-from ..lower import Files
+from ...runtime.storage.private_folder import default_cache_folder, is_private_folder
+from ...runtime.storage.scratch import remove_abandoned, scratch_folder
+from ..lower import CodeFiles
 
 LIMIT_BYTES = 4 << 30
 SUFFIX, PARTIAL = ".graph", ".partial-"
@@ -31,7 +31,7 @@ class Damaged(Exception):
 
 def default_folder() -> Path:
     """Beside what the runtime keeps for this user."""
-    return default_cache() / "compiled"
+    return default_cache_folder() / "compiled"
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,10 @@ class Store:
     folder: Path
     limit_bytes: int = LIMIT_BYTES
 
-    def get(self, key: str) -> Files | None:
+    def get(self, key: str) -> CodeFiles | None:
         """The files kept under the key, None without any. Raises Damaged, and OSError for what cannot be read."""
         path = self.path(key)
-        if not path.is_file() or not is_private(self.folder):
+        if not path.is_file() or not is_private_folder(self.folder):
             return None
         said, files = parsed(path.read_bytes())
         if said["key"] != key:
@@ -63,12 +63,12 @@ class Store:
             os.utime(path)
         return files
 
-    def put(self, key: str, files: Files, about: Mapping[str, Any]) -> None:
+    def put(self, key: str, files: CodeFiles, about: Mapping[str, Any]) -> None:
         """Keeps the files, and lets go of those that were used longest ago. Raises OSError where nothing can be kept."""
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if not is_private(self.folder):
+        if not is_private_folder(self.folder):
             raise PermissionError(f"{self.folder} can be written by other users")
-        with scratch(self.folder, PARTIAL) as folder:
+        with scratch_folder(self.folder, PARTIAL) as folder:
             fresh = folder / "entry"
             fresh.write_bytes(written(key, files, about))
             os.replace(fresh, self.path(key))
@@ -87,7 +87,7 @@ class Store:
     def prune(self, limit_bytes: int) -> list[Entry]:
         """Removes what was used longest ago until no more than this is left, and what killed exports left; the entries that
         it removed."""
-        sweep(self.folder, PARTIAL)
+        remove_abandoned(self.folder, PARTIAL)
         total, removed = 0, []
         for found in self.entries():
             total += found.size
@@ -97,14 +97,14 @@ class Store:
         return removed
 
 
-def written(key: str, files: Files, about: Mapping[str, Any]) -> bytes:
+def written(key: str, files: CodeFiles, about: Mapping[str, Any]) -> bytes:
     """A line with a hash of the rest, a line of JSON, then the files, one after another."""
     head = {"key": key, "about": dict(about), "files": {name: len(data) for name, data in files.items()}}
     rest = b"".join([json.dumps(head).encode(), b"\n", *files.values()])
     return hashlib.sha256(rest).hexdigest().encode() + b"\n" + rest
 
 
-def parsed(data: bytes) -> tuple[dict[str, Any], Files]:
+def parsed(data: bytes) -> tuple[dict[str, Any], CodeFiles]:
     """An entry's head and its files. Raises Damaged."""
     expected, _, rest = data.partition(b"\n")
     if hashlib.sha256(rest).hexdigest().encode() != expected:

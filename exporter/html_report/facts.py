@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...runtime.artifact import read_plans
-from ...runtime.check.artifact import file_problems, hash_problems, name_problems, reference_problems
-from ...runtime.errors import ArtifactError, raise_all
+from ...runtime.check.artifact import file_name_problems, file_problems, hash_problems, reference_problems
+from ...runtime.errors import ArtifactError, raise_problems
 from ...runtime.manifest import Manifest, read_manifest
 from ...runtime.plan import Plan
 from ..progress import Progress
-from ..rewrite.quantize import kind
+from ..rewrite.quantize import layer_role
 from ..verify.picture_sheet import shown_plans
 from . import plan_strip, timing, verification
 
@@ -84,9 +84,9 @@ def gather(folder: Path, choices: Choices, progress: Progress) -> Gathered:
 
 def refuse_damaged(folder: Path, manifest: Manifest) -> None:
     """Raises ArtifactError unless every file is what the manifest says, on whatever machine this is."""
-    raise_all(folder, [*name_problems(manifest), *reference_problems(manifest)])
-    raise_all(folder, file_problems(folder, manifest))
-    raise_all(folder, hash_problems(folder, manifest))
+    raise_problems(folder, [*file_name_problems(manifest), *reference_problems(manifest)])
+    raise_problems(folder, file_problems(folder, manifest))
+    raise_problems(folder, hash_problems(folder, manifest))
 
 
 def drawn(folder: Path, model: str | None, progress: Progress) -> verification.Kept:
@@ -119,7 +119,7 @@ def weights_by_kind(folder: Path, manifest: Manifest) -> dict[tuple[str, str], i
             layer = layer_of(key, manifest) if component == "denoiser" else None
             told = (component, "") if component != "denoiser" else ("denoiser: norms, tables and others", "")
             if layer is not None:
-                told = (f"denoiser: {kind(layer)}", manifest.layers[layer][0])
+                told = (f"denoiser: {layer_role(layer)}", manifest.layers[layer][0])
             found[told] = found.get(told, 0) + size
     return dict(sorted(found.items(), key=lambda item: (-item[1], item[0])))
 

@@ -6,9 +6,9 @@ import json
 from collections import Counter
 from typing import Any
 
-from ...runtime.manifest import FAMILY
-from ...runtime.text import in_bytes, short, sizes
-from ..rewrite.quantize import kind
+from ...runtime.manifest import ATTACH_FAMILY
+from ...runtime.text import folder_bytes, format_bytes, format_count
+from ..rewrite.quantize import layer_role
 from .elements import Table, bars
 from .facts import Gathered
 
@@ -18,17 +18,17 @@ def cost_section(g: Gathered) -> dict[str, Any]:
     rows = [
         (
             graph.name,
-            short(graph.cost.flops),
-            in_bytes(graph.cost.moved_bytes),
+            format_count(graph.cost.flops),
+            format_bytes(graph.cost.moved_bytes),
             str(graph.cost.ops),
             str(graph.cost.constants),
-            in_bytes(graph.cost.constants_bytes),
+            format_bytes(graph.cost.constants_bytes),
         )
         for graph in m.graphs
     ]
     heads = ("graph", "FLOPs", "bytes moved besides", "operators", "constants", "their bytes")
-    weights = [((name, treatment or "-", in_bytes(n)), n) for (name, treatment), n in g.weights.items()]
-    counted = Counter((kind(name), *said) for name, said in m.layers.items())
+    weights = [((name, treatment or "-", format_bytes(n)), n) for (name, treatment), n in g.weights.items()]
+    counted = Counter((layer_role(name), *said) for name, said in m.layers.items())
     layers = [(role, what, why, str(n)) for (role, what, why), n in sorted(counted.items())]
     return {
         "said": "Counted on the compiled graphs, 2 FLOPs for a multiplication and its addition. All that is in no class here "
@@ -51,7 +51,7 @@ def use_section(g: Gathered) -> dict[str, Any]:
     ]
     return {
         "said": "Replaying takes prebake's runtime: no diffusers and no compiler."
-        if m.family != FAMILY
+        if m.family != ATTACH_FAMILY
         else "It holds the denoiser alone; diffusers runs the rest of the pipeline.",
         "code": loading(g),
         "needs": terms,
@@ -64,7 +64,7 @@ def loading(g: Gathered) -> str:
     m = g.manifest
     folder = json.dumps(g.name, ensure_ascii=False)
     prompt = json.dumps(g.kept.shown[0].prompt if g.kept and g.kept.shown else "a prompt", ensure_ascii=False)
-    if m.family == FAMILY:
+    if m.family == ATTACH_FAMILY:
         return (
             f"from diffusers import {m.source.pipeline}\n\nfrom prebake.runtime import attach\n\n"
             f"pipe = {m.source.pipeline}.from_pretrained({json.dumps(m.source.model)})\nattach(pipe, {folder})"
@@ -79,9 +79,9 @@ def loading(g: Gathered) -> str:
 
 def contents_section(g: Gathered) -> dict[str, Any]:
     m = g.manifest
-    by_folder = [((name, in_bytes(n)), n) for name, n in sizes(m).items() if name != "total"]
+    by_folder = [((name, format_bytes(n)), n) for name, n in folder_bytes(m).items() if name != "total"]
     by_folder.sort(key=lambda row: -row[1])
-    files = [(e.path, in_bytes(e.size), e.sha256) for e in m.files]
+    files = [(e.path, format_bytes(e.size), e.sha256) for e in m.files]
     again = "yes, of the same recipe, weights and toolchain" if m.reproducible else "no: kernels were chosen by times"
     return {
         "sizes": bars("Sizes", ("folder or file", "bytes"), by_folder),

@@ -17,7 +17,7 @@ from PIL import Image
 
 from ...runtime.manifest import Manifest
 from ...runtime.plan import Plan
-from ...runtime.text import in_bytes, sizes
+from ...runtime.text import folder_bytes, format_bytes
 from ..verify.picture_sheet import GAIN
 from . import plots
 from .elements import Safe, machine, seconds
@@ -66,8 +66,8 @@ def tiles(g: Gathered) -> Iterator[dict[str, str]]:
         image = g.times.plans[plan.name].image_s
         note = f"median of {g.times.runs}, {machine(g.times.machine)}"
         yield {"value": seconds(statistics.median(image)), "what": f"a {what} here", "note": note}
-    total = sizes(g.manifest)["total"]
-    yield {"value": in_bytes(total), "what": "on disk", "note": f"{len(g.manifest.files)} files"}
+    total = folder_bytes(g.manifest)["total"]
+    yield {"value": format_bytes(total), "what": "on disk", "note": f"{len(g.manifest.files)} files"}
 
 
 def flops_share(m: Manifest, plan: Plan) -> float:

@@ -15,7 +15,7 @@ import torch
 
 from ...runtime.artifact import open_artifact
 from ...runtime.attachment.facts import variant_name
-from ...runtime.manifest import FAMILY, Manifest
+from ...runtime.manifest import ATTACH_FAMILY, Manifest
 from ...runtime.plan import Plan
 from ..bench.report import machine
 from ..progress import Progress
@@ -52,7 +52,7 @@ def measure(
     """`runs` rounds, after one that warms up. Raises ArtifactError where the artifact cannot run here."""
     recipe = recipe_of(folder, manifest)
     # only a denoiser alone has its pipeline in diffusers
-    where = (model or model_of(manifest)) if manifest.family == FAMILY else ""
+    where = (model or model_of(manifest)) if manifest.family == ATTACH_FAMILY else ""
     began = time.perf_counter()
     replayer = replayer_of(open_artifact(folder, trust="size"), recipe, where)
     load_s = time.perf_counter() - began

@@ -15,7 +15,7 @@ from typing import Any
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from ...runtime.errors import ArtifactError, misfit
+from ...runtime.errors import ArtifactError, describe_schema_error
 from ...runtime.manifest import Manifest, Source
 from ...runtime.plan import Plan
 from ..verify import picture_sheet as sheet
@@ -108,7 +108,7 @@ def read_kept(folder: Path, manifest: Manifest, plans: Mapping[str, Plan]) -> Ke
     try:
         verified = Verified.model_validate_json(path.read_bytes())
     except ValidationError as e:
-        raise ArtifactError(f"{misfit(path, e)}; {AGAIN}") from e
+        raise ArtifactError(f"{describe_schema_error(path, e)}; {AGAIN}") from e
     refuse_other(path, verified, manifest, plans)
     if not picture.is_file():
         return Kept(verified, (), None)

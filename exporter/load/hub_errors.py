@@ -6,7 +6,7 @@ import socket
 from pathlib import Path
 
 from ...runtime.errors import ExportError
-from ...runtime.transfer.hub import chain, first_line
+from ...runtime.transfer.hub import error_chain, error_summary
 
 
 def download(model: str, revision: str | None) -> Path:
@@ -28,7 +28,7 @@ def reason(model: str, revision: str | None, error: BaseException) -> str:
         RevisionNotFoundError,
     )
 
-    causes = tuple(chain(error))
+    causes = tuple(error_chain(error))
 
     def among(*types: type[BaseException]) -> bool:
         return any(isinstance(cause, types) for cause in causes)
@@ -46,6 +46,6 @@ def reason(model: str, revision: str | None, error: BaseException) -> str:
     if among(LocalEntryNotFoundError, ConnectionError, TimeoutError, socket.gaierror):
         return (
             "it is not in the hub's cache and the hub cannot be reached; export once with a network (and without "
-            f"HF_HUB_OFFLINE), or give the folder of a pipeline; the cause: {first_line(error)}"
+            f"HF_HUB_OFFLINE), or give the folder of a pipeline; the cause: {error_summary(error)}"
         )
-    return f"the hub says {first_line(error)}"
+    return f"the hub says {error_summary(error)}"

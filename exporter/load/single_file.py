@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ...runtime.errors import ExportError
-from .hub_errors import first_line, reason
+from .hub_errors import error_summary, reason
 
 PIPELINES = {
     "v1": "StableDiffusionPipeline",
@@ -54,7 +54,7 @@ def load(file: Path, config: Path | None, dtypes: dict[str, torch.dtype]) -> Any
                 f"model {file.name!r}: its configuration is that of {repository}, and {reason(repository, None, e)}; or "
                 "set model.config to the folder of such a pipeline, of which only what the file lacks is read"
             ) from e
-        raise ExportError(f"model {file.name!r}: {name} could not read {file} ({first_line(e)})") from e
+        raise ExportError(f"model {file.name!r}: {name} could not read {file} ({error_summary(e)})") from e
     for component, module in pipe.components.items():
         dtype = dtypes.get(component, dtypes["default"])
         if isinstance(module, torch.nn.Module) and module.dtype != dtype:
@@ -71,7 +71,7 @@ def class_in(config: Path | None) -> str:
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise ExportError(
             f"model.config {str(config)!r}: expected a folder with a pipeline's model_index.json and its components' "
-            f"config.json ({first_line(e)})"
+            f"config.json ({error_summary(e)})"
         ) from e
 
 
@@ -86,7 +86,7 @@ def inferred(file: Path) -> tuple[str, str]:
     try:
         kind = infer_diffusers_model_type(load_single_file_checkpoint(str(file)))
     except Exception as e:
-        raise ExportError(f"model {file.name!r}: diffusers could not read {file} ({first_line(e)})") from e
+        raise ExportError(f"model {file.name!r}: diffusers could not read {file} ({error_summary(e)})") from e
     if kind not in PIPELINES:
         raise ExportError(
             f"model {file.name!r}: diffusers takes its weights for {kind!r}, expected one of {', '.join(PIPELINES)}; "

@@ -89,7 +89,7 @@ def read(model: str, folder: Path, dtypes: dict[str, torch.dtype]) -> Any:
             folder, dtype=dtypes, local_files_only=True, variant=variant, **absent(folder)
         )
     except Exception as e:
-        raise ExportError(f"model {model!r}: diffusers could not read {folder} ({hub.first_line(e)})") from e
+        raise ExportError(f"model {model!r}: diffusers could not read {folder} ({hub.error_summary(e)})") from e
 
 
 def absent(folder: Path) -> dict[str, None]:

@@ -22,9 +22,9 @@ from safetensors.torch import save_file
 from ...runtime.errors import ExportError
 from ...runtime.manifest import FileEntry, Manifest
 from ...runtime.plan import Plan
-from ...runtime.storage.rename import is_artifact, make_readable, put, recover, replace
-from ...runtime.storage.scratch import scratch, sweep
-from ..passes.captured_graph import Captured
+from ...runtime.storage.rename import is_artifact, make_readable, recover_artifact, rename_if_free, replace_folder
+from ...runtime.storage.scratch import remove_abandoned, scratch_folder
+from ..passes.captured_graph import CapturedGraph
 from .disk import disk_for
 
 PARTIAL = ".partial"
@@ -49,12 +49,12 @@ def staged(output: Path, *, force: bool) -> Iterator[Path]:
             raise ExportError(
                 f"{output}: --force replaces artifacts only, and this has no manifest.json of one; choose another --output"
             )
-    with disk_for(output), scratch(output.parent, f".{output.name}.", PARTIAL) as folder:
+    with disk_for(output), scratch_folder(output.parent, f".{output.name}.", PARTIAL) as folder:
         yield folder
         make_readable(folder)
         if force:
-            replace(folder, output)
-        elif not put(folder, output):
+            replace_folder(folder, output)
+        elif not rename_if_free(folder, output):
             raise ExportError(
                 f"{output}: already exists since this export began; choose another --output, or replace it with --force"
             )
@@ -68,8 +68,8 @@ def made_ready(output: Path) -> None:
         raise ExportError(f"{output.parent}: cannot be made a folder ({e.strerror}); choose another --output") from e
     if not os.access(output.parent, os.W_OK | os.X_OK):
         raise ExportError(f"{output.parent}: cannot be written by this user; choose another --output")
-    recover(output)
-    sweep(output.parent, f".{output.name}.", PARTIAL)
+    recover_artifact(output)
+    remove_abandoned(output.parent, f".{output.name}.", PARTIAL)
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Weights:
     complex: tuple[str, ...] = ()
 
 
-def write_weights(folder: Path, groups: Mapping[str, Sequence[Captured]]) -> Weights:
+def write_weights(folder: Path, groups: Mapping[str, Sequence[CapturedGraph]]) -> Weights:
     """Writes `weights/<component>.safetensors`, each distinct tensor once: in the first component that reads it, under
     `<component>.<its name there>`."""
     stored: dict[str, str] = {}

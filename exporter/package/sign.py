@@ -13,17 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...runtime.check.artifact import file_problems, hash_problems, name_problems
+from ...runtime.check.artifact import file_name_problems, file_problems, hash_problems
 from ...runtime.check.signature import (
-    FILE,
-    NEEDED,
+    SIGN_EXTRA_HINT,
+    SIGNATURE_FILE,
     Identity,
-    first_line,
-    listed_hashing,
+    error_clause,
+    known_hashing_config,
     signature_problems,
     signed_hashes,
 )
-from ...runtime.errors import ArtifactError, ExportError, RecipeError, raise_all
+from ...runtime.errors import ArtifactError, ExportError, RecipeError, raise_problems
 from ...runtime.manifest import Manifest, read_manifest
 
 
@@ -47,11 +47,13 @@ def sign(folder: Path, signer: Path | Sigstore) -> int:
         raise ArtifactError(f"{folder}: missed its thresholds, and its manifest says so; sign one that holds")
     check_files(folder, manifest)
     hashes = signed_hashes(folder, manifest)
-    signing.set_hashing_config(listed_hashing(hashes))
+    signing.set_hashing_config(known_hashing_config(hashes))
     try:
         write(signing, folder, signer)
     except OSError as e:
-        raise ExportError(f"{folder / FILE}: cannot be written ({e.strerror or e}); make room, or sign a copy") from e
+        raise ExportError(
+            f"{folder / SIGNATURE_FILE}: cannot be written ({e.strerror or e}); make room, or sign a copy"
+        ) from e
     return len(hashes)
 
 
@@ -62,19 +64,19 @@ def verify(folder: Path, whose: Path | Identity) -> int:
     """
     manifest = read_manifest(folder)
     check_names(folder, manifest)
-    raise_all(folder, [*signature_problems(folder, manifest, whose), *hash_problems(folder, manifest, True)])
+    raise_problems(folder, [*signature_problems(folder, manifest, whose), *hash_problems(folder, manifest, True)])
     return len(manifest.files) + 1
 
 
 def check_files(folder: Path, manifest: Manifest) -> None:
     """Raises ArtifactError unless every file is there, listed, and what the manifest says it is."""
     check_names(folder, manifest)
-    raise_all(folder, hash_problems(folder, manifest, True))
+    raise_problems(folder, hash_problems(folder, manifest, True))
 
 
 def check_names(folder: Path, manifest: Manifest) -> None:
-    raise_all(folder, name_problems(manifest))
-    raise_all(folder, file_problems(folder, manifest))
+    raise_problems(folder, file_name_problems(manifest))
+    raise_problems(folder, file_problems(folder, manifest))
 
 
 def signing_by(signer: Path | Sigstore) -> Any:
@@ -82,7 +84,7 @@ def signing_by(signer: Path | Sigstore) -> Any:
     try:
         from model_signing import signing
     except ModuleNotFoundError as e:
-        raise RecipeError(NEEDED) from e
+        raise RecipeError(SIGN_EXTRA_HINT) from e
     if isinstance(signer, Sigstore):
         try:
             return signing.Config().use_sigstore_signer(
@@ -102,18 +104,18 @@ def signing_by(signer: Path | Sigstore) -> Any:
 def write(signing: Any, folder: Path, signer: Path | Sigstore) -> None:
     """Signs into a file of another name, which then takes the place of `signature.json`: there is never half of one."""
     with tempfile.TemporaryDirectory(prefix=f".{folder.resolve().name}.", dir=folder.resolve().parent) as beside:
-        fresh = Path(beside) / FILE
+        fresh = Path(beside) / SIGNATURE_FILE
         try:
             signing.sign(folder, fresh)
         except Exception as e:
             if isinstance(signer, Sigstore):  # whose network errors are OSErrors too
                 raise unreached(e) from e
             raise
-        os.replace(fresh, folder / FILE)
+        os.replace(fresh, folder / SIGNATURE_FILE)
 
 
 def unreached(e: Exception) -> ExportError:
     """Of what sigstore, its network and its browser raise, which is of many kinds."""
     return ExportError(
-        f"--sigstore: sigstore did not sign ({first_line(e)}); it needs a network and a token, and --key needs neither"
+        f"--sigstore: sigstore did not sign ({error_clause(e)}); it needs a network and a token, and --key needs neither"
     )

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from ...runtime.backends import names as backends
+from ...runtime.backends import backend_names as backends
 from ...runtime.errors import RecipeError
 from ..caches import Cache, Mask, NoCache
 from ..tables import Conflicts, Problem, Regexes, Table

@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ...runtime.artifact import Artifact, open_artifact
-from ...runtime.attachment.attach import Run, computed, placed
+from ...runtime.attachment.attach import PlanCursor, attach_opened, run_denoiser
 from ...runtime.attachment.facts import graph_name, read_facts
-from ...runtime.attachment.follow import Followed
+from ...runtime.attachment.scheduler_observer import SchedulerObserver
 from ...runtime.errors import ArtifactError, ExportError
 from ...runtime.manifest import Manifest
 from ...runtime.plan import Plan
@@ -67,7 +67,7 @@ class AttachedReplayer:
     def draw(self, prompt: str, seed: int, plan: Plan) -> Drawn:
         """One picture, by that plan. Raises ExportError for a prompt that the artifact does not cover."""
         self._calls.clear()
-        with placed(self.loaded.pipe, self._tapped, plan.cache != "none"):
+        with attach_opened(self.loaded.pipe, self._tapped, plan.cache != "none"):
             try:
                 return drawn(self.recipe, self.loaded, prompt, seed, plan.steps, self._calls)
             except ArtifactError as e:
@@ -156,7 +156,9 @@ def drawn(recipe: Recipe, loaded: source.Loaded, prompt: str, seed: int, steps: 
 def stepping(scheduler: Any) -> Iterator[list[Tensor]]:
     """A list that holds what the scheduler's `step` returned last."""
     last: list[Tensor] = []
-    scheduler.step = Followed(scheduler, "step", lambda result, *_, **__: last.__setitem__(slice(None), [result[0]]))
+    scheduler.step = SchedulerObserver(
+        scheduler, "step", lambda result, *_, **__: last.__setitem__(slice(None), [result[0]])
+    )
     try:
         yield last
     finally:
@@ -232,14 +234,16 @@ def golden_tensors(evaluations: Sequence[Joined]) -> dict[str, Tensor]:
 def replay_golden(artifact: Artifact, plan: Plan) -> Replayed:
     """The stored calls made again."""
     stored = load_file(artifact.folder / golden_path(plan.name))
-    facts, run = read_facts(artifact), Run(plan)
+    facts, run = read_facts(artifact), PlanCursor(plan)
     errors: list[list[float]] = []
     bitwise = True
     while (call := run.call) and f"output.{run.evaluation}.{run.branch}" in stored:
         e, b = run.evaluation, run.branch
         names = (a.name for a in facts.calls[call.of] if a.is_input)
         given = {n: stored.get(f"input.{b}.{n}", stored.get(f"input.{e}.{b}.{n}")) for n in names}
-        sample = computed(artifact, run, call, {n: t.to(artifact.device) for n, t in given.items() if t is not None})
+        sample = run_denoiser(
+            artifact, run, call, {n: t.to(artifact.device) for n, t in given.items() if t is not None}
+        )
         reference = stored[f"output.{e}.{b}"].to(artifact.device)
         errors += [[]] if b == 0 else []
         errors[e].append(relative_error(sample, reference))

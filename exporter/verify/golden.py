@@ -21,7 +21,7 @@ from ...runtime.errors import ExportError
 from ...runtime.manifest import Manifest
 from ...runtime.plan import Plan
 from ..families.picture import VAE_ENCODER
-from ..families.text import ENCODER
+from ..families.text import TEXT_ENCODER
 from ..package.folder import file_entries
 from ..prompts import picture_prompts
 from ..recipe.resolve import Recipe
@@ -125,7 +125,7 @@ def golden_tensors(
     }
     encoded = 0  # how often the text encoder was called: a negative prompt is a call more
     for call in drawn.calls:
-        if call.graph == ENCODER:
+        if call.graph == TEXT_ENCODER:
             tensors |= {f"input_ids.{encoded}.{name}": t for name, t in call.inputs.items()}
             tensors |= {f"embeddings.{encoded}.{name}": t for name, t in call.outputs.items()}
             encoded += 1

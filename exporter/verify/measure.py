@@ -23,7 +23,7 @@ from ...runtime.artifact import Artifact, BoundGraph
 from ...runtime.manifest import Graph
 from ...runtime.pipeline import Pipeline
 from ...runtime.plan import Plan
-from ..families.picture import Size, example
+from ..families.picture import Size, example_picture
 from ..load.source import EMBEDDED
 from ..progress import Progress
 
@@ -174,7 +174,7 @@ def example_arguments(pipe: Pipeline, seed: int) -> dict[str, Any]:
     if picture is None or not picture.required:
         return {}
     whole = {"strength": 1.0} if picture.role == "start" else {}
-    return {"image": example(Size(picture.height, picture.width, 0), seed), **whole}
+    return {"image": example_picture(Size(picture.height, picture.width, 0), seed), **whole}
 
 
 class Reference:

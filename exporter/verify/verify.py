@@ -19,9 +19,9 @@ import torch
 from pydantic import ValidationError
 
 from ...runtime.artifact import Artifact, open_artifact
-from ...runtime.check.artifact import check
-from ...runtime.errors import ArtifactError, QualityError, RecipeError, misfit
-from ...runtime.manifest import FAMILY, Manifest, read_manifest
+from ...runtime.check.artifact import check_artifact
+from ...runtime.errors import ArtifactError, QualityError, RecipeError, describe_schema_error
+from ...runtime.manifest import ATTACH_FAMILY, Manifest, read_manifest
 from ...runtime.plan import Plan
 from ..load import source
 from ..package.folder import linked, written
@@ -94,7 +94,7 @@ def verify_artifact(folder: Path, choices: Choices, progress: Progress) -> tuple
     that has nothing to replay, and RecipeError for choices that do not fit it.
     """
     manifest = read_manifest(folder)
-    check(folder, manifest)
+    check_artifact(folder, manifest)
     recipe = recipe_of(folder, manifest)
     if not choices.with_source:
         refuse_source_choices(choices)
@@ -228,7 +228,7 @@ def write_lacking_golden(replayer: Replayer | attached.AttachedReplayer, recipe:
 
 def replayer_of(artifact: Artifact, recipe: Recipe, model: str) -> Replayer | attached.AttachedReplayer:
     """What draws with the artifact: the artifact itself, or of a denoiser alone its pipeline, loaded from `model` if it draws."""
-    if artifact.manifest.family == FAMILY:
+    if artifact.manifest.family == ATTACH_FAMILY:
         return attached.AttachedReplayer(artifact, recipe, model)
     return Replayer(artifact)
 
@@ -242,7 +242,7 @@ def load_reference(manifest: Manifest, recipe: Recipe, model: str) -> References
     Raises RecipeError when `model` is not the one that the artifact was made of.
     """
     loaded = load_pipeline(manifest, recipe, model, torch.float32)
-    if manifest.family == FAMILY:
+    if manifest.family == ATTACH_FAMILY:
         return attached.AttachedReference(recipe, loaded)
     family = importlib.import_module(f"...families.{manifest.family}", __name__)
     return Reference(loaded.pipe, family, manifest, recipe.guidance)
@@ -279,7 +279,7 @@ def recipe_of(folder: Path, manifest: Manifest) -> Recipe:
     try:
         return Recipe.model_validate(manifest.recipe)
     except ValidationError as e:
-        raise ArtifactError(f"{misfit(folder / 'manifest.json', e, 'recipe')}; export again") from e
+        raise ArtifactError(f"{describe_schema_error(folder / 'manifest.json', e, 'recipe')}; export again") from e
 
 
 def asked(recipe: Recipe, choices: Choices) -> Recipe:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from uncompiled import uncompiled
 
-from prebake.exporter.families.picture import Size, example
+from prebake.exporter.families.picture import Size, example_picture
 from prebake.exporter.load import source
 from prebake.exporter.recipe.resolve import resolve
 from prebake.exporter.tiny import NAMES
@@ -24,7 +24,7 @@ FLOAT32 = ("precision.denoiser=float32", "precision.text_encoders=float32", "pre
 PLAIN = ("cache.method=none", "quantize.method=none", *FLOAT32)
 TOLERANCE = 1e-5
 """On latents, relative in L2. The same float32 sums in another order, over all steps: seen are 1e-7 to 2e-6."""
-PICTURE = example(Size(32, 32, 0), 3)
+PICTURE = example_picture(Size(32, 32, 0), 3)
 PROMPTS = ("a red circle", "the large cat on a blue table", "snow")
 
 

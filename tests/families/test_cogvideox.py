@@ -19,7 +19,7 @@ from PIL import Image, ImageSequence
 from uncompiled import uncompiled
 
 from prebake.exporter import tiny
-from prebake.exporter.capture.capture import capture
+from prebake.exporter.capture.capture import capture_graph
 from prebake.exporter.families import cogvideox
 from prebake.exporter.families.picture import Size
 from prebake.exporter.load.source import load as load_model
@@ -80,7 +80,7 @@ def test_the_decoder_gives_what_diffusers_decodes(frames):
     # division in place of a product with the reciprocal, then the same sums
     torch.testing.assert_close(decoder.module(latents)[0], theirs, rtol=0, atol=1e-5)
     if frames == 16:  # the graph has both times and what the convolutions hand on between them
-        graph = capture(decoder.name, decoder.module, decoder.args, decoder.inputs, decoder.outputs)
+        graph = capture_graph(decoder.name, decoder.module, decoder.args, decoder.inputs, decoder.outputs)
         torch.testing.assert_close(graph.gm(latents)[0], theirs, rtol=0, atol=1e-5)
         first = decoder.module(torch.cat((latents[:, :2], 0 * latents[:, 2:]), dim=1))[0]
         assert not torch.allclose(first, theirs, rtol=0, atol=1e-2)  # the canary
@@ -184,7 +184,7 @@ def test_rotary_positions(name):
     call = (torch.cat([latents] * 2), states, timestep.expand(2))
     samples = [pipe.transformer(*call, image_rotary_emb=r, return_dict=False)[0].chunk(2) for r in (rotary, None)]
     theirs, without = (uncond + guidance * (cond - uncond) for uncond, cond in samples)
-    graph = capture(component.name, component.module, component.args, component.inputs, component.outputs)
+    graph = capture_graph(component.name, component.module, component.args, component.inputs, component.outputs)
     # one branch after the other against a batch of two: float32 sums in another order
     assert relative_error(graph.gm(*component.args), theirs) < 1e-5
     assert relative_error(graph.gm(*component.args), without) > 1e-4  # the canary
@@ -199,7 +199,7 @@ def test_another_size_than_the_models_own():
     latents, timestep, states, guidance = component.args
     sample = pipe.transformer(torch.cat([latents] * 2), states, timestep.expand(2), return_dict=False)[0]
     uncond, cond = sample.chunk(2)
-    graph = capture(component.name, component.module, component.args, component.inputs, component.outputs)
+    graph = capture_graph(component.name, component.module, component.args, component.inputs, component.outputs)
     # one branch after the other against a batch of two: float32 sums in another order
     assert relative_error(graph.gm(*component.args), uncond + guidance * (cond - uncond)) < 1e-5
     assert (

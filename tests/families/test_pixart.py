@@ -19,7 +19,7 @@ from uncompiled import uncompiled
 from prebake.exporter import tiny
 from prebake.exporter.families import pixart
 from prebake.exporter.recipe.resolve import resolve
-from prebake.exporter.rewrite import rewrite
+from prebake.exporter.rewrite import rewrite_pipeline
 from prebake.exporter.tiny import parts
 from prebake.runtime.errors import ArtifactError, ExportError, RecipeError
 
@@ -163,7 +163,7 @@ def noise_of(pipe) -> torch.Tensor:
 def test_int8_takes_fused_attention_and_feed_forward_and_leaves_the_rest():
     pipe = tiny.build("pixart")
     before = noise_of(pipe)
-    layers = rewrite(pipe, resolve("pixart-fast", ("precision.denoiser=float32",)))
+    layers = rewrite_pipeline(pipe, resolve("pixart-fast", ("precision.denoiser=float32",)))
     int8 = {name for name, (what, _) in layers.items() if what == "int8"}
     assert {n.split(".", 2)[2] for n in int8 if n.startswith("transformer_blocks.0.")} == {
         *("attn1.to_qkv", "attn1.to_out.0", "attn2.to_q", "attn2.to_kv", "attn2.to_out.0"),

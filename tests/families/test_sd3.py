@@ -23,9 +23,9 @@ from uncompiled import uncompiled
 
 from prebake.exporter import tiny
 from prebake.exporter.families import sd3
-from prebake.exporter.families.picture import example
+from prebake.exporter.families.picture import example_picture
 from prebake.exporter.recipe.resolve import resolve
-from prebake.exporter.rewrite import rewrite
+from prebake.exporter.rewrite import rewrite_pipeline
 from prebake.exporter.rewrite.fuse import fuse_qkv
 from prebake.exporter.tiny import parts
 from prebake.runtime.errors import ArtifactError, ExportError
@@ -148,7 +148,7 @@ def test_in_bfloat16_neighbouring_timesteps_stay_apart():
 def test_image_to_image(strength):
     pipe = as_kind(StableDiffusion3Img2ImgPipeline, eager("sd3"))
     call = {} if strength is None else {"strength": strength}
-    image = example(SIZE, 0)
+    image = example_picture(SIZE, 0)
     for prompt in (PROMPTS[0], list(PROMPTS)):
         latents = latents_of(pipe, prompt, image=image, generator=seeded(1), **call)
         drawn = got("sd3", prompt, PICTURES, image=image, seed=1, **call)
@@ -178,7 +178,7 @@ def test_inpainting(tmp_path):
     mask = Image.new("L", (32, 32), 0)
     mask.paste(255, (8, 8, 24, 32))
     inpaint = as_kind(StableDiffusion3InpaintPipeline, pipe)
-    given = {"image": example(SIZE, 0), "mask_image": mask}
+    given = {"image": example_picture(SIZE, 0), "mask_image": mask}
     for call in ({}, {"strength": 0.3}, {"strength": 1.0}):
         latents = latents_of(inpaint, list(PROMPTS), generator=seeded(1), **given, **call)
         drawn = prebaked(list(PROMPTS), seed=1, output_type="latent", **given, **call)[0]
@@ -225,7 +225,7 @@ def test_why_diffusers_own_fused_attention_is_not_used():
 def test_int8_takes_attention_and_feed_forward_and_leaves_the_rest():
     pipe = tiny.build("sd3")
     before = velocity(pipe)
-    layers = rewrite(pipe, resolve("sd3-fast", ("precision.denoiser=float32",)))
+    layers = rewrite_pipeline(pipe, resolve("sd3-fast", ("precision.denoiser=float32",)))
     int8 = {name for name, (what, _) in layers.items() if what == "int8"}
     assert {n.split(".", 2)[2] for n in int8 if n.startswith("transformer_blocks.0.")} == {
         *("attn.to_qkv", "attn.to_added_qkv", "attn.to_out.0", "attn.to_add_out", "attn2.to_qkv", "attn2.to_out.0"),
@@ -292,7 +292,7 @@ def test_a_transformer_that_takes_more_than_latents_is_refused():
         ({"clip_skip": 1}, "clip_skip: an artifact of StableDiffusion3Pipeline does not take it"),
         ({"skip_guidance_layers": [0]}, "skip_guidance_layers: an artifact of StableDiffusion3Pipeline does not take"),
         ({"max_sequence_length": 77}, "max_sequence_length=77: the artifact was exported for 16 tokens"),
-        ({"image": example(SIZE, 0)}, "image: the artifact was exported without image-to-image"),
+        ({"image": example_picture(SIZE, 0)}, "image: the artifact was exported without image-to-image"),
     ],
 )
 def test_what_was_fixed_at_export_is_refused_by_name(argument, message):

@@ -28,7 +28,7 @@ from prebake.exporter.pipeline import Options, export
 from prebake.exporter.progress import Progress
 from prebake.exporter.recipe.resolve import resolve
 from prebake.runtime import backends
-from prebake.runtime.check.artifact import check
+from prebake.runtime.check.artifact import check_artifact
 from prebake.runtime.errors import PrebakeError
 from prebake.runtime.manifest import read_manifest
 
@@ -112,7 +112,7 @@ def dying(work: Path) -> dict:
 def left(folder: Path) -> str:
     if not folder.exists():
         return "nothing"
-    return "the whole" if not said(lambda: check(folder, read_manifest(folder))) else "a part"
+    return "the whole" if not said(lambda: check_artifact(folder, read_manifest(folder))) else "a part"
 
 
 def full(work: Path) -> list[dict]:

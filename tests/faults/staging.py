@@ -28,7 +28,7 @@ def main(work: Path) -> dict[str, list[dict]]:
     found["naive"] = deaths(work, "nothing", lambda output: write(output, "new"))
     found["at once"] = [at_once(work, force=False) for _ in range(8)]
     found["at once, by force"] = [at_once(work, force=True) for _ in range(8)]
-    place.exchanged = lambda a, b: False
+    place.exchange_folders = lambda a, b: False
     return found | {f"{before} renames": deaths(work, before, export) for before in ("nothing", "old")}
 
 

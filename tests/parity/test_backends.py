@@ -13,7 +13,7 @@ from families.parity import FLOAT32, PROMPTS, expected, relative_error, seeded
 from torch import nn
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
-from prebake.exporter.caches.pab import SPATIAL
+from prebake.exporter.caches.pab import SPATIAL_IDENTIFIERS
 from prebake.exporter.load import source
 from prebake.exporter.pipeline import Options, export
 from prebake.exporter.progress import progress
@@ -123,7 +123,7 @@ def with_pab(prompt: str, seed: int) -> torch.Tensor:
     config = PyramidAttentionBroadcastConfig(
         spatial_attention_block_skip_range=SKIP,
         spatial_attention_timestep_skip_range=WINDOW,
-        spatial_attention_block_identifiers=SPATIAL,
+        spatial_attention_block_identifiers=SPATIAL_IDENTIFIERS,
         current_timestep_callback=lambda: pipe._current_timestep,
     )
     apply_pyramid_attention_broadcast(pipe.transformer, config)

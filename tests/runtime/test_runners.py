@@ -61,7 +61,7 @@ def test_torchs_own_runner_gives_the_same_bits(opened, monkeypatch):
     """What runs libraries of an older torch, or with operators that only torch's dispatcher has."""
     ours = opened()
     assert all(graph._model._container for graph in ours.artifact.graphs.values())
-    monkeypatch.setattr(aoti, "container", lambda *arguments: None)
+    monkeypatch.setattr(aoti, "open_container", lambda *arguments: None)
     theirs = opened()
     for cache in (True, False):
         call = {"prompt": "red circle", "seed": 7, "cache": cache, "output_type": "pt"}
@@ -248,8 +248,8 @@ def test_flat_samples_are_flat_and_a_leak_is_not():
 def trims(monkeypatch):
     """How often freed memory was given back; here every call is a long one."""
     seen = []
-    monkeypatch.setattr(runners, "LONG_S", 0)
-    monkeypatch.setattr(runners, "trim", lambda: seen.append(1))
+    monkeypatch.setattr(runners, "LONG_CALL_S", 0)
+    monkeypatch.setattr(runners, "trim_heap", lambda: seen.append(1))
     return seen
 
 
@@ -275,7 +275,7 @@ def test_it_is_not_given_back_while_others_work_or_after_short_calls(trims, monk
     with some.one():
         pass
     assert trims == []
-    monkeypatch.setattr(runners, "LONG_S", SOON_S)
+    monkeypatch.setattr(runners, "LONG_CALL_S", SOON_S)
     go.set()
     joined(other)
     assert trims == []
@@ -287,7 +287,7 @@ def test_what_the_allocator_keeps_goes_back_to_the_system():
     whole = private_bytes()
     del blocks[:-1]
     kept = private_bytes()
-    memory.trim()
+    memory.trim_heap()
     assert kept > whole - (16 << 20)
     assert private_bytes() < whole - (48 << 20)
     assert len(blocks) == 1

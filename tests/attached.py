@@ -41,8 +41,8 @@ from transformers import (
 from uncompiled import CPU, bound, captured, prepared
 
 from prebake.exporter.package import folder as package
-from prebake.exporter.package.folder import Weights
-from prebake.exporter.package.manifest import describe
+from prebake.exporter.package.folder import StoredWeights
+from prebake.exporter.package.manifest import describe_artifact
 from prebake.exporter.recipe.resolve import Recipe, Shapes
 from prebake.runtime.artifact import Artifact, read_plans
 from prebake.runtime.replay import tabulate_plan
@@ -312,8 +312,8 @@ def uncompiled(recipe: Recipe, folder: Path) -> Artifact:
     """The recipe's artifact, its graphs run as they were captured. Plans lie in `folder`."""
     made = prepared(recipe)
     package.write_plans(folder, made.planned.plans)
-    manifest = describe(
-        folder, made, Weights({name: {} for name in captured(made)}, ()), dict.fromkeys(captured(made), "")
+    manifest = describe_artifact(
+        folder, made, StoredWeights({name: {} for name in captured(made)}, ()), dict.fromkeys(captured(made), "")
     )
     graphs = {g.name: bound(g, captured(made)[g.name]) for g in manifest.graphs}
     plans = read_plans(folder, manifest)

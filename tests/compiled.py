@@ -5,13 +5,13 @@ from __future__ import annotations
 from peers import Run, inputs_of
 from torch import Tensor
 
-from prebake.exporter.bench.compiled_variants import Compiled, describe_sites
+from prebake.exporter.bench.compiled_variants import VariantCompiler, describe_sites
 from prebake.exporter.plan import PlanSet
 from prebake.exporter.sites.component import Component
 from prebake.runtime.plan import Plan
 from prebake.runtime.replay import replay, tabulate_plan
 
-COMPILED = Compiled()
+COMPILED = VariantCompiler()
 
 
 def compiled_run(

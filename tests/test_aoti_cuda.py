@@ -393,15 +393,15 @@ def test_no_buffer_is_filled_again_before_it_has_arrived():
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["none", "int8_dynamic"])
 def test_an_export_for_this_gpu_is_verified_on_it(tmp_path, method):
-    from prebake.exporter.pipeline import Options, export
-    from prebake.exporter.progress import progress
+    from prebake.exporter.pipeline import ExportOptions, export
+    from prebake.exporter.progress import open_progress
     from prebake.runtime import load
 
     asked = recipe(
         ON_GPU, f"quantize.method={method}", "cache.method=pab", "verify.cached_psnr_db=20", "verify.seeds=1"
     )
-    with progress("quiet") as quiet:
-        export(asked, tmp_path / "artifact", Options(), quiet)
+    with open_progress("quiet") as quiet:
+        export(asked, tmp_path / "artifact", ExportOptions(), quiet)
     pipe = load(tmp_path / "artifact")
     assert {t.device.type for t in pipe.artifact.weights.values()} == {"cuda"}
     assert pipe("a circle", seed=0).images[0].size == (32, 32)

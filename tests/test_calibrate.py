@@ -31,8 +31,8 @@ from prebake.exporter.calibrators.dynamic_replay import SamplerLoop, dynamic_rep
 from prebake.exporter.cli.main import main
 from prebake.exporter.families import flux
 from prebake.exporter.families.registry import find_family
-from prebake.exporter.pipeline import prepare, write
-from prebake.exporter.progress import progress
+from prebake.exporter.pipeline import prepare, write_folder
+from prebake.exporter.progress import open_progress
 from prebake.exporter.recipe.resolve import resolve
 from prebake.exporter.settle import sampler_table
 from prebake.exporter.sites.actions import flat_outputs
@@ -43,7 +43,7 @@ from prebake.runtime.manifest import Source
 
 PROMPTS = ("a red circle", "a blue square on white")
 OVERRIDES = ("cache.method=firstblock", "cache.threshold=0.4", "sampler.steps=5")
-QUIET = progress("quiet")
+QUIET = open_progress("quiet")
 SIZE = flux.Size(32, 32, 8)
 
 
@@ -255,7 +255,7 @@ def test_an_artifact_carries_the_calibration_that_its_plan_rests_on(made, file, 
     folder = tmp_path / "artifact"
     folder.mkdir()
     paths = {g.name: f"graphs/{g.name}" for group in prepared.graphs.values() for g in group}
-    manifest = write(folder, prepared, paths, QUIET)
+    manifest = write_folder(folder, prepared, paths, QUIET)
     assert read_calibration(folder / "calibration.json") == made
     (entry,) = (f for f in manifest.files if f.path == "calibration.json")
     assert entry.sha256 == hashlib.sha256(file.read_bytes()).hexdigest()

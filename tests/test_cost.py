@@ -18,10 +18,10 @@ from prebake.exporter.cost.count import (
 )
 from prebake.exporter.cost.variants import check_variant_costs
 from prebake.exporter.families import flux
-from prebake.exporter.load.source import load
+from prebake.exporter.load.source import load_model
 from prebake.exporter.lower import w8a8
 from prebake.exporter.plan import PlanSet
-from prebake.exporter.progress import progress
+from prebake.exporter.progress import open_progress
 from prebake.exporter.sites.discover import discover_layout
 from prebake.exporter.sites.marks import Variant
 from prebake.runtime.errors import ExportError
@@ -74,12 +74,12 @@ def test_an_int8_convolution_costs_what_it_replaces():
 @pytest.fixture(scope="module")
 def reused(tiny_folder):
     """The tiny denoiser, its plan with every attention reused, and the graphs `full` and `reuse`; nobody changes them."""
-    pipe = load(str(tiny_folder), None, {"default": torch.float32}).pipe
+    pipe = load_model(str(tiny_folder), None, {"default": torch.float32}).pipe
     marks = tuple(a.mark() for a in discover_layout(flux.denoiser(pipe, SIZE)).attentions)
     everything, some = tuple((m.name, "compute") for m in marks), tuple((m.name, "combine") for m in marks)
     planned = PlanSet(marks, (Variant("full", everything), Variant("reuse", some)), ())
     denoiser = flux.denoiser(pipe, SIZE)
-    return denoiser, *capture_variants(denoiser, planned, progress("quiet"))
+    return denoiser, *capture_variants(denoiser, planned, open_progress("quiet"))
 
 
 def test_an_attention_reuse_variant_has_no_attention_left(reused):
@@ -164,7 +164,7 @@ def test_a_value_that_no_variant_reads_is_not_stored(tiny_pipe):
     denoiser, layout = flux.denoiser(tiny_pipe, SIZE), discover_layout(flux.denoiser(tiny_pipe, SIZE))
     mark = layout.residual("", len(layout.blocks("")) - 1, len(layout.blocks("")), "tail")
     marked = PlanSet((mark,), (Variant("full", (("tail", "compute"),)), Variant("reuse", (("tail", "combine"),))), ())
-    planned, (full, reuse) = capture_variants(denoiser, marked, progress("quiet"))
+    planned, (full, reuse) = capture_variants(denoiser, marked, open_progress("quiet"))
     assert mark.tensors == ("tail:0", "tail:1")
     assert planned.marks[0].tensors == ("tail:1",)
     assert [s.name for s in full.outputs] == ["sample", "tail:1"]

@@ -13,7 +13,7 @@ from torch.backends import cuda
 
 from prebake.exporter import pipeline
 from prebake.exporter.capture.capture import capture_graph
-from prebake.exporter.export_cache.fingerprint import fingerprint
+from prebake.exporter.export_cache.fingerprint import graph_fingerprint
 from prebake.exporter.lower import aoti
 from prebake.exporter.lower.aoti.cuda import move_graph
 from prebake.exporter.passes.attention_backend import (
@@ -25,7 +25,7 @@ from prebake.exporter.passes.attention_backend import (
 )
 from prebake.exporter.passes.attention_dtype import cast_attention
 from prebake.exporter.passes.captured_graph import CapturedGraph
-from prebake.exporter.progress import progress
+from prebake.exporter.progress import open_progress
 from prebake.exporter.recipe.resolve import resolve
 from prebake.runtime.errors import ExportError
 from prebake.runtime.manifest import Source
@@ -93,7 +93,7 @@ def test_the_arithmetic_is_the_same(graph):
 
 
 def test_each_choice_is_a_graph_of_its_own(graph):
-    keys = [fingerprint(set_attention_backend(graph, backend), "tools", {}) for backend in ("sdpa", *KERNELS)]
+    keys = [graph_fingerprint(set_attention_backend(graph, backend), "tools", {}) for backend in ("sdpa", *KERNELS)]
     assert None not in keys
     assert len(set(keys)) == len(KERNELS) + 1
 
@@ -173,12 +173,12 @@ def test_the_denoiser_is_what_it_is_for(graph, monkeypatch, tmp_path):
         "flux-fast", ("attention.backend=flash", "attention.dtype=bfloat16", "compile.device=cuda"), "tiny:flux"
     )
     groups = dict.fromkeys(("denoiser", "denoiser.call2", "vae_decoder"), (graph,))
-    ready = pipeline.Prepared(
+    ready = pipeline.PreparedExport(
         recipe=asked, source=Source(model="", pipeline="", sha256=""), graphs=groups, costs={}, **dict.fromkeys(UNUSED)
     )
     lowered: dict[str, Any] = {}
     monkeypatch.setattr(aoti, "lower", lambda folder, groups, config, made: lowered.update(groups) or {})
-    with progress("quiet") as quiet:
+    with open_progress("quiet") as quiet:
         pipeline.lower(tmp_path, ready, quiet)
 
     def calls(component: str) -> list[Any]:

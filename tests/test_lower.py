@@ -14,7 +14,7 @@ from torch import nn
 from prebake.exporter.capture.capture import capture_graph
 from prebake.exporter.lower import aoti
 from prebake.exporter.lower.aoti import isa
-from prebake.exporter.progress import progress
+from prebake.exporter.progress import open_progress
 from prebake.exporter.recipe.resolve import Compile
 from prebake.runtime.errors import ExportError
 
@@ -186,9 +186,9 @@ def differing(first: Path, second: Path) -> list[str]:
 
 
 def say(mode: str) -> None:
-    with progress(mode) as shown, shown.stage("lower", 2):
-        shown.doing("denoiser: full")
-        shown.doing("vae")
+    with open_progress(mode) as shown, shown.stage("lower", 2):
+        shown.announce("denoiser: full")
+        shown.announce("vae")
     assert list(shown.seconds) == ["lower"]
 
 

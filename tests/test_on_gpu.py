@@ -30,15 +30,15 @@ PROMPT = "a red circle"
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory) -> Path:
     """The tiny FLUX with attention reuse, for this GPU, its trajectories recorded."""
-    from prebake.exporter.pipeline import Options, export
-    from prebake.exporter.progress import progress
+    from prebake.exporter.pipeline import ExportOptions, export
+    from prebake.exporter.progress import open_progress
     from prebake.exporter.recipe.resolve import resolve
 
     asked = ("compile.device=cuda", "compile.options.cuda_graphs=true", "cache.method=pab", "quantize.method=none")
     gates = ("verify.cached_psnr_db=20", "verify.seeds=1")
     folder = tmp_path_factory.mktemp("gpu") / "artifact"
-    with progress("quiet") as quiet:
-        export(resolve("flux-fast", (*asked, *gates), "tiny:flux"), folder, Options(), quiet)
+    with open_progress("quiet") as quiet:
+        export(resolve("flux-fast", (*asked, *gates), "tiny:flux"), folder, ExportOptions(), quiet)
     return folder
 
 

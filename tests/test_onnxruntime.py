@@ -23,8 +23,8 @@ from prebake.exporter.lower import aoti, w8a8  # noqa: E402
 from prebake.exporter.lower import onnxruntime as lowering  # noqa: E402
 from prebake.exporter.lower.onnx.graph import embed_data, onnx_model  # noqa: E402
 from prebake.exporter.lower.onnx.rewrite import rewrite_graph  # noqa: E402
-from prebake.exporter.pipeline import Options, export  # noqa: E402
-from prebake.exporter.progress import progress  # noqa: E402
+from prebake.exporter.pipeline import ExportOptions, export  # noqa: E402
+from prebake.exporter.progress import open_progress  # noqa: E402
 from prebake.exporter.recipe.resolve import resolve  # noqa: E402
 from prebake.runtime import load  # noqa: E402
 from prebake.runtime.artifact import open_artifact, open_graphs  # noqa: E402
@@ -40,8 +40,10 @@ CPU = torch.device("cpu")
 
 
 def exported(folder: Path, recipe: str, overrides: tuple[str, ...], tiny: str) -> Path:
-    with progress("quiet") as quiet:
-        return export(resolve(recipe, overrides, f"tiny:{tiny}"), folder / "artifact", Options(verify=False), quiet)
+    with open_progress("quiet") as quiet:
+        return export(
+            resolve(recipe, overrides, f"tiny:{tiny}"), folder / "artifact", ExportOptions(verify=False), quiet
+        )
 
 
 @pytest.fixture(scope="module")

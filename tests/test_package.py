@@ -33,7 +33,7 @@ def artifact(tmp_path) -> Path:
 
 
 def staged(output: Path, *, force: bool = False, error: BaseException | None = None) -> None:
-    with package.staged(output, force=force) as folder:
+    with package.stage_folder(output, force=force) as folder:
         (folder / "new").write_text("new")
         if error:
             raise error
@@ -101,7 +101,10 @@ def test_force_never_replaces_a_file(tmp_path):
 
 
 def test_an_output_that_appears_meanwhile_is_not_overwritten(tmp_path):
-    with pytest.raises(ExportError, match="already exists"), package.staged(tmp_path / "out", force=False) as folder:  # noqa: PT012 (its end raises)
+    with (
+        pytest.raises(ExportError, match="already exists"),
+        package.stage_folder(tmp_path / "out", force=False) as folder,
+    ):
         (folder / "new").write_text("new")
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "precious").write_text("another export's")
@@ -188,7 +191,7 @@ def test_other_strides_are_refused():
     with pytest.raises(
         ExportError, match=r"a constant of shape \(3, 2\) has strides \(1, 3\), which safetensors cannot keep"
     ):
-        package.in_memory_order(torch.ones(2, 3).t())
+        package.to_memory_order(torch.ones(2, 3).t())
 
 
 def test_the_embedding_that_t5_ties_is_stored_once(tiny_pipe, tmp_path):
@@ -233,7 +236,7 @@ def test_a_package_is_a_plain_archive(tiny_artifact):
 
 
 def test_everyone_may_read_an_artifact(tmp_path):
-    with package.staged(tmp_path / "out", force=False) as folder:
+    with package.stage_folder(tmp_path / "out", force=False) as folder:
         (folder / "weights").mkdir(mode=0o700)
         (folder / "weights" / "a.safetensors").touch(mode=0o600)
     modes = {p.name: p.stat().st_mode & 0o777 for p in (tmp_path / "out").rglob("*")}

@@ -17,12 +17,12 @@ from prebake.exporter.caches.common.calibration import Calibration, FittedPlan
 from prebake.exporter.caches.fastercache import check_branches
 from prebake.exporter.cli.main import main
 from prebake.exporter.pipeline import prepare
-from prebake.exporter.progress import Progress, progress
-from prebake.exporter.recipe.resolve import changed, resolve
+from prebake.exporter.progress import Progress, open_progress
+from prebake.exporter.recipe.resolve import change_recipe, resolve
 from prebake.exporter.sites.marks import Mark
 from prebake.exporter.verify.golden import replay_golden
 from prebake.exporter.verify.measure import Replayer
-from prebake.exporter.verify.verify import recipe_of
+from prebake.exporter.verify.verify import manifest_recipe
 from prebake.runtime import load
 from prebake.runtime.artifact import open_artifact
 from prebake.runtime.errors import ArtifactError, ExportError, RecipeError
@@ -45,10 +45,10 @@ def copied(tiny_artifact, tmp_path):
 
 
 def added(folder, steps: int, *overrides: str, **choices):
-    recipe = recipe_of(folder, read_manifest(folder))
-    recipe = changed(recipe, "recipe", [f"sampler.steps={steps}", *overrides])
-    with progress("quiet") as quiet:
-        return replan.add(folder, recipe, steps, replan.Choices(**choices), quiet)
+    recipe = manifest_recipe(folder, read_manifest(folder))
+    recipe = change_recipe(recipe, "recipe", [f"sampler.steps={steps}", *overrides])
+    with open_progress("quiet") as quiet:
+        return replan.add_plans(folder, recipe, steps, replan.PlanOptions(**choices), quiet)
 
 
 def contents(folder) -> dict[str, bytes]:
@@ -95,7 +95,7 @@ def test_the_added_plan_is_the_one_that_an_export_would_have_made(copied, tiny_p
         6,
         **flux.scheduler_arguments(tiny_pipe.scheduler, flux.facts(tiny_pipe, size)["latents_shape"], 6),
     )
-    cache = recipe_of(copied, read_manifest(copied)).cache
+    cache = manifest_recipe(copied, read_manifest(copied)).cache
     expected = make_plans(cache, discover_layout(flux.denoiser(tiny_pipe, size)), {6: table}).plans
     _, plans = added(copied, 6, dry_run=True)
     assert tuple(plans.values()) == expected
@@ -175,7 +175,7 @@ def test_a_run_that_is_interrupted_leaves_the_artifact_as_it_was(copied, monkeyp
 def test_a_plan_is_removed_with_its_uncached_twin(copied):
     before = contents(copied)
     added(copied, 5)
-    manifest = replan.remove(copied, "5")
+    manifest = replan.remove_plan(copied, "5")
     assert list(manifest.plans) == ["8", "8-uncached"]
     assert manifest.unverified == ()
     assert contents(copied) == before
@@ -191,13 +191,13 @@ def test_a_plan_is_removed_with_its_uncached_twin(copied):
 )
 def test_what_cannot_be_removed_is_named(copied, name, words):
     with pytest.raises(RecipeError, match=words):
-        replan.remove(copied, name)
+        replan.remove_plan(copied, name)
 
 
 def test_an_artifact_of_an_older_export_is_refused_by_name(copied):
     manifest = read_manifest(copied)
-    (copied / replan.FILE).unlink()
-    files = tuple(f for f in manifest.files if f.path != replan.FILE)
+    (copied / replan.PLAN_INPUTS_FILE).unlink()
+    files = tuple(f for f in manifest.files if f.path != replan.PLAN_INPUTS_FILE)
     (copied / "manifest.json").write_text(manifest.model_copy(update={"files": files}).to_json(), "utf-8")
     with pytest.raises(ArtifactError, match=r"has no replan.json, which says what a plan is made of; export again"):
         added(copied, 5)
@@ -224,7 +224,7 @@ def test_a_plan_that_is_replaced_or_removed_takes_its_report_along(copied):
     assert not report.exists()
     report.parent.mkdir()
     report.write_text("of the second plan", "utf-8")
-    replan.remove(copied, "5")
+    replan.remove_plan(copied, "5")
     assert not report.parent.exists()
     assert (copied / "reports/verify.json").exists()
 
@@ -288,11 +288,11 @@ FOUND = Auto(calibration=calibrations.CALIBRATION_FILE, otherwise=OTHERWISE, bud
 @pytest.fixture
 def found(copied):
     """The copy as if its export had used `FOUND`: one variant predicts the output from three stored ones."""
-    kept = replan.read_kept(copied, read_manifest(copied))
+    kept = replan.read_plan_inputs(copied, read_manifest(copied))
     output = kept.layout.output(slots=3)
     kept = kept.model_copy(update={"marks": (output,), "variants": {"full": {}, "reuse": {output.name: "combine"}}})
-    (copied / replan.FILE).unlink()
-    (copied / replan.FILE).write_text(kept.model_dump_json(), "utf-8")
+    (copied / replan.PLAN_INPUTS_FILE).unlink()
+    (copied / replan.PLAN_INPUTS_FILE).write_text(kept.model_dump_json(), "utf-8")
     calibrations.write_calibration(copied / calibrations.CALIBRATION_FILE, calibration_of(copied))
     return copied
 
@@ -300,8 +300,8 @@ def found(copied):
 def planned(folder, steps: int, *overrides: str, cache: Auto = FOUND):
     """The cached plan, and what was noted."""
     manifest, notes = read_manifest(folder), Notes()
-    recipe = changed(recipe_of(folder, manifest), "recipe", overrides).model_copy(update={"cache": cache})
-    return replan.plans_of(folder, manifest, recipe, steps, notes)[0][0], notes.told
+    recipe = change_recipe(manifest_recipe(folder, manifest), "recipe", overrides).model_copy(update={"cache": cache})
+    return replan.build_plans(folder, manifest, recipe, steps, notes)[0][0], notes.told
 
 
 def test_a_found_plan_is_kept_at_its_own_steps(found):
@@ -403,9 +403,9 @@ A = Mark("blocks", ("t.0", "t.1"), ("hidden_states",), residual=True, slots=2)
 
 
 def test_an_equal_site_under_another_name_and_with_fewer_slots_is_the_same():
-    named = replace(A, name="cond/blocks[0:2]", slots=1, kept=())
+    named = replace(A, name="cond/blocks[0:2]", slots=1, stored_streams=())
     asked = Schedule((named,), (Decision(), Decision.reuse(named)))
-    translated = replan.in_terms_of((A,), asked)
+    translated = replan.rename_sites((A,), asked)
     assert translated.marks == (A,)
     assert translated.decisions[1] == Decision({"blocks": "combine"}, {"blocks": (1.0, 0.0)})
 
@@ -415,14 +415,14 @@ def test_an_equal_site_under_another_name_and_with_fewer_slots_is_the_same():
 )
 def test_a_site_that_differs_is_another_one(change):
     asked = Schedule((replace(A, name="x", **change),), ())
-    assert [m.name for m in replan.in_terms_of((A,), asked).marks] == ["blocks", "x"]
+    assert [m.name for m in replan.rename_sites((A,), asked).marks] == ["blocks", "x"]
 
 
 def test_more_slots_than_the_variants_have_is_refused():
     with pytest.raises(
         ExportError, match=r"combines 3 stored values, the artifact's variants have room for 2; lower the order"
     ):
-        replan.padded(A, (3.0, -3.0, 1.0))
+        replan.pad_coefficients(A, (3.0, -3.0, 1.0))
 
 
 # --- the command

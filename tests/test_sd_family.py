@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from prebake.exporter.families import sd
-from prebake.exporter.load.source import load
+from prebake.exporter.load.source import load_model
 from prebake.exporter.lower.aoti import kernels
 from prebake.exporter.lower.w8a8 import W8A8Conv2d
 from prebake.exporter.recipe.resolve import resolve
@@ -19,7 +19,7 @@ from prebake.exporter.rewrite import inner_width, rewrite_pipeline
 from prebake.exporter.rewrite.quantize import layer_role
 from prebake.exporter.settle import settle
 from prebake.exporter.sites.discover import discover_layout
-from prebake.exporter.verify.verify import Choices, verify_artifact
+from prebake.exporter.verify.verify import VerifyOptions, verify_artifact
 from prebake.runtime.errors import ExportError
 
 SIZE = sd.Size(32, 32, 16)
@@ -155,7 +155,7 @@ def test_int8_leaves_alone_what_is_narrow(tiny_sd_pipe):
 
 
 def test_where_nothing_is_asked_for_the_model_decides_and_then_diffusers(tiny_sd_folder):
-    loaded = load(str(tiny_sd_folder), None, {"default": torch.float32})
+    loaded = load_model(str(tiny_sd_folder), None, {"default": torch.float32})
     usual, size, steps = settle(recipe(), sd, loaded)
     assert (usual.height, usual.width, size.tokens) == (32, 32, 16)  # sample_size x the VAE's 2, and the tokenizer's
     assert (steps, usual.guidance_scale) == ((4,), 3.0)
@@ -179,7 +179,7 @@ REFUSED = {
 def test_a_size_that_the_pipeline_does_not_draw_is_refused(name, tiny_sd_folder):
     override, words = REFUSED[name]
     with pytest.raises(ExportError) as caught:
-        settle(recipe(override), sd, load(str(tiny_sd_folder), None, {"default": torch.float32}))
+        settle(recipe(override), sd, load_model(str(tiny_sd_folder), None, {"default": torch.float32}))
     assert str(caught.value) == words
 
 
@@ -214,9 +214,11 @@ def test_golden_vectors_hold_both_prompts(tiny_sd_artifact):
 
 
 def test_verify_with_the_source_passes(tiny_sd_artifact, tiny_sd_folder):
-    from prebake.exporter.progress import progress
+    from prebake.exporter.progress import open_progress
 
-    with progress("quiet") as quiet:
-        _, outcome = verify_artifact(tiny_sd_artifact, Choices(with_source=True, model=str(tiny_sd_folder)), quiet)
+    with open_progress("quiet") as quiet:
+        _, outcome = verify_artifact(
+            tiny_sd_artifact, VerifyOptions(with_source=True, model=str(tiny_sd_folder)), quiet
+        )
     assert outcome.missed == ()
     assert {v.figure for v in outcome.verdicts} == {"psnr_db", "relative_error"}

@@ -148,14 +148,14 @@ def test_real_kernels_predict_that_skipping_attention_is_cheaper(tiny_pipe):
     from prebake.exporter.capture.variants import capture_variants
     from prebake.exporter.families import flux
     from prebake.exporter.plan import PlanSet
-    from prebake.exporter.progress import progress
+    from prebake.exporter.progress import open_progress
     from prebake.exporter.sites.discover import discover_layout
     from prebake.exporter.sites.marks import Variant
 
     denoiser = flux.denoiser(tiny_pipe, flux.Size(32, 32, 8))
     marks = tuple(a.mark() for a in discover_layout(denoiser).attentions)
     variants = (Variant("full", ()), Variant("reuse", tuple((m.name, "combine") for m in marks)))
-    _, graphs = capture_variants(denoiser, PlanSet(marks, variants, ()), progress("quiet"))
+    _, graphs = capture_variants(denoiser, PlanSet(marks, variants, ()), open_progress("quiet"))
     rates = MachineRates()
     full, reuse = (rates.forecast(take_census(g), 1 << 20) for g in graphs)
     assert 0 < reuse.ms < full.ms

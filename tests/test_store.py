@@ -15,8 +15,8 @@ from torch import nn
 
 from prebake.exporter.capture.capture import capture_graph
 from prebake.exporter.cli import main as cli
-from prebake.exporter.export_cache.compilation import COMPILED, FROM_CACHE, Making
-from prebake.exporter.export_cache.store import Damaged, Store
+from prebake.exporter.export_cache.compilation import COMPILED, FROM_CACHE, CompileOrReuse
+from prebake.exporter.export_cache.store import DamagedEntryError, Store
 from prebake.exporter.passes.captured_graph import CapturedGraph
 from prebake.exporter.progress import Progress
 
@@ -62,7 +62,7 @@ def test_damage_is_noticed(store, damage):
     store.put(KEY, FILES, ABOUT)
     path = store.path(KEY)
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(Damaged):
+    with pytest.raises(DamagedEntryError):
         store.get(KEY)
     store.put(KEY, FILES, ABOUT)
     assert store.get(KEY) == FILES
@@ -71,7 +71,7 @@ def test_damage_is_noticed(store, damage):
 def test_an_entry_under_another_name_is_not_taken_for_it(store):
     store.put(KEY, FILES, ABOUT)
     store.path(KEY).rename(store.path(OTHER))
-    with pytest.raises(Damaged, match="another key"):
+    with pytest.raises(DamagedEntryError, match="another key"):
         store.get(OTHER)
 
 
@@ -150,7 +150,7 @@ class Notes(Progress):
         self.did: list[str] = []
         self.notes: list[str] = []
 
-    def doing(self, what: str) -> None:
+    def announce(self, what: str) -> None:
         self.did.append(what)
 
     def note(self, text: str) -> None:
@@ -177,7 +177,7 @@ def made(
     graph: CapturedGraph, store: Store | None, compiler: Compiler, component: str = "denoiser", tools: str = ""
 ) -> Notes:
     notes = Notes()
-    assert Making(notes, store, tools, ABOUT)(component, graph, compiler) == FILES
+    assert CompileOrReuse(notes, store, tools, ABOUT)(component, graph, compiler) == FILES
     return notes
 
 

@@ -18,7 +18,7 @@ from prebake.exporter.capture.capture import capture_graph
 from prebake.exporter.cli.main import main
 from prebake.exporter.lower import w8a8
 from prebake.exporter.passes.captured_graph import CapturedGraph
-from prebake.exporter.pipeline import Options, export
+from prebake.exporter.pipeline import ExportOptions, export
 from prebake.exporter.progress import Progress
 from prebake.exporter.recipe.resolve import resolve
 from prebake.runtime import load
@@ -53,7 +53,7 @@ class Notes(Progress):
 def exported(tmp_path_factory) -> tuple[Path, list[str]]:
     recipe = resolve("flux-fast", (*BACKEND, "quantize.method=int8_dynamic"), "tiny:flux")
     notes = Notes()
-    return export(recipe, tmp_path_factory.mktemp("tensorrt") / "artifact", Options(), notes), notes.notes
+    return export(recipe, tmp_path_factory.mktemp("tensorrt") / "artifact", ExportOptions(), notes), notes.notes
 
 
 @pytest.fixture(scope="module")

@@ -23,14 +23,14 @@ from ..capture.variants import capture_variants
 from ..lower import aoti
 from ..passes.captured_graph import CapturedGraph
 from ..plan import PlanSet
-from ..progress import progress
+from ..progress import open_progress
 from ..recipe.resolve import Compile
 from ..sites.component import Component
 
-__all__ = ["Compiled", "describe_sites"]
+__all__ = ["VariantCompiler", "describe_sites"]
 
 
-class Compiled:
+class VariantCompiler:
     """Compiles in a temporary folder, which lives as long as this object."""
 
     def __init__(self, config: Compile | None = None) -> None:
@@ -42,7 +42,7 @@ class Compiled:
         self, denoiser: Component, planned: PlanSet, kind: str = ""
     ) -> tuple[PlanSet, dict[str, DenoiserVariant]]:
         """The plan as an export would keep it, and its variants by name. `kind` tells denoisers of equal code apart."""
-        with progress("quiet") as quiet:
+        with open_progress("quiet") as quiet:
             planned, graphs = capture_variants(denoiser, planned, quiet)
         variants = {}
         for actions, graph in zip(planned.variants, graphs, strict=True):
@@ -56,7 +56,7 @@ class Compiled:
                 constants={},
                 cost=ZERO_COST,
             )
-            variants[graph.name] = DenoiserVariant(described, called(self.model(graph, kind), graph))
+            variants[graph.name] = DenoiserVariant(described, call_by_name(self.model(graph, kind), graph))
         return planned, variants
 
     def model(self, graph: CapturedGraph, kind: str = "") -> NativeModel:
@@ -77,7 +77,7 @@ class Compiled:
         return self.models[key]
 
 
-def called(model: NativeModel, graph: CapturedGraph):
+def call_by_name(model: NativeModel, graph: CapturedGraph):
     """The model, called by the names of the graph's inputs and outputs."""
     names = [spec.name for spec in graph.outputs]
 

@@ -15,13 +15,13 @@ from pydantic import Field, ValidationError, model_validator
 from ...runtime.errors import ExportError
 from ..sites.layout import Layout
 from ..sites.marks import Action, Mark
-from ..tables import Conflicts, Table
+from ..tables import ConflictError, RecipeTable
 from .common.calibration import CalibratedCache, FittedPlan, require_calibration
 from .common.schedule import Decision, Schedule, Trajectory
 from .mask import Mask
 
 
-class Floor(Table):
+class Floor(RecipeTable):
     """The least that held-out pictures may have: mean PSNR in dB against every evaluation computed."""
 
     psnr: float = Field(gt=0)
@@ -63,7 +63,7 @@ class Auto(CalibratedCache):
         try:
             return Mask(mask=self.otherwise, order=1, site="output")
         except ValidationError as e:
-            raise Conflicts(
+            raise ConflictError(
                 (("otherwise",), f"key 'otherwise': {e.errors()[0]['msg'].removeprefix('Value error, ')}")
             ) from e
 

@@ -21,7 +21,7 @@ from pydantic import Field, model_validator
 from ...runtime.errors import ExportError, RecipeError
 from ..sites.layout import Layout
 from ..sites.marks import Mark
-from ..tables import Conflicts
+from ..tables import ConflictError
 from .common.calibration import FrozenCache, freeze_decisions
 from .common.schedule import Decision, Schedule, Trajectory
 
@@ -95,7 +95,7 @@ class DBCache(FrozenCache):
                 )
             )
         if problems:
-            raise Conflicts(*problems)
+            raise ConflictError(*problems)
         return self
 
     @property

@@ -17,11 +17,11 @@ from pydantic import Field
 from ...runtime.errors import ExportError
 from ..sites.layout import Layout, Place
 from ..sites.marks import Mark
-from ..tables import Table
+from ..tables import RecipeTable
 from .common.schedule import Decision, Schedule, Trajectory
 
 
-class Fora(Table):
+class Fora(RecipeTable):
     """Whole blocks are reused between steps; names, meaning and defaults of pruna's FORA.
 
     The first `start_step` evaluations compute, then one in `interval`. arXiv:2407.01425.

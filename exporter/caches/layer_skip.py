@@ -16,13 +16,13 @@ from pydantic import Field, model_validator
 from ...runtime.errors import ExportError
 from ..sites.layout import Layout, Place, PlaceKind
 from ..sites.marks import Mark
-from ..tables import Conflicts, Table
+from ..tables import ConflictError, RecipeTable
 from .common.schedule import Decision, Schedule, Trajectory
 
 LayerIndex = Annotated[int, Field(ge=0)]
 
 
-class LayerSkip(Table):
+class LayerSkip(RecipeTable):
     """Layers that return their input; names and meaning of diffusers' `LayerSkipConfig`.
 
     `indices` are of the list of blocks called `fqn` ("auto": the model's only one). Attention and feed-forward together
@@ -69,7 +69,7 @@ class LayerSkip(Table):
                 (("start", "stop"), f"key 'start': expected less than stop = {self.stop}, got {self.start}")
             )
         if problems:
-            raise Conflicts(*problems)
+            raise ConflictError(*problems)
         return self
 
 

@@ -19,7 +19,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from ...runtime.errors import ExportError, RecipeError
 from ..sites.layout import Layout
 from ..sites.marks import Mark
-from ..tables import Conflicts
+from ..tables import ConflictError
 from .common.calibration import CALIBRATE_COMMAND, CalibratedCache, Calibration
 from .common.schedule import Decision, Schedule, Trajectory
 
@@ -60,7 +60,7 @@ class MagCache(CalibratedCache):
     @model_validator(mode="after")
     def _has_one_source(self) -> MagCache:
         if self.mag_ratios is not None and self.calibration is not None:
-            raise Conflicts(
+            raise ConflictError(
                 (
                     ("mag_ratios", "calibration"),
                     f"mag_ratios and calibration = {self.calibration!r} both say what the ratios are; leave one of them out",
@@ -95,7 +95,11 @@ def mark_residual(layout: Layout, branch: str) -> Mark:
             "take method 'deepcache' or 'mask' with site = \"output\""
         )
     mark = layout.residual(branch, 0, count)
-    return replace(mark, kept=(mark.streams.index("hidden_states"),)) if "hidden_states" in mark.streams else mark
+    return (
+        replace(mark, stored_streams=(mark.streams.index("hidden_states"),))
+        if "hidden_states" in mark.streams
+        else mark
+    )
 
 
 def find_ratios(cache: MagCache, calibration: Calibration | None, branch: str) -> Sequence[float]:

@@ -16,7 +16,7 @@ from pydantic import BeforeValidator, model_validator
 from ...runtime.errors import ExportError, RecipeError
 from ..sites.layout import Layout
 from ..sites.marks import Mark
-from ..tables import Conflicts, Problem, Table
+from ..tables import ConflictError, RecipeProblem, RecipeTable
 from .common.predict import lagrange_weights
 from .common.schedule import Decision, Schedule, Trajectory
 from .common.steps_mask import MASK_NAMES, steps_mask
@@ -39,7 +39,7 @@ def _mask_to_text(mask: Any) -> Any:
 MaskText = Annotated[str, BeforeValidator(_mask_to_text, json_schema_input_type=str | list[bool | Literal[0, 1]])]
 
 
-class Mask(Table):
+class Mask(RecipeTable):
     """Which steps compute (1), and which predict (0) the residual that transformer blocks would add, or the output.
 
     `mask` is a prefix, an optional group in parentheses that repeats until the steps are filled, and an optional
@@ -58,7 +58,7 @@ class Mask(Table):
 
     @model_validator(mode="after")
     def _is_well_formed(self) -> Mask:
-        problems: list[Problem] = []
+        problems: list[RecipeProblem] = []
         if not self.named and not re.fullmatch(r"(?=.)[01]*(\([01]+\)[01]*)?", self.mask):
             problems.append(
                 (
@@ -85,7 +85,7 @@ class Mask(Table):
                 )
             )
         if problems:
-            raise Conflicts(*problems)
+            raise ConflictError(*problems)
         return self
 
     @property

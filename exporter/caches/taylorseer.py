@@ -20,7 +20,7 @@ from pydantic import Field, model_validator
 from ...runtime.errors import ExportError
 from ..sites.layout import Layout, Place
 from ..sites.marks import Action
-from ..tables import Conflicts, Regex, Table
+from ..tables import ConflictError, RecipeTable, Regex
 from .common.schedule import Decision, Schedule, Trajectory
 
 ATTENTION_PATTERNS = (
@@ -35,7 +35,7 @@ LITE_ZERO_PATTERNS = (r"^[^.]*block[^.]*\.[^.]+$",)
 ModulePatterns = Annotated[tuple[Regex, ...], Field(strict=False)]
 
 
-class TaylorSeer(Table):
+class TaylorSeer(RecipeTable):
     """Outputs are predicted by a Taylor series over steps; names and meaning of diffusers' `TaylorSeerCacheConfig`.
 
     Identifiers are regular expressions for *whole* module names. Without `cache_identifiers`, diffusers' four defaults
@@ -57,7 +57,7 @@ class TaylorSeer(Table):
     @model_validator(mode="after")
     def _computes_first(self) -> TaylorSeer:
         if not self.computes(0):
-            raise Conflicts(
+            raise ConflictError(
                 (
                     ("disable_cache_before_step",),
                     "disable_cache_before_step = 0 predicts the first step from nothing; set it to 1 or more",

@@ -19,7 +19,7 @@ from pydantic import Field, model_validator
 from ...runtime.errors import ExportError
 from ..sites.layout import Layout
 from ..sites.marks import Mark
-from ..tables import Conflicts
+from ..tables import ConflictError
 from .common.calibration import FrozenCache, freeze_decisions
 from .common.schedule import Decision, Schedule, Trajectory
 
@@ -68,7 +68,7 @@ class TeaCache(FrozenCache):
     @model_validator(mode="after")
     def _name_exists(self) -> TeaCache:
         if isinstance(self.coefficients, str) and self.coefficients not in POLYNOMIALS:
-            raise Conflicts(
+            raise ConflictError(
                 (
                     ("coefficients",),
                     f"key 'coefficients': no polynomial is called {self.coefficients!r}; give numbers, or one of "

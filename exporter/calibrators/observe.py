@@ -54,7 +54,7 @@ def mark_block_stacks(layout: Layout) -> dict[str, Mark]:
         if count := len(layout.blocks(branch)):
             mark = layout.residual(branch, 0, count)
             if "hidden_states" in mark.streams:
-                found[branch] = replace(mark, kept=(mark.streams.index("hidden_states"),))
+                found[branch] = replace(mark, stored_streams=(mark.streams.index("hidden_states"),))
     return found
 
 

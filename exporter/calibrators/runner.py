@@ -27,7 +27,7 @@ from ..plan.sampler import SchedulerTable
 from ..progress import Progress
 from ..recipe.resolve import Recipe
 from ..recipe.schema import GUIDANCE, Guidance
-from ..settle import sampler_table, settle, with_scheduler
+from ..settle import sampler_table, set_scheduler, settle
 from ..sites.discover import discover_layout
 from ..sites.layout import Layout
 from .dynamic_replay import DynamicTrace, dynamic_replay
@@ -42,8 +42,8 @@ def choose_prompts(model: str, given: Sequence[str] | None) -> tuple[str, ...]:
     """The given prompts, or the set that an embedded model brings. Raises RecipeError where there is neither."""
     if given:
         return tuple(given)
-    if model in source.EMBEDDED:
-        return tuple(shapes.prompts("underspecified"))
+    if model in source.EMBEDDED_MODELS:
+        return tuple(shapes.read_prompt_set("underspecified"))
     raise RecipeError(f"model {model!r} brings no prompts; give some with --prompts FILE, one a line")
 
 
@@ -61,11 +61,11 @@ def calibrate(
     Raises ExportError, before the first run, where the recipe's cache names what the model does not have.
     """
     with progress.stage("load"):
-        progress.doing(recipe.model.id)
-        loaded = source.load(recipe.model.id, recipe.model.revision, {"default": dtype}, recipe.model.config)
+        progress.announce(recipe.model.id)
+        loaded = source.load_model(recipe.model.id, recipe.model.revision, {"default": dtype}, recipe.model.config)
         family = find_family(loaded.pipe)
         defaults, size, usual = settle(recipe, family, loaded)
-        pipe = with_scheduler(loaded.pipe, recipe.sampler.scheduler)
+        pipe = set_scheduler(loaded.pipe, recipe.sampler.scheduler)
         table = sampler_table(family, pipe, size, steps or usual[0], progress)
         denoiser = family.denoiser(pipe, size, recipe.guidance)
         scale = family.facts(pipe, size)["timestep_scale"]
@@ -170,7 +170,7 @@ def observe_runs(
     decides = build_rule_replay(cache)
     observed, decided = [], []
     for run in runs:
-        progress.doing(run.label)
+        progress.announce(run.label)
         observed.append(
             observe_trajectory(
                 subject.denoiser,

@@ -243,7 +243,7 @@ def search_plans(
             best = choose_finalists(finals, decode, truth)
         with progress.stage("refine", len(best)):
             for i, (_, state) in enumerate(best):
-                progress.doing(f"{state.cost:.1f} of {len(state.path)} evaluations")
+                progress.announce(f"{state.cost:.1f} of {len(state.path)} evaluations")
                 better = refine_state(walk, state, examples)
                 best[i] = (psnr_db(decode(better.latents), truth), better)
         with progress.stage("judge", len(best)):
@@ -260,7 +260,7 @@ def walk_beam(walk: SearchWalk, examples: Examples, cache: Auto, progress: Progr
         for state in beam:
             following += expand_state(walk, state, examples, cache, most)
         beam = prune_beam(following, examples.uncached[e + 1], cache.beam)
-        progress.doing(f"evaluation {e + 1} of {count}: {len(beam)} candidates")
+        progress.announce(f"evaluation {e + 1} of {count}: {len(beam)} candidates")
     if not beam:
         raise ExportError(
             f"cache.search_budget {cache.search_budget:g}: no plan of {count} evaluations costs so little; raise it, take more "
@@ -360,7 +360,7 @@ def judge_plans(
     fewer: dict[int, float] = {}
     plans: list[FittedPlan] = []
     for fit_psnr_db, state in best:
-        progress.doing(f"{state.cost:.1f} of {count} evaluations")
+        progress.announce(f"{state.cost:.1f} of {count} evaluations")
         steps = max(1, int(state.cost + 1e-9))
         if steps not in fewer:
             table = plain(steps)

@@ -30,7 +30,7 @@ def mark_probe(cache: TeaCache, layout: Layout, branch: str) -> Mark:
     first = layout.blocks(branch)[0]
     name = cache.module or ("time_embedding" if cache.exact else f"{first.name}.norm1")
     path = first.path.removesuffix(first.name) + name
-    return Mark(f"{branch}/{name}" if branch else name, (path,), ("hidden_states", REST_STREAM), kept=(0,))
+    return Mark(f"{branch}/{name}" if branch else name, (path,), ("hidden_states", REST_STREAM), stored_streams=(0,))
 
 
 @dataclass

@@ -28,7 +28,7 @@ def capture_variants(
 
     readers = [v for v in planned.variants if v.sites_with("combine")]
     for variant in readers:
-        progress.doing(f"denoiser: {variant.name}, reads")
+        progress.announce(f"denoiser: {variant.name}, reads")
     read = [captured(v, planned.marks) for v in readers]
     stored = {s.name for g in read for s in g.inputs if "@" in s.name}
     used = {s.name for g in read for s in g.live_inputs()}
@@ -36,7 +36,7 @@ def capture_variants(
     planned = replace(planned, marks=drop_dead_tensors(planned.marks, frozenset(dead)))
     graphs = []
     for variant in planned.variants:
-        progress.doing(f"denoiser: {variant.name}")
+        progress.announce(f"denoiser: {variant.name}")
         again = dead or variant not in readers
         graphs.append(captured(variant, planned.marks) if again else read[readers.index(variant)])
     return planned, tuple(graphs)
@@ -45,7 +45,7 @@ def capture_variants(
 def capture_components(components: tuple[Any, ...], progress: Progress) -> tuple[CapturedGraph, ...]:
     graphs = []
     for component in components:
-        progress.doing(component.name)
+        progress.announce(component.name)
         graphs.append(
             capture_graph(component.name, component.module, component.args, component.inputs, component.outputs)
         )

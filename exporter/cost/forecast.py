@@ -15,12 +15,12 @@ from ...runtime.plan import Plan
 from ...runtime.text import VARIANT_SIGNS, align_columns, block_signs, format_bytes, format_count, step_strip
 
 if TYPE_CHECKING:
-    from ..prepared import Prepared
+    from ..prepared_export import PreparedExport
     from ..recipe.resolve import Compile
     from .machine_rates import GraphForecast, MachineRates
 
 
-def forecast_graphs(prepared: Prepared) -> dict[str, GraphForecast]:
+def forecast_graphs(prepared: PreparedExport) -> dict[str, GraphForecast]:
     """Graph -> its predicted time, measured from this machine's own kernels at the graph's shapes."""
     from .count import take_census
 
@@ -38,7 +38,7 @@ def build_rates(config: Compile) -> MachineRates:
     return MachineRates(stand_in(config) if stand_in else None)
 
 
-def describe_forecast(prepared: Prepared, predicted: Mapping[str, GraphForecast]) -> dict[str, Any]:
+def describe_forecast(prepared: PreparedExport, predicted: Mapping[str, GraphForecast]) -> dict[str, Any]:
     """`share` is of the variant that computes everything, in time; `flops_share` and `time_share` of a plan are of the
     same evaluations all computed; `speedup` is the denoiser's, `image_speedup` counts encoders and decoder too."""
     variants = [v.name for v in prepared.planned.variants]

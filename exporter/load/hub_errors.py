@@ -9,18 +9,18 @@ from ...runtime.errors import ExportError
 from ...runtime.transfer.hub import error_chain, error_summary
 
 
-def download(model: str, revision: str | None) -> Path:
+def download_model(model: str, revision: str | None) -> Path:
     """The folder of the hub's `model`, downloaded or from the cache. Raises ExportError with the way out."""
     from diffusers import DiffusionPipeline
 
     try:
         return Path(DiffusionPipeline.download(model, revision=revision))
     except Exception as e:
-        raise ExportError(f"model {model!r}: {reason(model, revision, e)}") from e
+        raise ExportError(f"model {model!r}: {download_failure(model, revision, e)}") from e
 
 
-def reason(model: str, revision: str | None, error: BaseException) -> str:
-    """In one clause, why the hub gave no `model`, and the way out."""
+def download_failure(model: str, revision: str | None, error: BaseException) -> str:
+    """One clause on why the hub gave no `model`, and the way out."""
     from huggingface_hub.errors import (
         GatedRepoError,
         LocalEntryNotFoundError,

@@ -7,16 +7,16 @@ from typing import Any, Literal, TypeVar
 from pydantic import ValidationError
 
 from ...runtime.errors import RecipeError, describe_schema_error
-from ..tables import Table
+from ..tables import RecipeTable
 
-OptionsT = TypeVar("OptionsT", bound=Table)
+OptionsT = TypeVar("OptionsT", bound=RecipeTable)
 
 
 DEFAULT_OPSET = 21
 """Of ONNX's operators, by default. From 23 on there is an `Attention`, which fails in TensorRT-RTX 1.7 inside an `If`."""
 
 
-class OnnxOptions(Table):
+class OnnxOptions(RecipeTable):
     """Options of every backend that goes by `onnx/graph.py`. `opset` is the ONNX operator set: 23 has attention as one operator, 21
     writes it as products and a softmax, for the backend to find again."""
 

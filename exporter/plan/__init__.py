@@ -67,7 +67,7 @@ def make_plans(
         )
     variants = tuple(Variant(name, actions) for actions, name in names.items())
     combined = {site for v in variants for site in v.sites_with("combine")}
-    marks = tuple(m if m.name in combined else replace(m, kept=()) for m in marks)
+    marks = tuple(m if m.name in combined else replace(m, stored_streams=()) for m in marks)
     return PlanSet(marks, variants, tuple(plans))
 
 
@@ -142,6 +142,11 @@ def list_evaluations(
 def drop_dead_tensors(marks: tuple[Mark, ...], dead: frozenset[str]) -> tuple[Mark, ...]:
     """The marks, no longer storing the tensors in `dead`, which no variant reads."""
     return tuple(
-        replace(m, kept=tuple(i for i in range(len(m.streams)) if m.tensor(i) in m.tensors and m.tensor(i) not in dead))
+        replace(
+            m,
+            stored_streams=tuple(
+                i for i in range(len(m.streams)) if m.tensor(i) in m.tensors and m.tensor(i) not in dead
+            ),
+        )
         for m in marks
     )

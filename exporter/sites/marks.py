@@ -26,7 +26,7 @@ class Mark:
     `(encoder_hidden_states, hidden_states)`), "" for an output that is None; it is what IDENTITY passes on and what a
     residual is taken against.
 
-    `slots` generations are kept of the outputs in `kept` (None: all), the ones that some variant reads. A generation is
+    `slots` generations are kept of the outputs in `stored_streams` (None: all), the ones that some variant reads. A generation is
     what was computed; if `emitted`, what was combined is a generation too. `dtype` is what slots are stored in (None: as
     computed). `part` "scores" stands for the attention weights inside the module: their only action is IDENTITY, by
     which every token attends to itself.
@@ -37,7 +37,7 @@ class Mark:
     streams: tuple[str, ...]
     residual: bool = False
     slots: int = 1
-    kept: tuple[int, ...] | None = None
+    stored_streams: tuple[int, ...] | None = None
     emitted: bool = False
     dtype: str | None = None
     part: Literal["output", "scores"] = "output"
@@ -46,7 +46,7 @@ class Mark:
     def tensors(self) -> tuple[str, ...]:
         """The values to store, by graph output name."""
         every = (i for i, stream in enumerate(self.streams) if stream and stream != REST_STREAM)
-        return tuple(self.tensor(i) for i in every if self.kept is None or i in self.kept)
+        return tuple(self.tensor(i) for i in every if self.stored_streams is None or i in self.stored_streams)
 
     def tensor(self, i: int) -> str:
         return f"{self.name}:{i}"

@@ -19,8 +19,8 @@ from prebake.exporter.caches.common.calibration import Calibration, FittedPlan, 
 from prebake.exporter.calibrators.runner import split_runs
 from prebake.exporter.calibrators.search import RIDGE, SearchWalk, least_squares, search_plans, stack_runs
 from prebake.exporter.plan import make_plans
-from prebake.exporter.progress import progress
-from prebake.exporter.recipe.resolve import names, resolve
+from prebake.exporter.progress import open_progress
+from prebake.exporter.recipe.resolve import recipe_names, resolve
 from prebake.exporter.sites.discover import discover_layout
 from prebake.runtime.errors import ExportError, RecipeError
 
@@ -62,7 +62,7 @@ def found(name: str, scheduler: str, candidates: tuple[str, ...]) -> tuple[Fitte
     component, table = component_of(name), table_of(scheduler)
     subject = SimpleNamespace(denoiser=component, layout=discover_layout(component), table=table, timestep_scale=1.0)
     runs = [run_of(component, table, seed) for seed in range(6)]
-    with progress("quiet") as quiet:
+    with open_progress("quiet") as quiet:
         settings = Auto(candidates=candidates, beam=2, search_budget=0.8)
         return search_plans(subject, settings, runs[:3], runs[3:], picture, lambda n: table_of(scheduler, n), quiet)
 
@@ -251,7 +251,7 @@ def test_a_floor_takes_a_dearer_plan_where_the_cheapest_loses_to_plain_steps():
 
 
 def test_a_shipped_recipe_finds_the_calibration_that_it_names():
-    for name in names():
+    for name in recipe_names():
         if file := getattr(resolve(name).cache, "calibration", None):
             assert read_calibration(find_calibration(file, None)).auto
 

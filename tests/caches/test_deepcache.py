@@ -28,7 +28,7 @@ from prebake.exporter.capture.variants import capture_variants
 from prebake.exporter.cost.count import count_cost
 from prebake.exporter.cost.variants import check_variant_costs
 from prebake.exporter.plan import make_plans
-from prebake.exporter.progress import progress
+from prebake.exporter.progress import open_progress
 from prebake.exporter.sites.discover import discover_layout
 from prebake.exporter.sites.marks import Variant
 from prebake.runtime.errors import ExportError, RecipeError
@@ -249,7 +249,7 @@ def test_pruned_graphs_hold_what_the_tape_says_and_skip_what_is_promised(branch_
     planned = make_plans(
         DeepCache(cache_interval=2, cache_branch_id=branch_id), discover_layout(component), {4: ddim(4)}
     )
-    planned, graphs = capture_variants(component, planned, progress("quiet"))
+    planned, graphs = capture_variants(component, planned, open_progress("quiet"))
     costs = {g.name: count_cost(g) for g in graphs}
     found = living(component, planned, FakeTensorMode(allow_non_fake_inputs=True))
     assert {name: c.flops for name, c in costs.items()} == {name: f.flops for name, f in found.items()}

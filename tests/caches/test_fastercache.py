@@ -26,7 +26,7 @@ from prebake.exporter.capture.variants import capture_variants
 from prebake.exporter.cost.count import count_attention_ops, count_cost, module_flops
 from prebake.exporter.cost.variants import check_variant_costs
 from prebake.exporter.plan import make_plans
-from prebake.exporter.progress import progress
+from prebake.exporter.progress import open_progress
 from prebake.exporter.sites.discover import discover_layout
 from prebake.exporter.sites.layout import Layout, Place
 from prebake.runtime.errors import ExportError, RecipeError
@@ -191,7 +191,7 @@ def test_an_uncached_plan_is_the_plain_model():
 def test_nothing_of_the_unconditional_branch_is_left_where_it_is_skipped():
     component = denoisers.with_guidance(denoisers.cogvideox(layers=1), planes=True)
     planned = make_plans(FasterCache(), discover_layout(component), {12: peers.table_of(DDIM, 12)})
-    with progress("quiet") as quiet:
+    with open_progress("quiet") as quiet:
         planned, graphs = capture_variants(component, planned, quiet)
     assert [count_attention_ops(g) for g in graphs] == [2, 1, 0]  # both branches, the conditional one, none
     costs = {g.name: count_cost(g) for g in graphs}

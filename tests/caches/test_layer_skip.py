@@ -29,7 +29,7 @@ from prebake.exporter.capture.variants import capture_variants
 from prebake.exporter.cost.count import count_attention_ops, count_cost
 from prebake.exporter.cost.variants import check_variant_costs
 from prebake.exporter.plan import make_plans
-from prebake.exporter.progress import progress
+from prebake.exporter.progress import open_progress
 from prebake.exporter.sites.discover import discover_layout
 from prebake.runtime.errors import ExportError
 
@@ -328,7 +328,7 @@ def test_what_is_skipped_is_not_in_the_graph(dits, part, attentions):
     component, layout = dits["pixart"]
     table = table_of(2)
     planned = make_plans(LayerSkip(indices=(0,), **PARTS[part]), layout, {2: table})
-    planned, graphs = capture_variants(component, planned, progress("quiet"))
+    planned, graphs = capture_variants(component, planned, open_progress("quiet"))
     full, reuse = graphs
     assert [full.inputs, count_attention_ops(full)] == [reuse.inputs, 4]
     assert count_attention_ops(reuse) == attentions

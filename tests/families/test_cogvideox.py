@@ -22,11 +22,11 @@ from prebake.exporter import tiny
 from prebake.exporter.capture.capture import capture_graph
 from prebake.exporter.families import cogvideox
 from prebake.exporter.families.picture import Size
-from prebake.exporter.load.source import load as load_model
+from prebake.exporter.load.source import load_model as load_model
 from prebake.exporter.recipe.resolve import resolve
 from prebake.exporter.tiny import parts
-from prebake.exporter.verify.measure import Drawn, Row, as_array, psnr_db, ssim
-from prebake.exporter.verify.picture_sheet import scaled, sheet
+from prebake.exporter.verify.measure import DrawnPicture, PictureRow, image_array, psnr_db, ssim
+from prebake.exporter.verify.picture_sheet import draw_sheet, scale_picture
 from prebake.runtime.__main__ import main
 from prebake.runtime.errors import ArtifactError, ExportError
 from prebake.runtime.manifest import Manifest
@@ -141,10 +141,10 @@ MODELS: dict[str, dict[str, Any]] = {
 @functools.cache
 def variant(name: str) -> Any:
     """The tiny pipeline with another transformer of one block."""
-    pipe = tiny.build("cogvideox")
+    pipe = tiny.build_tiny_pipeline("cogvideox")
     plain = {key: value for key, value in pipe.transformer.config.items() if not key.startswith("_")}
     config = {**plain, **MODELS[name], "num_layers": 1}
-    pipe.transformer = parts.seeded(type(pipe.transformer).from_config(config), 5)
+    pipe.transformer = parts.seed_weights(type(pipe.transformer).from_config(config), 5)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -153,7 +153,7 @@ def variant(name: str) -> Any:
 def exported(name: str, *overrides: str) -> Pipeline:
     """Its artifact of two steps, uncompiled."""
     folder = Path(tempfile.mkdtemp(prefix="prebake-cogvideox-", dir=os.environ.get("PYTEST_TMP")))
-    model = tiny.save_pipeline(variant(name), folder / "model", tiny.NAMES["cogvideox"].defaults)
+    model = tiny.save_pipeline(variant(name), folder / "model", tiny.TINY_MODELS["cogvideox"].defaults)
     recipe = resolve("cogvideox-fast", (*PLAIN, "sampler.steps=[2]", *overrides), str(model))
     return uncompiled(recipe, folder)
 
@@ -356,21 +356,21 @@ def test_figures_of_a_video_are_over_its_frames():
     assert ssim(a, a) == 1
     mse = sum(10 ** (-psnr_db(x, y) / 10) for x, y in stills) / 3
     assert psnr_db(a, b) == pytest.approx(-10 * np.log10(mse))
-    assert as_array(a).shape == (3, 16, 16, 3)
-    assert np.array_equal(as_array(a)[1], as_array(a[:, 1]))
+    assert image_array(a).shape == (3, 16, 16, 3)
+    assert np.array_equal(image_array(a)[1], image_array(a[:, 1]))
 
 
 def test_the_sheet_shows_the_first_the_middle_and_the_last_frame():
     video = torch.zeros(1, 9, 3, 64, 64)
     for t, channel in ((0, 0), (4, 1), (8, 2)):
         video[:, t, channel] = 1.0
-    shown = scaled(video)
+    shown = scale_picture(video)
     assert shown.size == (3 * 64, 64)
     assert [shown.getpixel((64 * i + 32, 32)) for i in range(3)] == [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
-    assert scaled(video[:, :1]).size == (64, 64)
+    assert scale_picture(video[:, :1]).size == (64, 64)
     plan = Plan.model_construct(name="2", steps=2, cache="none")
-    drawn = Drawn(video, torch.zeros(1), 1.0)
-    image = sheet([Row("a", 0, {2: drawn}, {"2": drawn})], [plan])
+    drawn = DrawnPicture(video, torch.zeros(1), 1.0)
+    image = draw_sheet([PictureRow("a", 0, {2: drawn}, {"2": drawn})], [plan])
     assert image.width > 3 * 3 * 64  # eager, artifact and difference, of three frames each
     assert isinstance(image.getpixel((0, 0)), tuple)
 

@@ -14,7 +14,7 @@ from uncompiled import prepared
 from prebake.exporter.families import flux
 from prebake.exporter.families.picture import Size, example_picture
 from prebake.exporter.recipe.resolve import resolve
-from prebake.exporter.settle import takes_pictures
+from prebake.exporter.settle import has_picture_input
 from prebake.runtime.errors import ArtifactError, ExportError, RecipeError
 
 PICTURES = ("sampler.image_to_image=true",)
@@ -283,6 +283,6 @@ def test_a_family_without_pictures_refuses_to_begin_from_one():
         """A family's module that has no PICTURE."""
 
     with pytest.raises(RecipeError, match=r"sampler.image_to_image: this family's pipelines start from noise alone"):
-        takes_pictures(resolve("flux-fast", PICTURES), Alone)
-    assert takes_pictures(resolve("flux-fast", PICTURES), flux)
-    assert not takes_pictures(resolve("flux-fast"), flux)
+        has_picture_input(resolve("flux-fast", PICTURES), Alone)
+    assert has_picture_input(resolve("flux-fast", PICTURES), flux)
+    assert not has_picture_input(resolve("flux-fast"), flux)

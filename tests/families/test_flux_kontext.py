@@ -10,7 +10,7 @@ from parity import PICTURE, PROMPTS, TOLERANCE, eager, expected, got, ours, rela
 from prebake.exporter.families import flux_kontext
 from prebake.exporter.families.picture import Size, example_picture
 from prebake.exporter.recipe.resolve import resolve
-from prebake.exporter.settle import takes_pictures
+from prebake.exporter.settle import has_picture_input
 from prebake.runtime.errors import ArtifactError, ExportError, RecipeError
 
 NAME = "flux-kontext"
@@ -119,5 +119,5 @@ def test_a_size_that_does_not_divide_is_refused():
 
 def test_there_is_no_strength_to_export_for():
     with pytest.raises(RecipeError, match=r"sampler\.image_to_image: this family's pipelines start from noise alone"):
-        takes_pictures(resolve("flux-kontext-fast", ("sampler.image_to_image=true",)), flux_kontext)
-    assert takes_pictures(resolve("flux-kontext-fast"), flux_kontext)
+        has_picture_input(resolve("flux-kontext-fast", ("sampler.image_to_image=true",)), flux_kontext)
+    assert has_picture_input(resolve("flux-kontext-fast"), flux_kontext)

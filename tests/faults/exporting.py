@@ -24,7 +24,7 @@ from dying import killed
 from families.parity import PLAIN
 
 from prebake.exporter import lower, pipeline
-from prebake.exporter.pipeline import Options, export
+from prebake.exporter.pipeline import ExportOptions, export
 from prebake.exporter.progress import Progress
 from prebake.exporter.recipe.resolve import resolve
 from prebake.runtime import backends
@@ -53,7 +53,7 @@ class Moments(Progress):
             yield
         self.reached(f"{name} is done")
 
-    def doing(self, what: str) -> None:
+    def announce(self, what: str) -> None:
         self.reached(f"{self.current}: {what}")
 
     def reached(self, moment: str) -> None:
@@ -64,7 +64,7 @@ class Moments(Progress):
 
 def run(output: Path, progress: Progress | None = None, *, force: bool = False) -> None:
     recipe = resolve("flux-fast", (*PLAIN, *CHANGES), "tiny:flux")
-    export(recipe, output, Options(force=force), progress or Progress())
+    export(recipe, output, ExportOptions(force=force), progress or Progress())
 
 
 def said(work: Callable[[], object]) -> str:
@@ -133,7 +133,7 @@ def full(work: Path) -> list[dict]:
 
 
 def nan(work: Path) -> dict:
-    load = pipeline.source.load
+    load = pipeline.source.load_model
 
     def poisoned(*args):
         loaded = load(*args)
@@ -141,7 +141,7 @@ def nan(work: Path) -> dict:
             loaded.pipe.transformer.proj_out.bias[3] = float("nan")
         return loaded
 
-    pipeline.source.load = poisoned
+    pipeline.source.load_model = poisoned
     return {"said": said(lambda: run(work / "out")), "left": [p.name for p in work.iterdir()]}
 
 

@@ -57,7 +57,7 @@ def one(work: Path, before: str, export: Callable[[Path], None], step: int) -> d
 
 
 def export(output: Path, *, force: bool = True) -> None:
-    with package.staged(output, force=force) as folder:
+    with package.stage_folder(output, force=force) as folder:
         write(folder, "new")
 
 
@@ -70,7 +70,7 @@ def at_once(work: Path, *, force: bool) -> dict:
         if (child := os.fork()) == 0:
             code = 1
             try:
-                with package.staged(work / "out", force=force) as folder:
+                with package.stage_folder(work / "out", force=force) as folder:
                     write(folder, "new")
                     barrier.wait()
                 code = 0

@@ -12,7 +12,6 @@ from paper import edit, library, relist, write_package
 from prebake.exporter.lower.aoti import clear_executable_stack
 from prebake.runtime import ArtifactError
 from prebake.runtime.artifact import open_artifact
-from prebake.runtime.check import machine
 from prebake.runtime.elf import map_elf, read_elf
 from prebake.runtime.libraries import library_problems, loaded_libraries, symbol_versions
 
@@ -275,5 +274,5 @@ def test_check_follows_no_name_that_leads_out(paper, never_opened, capsys):
 
 def test_versions_of_a_library_are_read_once(monkeypatch):
     symbol_versions(LIBC)
-    monkeypatch.setattr(machine, "loaded_libraries", None)
+    monkeypatch.setattr(libraries, "loaded_libraries", None)
     assert symbol_versions(LIBC)

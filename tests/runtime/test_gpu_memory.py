@@ -135,7 +135,7 @@ def test_while_images_are_made(toy_artifact, cache_dir, monkeypatch):
 def test_while_an_attached_denoiser_runs(toy_artifact, cache_dir, monkeypatch):
     from types import SimpleNamespace
 
-    from prebake.runtime.attach import attach as attachment
+    from prebake.runtime.attachment import attach as attachment
 
     on_a_gpu(monkeypatch, attachment)
     artifact = load(toy_artifact, cache_dir=cache_dir).artifact

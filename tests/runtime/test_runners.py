@@ -44,16 +44,16 @@ def opened(toy_artifact, cache_dir):
 @pytest.mark.parametrize("runners", [1, 3])
 def test_threads_get_what_they_would_get_alone(opened, runners):
     pipe = opened(runners)
-    asked = soak.mixed(pipe, 64)
-    assert {r.kind for r in asked} == set(soak.KINDS) - {"picture"}
-    alone = [soak.answer(pipe, r) for r in asked]
+    asked = soak.make_requests(pipe, 64)
+    assert {r.kind for r in asked} == set(soak.REQUEST_KINDS) - {"picture"}
+    alone = [soak.answer_request(pipe, r) for r in asked]
     got = {}
-    soak.served(pipe, iter(enumerate(asked)), 8, got.__setitem__)
-    assert [i for i, want in enumerate(alone) if not soak.same(got[i], want)] == []
+    soak.serve_requests(pipe, iter(enumerate(asked)), 8, got.__setitem__)
+    assert [i for i, want in enumerate(alone) if not soak.is_same_answer(got[i], want)] == []
     assert pipe.artifact.runners.free == runners
     pictures = [a for a in alone if isinstance(a, torch.Tensor)]
     assert len(pictures) > 30
-    assert not soak.same(pictures[0], pictures[1])  # they are not all the same
+    assert not soak.is_same_answer(pictures[0], pictures[1])  # they are not all the same
     assert {a for a in alone if isinstance(a, str)} == {"Cancelled", "Failed", "ArtifactError"}
 
 
@@ -230,15 +230,15 @@ def test_flat_samples_are_flat_and_a_leak_is_not():
     def samples(leak):
         scatter = (0, 3, 1, 2)
         return [
-            soak.Sample(5.0 * i, 100 * i, (200 << 20) + (scatter[i % 4] << 20) + leak * i, 0, 100 << 20, 6, 11)
+            soak.MemorySample(5.0 * i, 100 * i, (200 << 20) + (scatter[i % 4] << 20) + leak * i, 0, 100 << 20, 6, 11)
             for i in range(60)
         ]
 
-    assert soak.problems(samples(0)) == []
-    assert soak.problems(samples(1 << 20))[0].startswith("rss grew by 2")
-    lost = [soak.Sample(**{**vars(s), "descriptors": 6 + i}) for i, s in enumerate(samples(0))]
-    assert soak.problems(lost) == ["descriptors rose to 65"]
-    assert json.dumps(vars(soak.sample(0.0, 0)))
+    assert soak.growth_problems(samples(0)) == []
+    assert soak.growth_problems(samples(1 << 20))[0].startswith("rss grew by 2")
+    lost = [soak.MemorySample(**{**vars(s), "descriptors": 6 + i}) for i, s in enumerate(samples(0))]
+    assert soak.growth_problems(lost) == ["descriptors rose to 65"]
+    assert json.dumps(vars(soak.take_sample(0.0, 0)))
 
 
 # --- memory of calls that have ended ----------------------------------------------------------------------------------

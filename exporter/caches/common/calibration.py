@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from .... import recipes
 from ....runtime.errors import ExportError, RecipeError, describe_schema_error
 from ....runtime.manifest import Source
-from ...tables import Table
+from ...tables import RecipeTable
 
 FROZEN = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 CALIBRATION_FILE = "calibration.json"
@@ -29,7 +29,7 @@ PART_TITLES = {"auto": "fitted plans"}
 """What a sentence calls those parts of a calibration whose key does not say it."""
 
 
-class CalibratedCache(Table):
+class CalibratedCache(RecipeTable):
     """Base of the tables of all methods that need a calibration: `calibration` is the file that `prebake calibrate`
     wrote, looked for beside the recipe, in the current folder, and among the recipes that ship."""
 

@@ -30,7 +30,7 @@ from torch import nn
 from ....runtime.elf import FLAG_EXECUTABLE, GNU_STACK
 from ....runtime.errors import ExportError, RecipeError
 from ...passes.captured_graph import CapturedGraph
-from ...tables import Table
+from ...tables import RecipeTable
 from .. import CodeFiles, GraphCompiler, GraphGroups, w8a8
 from ..options import read_options
 from ..toolchain import glibc_version
@@ -108,7 +108,7 @@ def adapt_recipe(recipe: Any) -> tuple[Any, tuple[str, ...]]:
     return recipe, ()
 
 
-class AotiOptions(Table):
+class AotiOptions(RecipeTable):
     """`kernels`: whether attention in bfloat16 and int8 layers are prebake's own code, `kernels/`. By default where the CPU has
     the instructions, unless `compile.isa` names a level, which promises to run where they may be missing. The others are
     for GPUs: `cuda.CudaOptions`, and `cuda_graphs`, by which the runtime records whole trajectories (`runtime/recorded.py`)."""

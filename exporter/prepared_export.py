@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ..runtime.manifest import Cost, Defaults, Source
     from .caches.common.calibration import Calibration
-    from .denoiser_alone.recording import Recording
+    from .denoiser_alone.recording import PipelineRecording
     from .passes.captured_graph import CapturedGraph
     from .plan import PlanSet
     from .recipe.resolve import Recipe
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedExport:
     """Everything that is known before anything is compiled: what `--dry-run` prints. `recording` is there where the denoiser
     is exported alone (`alone.py`), and then `family` is not."""
 
@@ -33,4 +33,4 @@ class Prepared:
     planned: PlanSet
     graphs: dict[str, tuple[CapturedGraph, ...]]
     costs: dict[str, Cost]
-    recording: Recording | None = None
+    recording: PipelineRecording | None = None

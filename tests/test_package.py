@@ -101,7 +101,7 @@ def test_force_never_replaces_a_file(tmp_path):
 
 
 def test_an_output_that_appears_meanwhile_is_not_overwritten(tmp_path):
-    with (
+    with (  # noqa: PT012 (its end raises)
         pytest.raises(ExportError, match="already exists"),
         package.stage_folder(tmp_path / "out", force=False) as folder,
     ):

@@ -10,7 +10,7 @@ import pytest
 from paper import edit, library, relist, write_package
 
 from prebake.exporter.lower.aoti import clear_executable_stack
-from prebake.runtime import ArtifactError
+from prebake.runtime import ArtifactError, libraries
 from prebake.runtime.artifact import open_artifact
 from prebake.runtime.elf import map_elf, read_elf
 from prebake.runtime.libraries import library_problems, loaded_libraries, symbol_versions

@@ -147,12 +147,30 @@ def test_the_table_says_where_times_are_not_told_apart(made_up, with_rich, monke
         monkeypatch.setitem(sys.modules, "rich", None)
     file = io.StringIO()
     print_bench(describe_bench(made_up), file)
-    (line,) = (line for line in file.getvalue().splitlines() if line.split()[:1] == ["b"])
-    assert "2.00x" in line
-    (line,) = (line for line in file.getvalue().splitlines() if line.split()[:1] == ["c"])
-    assert line.count(INDISTINGUISHABLE) == 2
-    assert "x " not in line.replace(INDISTINGUISHABLE, "")
+    lines = file.getvalue().splitlines()
+    image, denoiser = (line for line in lines if line.split()[:1] == ["b"])
+    assert "2.00x" in image
+    assert "2.00x" in denoiser
+    for line in (line for line in lines if line.split()[:1] == ["c"]):
+        assert INDISTINGUISHABLE in line
+        assert "x " not in line.replace(INDISTINGUISHABLE, "")
     assert f"note: {INDISTINGUISHABLE}" in file.getvalue()
+
+
+@pytest.mark.parametrize("with_rich", [True, False])
+def test_every_table_fits_80_columns_and_no_number_is_cut(made_up, with_rich, monkeypatch):
+    if not with_rich:
+        monkeypatch.setitem(sys.modules, "rich", None)
+    described = describe_bench(made_up)
+    for row in described["rows"]:
+        row["name"] = "an-artifact-of-a-long-name-at-1024x1024, plan 28-uncached, " + row["name"]
+        row["image_s"]["median"] = row["denoiser_s"]["median"] = 1234.5678
+    file = io.StringIO()
+    print_bench(described, file)
+    tables = [line for line in file.getvalue().splitlines() if not line.startswith("note: ")]
+    assert max(map(len, tables)) <= 80
+    assert file.getvalue().count("1234.5678") == 6
+    assert "…" not in file.getvalue()
 
 
 # --- measuring ------------------------------------------------------------------------------------------------------

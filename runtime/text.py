@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 from .manifest import Manifest
 from .plan import Plan
 
+TERMINAL_COLUMNS = 80
 VARIANT_SIGNS = "10abcdefghijklmnopqrstuvwxyz"  # of variants in a step strip: 1 computes everything
 
 
@@ -56,6 +58,16 @@ def align_columns(rows: Sequence[tuple[str, ...]], right: Iterable[int] = ()) ->
         ).rstrip()
         for row in rows
     ]
+
+
+def wrap_entries(entries: Sequence[tuple[str, str]]) -> list[str]:
+    """Names in one column and their texts in the next, which are broken so that every line fits 80 columns."""
+    indent = 2 + max((len(name) for name, _ in entries), default=0)
+    lines = []
+    for name, text in entries:
+        first, *others = textwrap.wrap(text, max(TERMINAL_COLUMNS - indent, 20)) or [""]
+        lines += [f"{name:<{indent}}{first}".rstrip(), *(f"{'':<{indent}}{line}" for line in others)]
+    return lines
 
 
 def format_count(count: float) -> str:

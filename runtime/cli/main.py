@@ -18,7 +18,16 @@ from typing import Any
 from ..errors import ArtifactError
 from ..manifest import Manifest, read_manifest
 from ..plan import Plan
-from ..text import align_columns, block_signs, folder_bytes, format_bytes, format_count, step_strip, variant_signs
+from ..text import (
+    align_columns,
+    block_signs,
+    folder_bytes,
+    format_bytes,
+    format_count,
+    step_strip,
+    variant_signs,
+    wrap_entries,
+)
 from .check import add_check
 from .streams import utf8_argument
 from .transfer import add_pull, add_push
@@ -248,7 +257,7 @@ def inspection_lines(folder: Path, manifest: Manifest, plans: Mapping[str, Plan]
     versions = {"torch": needs.torch, "glibc": needs.glibc, **needs.packages}
     packages = "".join(f", {name} {version}" for name, version in versions.items() if version)
     frames = "" if defaults.num_frames is None else f"{defaults.num_frames} frames of "
-    lines = align_columns(
+    lines = wrap_entries(
         [
             ("artifact", f"{folder} ({manifest.family}, {manifest.status})"),
             ("source", f"{manifest.source.model} ({manifest.source.pipeline}, sha256 {manifest.source.sha256[:12]}..)"),
@@ -260,7 +269,7 @@ def inspection_lines(folder: Path, manifest: Manifest, plans: Mapping[str, Plan]
             ("sizes", ", ".join(f"{name} {format_bytes(size)}" for name, size in folder_bytes(manifest).items())),
         ]
     )
-    rows = [("graph", "FLOPs", "of an image", "ops", "constants", "bytes", "package")]
+    rows = [("graph", "FLOPs", "share", "ops", "constants", "bytes", "package")]
     for graph, share in _flops_shares(manifest, plans):
         cost = graph.cost
         rows.append(
@@ -281,12 +290,12 @@ def inspection_lines(folder: Path, manifest: Manifest, plans: Mapping[str, Plan]
 def _plan_lines(manifest: Manifest, plans: Mapping[str, Plan]) -> list[str]:
     """Every plan as a step strip, what the signs mean, and which plans nobody has verified."""
     signs = block_signs(variant_signs(manifest, plans.values()), sys.stdout.encoding)
-    width = max(map(len, plans), default=0)
-    lines = ["plan"]
+    entries = [("plan", "")]
     for name, plan in plans.items():
         note = ", unverified" if name in manifest.unverified else ""
-        lines.append(f"{name:<{width}}  {step_strip(plan, signs)}  cache {plan.cache}, {plan.scheduler}{note}")
-    lines.append(f"{'':<{width}}  {', '.join(f'{sign} = {name}' for name, sign in signs.items())}")
+        entries.append((name, f"{step_strip(plan, signs)}  cache {plan.cache}, {plan.scheduler}{note}"))
+    entries.append(("", ", ".join(f"{sign} = {name}" for name, sign in signs.items())))
+    lines = wrap_entries(entries)
     if manifest.unverified:
         lines.append(UNVERIFIED_NOTE.format(", ".join(manifest.unverified)))
     return lines

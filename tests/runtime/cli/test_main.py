@@ -159,6 +159,16 @@ def test_inspect_draws_the_plans_and_counts_layers(toy_artifact, capsys):
     assert any(line.startswith("full ") and "33.3%" in line for line in lines)  # 2 of 6 equal calls
 
 
+def test_inspect_fits_80_columns(artifact_copy, capsys):
+    plan = json.loads((artifact_copy / "plans/4.json").read_text())
+    plan["evaluations"] *= 30  # inspect reads a plan without holding it to its name
+    (artifact_copy / "plans/4.json").write_text(json.dumps(plan))
+    assert main(["inspect", str(artifact_copy)]) == 0
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 80
+    assert out.count("█·█·") >= 25, "the strip is broken, not cut"
+
+
 def test_strips_are_letters_where_the_terminal_has_no_blocks():
     letters = {"full": "1", "reuse": "0", "reuse-2": "a", "reuse-5": "d"}
     assert (

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import PyramidAttentionBroadcastConfig, apply_pyramid_attention_broadcast
-from families.parity import FLOAT32, PROMPTS, expected, relative_error, seeded
+from families.parity import FLOAT32, PROMPTS, exact_int8, expected, relative_error, seeded
 from torch import nn
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
@@ -95,6 +95,7 @@ def test_a_cached_plan_is_that_of_diffusers_hooks(opened, backend):
 
 
 @backends
+@exact_int8
 def test_int8_is_that_of_torchao(opened, backend):
     pipe = opened(backend, *INT8)
     quantized = {name for name, (what, _) in pipe.artifact.manifest.layers.items() if what == "int8"}

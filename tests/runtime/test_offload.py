@@ -253,7 +253,7 @@ def test_what_binding_again_leaves_behind_is_small(toy_artifact, cache_dir):
         for _ in range(rounds):
             graph._model.bind(constants)
             if keep is not None:
-                keep.append(b"x" * 2**10)
+                keep.append(bytes(1024))
         return (heap_bytes() - before) / rounds / len(constants)
 
     grown(10)

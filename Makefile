@@ -1,8 +1,15 @@
-# Every target sets itself up: a virtual environment in .venv, once, and again when pyproject.toml changes.
+# Every target sets itself up: a virtual environment in .venv, once, and again when pyproject.toml or the lock changes.
 # Needed: Linux, python3 (3.11 or later) with pip, gcc and g++. Nothing is installed outside this folder.
+#
+# What is installed is what the lock says, and torch in the version TORCH. To try another torch beside it:
+#     make VENV=.venv-torch214 TORCH=2.14.1 test
+# LOCK= and TORCH=, both empty, take the newest that pyproject.toml allows:
+#     make VENV=.venv-latest LOCK= TORCH= test
 
 VENV     ?= .venv
 PYTHON   ?= python3
+TORCH    ?= 2.13.0
+LOCK     ?= requirements/lock.txt
 RECIPE   ?= flux-fast
 MODEL    ?= shapes
 PROMPT   ?= a large red star left of a small blue circle on a white background
@@ -14,10 +21,10 @@ PYTEST   ?= -n 2 --dist loadfile
 export PROMPT
 python  = $(VENV)/bin/python
 prebake = $(VENV)/bin/prebake
-pip     = $(PYTHON) -m pip --python $(python) install --quiet --disable-pip-version-check
+pip     = $(PYTHON) -m pip --python $(python) install --quiet --disable-pip-version-check $(LOCK:%=--constraint %)
 step    = @printf '\n\033[1m%s\033[0m\n'
 
-.PHONY: help demo test test-all fuzz faults works lint format install clean
+.PHONY: help demo test test-all fuzz faults works lint format install lock clean
 .NOTPARALLEL:
 
 help:
@@ -29,6 +36,7 @@ help:
 	@echo 'make works    run the tests of what each family can do, and write the table in docs/families.md'
 	@echo 'make lint     run ruff and the type checker'
 	@echo 'make format   let ruff format and sort what it can'
+	@echo 'make lock     write $(LOCK) anew, with the newest that pyproject.toml allows'
 	@echo 'make clean    remove .venv and the artifacts that are not in git'
 
 # Always exports anew, so that what you see comes from the code as it is now: nothing of it from the export cache.
@@ -72,8 +80,13 @@ format: $(VENV)/installed
 
 install: $(VENV)/installed
 
+# For Python 3.11 to 3.13, from a python3.11: make lock PYTHON=python3.11. Takes some minutes, and installs nothing.
+lock:
+	$(PYTHON) requirements/lock.py $(TORCH)
+
 # torch comes first and only if there is none, so that a build that you chose yourself (CPU, a certain CUDA) stays.
-$(VENV)/installed: pyproject.toml
+# prebake is built with the setuptools of the environment: one that pip fetches for itself would be under no lock.
+$(VENV)/installed: pyproject.toml $(LOCK)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo 'prebake needs Python 3.11 or later, and $(PYTHON) is older: make PYTHON=python3.12 $(MAKECMDGOALS)' >&2; exit 1; }
 	@$(PYTHON) -m pip --version >/dev/null 2>&1 || \
@@ -83,8 +96,9 @@ $(VENV)/installed: pyproject.toml
 	@test -x $(python) || $(PYTHON) -m venv --without-pip $(VENV) || \
 		{ echo '$(PYTHON) cannot make a virtual environment: apt-get install python3-venv' >&2; exit 1; }
 	@echo 'Installing into $(VENV): some minutes the first time.'
-	@$(python) -c 'import torch' 2>/dev/null || $(pip) 'torch==2.13.0'
-	@$(pip) pip --editable '.[dev]'
+	@test -z '$(TORCH)' || $(python) -c 'import torch' 2>/dev/null || $(pip) 'torch==$(TORCH)'
+	@$(pip) pip setuptools
+	@$(pip) --no-build-isolation --editable '.[dev]'
 	@touch $@
 
 clean:

@@ -51,7 +51,7 @@ def main() -> None:
         for method in ("none", "int8_dynamic"):
             with open_progress("quiet") as quiet:
                 prepared = prepare(resolve("flux-fast", (*SETTINGS, f"quantize.method={method}"), folder), quiet)
-            full, *others = (rewrite_graph(graph) for graph in prepared.graphs["denoiser"])
+            full, *others = (rewrite_graph(graph, prepared.recipe.compile) for graph in prepared.graphs["denoiser"])
             pair = (full, max(others, key=lambda g: prepared.costs[g.name].flops))
             weights = {t.data_ptr(): t.nbytes for graph in pair for t in graph.constants().values()}
             for way, models in (

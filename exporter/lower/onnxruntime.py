@@ -16,7 +16,8 @@ import onnxruntime
 import onnxscript
 import torch
 
-from ...runtime.errors import RecipeError
+from ...runtime.backends.onnxruntime import ONNXRUNTIME_PACKAGES, version_problems
+from ...runtime.errors import ExportError, RecipeError
 from ..passes.captured_graph import CapturedGraph
 from . import CodeFiles, GraphCompiler, GraphGroups
 from .aoti.isa import int8_flags
@@ -49,10 +50,13 @@ class OnnxRuntimeOptions(OnnxOptions):
 
 
 def adapt_recipe(recipe: Any) -> tuple[Any, tuple[str, ...]]:
-    """The recipe, on the CPU with float32 for bfloat16, for which ONNX Runtime 1.31 has next to no kernels there: not one for MatMul.
+    """On the CPU float32 where it says bfloat16, for which ONNX Runtime 1.32 has next to no kernels there: not one for MatMul.
 
-    Raises RecipeError for options that there are not, for int8 convolutions, and for fp8: its optimizer makes products of int8 of such.
+    Raises RecipeError for options that there are not, for int8 convolutions, and for fp8: its optimizer makes products of int8 of
+    such. Raises ExportError where the ONNX Runtime here is one that no artifact is opened with.
     """
+    if problem := next(version_problems(ONNXRUNTIME_PACKAGES[recipe.compile.device]), None):
+        raise ExportError(f"compile.backend 'onnxruntime': {problem}")
     read_options(recipe.compile, OnnxRuntimeOptions)
     refuse_convolutions(recipe)
     if recipe.quantize.method == "fp8_dynamic":
@@ -104,7 +108,7 @@ def bind(folder: Path, paths: Mapping[str, str], bound: Mapping[str, Mapping[str
 
 
 def requires(recipe: Any) -> dict[str, Any]:
-    """This ONNX Runtime or a newer one, any torch, and for int8 the instruction that its products are exact with."""
+    """This ONNX Runtime or a newer one that was tried, any torch, and for int8 the instruction that its products are exact with."""
     return {
         "isa_level": platform.machine(),
         "isa": int8_flags() if recipe.quantize.method == "int8_dynamic" else (),

@@ -17,7 +17,7 @@ import torch
 
 from ..contract import torch_dtype
 from ..errors import ArtifactError
-from ..extras import install_command
+from ..extras import first_untried_version, install_command
 from ..manifest import Graph, Manifest, Requires
 from . import OpenContext
 
@@ -28,21 +28,41 @@ DENOISER_OUTPUT = "sample"
 """The output that a graph of the denoiser has, and no other graph."""
 MERGING_OPTIMIZER = "CommonSubexpressionElimination"
 """It would make one of the quantizing nodes that each int8 product has to itself, and then not all products are int8."""
+DLPACK_BOOLEANS = (1, 32)
+"""The first ONNX Runtime that takes DLPack's booleans as such; see `BooleanTensor`."""
 
 
 def problems(requires: Requires) -> Iterator[str]:
-    """An ONNX Runtime that is older than the one the artifact was exported and verified with, or without its provider."""
-    needed = requires.packages.get("onnxruntime", "0")
+    """An ONNX Runtime that is older than the one the artifact was exported and verified with, one that this prebake was never
+    tried with, or one without its provider."""
+    needed, package = requires.packages.get("onnxruntime", "0"), ONNXRUNTIME_PACKAGES[requires.device]
     if parse_version(onnxruntime.__version__) < parse_version(needed):
-        yield (
-            f"was exported with onnxruntime {needed}, this is {onnxruntime.__version__}; "
-            f"pip install '{ONNXRUNTIME_PACKAGES[requires.device]}>={needed}', or export again"
-        )
+        yield f"was exported with onnxruntime {needed}, this is {onnxruntime.__version__}; {upgrade_command(package, needed)}"
+    yield from version_problems(package)
     if PROVIDERS[requires.device] not in onnxruntime.get_available_providers():
         yield (
             f"runs on {PROVIDERS[requires.device]}, this onnxruntime has {', '.join(onnxruntime.get_available_providers())}; "
             f"pip uninstall onnxruntime, then {install_command('onnxruntime-gpu')}; or export for the cpu"
         )
+
+
+def version_problems(package: str) -> Iterator[str]:
+    """An ONNX Runtime past the range of prebake's extras. One that is new may name memory otherwise, as 1.32 did, and that shows
+    when a session is opened and no earlier."""
+    end = first_untried_version(package)
+    if end and parse_version(onnxruntime.__version__) >= parse_version(end):
+        yield (
+            f"this is onnxruntime {onnxruntime.__version__}, and this prebake was tried with versions before {end}; "
+            f"{install_command(package)}, or use a newer prebake"
+        )
+
+
+def upgrade_command(package: str, needed: str) -> str:
+    """What brings that version or a newer one, of those that were tried."""
+    end = first_untried_version(package)
+    if end and parse_version(needed) >= parse_version(end):
+        return f"use a newer prebake: this one was tried with versions before {end}"
+    return f"pip install '{package}>={needed}{f',<{end}' if end else ''}', or export again"
 
 
 def parse_version(text: str) -> tuple[int, ...]:
@@ -121,16 +141,20 @@ def open_session(
 
 def ort_value(tensor: torch.Tensor) -> Any:
     """The tensor's memory as ONNX Runtime names it."""
-    return onnxruntime.OrtValue.from_dlpack(BooleanTensor(tensor) if tensor.dtype is torch.bool else tensor.detach())
+    named = tensor.detach()
+    if named.dtype is torch.bool and parse_version(onnxruntime.__version__) < DLPACK_BOOLEANS:
+        return onnxruntime.OrtValue.from_dlpack(BooleanTensor(named))
+    return onnxruntime.OrtValue.from_dlpack(named)
 
 
 class BooleanTensor:
-    """A tensor of booleans as ONNX Runtime imports them: DLPack's bytes, under the name of their dtype."""
+    """A tensor of booleans as ONNX Runtime 1.31 imports them, which refuses DLPack's own: bytes, and the name of their dtype
+    beside. 1.32 would call them uint8."""
 
     dtype = "bool"
 
     def __init__(self, tensor: torch.Tensor):
-        self._bytes = tensor.detach().view(torch.uint8)
+        self._bytes = tensor.view(torch.uint8)
 
     def __dlpack__(self) -> Any:
         return self._bytes.__dlpack__()

@@ -30,8 +30,7 @@ def loaded(name: str) -> dict:
 
 
 def steps(name: str) -> list[dict]:
-    (job,) = loaded(name)["jobs"].values()
-    return job["steps"]
+    return [step for job in loaded(name)["jobs"].values() for step in job["steps"]]
 
 
 def runs(name: str) -> list[str]:
@@ -142,7 +141,22 @@ def test_the_example_in_the_docs_is_a_call_of_the_workflow():
 
 def test_the_tests_workflow_does_what_ci_does():
     targets = re.findall(r"timed (make .*)", (ROOT / ".ci/run").read_text("utf-8"))
-    assert runs("tests.yml") == targets
+    for job in loaded("tests.yml")["jobs"].values():
+        made = [step["run"] for step in job["steps"] if step.get("run", "").startswith("make")]
+        assert made == targets
+
+
+def test_every_week_the_newest_of_everything_is_tried():
+    """Which is what `make` installs with neither a lock nor a torch, and every other day with both."""
+    workflow = loaded("tests.yml")
+    latest, locked = (workflow["jobs"][name] for name in ("latest", "tests"))
+    assert workflow["on"]["schedule"]
+    assert latest["env"] == {"LOCK": "", "TORCH": ""}
+    assert "env" not in locked
+    assert (locked["if"], latest["if"].partition(" || ")[0]) == (
+        "github.event_name != 'schedule'",
+        "github.event_name == 'schedule'",
+    )
 
 
 # --- the script -------------------------------------------------------------------------------------------------------

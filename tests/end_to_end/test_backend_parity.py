@@ -19,7 +19,7 @@ from prebake.exporter.progress import open_progress
 from prebake.exporter.recipe.resolve import resolve
 from prebake.runtime import load
 from prebake.runtime.pipeline import Pipeline
-from support.family_parity import FLOAT32, PROMPTS, expected, relative_error, seeded
+from support.family_parity import FLOAT32, PROMPTS, exact_int8, expected, relative_error, seeded
 
 LIMIT = 1e-4
 """On latents, relative in L2: float32 sums in another order, over all steps. Seen are 1e-7 to 2e-6."""
@@ -95,6 +95,7 @@ def test_a_cached_plan_is_that_of_diffusers_hooks(opened, backend):
 
 
 @backends
+@exact_int8
 def test_int8_is_that_of_torchao(opened, backend):
     pipe = opened(backend, *INT8)
     quantized = {name for name, (what, _) in pipe.artifact.manifest.layers.items() if what == "int8"}

@@ -32,12 +32,29 @@ def test_the_way_to_a_module(module, way, declared_extras):
     assert extras.install_command(module) == way
 
 
+@pytest.mark.parametrize(
+    ("lines", "end"),
+    [
+        (['onnxruntime<1.33,>=1.31; extra == "ort"', 'onnxruntime-gpu<1.34; extra == "ort-gpu"'], "1.33"),
+        (['onnxruntime >=1.31, <1.33 ; extra == "ort"'], "1.33"),
+        (['onnxruntime>=1.31; extra == "ort"'], None),
+        (['onnxruntime<=1.33; extra == "ort"'], None),
+        (["onnxruntime<1.33"], None),  # not of an extra
+        (None, None),
+    ],
+)
+def test_where_what_was_tried_ends(lines, end, monkeypatch):
+    monkeypatch.setattr(extras, "requires", lambda name: lines)
+    assert extras.first_untried_version("onnxruntime") == end
+
+
 def test_without_metadata_it_is_the_package_itself(monkeypatch):
     def absent(name):
         raise PackageNotFoundError(name)
 
     monkeypatch.setattr(extras, "requires", absent)
     assert extras.install_command("onnxruntime") == "pip install onnxruntime"
+    assert extras.first_untried_version("onnxruntime") is None
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
+import ctypes
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -258,21 +257,34 @@ def test_what_binding_again_leaves_behind_is_small(toy_artifact, cache_dir):
     constants = {name: artifact.weights[key].clone() for name, key in graph.graph.constants.items()}
 
     def grown(rounds: int, keep: list[bytes] | None = None) -> float:
-        """Bytes that the process takes more, for each constant."""
-        before = resident_bytes()
+        """Bytes of the heap that are taken more, for each constant."""
+        before = heap_bytes()
         for _ in range(rounds):
             graph._model.bind(constants)
             if keep is not None:
-                keep.append(b"x" * 2**20)
-        return (resident_bytes() - before) / rounds / len(constants)
+                keep.append(bytes(1024))
+        return (heap_bytes() - before) / rounds / len(constants)
 
-    grown(2000)
-    assert grown(20000) < 40  # 32, and 2 MiB of what else the process may take meanwhile
-    assert grown(50, []) > 40  # the canary: a megabyte more, which no free piece of the heap has room for
+    grown(10)
+    assert grown(2000) < 40  # 32, and 160 kB of what else the process may take meanwhile
+    assert grown(50, []) > 40  # the canary: a kilobyte more at each
 
 
-def resident_bytes() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+class Mallinfo2(ctypes.Structure):
+    """glibc's account of its heap, exact where the pages that are resident depend on what else the machine does."""
+
+    FIELDS = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
+    _fields_ = tuple((name, ctypes.c_size_t) for name in FIELDS)
+
+
+def heap_bytes() -> int:
+    """What malloc has given out in this process: of its arenas, and mapped one by one."""
+    mallinfo2 = getattr(ctypes.CDLL(None), "mallinfo2", None)
+    if mallinfo2 is None:
+        pytest.skip("mallinfo2 came with glibc 2.33")
+    mallinfo2.restype = Mallinfo2
+    told = mallinfo2()
+    return told.uordblks + told.hblkhd
 
 
 # --- what may leave ---------------------------------------------------------------------------------------------------

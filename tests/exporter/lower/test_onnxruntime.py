@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import threading
+import tomllib
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-from support.family_parity import FAMILIES, FLOAT32, PLAIN, PROMPTS, expected, relative_error, seeded
+from support.family_parity import FAMILIES, FLOAT32, PLAIN, PROMPTS, exact_int8, expected, relative_error, seeded
 
 onnxruntime: Any = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install 'prebake[ort]'")
 onnx: Any = pytest.importorskip("onnx", reason="onnx is not installed: pip install 'prebake[export]'")
@@ -30,7 +32,8 @@ from prebake.exporter.recipe.resolve import resolve  # noqa: E402
 from prebake.runtime import load  # noqa: E402
 from prebake.runtime.artifact import open_artifact, open_graphs  # noqa: E402
 from prebake.runtime.backends import onnxruntime as opening  # noqa: E402
-from prebake.runtime.errors import ArtifactError, RecipeError  # noqa: E402
+from prebake.runtime.check.artifact import check_artifact  # noqa: E402
+from prebake.runtime.errors import ArtifactError, ExportError, RecipeError  # noqa: E402
 from prebake.runtime.manifest import read_manifest  # noqa: E402
 
 BACKEND = "compile.backend=onnxruntime"
@@ -38,6 +41,10 @@ INT8 = (*FLOAT32, "cache.method=none", "quantize.method=int8_dynamic", "quantize
 LIMIT = 1e-4
 """On latents, relative in L2: float32 sums in another order, over all steps. Seen are 2e-7 to 2e-6."""
 CPU = torch.device("cpu")
+PYPROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text("utf-8"))
+DECLARED = PYPROJECT["project"]["optional-dependencies"]
+END = DECLARED["ort"][0].partition("<")[2]
+"""The first version that was not tried."""
 
 
 def exported(folder: Path, recipe: str, overrides: tuple[str, ...], tiny: str) -> Path:
@@ -94,6 +101,62 @@ def test_a_session_reads_the_tensors_it_was_given_and_no_copy_of_them(tmp_path):
     assert session.run(None, x)[0][0, 0] == 128
     constants["on"].fill_(False)
     assert session.run(None, x)[0][0, 0] == 1
+
+
+@pytest.mark.parametrize(
+    ("dtype", "named"),
+    [
+        (torch.bool, "bool"),
+        (torch.uint8, "uint8"),
+        (torch.int8, "int8"),
+        (torch.int64, "int64"),
+        (torch.float16, "float16"),
+        (torch.bfloat16, "bfloat16"),
+        (torch.float32, "float"),
+    ],
+)
+def test_a_tensor_keeps_its_dtype_and_its_memory(dtype, named):
+    """Of booleans ONNX Runtime 1.32 wants something else than 1.31, and calls what that wanted uint8."""
+    tensor = torch.tensor([0, 1, 1]).to(dtype)
+    value = opening.ort_value(tensor)
+    assert (value.data_type(), value.data_ptr()) == (f"tensor({named})", tensor.data_ptr())
+
+
+class Chosen(nn.Module):
+    """Booleans as an input, as a constant and as an output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.on = nn.Buffer(torch.tensor([True, True, False, False]))
+
+    def forward(self, mask, x):
+        both = mask & self.on
+        return both, torch.where(both, x, 0.0)
+
+
+def test_booleans_go_in_and_come_out(tmp_path):
+    from safetensors.torch import save_file
+
+    from prebake.exporter.lower.onnx.graph import find_weight_data, locate_data
+    from prebake.runtime.manifest import Graph, TensorSpec
+
+    mask, x = torch.tensor([True, False, True, False]), torch.ones(4)
+    captured = capture_graph("g", Chosen(), (mask, x), ("mask", "x"), ("both", "y"))
+    constants = {name: tensor.detach().clone() for name, tensor in captured.constants().items()}
+    (tmp_path / "weights").mkdir()
+    save_file(constants, tmp_path / "weights" / "g.safetensors")
+    model = onnx_model(captured)
+    locate_data(model, find_weight_data(tmp_path))
+    values = {name: opening.ort_value(tensor) for name, tensor in constants.items()}
+    session = opening.open_session(model.SerializeToString(), tmp_path, values, CPU, 1, prepack=False)
+    graph = Graph.model_construct(
+        name="g",
+        inputs=(TensorSpec(name="mask", shape=(4,), dtype="bool"), TensorSpec(name="x", shape=(4,), dtype="float32")),
+        outputs=(TensorSpec(name="both", shape=(4,), dtype="bool"), TensorSpec(name="y", shape=(4,), dtype="float32")),
+    )
+    both, y = opening.SessionModel(graph, session, values, CPU)([mask, x])
+    assert both.tolist() == [True, False, False, False]
+    assert y.tolist() == [1, 0, 0, 0]
 
 
 class Folded(nn.Module):
@@ -232,6 +295,7 @@ def test_a_root_mean_square_is_one_kernel(tmp_path):
     assert [n.op_type for n in onnx.load(tmp_path / "optimized.onnx").graph.node] == ["SimplifiedLayerNormalization"]
 
 
+@exact_int8
 def test_a_session_gives_what_the_int8_operator_gives(tmp_path):
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(256, 128))
@@ -261,11 +325,47 @@ def lacking(manifest: dict[str, Any], **changes: Any) -> list[str]:
     return list(opening.problems(Requires(**(manifest["requires"] | changes))))
 
 
-def test_an_older_onnxruntime_is_a_problem_and_a_newer_one_none(manifest):
+def test_an_older_onnxruntime_is_a_problem_and_a_newer_one_none(manifest, declared_extras):
     assert lacking(manifest) == []
     assert lacking(manifest, packages={"onnxruntime": "1.2.0"}) == []
-    (problem,) = lacking(manifest, packages={"onnxruntime": "999.1.0"})
-    assert problem.startswith(f"was exported with onnxruntime 999.1.0, this is {onnxruntime.__version__}; pip install")
+    (problem,) = lacking(manifest, packages={"onnxruntime": f"{END}.0"})
+    assert problem == (
+        f"was exported with onnxruntime {END}.0, this is {onnxruntime.__version__}; "
+        f"use a newer prebake: this one was tried with versions before {END}"
+    )
+
+
+def test_the_way_to_a_newer_onnxruntime_ends_where_it_was_tried(manifest, declared_extras, monkeypatch):
+    monkeypatch.setattr(onnxruntime, "__version__", "1.31.0")
+    (problem,) = lacking(manifest, packages={"onnxruntime": "1.31.1"})
+    assert problem.endswith(f"; pip install 'onnxruntime>=1.31.1,<{END}', or export again")
+
+
+@pytest.mark.parametrize("version", [END, f"{END}.0", f"{END}.1", "99.0"])
+def test_an_onnxruntime_that_was_never_tried_is_a_problem(manifest, declared_extras, monkeypatch, version):
+    """What it changed could show when a session is opened, and no earlier: an artifact that passes `check` opens."""
+    monkeypatch.setattr(onnxruntime, "__version__", version)
+    said = (
+        f"this is onnxruntime {version}, and this prebake was tried with versions before {END}; pip install 'prebake["
+    )
+    (problem,) = lacking(manifest)
+    assert problem.startswith(said)
+    with pytest.raises(ExportError, match=re.escape(said)):  # before anything is loaded or compiled
+        lowering.adapt_recipe(resolve("baseline", (BACKEND,), "tiny:flux"))
+
+
+def test_check_and_load_say_the_same_of_it(artifact, declared_extras, monkeypatch, capsys):
+    check_artifact(artifact, read_manifest(artifact))
+    monkeypatch.setattr(onnxruntime, "__version__", END)
+    said = f"this is onnxruntime {END}, "
+    with pytest.raises(ArtifactError, match=said):
+        check_artifact(artifact, read_manifest(artifact))
+    with pytest.raises(ArtifactError, match=said):
+        load(artifact)
+
+
+def test_both_builds_have_one_range():
+    assert DECLARED["ort-gpu"] == [line.replace("onnxruntime", "onnxruntime-gpu") for line in DECLARED["ort"]]
 
 
 @pytest.mark.skipif("CUDAExecutionProvider" in onnxruntime.get_available_providers(), reason="this one has CUDA")

@@ -22,13 +22,22 @@ import scaling_figures as scaling
 
 ROOT = Path(__file__).parents[1]
 RESULTS = "benchmarks/results"
-PAGES = ("README.md", "docs/backends.md", "docs/caches.md", "docs/production.md", "docs/scaling.md")
+PAGES = (
+    "README.md",
+    "docs/benchmarks/caches.md",
+    "docs/benchmarks/cpu.md",
+    "docs/benchmarks/scaling.md",
+    "docs/benchmarks/serving.md",
+    "docs/explanation/caches.md",
+)
 REGION = re.compile(r"(<!-- figures: (\S+) -->\n).*?(<!-- figures: end -->)", re.DOTALL)
+VERIFY = f"{RESULTS}/verify-shapes.json"
 SHAPES, WIDE = f"{RESULTS}/denoiser-shapes.json", f"{RESULTS}/denoiser-wide.json"
 CPU, SCALING = f"{RESULTS}/cpu.json", f"{RESULTS}/scaling.json"
 COLD, CONTRACT = f"{RESULTS}/cold_start.json", f"{RESULTS}/contract.json"
 FIGURES: Mapping[str, tuple[Callable[..., str], tuple[str, ...]]] = {
-    "verify": (figures.verify, (f"{RESULTS}/verify-shapes.json",)),
+    "headline": (figures.headline, (VERIFY, WIDE, CPU, COLD)),
+    "verify": (figures.verify, (VERIFY,)),
     "denoiser": (figures.evaluations, (SHAPES, WIDE)),
     "reused": (figures.reused, (WIDE,)),
     "openvino": (figures.openvino, (CPU,)),
@@ -37,9 +46,9 @@ FIGURES: Mapping[str, tuple[Callable[..., str], tuple[str, ...]]] = {
     "contract": (figures.contract, (CONTRACT,)),
     "served": (figures.served, (COLD, CONTRACT)),
     "memory": (figures.memory, (f"{RESULTS}/memory.json",)),
-    "caches-shown": (figures.caches_shown, ("docs/caches/shapes.json",)),
-    "caches-shapes": (figures.caches, ("docs/caches/shapes.json",)),
-    "caches-shapes-sd": (figures.caches, ("docs/caches/shapes-sd.json",)),
+    "caches-shown": (figures.caches_shown, (f"{RESULTS}/caches-shapes.json",)),
+    "caches-shapes": (figures.caches, (f"{RESULTS}/caches-shapes.json",)),
+    "caches-shapes-sd": (figures.caches, (f"{RESULTS}/caches-shapes-sd.json",)),
     **{f"scaling-{name}": (partial(scaling.curve, name=name), (SCALING,)) for name in scaling.UNITS},
     "scaling-powers": (scaling.powers, (SCALING,)),
     "scaling-balance": (scaling.balance, (SCALING,)),

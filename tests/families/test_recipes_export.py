@@ -16,7 +16,7 @@ from prebake.exporter.cli import main as cli
 from prebake.exporter.recipe.resolve import resolve
 from prebake.exporter.tiny import NAMES
 
-PAGES = {path.stem: path.read_text("utf-8") for path in (Path(__file__).parents[2] / "docs" / "families").glob("*.md")}
+PAGES = {path.stem: path.read_text("utf-8") for path in (Path(__file__).parents[2] / "docs" / "reference" / "families").glob("*.md")}
 DRAW = """
 import importlib.util, json, sys
 from PIL import Image

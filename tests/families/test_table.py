@@ -8,7 +8,7 @@ import pytest
 from works import CLAIMED, FILES, read_table, table, with_table
 
 ROOT = Path(__file__).parents[2]
-PAGE = ROOT / "docs" / "families.md"
+PAGE = ROOT / "docs" / "reference" / "families.md"
 AGAIN = "`make works` writes the table anew"
 
 

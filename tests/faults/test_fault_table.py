@@ -6,7 +6,7 @@ import pytest
 from fault_table import EVERY, FAULTS, covers, read_outcomes, table, with_table
 
 TESTS = Path(__file__).parents[1]
-PAGE = TESTS.parent / "docs" / "faults.md"
+PAGE = TESTS.parent / "docs" / "reference" / "faults.md"
 AGAIN = "`make faults` writes the page anew"
 
 

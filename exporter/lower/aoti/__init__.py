@@ -80,7 +80,7 @@ def knows_line_tables() -> bool:
 
 def adapted(recipe: Any) -> tuple[Any, tuple[str, ...]]:
     """As it is. Raises RecipeError for a GPU that is not here, for kernels that this machine cannot run, and for fp8 on the CPU:
-    torch makes such products by way of wider numbers there, and slower than those of float32 (docs/backends.md)."""
+    torch makes such products by way of wider numbers there, and slower than those of float32 (docs/reference/backends.md)."""
     chosen = options(recipe.compile, Options)
     if on_gpu(recipe.compile):
         if chosen.kernels:

@@ -7,6 +7,7 @@ Links to files that are no pages become plain text: the site holds no source. mk
 from __future__ import annotations
 
 import argparse
+import contextlib
 import html
 import importlib
 import inspect
@@ -96,11 +97,8 @@ def parser() -> argparse.ArgumentParser:
         made.append(self)
         raise KeyboardInterrupt  # nothing of the command is to run
 
-    with mock.patch.object(argparse.ArgumentParser, "parse_args", parse):
-        try:
-            main()([])
-        except KeyboardInterrupt:
-            pass
+    with mock.patch.object(argparse.ArgumentParser, "parse_args", parse), contextlib.suppress(KeyboardInterrupt):
+        main()([])
     return made[0]
 
 
@@ -120,12 +118,10 @@ def command_line() -> str:
 
 
 def command(name: str, one: argparse.ArgumentParser) -> str:
-    with mock.patch.dict(os.environ, {"COLUMNS": "100"}):
+    with mock.patch.dict(os.environ, {"COLUMNS": "80"}):
         usage = one.format_usage().removeprefix("usage: ")
     said = escaped(one.description or "")
-    rows = [
-        [spelled(a), escaped((a.help or "") % {"default": a.default})] for a in one._actions if a.dest != "help"
-    ]
+    rows = [[spelled(a), escaped((a.help or "") % {"default": a.default})] for a in one._actions if a.dest != "help"]
     return f"## prebake {name} {{ #prebake-{name} }}\n\n{said}\n\n```text\n{usage}```\n\n{table(('argument', 'meaning'), rows)}"
 
 
@@ -183,7 +179,13 @@ def typed(field: Mapping[str, Any], shared: Mapping[str, Any]) -> str:
     if "$ref" in field:
         properties = shared[field["$ref"].rpartition("/")[2]]["properties"]
         return "{ " + ", ".join(f"{name} = {typed(f, shared)}" for name, f in properties.items()) + " }"
-    words = {"string": "text", "integer": "whole number", "number": "number", "boolean": "true or false", "null": "none"}
+    words = {
+        "string": "text",
+        "integer": "whole number",
+        "number": "number",
+        "boolean": "true or false",
+        "null": "none",
+    }
     kind = field.get("type", "any value")
     if kind == "array":
         inner = field.get("items") or {}
@@ -217,9 +219,8 @@ def api() -> Iterator[tuple[str, str]]:
         module = importlib.import_module("prebake.runtime")
     for name in module.__all__:
         found = getattr(module, name)
-        if inspect.isclass(found) or inspect.isfunction(found):
-            if not (inspect.isclass(found) and issubclass(found, Exception)):
-                yield f"{module.__name__}.{name}", f"{found.__module__}.{found.__qualname__}"
+        if inspect.isfunction(found) or (inspect.isclass(found) and not issubclass(found, Exception)):
+            yield f"{module.__name__}.{name}", f"{found.__module__}.{found.__qualname__}"
     pipeline = importlib.import_module("prebake.runtime.pipeline")
     seen = {"Pipeline", "ImagePipeline", "VideoPipeline", "PipelineOutput", "VideoOutput"} & set(vars(pipeline))
     for name in sorted(seen):
@@ -264,11 +265,8 @@ def errors() -> str:
 
 
 def prose(thing: Any) -> str:
-    return " ".join(escaped(line) for line in (inspect.getdoc(thing) or "").split("\n\n")[0].splitlines()) if inspect.isclass(thing) and issubclass(thing, Exception) else paragraphs(inspect.getdoc(thing) or "")
-
-
-def paragraphs(text: str) -> str:
-    return "\n\n".join(" ".join(part.split()) for part in text.split("\n\n"))
+    """Its docstring, a line for each paragraph."""
+    return "\n\n".join(escaped(" ".join(part.split())) for part in (inspect.getdoc(thing) or "").split("\n\n"))
 
 
 def table(head: tuple[str, ...], rows: Any) -> str:
@@ -277,13 +275,18 @@ def table(head: tuple[str, ...], rows: Any) -> str:
 
 
 def code(text: str) -> str:
-    return f"<code>{html.escape(text, quote=False).replace('|', '&#124;').replace('*', '&#42;').replace('_', '&#95;').replace('[', '&#91;')}</code>"
+    """In HTML, since a `|` between backticks ends a cell of a table."""
+    return f"<code>{plain(text)}</code>"
 
 
 def escaped(text: str) -> str:
     """Text that Markdown leaves as it is, but for what stands between backticks."""
     parts = re.split(r"(`[^`]*`)", text)
-    return "".join(code(part[1:-1]) if k % 2 else html.escape(part, quote=False).replace("|", "&#124;").replace("*", "&#42;").replace("_", "&#95;").replace("[", "&#91;") for k, part in enumerate(parts))
+    return "".join(code(part[1:-1]) if k % 2 else plain(part) for k, part in enumerate(parts))
+
+
+def plain(text: str) -> str:
+    return re.sub(r"[|*_\[\\`]", lambda found: f"&#{ord(found[0])};", html.escape(text, quote=False))
 
 
 GENERATED: Mapping[str, Callable[[], str]] = {

@@ -1,6 +1,6 @@
 """CPU time per denoiser evaluation of ONNX Runtime, float32 and int8, prepacked and not, beside AOTInductor's int8.
 
-    python benchmarks/backends.py                  # `wide` of denoiser.py; writes and reads 5 GB under $TMPDIR
+    python benchmarks/backends.py                  # `write_wide_model` of denoiser.py; writes and reads 5 GB under $TMPDIR
 
 Every line is an artifact of its own, exported with flux-fast's fusions and int8 layers, all of them open in one process on one
 thread. They take turns, after one round that is not counted; what is printed is the median of each one's CPU seconds, the median
@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 import torch
-from denoiser import call, exported, wide
+from denoiser import export_variants, variant_call, write_wide_model
 
 from prebake.exporter.families import flux
 from prebake.exporter.load import source
@@ -25,7 +25,7 @@ from prebake.exporter.sites.component import Component
 from prebake.runtime.artifact import open_artifact
 from prebake.runtime.manifest import Manifest
 
-PLAIN = ("denoiser", "text_encoders", "vae")
+PLAIN_PARTS = ("denoiser", "text_encoders", "vae")
 INT8, FLOAT = "quantize.method=int8_dynamic", "quantize.method=none"
 ORT, AOTI, UNPACKED = "compile.backend=onnxruntime", "compile.backend=aoti", "compile.options.prepack=false"
 WAYS = {
@@ -40,30 +40,34 @@ WAYS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", default="shapes", help="the pipeline whose text encoders and VAE `wide` borrows")
+    parser.add_argument(
+        "--base", default="shapes", help="the pipeline whose text encoders and VAE `write_wide_model` borrows"
+    )
     parser.add_argument("--repeats", type=int, default=7)
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
     with tempfile.TemporaryDirectory() as scratch:
-        model = wide(Path(scratch) / "wide", args.base)
-        folders = {way: export_to(Path(scratch) / str(i), model, WAYS[way]) for i, way in enumerate(WAYS)}
-        report(*measure(model, folders, args.repeats))
+        model = write_wide_model(Path(scratch) / "wide", args.base)
+        folders = {way: export_way(Path(scratch) / str(i), model, WAYS[way]) for i, way in enumerate(WAYS)}
+        print_backends(*measure_backends(model, folders, args.repeats))
 
 
-def export_to(folder: Path, model: str, overrides: tuple[str, ...]) -> Path:
-    common = ("cache.method=none", *(f"precision.{part}=float32" for part in PLAIN))
-    exported(model, folder, argparse.Namespace(recipe="flux-fast", overrides=[*common, *overrides]))
+def export_way(folder: Path, model: str, overrides: tuple[str, ...]) -> Path:
+    common = ("cache.method=none", *(f"precision.{part}=float32" for part in PLAIN_PARTS))
+    export_variants(model, folder, argparse.Namespace(recipe="flux-fast", overrides=[*common, *overrides]))
     return folder
 
 
-def measure(model: str, folders: dict[str, Path], repeats: int) -> tuple[dict[str, list[float]], dict[str, float]]:
+def measure_backends(
+    model: str, folders: dict[str, Path], repeats: int
+) -> tuple[dict[str, list[float]], dict[str, float]]:
     """Each way's CPU seconds, a figure for each round, and its relative error in L2."""
     artifacts = {way: open_artifact(folder) for way, folder in folders.items()}
-    component = example(model, next(iter(artifacts.values())).manifest)
+    component = build_example(model, next(iter(artifacts.values())).manifest)
     named = dict(zip(component.inputs, component.args, strict=True))
     truth = component.module(*component.args)
-    calls = {way: call(artifact.variants["full"], artifact, named) for way, artifact in artifacts.items()}
+    calls = {way: variant_call(artifact.variants["full"], artifact, named) for way, artifact in artifacts.items()}
     errors = {way: float((run() - truth).norm() / truth.norm()) for way, run in calls.items()}
     seconds: dict[str, list[float]] = {way: [] for way in calls}
     for _ in range(repeats):
@@ -74,15 +78,15 @@ def measure(model: str, folders: dict[str, Path], repeats: int) -> tuple[dict[st
     return seconds, errors
 
 
-def example(model: str, manifest: Manifest) -> Component:
+def build_example(model: str, manifest: Manifest) -> Component:
     """diffusers' transformer in float32, with inputs for one evaluation."""
     size = flux.Size(
         manifest.defaults.height, manifest.defaults.width, manifest.pipeline["text"]["prompts"][1]["max_length"]
     )
-    return flux.denoiser(source.load(model, None, {"default": torch.float32}).pipe, size)
+    return flux.denoiser(source.load_model(model, None, {"default": torch.float32}).pipe, size)
 
 
-def report(seconds: dict[str, list[float]], errors: dict[str, float]) -> None:
+def print_backends(seconds: dict[str, list[float]], errors: dict[str, float]) -> None:
     print("| | s | float32's time / this | error against eager float32 |\n| --- | --- | --- | --- |")
     base = seconds["float32"]
     for way, mine in seconds.items():

@@ -28,7 +28,7 @@ import figures
 import torch
 
 from prebake.exporter import pipeline, shapes
-from prebake.exporter.bench.compiled_variants import Compiled, sites_of
+from prebake.exporter.bench.compiled_variants import VariantCompiler, describe_sites
 from prebake.exporter.caches import (
     Auto,
     Cache,
@@ -45,20 +45,26 @@ from prebake.exporter.caches import (
     TaylorSeer,
     TeaCache,
 )
-from prebake.exporter.caches.common.calibration import Calibration, read
-from prebake.exporter.calibrators.runner import drawn, means, online, shares, watch
-from prebake.exporter.calibrators.subject import Run, Subject
+from prebake.exporter.caches.common.calibration import Calibration, read_calibration
+from prebake.exporter.calibrators.runner import (
+    average_figures,
+    build_rule_replay,
+    count_decisions,
+    draw_runs,
+    observe_runs,
+)
+from prebake.exporter.calibrators.subject import CalibrationRun, CalibrationSubject
 from prebake.exporter.load import source
-from prebake.exporter.plan import plan
-from prebake.exporter.progress import progress
+from prebake.exporter.plan import make_plans
+from prebake.exporter.progress import open_progress
 from prebake.exporter.recipe.resolve import Recipe, resolve
-from prebake.exporter.rewrite import rewrite
-from prebake.exporter.shapes.checker import check
-from prebake.exporter.sites.discover import discover
+from prebake.exporter.rewrite import rewrite_pipeline
+from prebake.exporter.shapes.checker import check_picture
+from prebake.exporter.sites.discover import discover_layout
 from prebake.exporter.verify.measure import psnr_db, ssim
 from prebake.runtime.errors import ExportError, RecipeError
 from prebake.runtime.plan import Plan
-from prebake.runtime.replay import Tables, Variant, replay, tables_on
+from prebake.runtime.replay import DenoiserVariant, PlanTables, replay, tabulate_plan
 
 RECIPES = {"shapes": "flux-fast", "shapes-sd": "sd-fast"}
 FLOAT32 = (
@@ -69,7 +75,7 @@ FLOAT32 = (
 FEWER_STEPS = (21, 16, 14, 12, 10, 8, 7)
 BUDGETS = (0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55)
 SEED = 10_000  # of the first prompt; calibrations count from 0
-WHOLE = (-1, 1001)  # a window that holds every timestep
+WHOLE_RANGE = (-1, 1001)  # a window that holds every timestep
 
 
 @dataclass(frozen=True)
@@ -82,12 +88,12 @@ class Contender:
 
 
 @dataclass
-class Row:
+class CacheRow:
     """A contender as it runs, and what was seen of it."""
 
     contender: Contender
-    tables: Tables
-    variants: dict[str, Variant]
+    tables: PlanTables
+    variants: dict[str, DenoiserVariant]
     sites: dict[str, Any]
     strip: str
     seconds: list[float] = field(default_factory=list)
@@ -96,7 +102,7 @@ class Row:
     exact: list[bool] = field(default_factory=list)
 
 
-def contenders(model: str, steps: int) -> Iterator[Contender]:
+def list_contenders(model: str, steps: int) -> Iterator[Contender]:
     """What runs on a model: the FLUX model has transformer blocks, the UNet has branches to reuse."""
     both: list[tuple[str, Any]] = [("uncached", NoCache())]
     for budget in BUDGETS:
@@ -104,24 +110,24 @@ def contenders(model: str, steps: int) -> Iterator[Contender]:
     for mask, order in (("1(01)", 0), ("11(01)", 1), ("1111(001)", 1), ("1111(0001)", 1), ("111(01)", 2)):
         both.append((f"mask {mask} order {order}, output", Mask(mask=mask, order=order, site="output")))
     if model == "shapes":
-        both += list(of_dits())
+        both += list(dit_contenders())
     else:
         for interval in (2, 3, 5):
             both.append((f"deepcache {interval}, branch 0", DeepCache(cache_interval=interval)))
         both.append(("deepcache 3 pow, branch 0", DeepCache(cache_interval=3, skip_mode="pow")))
         both.append(("deepcache 2, branch 1", DeepCache(cache_interval=2, cache_branch_id=1)))
-        both.append(("pab 2", of_pab(2)))
+        both.append(("pab 2", pab_contenders(2)))
     yield from (Contender(label, cache, steps) for label, cache in both)
     yield from (Contender(f"{n} steps", NoCache(), n) for n in FEWER_STEPS if n < steps)
 
 
-def of_pab(every: int) -> Cache:
+def pab_contenders(every: int) -> Cache:
     return PyramidAttentionBroadcast(
         spatial_attention_block_skip_range=every, spatial_attention_timestep_skip_range=(0, 1000)
     )
 
 
-def of_dits() -> Iterator[tuple[str, Any]]:
+def dit_contenders() -> Iterator[tuple[str, Any]]:
     """The methods that need transformer blocks or joint attention."""
     for mask in ("slow", "medium", "fast", "ultra"):
         yield f"mask {mask}", Mask(mask=mask)
@@ -129,12 +135,12 @@ def of_dits() -> Iterator[tuple[str, Any]]:
     for interval in (2, 3):
         yield f"fora {interval}", Fora(interval=interval)
     for every in (2, 3):
-        yield f"pab {every}", of_pab(every)
+        yield f"pab {every}", pab_contenders(every)
         yield (
             f"fastercache {every}",
             FasterCache(
                 spatial_attention_block_skip_range=every,
-                spatial_attention_timestep_skip_range=WHOLE,
+                spatial_attention_timestep_skip_range=WHOLE_RANGE,
                 is_guidance_distilled=True,
             ),
         )
@@ -154,64 +160,68 @@ def of_dits() -> Iterator[tuple[str, Any]]:
         yield f"dbcache F1 {threshold:g} taylorseer", DBCache(**settings, calibrator_type="taylorseer")
 
 
-class Bench:
+class CacheBench:
     """One model, loaded once; plans are compiled as they are asked for."""
 
     def __init__(self, model: str, steps: int, fitted: Calibration | None) -> None:
         recipe: Recipe = resolve(RECIPES[model], FLOAT32, model)
-        self.quiet = progress("quiet")
-        loaded = source.load(model, None, {"default": torch.float32})
-        self.pipe, self.family = loaded.pipe, pipeline.family_of(loaded.pipe)
-        rewrite(self.pipe, recipe)
+        self.quiet = open_progress("quiet")
+        loaded = source.load_model(model, None, {"default": torch.float32})
+        self.pipe, self.family = loaded.pipe, pipeline.find_family(loaded.pipe)
+        rewrite_pipeline(self.pipe, recipe)
         self.defaults, self.size, _ = pipeline.settle(recipe, self.family, loaded)
-        self.steps, self.fitted, self.source = steps, fitted, loaded.source
+        self.steps, self.fit_weights, self.source = steps, fitted, loaded.source
         self.denoiser = self.family.denoiser(self.pipe, self.size)
-        self.layout = discover(self.denoiser)
+        self.layout = discover_layout(self.denoiser)
         self.scale = self.family.facts(self.pipe, self.size)["timestep_scale"]
-        self.compiled = Compiled()
+        self.compiled = VariantCompiler()
         decoder = self.family.others(self.pipe, self.size, channels_last=False)[-1].module
         self.decode = lambda latents: decoder(latents)[0]
 
     def table(self, steps: int):
-        with progress("quiet") as quiet:
+        with open_progress("quiet") as quiet:
             return pipeline.sampler_table(self.family, self.pipe, self.size, steps, quiet)
 
-    def runs(self, prompts: Sequence[str]) -> list[Run]:
+    def runs(self, prompts: Sequence[str]) -> list[CalibrationRun]:
         """The prompts with noise that no calibration has seen."""
         guidance = self.defaults.guidance_scale
-        return list(drawn(self.family, self.pipe, self.size, self.table(self.steps), prompts, 1, guidance, SEED))
+        return list(draw_runs(self.family, self.pipe, self.size, self.table(self.steps), prompts, 1, guidance, SEED))
 
     def observe(self, count: int) -> None:
         """What eager runs on noise of their own show, for the methods that are calibrated."""
-        prompts = shapes.prompts("underspecified")
+        prompts = shapes.read_prompt_set("underspecified")
         guidance = self.defaults.guidance_scale
         table = self.table(self.steps)
-        every = list(drawn(self.family, self.pipe, self.size, table, prompts, 3, guidance))
+        every = list(draw_runs(self.family, self.pipe, self.size, table, prompts, 3, guidance))
         self.calibration_runs = every[2::3][:count]
-        self.subject = Subject(self.denoiser, self.layout, table, self.scale)
-        with progress("quiet") as quiet:
-            observed, _ = watch(self.subject, NoCache(), iter(self.calibration_runs), quiet)
+        self.subject = CalibrationSubject(self.denoiser, self.layout, table, self.scale)
+        with open_progress("quiet") as quiet:
+            observed, _ = observe_runs(self.subject, NoCache(), iter(self.calibration_runs), quiet)
         self.calibration = Calibration(
             model=self.source.model, sha256=self.source.sha256, scheduler=table.scheduler, steps=self.steps,
             timesteps=table.timesteps, guidance_scale=guidance, prompts=count, prompts_sha256="", seeds=1,
-            auto=self.fitted.auto if self.fitted else (), **means(self.layout, observed),
+            auto=self.fit_weights.auto if self.fit_weights else (), **average_figures(self.layout, observed),
         )  # fmt: skip
 
-    def row(self, contender: Contender) -> Row:
+    def row(self, contender: Contender) -> CacheRow:
         """The contender's plan, compiled. Raises ExportError or RecipeError where the model or the steps do not suit it."""
         calibration = self.calibration
-        if decides := online(contender.cache):
+        if decides := build_rule_replay(contender.cache):
             decided = [decides(self.subject, run).decisions for run in self.calibration_runs]
-            frozen = {contender.cache.method: shares(contender.cache, decided)}
+            frozen = {contender.cache.method: count_decisions(contender.cache, decided)}
             calibration = calibration.model_copy(update={"decisions": frozen})
-        planned = plan(contender.cache, self.layout, {contender.steps: self.table(contender.steps)}, calibration)
+        planned = make_plans(contender.cache, self.layout, {contender.steps: self.table(contender.steps)}, calibration)
         chosen = planned.plans[0]
         planned, variants = self.compiled.variants(self.denoiser, planned)
-        return Row(
-            contender, tables_on(chosen, torch.device("cpu"), self.scale), variants, sites_of(planned), strip(chosen)
+        return CacheRow(
+            contender,
+            tabulate_plan(chosen, torch.device("cpu"), self.scale),
+            variants,
+            describe_sites(planned),
+            variant_letters(chosen),
         )
 
-    def draw(self, row: Row, run: Run) -> tuple[torch.Tensor, float]:
+    def draw(self, row: CacheRow, run: CalibrationRun) -> tuple[torch.Tensor, float]:
         """A picture, and the seconds of its denoising loop."""
         start = time.perf_counter()
         latents = replay(row.tables, row.variants, row.sites, run.inputs, run.latents, noise=run.noise)
@@ -219,13 +229,13 @@ class Bench:
         return self.decode(latents), seconds
 
 
-def strip(chosen: Plan) -> str:
+def variant_letters(chosen: Plan) -> str:
     """One character for each evaluation: `#` computes everything, `a`, `b`, ... are the other variants."""
     others = [v for v in chosen.variants() if v != "full"]
     return "".join("#" if e.variant == "full" else chr(ord("a") + others.index(e.variant)) for e in chosen.evaluations)
 
 
-def measure(bench: Bench, rows: Sequence[Row], prompts: Sequence[tuple[str, str]]) -> None:
+def measure_rows(bench: CacheBench, rows: Sequence[CacheRow], prompts: Sequence[tuple[str, str]]) -> None:
     """Every prompt with every row; the first row is the one that pictures and times are held against."""
     runs = bench.runs([prompt for _, prompt in prompts])
     for row in rows:  # the first call of a graph allocates
@@ -239,12 +249,12 @@ def measure(bench: Bench, rows: Sequence[Row], prompts: Sequence[tuple[str, str]
             row.psnr[kind].append(psnr_db(image, truth))
             row.ssim.append(ssim(image, truth))
             if kind == "full":
-                row.exact.append(check(image[0].permute(1, 2, 0).numpy(), prompt).exact)
+                row.exact.append(check_picture(image[0].permute(1, 2, 0).numpy(), prompt).exact)
         if i % 20 == 19:
             print(f"{i + 1} of {len(prompts)} prompts", flush=True)
 
 
-def result(row: Row, base: Row) -> dict[str, Any]:
+def describe_cache_row(row: CacheRow, base: CacheRow) -> dict[str, Any]:
     shares_of_time = [a / b for a, b in zip(row.seconds, base.seconds, strict=True)]
     return {
         "label": row.contender.label,
@@ -258,7 +268,7 @@ def result(row: Row, base: Row) -> dict[str, Any]:
     }
 
 
-def plot(files: Sequence[Path], output: Path) -> None:
+def plot_results(files: Sequence[Path], output: Path) -> None:
     """Speed-up against PSNR, one panel for each model."""
     import matplotlib
 
@@ -303,14 +313,14 @@ def main() -> None:
     parser.add_argument("--plot", nargs="+", type=Path, metavar="JSON", help="draw earlier results instead")
     args = parser.parse_args()
     if args.plot:
-        plot(args.plot, Path(__file__).parents[1] / "docs/images/caches.png")
+        plot_results(args.plot, Path(__file__).parents[1] / "docs/images/caches.png")
         return
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
-    bench = Bench(args.model, args.steps, read(args.calibration) if args.calibration else None)
+    bench = CacheBench(args.model, args.steps, read_calibration(args.calibration) if args.calibration else None)
     bench.observe(args.calibrate_runs)
-    rows: list[Row] = []
-    for contender in contenders(args.model, args.steps):
+    rows: list[CacheRow] = []
+    for contender in list_contenders(args.model, args.steps):
         wanted = contender.cache.method == "none" or not args.only or contender.label.startswith(tuple(args.only))
         if not wanted:
             continue
@@ -320,20 +330,20 @@ def main() -> None:
         except (ExportError, RecipeError) as e:
             print(f"{contender.label:34s} not measured: {e}", flush=True)
     few = min(64, args.prompts // 3)
-    prompts = [("open", p) for p in shapes.prompts("underspecified")[:few]]
-    prompts += [("full", p) for p in shapes.prompts("full")[: args.prompts - few]]
-    measure(bench, rows, prompts)
+    prompts = [("open", p) for p in shapes.read_prompt_set("underspecified")[:few]]
+    prompts += [("full", p) for p in shapes.read_prompt_set("full")[: args.prompts - few]]
+    measure_rows(bench, rows, prompts)
     data = {
         "model": args.model,
         "steps": args.steps,
         "prompts": len(prompts),
         "machine": f"{platform.machine()}, one thread, torch {torch.__version__}",
-        "results": [result(row, rows[0]) for row in rows],
+        "results": [describe_cache_row(row, rows[0]) for row in rows],
     }
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(data, indent=1) + "\n", "utf-8")
-    print(figures.caches(data))
+    print(figures.caches_table(data))
 
 
 if __name__ == "__main__":

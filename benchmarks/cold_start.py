@@ -17,8 +17,8 @@ from pathlib import Path
 import figures
 import torch
 
-from prebake.exporter.bench.cold_start import STAGES, Started, started
-from prebake.exporter.bench.rounds import Choices, Subject, artifact_start, baseline_starts, read
+from prebake.exporter.bench.cold_start import STAGES, StartTimes, measure_cold_start
+from prebake.exporter.bench.rounds import BenchOptions, BenchSubject, artifact_start, baseline_starts, read_subjects
 from prebake.exporter.prompts import picture_prompts
 
 GOALS = {"eager": 0.5, "compile": 0.05}
@@ -35,27 +35,27 @@ def main() -> int:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     baselines = tuple(args.baseline.split(","))
-    choices = Choices(baselines=baselines, cold_runs=args.runs, model=args.model, threads=args.threads)
+    choices = BenchOptions(baselines=baselines, cold_runs=args.runs, model=args.model, threads=args.threads)
     artifacts = []
     for folder in args.artifacts:
-        (subject,) = read([folder], choices)
-        runs = {n: [dataclasses.asdict(s) for s in starts] for n, starts in turns(subject, choices).items()}
+        (subject,) = read_subjects([folder], choices)
+        runs = {n: [dataclasses.asdict(s) for s in starts] for n, starts in time_turns(subject, choices).items()}
         artifacts.append({"name": subject.label, "runs": runs})
     found = {"artifacts": artifacts, "stages": STAGES}
-    print(figures.cold_start(found))
-    figures.keep(found, args.output)
-    return any(figures.of(a, b) > goal for a in artifacts for b, goal in GOALS.items() if b in a["runs"])
+    print(figures.cold_start_table(found))
+    figures.save_figures(found, args.output)
+    return any(figures.baseline_share(a, b) > goal for a in artifacts for b, goal in GOALS.items() if b in a["runs"])
 
 
-def turns(subject: Subject, choices: Choices) -> dict[str, list[Started]]:
-    """By name of what was started: the artifact first."""
+def time_turns(subject: BenchSubject, choices: BenchOptions) -> dict[str, list[StartTimes]]:
+    """The cold starts by name of what was started, the artifact first."""
     prompt = picture_prompts(subject.recipe)[0]
     starts = [artifact_start(subject, prompt), *baseline_starts(subject, prompt, choices)]
     names = [subject.label, *choices.baselines]
-    found: dict[str, list[Started]] = {name: [] for name in names}
+    found: dict[str, list[StartTimes]] = {name: [] for name in names}
     for _ in range(choices.cold_runs):
         for name, start in zip(names, starts, strict=True):
-            found[name].append(started(start))
+            found[name].append(measure_cold_start(start))
     return found
 
 

@@ -31,10 +31,10 @@ def main() -> None:
     args = parser.parse_args()
     graphs = []
     for name, width in WIDTHS.items():
-        contract, given = example(width)
+        contract, given = example_contract(width)
         tensors = list(given.values())
         shapes = [t.shape for t in tensors]
-        least = fastest(
+        least = time_fastest(
             args.rounds,
             lambda contract=contract, given=given: contract.inputs(given),
             lambda tensors=tensors: [t.dtype for t in tensors],
@@ -42,11 +42,11 @@ def main() -> None:
         )
         times = dict(zip(("contract_us", "dtypes_us", "shapes_us"), least, strict=True))
         graphs.append({"graph": name, "inputs": width, **times})
-    print(figures.contract({"graphs": graphs}))
-    figures.keep({"graphs": graphs}, args.output)
+    print(figures.contract_table({"graphs": graphs}))
+    figures.save_figures({"graphs": graphs}, args.output)
 
 
-def example(width: int) -> tuple[Contract, dict[str, torch.Tensor]]:
+def example_contract(width: int) -> tuple[Contract, dict[str, torch.Tensor]]:
     """A contract of that many inputs, and a call that fits it."""
     specs = tuple(TensorSpec(name=f"t{i}", shape=(1, 16, 32), dtype="float32") for i in range(width))
     cost = Cost(flops=1, ops=1, constants=0, constants_bytes=0)
@@ -54,7 +54,7 @@ def example(width: int) -> tuple[Contract, dict[str, torch.Tensor]]:
     return Contract(graph, torch.device("cpu")), {s.name: torch.zeros(s.shape) for s in specs}
 
 
-def fastest(rounds: int, *calls: Callable[[], object]) -> list[float]:
+def time_fastest(rounds: int, *calls: Callable[[], object]) -> list[float]:
     """The least microseconds of each call, which take turns."""
     least = [float("inf")] * len(calls)
     for _ in range(rounds):

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from denoiser import call
+from denoiser import variant_call
 
-from prebake.exporter.cost.count import census
-from prebake.exporter.cost.forecast import speed_of
+from prebake.exporter.cost.count import take_census
+from prebake.exporter.cost.forecast import build_rates
 from prebake.exporter.pipeline import prepare
-from prebake.exporter.progress import progress
-from prebake.exporter.verify.verify import recipe_of
+from prebake.exporter.progress import open_progress
+from prebake.exporter.verify.verify import manifest_recipe
 from prebake.runtime.artifact import Artifact, open_artifact
 
 
@@ -38,23 +38,23 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.set_grad_enabled(False)
     artifact = open_artifact(args.artifact)
-    recipe = recipe_of(args.artifact, artifact.manifest)
+    recipe = manifest_recipe(args.artifact, artifact.manifest)
     recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"id": args.model})})
-    with progress("quiet") as quiet:
+    with open_progress("quiet") as quiet:
         prepared = prepare(recipe, quiet, near=args.artifact)
-    figures = compared(prepared, artifact, args.repeats)
-    report(figures)
+    figures = compare_costs(prepared, artifact, args.repeats)
+    print_costs(figures)
     if args.output:
         args.output.write_text(json.dumps(figures, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
-def compared(prepared: Any, artifact: Artifact, repeats: int) -> dict[str, Any]:
+def compare_costs(prepared: Any, artifact: Artifact, repeats: int) -> dict[str, Any]:
     """Variant -> predicted milliseconds by class, and the measured median."""
-    measured = taken(prepared, artifact, repeats)
-    speed = speed_of(prepared.recipe.compile)
+    measured = time_artifact_variants(prepared, artifact, repeats)
+    speed = build_rates(prepared.recipe.compile)
     found: dict[str, Any] = {}
     for graph in prepared.graphs["denoiser"]:
-        counted = census(graph)
+        counted = take_census(graph)
         start = time.perf_counter()
         forecast = speed.forecast(counted, prepared.costs[graph.name].constants_bytes)
         found[graph.name] = {
@@ -75,11 +75,11 @@ def compared(prepared: Any, artifact: Artifact, repeats: int) -> dict[str, Any]:
     return found
 
 
-def taken(prepared: Any, artifact: Artifact, repeats: int) -> dict[str, float]:
+def time_artifact_variants(prepared: Any, artifact: Artifact, repeats: int) -> dict[str, float]:
     """Median milliseconds of an evaluation of each variant; the variants take turns."""
     component = prepared.family.denoiser(prepared.pipe, prepared.size)
     named = dict(zip(component.inputs, component.args, strict=True))
-    runs = {name: call(variant, artifact, named) for name, variant in artifact.variants.items()}
+    runs = {name: variant_call(variant, artifact, named) for name, variant in artifact.variants.items()}
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats + 1):
@@ -90,7 +90,7 @@ def taken(prepared: Any, artifact: Artifact, repeats: int) -> dict[str, float]:
     return {name: statistics.median(t[1:]) for name, t in times.items()}
 
 
-def report(figures: dict[str, Any]) -> None:
+def print_costs(figures: dict[str, Any]) -> None:
     print(
         f"{'variant':16s}{'measured ms':>12s}{'predicted':>11s}{'share':>8s}{'predicted':>11s}{'off by':>8s}{'FLOPs':>8s}"
     )

@@ -34,24 +34,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from prebake.exporter.capture.capture import capture
+from prebake.exporter.capture.capture import capture_graph
 from prebake.exporter.lower import aoti, onnxruntime, w8a8
 from prebake.exporter.lower.aoti import kernels
-from prebake.exporter.lower.aoti.kernels.native import Native
-from prebake.exporter.lower.aoti.kernels.operators import GELU, PLAIN
-from prebake.exporter.lower.onnx.graph import onnx_model, with_data
-from prebake.exporter.passes.attention_dtype import attention_in
-from prebake.exporter.passes.captured_graph import Captured
+from prebake.exporter.lower.aoti.kernels.native import NativeKernels
+from prebake.exporter.lower.aoti.kernels.operators import GELU, NO_ACTIVATION
+from prebake.exporter.lower.onnx.graph import embed_data, onnx_model
+from prebake.exporter.passes.attention_dtype import cast_attention
+from prebake.exporter.passes.captured_graph import CapturedGraph
 from prebake.exporter.recipe.resolve import resolve
 from prebake.exporter.rewrite import rewrite_denoiser
 
-HALF, FLOAT = torch.bfloat16, torch.float32
+HALF_DTYPE, FLOAT_DTYPE = torch.bfloat16, torch.float32
 PREBAKE = "prebake: "
-OURS, HALVES = PREBAKE + "int8, bfloat16 attention", PREBAKE + "int8, bfloat16"
+OURS_INT8_BFLOAT16_ATTENTION, HALVES = PREBAKE + "int8, bfloat16 attention", PREBAKE + "int8, bfloat16"
 CONVOLUTIONS = PREBAKE + "int8 with convolutions, bfloat16"
 
 
-class Problem(NamedTuple):
+class DenoiserProblem(NamedTuple):
     """A denoiser, the names of its inputs, and one example of them."""
 
     module: nn.Module
@@ -59,15 +59,15 @@ class Problem(NamedTuple):
     args: tuple[Tensor, ...]
     denoiser: nn.Module
 
-    def to(self, dtype: torch.dtype) -> Problem:
+    def to(self, dtype: torch.dtype) -> DenoiserProblem:
         module: Any = copy.deepcopy(self.module).to(dtype)
-        return Problem(module, self.names, tuple(a.to(dtype) for a in self.args), module.denoiser)
+        return DenoiserProblem(module, self.names, tuple(a.to(dtype) for a in self.args), module.denoiser)
 
-    def graph(self) -> Captured:
-        return capture("denoiser", self.module, self.args, self.names, ("predicted",))
+    def graph(self) -> CapturedGraph:
+        return capture_graph("denoiser", self.module, self.args, self.names, ("predicted",))
 
 
-class Called(nn.Module):
+class NamedDenoiser(nn.Module):
     """A diffusers denoiser with flat inputs."""
 
     def __init__(self, denoiser: nn.Module, names: tuple[str, ...], **fixed: Any):
@@ -79,11 +79,11 @@ class Called(nn.Module):
         return denoiser(**dict(zip(self.names, args, strict=True)), **self.fixed, return_dict=False)[0].contiguous()
 
 
-def random(*shape: int) -> Tensor:
+def random_tensor(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
-def flux(double: int, single: int, side: int, tokens: int) -> Problem:
+def flux_problem(double: int, single: int, side: int, tokens: int) -> DenoiserProblem:
     """FLUX of 16 heads of 64 features, for side x side image tokens and so many of text."""
     from diffusers import FluxTransformer2DModel
 
@@ -103,16 +103,18 @@ def flux(double: int, single: int, side: int, tokens: int) -> Problem:
     image[:, 1], image[:, 2] = torch.arange(side * side) // side, torch.arange(side * side) % side
     names = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "guidance")
     args = (
-        random(1, side * side, 64),
-        random(1, tokens, 512),
-        random(1, 512),
+        random_tensor(1, side * side, 64),
+        random_tensor(1, tokens, 512),
+        random_tensor(1, 512),
         torch.tensor([0.5]),
         torch.tensor([3.5]),
     )
-    return Problem(Called(model, names, img_ids=image, txt_ids=torch.zeros(tokens, 3)), names, args, model)
+    return DenoiserProblem(
+        NamedDenoiser(model, names, img_ids=image, txt_ids=torch.zeros(tokens, 3)), names, args, model
+    )
 
 
-def unet() -> Problem:
+def unet_problem() -> DenoiserProblem:
     """SDXL's UNet at half its width, with 1, 2 and 4 transformer layers a level, for a picture of 512 x 512."""
     from diffusers import UNet2DConditionModel
 
@@ -129,38 +131,38 @@ def unet() -> Problem:
     model: Any = UNet2DConditionModel(**shape).eval()
     model.to(memory_format=torch.channels_last)
     names = ("sample", "timestep", "encoder_hidden_states")
-    args = (random(1, 4, 64, 64), torch.tensor([500.0]), random(1, 77, 1024))
-    return Problem(Called(model, names), names, args, model)
+    args = (random_tensor(1, 4, 64, 64), torch.tensor([500.0]), random_tensor(1, 77, 1024))
+    return DenoiserProblem(NamedDenoiser(model, names), names, args, model)
 
 
-MODELS: dict[str, Callable[[], Problem]] = {
-    "flux-88m": lambda: flux(1, 2, 24, 64),
-    "flux-284m": lambda: flux(4, 8, 32, 128),
-    "unet": unet,
+MODELS: dict[str, Callable[[], DenoiserProblem]] = {
+    "flux-88m": lambda: flux_problem(1, 2, 24, 64),
+    "flux-284m": lambda: flux_problem(4, 8, 32, 128),
+    "unet": unet_problem,
 }
 
 
 # --- ways to run it --------------------------------------------------------------------------------------------------
 
 
-def ways(problem: Problem, threads: int, only: str) -> Iterator[tuple[str, Callable[[], Tensor] | str]]:
+def problem_ways(problem: DenoiserProblem, threads: int, only: str) -> Iterator[tuple[str, Callable[[], Tensor] | str]]:
     """Each way's name and how to run it, or why it cannot be run."""
     fused: Any = problem.denoiser
     if hasattr(fused, "fuse_qkv_projections"):
         fused.fuse_qkv_projections()
-    half = problem.to(HALF)
+    half = problem.to(HALF_DTYPE)
     table: dict[str, Callable[[], Callable[[], Tensor]]] = {
         "eager float32": lambda: lambda: problem.module(*problem.args),
         "eager bfloat16": lambda: lambda: half.module(*half.args),
-        "torch.compile float32": lambda: torch_compiled(problem),
-        "torch.compile bfloat16": lambda: torch_compiled(half),
-        "AOTInductor int8 (torchao)": lambda: by_aoti(problem, threads, "compile.options.kernels=false"),
-        PREBAKE + "int8 by ONNX Runtime": lambda: by_onnxruntime(problem, threads),
-        OURS: lambda: by_aoti(problem, threads, "attention.dtype=bfloat16"),
-        HALVES: lambda: by_aoti(half, threads),
-        CONVOLUTIONS: lambda: by_aoti(half, threads, "quantize.convolutions=true"),
-        "OpenVINO bfloat16": lambda: by_openvino(problem, threads, quantized=False),
-        "OpenVINO int8 (NNCF)": lambda: by_openvino(problem, threads, quantized=True),
+        "torch.compile float32": lambda: compile_with_torch(problem),
+        "torch.compile bfloat16": lambda: compile_with_torch(half),
+        "AOTInductor int8 (torchao)": lambda: compile_with_aoti(problem, threads, "compile.options.kernels=false"),
+        PREBAKE + "int8 by ONNX Runtime": lambda: compile_with_onnxruntime(problem, threads),
+        OURS_INT8_BFLOAT16_ATTENTION: lambda: compile_with_aoti(problem, threads, "attention.dtype=bfloat16"),
+        HALVES: lambda: compile_with_aoti(half, threads),
+        CONVOLUTIONS: lambda: compile_with_aoti(half, threads, "quantize.convolutions=true"),
+        "OpenVINO bfloat16": lambda: compile_with_openvino(problem, threads, quantized=False),
+        "OpenVINO int8 (NNCF)": lambda: compile_with_openvino(problem, threads, quantized=True),
     }
     if not hasattr(fused, "down_blocks"):
         del table[CONVOLUTIONS]
@@ -172,12 +174,12 @@ def ways(problem: Problem, threads: int, only: str) -> Iterator[tuple[str, Calla
                 yield way, f"not measured: no {e.name}"
 
 
-def torch_compiled(problem: Problem) -> Callable[[], Tensor]:
+def compile_with_torch(problem: DenoiserProblem) -> Callable[[], Tensor]:
     module = torch.compile(problem.module)
     return lambda: module(*problem.args)
 
 
-def int8(problem: Problem, *overrides: str) -> tuple[Problem, Any]:
+def quantize_problem(problem: DenoiserProblem, *overrides: str) -> tuple[DenoiserProblem, Any]:
     """The denoiser with flux-fast's int8 layers, and the recipe."""
     recipe = resolve("flux-fast", ["cache.method=none", "fuse.qkv=false", *overrides], "shapes")
     made = problem.to(problem.args[0].dtype)
@@ -185,36 +187,36 @@ def int8(problem: Problem, *overrides: str) -> tuple[Problem, Any]:
     return made, recipe
 
 
-def by_aoti(problem: Problem, threads: int, *overrides: str) -> Callable[[], Tensor]:
+def compile_with_aoti(problem: DenoiserProblem, threads: int, *overrides: str) -> Callable[[], Tensor]:
     from torch._inductor.package import load_package, package_aoti
 
-    made, recipe = int8(problem, f"compile.threads={threads}", *overrides)
+    made, recipe = quantize_problem(problem, f"compile.threads={threads}", *overrides)
     graph = made.graph()
     if recipe.attention.dtype:
-        graph = attention_in(graph, getattr(torch, recipe.attention.dtype))
-    graph = aoti.rewritten(graph, recipe.compile)
+        graph = cast_attention(graph, getattr(torch, recipe.attention.dtype))
+    graph = aoti.rewrite_graph(graph, recipe.compile)
     inside = {"aot_inductor.package_constants_in_so": True, "aot_inductor.use_consts_asm_build": True}
     folder = Path(tempfile.mkdtemp(dir=os.environ["TMPDIR"]))
-    files = aoti.compile_graph(graph, {**aoti.flags(recipe.compile), **inside})
-    package = package_aoti(str(folder / "graph.pt2"), {"model": aoti.laid_out(folder / "model", files)})
+    files = aoti.compile_graph(graph, {**aoti.compile_flags(recipe.compile), **inside})
+    package = package_aoti(str(folder / "graph.pt2"), {"model": aoti.write_files(folder / "model", files)})
     run = load_package(package, "model")
-    return lambda: first(run(*made.args))
+    return lambda: first_tensor(run(*made.args))
 
 
-def by_onnxruntime(problem: Problem, threads: int) -> Callable[[], Tensor]:
+def compile_with_onnxruntime(problem: DenoiserProblem, threads: int) -> Callable[[], Tensor]:
     import onnxruntime as ort
 
-    made, recipe = int8(problem, "compile.backend=onnxruntime")
-    graph = onnxruntime.rewritten(made.graph(), recipe.compile)
+    made, recipe = quantize_problem(problem, "compile.backend=onnxruntime")
+    graph = onnxruntime.rewrite_graph(made.graph(), recipe.compile)
     options: Any = ort.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    model = with_data(onnx_model(graph), graph.constants()).SerializeToString()
+    model = embed_data(onnx_model(graph), graph.constants()).SerializeToString()
     session = ort.InferenceSession(model, options, ["CPUExecutionProvider"])
     given = {name: a.numpy() for name, a in zip(made.names, made.args, strict=True)}
     return lambda: torch.from_numpy(session.run(None, given)[0])
 
 
-def by_openvino(problem: Problem, threads: int, *, quantized: bool) -> Callable[[], Tensor]:
+def compile_with_openvino(problem: DenoiserProblem, threads: int, *, quantized: bool) -> Callable[[], Tensor]:
     import openvino
 
     given = [a.numpy() for a in problem.args]
@@ -228,19 +230,19 @@ def by_openvino(problem: Problem, threads: int, *, quantized: bool) -> Callable[
     return lambda: torch.from_numpy(np.asarray(next(iter(compiled(given).values()))))
 
 
-def first(result: Any) -> Tensor:
+def first_tensor(result: Any) -> Tensor:
     return result[0] if isinstance(result, tuple | list) else result
 
 
 # --- measuring -------------------------------------------------------------------------------------------------------
 
 
-def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
+def measure_model(name: str, args: argparse.Namespace) -> dict[str, Any]:
     problem = MODELS[name]()
     parameters = sum(p.numel() for p in problem.module.parameters())  # before projections are fused, and there twice
     runs: dict[str, Callable[[], Tensor]] = {}
     missing: dict[str, str] = {}
-    for way, run in ways(problem, args.threads, args.only):
+    for way, run in problem_ways(problem, args.threads, args.only):
         print(f"  {way}", flush=True)
         if isinstance(run, str):
             missing[way] = run
@@ -248,7 +250,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
             runs[way] = run
     truth = problem.module(*problem.args)
     errors = {way: float((run().float() - truth).norm() / truth.norm()) for way, run in runs.items()}
-    seconds = in_turn(runs, args.repeats)
+    seconds = time_in_turn(runs, args.repeats)
     return {
         "model": name,
         "parameters": parameters,
@@ -256,12 +258,12 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
         "errors": errors,
         "missing": missing,
         "threads": args.threads,
-        "cpu": cpu(),
+        "cpu": measured_cpu_name(),
         "torch": torch.__version__,
     }
 
 
-def in_turn(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+def time_in_turn(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
     """CPU seconds of each, a figure for each round."""
     seconds: dict[str, list[float]] = {way: [] for way in runs}
     for _ in range(repeats):
@@ -272,14 +274,18 @@ def in_turn(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[
     return seconds
 
 
-def show(figures: dict[str, Any]) -> None:
+def print_figures(figures: dict[str, Any]) -> None:
     seconds, errors = figures["seconds"], figures["errors"]
     medians = {way: statistics.median(s) for way, s in seconds.items()}
     print(
         f"\n{figures['model']}: {figures['parameters'] / 1e6:.0f}M parameters, {figures['threads']} thread(s), ", end=""
     )
     print(f"{figures['cpu']}, torch {figures['torch']}\n")
-    peers = [w for w in medians if not w.startswith(PREBAKE) and errors[w] <= 1.5 * errors.get(OURS, 1)]
+    peers = [
+        w
+        for w in medians
+        if not w.startswith(PREBAKE) and errors[w] <= 1.5 * errors.get(OURS_INT8_BFLOAT16_ATTENTION, 1)
+    ]
     best = min(peers, key=lambda w: medians[w], default=None)
     fastest = min((w for w in medians if not w.startswith(PREBAKE)), key=lambda w: medians[w], default=None)
     print("| | ms | fastest other / this | error against eager float32 |\n| --- | --- | --- | --- |")
@@ -287,16 +293,20 @@ def show(figures: dict[str, Any]) -> None:
         ratio = (
             statistics.median(f / s for f, s in zip(seconds[fastest], seconds[way], strict=True)) if fastest else 1.0
         )
-        mark = "**" if way == OURS else ""
+        mark = "**" if way == OURS_INT8_BFLOAT16_ATTENTION else ""
         print(f"| {mark}{way}{mark} | {median * 1e3:.1f} | {ratio:.2f} | {errors[way]:.1e} |")
     for way, why in figures["missing"].items():
         print(f"| {way} | {why} | | |")
-    if best and OURS in seconds:
-        ratio = statistics.median(b / s for b, s in zip(seconds[best], seconds[OURS], strict=True))
-        print(f"\nThe fastest other way that is no less exact is {best}: it takes {ratio:.2f} times as long as {OURS}.")
+    if best and OURS_INT8_BFLOAT16_ATTENTION in seconds:
+        ratio = statistics.median(
+            b / s for b, s in zip(seconds[best], seconds[OURS_INT8_BFLOAT16_ATTENTION], strict=True)
+        )
+        print(
+            f"\nThe fastest other way that is no less exact is {best}: it takes {ratio:.2f} times as long as {OURS_INT8_BFLOAT16_ATTENTION}."
+        )
 
 
-def cpu() -> str:
+def measured_cpu_name() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
@@ -305,19 +315,19 @@ def cpu() -> str:
 
 
 @contextmanager
-def native() -> Iterator[Any]:
+def open_native() -> Iterator[Any]:
     """The kernels, callable with tensors."""
     with tempfile.TemporaryDirectory() as folder:
-        yield Native(Path(folder))
+        yield NativeKernels(Path(folder))
 
 
 PEAK_LOOPS, SUMS = 1_000_000, 20
 PEAK_OPERATIONS = PEAK_LOOPS * SUMS * 16 * 4 * 2
-"""Of `peak`: each instruction multiplies and adds 4 bytes in 16 lanes."""
+"""Of `peak_loop`: each instruction multiplies and adds 4 bytes in 16 lanes."""
 
 
 @contextmanager
-def peak() -> Iterator[Callable[[], Any]]:
+def peak_loop() -> Iterator[Callable[[], Any]]:
     """Nothing but independent VPDPBUSD: what the core can do at most."""
     sums = "".join(f"vpdpbusd %%zmm31, %%zmm30, %%zmm{i}\\n" for i in range(SUMS))
     with tempfile.TemporaryDirectory() as folder:
@@ -331,14 +341,14 @@ def peak() -> Iterator[Callable[[], Any]]:
         yield lambda: spin(ctypes.c_long(PEAK_LOOPS))
 
 
-def attention(repeats: int) -> None:
+def measure_attention(repeats: int) -> None:
     """GFLOP/s of the kernel and of torch's attention, heads of 64 and 128 features, on one thread."""
     print("| heads x features | tokens | torch float32 | torch bfloat16 | kernel | error: torch's bfloat16, kernel |")
     print("| --- | --- | --- | --- | --- | --- |")
-    with native() as library:
+    with open_native() as library:
         for heads, features in ((16, 64), (8, 128)):
             for tokens in (256, 640, 1152, 2048, 4096, 8192):
-                q, k, v = (random(1, heads, tokens + i, features)[:, :, i:].to(HALF) for i in range(3))
+                q, k, v = (random_tensor(1, heads, tokens + i, features)[:, :, i:].to(HALF_DTYPE) for i in range(3))
                 wide = [x.float() for x in (q, k, v)]
                 runs = {
                     "float": lambda w=wide: scaled_dot_product_attention(*w),
@@ -347,17 +357,17 @@ def attention(repeats: int) -> None:
                 }
                 truth = runs["float"]()
                 errors = [float((runs[way]().float() - truth).norm() / truth.norm()) for way in ("half", "kernel")]
-                rates = [4 * heads * tokens**2 * features / min(s) / 1e9 for s in in_turn(runs, repeats).values()]
+                rates = [4 * heads * tokens**2 * features / min(s) / 1e9 for s in time_in_turn(runs, repeats).values()]
                 print(f"| {heads} x {features} | {tokens} | " + " | ".join(f"{r:.0f}" for r in rates), end="")
                 print(f" | {errors[0]:.1e}, {errors[1]:.1e} |", flush=True)
 
 
-def layers(repeats: int) -> None:
+def measure_layers(repeats: int) -> None:
     """GOP/s of int8 layers, quantizing and scales included, against the bare product of torch and the CPU's peak."""
     print(
         "| rows x in x out | torch._int_mm alone | whole layer | with GELU | of the peak |\n| --- | --- | --- | --- | --- |"
     )
-    with native() as library, peak() as spin:
+    with open_native() as library, peak_loop() as spin:
         for rows, inner, columns in (
             (640, 1024, 3072),
             (640, 1024, 4096),
@@ -365,19 +375,19 @@ def layers(repeats: int) -> None:
             (1152, 1024, 4096),
             (4096, 640, 640),
         ):
-            x = random(rows, inner)
-            weight, scale = w8a8.by_row(random(columns, inner))
+            x = random_tensor(rows, inner)
+            weight, scale = w8a8.quantize_rows_int8(random_tensor(columns, inner))
             codes, packed = (
                 torch.randint(-128, 127, (rows, inner), dtype=torch.int8),
-                kernels.operators.pack(weight.t().contiguous()),
+                kernels.operators.pack_columns(weight.t().contiguous()),
             )
             runs = {
                 "product": lambda codes=codes, weight=weight: torch._int_mm(codes, weight.t()),
-                "layer": lambda x=x, p=packed, s=scale: library.packed_w8a8([x], p, s, s, PLAIN),
+                "layer": lambda x=x, p=packed, s=scale: library.packed_w8a8([x], p, s, s, NO_ACTIVATION),
                 "gelu": lambda x=x, p=packed, s=scale: library.packed_w8a8([x], p, s, s, GELU),
                 "peak": spin,
             }
-            times = in_turn(runs, repeats)
+            times = time_in_turn(runs, repeats)
             rates = {way: 2 * rows * inner * columns / min(times[way]) / 1e9 for way in ("product", "layer", "gelu")}
             top = PEAK_OPERATIONS / min(times["peak"]) / 1e9
             shown = " | ".join(f"{rates[way]:.0f}" for way in rates)
@@ -400,12 +410,12 @@ def main() -> None:
     torch.manual_seed(0)
     os.environ.setdefault("TMPDIR", tempfile.gettempdir())
     if args.attention:
-        return attention(args.repeats)
+        return measure_attention(args.repeats)
     if args.layers:
-        return layers(args.repeats)
-    figures = [measure(name, args) for name in args.model or ["flux-88m"]]
+        return measure_layers(args.repeats)
+    figures = [measure_model(name, args) for name in args.model or ["flux-88m"]]
     for one in figures:
-        show(one)
+        print_figures(one)
     if args.output:
         args.output.write_text(json.dumps(figures, indent=1, sort_keys=True) + "\n", "utf-8")
     return None

@@ -18,18 +18,18 @@ import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
-from prebake.exporter.bench.compiled_variants import Compiled
+from prebake.exporter.bench.compiled_variants import VariantCompiler
 from prebake.exporter.caches import DeepCache
 from prebake.exporter.capture.variants import capture_variants
-from prebake.exporter.cost.count import cost
-from prebake.exporter.plan import plan
-from prebake.exporter.plan.sampler import tabulate
-from prebake.exporter.progress import progress
+from prebake.exporter.cost.count import count_cost
+from prebake.exporter.plan import make_plans
+from prebake.exporter.plan.sampler import tabulate_scheduler
+from prebake.exporter.progress import open_progress
 from prebake.exporter.sites.component import Component
-from prebake.exporter.sites.discover import discover
+from prebake.exporter.sites.discover import discover_layout
 
 
-class Denoiser(nn.Module):
+class FlatUNet(nn.Module):
     """The UNet as a function of flat tensors."""
 
     def __init__(self, unet: nn.Module) -> None:
@@ -40,7 +40,7 @@ class Denoiser(nn.Module):
         return self.unet(hidden_states, timestep, encoder_hidden_states, return_dict=False)[0]
 
 
-def denoiser(widths: tuple[int, ...], latent: int, text: int) -> Component:
+def build_denoiser(widths: tuple[int, ...], latent: int, text: int) -> Component:
     torch.manual_seed(0)
     unet: Any = UNet2DConditionModel(
         sample_size=latent, block_out_channels=widths, cross_attention_dim=text, attention_head_dim=8
@@ -51,10 +51,10 @@ def denoiser(widths: tuple[int, ...], latent: int, text: int) -> Component:
         "timestep": torch.tensor([500.0]),
         "encoder_hidden_states": torch.randn(1, 77, text),
     }
-    return Component("denoiser", Denoiser(unet).eval(), tuple(args), ("sample",), tuple(args.values()), {"": "unet."})
+    return Component("denoiser", FlatUNet(unet).eval(), tuple(args), ("sample",), tuple(args.values()), {"": "unet."})
 
 
-def seconds(call, inputs: dict[str, Tensor]) -> float:
+def call_seconds(call, inputs: dict[str, Tensor]) -> float:
     start = time.perf_counter()
     call(inputs)
     return time.perf_counter() - start
@@ -70,14 +70,14 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
-    component = denoiser(tuple(args.widths), args.latent, args.text)
-    layout, compiled = discover(component), Compiled()
-    tables = {4: tabulate(DDIMScheduler(clip_sample=False), 4)}
+    component = build_denoiser(tuple(args.widths), args.latent, args.text)
+    layout, compiled = discover_layout(component), VariantCompiler()
+    tables = {4: tabulate_scheduler(DDIMScheduler(clip_sample=False), 4)}
     print(f"widths {tuple(args.widths)}, latent {args.latent} x {args.latent}, {args.pairs} pairs of runs")
     for branch in args.branches:
-        planned = plan(DeepCache(cache_interval=2, cache_branch_id=branch), layout, tables)
-        with progress("quiet") as quiet:
-            full_cost, reuse_cost = (cost(g) for g in capture_variants(component, planned, quiet)[1])
+        planned = make_plans(DeepCache(cache_interval=2, cache_branch_id=branch), layout, tables)
+        with open_progress("quiet") as quiet:
+            full_cost, reuse_cost = (count_cost(g) for g in capture_variants(component, planned, quiet)[1])
         _, variants = compiled.variants(component, planned)
         inputs = dict(zip(component.inputs, component.args, strict=True))
         full, reuse = variants["full"].call, variants["reuse"].call
@@ -86,7 +86,7 @@ def main() -> None:
         for _ in range(3):
             full(inputs)
             reuse(stored)
-        pairs = [(seconds(full, inputs), seconds(reuse, stored)) for _ in range(args.pairs)]
+        pairs = [(call_seconds(full, inputs), call_seconds(reuse, stored)) for _ in range(args.pairs)]
         low, share, high = statistics.quantiles([r / f for f, r in pairs], n=4)
         flops = reuse_cost.flops / full_cost.flops
         print(

@@ -5,7 +5,7 @@
 
 Every line is timed in turn (A B C A B C ...), so that a machine whose speed drifts moves all of them alike; of one thread it
 is the CPU's time, so that other programs may run meanwhile. Medians are printed, and the median over rounds of the ratio to
-eager float32; --output writes all as JSON. The artifact is a real one, exported with the recipe named by --recipe; `wide` is
+eager float32; --output writes all as JSON. The artifact is a real one, exported with the recipe named by --recipe; `write_wide_model` is
 `shapes` with a larger transformer, and its variants come from `cache.method=pab` so that one computes every attention and
 the other reuses all of them.
 """
@@ -24,12 +24,12 @@ import torch
 
 from prebake.exporter.families import flux
 from prebake.exporter.load import source
-from prebake.exporter.pipeline import Options, export
-from prebake.exporter.progress import progress
+from prebake.exporter.pipeline import ExportOptions, export
+from prebake.exporter.progress import open_progress
 from prebake.exporter.recipe.resolve import resolve
 from prebake.runtime.artifact import Artifact, open_artifact
 
-WIDE = {
+WIDE_CONFIG = {
     "num_layers": 3,
     "num_single_layers": 7,
     "attention_head_dim": 64,
@@ -44,7 +44,9 @@ WIDE_DEFAULTS = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="shapes", help="shapes, wide, or a pipeline folder")
-    parser.add_argument("--base", default="shapes", help="the pipeline whose text encoders and VAE `wide` borrows")
+    parser.add_argument(
+        "--base", default="shapes", help="the pipeline whose text encoders and VAE `write_wide_model` borrows"
+    )
     parser.add_argument("--recipe", default="flux-fast")
     parser.add_argument(
         "--set", dest="overrides", action="append", default=["cache.method=pab", "verify.cached_psnr_db=1"]
@@ -58,39 +60,39 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.set_grad_enabled(False)
     with tempfile.TemporaryDirectory() as scratch:
-        model = wide(Path(scratch) / "wide", args.base) if args.model == "wide" else args.model
+        model = write_wide_model(Path(scratch) / "wide", args.base) if args.model == "wide" else args.model
         folder = args.artifact or Path(scratch) / "artifact"
         if not folder.exists():
-            exported(model, folder, args)
-        found = measure(model, open_artifact(folder), args)
-    print(figures.evaluations(found))
+            export_variants(model, folder, args)
+        found = measure_denoiser(model, open_artifact(folder), args)
+    print(figures.evaluations_table(found))
     if len(found["flops"]) > 1:
-        print(figures.reused(found))
-    figures.keep(found, args.output)
+        print(figures.reuse_sentence(found))
+    figures.save_figures(found, args.output)
 
 
-def wide(folder: Path, base: str) -> str:
+def write_wide_model(folder: Path, base: str) -> str:
     """A pipeline folder with a random transformer of 1024 width in place of the base's."""
     from diffusers import FluxTransformer2DModel
 
-    pipe = source.load(base, None, {"default": torch.float32}).pipe
+    pipe = source.load_model(base, None, {"default": torch.float32}).pipe
     torch.manual_seed(0)
     kept = {
         k: pipe.transformer.config[k]
         for k in ("patch_size", "in_channels", "joint_attention_dim", "pooled_projection_dim", "guidance_embeds")
     }
-    pipe.register_modules(transformer=FluxTransformer2DModel(**kept, **WIDE))
+    pipe.register_modules(transformer=FluxTransformer2DModel(**kept, **WIDE_CONFIG))
     pipe.save_pretrained(folder)
     (folder / "prebake.toml").write_text(WIDE_DEFAULTS, "utf-8")
     return str(folder)
 
 
-def exported(model: str, folder: Path, args: argparse.Namespace) -> None:
-    with progress("rich") as bar:
-        export(resolve(args.recipe, args.overrides, model), folder, Options(verify=False), bar)
+def export_variants(model: str, folder: Path, args: argparse.Namespace) -> None:
+    with open_progress("rich") as bar:
+        export(resolve(args.recipe, args.overrides, model), folder, ExportOptions(verify=False), bar)
 
 
-def measure(model: str, artifact: Artifact, args: argparse.Namespace) -> dict[str, Any]:
+def measure_denoiser(model: str, artifact: Artifact, args: argparse.Namespace) -> dict[str, Any]:
     """Seconds of one evaluation for each way of running it, a figure for each round, and each way's error against eager float32.
 
     A variant that reuses has no error of its own: what it is given was stored in the same evaluation.
@@ -100,19 +102,19 @@ def measure(model: str, artifact: Artifact, args: argparse.Namespace) -> dict[st
         artifact.manifest.defaults.width,
         artifact.manifest.pipeline["text"]["prompts"][1]["max_length"],
     )
-    component = flux.denoiser(source.load(model, None, {"default": torch.float32}).pipe, size)
-    half = flux.denoiser(source.load(model, None, {"default": torch.bfloat16}).pipe, size)
+    component = flux.denoiser(source.load_model(model, None, {"default": torch.float32}).pipe, size)
+    half = flux.denoiser(source.load_model(model, None, {"default": torch.bfloat16}).pipe, size)
     ways: dict[str, Callable[[], torch.Tensor]] = {
-        "eager float32": plain(component),
-        "eager bfloat16": plain(half),
+        "eager float32": plain_call(component),
+        "eager bfloat16": plain_call(half),
     }
     if not args.no_compile:
-        ways["torch.compile float32"] = plain(component, torch.compile)
-        ways["torch.compile bfloat16"] = plain(half, torch.compile)
+        ways["torch.compile float32"] = plain_call(component, torch.compile)
+        ways["torch.compile bfloat16"] = plain_call(half, torch.compile)
     named = dict(zip(component.inputs, component.args, strict=True))
     costs = {name: v.graph.cost.flops for name, v in artifact.variants.items()}
     for name, variant in artifact.variants.items():
-        ways[f"artifact: {name}"] = call(variant, artifact, named)
+        ways[f"artifact: {name}"] = variant_call(variant, artifact, named)
     truth = ways["eager float32"]()
     errors = {
         w: float((run() - truth).norm() / truth.norm()) for w, run in ways.items()
@@ -135,7 +137,7 @@ def measure(model: str, artifact: Artifact, args: argparse.Namespace) -> dict[st
     }
 
 
-def plain(component: Any, compiled: Callable[[Any], Any] = lambda module: module) -> Callable[[], torch.Tensor]:
+def plain_call(component: Any, compiled: Callable[[Any], Any] = lambda module: module) -> Callable[[], torch.Tensor]:
     """diffusers' own transformer, called as FluxPipeline calls it."""
     module, transformer = component.module, compiled(component.module.transformer)
     named = dict(zip(component.inputs, component.args, strict=True))
@@ -145,10 +147,10 @@ def plain(component: Any, compiled: Callable[[Any], Any] = lambda module: module
     return lambda: transformer(**inputs, **ids, return_dict=False)[0].float()
 
 
-def call(variant: Any, artifact: Artifact, named: dict[str, torch.Tensor]) -> Callable[[], torch.Tensor]:
+def variant_call(variant: Any, artifact: Artifact, named: dict[str, torch.Tensor]) -> Callable[[], torch.Tensor]:
     """One evaluation of a variant; slots hold what the full variant computes for the same input."""
-    fresh = artifact.graphs["full"](narrowed(artifact.graphs["full"].graph, named))
-    inputs = narrowed(variant.graph, named)
+    fresh = artifact.graphs["full"](select_inputs(artifact.graphs["full"].graph, named))
+    inputs = select_inputs(variant.graph, named)
     for spec in variant.graph.inputs:
         if "@" in spec.name:
             inputs[spec.name] = fresh[spec.name.partition("@")[0]]
@@ -157,7 +159,7 @@ def call(variant: Any, artifact: Artifact, named: dict[str, torch.Tensor]) -> Ca
     return lambda: variant.call(inputs)["sample"]
 
 
-def narrowed(graph: Any, named: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def select_inputs(graph: Any, named: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The named tensors that the graph takes, in its dtypes."""
     return {s.name: named[s.name].to(getattr(torch, s.dtype)) for s in graph.inputs if s.name in named}
 

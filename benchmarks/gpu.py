@@ -34,18 +34,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_models import MODELS, Model, tiny
-from gpu_times import Place
-from gpu_ways import QUANTIZE, Stage, evaluate_once, figures, lacking
+from gpu_models import GPU_MODELS, GpuModel, shrink_model
+from gpu_times import StagePlace
+from gpu_ways import WAY_QUANTIZE_METHODS, Stage, evaluate_once, measure_stage, missing_requirement
 
 ROOT = Path(__file__).resolve().parents[1]
 CACHES = ("off", "mask", "pab", "deepcache")
-LEAST_S = 60
+MIN_STAGE_S = 60
 """A stage is not begun with less time left: it would hardly load its model."""
 ATTEMPTS = 4
 """How often a stage is begun that did not end in time; each goes on from what the one before has compiled."""
-KEPT = ("done", "skipped", "failed")
-VERSIONS = ("torch", "triton", "diffusers", "torchao", "transformers", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13")
+FINAL_STATUSES = ("done", "skipped", "failed")
+VERSIONED_PACKAGES = (
+    "torch",
+    "triton",
+    "diffusers",
+    "torchao",
+    "transformers",
+    "nvidia-cudnn-cu12",
+    "nvidia-cudnn-cu13",
+)
 NOT_MEASURED = "not measured yet"
 
 
@@ -62,21 +70,21 @@ def main() -> int:
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--open", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    importable()
+    make_importable()
     if args.table:
-        print(table(json.loads(args.table.read_text("utf-8"))))
+        print(results_table(json.loads(args.table.read_text("utf-8"))))
         return 0
     args.work.mkdir(parents=True, exist_ok=True)
     if args.open:
-        evaluate_once(args.open, place(args))
+        evaluate_once(args.open, build_place(args))
         return 0
     if args.one:
-        print(json.dumps(figures(named(args)[args.one], place(args))), flush=True)
+        print(json.dumps(measure_stage(choose_stages(args)[args.one], build_place(args))), flush=True)
         return 0
-    return run_all(args)
+    return run_stages(args)
 
 
-def importable() -> None:
+def make_importable() -> None:
     """Lets a checkout stand in for an installed prebake: its folders are the package's."""
     if importlib.util.find_spec("prebake") is None:
         module = types.ModuleType("prebake")
@@ -84,16 +92,20 @@ def importable() -> None:
         sys.modules["prebake"] = module
 
 
-def place(args: argparse.Namespace) -> Place:
+def build_place(args: argparse.Namespace) -> StagePlace:
     on_gpu = torch.cuda.is_available() and not args.smoke
-    return Place(torch.device("cuda", 0) if on_gpu else torch.device("cpu"), args.work.resolve(), args.repeats)
+    return StagePlace(torch.device("cuda", 0) if on_gpu else torch.device("cpu"), args.work.resolve(), args.repeats)
 
 
-def named(args: argparse.Namespace) -> dict[str, Stage]:
+def choose_stages(args: argparse.Namespace) -> dict[str, Stage]:
     """The stages that were asked for, by name, those without a cache first."""
-    models: Sequence[Model] = [tiny(m) if args.smoke else m for m in MODELS.values()]
+    models: Sequence[GpuModel] = [shrink_model(m) if args.smoke else m for m in GPU_MODELS.values()]
     every = [
-        Stage(m, way, cache) for cache in CACHES for m in models if cache in m.caches for way in (*m.peers, *QUANTIZE)
+        Stage(m, way, cache)
+        for cache in CACHES
+        for m in models
+        if cache in m.caches
+        for way in (*m.peers, *WAY_QUANTIZE_METHODS)
     ]
     patterns = args.stages.split(",")
     chosen = {s.name: s for s in every if any(fnmatch.fnmatch(s.name, p) for p in patterns)}
@@ -105,46 +117,46 @@ def named(args: argparse.Namespace) -> dict[str, Stage]:
 # --- stages -----------------------------------------------------------------------------------------------------------
 
 
-def run_all(args: argparse.Namespace) -> int:
+def run_stages(args: argparse.Namespace) -> int:
     """Runs what is left, within the budget; 0, also where stages failed, which the table says."""
     ends = time.monotonic() + args.budget
-    path, here = args.work / "results.json", machine(place(args))
-    results = read(path, here)
+    path, here = args.work / "results.json", gpu_machine_facts(build_place(args))
+    results = read_results(path, here)
     begun = {n: r.get("attempts", 0) for n, r in results["stages"].items()}
     # what has taken too long already waits until everything else had its turn
-    for name, stage in sorted(named(args).items(), key=lambda item: begun.get(item[0], 0)):
+    for name, stage in sorted(choose_stages(args).items(), key=lambda item: begun.get(item[0], 0)):
         before = results["stages"].get(name, {})
         again = args.retry and before.get("status") in ("skipped", "failed")
-        if before.get("status") in KEPT and not again:
+        if before.get("status") in FINAL_STATUSES and not again:
             continue
         left = ends - time.monotonic()
-        if why := lacking(stage, place(args).device.type == "cuda", compile_on_cpu=args.compile):
+        if why := missing_requirement(stage, build_place(args).device.type == "cuda", compile_on_cpu=args.compile):
             record = {"status": "skipped", "why": why}
-        elif left < LEAST_S:
+        elif left < MIN_STAGE_S:
             continue
         else:
             print(f"[{args.budget - left:5.0f} s] {name}", file=sys.stderr, flush=True)
-            record = tried(stage, args) if args.smoke else apart(name, args, left - 10)
+            record = try_stage(stage, args) if args.smoke else run_stage_apart(name, args, left - 10)
             if record["status"] == "unfinished":
                 attempts = before.get("attempts", 0) + 1
                 record = {**record, "attempts": attempts, "status": "failed" if attempts >= ATTEMPTS else "unfinished"}
         results["stages"][name] = record
-        write(path, results)
-    print(table(results))
-    unfinished = [n for n in named(args) if results["stages"].get(n, {}).get("status") not in KEPT]
+        write_results(path, results)
+    print(results_table(results))
+    unfinished = [n for n in choose_stages(args) if results["stages"].get(n, {}).get("status") not in FINAL_STATUSES]
     print(f"{path}: {len(unfinished)} stages left" + (", run this again" if unfinished else ""))
     return 0
 
 
-def tried(stage: Stage, args: argparse.Namespace) -> dict[str, Any]:
+def try_stage(stage: Stage, args: argparse.Namespace) -> dict[str, Any]:
     """The stage in this process."""
     try:
-        return {"status": "done", "figures": figures(stage, place(args))}
+        return {"status": "done", "figures": measure_stage(stage, build_place(args))}
     except Exception as e:
-        return ended(f"{type(e).__name__}: {e}")
+        return failure_record(f"{type(e).__name__}: {e}")
 
 
-def apart(name: str, args: argparse.Namespace, seconds: float) -> dict[str, Any]:
+def run_stage_apart(name: str, args: argparse.Namespace, seconds: float) -> dict[str, Any]:
     """The stage in a process of its own, which ends with all that it has started after `seconds`."""
     command = [sys.executable, __file__, "--one", name, "--work", str(args.work), "--repeats", str(args.repeats)]
     work = args.work.resolve()
@@ -163,15 +175,17 @@ def apart(name: str, args: argparse.Namespace, seconds: float) -> dict[str, Any]
         return {"status": "unfinished", "why": f"not done after {seconds:.0f} s"}
     if child.returncode:
         last = next((line for line in reversed(err.splitlines()) if line.strip()), "it does not say why")
-        return ended(last if child.returncode > 0 else f"ended by {signal.Signals(-child.returncode).name}: {last}")
+        return failure_record(
+            last if child.returncode > 0 else f"ended by {signal.Signals(-child.returncode).name}: {last}"
+        )
     for line in reversed(out.splitlines()):  # libraries print too, some of them as they end
         with contextlib.suppress(ValueError):
             if isinstance(made := json.loads(line), dict):
                 return {"status": "done", "figures": made}
-    return ended("it ended without figures")
+    return failure_record("it ended without figures")
 
 
-def ended(error: str) -> dict[str, Any]:
+def failure_record(error: str) -> dict[str, Any]:
     """What is on record of an error: a package that is missing makes no failure."""
     line = (error.strip().splitlines() or ["it does not say why"])[0][:300]
     return {"status": "skipped" if line.startswith(("ModuleNotFoundError", "ImportError")) else "failed", "why": line}
@@ -180,7 +194,7 @@ def ended(error: str) -> dict[str, Any]:
 # --- the file of results ------------------------------------------------------------------------------------------------
 
 
-def machine(where: Place) -> dict[str, Any]:
+def gpu_machine_facts(where: StagePlace) -> dict[str, Any]:
     """What the figures depend on; without host names and times."""
     gpu: dict[str, Any] = {}
     if where.device.type == "cuda":
@@ -189,7 +203,7 @@ def machine(where: Place) -> dict[str, Any]:
             "gpu": properties.name,
             "compute_capability": f"{properties.major}.{properties.minor}",
             "memory_bytes": properties.total_memory,
-            "driver": driver(),
+            "driver": driver_version(),
             "cuda": torch.version.cuda,
         }
     return {
@@ -198,11 +212,11 @@ def machine(where: Place) -> dict[str, Any]:
         "cpu": platform.processor() or platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
-        "versions": {n: v for n in VERSIONS if (v := version(n))},
+        "versions": {n: v for n in VERSIONED_PACKAGES if (v := installed_version(n))},
     }
 
 
-def driver() -> str | None:
+def driver_version() -> str | None:
     try:
         asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.split()[0]
@@ -210,14 +224,14 @@ def driver() -> str | None:
         return None
 
 
-def version(package: str) -> str | None:
+def installed_version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
 
 
-def read(path: Path, here: Mapping[str, Any]) -> dict[str, Any]:
+def read_results(path: Path, here: Mapping[str, Any]) -> dict[str, Any]:
     """The results so far. Ends the program where they are another machine's: figures of two are no comparison."""
     if not path.exists():
         return {"date": datetime.now(UTC).date().isoformat(), "machine": dict(here), "stages": {}}
@@ -229,7 +243,7 @@ def read(path: Path, here: Mapping[str, Any]) -> dict[str, Any]:
     return results
 
 
-def write(path: Path, results: Mapping[str, Any]) -> None:
+def write_results(path: Path, results: Mapping[str, Any]) -> None:
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n", "utf-8")
     partial.replace(path)
@@ -237,17 +251,17 @@ def write(path: Path, results: Mapping[str, Any]) -> None:
 
 # --- the table ------------------------------------------------------------------------------------------------------------
 
-HEAD = ("stage", "step ms", "picture s", "x eager", "of matmul", "launches", "load s", "cold s", "GiB")
+TABLE_HEAD = ("stage", "step ms", "picture s", "x eager", "of matmul", "launches", "load s", "cold s", "GiB")
 
 
-def table(results: Mapping[str, Any]) -> str:
+def results_table(results: Mapping[str, Any]) -> str:
     """Markdown: the step that computes everything, the whole picture (~ where it is a sum of evaluations) and its ratio to eager without a cache, the step's share
     of the matmul rate, launches per step, loading, a new process until its first evaluation, device memory; or why there is none."""
-    lines = [f"| {' | '.join(HEAD)} |", f"|{' --- |' * len(HEAD)}"]
+    lines = [f"| {' | '.join(TABLE_HEAD)} |", f"|{' --- |' * len(TABLE_HEAD)}"]
     stages = results["stages"]
     for name, record in stages.items():
         if record["status"] != "done":
-            lines.append(f"| {name} | {NOT_MEASURED}: {record['why']} |{' |' * (len(HEAD) - 2)}")
+            lines.append(f"| {name} | {NOT_MEASURED}: {record['why']} |{' |' * (len(TABLE_HEAD) - 2)}")
             continue
         made, base = record["figures"], stages.get(f"{name.split('/')[0]}/eager/off", {}).get("figures")
         full = made["variants"]["full"]
@@ -256,16 +270,16 @@ def table(results: Mapping[str, Any]) -> str:
             f"{'' if made['picture_is'] == 'measured' else '~'}{made['picture_s']:.3f}",
             f"{base['picture_s'] / made['picture_s']:.2f}" if base else "",
             f"{full['of_matmul_rate']:.0%}",
-            shown(made.get("launches_per_step"), "{:.0f}"),
-            shown(made.get("load_s"), "{:.1f}"),
-            shown(made.get("cold_start_s"), "{:.1f}"),
-            shown(made["device_memory_bytes"] and made["device_memory_bytes"] / 2**30, "{:.1f}"),
+            format_value(made.get("launches_per_step"), "{:.0f}"),
+            format_value(made.get("load_s"), "{:.1f}"),
+            format_value(made.get("cold_start_s"), "{:.1f}"),
+            format_value(made["device_memory_bytes"] and made["device_memory_bytes"] / 2**30, "{:.1f}"),
         ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def shown(value: float | None, form: str) -> str:
+def format_value(value: float | None, form: str) -> str:
     return "" if value is None else form.format(value)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-FLUX = {
+FLUX_CONFIG = {
     "patch_size": 1,
     "in_channels": 64,
     "num_layers": 19,
@@ -26,7 +26,7 @@ FLUX = {
     "axes_dims_rope": (16, 56, 56),
 }
 """transformer/config.json of black-forest-labs/FLUX.1-dev and FLUX.1-schnell, but for `guidance_embeds`."""
-SDXL = {
+SDXL_CONFIG = {
     "sample_size": 128,
     "in_channels": 4,
     "out_channels": 4,
@@ -43,9 +43,9 @@ SDXL = {
     "projection_class_embeddings_input_dim": 2816,
 }
 """unet/config.json of stabilityai/stable-diffusion-xl-base-1.0."""
-POOLED = 1280
+POOLED_WIDTH = 1280
 """`projection_dim` of its second text encoder: what the UNet's 2,816 hold besides six numbers of 256 features each."""
-COGVIDEOX = {
+COGVIDEOX_CONFIG = {
     "num_attention_heads": 48,
     "attention_head_dim": 64,
     "in_channels": 16,
@@ -65,8 +65,8 @@ COGVIDEOX = {
 
 
 @dataclass(frozen=True)
-class Model:
-    """`tiny` is the pipeline of `exporter/tiny` that holds the denoiser, `latents` its height and width in latents, for
+class GpuModel:
+    """`shrink_model` is the pipeline of `exporter/tiny` that holds the denoiser, `latents` its height and width in latents, for
     `tokens` of text and `frames` of a video. `masks` are a cache's, by the number of steps."""
 
     name: str
@@ -82,35 +82,39 @@ class Model:
     peers: tuple[str, ...] = field(default=("eager", "compile"))
 
 
-MODELS = {
+GPU_MODELS = {
     m.name: m
     for m in (
-        Model(
+        GpuModel(
             "flux-dev",
             "flux",
-            {**FLUX, "guidance_embeds": True},
+            {**FLUX_CONFIG, "guidance_embeds": True},
             (128, 128),
             28,
             tokens=512,
             peers=("eager", "compile", "flux-fast"),
         ),
-        Model(
+        GpuModel(
             "flux-schnell",
             "flux-schnell",
-            {**FLUX, "guidance_embeds": False},
+            {**FLUX_CONFIG, "guidance_embeds": False},
             (128, 128),
             4,
             tokens=256,
             masks="1(01)",
             peers=("eager", "compile", "flux-fast"),
         ),
-        Model("sdxl", "sdxl", SDXL, (128, 128), 50, caches=("off", "mask", "pab", "deepcache"), recipe="sdxl-fast"),
-        Model("cogvideox-5b", "cogvideox", COGVIDEOX, (60, 90), 50, tokens=226, frames=49, recipe="cogvideox-fast"),
+        GpuModel(
+            "sdxl", "sdxl", SDXL_CONFIG, (128, 128), 50, caches=("off", "mask", "pab", "deepcache"), recipe="sdxl-fast"
+        ),
+        GpuModel(
+            "cogvideox-5b", "cogvideox", COGVIDEOX_CONFIG, (60, 90), 50, tokens=226, frames=49, recipe="cogvideox-fast"
+        ),
     )
 }
 
 
-def tiny(model: Model) -> Model:
+def shrink_model(model: GpuModel) -> GpuModel:
     """The same with the tiny pipeline's own denoiser, for a run on the CPU that only shows that everything runs: all caches of
     the first model, and of the others the last."""
     steps = min(model.steps, 6)
@@ -121,26 +125,26 @@ def tiny(model: Model) -> Model:
     return replace(model, config={}, latents=(16, 16), steps=steps, tokens=16, masks="1(01)")
 
 
-def pipeline(model: Model, device: torch.device, dtype: torch.dtype) -> Any:
+def build_pipeline(model: GpuModel, device: torch.device, dtype: torch.dtype) -> Any:
     """The tiny pipeline with the model's denoiser in it, on the device in that dtype."""
-    from prebake.exporter.tiny import build
+    from prebake.exporter.tiny import build_tiny_pipeline
 
-    pipe = build(model.tiny)
+    pipe = build_tiny_pipeline(model.tiny)
     name = "unet" if hasattr(pipe, "unet") else "transformer"
     own = getattr(pipe, name)
     if model.config:
-        pipe.register_modules(**{name: drawn(type(own), model.config, device, dtype)})
+        pipe.register_modules(**{name: random_module(type(own), model.config, device, dtype)})
         if "projection_class_embeddings_input_dim" in model.config:
-            pipe.text_encoder_2.config.projection_dim = POOLED  # the tiny one's own says how wide examples are
+            pipe.text_encoder_2.config.projection_dim = POOLED_WIDTH  # the tiny one's own says how wide examples are
     else:
         nn.Module.to(own, device, dtype)  # diffusers' own `to` warns of dtypes
     return pipe
 
 
-def drawn(cls: Any, config: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> nn.Module:
+def random_module(cls: Any, config: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> nn.Module:
     """A denoiser with random weights that keep activations of order one, made where they will lie: 12 billion drawn on a CPU
     would take minutes."""
-    module = undrawn(cls, config).to(dtype).to_empty(device=device)
+    module = meta_module(cls, config).to(dtype).to_empty(device=device)
     generator = torch.Generator(device).manual_seed(0)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
@@ -152,7 +156,7 @@ def drawn(cls: Any, config: Mapping[str, Any], device: torch.device, dtype: torc
     return module.eval()
 
 
-def undrawn(cls: Any, config: Mapping[str, Any]) -> nn.Module:
+def meta_module(cls: Any, config: Mapping[str, Any]) -> nn.Module:
     """The denoiser without memory. Raises RuntimeError for one with buffers, which would have to be computed."""
     with torch.device("meta"):
         module = cls(**config)
@@ -161,14 +165,14 @@ def undrawn(cls: Any, config: Mapping[str, Any]) -> nn.Module:
     return module
 
 
-def size_of(model: Model, family: Any, pipe: Any) -> Any:
+def model_size(model: GpuModel, family: Any, pipe: Any) -> Any:
     """The family's `Size`, in the tiny VAE's pixels."""
     factor = getattr(pipe, "vae_scale_factor", None) or pipe.vae_scale_factor_spatial
     height, width = (side * factor for side in model.latents)
     return family.Size(height, width, model.tokens, model.frames)
 
 
-def cache_of(model: Model, name: str) -> Any:
+def model_cache(model: GpuModel, name: str) -> Any:
     """The recipe's cache table by a short name. `mask` is what the recipe's `auto` falls back on without a calibration, which
     random weights cannot have: the output along the line through the last two computed, or the last one again."""
     from prebake.exporter.caches import DeepCache, Mask, NoCache, PyramidAttentionBroadcast

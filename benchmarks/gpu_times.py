@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 
-LONGEST_S = 60
+MAX_PICTURES_S = 60
 """Whole pictures that would take longer in all are not drawn."""
 Variants = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Place:
+class StagePlace:
     """Where a stage runs, how often it is timed, and where compiled code and artifacts are kept."""
 
     device: torch.device
@@ -29,7 +29,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Subject:
+class StageSubject:
     """The model as every way has it: the plan for its steps, and what a replay starts from."""
 
     family: Any
@@ -62,34 +62,36 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def timed(subject: Subject, variants: Variants, place: Place, rate: float, loop: Any = None) -> dict[str, Any]:
+def time_variants(
+    subject: StageSubject, variants: Variants, place: StagePlace, rate: float, loop: Any = None
+) -> dict[str, Any]:
     """Per variant the median of one evaluation, FLOPs, their share of `rate`; launches; and whole pictures, or where those
     would take too long the sum of their evaluations. Pictures go through `loop`, too, which may be a recorded one."""
     plan, used = subject.plan, {e.variant for e in subject.plan.evaluations}
     variants = {name: v for name, v in variants.items() if name in used}
     counted = {name: v.graph.cost.flops for name, v in variants.items()}
     begin = plan.model_copy(
-        update={"evaluations": plan.evaluations[: beginning([e.variant for e in plan.evaluations])]}
+        update={"evaluations": plan.evaluations[: warm_prefix_length([e.variant for e in plan.evaluations])]}
     )
     if place.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(place.device)
-    first = replayed(subject, begin, variants, place)
+    first = time_replay(subject, begin, variants, place)
     spans: dict[str, list[float]] = {}
-    watched = {n: watching(v, place.device, spans.setdefault(n, [])) for n, v in variants.items()}
+    watched = {n: time_variant_calls(v, place.device, spans.setdefault(n, [])) for n, v in variants.items()}
     for _ in range(place.repeats):
-        replayed(subject, begin, watched, place)
+        time_replay(subject, begin, watched, place)
     ms = {name: statistics.median(each) for name, each in spans.items()}
     estimate = sum(ms[e.variant] for e in plan.evaluations) / 1e3
-    whole = estimate * place.repeats < LONGEST_S
-    pictures = [replayed(subject, plan, variants, place) for _ in range(place.repeats)] if whole else [estimate]
+    whole = estimate * place.repeats < MAX_PICTURES_S
+    pictures = [time_replay(subject, plan, variants, place) for _ in range(place.repeats)] if whole else [estimate]
     on_gpu = place.device.type == "cuda"
     stepwise = statistics.median(pictures)
     memory = torch.cuda.max_memory_allocated(place.device) if on_gpu else None
     counted_launches = (
-        launches(lambda: replayed(subject, begin, variants, place), len(begin.evaluations)) if on_gpu else {}
+        count_launches(lambda: time_replay(subject, begin, variants, place), len(begin.evaluations)) if on_gpu else {}
     )
     # last, for a recording that fails may leave the device unusable
-    recorded = looped(subject, variants, place, loop) if loop and whole else {}
+    recorded = time_loop(subject, variants, place, loop) if loop and whole else {}
     return {
         "first_evaluations_s": first,
         "picture_s": recorded.get("recorded_picture_s", stepwise),
@@ -112,7 +114,7 @@ def timed(subject: Subject, variants: Variants, place: Place, rate: float, loop:
     }
 
 
-def beginning(names: Sequence[str]) -> int:
+def warm_prefix_length(names: Sequence[str]) -> int:
     """How many evaluations from the first until each variant has run twice, or as often as it does at all."""
     for n in range(1, len(names)):
         if all(names[:n].count(name) >= min(2, names.count(name)) for name in set(names)):
@@ -120,10 +122,10 @@ def beginning(names: Sequence[str]) -> int:
     return len(names)
 
 
-def looped(subject: Subject, variants: Variants, place: Place, loop: Any) -> dict[str, Any]:
+def time_loop(subject: StageSubject, variants: Variants, place: StagePlace, loop: Any) -> dict[str, Any]:
     """The median of whole pictures through the loop, behind two calls in which it warms up and records; or why it does not."""
     try:
-        spans = [replayed(subject, subject.plan, variants, place, loop) for _ in range(2 + place.repeats)]
+        spans = [time_replay(subject, subject.plan, variants, place, loop) for _ in range(2 + place.repeats)]
     except Exception as e:
         return {"not_recorded": first_line(e)}
     return {"recorded_picture_s": statistics.median(spans[2:])}
@@ -133,16 +135,16 @@ def first_line(e: Exception) -> str:
     return next(iter(str(e).strip().splitlines()), type(e).__name__)
 
 
-def replayed(subject: Subject, plan: Any, variants: Variants, place: Place, loop: Any = None) -> float:
+def time_replay(subject: StageSubject, plan: Any, variants: Variants, place: StagePlace, loop: Any = None) -> float:
     """Seconds of the runtime's loop over the plan, or of another with its signature."""
-    from prebake.exporter.calibrators.eager_replay import sites_of
-    from prebake.runtime.replay import replay, tables_on
+    from prebake.exporter.calibrators.eager_replay import describe_sites
+    from prebake.runtime.replay import replay, tabulate_plan
 
     named = {n: a.to(place.device) for n, a in zip(subject.denoiser.inputs, subject.denoiser.args, strict=True)}
     inputs = {n: t for n, t in named.items() if n not in ("hidden_states", "timestep")}
     latents = named["hidden_states"].float() * plan.init_noise_sigma
     draws = [torch.randn_like(latents) for e in plan.evaluations if e.update.noise]
-    tables, sites = tables_on(plan, place.device, subject.scale), sites_of(subject.planned)
+    tables, sites = tabulate_plan(plan, place.device, subject.scale), describe_sites(subject.planned)
     synchronize(place.device)
     begun = time.perf_counter()
     (loop or replay)(tables, variants, sites, inputs, latents, noise=draws)
@@ -150,7 +152,7 @@ def replayed(subject: Subject, plan: Any, variants: Variants, place: Place, loop
     return time.perf_counter() - begun
 
 
-def watching(variant: Any, device: torch.device, spans: list[float]) -> Any:
+def time_variant_calls(variant: Any, device: torch.device, spans: list[float]) -> Any:
     """The variant, whose milliseconds are added to `spans` at each call."""
 
     def call(given: Mapping[str, Any]) -> Any:
@@ -164,7 +166,7 @@ def watching(variant: Any, device: torch.device, spans: list[float]) -> Any:
     return replace(variant, call=call)
 
 
-def launches(run: Callable[[], Any], steps: int) -> dict[str, Any]:
+def count_launches(run: Callable[[], Any], steps: int) -> dict[str, Any]:
     """Kernels and recorded graphs that it launches in each of so many steps; or why they could not be counted: there are
     machines whose GPU is not to be profiled."""
     from torch.profiler import ProfilerActivity, profile

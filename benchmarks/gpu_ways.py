@@ -16,25 +16,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_models import Model, cache_of, pipeline, size_of
-from gpu_times import Place, Subject, Variants, matmul_rate, synchronize, timed
+from gpu_models import GpuModel, build_pipeline, model_cache, model_size
+from gpu_times import StagePlace, StageSubject, Variants, matmul_rate, synchronize, time_variants
 
-FLUX_FAST = {
+FLUX_FAST_FLAGS = {
     "conv_1x1_as_mm": True,
     "epilogue_fusion": False,
     "coordinate_descent_tuning": True,
     "coordinate_descent_check_all_directions": True,
 }
 """Inductor's flags of huggingface/flux-fast, utils/pipeline_utils.py."""
-QUANTIZE = {"prebake-bf16": "none", "prebake-int8": "int8_dynamic", "prebake-fp8": "fp8_dynamic"}
-FP8_FROM = (8, 9)
+WAY_QUANTIZE_METHODS = {"prebake-bf16": "none", "prebake-int8": "int8_dynamic", "prebake-fp8": "fp8_dynamic"}
+MIN_FP8_CAPABILITY = (8, 9)
 
 
 @dataclass(frozen=True)
 class Stage:
     """`way` is eager, compile, flux-fast, or a key of QUANTIZE."""
 
-    model: Model
+    model: GpuModel
     way: str
     cache: str
 
@@ -43,7 +43,7 @@ class Stage:
         return f"{self.model.name}/{self.way}/{self.cache}"
 
 
-def lacking(stage: Stage, cuda: bool, compile_on_cpu: bool = False) -> str | None:
+def missing_requirement(stage: Stage, cuda: bool, compile_on_cpu: bool = False) -> str | None:
     """Why the stage cannot run here, or None."""
     modules = ["diffusers", "transformers", "tokenizers", "pydantic", "safetensors"]
     if stage.way == "flux-fast":
@@ -53,36 +53,38 @@ def lacking(stage: Stage, cuda: bool, compile_on_cpu: bool = False) -> str | Non
     on_cpu = not stage.model.config and (stage.way == "eager" or (compile_on_cpu and stage.way == "prebake-bf16"))
     if not cuda:
         return None if on_cpu else "no CUDA device that this torch can use"
-    if stage.way in ("flux-fast", "prebake-fp8") and torch.cuda.get_device_capability() < FP8_FROM:
+    if stage.way in ("flux-fast", "prebake-fp8") and torch.cuda.get_device_capability() < MIN_FP8_CAPABILITY:
         return "fp8 needs compute capability 8.9, this GPU has {}.{}".format(*torch.cuda.get_device_capability())
     return None
 
 
-def figures(stage: Stage, place: Place) -> dict[str, Any]:
+def measure_stage(stage: Stage, place: StagePlace) -> dict[str, Any]:
     """Times in milliseconds and seconds, bytes and FLOPs of one stage; the machine's matmul rate is measured first."""
     torch.set_grad_enabled(False)
     rate = matmul_rate(place.device)
     made: dict[str, Any] = {"matmul_flops_per_s": rate}
     if stage.way.startswith("prebake"):
-        return made | artifact_figures(stage, place, rate)
+        return made | measure_artifact_stage(stage, place, rate)
     begun = time.perf_counter()
-    subject = prepared(stage, place, on_device=True, fused=stage.way == "flux-fast")
-    variants = eager(stage, subject) if stage.way == "eager" else compiled(stage, subject)
+    subject = prepare_subject(stage, place, on_device=True, fused=stage.way == "flux-fast")
+    variants = eager_stage_variants(stage, subject) if stage.way == "eager" else compiled_stage_variants(stage, subject)
     made["prepare_s"] = time.perf_counter() - begun
-    return made | timed(subject, variants, place, rate)
+    return made | time_variants(subject, variants, place, rate)
 
 
 # --- the model ------------------------------------------------------------------------------------------------------
 
 
-def prepared(stage: Stage, place: Place, *, on_device: bool, fused: bool = False, rewrite: Any = None) -> Subject:
+def prepare_subject(
+    stage: Stage, place: StagePlace, *, on_device: bool, fused: bool = False, rewrite: Any = None
+) -> StageSubject:
     """The denoiser and its plan. Graphs for an artifact are captured on the CPU, where an export captures them."""
     from prebake.exporter import pipeline as exporter
-    from prebake.exporter.plan import plan
-    from prebake.exporter.progress import progress
-    from prebake.exporter.sites.discover import discover
+    from prebake.exporter.plan import make_plans
+    from prebake.exporter.progress import open_progress
+    from prebake.exporter.sites.discover import discover_layout
 
-    pipe = pipeline(stage.model, place.device, torch.bfloat16)
+    pipe = build_pipeline(stage.model, place.device, torch.bfloat16)
     model = getattr(pipe, "unet", None) or pipe.transformer
     if fused:
         model.fuse_qkv_projections()
@@ -91,19 +93,19 @@ def prepared(stage: Stage, place: Place, *, on_device: bool, fused: bool = False
         rewrite(pipe)  # where the model is: quantizing 12 billion weights on a CPU takes minutes
     if not on_device:
         model.cpu()
-    family = exporter.family_of(pipe)
-    size = size_of(stage.model, family, pipe)
+    family = exporter.find_family(pipe)
+    size = model_size(stage.model, family, pipe)
     denoiser = family.denoiser(pipe, size)
     if on_device:
         there = tuple(a.to(place.device) for a in denoiser.args)
         denoiser = replace(denoiser, module=denoiser.module.to(place.device), args=there)
-    layout = discover(denoiser)
-    with progress("quiet") as quiet:
+    layout = discover_layout(denoiser)
+    with open_progress("quiet") as quiet:
         table = exporter.sampler_table(family, pipe, size, stage.model.steps, quiet)
-    planned = plan(cache_of(stage.model, stage.cache), layout, {stage.model.steps: table}, None)
+    planned = make_plans(model_cache(stage.model, stage.cache), layout, {stage.model.steps: table}, None)
     chosen = next(p for p in planned.plans if p.name == str(stage.model.steps))
     scale = family.facts(pipe, size)["timestep_scale"]
-    return Subject(family, pipe, size, denoiser, layout, planned, chosen, scale)
+    return StageSubject(family, pipe, size, denoiser, layout, planned, chosen, scale)
 
 
 def quantize_float8(model: Any) -> None:
@@ -118,23 +120,23 @@ def quantize_float8(model: Any) -> None:
 # --- ways to run it ---------------------------------------------------------------------------------------------------
 
 
-def eager(stage: Stage, subject: Subject) -> Variants:
+def eager_stage_variants(stage: Stage, subject: StageSubject) -> Variants:
     """The modules as diffusers runs them; with a cache the captured graphs, operator by operator: in the modules, what a
     variant skips would still run."""
     from prebake.exporter.calibrators.eager_replay import eager_variants
 
     if stage.cache != "off":
-        return {v.name: bound(*captured(subject, v)) for v in subject.planned.variants}
+        return {v.name: bind_variant(*capture_variant(subject, v)) for v in subject.planned.variants}
     (full,) = subject.planned.variants
-    counted, _ = captured(subject, full)
+    counted, _ = capture_variant(subject, full)
     return {n: replace(v, graph=counted.graph) for n, v in eager_variants(subject.denoiser, subject.planned).items()}
 
 
-def compiled(stage: Stage, subject: Subject) -> Variants:
+def compiled_stage_variants(stage: Stage, subject: StageSubject) -> Variants:
     """The captured graphs under torch.compile: `max-autotune`, which records CUDA graphs too, and flux-fast's own flags."""
     from torch._inductor import list_mode_options
 
-    settings = {**list_mode_options("max-autotune"), **(FLUX_FAST if stage.way == "flux-fast" else {})}
+    settings = {**list_mode_options("max-autotune"), **(FLUX_FAST_FLAGS if stage.way == "flux-fast" else {})}
 
     def run(graph: Any) -> Any:
         module = torch.compile(graph.gm, options=settings, fullgraph=True)
@@ -146,50 +148,50 @@ def compiled(stage: Stage, subject: Subject) -> Variants:
 
         return call
 
-    made = {v.name: captured(subject, v) for v in subject.planned.variants}
-    return {name: bound(variant, graph, run(graph)) for name, (variant, graph) in made.items()}
+    made = {v.name: capture_variant(subject, v) for v in subject.planned.variants}
+    return {name: bind_variant(variant, graph, run(graph)) for name, (variant, graph) in made.items()}
 
 
-def captured(subject: Subject, variant: Any) -> tuple[Any, Any]:
+def capture_variant(subject: StageSubject, variant: Any) -> tuple[Any, Any]:
     """A variant as `replay` describes it, its FLOPs counted, and its graph."""
     from prebake.exporter.calibrators.eager_replay import eager_variant
-    from prebake.exporter.capture.capture import capture
-    from prebake.exporter.cost.count import cost
+    from prebake.exporter.capture.capture import capture_graph
+    from prebake.exporter.cost.count import count_cost
     from prebake.exporter.sites.actions import VariantModule
 
     module = VariantModule(subject.denoiser.module, subject.planned.marks, variant, subject.denoiser.inputs)
     examples = tuple(t.to(subject.denoiser.args[0].device) for t in module.examples(subject.denoiser.args))
-    graph = capture(variant.name, module, examples, module.inputs, module.outputs)
+    graph = capture_graph(variant.name, module, examples, module.inputs, module.outputs)
     described = eager_variant(subject.denoiser, subject.planned, variant)
-    return replace(described, graph=described.graph.model_copy(update={"cost": cost(graph)})), graph
+    return replace(described, graph=described.graph.model_copy(update={"cost": count_cost(graph)})), graph
 
 
-def bound(variant: Any, graph: Any, run: Any = None) -> Any:
+def bind_variant(variant: Any, graph: Any, run: Any = None) -> Any:
     """The variant, run by `run`, which takes and gives the graph's flat tensors; None = operator by operator."""
     names, outputs, run = [s.name for s in graph.inputs], [s.name for s in graph.outputs], run or graph.gm
     return replace(variant, call=lambda named: dict(zip(outputs, run(*(named[n] for n in names)), strict=True)))
 
 
-def artifact_figures(stage: Stage, place: Place, rate: float) -> dict[str, Any]:
+def measure_artifact_stage(stage: Stage, place: StagePlace, rate: float) -> dict[str, Any]:
     """An artifact of the denoiser alone, exported if it is not there, then opened and timed; and opened in a new process."""
-    from prebake.runtime.gpu.graph_loop import RecordedLoop, on_cuda
+    from prebake.runtime.gpu.graph_loop import RecordedLoop, record_cuda_graph
 
     begun = time.perf_counter()
-    subject, folder, built = exported(stage, place)
+    subject, folder, built = export_stage(stage, place)
     made: dict[str, Any] = {"export_s": time.perf_counter() - begun if built else None}
     made["artifact_bytes"] = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
     begun = time.perf_counter()
-    artifact = opened(folder, place)
+    artifact = open_stage_artifact(folder, place)
     synchronize(place.device)
     made["load_s"] = time.perf_counter() - begun
-    loop = RecordedLoop(on_cuda) if place.device.type == "cuda" else None
-    made |= timed(subject, artifact.variants, place, rate, loop)
-    made |= cold_start(folder, place)
+    loop = RecordedLoop(record_cuda_graph) if place.device.type == "cuda" else None
+    made |= time_variants(subject, artifact.variants, place, rate, loop)
+    made |= time_cold_start(folder, place)
     shutil.rmtree(folder)  # its code is kept in the cache, and weights of all stages would fill a disk
     return made
 
 
-def cold_start(folder: Path, place: Place) -> dict[str, Any]:
+def time_cold_start(folder: Path, place: StagePlace) -> dict[str, Any]:
     """Seconds of a new process until it has its first evaluation, or the last line of what it said instead."""
     begun = time.perf_counter()
     command = [
@@ -207,7 +209,7 @@ def cold_start(folder: Path, place: Place) -> dict[str, Any]:
     return {"cold_start_s": time.perf_counter() - begun}
 
 
-def make_room(place: Place, folder: Path, needed: int) -> None:
+def make_room(place: StagePlace, folder: Path, needed: int) -> None:
     """Removes artifacts that other stages left as they were ended. Raises OSError where there is no room for this one."""
     for other in folder.parent.glob("*"):
         if other != folder:
@@ -218,39 +220,39 @@ def make_room(place: Place, folder: Path, needed: int) -> None:
         )
 
 
-def evaluate_once(folder: Path, place: Place) -> None:
+def evaluate_once(folder: Path, place: StagePlace) -> None:
     """What a new process does to have its first evaluation."""
-    artifact = opened(folder, place)
+    artifact = open_stage_artifact(folder, place)
     full = artifact.variants["full"]
     dtypes = {s.name: getattr(torch, s.dtype) for s in full.graph.inputs}
     full.call({s.name: torch.zeros(s.shape, dtype=dtypes[s.name], device=place.device) for s in full.graph.inputs})
     synchronize(place.device)
 
 
-def opened(folder: Path, place: Place) -> Any:
+def open_stage_artifact(folder: Path, place: StagePlace) -> Any:
     from prebake.runtime.artifact import open_artifact
 
     return open_artifact(folder, cache_dir=place.work / "opened")
 
 
-def exported(stage: Stage, place: Place) -> tuple[Subject, Path, bool]:
+def export_stage(stage: Stage, place: StagePlace) -> tuple[StageSubject, Path, bool]:
     """The artifact, and whether it was made now; code that an earlier run has compiled is taken from its cache."""
     from prebake.exporter import pipeline as exporter
     from prebake.exporter.capture.variants import capture_variants
-    from prebake.exporter.cost.count import cost
+    from prebake.exporter.cost.count import count_cost
     from prebake.exporter.export_cache.store import Store
     from prebake.exporter.package import folder as package
-    from prebake.exporter.prepared import Prepared
-    from prebake.exporter.progress import progress
+    from prebake.exporter.prepared_export import PreparedExport
+    from prebake.exporter.progress import open_progress
     from prebake.exporter.recipe.resolve import resolve
-    from prebake.exporter.rewrite import rewrite
+    from prebake.exporter.rewrite import rewrite_pipeline
     from prebake.runtime.manifest import Defaults, Source
 
     recipe = resolve(
         stage.model.recipe,
         (
             f"compile.device={place.device.type}",
-            f"quantize.method={QUANTIZE[stage.way]}",
+            f"quantize.method={WAY_QUANTIZE_METHODS[stage.way]}",
             "cache.method=none",
             f"sampler.steps=[{stage.model.steps}]",
             f"compile.inductor.max_autotune={str(place.device.type == 'cuda').lower()}",
@@ -258,12 +260,14 @@ def exported(stage: Stage, place: Place) -> tuple[Subject, Path, bool]:
         f"tiny:{stage.model.tiny}",
     )
     layers: dict[str, Any] = {}
-    subject = prepared(stage, place, on_device=False, rewrite=lambda pipe: layers.update(rewrite(pipe, recipe)))
+    subject = prepare_subject(
+        stage, place, on_device=False, rewrite=lambda pipe: layers.update(rewrite_pipeline(pipe, recipe))
+    )
     folder = place.work / "artifacts" / stage.name.replace("/", "-")
     if (folder / "manifest.json").exists():
         return subject, folder, False
     make_room(place, folder, sum(p.nbytes for p in subject.denoiser.module.parameters()))
-    with progress("quiet") as quiet, package.staged(folder, force=True) as partial:
+    with open_progress("quiet") as quiet, package.stage_folder(folder, force=True) as partial:
         planned, graphs = capture_variants(subject.denoiser, subject.planned, quiet)
         defaults = Defaults(
             num_inference_steps=stage.model.steps,
@@ -271,7 +275,7 @@ def exported(stage: Stage, place: Place) -> tuple[Subject, Path, bool]:
             height=subject.size.height,
             width=subject.size.width,
         )
-        whole = Prepared(
+        whole = PreparedExport(
             recipe=recipe,
             family=subject.family,
             pipe=subject.pipe,
@@ -283,8 +287,8 @@ def exported(stage: Stage, place: Place) -> tuple[Subject, Path, bool]:
             layout=subject.layout,
             planned=planned,
             graphs={"denoiser": graphs},
-            costs={g.name: cost(g) for g in graphs},
+            costs={g.name: count_cost(g) for g in graphs},
         )
         whole, paths = exporter.lower(partial, whole, quiet, Store(place.work / "compiled"))
-        exporter.write(partial, whole, paths, quiet)
+        exporter.write_folder(partial, whole, paths, quiet)
     return subject, folder, True

@@ -22,7 +22,7 @@ import figures
 
 from prebake.runtime.manifest import read_manifest
 
-DRAWS = """
+DRAW_PROGRAM = """
 import sys, torch
 from prebake.runtime import load
 torch.set_num_threads(1)
@@ -43,46 +43,46 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--output", type=Path, help="write the figures as JSON")
     args = parser.parse_args()
-    found = {"artifacts": [measured(artifact, args.processes) for artifact in args.artifacts]}
-    print(figures.memory(found))
-    figures.keep(found, args.output)
+    found = {"artifacts": [measure_memory(artifact, args.processes) for artifact in args.artifacts]}
+    print(figures.memory_table(found))
+    figures.save_figures(found, args.output)
 
 
-def measured(artifact: Path, processes: int) -> dict[str, Any]:
+def measure_memory(artifact: Path, processes: int) -> dict[str, Any]:
     """Bytes: of the weight files, and of the first process, what each further one adds, and what it adds without an artifact."""
     backend = read_manifest(artifact).backend
-    empty, sums = totals("", backend, processes), totals(str(artifact), backend, processes)
+    empty, sums = measure_totals("", backend, processes), measure_totals(str(artifact), backend, processes)
     return {
         "artifact": artifact.name,
-        "weights_bytes": weights_bytes(artifact),
+        "weights_bytes": weight_files_bytes(artifact),
         "first_bytes": sums[0],
-        "further_bytes": further(sums),
-        "empty_bytes": further(empty),
+        "further_bytes": increment_bytes(sums),
+        "empty_bytes": increment_bytes(empty),
         "processes": processes,
     }
 
 
-def weights_bytes(artifact: Path) -> int:
+def weight_files_bytes(artifact: Path) -> int:
     return sum(file.stat().st_size for file in (artifact / "weights").iterdir())
 
 
-def totals(artifact: str, backend: str, count: int) -> list[int]:
+def measure_totals(artifact: str, backend: str, count: int) -> list[int]:
     """PSS bytes of all processes together, with one of them up, with two, ..."""
     sums, held = [], []
     with contextlib.ExitStack() as stack:
         for _ in range(count):
-            held.append(stack.enter_context(ready(DRAWS, artifact, backend)))
-            sums.append(sum(pss(process.pid) for process in held))
+            held.append(stack.enter_context(start_process(DRAW_PROGRAM, artifact, backend)))
+            sums.append(sum(read_pss(process.pid) for process in held))
     return sums
 
 
-def further(sums: Sequence[int]) -> int:
+def increment_bytes(sums: Sequence[int]) -> int:
     """What each process after the first adds."""
     return (sums[-1] - sums[0]) // (len(sums) - 1)
 
 
 @contextlib.contextmanager
-def ready(program: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+def start_process(program: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
     """A process that has said that it is ready, and waits."""
     command = [sys.executable, "-c", program, *arguments]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
@@ -95,7 +95,7 @@ def ready(program: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
             process.kill()
 
 
-def pss(pid: int) -> int:
+def read_pss(pid: int) -> int:
     """Bytes."""
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text("utf-8").splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith("Pss:"))

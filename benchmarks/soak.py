@@ -6,7 +6,7 @@ Requests differ in prompt, seed, number of images, cache, plan, guidance, output
 artifact takes them, and some are cancelled or fail. Every answer is compared, bit by bit, with what the same request gave
 when nothing else ran. Every few seconds a line is written: seconds, requests, resident and proportional memory, memory of
 the process alone, file descriptors, threads. Memory is flat when a line fitted to the samples of the second half
-grows less over that half than `TOLERANCE` and than four times what the samples scatter around it; exit code 1 otherwise.
+grows less over that half than `TOLERANCE_BYTES` and than four times what the samples scatter around it; exit code 1 otherwise.
 """
 
 from __future__ import annotations
@@ -29,35 +29,36 @@ import torch
 from prebake.runtime import ArtifactError, Cancelled, load
 from prebake.runtime.pipeline import Pipeline
 
-TOLERANCE = 8 << 20
+TOLERANCE_BYTES = 8 << 20
 """Bytes: what the allocator of threads that come and go moves by, a few arenas."""
-PROMPTS = ("a red circle", "a small green heart above a large pink square", "", "a blue star left of a red ring")
-DISTINCT = 48
+SOAK_PROMPTS = ("a red circle", "a small green heart above a large pink square", "", "a blue star left of a red ring")
+DISTINCT_REQUESTS = 48
 """Different requests; each is drawn alone first."""
-KINDS = ("plain", "batch", "callback", "interrupted", "picture", "cancelled", "failing", "refused")
+REQUEST_KINDS = ("plain", "batch", "callback", "interrupted", "picture", "cancelled", "failing", "refused")
 
 
 @dataclass(frozen=True)
-class Request:
-    """One call, and what it is about: `kind` is one of `KINDS`."""
+class SoakRequest:
+    """One call, and what it is about: `kind` is one of `REQUEST_KINDS`."""
 
     kind: str
     arguments: dict[str, Any]
 
 
-def mixed(pipe: Pipeline, count: int, seed: int = 0) -> list[Request]:
+def make_requests(pipe: Pipeline, count: int, seed: int = 0) -> list[SoakRequest]:
     """`count` requests of every kind that the artifact takes, the same for the same seed."""
     dice = random.Random(seed)
-    kinds = [kind for kind in KINDS if kind != "picture" or pipe.family.settings.picture]
+    kinds = [kind for kind in REQUEST_KINDS if kind != "picture" or pipe.family.settings.picture]
     plans = [plan for plan in pipe.artifact.plans.values() if plan.name == str(plan.steps)]
     return [
-        request(pipe, dice, kind, dice.choice(plans).steps) for kind in itertools.islice(itertools.cycle(kinds), count)
+        make_request(pipe, dice, kind, dice.choice(plans).steps)
+        for kind in itertools.islice(itertools.cycle(kinds), count)
     ]
 
 
-def request(pipe: Pipeline, dice: random.Random, kind: str, steps: int) -> Request:
+def make_request(pipe: Pipeline, dice: random.Random, kind: str, steps: int) -> SoakRequest:
     arguments: dict[str, Any] = {
-        "prompt": dice.choice(PROMPTS),
+        "prompt": dice.choice(SOAK_PROMPTS),
         "seed": dice.randrange(1000),
         "num_inference_steps": steps,
         "cache": dice.random() < 0.7,
@@ -66,7 +67,7 @@ def request(pipe: Pipeline, dice: random.Random, kind: str, steps: int) -> Reque
     if dice.random() < 0.5:
         arguments["guidance_scale"] = dice.choice((1.0, 2.5, 5.0))
     if kind == "batch":
-        arguments["prompt"] = [arguments["prompt"], dice.choice(PROMPTS)]
+        arguments["prompt"] = [arguments["prompt"], dice.choice(SOAK_PROMPTS)]
     if (picture := pipe.family.settings.picture) and (kind == "picture" or picture.required):
         arguments["image"] = torch.rand(
             3, picture.height, picture.width, generator=torch.Generator().manual_seed(steps)
@@ -75,20 +76,20 @@ def request(pipe: Pipeline, dice: random.Random, kind: str, steps: int) -> Reque
             arguments["strength"] = dice.choice((0.5, 0.75, 1.0))
     if kind == "refused":
         arguments["num_inference_steps"] = 10_000
-    return Request(kind, arguments)
+    return SoakRequest(kind, arguments)
 
 
-class Failed(Exception):
+class CallbackError(Exception):
     """What a `failing` request's callback raises."""
 
 
-def answer(pipe: Pipeline, request: Request) -> torch.Tensor | str:
+def answer_request(pipe: Pipeline, request: SoakRequest) -> torch.Tensor | str:
     """What comes of it: the output, or the name of the error."""
     arguments, cancel = dict(request.arguments), threading.Event()
 
     def callback(_: Any, step: int, timestep: float, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         if request.kind == "failing":
-            raise Failed
+            raise CallbackError
         if request.kind == "cancelled":
             cancel.set()
         if request.kind == "interrupted":
@@ -99,19 +100,19 @@ def answer(pipe: Pipeline, request: Request) -> torch.Tensor | str:
         arguments["callback_on_step_end"] = callback
     try:
         return pipe(**arguments, cancel=cancel)[0]
-    except (ArtifactError, Cancelled, Failed) as e:
+    except (ArtifactError, Cancelled, CallbackError) as e:
         return type(e).__name__
 
 
-def same(a: torch.Tensor | str, b: torch.Tensor | str) -> bool:
+def is_same_answer(a: torch.Tensor | str, b: torch.Tensor | str) -> bool:
     """Bit by bit."""
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
         return torch.equal(a, b)
     return isinstance(a, str) and isinstance(b, str) and a == b
 
 
-def served(
-    pipe: Pipeline, requests: Iterator[tuple[int, Request]], threads: int, each: Callable[[int, Any], None]
+def serve_requests(
+    pipe: Pipeline, requests: Iterator[tuple[int, SoakRequest]], threads: int, each: Callable[[int, Any], None]
 ) -> None:
     """Answers the requests from that many threads; `each(i, answer)` is told of all. Raises what a thread raised."""
     lock, raised = threading.Lock(), []
@@ -123,7 +124,7 @@ def served(
             if asked is None:
                 return
             try:
-                got = answer(pipe, asked)
+                got = answer_request(pipe, asked)
                 with lock:
                     each(i, got)
             except BaseException as e:
@@ -142,7 +143,7 @@ def served(
 
 
 @dataclass(frozen=True)
-class Sample:
+class MemorySample:
     """Of this process: bytes of memory that is resident, in proportion (shared pages by share), and private."""
 
     seconds: float
@@ -154,16 +155,16 @@ class Sample:
     threads: int
 
 
-def sample(seconds: float, requests: int) -> Sample:
+def take_sample(seconds: float, requests: int) -> MemorySample:
     own = Path("/proc/self")
     lines = (line.split() for line in (own / "smaps_rollup").read_text("utf-8").splitlines()[1:])
     kib = {words[0].rstrip(":"): int(words[1]) for words in lines}
     private = kib["Private_Dirty"] + kib["Private_Clean"]
     counts = (sum(1 for _ in (own / name).iterdir()) for name in ("fd", "task"))
-    return Sample(seconds, requests, kib["Rss"] << 10, kib["Pss"] << 10, private << 10, *counts)
+    return MemorySample(seconds, requests, kib["Rss"] << 10, kib["Pss"] << 10, private << 10, *counts)
 
 
-def grown(samples: Sequence[Sample], what: str) -> tuple[float, float]:
+def fit_growth(samples: Sequence[MemorySample], what: str) -> tuple[float, float]:
     """How much a line fitted to the second half grows over it, and how far the samples scatter around that line."""
     half = samples[len(samples) // 2 :]
     times = [s.seconds for s in half]
@@ -173,12 +174,12 @@ def grown(samples: Sequence[Sample], what: str) -> tuple[float, float]:
     return slope * (times[-1] - times[0]), scatter
 
 
-def problems(samples: Sequence[Sample]) -> list[str]:
-    """What was not flat."""
+def growth_problems(samples: Sequence[MemorySample]) -> list[str]:
+    """Sentences on what was not flat."""
     found = []
     for what in ("rss", "private"):
-        growth, scatter = grown(samples, what)
-        if growth > max(TOLERANCE, 4 * scatter):
+        growth, scatter = fit_growth(samples, what)
+        if growth > max(TOLERANCE_BYTES, 4 * scatter):
             found.append(f"{what} grew by {growth / 2**20:.1f} MiB, scatter {scatter / 2**20:.1f} MiB")
     for what in ("descriptors", "threads"):
         counts = [getattr(s, what) for s in samples[len(samples) // 2 :]]
@@ -198,28 +199,28 @@ def main() -> int:
     args = parser.parse_args()
 
     pipe = load(args.artifact, runners=args.runners)
-    distinct = mixed(pipe, DISTINCT)
-    wanted = [answer(pipe, asked) for asked in distinct]
-    samples, counts = [sample(0.0, 0)], {"requests": 0, "changed": 0}
+    distinct = make_requests(pipe, DISTINCT_REQUESTS)
+    wanted = [answer_request(pipe, asked) for asked in distinct]
+    samples, counts = [take_sample(0.0, 0)], {"requests": 0, "changed": 0}
     begun = time.monotonic()
 
     def tell(i: int, got: Any) -> None:
         counts["requests"] += 1
-        counts["changed"] += not same(got, wanted[i])
+        counts["changed"] += not is_same_answer(got, wanted[i])
         seconds = time.monotonic() - begun
         if seconds - samples[-1].seconds >= args.every:
-            samples.append(sample(seconds, counts["requests"]))
+            samples.append(take_sample(seconds, counts["requests"]))
             print(json.dumps(asdict(samples[-1])), flush=True)
 
-    def asked() -> Iterator[tuple[int, Request]]:
+    def asked() -> Iterator[tuple[int, SoakRequest]]:
         dice = random.Random(1)
         while time.monotonic() - begun < 60 * args.minutes:
             i = dice.randrange(len(distinct))
             yield i, distinct[i]
 
-    served(pipe, asked(), args.threads, tell)
-    found = problems(samples) + ([f"{counts['changed']} answers changed"] if counts["changed"] else [])
-    growth, scatter = grown(samples, "rss")
+    serve_requests(pipe, asked(), args.threads, tell)
+    found = growth_problems(samples) + ([f"{counts['changed']} answers changed"] if counts["changed"] else [])
+    growth, scatter = fit_growth(samples, "rss")
     print(
         f"{counts['requests']} requests in {args.minutes:g} minutes from {args.threads} threads with {pipe.artifact.runners.count} "
         f"runners; second half: rss {growth / 2**20:+.2f} MiB (scatter {scatter / 2**20:.2f}), "

@@ -36,22 +36,22 @@ SHAPES, WIDE = f"{RESULTS}/denoiser-shapes.json", f"{RESULTS}/denoiser-wide.json
 CPU, SCALING = f"{RESULTS}/cpu.json", f"{RESULTS}/scaling.json"
 COLD, CONTRACT = f"{RESULTS}/cold_start.json", f"{RESULTS}/contract.json"
 FIGURES: Mapping[str, tuple[Callable[..., str], tuple[str, ...]]] = {
-    "headline": (figures.headline, (VERIFY, WIDE, CPU, COLD)),
-    "verify": (figures.verify, (VERIFY,)),
-    "denoiser": (figures.evaluations, (SHAPES, WIDE)),
-    "reused": (figures.reused, (WIDE,)),
-    "openvino": (figures.openvino, (CPU,)),
-    "cpu": (figures.cpu, (CPU,)),
-    "cold-start": (figures.cold_start, (COLD,)),
-    "contract": (figures.contract, (CONTRACT,)),
-    "served": (figures.served, (COLD, CONTRACT)),
-    "memory": (figures.memory, (f"{RESULTS}/memory.json",)),
-    "caches-shown": (figures.caches_shown, (f"{RESULTS}/caches-shapes.json",)),
-    "caches-shapes": (figures.caches, (f"{RESULTS}/caches-shapes.json",)),
-    "caches-shapes-sd": (figures.caches, (f"{RESULTS}/caches-shapes-sd.json",)),
-    **{f"scaling-{name}": (partial(scaling.curve, name=name), (SCALING,)) for name in scaling.UNITS},
-    "scaling-powers": (scaling.powers, (SCALING,)),
-    "scaling-balance": (scaling.balance, (SCALING,)),
+    "headline": (figures.headline_table, (VERIFY, WIDE, CPU, COLD)),
+    "verify": (figures.verify_table, (VERIFY,)),
+    "denoiser": (figures.evaluations_table, (SHAPES, WIDE)),
+    "reused": (figures.reuse_sentence, (WIDE,)),
+    "openvino": (figures.openvino_table, (CPU,)),
+    "cpu": (figures.cpu_table, (CPU,)),
+    "cold-start": (figures.cold_start_table, (COLD,)),
+    "contract": (figures.contract_table, (CONTRACT,)),
+    "served": (figures.serving_items, (COLD, CONTRACT)),
+    "memory": (figures.memory_table, (f"{RESULTS}/memory.json",)),
+    "caches-shown": (figures.shown_caches_table, (f"{RESULTS}/caches-shapes.json",)),
+    "caches-shapes": (figures.caches_table, (f"{RESULTS}/caches-shapes.json",)),
+    "caches-shapes-sd": (figures.caches_table, (f"{RESULTS}/caches-shapes-sd.json",)),
+    **{f"scaling-{name}": (partial(scaling.curve_table, name=name), (SCALING,)) for name in scaling.CURVE_UNITS},
+    "scaling-powers": (scaling.powers_table, (SCALING,)),
+    "scaling-balance": (scaling.balance_sentence, (SCALING,)),
 }
 """Name -> what makes the text, and the files that it is given, parsed."""
 
@@ -60,7 +60,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing")
     args = parser.parse_args()
-    stale = {page: text for page in PAGES if (text := written(page)) != (ROOT / page).read_text("utf-8")}
+    stale = {page: text for page in PAGES if (text := fill_page(page)) != (ROOT / page).read_text("utf-8")}
     for page, text in stale.items():
         if not args.check:
             (ROOT / page).write_text(text, "utf-8")
@@ -68,7 +68,7 @@ def main() -> int:
     return 1 if stale and args.check else 0
 
 
-def written(page: str, root: Path = ROOT) -> str:
+def fill_page(page: str, root: Path = ROOT) -> str:
     """The page with what the files under `root` say between its comments. Raises KeyError for a name that FIGURES lacks."""
 
     def text(found: re.Match[str]) -> str:

@@ -21,17 +21,17 @@ import tensorrt_rtx as trt
 from onnx import TensorProto, helper
 from onnxscript.optimizer import fold_constants, remove_unused_nodes
 
-from prebake.exporter.cli.quiet import hush
-from prebake.exporter.lower.onnx.graph import onnx_model, with_data
-from prebake.exporter.lower.tensorrt import Options, build_model, network, rewritten
-from prebake.exporter.passes.captured_graph import Captured
+from prebake.exporter.cli.quiet import silence_libraries
+from prebake.exporter.lower.onnx.graph import embed_data, onnx_model
+from prebake.exporter.lower.tensorrt import TensorRTOptions, build_model_engine, network, rewrite_graph
+from prebake.exporter.passes.captured_graph import CapturedGraph
 from prebake.exporter.pipeline import prepare
-from prebake.exporter.progress import progress
+from prebake.exporter.progress import open_progress
 from prebake.exporter.recipe.resolve import resolve
 from prebake.exporter.tiny import flux
 from prebake.runtime.errors import ExportError
 
-HEADS = 32  # of 32
+ATTENTION_HEADS = 32  # of 32
 SETTINGS = (
     "compile.backend=tensorrt",
     "compile.device=cuda",
@@ -41,27 +41,27 @@ SETTINGS = (
 
 
 def main() -> None:
-    hush()
+    silence_libraries()
     with tempfile.TemporaryDirectory() as folder:
-        flux.build(heads=HEADS).save_pretrained(folder)
+        flux.build(heads=ATTENTION_HEADS).save_pretrained(folder)
         print(
             "| Linears | weights | way | engines | engine bytes | build s | weights laid out anew at each full step |"
         )
         print("| --- | --- | --- | --- | --- | --- | --- |")
         for method in ("none", "int8_dynamic"):
-            with progress("quiet") as quiet:
+            with open_progress("quiet") as quiet:
                 prepared = prepare(resolve("flux-fast", (*SETTINGS, f"quantize.method={method}"), folder), quiet)
-            full, *others = (rewritten(graph) for graph in prepared.graphs["denoiser"])
+            full, *others = (rewrite_graph(graph) for graph in prepared.graphs["denoiser"])
             pair = (full, max(others, key=lambda g: prepared.costs[g.name].flops))
             weights = {t.data_ptr(): t.nbytes for graph in pair for t in graph.constants().values()}
             for way, models in (
                 ("inputs", [network(g) for g in pair]),
-                ("inside", [folded(whole(g)) for g in pair]),
-                ("if", [folded(chosen([whole(g) for g in pair]))]),
+                ("inside", [fold_model(inline_constants(g)) for g in pair]),
+                ("if", [fold_model(join_models([inline_constants(g) for g in pair]))]),
             ):
                 start = time.perf_counter()
                 try:
-                    built = [build_model(trt, way, model, Options()) for model in models]
+                    built = [build_model_engine(trt, way, model, TensorRTOptions()) for model in models]
                 except ExportError as e:
                     print(
                         f"| {method} | {sum(weights.values()):,} | {way} | not built: {' '.join(str(e).split())} | | | |"
@@ -71,28 +71,28 @@ def main() -> None:
                 size = sum(len(engine) for engine, _ in built)
                 print(
                     f"| {method} | {sum(weights.values()):,} | {way} | {len(built)} | {size:,} | {seconds:.1f} | "
-                    f"{moved(built[0][1], full) if way == 'inputs' else 0:,} |"
+                    f"{moved_bytes(built[0][1], full) if way == 'inputs' else 0:,} |"
                 )
 
 
-def whole(graph: Captured) -> onnx.ModelProto:
+def inline_constants(graph: CapturedGraph) -> onnx.ModelProto:
     """The graph with the values of its constants inside."""
-    return with_data(onnx_model(graph), graph.constants())
+    return embed_data(onnx_model(graph), graph.constants())
 
 
-def folded(model: onnx.ModelProto) -> onnx.ModelProto:
+def fold_model(model: onnx.ModelProto) -> onnx.ModelProto:
     made = ir.from_proto(model)
     fold_constants(made, onnx_shape_inference=False, input_size_limit=64, output_size_limit=64)
     remove_unused_nodes(made)
     return ir.to_proto(made)
 
 
-def chosen(models: Sequence[onnx.ModelProto]) -> onnx.ModelProto:
+def join_models(models: Sequence[onnx.ModelProto]) -> onnx.ModelProto:
     """One model of two: an input `first` says which of them gives the outputs. Outputs that one lacks are zeros of it."""
     inputs = {i.name: i for model in models for i in model.graph.input}
     outputs = {o.name: o for model in models for o in model.graph.output}
-    shared = {t.name: t for model in models for t in model.graph.initializer if t.name in large(models)}
-    branches = [branch(model.graph, f"{i}_", shared, outputs) for i, model in enumerate(models)]
+    shared = {t.name: t for model in models for t in model.graph.initializer if t.name in shared_names(models)}
+    branches = [rename_branch(model.graph, f"{i}_", shared, outputs) for i, model in enumerate(models)]
     node = helper.make_node("If", ["first"], list(outputs), then_branch=branches[0], else_branch=branches[1])
     first = helper.make_tensor_value_info("first", TensorProto.BOOL, ())
     graph = helper.make_graph(
@@ -101,7 +101,7 @@ def chosen(models: Sequence[onnx.ModelProto]) -> onnx.ModelProto:
     return helper.make_model(graph, opset_imports=models[0].opset_import, ir_version=models[0].ir_version)
 
 
-def large(models: Sequence[onnx.ModelProto]) -> set[str]:
+def shared_names(models: Sequence[onnx.ModelProto]) -> set[str]:
     """Names that hold the same in all the models that have them."""
     held: dict[str, set[bytes]] = {}
     for model in models:
@@ -110,7 +110,7 @@ def large(models: Sequence[onnx.ModelProto]) -> set[str]:
     return {name for name, values in held.items() if len(values) == 1}
 
 
-def branch(graph: onnx.GraphProto, prefix: str, shared: Any, outputs: dict[str, onnx.ValueInfoProto]) -> Any:
+def rename_branch(graph: onnx.GraphProto, prefix: str, shared: Any, outputs: dict[str, onnx.ValueInfoProto]) -> Any:
     """The graph as a branch: its own names with a prefix, the shared ones and the inputs as they are."""
     outer = {*shared, *(i.name for i in graph.input), ""}
 
@@ -141,7 +141,7 @@ def branch(graph: onnx.GraphProto, prefix: str, shared: Any, outputs: dict[str, 
     return helper.make_graph(nodes, prefix, [], results, own)
 
 
-def moved(layers: list[dict[str, Any]], graph: Captured) -> int:
+def moved_bytes(layers: list[dict[str, Any]], graph: CapturedGraph) -> int:
     """Bytes of the weights that a layer does nothing with but move."""
     weights = graph.constants()
     moves = [layer for layer in layers if layer["name"].startswith("__myl_Move_")]

@@ -18,17 +18,17 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ..runtime.artifact import open_artifact
-from ..runtime.check.artifact import check, plan_problems
-from ..runtime.errors import ArtifactError, ExportError, QualityError, RecipeError, misfit
-from ..runtime.manifest import FAMILY, Manifest, read_manifest
+from ..runtime.check.artifact import check_artifact, plan_problems
+from ..runtime.errors import ArtifactError, ExportError, QualityError, RecipeError, describe_schema_error
+from ..runtime.manifest import ATTACH_FAMILY, Manifest, read_manifest
 from ..runtime.plan import Plan
 from .caches import Decision, Schedule, Trajectory, schedule
 from .caches.common import calibration as calibrations
 from .caches.common.calibration import Calibration
-from .caches.common.fallback import that_holds
-from .package.folder import linked, plan_path, write_plans, written
-from .plan import Planned, actions_of, join
-from .plan.sampler import Table, tabulate, tail_tables
+from .caches.common.fallback import cache_or_fallback
+from .package.folder import plan_path, stage_linked_copy, update_manifest, write_plans
+from .plan import PlanSet, join_plan, list_actions
+from .plan.sampler import SchedulerTable, tabulate_scheduler, tabulate_tails
 from .progress import Progress
 from .recipe.resolve import Recipe
 from .sites.layout import Layout
@@ -36,12 +36,12 @@ from .sites.marks import Action, Mark, Variant
 from .verify import report
 from .verify.golden import golden_path, write_plan_golden
 from .verify.measure import Replayer
-from .verify.verify import gate_prompts, model_of, picture_jobs, settled
+from .verify.verify import compare_with_source, picture_jobs, source_model, threshold_prompts
 
-FILE = "replan.json"
+PLAN_INPUTS_FILE = "replan.json"
 
 
-class Kept(BaseModel):
+class PlanInputs(BaseModel):
     """What `replan.json` holds. `variants` says of each which sites do not compute."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -52,14 +52,14 @@ class Kept(BaseModel):
     variants: dict[str, dict[str, Action]]
 
     def all_variants(self) -> tuple[Variant, ...]:
-        """With the action of every site."""
+        """The artifact's variants, each with the action of every site."""
         return tuple(
             Variant(name, tuple((m.name, actions.get(m.name, "compute")) for m in self.marks))
             for name, actions in self.variants.items()
         )
 
 
-def kept(pipe: Any, layout: Layout, planned: Planned) -> str:
+def plan_inputs_json(pipe: Any, layout: Layout, planned: PlanSet) -> str:
     """The bytes of `replan.json`: sorted keys, no set order, a final newline."""
     scheduler = pipe.scheduler
     config = json.loads(scheduler.to_json_string())
@@ -67,7 +67,7 @@ def kept(pipe: Any, layout: Layout, planned: Planned) -> str:
     variants: dict[str, dict[str, Action]] = {
         v.name: {site: a for site, a in v.actions if a != "compute"} for v in planned.variants
     }
-    content = Kept(
+    content = PlanInputs(
         scheduler=type(scheduler).__name__,
         scheduler_config=config,
         layout=layout,
@@ -77,22 +77,22 @@ def kept(pipe: Any, layout: Layout, planned: Planned) -> str:
     return json.dumps(content.model_dump(mode="json"), indent=1, sort_keys=True) + "\n"
 
 
-def read_kept(folder: Path, manifest: Manifest) -> Kept:
+def read_plan_inputs(folder: Path, manifest: Manifest) -> PlanInputs:
     """Raises ArtifactError for an artifact that was written without `replan.json`."""
-    if FILE not in {entry.path for entry in manifest.files}:
+    if PLAN_INPUTS_FILE not in {entry.path for entry in manifest.files}:
         raise ArtifactError(
-            f"{folder}: has no {FILE}, which says what a plan is made of; export again with this prebake"
+            f"{folder}: has no {PLAN_INPUTS_FILE}, which says what a plan is made of; export again with this prebake"
         )
     try:
-        return Kept.model_validate_json((folder / FILE).read_bytes())
+        return PlanInputs.model_validate_json((folder / PLAN_INPUTS_FILE).read_bytes())
     except ValidationError as e:
-        raise ArtifactError(f"{misfit(folder / FILE, e)}; export again") from e
+        raise ArtifactError(f"{describe_schema_error(folder / PLAN_INPUTS_FILE, e)}; export again") from e
 
 
 # --- the plans ------------------------------------------------------------------------------------------------------
 
 
-def plans_of(
+def build_plans(
     folder: Path, manifest: Manifest, recipe: Recipe, steps: int, progress: Progress
 ) -> tuple[tuple[Plan, ...], Calibration | None]:
     """The plan for `steps` with the recipe's scheduler and cache, and with a cache the one without it, as an export has
@@ -100,49 +100,51 @@ def plans_of(
 
     Raises ExportError where the artifact lacks a variant that it needs, or has another calibration.
     """
-    if manifest.family == FAMILY:
+    if manifest.family == ATTACH_FAMILY:
         raise ExportError(
             f"{folder}: holds a denoiser alone, whose plans follow its pipeline's own schedule; export again with sampler.steps"
         )
-    content = read_kept(folder, manifest)
+    content = read_plan_inputs(folder, manifest)
     table, tails = sampler_tables(content, manifest, recipe, steps)
-    cache = that_holds(recipe.cache, manifest.source, manifest.defaults, {steps: table}, folder, progress)
+    cache = cache_or_fallback(recipe.cache, manifest.source, manifest.defaults, {steps: table}, folder, progress)
     marks = content.marks
     names = {v.actions: v.name for v in content.all_variants()}
     everything = Schedule(marks, tuple(Decision() for _ in table.updates))
     if cache.method == "none":
-        return (join(str(steps), steps, "none", table, everything, names, tails),), None
+        return (join_plan(str(steps), steps, "none", table, everything, names, tails),), None
     if getattr(cache, "exact", False):
         raise ExportError(
             f"cache.method {cache.method!r} with signal = {cache.signal!r} decides by the model's weights, which `prebake plan` does "
             "not read; set cache.signal=modulated and name a calibration, or export again with sampler.steps"
         )
-    calibration = carried(cache, manifest, folder)
+    calibration = load_plan_calibration(cache, manifest, folder)
     trajectory = Trajectory(table.timesteps, table.sigmas, table.steps)
     asked = schedule(cache, content.layout, trajectory, calibration)
     if all(action == "compute" for d in asked.decisions for action in d.actions.values()):
         raise ExportError(
             f"cache.method {cache.method!r} skips nothing at {steps} steps; widen its range, take more steps, or add --cache none"
         )
-    translated = in_terms_of(marks, asked)
-    check_variants(content, translated, names)
-    cached = join(str(steps), steps, cache.method, table, translated, names, tails)
-    return (cached, join(f"{steps}-uncached", steps, "none", table, everything, names, tails)), calibration
+    translated = rename_sites(marks, asked)
+    refuse_uncompiled_actions(content, translated, names)
+    cached = join_plan(str(steps), steps, cache.method, table, translated, names, tails)
+    return (cached, join_plan(f"{steps}-uncached", steps, "none", table, everything, names, tails)), calibration
 
 
-def carried(cache: Any, manifest: Manifest, folder: Path) -> Calibration | None:
+def load_plan_calibration(cache: Any, manifest: Manifest, folder: Path) -> Calibration | None:
     """The calibration that the cache names, if it names one. Raises ExportError where the artifact carries another."""
-    calibration = calibrations.load(cache, manifest.source, folder, manifest.defaults)
-    own = folder / calibrations.FILE
-    if calibration and own.exists() and calibrations.read(own) != calibration:
+    calibration = calibrations.load_calibration(cache, manifest.source, folder, manifest.defaults)
+    own = folder / calibrations.CALIBRATION_FILE
+    if calibration and own.exists() and calibrations.read_calibration(own) != calibration:
         raise ExportError(
             f"cache.calibration {cache.calibration!r} is not the calibration that the artifact carries, which its plans rest on; set "
-            f"cache.calibration={calibrations.FILE}, or export again with this one"
+            f"cache.calibration={calibrations.CALIBRATION_FILE}, or export again with this one"
         )
     return calibration
 
 
-def sampler_tables(content: Kept, manifest: Manifest, recipe: Recipe, steps: int) -> tuple[Table, Mapping[int, Table]]:
+def sampler_tables(
+    content: PlanInputs, manifest: Manifest, recipe: Recipe, steps: int
+) -> tuple[SchedulerTable, Mapping[int, SchedulerTable]]:
     """The scheduler's table, from the configuration that the artifact keeps, and those of its later starts."""
     import diffusers
 
@@ -150,30 +152,30 @@ def sampler_tables(content: Kept, manifest: Manifest, recipe: Recipe, steps: int
     scheduler = getattr(diffusers, content.scheduler if name == "model" else name).from_config(content.scheduler_config)
     family = importlib.import_module(f".families.{manifest.family}", __package__)
     arguments = family.scheduler_arguments(scheduler, manifest.pipeline["latents_shape"], steps)
-    tails = tail_tables(scheduler, steps, **arguments) if recipe.sampler.image_to_image else {}
-    return tabulate(scheduler, steps, **arguments), tails
+    tails = tabulate_tails(scheduler, steps, **arguments) if recipe.sampler.image_to_image else {}
+    return tabulate_scheduler(scheduler, steps, **arguments), tails
 
 
-def in_terms_of(marks: Sequence[Mark], asked: Schedule) -> Schedule:
+def rename_sites(marks: Sequence[Mark], asked: Schedule) -> Schedule:
     """The schedule with the artifact's sites in place of equal ones under other names, and a zero for each slot more
-    that the artifact keeps. Sites that it lacks stay, for `check_variants` to name."""
-    there = {identity(m): m for m in marks}
-    same = {m.name: there[identity(m)] for m in asked.marks if identity(m) in there}
+    that the artifact keeps. Sites that it lacks stay, for `refuse_uncompiled_actions` to name."""
+    there = {site_identity(m): m for m in marks}
+    same = {m.name: there[site_identity(m)] for m in asked.marks if site_identity(m) in there}
     more = tuple(m for m in asked.marks if m.name not in same)
     decisions = []
     for d in asked.decisions:
         actions: dict[str, Action] = {same[s].name if s in same else s: a for s, a in d.actions.items()}
-        weights = {same[s].name: padded(same[s], c) for s, c in d.coefficients.items() if s in same}
+        weights = {same[s].name: pad_coefficients(same[s], c) for s, c in d.coefficients.items() if s in same}
         decisions.append(Decision(actions, weights))
     return Schedule((*marks, *more), tuple(decisions))
 
 
-def identity(mark: Mark) -> tuple[Any, ...]:
+def site_identity(mark: Mark) -> tuple[Any, ...]:
     """What makes two marks the same site: all but the name, and how much of it is kept."""
     return mark.modules, mark.streams, mark.residual, mark.emitted, mark.dtype, mark.part
 
 
-def padded(mark: Mark, weights: tuple[float, ...]) -> tuple[float, ...]:
+def pad_coefficients(mark: Mark, weights: tuple[float, ...]) -> tuple[float, ...]:
     if len(weights) > mark.slots:
         raise ExportError(
             f"site {mark.name!r}: the cache combines {len(weights)} stored values, the artifact's variants have room for "
@@ -182,18 +184,18 @@ def padded(mark: Mark, weights: tuple[float, ...]) -> tuple[float, ...]:
     return weights + (0.0,) * (mark.slots - len(weights))
 
 
-def check_variants(content: Kept, asked: Schedule, names: dict[Any, str]) -> None:
+def refuse_uncompiled_actions(content: PlanInputs, asked: Schedule, names: dict[Any, str]) -> None:
     """Raises ExportError with the actions that no compiled variant has, and with the variants that exist."""
     marks = content.marks
     lacking: dict[str, list[int]] = {}
     for e, decision in enumerate(asked.decisions):
         acting: dict[str, Action] = {site: a for site, a in decision.actions.items() if a != "compute"}
-        if acting.keys() - {m.name for m in marks} or actions_of(decision, marks) not in names:
-            lacking.setdefault(told(acting), []).append(e)
+        if acting.keys() - {m.name for m in marks} or list_actions(decision, marks) not in names:
+            lacking.setdefault(actions_text(acting), []).append(e)
     if lacking:
         needs = "; ".join(f"{what} (evaluations {', '.join(map(str, at))})" for what, at in lacking.items())
         have = "; ".join(
-            f"{v.name} = {told({s: a for s, a in v.actions if a != 'compute'})}" for v in content.all_variants()
+            f"{v.name} = {actions_text({s: a for s, a in v.actions if a != 'compute'})}" for v in content.all_variants()
         )
         raise ExportError(
             f"no compiled variant does what this cache asks for: {needs}. The artifact has: {have}. "
@@ -201,7 +203,7 @@ def check_variants(content: Kept, asked: Schedule, names: dict[Any, str]) -> Non
         )
 
 
-def told(actions: dict[str, Action]) -> str:
+def actions_text(actions: dict[str, Action]) -> str:
     """`combine a, b, c and 4 more`, for each kind of action."""
     kinds = {a: [s for s, action in actions.items() if action == a] for a in dict.fromkeys(actions.values())}
     shown = (f"{a} {', '.join(s[:3])}{f' and {len(s) - 3} more' if len(s) > 3 else ''}" for a, s in kinds.items())
@@ -212,7 +214,7 @@ def told(actions: dict[str, Action]) -> str:
 
 
 @dataclass(frozen=True)
-class Choices:
+class PlanOptions:
     """One `prebake plan`. `verify` compares the plan with the pipeline, found at `model` if not where the manifest says."""
 
     force: bool = False
@@ -221,87 +223,89 @@ class Choices:
     model: str | None = None
 
 
-def add(
-    folder: Path, recipe: Recipe, steps: int, choices: Choices, progress: Progress
+def add_plans(
+    folder: Path, recipe: Recipe, steps: int, choices: PlanOptions, progress: Progress
 ) -> tuple[Manifest, dict[str, Plan]]:
     """The manifest with the new plans, and these. `recipe` is the artifact's own with what the caller changed.
 
     Raises ExportError where the variants do not exist, or a threshold is missed; then the artifact is as it was.
     """
     manifest = read_manifest(folder)
-    check(folder, manifest, trust="size")
+    check_artifact(folder, manifest, trust="size")
     with progress.stage("plan"):
         if str(steps) in manifest.plans and not choices.force:
             raise ExportError(f"{folder}: plan '{steps}' is there already; replace it with --force")
-        made, calibration = plans_of(folder, manifest, recipe, steps, progress)
+        made, calibration = build_plans(folder, manifest, recipe, steps, progress)
         plans = {p.name: p for p in made}
         replaced = {str(steps), f"{steps}-uncached"} & set(manifest.plans)
-        listed = with_plans(without(manifest, replaced - set(plans)), plans)
+        listed = manifest_with_plans(manifest_without_plans(manifest, replaced - set(plans)), plans)
         if problems := list(plan_problems(plans, listed)):
             raise ExportError("\n".join(problems))
     if choices.dry_run:
         return manifest, plans
-    with linked(folder) as fresh:
-        unlink(fresh, manifest, replaced)
+    with stage_linked_copy(folder) as fresh:
+        unlink_plans(fresh, manifest, replaced)
         shutil.rmtree(report_folder(fresh, str(steps)), ignore_errors=True)
         write_plans(fresh, tuple(plans.values()))
-        if calibration and not (fresh / calibrations.FILE).exists():
-            calibrations.write(fresh / calibrations.FILE, calibration)
-        manifest = written(fresh, listed, manifest)
+        if calibration and not (fresh / calibrations.CALIBRATION_FILE).exists():
+            calibrations.write_calibration(fresh / calibrations.CALIBRATION_FILE, calibration)
+        manifest = update_manifest(fresh, listed, manifest)
         replayer = Replayer(open_artifact(fresh, trust="size"))
         with progress.stage("golden", len(plans)):
             for name in plans:
-                progress.doing(f"golden vectors of plan {name}")
+                progress.announce(f"golden vectors of plan {name}")
                 write_plan_golden(replayer, recipe, name)
-        manifest = written(fresh, manifest, manifest)
+        manifest = update_manifest(fresh, manifest, manifest)
         if choices.verify:
-            manifest = verified(fresh, manifest, recipe, plans, choices, progress)
+            manifest = verify_plans(fresh, manifest, recipe, plans, choices, progress)
     return manifest, plans
 
 
-def verified(
-    folder: Path, manifest: Manifest, recipe: Recipe, plans: dict[str, Plan], choices: Choices, progress: Progress
+def verify_plans(
+    folder: Path, manifest: Manifest, recipe: Recipe, plans: dict[str, Plan], choices: PlanOptions, progress: Progress
 ) -> Manifest:
     """Compares these plans alone with the pipeline; the report goes to `reports/plan-<steps>/`."""
     artifact = open_artifact(folder, trust="size")
     with progress.stage("verify", len(plans) + 1):
         chosen = Replayer(artifact).only(plans)
-        model = choices.model or model_of(manifest)
-        outcome = settled(chosen, recipe, model, picture_jobs(recipe), gate_prompts(recipe, manifest), progress)
+        model = choices.model or source_model(manifest)
+        outcome = compare_with_source(
+            chosen, recipe, model, picture_jobs(recipe), threshold_prompts(recipe, manifest), progress
+        )
     if outcome.missed:
         raise QualityError("\n".join([*outcome.missed, "the plan is not added"]))
-    report.write(report_folder(folder, next(iter(plans))), manifest, outcome)
+    report.write_verify_report(report_folder(folder, next(iter(plans))), manifest, outcome)
     left = tuple(name for name in manifest.unverified if name not in plans)
-    return written(folder, manifest.model_copy(update={"unverified": left}), manifest)
+    return update_manifest(folder, manifest.model_copy(update={"unverified": left}), manifest)
 
 
-def remove(folder: Path, name: str) -> Manifest:
+def remove_plan(folder: Path, name: str) -> Manifest:
     """The manifest without that plan; without a plan `20`, the plan `20-uncached` could not be reached, and goes too.
 
     Raises RecipeError for a plan that is not there, or that calls use by default.
     """
     manifest = read_manifest(folder)
-    check(folder, manifest, trust="size")
+    check_artifact(folder, manifest, trust="size")
     if name not in manifest.plans:
         raise RecipeError(f"{folder}: has no plan {name!r}; it has {', '.join(manifest.plans)}")
     default = str(manifest.defaults.num_inference_steps)
     gone = {name, f"{name}-uncached"} & set(manifest.plans)
     if name in (default, f"{default}-uncached"):
         raise RecipeError(f"{folder}: plan {name!r} belongs to the default of {default} steps, and stays")
-    with linked(folder) as fresh:
-        unlink(fresh, manifest, gone)
+    with stage_linked_copy(folder) as fresh:
+        unlink_plans(fresh, manifest, gone)
         shutil.rmtree(report_folder(fresh, name), ignore_errors=True)
-        return written(fresh, without(manifest, gone), manifest)
+        return update_manifest(fresh, manifest_without_plans(manifest, gone), manifest)
 
 
-def without(manifest: Manifest, names: Set[str]) -> Manifest:
+def manifest_without_plans(manifest: Manifest, names: Set[str]) -> Manifest:
     """Lists these plans no more."""
     left = {n: path for n, path in manifest.plans.items() if n not in names}
     unverified = tuple(n for n in manifest.unverified if n not in names)
     return manifest.model_copy(update={"plans": left, "unverified": unverified})
 
 
-def unlink(folder: Path, manifest: Manifest, names: Set[str]) -> None:
+def unlink_plans(folder: Path, manifest: Manifest, names: Set[str]) -> None:
     """Takes the files of these plans out of a folder of links."""
     for name in names:
         (folder / manifest.plans[name]).unlink()
@@ -313,7 +317,7 @@ def report_folder(folder: Path, name: str) -> Path:
     return folder / "reports" / f"plan-{name.removesuffix('-uncached')}"
 
 
-def with_plans(manifest: Manifest, plans: Mapping[str, Plan]) -> Manifest:
+def manifest_with_plans(manifest: Manifest, plans: Mapping[str, Plan]) -> Manifest:
     """Lists them, as plans that nobody has compared with the pipeline."""
     added = {name: plan_path(plan) for name, plan in plans.items()}
     return manifest.model_copy(

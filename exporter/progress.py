@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from typing import Any, Literal
 
-Mode = Literal["rich", "json", "quiet"]
+ProgressMode = Literal["rich", "json", "quiet"]
 
 
 class Progress:
@@ -29,19 +29,19 @@ class Progress:
 
     @contextlib.contextmanager
     def stage(self, name: str, total: int = 1) -> Iterator[None]:
-        """One stage of the export, made of `total` things to do."""
+        """Begins a stage of the export, made of `total` things to do."""
         start = time.perf_counter()
         yield
         self.seconds[name] = time.perf_counter() - start
 
-    def doing(self, what: str) -> None:
+    def announce(self, what: str) -> None:
         """The next thing begins; the one before it is done."""
 
     def note(self, text: str) -> None:
         """Something that the user should know, and that stays to be read."""
 
 
-class JsonLines(Progress):
+class JsonProgress(Progress):
     """One object per event on stderr: {"stage": ..., "doing": ..., "elapsed_s": ...}; stdout stays for the result."""
 
     def __init__(self) -> None:
@@ -56,7 +56,7 @@ class JsonLines(Progress):
             yield
         self.say(event="done")
 
-    def doing(self, what: str) -> None:
+    def announce(self, what: str) -> None:
         self.say(event="doing", what=what)
 
     def note(self, text: str) -> None:
@@ -70,7 +70,7 @@ class JsonLines(Progress):
         )
 
 
-class Lines(Progress):
+class ProgressLines(Progress):
     """One line on stderr for what begins, with the seconds so far: for logs, which cannot move the cursor."""
 
     def __init__(self) -> None:
@@ -84,7 +84,7 @@ class Lines(Progress):
         with super().stage(name, total):
             yield
 
-    def doing(self, what: str) -> None:
+    def announce(self, what: str) -> None:
         self.say(f"{self.current}: {what}")
 
     def note(self, text: str) -> None:
@@ -94,7 +94,7 @@ class Lines(Progress):
         print(f"[{time.perf_counter() - self.start:7.1f} s] {text}", file=sys.stderr, flush=True)
 
 
-class Bar(Progress):
+class ProgressBar(Progress):
     """A rich bar on stderr: stage, what is being compiled, position, elapsed. Finished stages stay as lines."""
 
     def __init__(self) -> None:
@@ -115,7 +115,7 @@ class Bar(Progress):
         self.task: Any = None
         self.begun, self.total = 0, 1
 
-    def __enter__(self) -> Bar:
+    def __enter__(self) -> ProgressBar:
         self.rich.start()
         return self
 
@@ -129,7 +129,7 @@ class Bar(Progress):
             yield
         self.rich.update(self.task, completed=total, what="")
 
-    def doing(self, what: str) -> None:
+    def announce(self, what: str) -> None:
         # one short of the total at most: a full bar stops its clock, and stages may do more than they announced
         self.rich.update(self.task, what=what, completed=min(self.begun, self.total - 1))
         self.begun += 1
@@ -138,7 +138,7 @@ class Bar(Progress):
         self.rich.console.print(f"note: {text}", markup=False, highlight=False, soft_wrap=True)
 
 
-def progress(mode: Mode) -> Progress:
-    """What to say for that mode; enter it before the first stage."""
-    shown = Bar if sys.stderr.isatty() else Lines
-    return {"rich": shown, "json": JsonLines, "quiet": Progress}[mode]()
+def open_progress(mode: ProgressMode) -> Progress:
+    """The Progress of that mode, to be entered before the first stage."""
+    shown = ProgressBar if sys.stderr.isatty() else ProgressLines
+    return {"rich": shown, "json": JsonProgress, "quiet": Progress}[mode]()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from .load.source import EMBEDDED
+from .load.source import EMBEDDED_MODELS
 from .recipe.resolve import Recipe
 
-DIVERSE = (
+DIVERSE_PROMPTS = (
     "a photograph of a red fox in fresh snow, morning light",
     "an isometric drawing of a small harbour town, ink and watercolour",
     "a shop window at night with the word OPEN in neon letters",
@@ -17,8 +17,8 @@ def picture_prompts(recipe: Recipe) -> tuple[str, ...]:
     """The recipe's prompts; where it names none, eight of the embedded models' own, or four diverse ones for another model."""
     if recipe.verify.prompts:
         return recipe.verify.prompts
-    if recipe.model.id not in EMBEDDED:
-        return DIVERSE
-    from .shapes import prompts
+    if recipe.model.id not in EMBEDDED_MODELS:
+        return DIVERSE_PROMPTS
+    from .shapes import read_prompt_set
 
-    return (*prompts("full")[:4], *prompts("underspecified")[:4])
+    return (*read_prompt_set("full")[:4], *read_prompt_set("underspecified")[:4])

@@ -10,21 +10,21 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-Problem = tuple[tuple[str, ...], str]
+RecipeProblem = tuple[tuple[str, ...], str]
 
 
-class Conflicts(ValueError):
+class ConflictError(ValueError):
     """Values that are fine alone and not together: pairs of the keys involved (the one to change first) and a sentence.
 
     Keys are relative to the model that raises: `mask` inside a table, `cache.mask` from the recipe.
     """
 
-    def __init__(self, *problems: Problem) -> None:
+    def __init__(self, *problems: RecipeProblem) -> None:
         super().__init__("; ".join(sentence for _, sentence in problems))
         self.problems = problems
 
 
-def _regex(pattern: str) -> str:
+def _check_regex(pattern: str) -> str:
     """The pattern itself; ValueError where `re` cannot compile it."""
     try:
         re.compile(pattern)
@@ -33,11 +33,11 @@ def _regex(pattern: str) -> str:
     return pattern
 
 
-Regex = Annotated[str, AfterValidator(_regex)]
+Regex = Annotated[str, AfterValidator(_check_regex)]
 Regexes = Annotated[tuple[Regex, ...], Field(strict=False)]
 
 
-class Table(BaseModel):
+class RecipeTable(BaseModel):
     """Strict, so that `true` is no number and "28" no count; lists are read into tuples."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)

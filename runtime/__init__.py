@@ -27,7 +27,7 @@ __all__ = [
     "load",
 ]
 
-_HOME = {
+_MODULES = {
     "attach": ".attachment.attach",
     "detach": ".attachment.attach",
     "load": ".pipeline",
@@ -45,8 +45,8 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         return version("prebake")
-    if name in _HOME:
-        return getattr(import_module(_HOME[name], __name__), name)
+    if name in _MODULES:
+        return getattr(import_module(_MODULES[name], __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -4,12 +4,12 @@ import argparse
 import sys
 
 from .cli.main import add_commands
-from .cli.streams import print_anything
+from .cli.streams import escape_unprintable
 from .errors import PrebakeError
 
 
 def main(argv: list[str] | None = None) -> int:
-    print_anything()
+    escape_unprintable()
     parser = argparse.ArgumentParser(prog="python -m prebake.runtime", description="Replays and describes artifacts.")
     add_commands(parser.add_subparsers(dest="command", metavar="command", required=True))
     args = parser.parse_args(argv)

@@ -15,25 +15,32 @@ from typing import cast
 import torch
 from pydantic import ValidationError
 
-from .backends import Model, Opening, backend
-from .check.artifact import Key, Trust, checked, plan_problems
+from .backends import GraphModel, OpenContext, backend_module
+from .check.artifact import PublicKey, Trust, open_checked_files, plan_problems
 from .contract import Contract, torch_dtype
-from .errors import ArtifactError, misfit, raise_all
-from .gpu.memory import gpu_memory_for
+from .errors import ArtifactError, describe_schema_error, raise_problems
+from .gpu.memory import explain_gpu_memory
 from .manifest import Graph, Manifest, Site, read_manifest
-from .memory import memory_for
-from .offload import Asked, Guests, Rebound, Visiting, leaving, once_for_a_prompt
+from .memory import explain_memory
+from .offload import (
+    OffloadedModel,
+    OffloadedWeights,
+    OffloadRequest,
+    RebindableModel,
+    offloadable_graphs,
+    offloaded_graphs,
+)
 from .plan import Plan
-from .replay import Tables, Tensors, Variant, tables_on
-from .runners import Runners, usual_count
-from .storage.files import by_descriptor, read_listed
+from .replay import DenoiserVariant, PlanTables, Tensors, tabulate_plan
+from .runners import Runners, default_runner_count
+from .storage.files import descriptor_path, read_listed_file
 from .weights import map_weights
 
 
 class BoundGraph:
     """A compiled graph that is ready to be called: constants bound, every call checked against the manifest."""
 
-    def __init__(self, graph: Graph, model: Model, contract: Contract):
+    def __init__(self, graph: Graph, model: GraphModel, contract: Contract):
         self.graph = graph
         self._model = model
         self._contract = contract
@@ -57,12 +64,12 @@ class Artifact:
     weights: Mapping[str, torch.Tensor]
     graphs: Mapping[str, BoundGraph]
     plans: Mapping[str, Plan]
-    tables: Mapping[str, Tables]
+    tables: Mapping[str, PlanTables]
     runners: Runners = field(default_factory=lambda: Runners(1), compare=False)
-    away: tuple[str, ...] = ()
-    _tails: dict[tuple[str, int], Tables] = field(default_factory=dict, repr=False, compare=False)
+    offloaded: tuple[str, ...] = ()
+    _tails: dict[tuple[str, int], PlanTables] = field(default_factory=dict, repr=False, compare=False)
 
-    def tables_from(self, name: str, step: int) -> Tables:
+    def tables_from(self, name: str, step: int) -> PlanTables:
         """The tables of the plan of that name without its first `step` steps, made at their first use.
 
         Raises ArtifactError where the plan cannot begin there. Threads that ask at once get the same tables.
@@ -70,15 +77,15 @@ class Artifact:
         if step == 0:
             return self.tables[name]
         if (name, step) not in self._tails:
-            tables = tables_on(self.plans[name].tail(step), self.device, timestep_scale(self.manifest))
+            tables = tabulate_plan(self.plans[name].tail(step), self.device, timestep_scale(self.manifest))
             self._tails.setdefault((name, step), tables)
         return self._tails[name, step]
 
     @property
-    def variants(self) -> dict[str, Variant]:
+    def variants(self) -> dict[str, DenoiserVariant]:
         """The denoiser's variants: the graphs that some plan calls."""
         names = {name for plan in self.plans.values() for name in plan.variants()}
-        return {name: Variant(self.graphs[name].graph, self.graphs[name]) for name in sorted(names)}
+        return {name: DenoiserVariant(self.graphs[name].graph, self.graphs[name]) for name in sorted(names)}
 
     @property
     def sites(self) -> dict[str, Site]:
@@ -95,36 +102,41 @@ def open_artifact(
     *,
     cache_dir: str | Path | None = None,
     trust: Trust = "hash",
-    public_key: Key | None = None,
+    public_key: PublicKey | None = None,
     runners: int | None = None,
-    offload: Asked = False,
+    offload: OffloadRequest = False,
 ) -> Artifact:
     """The artifact in `folder`, checked and opened. Raises ArtifactError with all that is wrong with it.
 
     Machine code is unpacked to `cache_dir` (default: `$XDG_CACHE_HOME/prebake`), where is noted, too, which files have been
     hashed. `trust` says what is compared before anything is opened, see `check.Trust`; `public_key` goes with "signature".
-    `runners` calls may be at work at once, None = `runners.usual_count`; the weights of `offload` visit a GPU (`offload.py`).
+    `runners` calls may be at work at once, None = `runners.default_runner_count`; the weights of `offload` visit a GPU (`offload.py`).
     """
     folder, cache = Path(folder), Path(cache_dir) if cache_dir else None
-    with memory_for(folder):
-        return _opened(folder, cache, trust, public_key, runners, offload)
+    with explain_memory(folder):
+        return _open_checked(folder, cache, trust, public_key, runners, offload)
 
 
-def _opened(
-    folder: Path, cache: Path | None, trust: Trust, public_key: Key | None, count: int | None, offload: Asked
+def _open_checked(
+    folder: Path,
+    cache: Path | None,
+    trust: Trust,
+    public_key: PublicKey | None,
+    count: int | None,
+    offload: OffloadRequest,
 ) -> Artifact:
     manifest = read_manifest(folder)
-    with checked(folder, manifest, trust=trust, public_key=public_key, cache_dir=cache) as files:
+    with open_checked_files(folder, manifest, trust=trust, public_key=public_key, cache_dir=cache) as files:
         plans = read_plans(folder, manifest)
         device = device_of(manifest)
-        runners = Runners(usual_count(device) if count is None else count)
+        runners = Runners(default_runner_count(device) if count is None else count)
         variants = {name for plan in plans.values() for name in plan.variants()}
-        away = leaving(offload, manifest, variants)
-        guests = Guests(manifest, away, device) if away else None
-        able = () if away else once_for_a_prompt(manifest, variants)
-        with gpu_memory_for(folder, "weights were loaded", manifest, device, able):
+        away = offloaded_graphs(offload, manifest, variants)
+        guests = OffloadedWeights(manifest, away, device) if away else None
+        able = () if away else offloadable_graphs(manifest, variants)
+        with explain_gpu_memory(folder, "weights were loaded", manifest, device, able):
             weights = map_weights(
-                {folder / path: by_descriptor(files[path]) for path in weight_files(manifest)},
+                {folder / path: descriptor_path(files[path]) for path in weight_files(manifest)},
                 device,
                 manifest.channels_last,
                 manifest.complex,
@@ -132,7 +144,7 @@ def _opened(
             )
             if guests:
                 guests.leave()
-        tables = {name: tables_on(plan, device, timestep_scale(manifest)) for name, plan in plans.items()}
+        tables = {name: tabulate_plan(plan, device, timestep_scale(manifest)) for name, plan in plans.items()}
     graphs = open_graphs(folder, manifest, weights, device, cache, runners.count, guests)
     return Artifact(folder, manifest, device, weights, graphs, plans, tables, runners, away)
 
@@ -156,10 +168,10 @@ def read_plans(folder: Path, manifest: Manifest) -> dict[str, Plan]:
     plans = {}
     for name, path in manifest.plans.items():
         try:
-            plans[name] = Plan.model_validate_json(read_listed(folder, manifest, path))
+            plans[name] = Plan.model_validate_json(read_listed_file(folder, manifest, path))
         except ValidationError as e:
-            raise ArtifactError(f"{misfit(folder / path, e)}; export again") from e
-    raise_all(folder, plan_problems(plans, manifest))
+            raise ArtifactError(f"{describe_schema_error(folder / path, e)}; export again") from e
+    raise_problems(folder, plan_problems(plans, manifest))
     return plans
 
 
@@ -174,7 +186,7 @@ def open_graphs(
     device: torch.device,
     cache_dir: Path | None,
     runners: int = 1,
-    guests: Guests | None = None,
+    guests: OffloadedWeights | None = None,
 ) -> dict[str, BoundGraph]:
     """Every graph by name, its constants bound to `weights`, those of `guests` when they are there. In the middle of it, the
     artifact's code is opened."""
@@ -183,10 +195,10 @@ def open_graphs(
     visits = {g.name: guests.needed(g.constants) for g in manifest.graphs} if guests else {}
     visits = {name: needed for name, needed in visits.items() if needed}
 
-    opening = Opening(folder, manifest, constants, device, cache_dir, runners, later=visits.keys())
-    models = dict(backend(manifest.backend).open_models(opening))
+    opening = OpenContext(folder, manifest, constants, device, cache_dir, runners, deferred_graphs=visits.keys())
+    models = dict(backend_module(manifest.backend).open_models(opening))
     for name, needed in visits.items():
-        models[name] = Visiting(cast(Rebound, models[name]), constants[name], needed)
+        models[name] = OffloadedModel(cast(RebindableModel, models[name]), constants[name], needed)
     return {graph.name: BoundGraph(graph, models[graph.name], contracts[graph.name]) for graph in manifest.graphs}
 
 

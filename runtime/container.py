@@ -21,19 +21,19 @@ from torch._C import _aoti  # pyright: ignore[reportAttributeAccessIssue]  (priv
 
 from .errors import ArtifactError
 
-BIND = "UpdateUserManagedConstantBufferPairs"
+BIND_FUNCTION = "UpdateUserManagedConstantBufferPairs"
 """Without it a library is older than torch 2.11, and is run by torch's runner."""
 
-ALIGNMENT = 64  # of a constant's bytes, AOTI_CONST_ALIGNMENT
+CONSTANT_ALIGNMENT_BYTES = 64  # of a constant's bytes, AOTI_CONST_ALIGNMENT
 
 
-class Entry(Structure):
+class ConstantEntry(Structure):
     """AOTInductorConstantMapEntry."""
 
     _fields_ = (("name", c_char_p), ("handle", c_void_p))
 
 
-ARGUMENTS: dict[str, tuple[Any, ...]] = {
+ARGUMENT_TYPES: dict[str, tuple[Any, ...]] = {
     "CreateWithDevice": (POINTER(c_void_p), c_size_t, c_char_p, c_char_p),
     "Delete": (c_void_p,),
     "GetNumInputs": (c_void_p, POINTER(c_size_t)),
@@ -41,15 +41,15 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "GetNumConstants": (c_void_p, POINTER(c_size_t)),
     "GetConstantOriginalFQN": (c_void_p, c_size_t, POINTER(c_char_p)),
     "GetConstantDataSize": (c_void_p, c_size_t, POINTER(c_size_t)),
-    BIND: (c_void_p, POINTER(Entry), c_size_t, c_bool, c_bool),
+    BIND_FUNCTION: (c_void_p, POINTER(ConstantEntry), c_size_t, c_bool, c_bool),
     "Run": (c_void_p, c_void_p, c_size_t, c_void_p, c_size_t, c_void_p, c_void_p),
     "RunSingleThreaded": (c_void_p, c_void_p, c_size_t, c_void_p, c_size_t, c_void_p, c_void_p),
 }
 
-_pointer = ctypes.pythonapi.PyCapsule_GetPointer
-_pointer.restype, _pointer.argtypes = c_void_p, (ctypes.py_object, c_char_p)
-_capsule = ctypes.pythonapi.PyCapsule_New
-_capsule.restype, _capsule.argtypes = ctypes.py_object, (c_void_p, c_char_p, c_void_p)
+_capsule_pointer = ctypes.pythonapi.PyCapsule_GetPointer
+_capsule_pointer.restype, _capsule_pointer.argtypes = c_void_p, (ctypes.py_object, c_char_p)
+_new_capsule = ctypes.pythonapi.PyCapsule_New
+_new_capsule.restype, _new_capsule.argtypes = ctypes.py_object, (c_void_p, c_char_p, c_void_p)
 
 
 class Container:
@@ -62,7 +62,7 @@ class Container:
     def __init__(self, name: str, library: ctypes.CDLL, runners: int, device: torch.device):
         self._name, self._device = name, device
         self._run = "RunSingleThreaded" if device.type == "cuda" and runners == 1 else "Run"
-        self._functions = {short: function(library, short, types) for short, types in ARGUMENTS.items()}
+        self._functions = {short: library_function(library, short, types) for short, types in ARGUMENT_TYPES.items()}
         self._last_error = getattr(library, "AOTInductorGetLastError", None)  # not in torch 2.11
         if self._last_error:
             self._last_error.restype, self._last_error.argtypes = c_int, (POINTER(c_char_p),)
@@ -70,12 +70,12 @@ class Container:
         self._handle = c_void_p()
         self._call("CreateWithDevice", byref(self._handle), runners, str(device).encode(), None)
         self._constants: list[Any] = []
-        freed = weakref.finalize(self, closed, self._functions["Delete"], self._handle, self._constants)
+        freed = weakref.finalize(self, free_container, self._functions["Delete"], self._handle, self._constants)
         freed.atexit = False  # a thread may still be inside
         self.inputs, self.outputs = self._count("GetNumInputs"), self._count("GetNumOutputs")
 
     def constant_bytes(self) -> dict[str, int]:
-        """Constant, by its name in the model -> how many bytes the code was compiled for, on the CPU rounded up to `ALIGNMENT`."""
+        """Constant, by its name in the model -> how many bytes the code was compiled for, on the CPU rounded up to `CONSTANT_ALIGNMENT_BYTES`."""
         sizes = {}
         for i in range(self._count("GetNumConstants")):
             name, size = c_char_p(), c_size_t()
@@ -92,20 +92,22 @@ class Container:
         """
         before, fresh = list(self._constants), _aoti.unsafe_alloc_void_ptrs_from_tensors(list(tensors.values()))
         self._constants += fresh
-        entries = [Entry(name.encode(), _pointer(c, None)) for name, c in zip(tensors, fresh, strict=True)]
-        self._call(BIND, self._handle, (Entry * len(entries))(*entries), len(entries), False, True)
-        self._constants[:] = fresh  # in place: it is what `closed` will free
+        entries = [
+            ConstantEntry(name.encode(), _capsule_pointer(c, None)) for name, c in zip(tensors, fresh, strict=True)
+        ]
+        self._call(BIND_FUNCTION, self._handle, (ConstantEntry * len(entries))(*entries), len(entries), False, True)
+        self._constants[:] = fresh  # in place: it is what `free_container` will free
         _aoti.alloc_tensors_by_stealing_from_void_ptrs(before)
 
     def run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The model's outputs, freshly allocated."""
         capsules = _aoti.unsafe_alloc_void_ptrs_from_tensors(inputs)  # the model frees what they point at
-        given = (c_void_p * len(capsules))(*[_pointer(c, None) for c in capsules])
+        given = (c_void_p * len(capsules))(*[_capsule_pointer(c, None) for c in capsules])
         made = (c_void_p * self.outputs)()
         stream = torch.cuda.current_stream(self._device).cuda_stream if self._device.type == "cuda" else None
         with self._free:
             self._call(self._run, self._handle, given, len(given), made, len(made), stream, None)
-        return _aoti.alloc_tensors_by_stealing_from_void_ptrs([_capsule(h, None, None) for h in made])
+        return _aoti.alloc_tensors_by_stealing_from_void_ptrs([_new_capsule(h, None, None) for h in made])
 
     def _call(self, short: str, *arguments: Any) -> None:
         if self._functions[short](*arguments):
@@ -121,22 +123,22 @@ class Container:
         return count.value
 
 
-def container(name: str, so: Path, runners: int, device: torch.device) -> Container | None:
-    """The library, opened; None where only torch's own runner can run it: it is older than `BIND`, or calls operators
+def open_container(name: str, so: Path, runners: int, device: torch.device) -> Container | None:
+    """The library, opened; None where only torch's own runner can run it: it is older than `BIND_FUNCTION`, or calls operators
     by way of torch's dispatcher, which are listed in a file beside it."""
     library = ctypes.CDLL(str(so))
-    if so.with_suffix(".json").exists() or not hasattr(library, f"AOTInductorModelContainer{BIND}"):
+    if so.with_suffix(".json").exists() or not hasattr(library, f"AOTInductorModelContainer{BIND_FUNCTION}"):
         return None
     return Container(name, library, runners, device)
 
 
-def function(library: ctypes.CDLL, short: str, arguments: tuple[Any, ...]) -> Any:
+def library_function(library: ctypes.CDLL, short: str, arguments: tuple[Any, ...]) -> Any:
     found = library[f"AOTInductorModelContainer{short}"]
     found.restype, found.argtypes = c_int, arguments
     return found
 
 
-def closed(delete: Any, handle: c_void_p, constants: list[Any]) -> None:
+def free_container(delete: Any, handle: c_void_p, constants: list[Any]) -> None:
     """Frees the instances, and then the constants' handles, which the library only borrowed."""
     delete(handle)
     _aoti.alloc_tensors_by_stealing_from_void_ptrs(constants)

@@ -22,10 +22,10 @@ from torch._C._dynamo.guards import TensorGuards  # private, torch 2.11 to 2.13
 from .errors import ArtifactError
 from .manifest import Graph, TensorSpec
 
-PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
+PLAIN_TENSOR_TYPES = frozenset((torch.Tensor, torch.nn.Parameter))
 """Compiled code reads memory, and a subclass may keep its numbers elsewhere."""
-FACTS = attrgetter("shape", "dtype", "device")
-Fact = tuple[torch.Size, torch.dtype, torch.device]
+_tensor_facts = attrgetter("shape", "dtype", "device")
+TensorFacts = tuple[torch.Size, torch.dtype, torch.device]
 
 
 class Contract:
@@ -35,8 +35,8 @@ class Contract:
         self._graph = graph.name
         self._inputs = tuple(spec.name for spec in graph.inputs)
         self._outputs = tuple(spec.name for spec in graph.outputs)
-        self._taken = _facts(graph.inputs, device)
-        self._given = _facts(graph.outputs, device)
+        self._taken = _expected_facts(graph.inputs, device)
+        self._given = _expected_facts(graph.outputs, device)
         self._like: list[Callable[[object], bool]] | None = None  # one for each input
         self._kept = False
 
@@ -50,7 +50,7 @@ class Contract:
             self._refuse_names(given)
         if self._like is None or False in [like(tensor) for like, tensor in zip(self._like, flat, strict=True)]:
             self._refuse_misfits("input", self._inputs, self._taken, flat)
-            self._like = [_like_this(tensor) for tensor in flat]
+            self._like = [_likeness_guard(tensor) for tensor in flat]
         return flat
 
     def outputs(self, flat: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -65,13 +65,15 @@ class Contract:
             self._kept = True
         return dict(zip(self._outputs, flat, strict=True))
 
-    def _refuse_misfits(self, kind: str, names: Sequence[str], facts: Sequence[Fact], flat: Sequence[object]) -> None:
+    def _refuse_misfits(
+        self, kind: str, names: Sequence[str], facts: Sequence[TensorFacts], flat: Sequence[object]
+    ) -> None:
         """Raises ArtifactError for the first tensor that is not what is expected of it."""
         for name, fact, got in zip(names, facts, flat, strict=True):
-            if not _fits(got, fact):
-                way_out = _way_out(*fact, got) if kind == "input" else "export again"
+            if not _has_facts(got, fact):
+                way_out = _nearest_legal_call(*fact, got) if kind == "input" else "export again"
                 raise ArtifactError(
-                    f"graph {self._graph!r}: {kind} {name!r}: expected contiguous {_describe(*fact)}, got {_came(got)}; {way_out}"
+                    f"graph {self._graph!r}: {kind} {name!r}: expected contiguous {_describe_facts(*fact)}, got {_describe_given(got)}; {way_out}"
                 )
 
     def _refuse_names(self, given: Mapping[str, torch.Tensor]) -> None:
@@ -91,24 +93,24 @@ def torch_dtype(name: str) -> torch.dtype:
     return dtype
 
 
-def _facts(specs: Sequence[TensorSpec], device: torch.device) -> list[Fact]:
+def _expected_facts(specs: Sequence[TensorSpec], device: torch.device) -> list[TensorFacts]:
     return [(torch.Size(spec.shape), torch_dtype(spec.dtype), device) for spec in specs]
 
 
-def _fits(got: object, fact: Fact) -> bool:
+def _has_facts(got: object, fact: TensorFacts) -> bool:
     """Whether it is a tensor whose memory is what compiled code expects there."""
     return (
-        type(got) in PLAIN
+        type(got) in PLAIN_TENSOR_TYPES
         and isinstance(got, torch.Tensor)
         and got.layout == torch.strided
-        and FACTS(got) == fact
+        and _tensor_facts(got) == fact
         and got.is_contiguous()
         and not got.is_neg()
         and not got.is_conj()
     )
 
 
-def _like_this(tensor: torch.Tensor) -> Callable[[object], bool]:
+def _likeness_guard(tensor: torch.Tensor) -> Callable[[object], bool]:
     """Whether something is a tensor of the same class, dtype, device, sizes and strides, and seen alike by torch's dispatcher,
     which tells apart layouts, devices, views with a sign, and modes such as `torch.inference_mode`.
 
@@ -119,11 +121,11 @@ def _like_this(tensor: torch.Tensor) -> Callable[[object], bool]:
     return guards(tensor, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
 
 
-def _came(got: object) -> str:
+def _describe_given(got: object) -> str:
     if not isinstance(got, torch.Tensor):
         return type(got).__name__
-    came = _describe(tuple(got.shape), got.dtype, got.device)
-    if type(got) not in PLAIN:
+    came = _describe_facts(tuple(got.shape), got.dtype, got.device)
+    if type(got) not in PLAIN_TENSOR_TYPES:
         return f"{came} of the class {type(got).__name__}"
     if got.layout != torch.strided:
         return f"{came}, {got.layout}".replace("torch.", "")
@@ -132,14 +134,14 @@ def _came(got: object) -> str:
     return came if got.is_contiguous() else f"{came} with strides {tuple(got.stride())}"
 
 
-def _way_out(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, got: object) -> str:
+def _nearest_legal_call(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, got: object) -> str:
     """The nearest call that is legal."""
     if not isinstance(got, torch.Tensor):
         return "give a tensor" + (f", such as torch.full({list(shape)}, {got})" if isinstance(got, int | float) else "")
     if tuple(got.shape) != shape:
         return f"{list(shape)} is the only shape it was exported for"
     calls = []
-    if type(got) not in PLAIN:
+    if type(got) not in PLAIN_TENSOR_TYPES:
         return "give a plain torch.Tensor"
     if got.layout != torch.strided:
         calls.append(".to_dense()")
@@ -153,5 +155,5 @@ def _way_out(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, g
     return f"give it {''.join(calls)}"
 
 
-def _describe(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> str:
+def _describe_facts(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> str:
     return f"{str(dtype).removeprefix('torch.')} {list(shape)} on {device}"

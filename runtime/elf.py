@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 MACHINES = {62: "x86_64", 183: "aarch64"}  # e_machine -> platform.machine()
-LOAD, DYNAMIC, GNU_STACK = 1, 2, 0x6474E551
+SEGMENT_LOAD, SEGMENT_DYNAMIC, GNU_STACK = 1, 2, 0x6474E551
 STRTAB, SONAME, VERDEF, VERNEED = 5, 14, 0x6FFFFFFC, 0x6FFFFFFE
-EXECUTABLE = 1
-LONGEST = 4096  # of any list here, and of any name: more is no library that a linker wrote
+FLAG_EXECUTABLE = 1
+MAX_LENGTH = 4096  # of any list here, and of any name: more is no library that a linker wrote
 
 
 @dataclass(frozen=True)
@@ -34,73 +34,79 @@ def read_elf(data: bytes | mmap.mmap) -> Elf:
     if data[:6] != b"\x7fELF\x02\x01":
         raise ValueError("it does not begin like a 64-bit little-endian ELF file")
     try:
-        machine, headers = struct.unpack_from("<H", data, 18)[0], list(_headers(data))
-        if any(offset + length > len(data) for kind, _, offset, _, length in headers if kind == LOAD):
+        machine, headers = struct.unpack_from("<H", data, 18)[0], list(_segment_headers(data))
+        if any(offset + length > len(data) for kind, _, offset, _, length in headers if kind == SEGMENT_LOAD):
             # a page behind the end of its file is a bus error for whoever touches it
             raise ValueError("its segments lead out of the file")
-        entries = dict(_dynamic(data, headers))
-        names = _offset(headers, entries[STRTAB]) if STRTAB in entries else 0
+        entries = dict(_dynamic_entries(data, headers))
+        names = _file_offset(headers, entries[STRTAB]) if STRTAB in entries else 0
         return Elf(
             MACHINES.get(machine, f"machine {machine}"),
-            _text(data, names + entries[SONAME]) if SONAME in entries else None,
+            _read_string(data, names + entries[SONAME]) if SONAME in entries else None,
             # a library that does not say gets one
-            any(flags & EXECUTABLE for kind, flags, *_ in headers if kind == GNU_STACK)
+            any(flags & FLAG_EXECUTABLE for kind, flags, *_ in headers if kind == GNU_STACK)
             or not any(kind == GNU_STACK for kind, *_ in headers),
-            dict(_needs(data, names, _offset(headers, entries[VERNEED]))) if VERNEED in entries else {},
-            tuple(_gives(data, names, _offset(headers, entries[VERDEF]))) if VERDEF in entries else (),
+            dict(_read_needed_versions(data, names, _file_offset(headers, entries[VERNEED])))
+            if VERNEED in entries
+            else {},
+            tuple(_read_defined_versions(data, names, _file_offset(headers, entries[VERDEF])))
+            if VERDEF in entries
+            else (),
         )
     except (struct.error, UnicodeDecodeError, OverflowError) as e:
         raise ValueError(f"its tables lead out of the file ({e})") from e
 
 
 def map_elf(path: Path) -> Elf:
-    """As `read_elf`, of a file, of which only the pages that are looked at are read. Raises OSError besides."""
+    """The `Elf` of a file, of which only the pages that are looked at are read. Raises what `read_elf` raises, and OSError."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         return read_elf(data)
 
 
-def _headers(data: bytes | mmap.mmap) -> Iterator[tuple[int, int, int, int, int]]:
+def _segment_headers(data: bytes | mmap.mmap) -> Iterator[tuple[int, int, int, int, int]]:
     """(kind, flags, offset, address, size in the file) of each segment."""
     (start,), (size, count) = struct.unpack_from("<Q", data, 32), struct.unpack_from("<HH", data, 54)
-    for i in range(min(count, LONGEST)):
+    for i in range(min(count, MAX_LENGTH)):
         kind, flags, offset, address, _, length = struct.unpack_from("<IIQQQQ", data, start + i * size)
         yield kind, flags, offset, address, length
 
 
-def _dynamic(data: bytes | mmap.mmap, headers: list[tuple[int, int, int, int, int]]) -> Iterator[tuple[int, int]]:
+def _dynamic_entries(
+    data: bytes | mmap.mmap, headers: list[tuple[int, int, int, int, int]]
+) -> Iterator[tuple[int, int]]:
     for kind, _, offset, _, length in headers:
-        if kind == DYNAMIC:
-            for i in range(min(length // 16, LONGEST)):
+        if kind == SEGMENT_DYNAMIC:
+            for i in range(min(length // 16, MAX_LENGTH)):
                 tag, value = struct.unpack_from("<QQ", data, offset + i * 16)
                 if tag == 0:
                     return
                 yield tag, value
 
 
-def _offset(headers: list[tuple[int, int, int, int, int]], address: int) -> int:
+def _file_offset(headers: list[tuple[int, int, int, int, int]], address: int) -> int:
     """Where in the file that address comes from."""
     for kind, _, offset, start, length in headers:
-        if kind == LOAD and start <= address < start + length:
+        if kind == SEGMENT_LOAD and start <= address < start + length:
             return address - start + offset
     raise ValueError("it has an address that is in none of its segments")
 
 
-def _needs(data: bytes | mmap.mmap, names: int, start: int) -> Iterator[tuple[str, tuple[str, ...]]]:
-    for at in _chain(data, start, 12):
+def _read_needed_versions(data: bytes | mmap.mmap, names: int, start: int) -> Iterator[tuple[str, tuple[str, ...]]]:
+    for at in _chain_offsets(data, start, 12):
         _, _, file, first = struct.unpack_from("<HHII", data, at)
-        versions = (struct.unpack_from("<I", data, aux + 8)[0] for aux in _chain(data, at + first, 12))
-        yield _text(data, names + file), tuple(sorted(_text(data, names + name) for name in versions))
+        versions = (struct.unpack_from("<I", data, aux + 8)[0] for aux in _chain_offsets(data, at + first, 12))
+        yield _read_string(data, names + file), tuple(sorted(_read_string(data, names + name) for name in versions))
 
 
-def _gives(data: bytes | mmap.mmap, names: int, start: int) -> Iterator[str]:
-    for at in _chain(data, start, 16):
+def _read_defined_versions(data: bytes | mmap.mmap, names: int, start: int) -> Iterator[str]:
+    for at in _chain_offsets(data, start, 16):
         (first,) = struct.unpack_from("<I", data, at + 12)
-        yield _text(data, names + struct.unpack_from("<I", data, at + first)[0])
+        yield _read_string(data, names + struct.unpack_from("<I", data, at + first)[0])
 
 
-def _chain(data: bytes | mmap.mmap, at: int, step: int) -> Iterator[int]:
+def _chain_offsets(data: bytes | mmap.mmap, at: int, step: int) -> Iterator[int]:
     """The places of a list whose entries say, `step` bytes behind their start, how far away the next one is."""
-    for _ in range(LONGEST):
+    for _ in range(MAX_LENGTH):
         yield at
         (ahead,) = struct.unpack_from("<I", data, at + step)
         if not ahead:
@@ -108,8 +114,8 @@ def _chain(data: bytes | mmap.mmap, at: int, step: int) -> Iterator[int]:
         at += ahead
 
 
-def _text(data: bytes | mmap.mmap, at: int) -> str:
-    end = data.find(b"\0", at, at + LONGEST)
+def _read_string(data: bytes | mmap.mmap, at: int) -> str:
+    end = data.find(b"\0", at, at + MAX_LENGTH)
     if end < 0:
         raise ValueError("it has a name without an end")
     return data[at:end].decode()

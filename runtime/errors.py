@@ -57,14 +57,14 @@ class Cancelled(PrebakeError):
     exit_code = 130
 
 
-def raise_all(folder: object, problems: Iterable[str]) -> None:
+def raise_problems(folder: object, problems: Iterable[str]) -> None:
     """One ArtifactError, a line for each problem, or nothing when there are none."""
     lines = list(problems)
     if lines:
         raise ArtifactError("\n".join(f"{folder}: {line}" for line in lines))
 
 
-def misfit(file: object, error: ValidationError, *inside: str) -> str:
+def describe_schema_error(file: object, error: ValidationError, *inside: str) -> str:
     """`FILE [key.of.the.first.problem]: what is wrong there (3 problems in all)`, for data that is not to its schema.
 
     `inside` are the keys that lead to the validated part of the file. What is wrong with a whole file names no key.
@@ -76,8 +76,8 @@ def misfit(file: object, error: ValidationError, *inside: str) -> str:
     return f"{file}{at}: {what.removeprefix('Value error, ')}" + (f" ({count} problems in all)" if count > 1 else "")
 
 
-def unreadable(error: OSError, folder: object) -> str:
-    """Why the system does not give a file of the artifact in `folder`, and the way out."""
+def describe_read_error(error: OSError, folder: object) -> str:
+    """A sentence that says why the system does not give a file of the artifact in `folder`, and the way out."""
     if isinstance(error, PermissionError):
         return f"this user may not read it ({error.strerror}); its owner can change that: chmod -R a+rX {folder}"
     return f"cannot be read ({error.strerror}); if its disk is failing, restore the file on another one"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from .elf import map_elf, read_elf
 
-STACKS_REFUSED = (2, 41)  # from this glibc on, dlopen refuses a library that asks for an executable stack
+EXECUTABLE_STACK_GLIBC = (2, 41)  # from this glibc on, dlopen refuses a library that asks for an executable stack
 
 
 def library_problems(name: str, data: bytes) -> Iterator[str]:
@@ -27,12 +27,16 @@ def library_problems(name: str, data: bytes) -> Iterator[str]:
         yield f"{name}: is code for {elf.machine}, this machine is {platform.machine()}; export again on this machine"
         return
     libc, version = platform.libc_ver()
-    if elf.executable_stack and libc == "glibc" and _numbers(version) >= STACKS_REFUSED:
+    if elf.executable_stack and libc == "glibc" and version_numbers(version) >= EXECUTABLE_STACK_GLIBC:
         yield f"{name}: asks for an executable stack, which glibc {version} refuses; export again"
     for library, wanted in elf.needs.items():
-        given = versions_of(library)
+        given = symbol_versions(library)
         if given and (lacking := sorted(set(wanted) - given, key=_version_order)):
-            highest = max((v for v in given if _prefix(v) == _prefix(lacking[-1])), key=_version_order, default="none")
+            highest = max(
+                (v for v in given if _version_prefix(v) == _version_prefix(lacking[-1])),
+                key=_version_order,
+                default="none",
+            )
             yield (
                 f"{name}: needs {lacking[-1]} of {library}, the one here has {highest} at most; "
                 "export again on this machine, or on one as old"
@@ -40,7 +44,7 @@ def library_problems(name: str, data: bytes) -> Iterator[str]:
 
 
 @functools.cache
-def versions_of(library: str) -> frozenset[str]:
+def symbol_versions(library: str) -> frozenset[str]:
     """The symbol versions of a library that this process has loaded, by its soname; none where it has not, or cannot tell."""
     for path in loaded_libraries():
         if path.name.startswith(library.split(".so")[0]):
@@ -62,13 +66,13 @@ def loaded_libraries(maps: Path = Path("/proc/self/maps")) -> list[Path]:
     return [Path(p) for p in dict.fromkeys(f[5] for f in lines if len(f) == 6 and ".so" in f[5] and f[5][0] == "/")]
 
 
-def _prefix(version: str) -> str:
+def _version_prefix(version: str) -> str:
     return version.rpartition("_")[0]
 
 
 def _version_order(version: str) -> tuple[str, tuple[int, ...]]:
-    return _prefix(version), _numbers(version.rpartition("_")[2])
+    return _version_prefix(version), version_numbers(version.rpartition("_")[2])
 
 
-def _numbers(version: str) -> tuple[int, ...]:
+def version_numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split(".") if part.isdigit())

@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError
 
-from .errors import ArtifactError, misfit, unreadable
-from .plan import FROZEN
+from .errors import ArtifactError, describe_read_error, describe_schema_error
+from .plan import FROZEN_CONFIG
 
 SCHEMA_VERSION = 1
 
@@ -23,7 +23,7 @@ SCHEMA_VERSION = 1
 class TensorSpec(BaseModel):
     """One input or output of a graph: contiguous, on the manifest's device. `dtype` is torch's name, e.g. `bfloat16`."""
 
-    model_config = FROZEN
+    model_config = FROZEN_CONFIG
     name: str
     shape: tuple[int, ...]
     dtype: str
@@ -36,7 +36,7 @@ class Cost(BaseModel):
     other operators read from memory and write to it.
     """
 
-    model_config = FROZEN
+    model_config = FROZEN_CONFIG
     flops: int
     flops_by_class: dict[str, int] = {}
     moved_bytes: int = 0
@@ -52,7 +52,7 @@ class Site(BaseModel):
     k = 0 the newest.
     """
 
-    model_config = FROZEN
+    model_config = FROZEN_CONFIG
     name: str
     slots: int = Field(ge=1)
     tensors: tuple[str, ...]
@@ -65,7 +65,7 @@ class Graph(BaseModel):
     maps the graph's own constant names to keys of the weight files.
     """
 
-    model_config = FROZEN
+    model_config = FROZEN_CONFIG
     name: str
     package: str
     inputs: tuple[TensorSpec, ...]
@@ -79,7 +79,7 @@ class Graph(BaseModel):
 
 
 class FileEntry(BaseModel):
-    model_config = FROZEN
+    model_config = FROZEN_CONFIG
     path: str
     size: int
     sha256: str
@@ -88,7 +88,7 @@ class FileEntry(BaseModel):
 class Source(BaseModel):
     """Where the weights came from: the id or folder name as given, the pipeline class, and a hash over its files."""
 
-    model_config = FROZEN
+    model_config = FROZEN_CONFIG
     model: str
     pipeline: str
     sha256: str
@@ -99,7 +99,7 @@ class Requires(BaseModel):
     AOTInductor's C ABI is not kept across minor versions. `packages` are what the backend needs besides, libraries, drivers
     and GPUs, with their versions, which the backend compares. `isa` are /proc/cpuinfo flags."""
 
-    model_config = FROZEN
+    model_config = FROZEN_CONFIG
     system: str
     machine: str
     device: Literal["cpu", "cuda"]
@@ -113,7 +113,7 @@ class Requires(BaseModel):
 class Defaults(BaseModel):
     """What a call uses where the caller is silent. `num_frames` is None of models that make pictures."""
 
-    model_config = FROZEN
+    model_config = FROZEN_CONFIG
     num_inference_steps: int
     guidance_scale: float
     height: int
@@ -128,7 +128,7 @@ class Manifest(BaseModel):
     of stored tensors that lie in memory as N H W C; they are bound as N C H W views of it. `complex` are
     those of stored [..., 2] of real and imaginary parts, bound as complex numbers."""
 
-    model_config = FROZEN
+    model_config = FROZEN_CONFIG
     schema_version: Literal[1] = SCHEMA_VERSION
     status: Literal["unverified", "verified", "failed"] = "unverified"
     unverified: tuple[str, ...] = ()
@@ -167,7 +167,7 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         raw = json.loads(path.read_text("utf-8"))
     except OSError as e:
-        raise ArtifactError(f"{folder}: {_unread(folder, e)}") from e
+        raise ArtifactError(f"{folder}: {_describe_unreadable_manifest(folder, e)}") from e
     except (ValueError, RecursionError) as e:
         came = e if path.stat().st_size else "the file is empty"
         raise ArtifactError(f"{path}: expected JSON, but {came}; restore the file or export again") from e
@@ -180,13 +180,13 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         return Manifest.model_validate(raw)
     except ValidationError as e:
-        raise ArtifactError(f"{misfit(path, e)}; restore the file or export again") from e
+        raise ArtifactError(f"{describe_schema_error(path, e)}; restore the file or export again") from e
 
 
-def _unread(folder: Path, error: OSError) -> str:
+def _describe_unreadable_manifest(folder: Path, error: OSError) -> str:
     """What is in the way of reading the folder's manifest."""
     if isinstance(error, PermissionError):
-        return f"manifest.json: {unreadable(error, folder)}"
+        return f"manifest.json: {describe_read_error(error, folder)}"
     if not folder.is_dir():
         found = "a file" if folder.exists() else "nothing"
         return f"expected an artifact folder, found {found}; make one with `prebake export`"
@@ -196,8 +196,8 @@ def _unread(folder: Path, error: OSError) -> str:
         return f"expected manifest.json in an artifact folder, found none; {way_out}"
     if isinstance(error, IsADirectoryError):
         return "manifest.json is a folder; restore the file or export again"
-    return f"manifest.json: {unreadable(error, folder)}"
+    return f"manifest.json: {describe_read_error(error, folder)}"
 
 
-FAMILY = "attach"
+ATTACH_FAMILY = "attach"
 """The manifest's `family` of an artifact that holds a denoiser alone."""

@@ -9,17 +9,17 @@ from contextlib import contextmanager
 
 from .errors import ArtifactError
 
-WORDS = ("Cannot allocate memory", "can't allocate memory", "can't start new thread", "bad_alloc")
+MEMORY_MESSAGES = ("Cannot allocate memory", "can't allocate memory", "can't start new thread", "bad_alloc")
 """Of the C library, torch, Python and C++."""
 
 
 @contextmanager
-def memory_for(what: object) -> Iterator[None]:
+def explain_memory(what: object) -> Iterator[None]:
     """Raises ArtifactError, naming `what`, in place of an error that comes of memory that ran out."""
     try:
         yield
     except Exception as e:
-        if ran_out(e):
+        if is_out_of_memory(e):
             raise ArtifactError(
                 f"{what}: memory ran out while it was opened; raise the limit of this process (ulimit -v, or its container's), "
                 "or free some"
@@ -27,18 +27,18 @@ def memory_for(what: object) -> Iterator[None]:
         raise
 
 
-def ran_out(error: BaseException | None) -> bool:
+def is_out_of_memory(error: BaseException | None) -> bool:
     """Whether the error, or its cause, is about memory."""
     while error is not None:
         if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
             return True
-        if any(words in str(error) for words in WORDS):
+        if any(words in str(error) for words in MEMORY_MESSAGES):
             return True
         error = error.__cause__
     return False
 
 
-def trim() -> None:
+def trim_heap() -> None:
     """Gives the system what the C library's allocator keeps of memory that was freed. glibc can; others keep less, or do so
     by themselves."""
     if malloc_trim := getattr(ctypes.CDLL(None), "malloc_trim", None):

@@ -12,16 +12,16 @@ Generators = torch.Generator | Sequence[torch.Generator] | None
 """One generator for the whole batch, one for each image, or torch's global one."""
 
 
-def draw(shape: tuple[int, ...], generator: Generators) -> torch.Tensor:
+def draw_noise(shape: tuple[int, ...], generator: Generators) -> torch.Tensor:
     """diffusers' randn_tensor, float32 [B, ...]: one generator draws the whole batch, of a list each draws its image."""
     if isinstance(generator, torch.Generator) or generator is None:
         return torch.randn(shape, generator=generator, dtype=torch.float32)
     if len(generator) == 1:
-        return draw(shape, generator[0])
+        return draw_noise(shape, generator[0])
     return torch.cat([torch.randn((1, *shape[1:]), generator=g, dtype=torch.float32) for g in generator])
 
 
-def chosen(seed: int | None, generator: Generators, batch: int) -> Generators:
+def choose_generators(seed: int | None, generator: Generators, batch: int) -> Generators:
     """The generators of a call for `batch` images. Raises ArtifactError for what does not fit it."""
     if seed is not None:
         if generator is not None:

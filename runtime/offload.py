@@ -15,19 +15,19 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .backends import backend
+from .backends import backend_module
 from .errors import ArtifactError
-from .gpu.upload import PIECE_BYTES, as_bytes, on_device
+from .gpu.upload import PIECE_BYTES, byte_view, move_to_device
 from .manifest import Manifest
 
-ALIGNMENT = 512
+ALLOCATION_ALIGNMENT_BYTES = 512
 """Bytes, where torch's own allocations on a GPU begin."""
-Asked = bool | Sequence[str]
+OffloadRequest = bool | Sequence[str]
 """`load(offload=...)`: names of graphs, or all that can leave."""
-DECODER = "vae_decoder"
+DECODER_GRAPH = "vae_decoder"
 
 
-class Device(Protocol):
+class OffloadDevice(Protocol):
     """Where weights visit. `send` is queued, and `sent` a ticket for all of it; `join` lets what the caller queues from now on
     wait for it, and keeps `memory` from other uses until that is done. `freed` is called when memory was let go of."""
 
@@ -42,7 +42,7 @@ class Device(Protocol):
     def freed(self) -> None: ...
 
 
-class CudaDevice:
+class CudaOffloadDevice:
     """Copies on the caller's stream. Memory goes back to the driver, as in diffusers' offloading: a block of that size that
     torch kept for itself would be split by the next small allocation that stays, and not fit the next time."""
 
@@ -70,7 +70,7 @@ class CudaDevice:
 # --- what may leave ---------------------------------------------------------------------------------------------------
 
 
-def leaving(asked: Asked, manifest: Manifest, variants: Collection[str]) -> tuple[str, ...]:
+def offloaded_graphs(asked: OffloadRequest, manifest: Manifest, variants: Collection[str]) -> tuple[str, ...]:
     """The graphs whose weights leave, in the manifest's order; `variants` are the denoiser's. Raises ArtifactError where that
     means nothing, and for graphs that stay."""
     if not asked:
@@ -83,12 +83,12 @@ def leaving(asked: Asked, manifest: Manifest, variants: Collection[str]) -> tupl
             f"offload={asked!r}: the artifact is for the CPU, where weights are pages of their files already, which leave memory "
             "when it is needed; leave it out"
         )
-    if not getattr(backend(manifest.backend), "REBINDS", False):
+    if not getattr(backend_module(manifest.backend), "REBINDS", False):
         raise ArtifactError(
             f"offload={asked!r}: code of the backend {manifest.backend!r} keeps its weights to itself; leave it out, or export "
             "with compile.backend=aoti"
         )
-    able = once_for_a_prompt(manifest, variants)
+    able = offloadable_graphs(manifest, variants)
     if asked is True:
         return able
     if staying := [name for name in asked if name not in able]:
@@ -99,13 +99,13 @@ def leaving(asked: Asked, manifest: Manifest, variants: Collection[str]) -> tupl
     return tuple(name for name in able if name in asked)
 
 
-def once_for_a_prompt(manifest: Manifest, variants: Collection[str]) -> tuple[str, ...]:
+def offloadable_graphs(manifest: Manifest, variants: Collection[str]) -> tuple[str, ...]:
     """The graphs that are neither of the denoiser's nor the decoder."""
-    return tuple(g.name for g in manifest.graphs if g.name not in variants and g.name != DECODER)
+    return tuple(g.name for g in manifest.graphs if g.name not in variants and g.name != DECODER_GRAPH)
 
 
-def owners(manifest: Manifest, graphs: Sequence[str]) -> dict[str, dict[str, None]]:
-    """Graph -> the keys of weights that come and go with it, in order: none that a graph reads which stays, each once."""
+def owned_weights(manifest: Manifest, graphs: Sequence[str]) -> dict[str, dict[str, None]]:
+    """Graph -> keys of the weights that are moved with it, in order, each once; none that a graph which stays reads too."""
     keys = {g.name: dict.fromkeys(g.constants.values()) for g in manifest.graphs}
     taken = {key for name, own in keys.items() if name not in graphs for key in own}
     owned: dict[str, dict[str, None]] = {}
@@ -115,29 +115,29 @@ def owners(manifest: Manifest, graphs: Sequence[str]) -> dict[str, dict[str, Non
     return owned
 
 
-def placed(tensors: Mapping[str, Tensor]) -> tuple[dict[str, int], int]:
-    """Where each begins in one piece of memory, in bytes, and how long that is."""
+def pack_offsets(tensors: Mapping[str, Tensor]) -> tuple[dict[str, int], int]:
+    """Offset in bytes of each tensor in one aligned block of memory, and the block's length."""
     at, offsets = 0, {}
     for key, tensor in tensors.items():
         offsets[key] = at
-        at += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+        at += -(-tensor.nbytes // ALLOCATION_ALIGNMENT_BYTES) * ALLOCATION_ALIGNMENT_BYTES
     return offsets, at
 
 
 # --- coming and going -------------------------------------------------------------------------------------------------
 
 
-class Guest:
+class OffloadedGroup:
     """Contiguous tensors, kept in pinned memory, and `tensors`, their places on the device. Any number of threads may need
     them at once: the first brings them, the last lets them go. A new one has its memory, for views that can be made of
     tensors only then, until `leave`."""
 
     def __init__(
-        self, tensors: Mapping[str, Tensor], where: torch.device, device: Device, piece_bytes: int = PIECE_BYTES
+        self, tensors: Mapping[str, Tensor], where: torch.device, device: OffloadDevice, piece_bytes: int = PIECE_BYTES
     ):
-        offsets, self.nbytes = placed(tensors)
+        offsets, self.nbytes = pack_offsets(tensors)
         self._device = device
-        self._pieces = kept(tensors, offsets, self.nbytes, device, piece_bytes)
+        self._pieces = pin_tensors(tensors, offsets, self.nbytes, device, piece_bytes)
         self._memory = torch.empty(self.nbytes, dtype=torch.uint8, device=where)
         self.tensors = {
             key: self._memory[offsets[key] :][: t.nbytes].view(t.dtype).reshape(t.shape) for key, t in tensors.items()
@@ -148,11 +148,11 @@ class Guest:
 
     @property
     def address(self) -> int:
-        """Of its memory, while it is there."""
+        """Address of its device memory, while it has any."""
         return self._memory.untyped_storage().data_ptr()
 
     @contextmanager
-    def there(self) -> Iterator[None]:
+    def hold_resident(self) -> Iterator[None]:
         """Inside, the tensors are on the device, for what is queued on the caller's stream."""
         with self._lock:
             if not self._users:
@@ -183,8 +183,8 @@ class Guest:
         self._device.freed()
 
 
-def kept(
-    tensors: Mapping[str, Tensor], offsets: Mapping[str, int], nbytes: int, device: Device, piece_bytes: int
+def pin_tensors(
+    tensors: Mapping[str, Tensor], offsets: Mapping[str, int], nbytes: int, device: OffloadDevice, piece_bytes: int
 ) -> list[Tensor]:
     """The tensors in pinned pieces of `piece_bytes`, a power of two, which is what torch would round a larger one up to.
 
@@ -198,7 +198,7 @@ def kept(
             "without offload, or on a host with more memory"
         ) from e
     for key, tensor in tensors.items():
-        at, source = offsets[key], as_bytes(tensor)
+        at, source = offsets[key], byte_view(tensor)
         while len(source):
             piece, begin = pieces[at // piece_bytes], at % piece_bytes
             here, source = source[: len(piece) - begin], source[len(piece) - begin :]
@@ -211,7 +211,7 @@ def first_line(e: Exception) -> str:
     return next(iter(str(e).strip().splitlines()), type(e).__name__)
 
 
-class Rebound(Protocol):
+class RebindableModel(Protocol):
     """A model whose constants can be bound again, to tensors that are at other addresses now."""
 
     def bind(self, tensors: Mapping[str, Tensor]) -> None: ...
@@ -219,18 +219,18 @@ class Rebound(Protocol):
     def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor]: ...
 
 
-class Visiting:
-    """A model whose weights come for a call, and leave at the end of the `stay` that the call is in, or else after it."""
+class OffloadedModel:
+    """A model whose weights come for a call, and leave at the end of the `stay_on_device` that the call is in, or else after it."""
 
-    def __init__(self, model: Rebound, constants: Mapping[str, Tensor], guests: Sequence[Guest]):
+    def __init__(self, model: RebindableModel, constants: Mapping[str, Tensor], guests: Sequence[OffloadedGroup]):
         self._model, self._constants, self._guests = model, constants, guests
         self._bound: tuple[int, ...] = ()
         self._lock = threading.Lock()
 
     def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        with stay() as staying:
+        with stay_on_device() as staying:
             for guest in self._guests:
-                staying.invite(guest)
+                staying.add_group(guest)
             with self._lock:  # whoever is inside holds the guests too, so these addresses are the ones it uses
                 addresses = tuple(guest.address for guest in self._guests)
                 if addresses != self._bound:
@@ -239,55 +239,57 @@ class Visiting:
             return self._model(inputs)
 
 
-class Stay:
-    """The guests that a thread keeps on the device."""
+class DeviceStay:
+    """The offloaded weights that a thread keeps on the device until the end of its block."""
 
     def __init__(self) -> None:
         self.leaving = ExitStack()
-        self._guests: list[Guest] = []
+        self._guests: list[OffloadedGroup] = []
 
-    def invite(self, guest: Guest) -> None:
+    def add_group(self, guest: OffloadedGroup) -> None:
         if guest not in self._guests:
-            self.leaving.enter_context(guest.there())
+            self.leaving.enter_context(guest.hold_resident())
             self._guests.append(guest)
 
 
-_here = threading.local()
+_thread_state = threading.local()
 
 
 @contextmanager
-def stay() -> Iterator[Stay]:
+def stay_on_device() -> Iterator[DeviceStay]:
     """Inside, weights that came for a call of this thread stay for its next ones; at the end they leave, whatever ended it."""
-    if staying := getattr(_here, "staying", None):
+    if staying := getattr(_thread_state, "staying", None):
         yield staying
         return
-    _here.staying = Stay()
+    _thread_state.staying = DeviceStay()
     try:
-        with _here.staying.leaving:
-            yield _here.staying
+        with _thread_state.staying.leaving:
+            yield _thread_state.staying
     finally:
-        _here.staying = None
+        _thread_state.staying = None
 
 
 # --- an artifact's ------------------------------------------------------------------------------------------------------
 
 
-class Guests:
-    """Those of an artifact, by the graph that they come and go with. It has none until `to_device` was called."""
+class OffloadedWeights:
+    """The offloaded weights of an artifact, grouped by the graph that they come and go with. Empty until `to_device` was called."""
 
-    def __init__(self, manifest: Manifest, graphs: Sequence[str], where: torch.device, device: Device | None = None):
+    def __init__(
+        self, manifest: Manifest, graphs: Sequence[str], where: torch.device, device: OffloadDevice | None = None
+    ):
         self._manifest, self._graphs, self._where = manifest, graphs, where
-        self._device = device or CudaDevice(where)
-        self._guests: dict[str, Guest] = {}
+        self._device = device or CudaOffloadDevice(where)
+        self._guests: dict[str, OffloadedGroup] = {}
 
     def to_device(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """All weights: those that stay, copied there, and then the places of those that visit, which shows that all fit."""
-        owned = owners(self._manifest, self._graphs)
+        owned = owned_weights(self._manifest, self._graphs)
         away = {key for keys in owned.values() for key in keys}
-        there = on_device({key: t for key, t in tensors.items() if key not in away}, self._where)
+        there = move_to_device({key: t for key, t in tensors.items() if key not in away}, self._where)
         for name, keys in owned.items():
             if own := {key: tensors[key] for key in keys if key in tensors}:
-                self._guests[name] = Guest(own, self._where, self._device)
+                self._guests[name] = OffloadedGroup(own, self._where, self._device)
                 there |= self._guests[name].tensors
         return there
 
@@ -296,6 +298,6 @@ class Guests:
         for guest in self._guests.values():
             guest.leave()
 
-    def needed(self, constants: Mapping[str, str]) -> tuple[Guest, ...]:
+    def needed(self, constants: Mapping[str, str]) -> tuple[OffloadedGroup, ...]:
         """The guests that hold some of a graph's constants."""
         return tuple(g for g in self._guests.values() if any(key in g.tensors for key in constants.values()))

@@ -17,23 +17,23 @@ from typing import Any, NamedTuple
 import torch
 
 from .artifact import Artifact, open_artifact
-from .check.artifact import Key, Trust, status_problems
-from .errors import ArtifactError, raise_all
-from .families import family_of
+from .check.artifact import PublicKey, Trust, status_problems
+from .errors import ArtifactError, raise_problems
+from .families import artifact_family
 from .gpu.graph_loop import loop_of
-from .gpu.memory import gpu_memory_for
-from .manifest import FAMILY
-from .noise import Generators, chosen, draw
-from .offload import Asked as Offload
-from .offload import once_for_a_prompt, stay
-from .pictures import frames_out, pictures_out
+from .gpu.memory import explain_gpu_memory
+from .manifest import ATTACH_FAMILY
+from .noise import Generators, choose_generators, draw_noise
+from .offload import OffloadRequest as Offload
+from .offload import offloadable_graphs, stay_on_device
+from .pictures import postprocess_frames, postprocess_pictures
 from .plan import Plan
-from .replay import StopReplay, Tables
-from .runners import Flag, refuse_cancelled
-from .start import Asked, after_evaluation, begin, beginning, ended
+from .replay import PlanTables, StopReplay
+from .runners import CancelFlag, refuse_cancelled
+from .start import StartRequest, evaluation_callback, initial_state, steps_to_skip, tables_until
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-Callback = Callable[["Pipeline", int, float, dict[str, torch.Tensor]], dict[str, torch.Tensor] | None]
+StepCallback = Callable[["Pipeline", int, float, dict[str, torch.Tensor]], dict[str, torch.Tensor] | None]
 
 
 def load(
@@ -41,7 +41,7 @@ def load(
     *,
     cache_dir: str | Path | None = None,
     trust: Trust = "hash",
-    public_key: Key | None = None,
+    public_key: PublicKey | None = None,
     runners: int | None = None,
     offload: Offload = False,
 ) -> Pipeline:
@@ -61,8 +61,8 @@ def load(
     artifact = open_artifact(
         folder, cache_dir=cache_dir, trust=trust, public_key=public_key, runners=runners, offload=offload
     )
-    raise_all(folder, status_problems(artifact.manifest))
-    if artifact.manifest.family == FAMILY:
+    raise_problems(folder, status_problems(artifact.manifest))
+    if artifact.manifest.family == ATTACH_FAMILY:
         raise ArtifactError(
             f"{folder}: holds the denoiser of {artifact.manifest.source.pipeline} alone; load that pipeline with diffusers and "
             "give both to prebake.runtime.attach, or export with model.part=pipeline where it has a family"
@@ -94,7 +94,7 @@ class Pipeline:
 
     def __init__(self, artifact: Artifact):
         self.artifact = artifact
-        self.family = family_of(artifact)
+        self.family = artifact_family(artifact)
         self._decoder = artifact.graph("vae_decoder")
         self._variants, self._sites = artifact.variants, artifact.sites
         self._loop = loop_of(artifact.manifest)
@@ -124,11 +124,11 @@ class Pipeline:
         negative_prompt_embeds: torch.Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-        callback_on_step_end: Callback | None = None,
+        callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         max_sequence_length: int | None = None,
         cache: bool = True,
-        cancel: Flag | None = None,
+        cancel: CancelFlag | None = None,
         **more: Any,
     ) -> PipelineOutput | VideoOutput:
         """Images for the prompt or prompts, `num_images_per_prompt` of each, prompt after prompt; or videos, for which
@@ -166,35 +166,35 @@ class Pipeline:
             negative_prompt_embeds=negative_prompt_embeds,
             **more,
         )
-        asked = Asked(image, mask_image, strength, latents, self.family.window(given))
-        tables = self._tables(num_inference_steps, cache, beginning(self.family, asked))
-        tables = ended(tables, asked.window.end)
+        asked = StartRequest(image, mask_image, strength, latents, self.family.window(given))
+        tables = self._tables(num_inference_steps, cache, steps_to_skip(self.family, asked))
+        tables = tables_until(tables, asked.window.end)
         if guidance_scale is None:
             guidance_scale = self.artifact.manifest.defaults.guidance_scale
-        refuse_unusable("guidance_scale", guidance_scale)
+        refuse_nonfinite("guidance_scale", guidance_scale)
         after = self._after_step(callback_on_step_end, callback_on_step_end_tensor_inputs)
         self._interrupt = False
         with self.artifact.runners.one(cancel), self._memory():
-            with stay():
+            with stay_on_device():
                 conditions = self.family.conditions(given, guidance_scale)
             conditions = [c for c in conditions for _ in range(count)]
-            generator = chosen(seed, generator, len(conditions))
-            with stay():
-                start = begin(self.family, self.artifact, tables.plan, asked, len(conditions), generator)
+            generator = choose_generators(seed, generator, len(conditions))
+            with stay_on_device():
+                start = initial_state(self.family, self.artifact, tables.plan, asked, len(conditions), generator)
             noise = self._noise(tables, start.latents.shape, generator)
             finals = []
             for i, condition in enumerate(conditions):
                 refuse_cancelled(cancel)
                 draws = [z[i : i + 1] for z in noise]
                 inputs = {**condition, **{name: t[i : i + 1] for name, t in start.inputs.items()}}
-                watch = unless_cancelled(cancel, after_evaluation(tables.plan, start.blend(i), after))
+                watch = watch_cancellation(cancel, evaluation_callback(tables.plan, start.blend(i), after))
                 x = start.latents[i : i + 1]
                 finals.append(
                     self._loop(tables, self._variants, self._sites, inputs, x, noise=draws, on_evaluation=watch)
                 )
                 if self._interrupt:
                     break
-            made = torch.cat(finals) if output_type == "latent" else self._decoded(finals)
+            made = torch.cat(finals) if output_type == "latent" else self._decode(finals)
         return self._output(made, output_type)
 
     @property
@@ -212,7 +212,7 @@ class Pipeline:
 
     # --- what the caller asked for, against what the artifact has -----------------------------------------------
 
-    def _tables(self, steps: int | None, cache: bool, left_out: Callable[[Plan], int]) -> Tables:
+    def _tables(self, steps: int | None, cache: bool, left_out: Callable[[Plan], int]) -> PlanTables:
         """The plan for that number of steps, with its cache or without, from the step on where the call begins."""
         plans = self.artifact.tables
         steps = self.artifact.manifest.defaults.num_inference_steps if steps is None else steps
@@ -232,7 +232,7 @@ class Pipeline:
         defaults, length = self.artifact.manifest.defaults, self.family.max_sequence_length
         if (height or defaults.height, width or defaults.width) != (defaults.height, defaults.width):
             raise ArtifactError(
-                f"height={height}, width={width}: the artifact makes {self.family.makes} of height {defaults.height}, "
+                f"height={height}, width={width}: the artifact makes {self.family.output_kind} of height {defaults.height}, "
                 f"width {defaults.width} only; export again for another size"
             )
         if num_frames not in (None, defaults.num_frames):
@@ -245,7 +245,7 @@ class Pipeline:
 
     def _count(self, images: int, videos: int | None) -> int:
         """How many to make for each prompt, by either of diffusers' names."""
-        if videos is not None and (images != 1 or self.family.makes == "images"):
+        if videos is not None and (images != 1 or self.family.output_kind == "images"):
             raise ArtifactError(
                 f"num_videos_per_prompt={videos}: expected num_images_per_prompt alone, which every artifact takes"
             )
@@ -257,9 +257,9 @@ class Pipeline:
     def _memory(self) -> AbstractContextManager[None]:
         """Inside, the GPU's memory that ran out is told in a sentence."""
         artifact = self.artifact
-        able = () if artifact.away else once_for_a_prompt(artifact.manifest, self._variants)
-        doing = f"{self.family.makes} were made"
-        return gpu_memory_for(artifact.folder, doing, artifact.manifest, artifact.device, able)
+        able = () if artifact.offloaded else offloadable_graphs(artifact.manifest, self._variants)
+        doing = f"{self.family.output_kind} were made"
+        return explain_gpu_memory(artifact.folder, doing, artifact.manifest, artifact.device, able)
 
     def _check_choices(self, output_type: str, callback_inputs: Sequence[str]) -> None:
         if output_type not in OUTPUT_TYPES:
@@ -281,27 +281,27 @@ class Pipeline:
 
     # --- noise and images ---------------------------------------------------------------------------------------
 
-    def _noise(self, tables: Tables, shape: torch.Size, generator: Generators) -> list[torch.Tensor]:
+    def _noise(self, tables: PlanTables, shape: torch.Size, generator: Generators) -> list[torch.Tensor]:
         """A draw [B, ...] for each evaluation that adds noise, in the order in which diffusers draws them."""
         updates = [e.update for e in tables.plan.evaluations if e.update.noise]
-        draws = [[draw(tuple(shape), generator) for _ in range(u.unused_draws + 1)] for u in updates]
+        draws = [[draw_noise(tuple(shape), generator) for _ in range(u.unused_draws + 1)] for u in updates]
         return [drawn[-1].to(self.artifact.device) for drawn in draws]
 
-    def _decoded(self, finals: list[torch.Tensor]) -> torch.Tensor:
+    def _decode(self, finals: list[torch.Tensor]) -> torch.Tensor:
         """Final latents as the decoder's pictures [B, 3, H, W], or videos [B, T, 3, H, W]."""
         (name,) = (spec.name for spec in self._decoder.graph.outputs)
         return torch.cat([self._decoder({"latents": x.contiguous()})[name] for x in finals])
 
     def _output(self, made: torch.Tensor, output_type: str) -> PipelineOutput | VideoOutput:
         """What the caller gets of the final latents, or of what they were decoded to."""
-        video = self.family.makes == "frames"
+        video = self.family.output_kind == "frames"
         out: Any = made
         if output_type != "latent":
-            out = frames_out(made, output_type) if video else pictures_out(made, output_type)
+            out = postprocess_frames(made, output_type) if video else postprocess_pictures(made, output_type)
         return VideoOutput(out) if video else PipelineOutput(out)
 
     def _after_step(
-        self, callback: Callback | None, callback_inputs: Sequence[str]
+        self, callback: StepCallback | None, callback_inputs: Sequence[str]
     ) -> Callable[[int, float, torch.Tensor], torch.Tensor] | None:
         """The caller's callback, from (step, timestep, latents) to latents, or None."""
         if callback is None:
@@ -319,10 +319,10 @@ class Pipeline:
         return after_step
 
 
-OnEvaluation = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor | None]
+EvaluationCallback = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor | None]
 
 
-def unless_cancelled(cancel: Flag | None, watch: OnEvaluation | None) -> OnEvaluation | None:
+def watch_cancellation(cancel: CancelFlag | None, watch: EvaluationCallback | None) -> EvaluationCallback | None:
     """What `replay` calls after each evaluation, with a look at `cancel` before."""
     if cancel is None:
         return watch
@@ -334,7 +334,7 @@ def unless_cancelled(cancel: Flag | None, watch: OnEvaluation | None) -> OnEvalu
     return seen
 
 
-def refuse_unusable(name: str, value: Any) -> None:
+def refuse_nonfinite(name: str, value: Any) -> None:
     """Raises ArtifactError for what is no finite number: it would make a picture of nothing."""
     try:
         usable = math.isfinite(value)

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from .errors import ArtifactError
 
-FROZEN = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+FROZEN_CONFIG = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Update(BaseModel):
@@ -22,18 +22,18 @@ class Update(BaseModel):
     `unused_draws` that nothing is made of: some schedulers draw so, and equal seeds shall give equal noise.
     """
 
-    model_config = FROZEN
+    model_config = FROZEN_CONFIG
     latents: tuple[float, ...]
     outputs: tuple[float, ...]
     noise: float = 0.0
     unused_draws: int = Field(default=0, ge=0)
 
 
-class Call(BaseModel):
+class DenoiserCall(BaseModel):
     """One call that a diffusers pipeline makes of an attached denoiser: `of` is its kind, by position in `manifest.pipeline`,
     `values` what the arguments that follow the schedule hold there, one number where all of a tensor's are that one."""
 
-    model_config = FROZEN
+    model_config = FROZEN_CONFIG
     of: int = Field(default=0, ge=0)
     values: dict[str, tuple[float, ...]] = {}
 
@@ -50,7 +50,7 @@ class Evaluation(BaseModel):
     scheduler updates the latents then, and `update` leaves them as they are.
     """
 
-    model_config = FROZEN
+    model_config = FROZEN_CONFIG
     step: int
     variant: str
     timestep: float
@@ -58,7 +58,7 @@ class Evaluation(BaseModel):
     coefficients: tuple[float, ...] = ()
     update: Update
     marginal: tuple[float, float] | None = None
-    calls: tuple[Call, ...] = ()
+    calls: tuple[DenoiserCall, ...] = ()
 
 
 class Tail(BaseModel):
@@ -68,7 +68,7 @@ class Tail(BaseModel):
     that has no history yet, a cache that has stored nothing yet). After them the plan's own follow.
     """
 
-    model_config = FROZEN
+    model_config = FROZEN_CONFIG
     step: int = Field(ge=1)
     begin: int = Field(ge=1)
     head: tuple[Evaluation, ...] = ()
@@ -80,7 +80,7 @@ class Plan(BaseModel):
     `tails` are the later starts that it has besides its first evaluation, for image-to-image.
     """
 
-    model_config = FROZEN
+    model_config = FROZEN_CONFIG
     name: str
     steps: int = Field(ge=1)
     cache: str = "none"

@@ -10,77 +10,79 @@ from .errors import ArtifactError, PrebakeError
 from .manifest import Manifest, read_manifest
 
 
-def problems(folder: Path) -> Iterator[tuple[str, str]]:
+def artifact_problems(folder: Path) -> Iterator[tuple[str, str]]:
     """(kind, sentence) of all that is wrong; the kinds are manifest, machine, files, plans, weights and code."""
     try:
         manifest = read_manifest(folder)
     except ArtifactError as e:
         yield "manifest", str(e)
         return
-    from .check.artifact import name_problems, reference_problems
+    from .check.artifact import file_name_problems, reference_problems
     from .check.machine import machine_problems
 
-    names, references = list(name_problems(manifest)), list(reference_problems(manifest))
-    yield from of_kind("manifest", [*names, *references])
-    yield from of_kind("machine", machine_problems(manifest))
+    names, references = list(file_name_problems(manifest)), list(reference_problems(manifest))
+    yield from label_problems("manifest", [*names, *references])
+    yield from label_problems("machine", machine_problems(manifest))
     if names:  # such names are not followed
         return
-    broken = list(file_problems(folder, manifest))
-    yield from of_kind("files", broken)
+    broken = list(damaged_file_problems(folder, manifest))
+    yield from label_problems("files", broken)
     if not broken and not references:
-        yield from content_problems(folder, manifest)
+        yield from load_problems(folder, manifest)
 
 
-def of_kind(kind: str, lines: Iterable[str]) -> Iterator[tuple[str, str]]:
+def label_problems(kind: str, lines: Iterable[str]) -> Iterator[tuple[str, str]]:
     return ((kind, line) for line in lines)
 
 
-def file_problems(folder: Path, manifest: Manifest) -> Iterator[str]:
+def damaged_file_problems(folder: Path, manifest: Manifest) -> Iterator[str]:
     """Names, sizes and links, and the hashes of all files that are there in the right size."""
     from .check import artifact as check
-    from .storage.files import opened
+    from .storage.files import open_files
 
     yield from check.file_problems(folder, manifest)
     for entry in manifest.files:
-        if not list(check.file_problem(folder, entry)) and not linked(folder, entry.path):
+        if not list(check.file_problem(folder, entry)) and not is_linked(folder, entry.path):
             try:
-                with opened(folder, [entry.path]) as files:
+                with open_files(folder, [entry.path]) as files:
                     yield from check.content_problems(manifest, files)
             except ArtifactError as e:
                 yield str(e).removeprefix(f"{folder}: ")
 
 
-def linked(folder: Path, path: str) -> bool:
+def is_linked(folder: Path, path: str) -> bool:
     """Whether a link leads to the file."""
     at = folder / path
     return any(p.is_symlink() for p in (at, *at.parents) if p.is_relative_to(folder) and p != folder)
 
 
-def content_problems(folder: Path, manifest: Manifest) -> Iterator[tuple[str, str]]:
+def load_problems(folder: Path, manifest: Manifest) -> Iterator[tuple[str, str]]:
     """What is wrong inside files that are all there and are what the manifest says."""
     import torch
 
     from .artifact import constants_of, read_plans, timestep_scale, weight_files
-    from .backends import backend
+    from .backends import backend_module
     from .contract import Contract
-    from .storage.files import by_descriptor, opened
+    from .storage.files import descriptor_path, open_files
     from .weights import map_weights
 
-    yield from of_kind("manifest", said(folder, lambda: timestep_scale(manifest)))
-    yield from of_kind("plans", said(folder, lambda: read_plans(folder, manifest)))
+    yield from label_problems("manifest", collect_problems(folder, lambda: timestep_scale(manifest)))
+    yield from label_problems("plans", collect_problems(folder, lambda: read_plans(folder, manifest)))
 
     def bind() -> None:
-        with opened(folder, weight_files(manifest)) as files:
-            named = {folder / path: by_descriptor(files[path]) for path in files}
+        with open_files(folder, weight_files(manifest)) as files:
+            named = {folder / path: descriptor_path(files[path]) for path in files}
             weights = map_weights(named, torch.device("cpu"), manifest.channels_last, manifest.complex)
         for graph in manifest.graphs:
             constants_of(graph, weights)
 
-    yield from of_kind("weights", said(folder, bind))
+    yield from label_problems("weights", collect_problems(folder, bind))
     for graph in manifest.graphs:
-        yield from of_kind("manifest", said(folder, lambda graph=graph: Contract(graph, torch.device("cpu"))))
+        yield from label_problems(
+            "manifest", collect_problems(folder, lambda graph=graph: Contract(graph, torch.device("cpu")))
+        )
     try:
-        yield from of_kind("code", backend(manifest.backend).package_problems(folder, manifest))
+        yield from label_problems("code", backend_module(manifest.backend).package_problems(folder, manifest))
     except ArtifactError:
         return  # told as what this machine lacks
 
@@ -93,19 +95,19 @@ def pipeline_problems(folder: Path) -> Iterator[tuple[str, str]]:
     from .attachment.facts import read_facts
     from .check.artifact import status_problems
     from .contract import Contract
-    from .families import family_of
-    from .manifest import FAMILY
+    from .families import artifact_family
+    from .manifest import ATTACH_FAMILY
 
     manifest, cpu = read_manifest(folder), torch.device("cpu")
-    yield from of_kind("manifest", status_problems(manifest))
+    yield from label_problems("manifest", status_problems(manifest))
     unopened = {graph.name: BoundGraph(graph, list, Contract(graph, cpu)) for graph in manifest.graphs}
     artifact = Artifact(folder, manifest, cpu, {}, unopened, read_plans(folder, manifest), {})
-    look = read_facts if manifest.family == FAMILY else family_of
-    yield from of_kind("manifest", said(folder, lambda: look(artifact)))
+    look = read_facts if manifest.family == ATTACH_FAMILY else artifact_family
+    yield from label_problems("manifest", collect_problems(folder, lambda: look(artifact)))
 
 
-def said(folder: Path, look: Any) -> list[str]:
-    """What `look` raises, a line each, without the folder's name before it."""
+def collect_problems(folder: Path, look: Any) -> list[str]:
+    """The lines of the error that `look` raises, without the folder's name before them; none where it raises nothing."""
     try:
         look()
     except PrebakeError as e:

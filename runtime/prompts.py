@@ -14,18 +14,18 @@ from tokenizers import Tokenizer
 
 from .artifact import Artifact
 from .errors import ArtifactError
-from .plan import FROZEN
+from .plan import FROZEN_CONFIG
 from .replay import Tensors
-from .storage.files import read_listed
+from .storage.files import read_listed_file
 
-SHOWN = 200  # characters of a text, in what is said of it: a server's log takes a line for each request
+SHOWN_CHARACTERS = 200  # characters of a text, in what is said of it: a server's log takes a line for each request
 
 
-class Prompt(BaseModel):
+class TokenizerSettings(BaseModel):
     """One tokenizer. The text is diffusers' argument `argument`, ids enter the graph as `input`, and which of them are
     text and not padding as `mask`, where the graph wants to know. `lower` is for models trained on lower case."""
 
-    model_config = FROZEN
+    model_config = FROZEN_CONFIG
     tokenizer: str
     argument: str = "prompt"
     input: str = "input_ids"
@@ -36,21 +36,21 @@ class Prompt(BaseModel):
     lower: bool = False
 
 
-class Text(BaseModel):
+class TextSettings(BaseModel):
     """How text enters. `embeds` maps diffusers' arguments for embeddings to the denoiser's inputs, which are the graph's
     outputs. `zero_negative`: where no negative prompt is given, its embeddings are zero and not those of an empty text."""
 
-    model_config = FROZEN
+    model_config = FROZEN_CONFIG
     graph: str = "text_encoder"
-    prompts: tuple[Prompt, ...]
+    prompts: tuple[TokenizerSettings, ...]
     embeds: dict[str, str]
     zero_negative: bool = False
 
 
 class TextEncoder:
-    """A `Text` of an open artifact, ready to be called."""
+    """A `TextSettings` of an open artifact, ready to be called."""
 
-    def __init__(self, artifact: Artifact, text: Text):
+    def __init__(self, artifact: Artifact, text: TextSettings):
         files = {entry.path for entry in artifact.manifest.files}
         if lacking := [p.tokenizer for p in text.prompts if p.tokenizer not in files]:
             raise ArtifactError(
@@ -69,14 +69,14 @@ class TextEncoder:
         self._embeds = dict(sorted(text.embeds.items(), key=lambda item: list(self._shapes).index(item[1])))
         self._tokenizers = [
             PromptTokenizer(
-                artifact.folder / p.tokenizer, read_listed(artifact.folder, artifact.manifest, p.tokenizer), p
+                artifact.folder / p.tokenizer, read_listed_file(artifact.folder, artifact.manifest, p.tokenizer), p
             )
             for p in text.prompts
         ]
 
     @property
     def max_sequence_length(self) -> int:
-        """In tokens, of the last tokenizer: that is the one whose length diffusers lets its caller choose."""
+        """Tokens that the last tokenizer takes: the one whose length diffusers lets its caller choose."""
         return self.text.prompts[-1].max_length
 
     def arguments(self, negative: bool) -> tuple[str, ...]:
@@ -101,10 +101,10 @@ class TextEncoder:
             return self._given(embeds, prefix)
         if prefix and default is None and not any(prefix + name in given for name in names):
             return []
-        first = texts(prefix + names[0], given.get(prefix + names[0], default))
+        first = text_list(prefix + names[0], given.get(prefix + names[0], default))
         columns = {names[0]: first}
         for name in names[1:]:
-            columns[name] = texts(prefix + name, given[prefix + name]) if prefix + name in given else first
+            columns[name] = text_list(prefix + name, given[prefix + name]) if prefix + name in given else first
             if len(columns[name]) != len(first):
                 raise ArtifactError(
                     f"{prefix}{name}: expected {len(first)} texts, one for each {prefix}{names[0]}, got {len(columns[name])}"
@@ -148,11 +148,11 @@ class TextEncoder:
         return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
-def texts(name: str, value: object) -> list[str]:
+def text_list(name: str, value: object) -> list[str]:
     """The argument `name` as a list of texts. Raises ArtifactError for anything else."""
     each = [value] if isinstance(value, str) else value
     if not isinstance(each, list) or not each or not all(isinstance(text, str) for text in each):
-        raise ArtifactError(f"{name}: expected a text or a list of texts, got {value!r:.{SHOWN}}")
+        raise ArtifactError(f"{name}: expected a text or a list of texts, got {value!r:.{SHOWN_CHARACTERS}}")
     for text in each:
         try:
             text.encode()
@@ -166,7 +166,7 @@ def texts(name: str, value: object) -> list[str]:
 class PromptTokenizer:
     """One tokenizer with a fixed length: what is shorter is padded, what is longer is cut off with a warning."""
 
-    def __init__(self, path: Path, data: bytes, prompt: Prompt):
+    def __init__(self, path: Path, data: bytes, prompt: TokenizerSettings):
         """`data` is what the file holds."""
         try:
             self._tokenizer = Tokenizer.from_buffer(data)
@@ -186,8 +186,8 @@ class PromptTokenizer:
         if encoding.overflowing:
             lost = text[max(end for _, end in encoding.offsets) :].strip()
             warnings.warn(
-                f"the prompt is longer than {self._prompt.max_length} tokens of {self._name}; cut off: {lost[:SHOWN]!r}"
-                + (f" and {len(lost) - SHOWN} characters more" if len(lost) > SHOWN else ""),
+                f"the prompt is longer than {self._prompt.max_length} tokens of {self._name}; cut off: {lost[:SHOWN_CHARACTERS]!r}"
+                + (f" and {len(lost) - SHOWN_CHARACTERS} characters more" if len(lost) > SHOWN_CHARACTERS else ""),
                 stacklevel=2,
             )
         return torch.tensor([encoding.ids]), torch.tensor([encoding.attention_mask])

@@ -23,7 +23,7 @@ ROW_FLOATS = 64
 
 
 @dataclass(frozen=True)
-class Tables:
+class PlanTables:
     """A plan whose per-evaluation numbers already lie on the device: made once, when an artifact is opened."""
 
     plan: Plan
@@ -32,7 +32,7 @@ class Tables:
 
 
 @dataclass(frozen=True)
-class Variant:
+class DenoiserVariant:
     """A denoiser that can be called by name of input, with what the manifest says about it."""
 
     graph: Graph
@@ -47,8 +47,8 @@ class StopReplay(Exception):
 
 
 def replay(
-    tables: Tables,
-    variants: Mapping[str, Variant],
+    tables: PlanTables,
+    variants: Mapping[str, DenoiserVariant],
     sites: Mapping[str, Site],
     inputs: Mapping[str, torch.Tensor],
     latents: torch.Tensor,
@@ -71,16 +71,20 @@ def replay(
 
     for e, evaluation in enumerate(plan.evaluations):
         variant = variants[evaluation.variant]
-        call = {**inputs, "hidden_states": scaled(latents, evaluation.input_scale), "timestep": tables.timesteps[e]}
+        call = {
+            **inputs,
+            "hidden_states": scale_tensor(latents, evaluation.input_scale),
+            "timestep": tables.timesteps[e],
+        }
         if variant.graph.combines:
             call["coefficients"] = tables.coefficients[e]
-            call.update(slots(variant.graph, stored))
+            call.update(slot_inputs(variant.graph, stored))
         result = variant.call(call)
-        store(variant.graph, sites, stored, result)
+        store_sites(variant.graph, sites, stored, result)
 
         starts.appendleft(latents)
         outputs.appendleft(result["sample"])
-        latents = updated(evaluation.update, starts, outputs, draws)
+        latents = apply_update(evaluation.update, starts, outputs, draws)
         if on_evaluation is not None:
             try:
                 replaced = on_evaluation(e, outputs[0], latents)
@@ -90,7 +94,7 @@ def replay(
     return latents
 
 
-def updated(
+def apply_update(
     update: Update, starts: Iterable[torch.Tensor], outputs: Iterable[torch.Tensor], draws: Iterator[torch.Tensor]
 ) -> torch.Tensor:
     """x' = sum a_k x[e-k] + sum b_k m[e-k] + noise z: the scheduler's step as the plan wrote it down."""
@@ -98,18 +102,18 @@ def updated(
     if update.noise:
         terms.append((update.noise, next(draws)))
     (scale, tensor), *rest = [term for term in terms if term[0]] or terms[:1]
-    x = scaled(tensor, scale)
+    x = scale_tensor(tensor, scale)
     for scale, tensor in rest:
         x = torch.add(x, tensor, alpha=scale)
     return x
 
 
-def scaled(x: torch.Tensor, scale: float) -> torch.Tensor:
+def scale_tensor(x: torch.Tensor, scale: float) -> torch.Tensor:
     return x if scale == 1.0 else x * scale
 
 
-def slots(graph: Graph, stored: Mapping[str, Sequence[Tensors]]) -> Tensors:
-    """The stored values that the variant combines, as inputs `<tensor>@<k>`, k = 0 the newest."""
+def slot_inputs(graph: Graph, stored: Mapping[str, Sequence[Tensors]]) -> Tensors:
+    """The stored values that the variant combines, as its inputs `<tensor>@<k>`, k = 0 the newest."""
     return {
         f"{name}@{k}": tensor
         for site in graph.combines
@@ -118,7 +122,7 @@ def slots(graph: Graph, stored: Mapping[str, Sequence[Tensors]]) -> Tensors:
     }
 
 
-def store(graph: Graph, sites: Mapping[str, Site], stored: dict[str, deque[Tensors]], result: Tensors) -> None:
+def store_sites(graph: Graph, sites: Mapping[str, Site], stored: dict[str, deque[Tensors]], result: Tensors) -> None:
     """Shifts the generations of every site that this variant stores: the references move, the tensors stay.
 
     The first store of a replay fills every slot, so a combination is defined from then on.
@@ -132,16 +136,16 @@ def store(graph: Graph, sites: Mapping[str, Site], stored: dict[str, deque[Tenso
             stored[name] = deque([fresh] * site.slots, maxlen=site.slots)
 
 
-def tables_on(plan: Plan, device: torch.device, timestep_scale: float = 1.0) -> Tables:
+def tabulate_plan(plan: Plan, device: torch.device, timestep_scale: float = 1.0) -> PlanTables:
     """The plan with its timesteps and coefficients as rows of two small float32 tensors on the device."""
-    return Tables(
+    return PlanTables(
         plan,
-        timesteps=rows([(e.timestep * timestep_scale,) for e in plan.evaluations], device),
-        coefficients=rows([e.coefficients for e in plan.evaluations], device),
+        timesteps=tabulate_rows([(e.timestep * timestep_scale,) for e in plan.evaluations], device),
+        coefficients=tabulate_rows([e.coefficients for e in plan.evaluations], device),
     )
 
 
-def rows(values: Sequence[Sequence[float]], device: torch.device) -> tuple[torch.Tensor, ...]:
+def tabulate_rows(values: Sequence[Sequence[float]], device: torch.device) -> tuple[torch.Tensor, ...]:
     """Each as float32 [K], a view of one tensor that begins ROW_FLOATS, or a multiple of it, behind the one before: code for a
     GPU copies an input that begins where it cannot read several numbers at once."""
     width = max((-(-len(v) // ROW_FLOATS) for v in values), default=0) * ROW_FLOATS
@@ -149,7 +153,7 @@ def rows(values: Sequence[Sequence[float]], device: torch.device) -> tuple[torch
     return tuple(table[i, : len(v)] for i, v in enumerate(values))
 
 
-def ends_step(plan: Plan, e: int) -> bool:
+def is_step_end(plan: Plan, e: int) -> bool:
     """Whether evaluation e is the last of its step (a Heun step has two)."""
     following = plan.evaluations[e + 1 : e + 2]
     return not following or following[0].step != plan.evaluations[e].step

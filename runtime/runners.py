@@ -18,16 +18,16 @@ from typing import Protocol
 import torch
 
 from .errors import ArtifactError, Cancelled
-from .memory import trim
+from .memory import trim_heap
 
-LONG_S = 0.25
+LONG_CALL_S = 0.25
 """A call that took longer is one of a large model: if nobody is at work after it, what its activations lay in goes back to the
 system. That takes milliseconds, and leaves an idle process with little more than the weights' pages, which all processes share."""
 POLL_S = 0.02
 """How often a waiting call looks whether it has been cancelled."""
 
 
-class Flag(Protocol):
+class CancelFlag(Protocol):
     """What a call is cancelled by: a `threading.Event`, or anything that says the same."""
 
     def is_set(self) -> bool: ...
@@ -51,7 +51,7 @@ class Runners:
         return self._free
 
     @contextmanager
-    def one(self, cancel: Flag | None = None) -> Iterator[None]:
+    def one(self, cancel: CancelFlag | None = None) -> Iterator[None]:
         """A runner, for the length of the block, whatever ends it. Raises Cancelled, also while it waits for one."""
         refuse_cancelled(cancel)
         if getattr(self._thread, "has_one", False):
@@ -65,10 +65,10 @@ class Runners:
         finally:
             self._thread.has_one = False
             self._give_back()
-            if self._free == self.count and time.monotonic() - began > LONG_S:
-                trim()
+            if self._free == self.count and time.monotonic() - began > LONG_CALL_S:
+                trim_heap()
 
-    def _take(self, cancel: Flag | None) -> None:
+    def _take(self, cancel: CancelFlag | None) -> None:
         with self._lock:
             if self._free:
                 self._free -= 1
@@ -88,7 +88,7 @@ class Runners:
             raise
 
     def _give_back(self) -> None:
-        """To whoever waits the longest: a runner that were merely free would go to the thread that is awake."""
+        """Hands the runner to whoever waits the longest: one that were merely free would go to the thread that is awake."""
         with self._lock:
             if self._waiting:
                 self._waiting.popleft().set()
@@ -96,13 +96,13 @@ class Runners:
                 self._free += 1
 
 
-def refuse_cancelled(cancel: Flag | None) -> None:
+def refuse_cancelled(cancel: CancelFlag | None) -> None:
     """Raises Cancelled if it has been."""
     if cancel is not None and cancel.is_set():
         raise Cancelled("the call was cancelled by its `cancel`")
 
 
-def usual_count(device: torch.device) -> int:
+def default_runner_count(device: torch.device) -> int:
     """On the CPU as many as keep all cores busy, each with torch's number of threads; a GPU computes one call at a time."""
     if device.type != "cpu":
         return 1

@@ -17,29 +17,29 @@ import torch
 
 from .artifact import Artifact
 from .errors import ArtifactError
-from .families import WHOLE, Family, PictureInput, Window
-from .noise import Generators, draw
-from .pictures import masks_in, pictures_in
+from .families import WHOLE_SCHEDULE, Family, PictureInput, ScheduleWindow
+from .noise import Generators, draw_noise
+from .pictures import preprocess_masks, preprocess_pictures
 from .plan import Plan
-from .replay import Tables, Tensors, ends_step
+from .replay import PlanTables, Tensors, is_step_end
 
 Blend = Callable[[int, torch.Tensor], torch.Tensor]
 AfterStep = Callable[[int, float, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What a caller gave to begin with, None where it was silent, and the part of the schedule that it asked for."""
+class StartRequest:
+    """A caller's image, mask, strength and latents, None where it was silent, and the part of the schedule that it asked for."""
 
     image: Any = None
     mask_image: Any = None
     strength: float | None = None
     latents: torch.Tensor | None = None
-    window: Window = WHOLE
+    window: ScheduleWindow = WHOLE_SCHEDULE
 
 
 @dataclass(frozen=True)
-class Start:
+class InitialState:
     """Latents [B, ...] before the first step, further inputs [B, ...] of the denoiser, and what an unmasked part returns to:
     `mask` [B, 1, h, w] is 1 where to draw."""
 
@@ -57,14 +57,14 @@ class Start:
         plan, image, noise, mask = self.plan, self.image[i : i + 1], self.noise[i : i + 1], self.mask[i : i + 1]
 
         def blended(e: int, latents: torch.Tensor) -> torch.Tensor:
-            known = noised(plan, e + 1, image, noise)
+            known = add_noise(plan, e + 1, image, noise)
             return (1 - mask) * known + mask * latents
 
         return blended
 
 
-def beginning(family: Family, asked: Asked) -> Callable[[Plan], int]:
-    """From a plan to how many of its steps the call leaves out. Raises ArtifactError for what cannot begin so."""
+def steps_to_skip(family: Family, asked: StartRequest) -> Callable[[Plan], int]:
+    """A function from a plan to the number of steps that the call leaves out. Raises ArtifactError for what cannot begin so."""
     picture = family.settings.picture
     if asked.image is None:
         if picture and picture.required:
@@ -89,8 +89,8 @@ def beginning(family: Family, asked: Asked) -> Callable[[Plan], int]:
     if (timestep := asked.window.begin) is not None:
         if asked.strength is not None:
             raise ArtifactError("expected either strength or denoising_start, got both: each says where to begin")
-        return lambda plan: begun(plan, timestep)
-    strength = strength_of(picture, asked)
+        return lambda plan: steps_done_at(plan, timestep)
+    strength = effective_strength(picture, asked)
     if strength is None or not 0 <= strength <= 1:
         raise ArtifactError(
             f"strength={strength}: expected a number from 0 (the image stays) to 1 (it does not matter)"
@@ -112,14 +112,14 @@ def beginning(family: Family, asked: Asked) -> Callable[[Plan], int]:
     return left_out
 
 
-def strength_of(picture: PictureInput, asked: Asked) -> float | None:
-    """The caller's, or the usual one."""
+def effective_strength(picture: PictureInput, asked: StartRequest) -> float | None:
+    """The caller's strength, or the default of the picture input."""
     if asked.strength is not None:
         return asked.strength
     return picture.strength if asked.mask_image is None else picture.inpaint_strength
 
 
-def begun(plan: Plan, timestep: float) -> int:
+def steps_done_at(plan: Plan, timestep: float) -> int:
     """How many steps are over once the timesteps from `timestep` up are done. A step of two evaluations that is half over
     is left to do."""
     done = sum(e.timestep >= timestep for e in plan.evaluations)
@@ -128,8 +128,8 @@ def begun(plan: Plan, timestep: float) -> int:
     return max((tail.step for tail in plan.tails if tail.begin <= done), default=0)
 
 
-def ended(tables: Tables, timestep: float | None) -> Tables:
-    """The evaluations whose timesteps are not below `timestep`, all for None."""
+def tables_until(tables: PlanTables, timestep: float | None) -> PlanTables:
+    """The tables of the evaluations whose timesteps are not below `timestep`, all for None."""
     if timestep is None:
         return tables
     plan = tables.plan
@@ -141,14 +141,16 @@ def ended(tables: Tables, timestep: float | None) -> Tables:
     return replace(tables, plan=plan, timesteps=tables.timesteps[:count], coefficients=tables.coefficients[:count])
 
 
-def begin(family: Family, artifact: Artifact, plan: Plan, asked: Asked, batch: int, generator: Generators) -> Start:
+def initial_state(
+    family: Family, artifact: Artifact, plan: Plan, asked: StartRequest, batch: int, generator: Generators
+) -> InitialState:
     """Where the call starts: float32 latents [batch, ...] on the artifact's device."""
     if asked.image is None or (picture := family.settings.picture) is None:
-        return Start(noise_alone(family, artifact, plan, asked, batch, generator))
-    pixels = pictures_of(family, picture, asked.image, batch)
+        return InitialState(noise_latents(family, artifact, plan, asked, batch, generator))
+    pixels = picture_pixels(family, picture, asked.image, batch)
     image = picture_latents(family, artifact, picture, asked, pixels, batch, generator)
     if picture.role == "reference":
-        return Start(noise_alone(family, artifact, plan, asked, batch, generator), {"image_latents": image})
+        return InitialState(noise_latents(family, artifact, plan, asked, batch, generator), {"image_latents": image})
     if asked.latents is not None:
         raise ArtifactError(
             "expected either image or latents, got both: the latents that a picture starts from follow from it"
@@ -159,29 +161,29 @@ def begin(family: Family, artifact: Artifact, plan: Plan, asked: Asked, batch: i
         )
     done = asked.window.begin is not None  # then the picture is already as noisy as it should be
     if done and asked.mask_image is None:
-        return Start(image)
+        return InitialState(image)
     noise = family.draw_latents(batch, generator).to(artifact.device)
     if asked.mask_image is None:
-        return Start(noised(plan, 0, image, noise))
+        return InitialState(add_noise(plan, 0, image, noise))
     if done:
         latents = image
-    elif strength_of(picture, asked) == 1:
+    elif effective_strength(picture, asked) == 1:
         latents = plan.init_noise_sigma * noise
     else:
-        latents = noised(plan, 0, image, noise)
+        latents = add_noise(plan, 0, image, noise)
     h, w = family.settings.latents_shape[-2:]
-    mask = masks_in(asked.mask_image, picture.height, picture.width, h, w).to(artifact.device)
+    mask = preprocess_masks(asked.mask_image, picture.height, picture.width, h, w).to(artifact.device)
     if batch % len(mask):
         raise ArtifactError(f"mask_image: expected one mask, or a number that divides {batch}; got {len(mask)}")
     if pixels.shape[1:] != family.settings.latents_shape:
         # diffusers draws here for the latents of the masked pictures, which go unused
         masked = max(len(pixels), len(mask))
-        draw((masked, *family.settings.latents_shape), first(generator, masked))
-    return Start(latents, plan=plan, image=image, noise=noise, mask=mask.repeat(batch // len(mask), 1, 1, 1))
+        draw_noise((masked, *family.settings.latents_shape), first_generators(generator, masked))
+    return InitialState(latents, plan=plan, image=image, noise=noise, mask=mask.repeat(batch // len(mask), 1, 1, 1))
 
 
-def noise_alone(
-    family: Family, artifact: Artifact, plan: Plan, asked: Asked, batch: int, generator: Generators
+def noise_latents(
+    family: Family, artifact: Artifact, plan: Plan, asked: StartRequest, batch: int, generator: Generators
 ) -> torch.Tensor:
     """The caller's latents or drawn ones, as the plan's first step expects them."""
     shape = (batch, *family.latents_shape)
@@ -192,7 +194,7 @@ def noise_alone(
     return latents if plan.init_noise_sigma == 1.0 else latents * plan.init_noise_sigma
 
 
-def pictures_of(family: Family, picture: PictureInput, image: Any, batch: int) -> torch.Tensor:
+def picture_pixels(family: Family, picture: PictureInput, image: Any, batch: int) -> torch.Tensor:
     """The caller's P pictures [P, 3, H, W] in -1..1, or their latents [P, C, h, w]: a tensor that has the latents' channels
     is taken for them. P divides `batch`."""
     if isinstance(image, torch.Tensor) and image.shape[-3] == family.settings.latents_shape[0] != 3:
@@ -201,7 +203,7 @@ def pictures_of(family: Family, picture: PictureInput, image: Any, batch: int) -
             shape = [len(pixels), *family.settings.latents_shape]
             raise ArtifactError(f"image: expected a picture, or latents {shape}, got {list(pixels.shape)}")
     else:
-        pixels = pictures_in(image, picture.height, picture.width)
+        pixels = preprocess_pictures(image, picture.height, picture.width)
     if batch % len(pixels):
         raise ArtifactError(f"image: expected one picture, or a number that divides {batch}; got {len(pixels)}")
     return pixels
@@ -211,44 +213,46 @@ def picture_latents(
     family: Family,
     artifact: Artifact,
     picture: PictureInput,
-    asked: Asked,
+    asked: StartRequest,
     pixels: torch.Tensor,
     batch: int,
     generator: Generators,
 ) -> torch.Tensor:
-    """Latents of `pictures_of`, as the loop has them: float32 [batch, ...]. Fewer than `batch` are repeated, all of them in
+    """Latents of `picture_pixels`, as the loop has them: float32 [batch, ...]. Fewer than `batch` are repeated, all of them in
     turn, as in diffusers; before they are drawn where each image has a generator, but not so in inpainting."""
     if isinstance(generator, Sequence) and picture.redrawn and asked.mask_image is None:
         pixels = pixels.repeat(batch // len(pixels), 1, 1, 1)
     latents = pixels
     if pixels.shape[1:] != family.settings.latents_shape:
-        latents = encoded(artifact, picture, pixels, family.settings.latents_shape, first(generator, len(pixels)))
+        latents = encode_pictures(
+            artifact, picture, pixels, family.settings.latents_shape, first_generators(generator, len(pixels))
+        )
     latents = latents.repeat(batch // len(latents), 1, 1, 1)
     return family.arranged(latents.to(artifact.device)).contiguous()
 
 
-def first(generator: Generators, count: int) -> Generators:
-    """Of a list of generators the first `count`."""
+def first_generators(generator: Generators, count: int) -> Generators:
+    """The first `count` of a list of generators; one generator, or None, as it is."""
     return generator[:count] if isinstance(generator, Sequence) else generator
 
 
-def encoded(
+def encode_pictures(
     artifact: Artifact, picture: PictureInput, pixels: torch.Tensor, shape: Sequence[int], generator: Generators
 ) -> torch.Tensor:
     """[P, 3, H, W] in -1..1 to latents [P, *shape], drawn from the encoder's distribution or its mean."""
     encode = artifact.graph("vae_encoder")
     halves = [encode({"image": one.to(artifact.device).contiguous()}) for one in pixels.float().split(1)]
     mean, std = (torch.cat([half[name] for half in halves]) for name in ("mean", "std"))
-    return mean + std * draw((len(pixels), *shape), generator).to(artifact.device) if picture.sampled else mean
+    return mean + std * draw_noise((len(pixels), *shape), generator).to(artifact.device) if picture.sampled else mean
 
 
-def noised(plan: Plan, e: int, image: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+def add_noise(plan: Plan, e: int, image: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     """The picture with as much noise as evaluation e starts from; after the last one there is none."""
     a, b = (1.0, 0.0) if e == len(plan.evaluations) else plan.evaluations[e].marginal or (1.0, 0.0)
     return a * image + b * noise
 
 
-def after_evaluation(
+def evaluation_callback(
     plan: Plan, blend: Blend | None, after_step: AfterStep | None
 ) -> Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor | None] | None:
     """What `replay` calls after each evaluation: the blend, then, at the end of a step, the caller's own."""
@@ -259,7 +263,7 @@ def after_evaluation(
         evaluation = plan.evaluations[e]
         if blend:
             latents = blend(e, latents)
-        if after_step and ends_step(plan, e):
+        if after_step and is_step_end(plan, e):
             latents = after_step(evaluation.step, evaluation.timestep, latents)
         return latents
 

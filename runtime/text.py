@@ -8,37 +8,37 @@ from collections.abc import Iterable, Mapping, Sequence
 from .manifest import Manifest
 from .plan import Plan
 
-SIGNS = "10abcdefghijklmnopqrstuvwxyz"  # of variants in a step strip: 1 computes everything
+VARIANT_SIGNS = "10abcdefghijklmnopqrstuvwxyz"  # of variants in a step strip: 1 computes everything
 
 
-BLOCKS = "█·░▒▓"  # of the first of them, in a terminal
+BLOCK_SIGNS = "█·░▒▓"  # of the first of them, in a terminal
 
 
-def letters(manifest: Manifest, plans: Iterable[Plan]) -> dict[str, str]:
+def variant_signs(manifest: Manifest, plans: Iterable[Plan]) -> dict[str, str]:
     """Variant -> its sign in a step strip: 1 computes everything, 0 is the first that does not, then a, b, c and so on."""
     graphs = {graph.name: graph for graph in manifest.graphs}
     used = list(dict.fromkeys(name for plan in plans for name in plan.variants()))
     cheaper = [n for n in used if n in graphs and (graphs[n].combines or graphs[n].zeros or graphs[n].identities)]
-    signs = dict(zip(cheaper, SIGNS[1:], strict=False))
-    return {name: signs.get(name, "?") if name in cheaper else SIGNS[0] for name in used}
+    signs = dict(zip(cheaper, VARIANT_SIGNS[1:], strict=False))
+    return {name: signs.get(name, "?") if name in cheaper else VARIANT_SIGNS[0] for name in used}
 
 
-def drawn(signs: Mapping[str, str], encoding: str | None) -> dict[str, str]:
-    """The signs of `letters` as blocks, where the terminal's encoding has them: a full one computes everything."""
-    blocks = dict(zip(SIGNS, BLOCKS, strict=False))
+def block_signs(signs: Mapping[str, str], encoding: str | None) -> dict[str, str]:
+    """The signs of `variant_signs` as blocks, where the terminal's encoding has them: a full one computes everything."""
+    blocks = dict(zip(VARIANT_SIGNS, BLOCK_SIGNS, strict=False))
     try:
-        BLOCKS.encode(encoding or "ascii")
+        BLOCK_SIGNS.encode(encoding or "ascii")
     except (LookupError, UnicodeEncodeError):
         return dict(signs)
     return {name: blocks.get(sign, sign) for name, sign in signs.items()}
 
 
-def strip(plan: Plan, signs: Mapping[str, str]) -> str:
+def step_strip(plan: Plan, signs: Mapping[str, str]) -> str:
     """One sign for each evaluation, e.g. `110100`."""
     return "".join(signs[evaluation.variant] for evaluation in plan.evaluations)
 
 
-def sizes(manifest: Manifest) -> dict[str, int]:
+def folder_bytes(manifest: Manifest) -> dict[str, int]:
     """Bytes by top-level folder, and in all."""
     total: Counter[str] = Counter()
     for entry in manifest.files:
@@ -46,7 +46,7 @@ def sizes(manifest: Manifest) -> dict[str, int]:
     return dict(sorted(total.items())) | {"total": sum(total.values())}
 
 
-def table(rows: Sequence[tuple[str, ...]], right: Iterable[int] = ()) -> list[str]:
+def align_columns(rows: Sequence[tuple[str, ...]], right: Iterable[int] = ()) -> list[str]:
     """The rows in aligned columns, two spaces between them; the columns in `right` are aligned to the right."""
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     right = set(right)
@@ -58,7 +58,7 @@ def table(rows: Sequence[tuple[str, ...]], right: Iterable[int] = ()) -> list[st
     ]
 
 
-def short(count: float) -> str:
+def format_count(count: float) -> str:
     """Three digits and a decimal prefix: 1.23G."""
     for unit in ("", "k", "M", "G", "T"):
         if abs(count) < 999.5:
@@ -67,5 +67,5 @@ def short(count: float) -> str:
     return f"{count:.3g}P"
 
 
-def in_bytes(count: int) -> str:
-    return f"{short(count)}B"
+def format_bytes(count: int) -> str:
+    return f"{format_count(count)}B"

@@ -12,29 +12,29 @@ from PIL import Image
 
 from .errors import ArtifactError
 
-SUFFIXES = (".mp4", ".gif")
-GIF_FPS = 50  # players take a pause of 1/100 s, the shortest, for a mistake, and play it ten times slower
+VIDEO_SUFFIXES = (".mp4", ".gif")
+MAX_GIF_FPS = 50  # players take a pause of 1/100 s, the shortest, for a mistake, and play it ten times slower
 BT709 = 1  # H.264's number for it, as matrix, primaries and transfer function
 
 
-def default_path() -> Path:
+def default_video_path() -> Path:
     """`video.mp4` where one can be written, else `video.gif`."""
     return Path("video.mp4" if find_spec("av") else "video.gif")
 
 
-def check_target(path: str | Path, fps: int) -> None:
+def check_video_path(path: str | Path, fps: int) -> None:
     """Raises ArtifactError where `write_video` would, as far as that can be known without frames."""
     suffix = Path(path).suffix.lower()
-    if suffix not in SUFFIXES:
+    if suffix not in VIDEO_SUFFIXES:
         raise ArtifactError(
-            f"{path}: a video is written to a file that ends in {' or '.join(SUFFIXES)}; give such a name"
+            f"{path}: a video is written to a file that ends in {' or '.join(VIDEO_SUFFIXES)}; give such a name"
         )
     if suffix == ".mp4" and find_spec("av") is None:
         raise ArtifactError(
             f"{path}: an .mp4 needs PyAV: pip install 'prebake[video]', or give a name that ends in .gif"
         )
-    if fps < 1 or (suffix == ".gif" and fps > GIF_FPS):
-        most = f" to {GIF_FPS}, the most that a .gif can play" if suffix == ".gif" else " or more"
+    if fps < 1 or (suffix == ".gif" and fps > MAX_GIF_FPS):
+        most = f" to {MAX_GIF_FPS}, the most that a .gif can play" if suffix == ".gif" else " or more"
         raise ArtifactError(f"{path}: expected 1{most} frames per second, got {fps}")
 
 
@@ -43,7 +43,7 @@ def write_video(frames: Sequence[Image.Image], path: str | Path, fps: int = 8) -
 
     Raises ArtifactError where that cannot be done.
     """
-    check_target(path, fps)
+    check_video_path(path, fps)
     if not frames:
         raise ArtifactError(f"{path}: expected one frame or more, got none")
     try:

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from .errors import ArtifactError
-from .gpu.upload import on_device
+from .gpu.upload import move_to_device
 
 Tensors = dict[str, torch.Tensor]
 
@@ -29,7 +29,7 @@ def map_weights(
 ) -> Tensors:
     """Key -> tensor over all files: mapped on the CPU, copied once to any other device, by `to_device` where there is one.
 
-    `files` are their names, for messages, and where to open them: a checked file by its descriptor (`files.by_descriptor`).
+    `files` are their names, for messages, and where to open them: a checked file by its descriptor (`files.descriptor_path`).
 
     Keys in `channels_last` are stored [N, H, W, C] and come out as [N, C, H, W] views, with the strides that compiled
     code expects; keys in `complex` are stored [..., 2] and come out as complex numbers [...]. Raises ArtifactError for a file that is not safetensors and for a key that occurs twice.
@@ -37,7 +37,7 @@ def map_weights(
     tensors: Tensors = {}
     for path, where in files.items():
         try:
-            refuse_what_cannot_be_mapped(where)
+            refuse_unmappable(where)
             with safe_open(where, framework="pt", device="cpu") as file:
                 for key in file.keys():  # noqa: SIM118  (safe_open is not iterable)
                     if key in tensors:
@@ -45,7 +45,7 @@ def map_weights(
                     tensors[key] = file.get_tensor(key)
         except (SafetensorError, OSError) as e:
             raise ArtifactError(f"{path}: expected safetensors, but {e}; restore the file or export again") from e
-    tensors = to_device(tensors) if to_device else on_device(tensors, device)
+    tensors = to_device(tensors) if to_device else move_to_device(tensors, device)
     for key in channels_last:
         if key not in tensors or tensors[key].dim() != 4:
             raise ArtifactError(
@@ -59,7 +59,7 @@ def map_weights(
     return tensors
 
 
-def refuse_what_cannot_be_mapped(file: Path) -> None:
+def refuse_unmappable(file: Path) -> None:
     """Raises OSError where there is no room to map the file twice, as safetensors and torch will: where torch (2.13) cannot,
     it forgets to close the file."""
     with file.open("rb") as opened:

@@ -41,11 +41,11 @@ from transformers import (
 from uncompiled import CPU, bound, captured, prepared
 
 from prebake.exporter.package import folder as package
-from prebake.exporter.package.folder import Weights
-from prebake.exporter.package.manifest import describe
+from prebake.exporter.package.folder import StoredWeights
+from prebake.exporter.package.manifest import describe_artifact
 from prebake.exporter.recipe.resolve import Recipe, Shapes
 from prebake.runtime.artifact import Artifact, read_plans
-from prebake.runtime.replay import tables_on
+from prebake.runtime.replay import tabulate_plan
 
 PROMPT, OTHER_PROMPT, LONGER_PROMPT = "a red circle", "a blue square", "a large red circle on white"
 
@@ -312,10 +312,10 @@ def uncompiled(recipe: Recipe, folder: Path) -> Artifact:
     """The recipe's artifact, its graphs run as they were captured. Plans lie in `folder`."""
     made = prepared(recipe)
     package.write_plans(folder, made.planned.plans)
-    manifest = describe(
-        folder, made, Weights({name: {} for name in captured(made)}, ()), dict.fromkeys(captured(made), "")
+    manifest = describe_artifact(
+        folder, made, StoredWeights({name: {} for name in captured(made)}, ()), dict.fromkeys(captured(made), "")
     )
     graphs = {g.name: bound(g, captured(made)[g.name]) for g in manifest.graphs}
     plans = read_plans(folder, manifest)
-    tables = {n: tables_on(p, CPU) for n, p in plans.items()}
+    tables = {n: tabulate_plan(p, CPU) for n, p in plans.items()}
     return Artifact(folder, manifest, CPU, {}, graphs, plans, tables)

@@ -47,9 +47,9 @@ def tiny_folder(shared_tmp) -> Path:
 @pytest.fixture
 def tiny_pipe(tiny_folder):
     """The same, loaded afresh in float32: tests may change it."""
-    from prebake.exporter.load.source import load
+    from prebake.exporter.load.source import load_model
 
-    return load(str(tiny_folder), None, {"default": torch.float32}).pipe
+    return load_model(str(tiny_folder), None, {"default": torch.float32}).pipe
 
 
 @pytest.fixture(scope="session")
@@ -76,9 +76,9 @@ def tiny_sd_folder(shared_tmp) -> Path:
 @pytest.fixture
 def tiny_sd_pipe(tiny_sd_folder):
     """The same, loaded afresh in float32: tests may change it."""
-    from prebake.exporter.load.source import load
+    from prebake.exporter.load.source import load_model
 
-    pipe = load(str(tiny_sd_folder), None, {"default": torch.float32}).pipe
+    pipe = load_model(str(tiny_sd_folder), None, {"default": torch.float32}).pipe
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -93,16 +93,16 @@ def tiny_sd_artifact(tiny_sd_folder, shared_tmp) -> Path:
 
 def exported(shared_tmp: Path, name: str, recipe: str, overrides: tuple[str, ...], model: Path) -> Path:
     """An artifact, compiled once per run, whatever the workers."""
-    from prebake.exporter.pipeline import Options, export
-    from prebake.exporter.progress import progress
+    from prebake.exporter.pipeline import ExportOptions, export
+    from prebake.exporter.progress import open_progress
     from prebake.exporter.recipe.resolve import resolve
 
     folder = shared_tmp / "artifacts" / name
     with (shared_tmp / f"{name}-artifact.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not folder.exists():
-            with progress("quiet") as quiet:
-                export(resolve(recipe, overrides, str(model)), folder, Options(), quiet)
+            with open_progress("quiet") as quiet:
+                export(resolve(recipe, overrides, str(model)), folder, ExportOptions(), quiet)
     return folder
 
 

@@ -15,7 +15,7 @@ from diffusers import (
 from torch import Tensor, nn
 
 from prebake.exporter.sites.component import Component
-from prebake.exporter.sites.guidance import guided
+from prebake.exporter.sites.guidance import add_guidance
 
 
 class Call(nn.Module):
@@ -172,7 +172,7 @@ def with_guidance(one: Component, *, planes: bool = False) -> Component:
     """Both branches of it; everything but latents, timestep and SDXL's time ids differs between them."""
     doubled = tuple(n for n in one.inputs if n not in ("hidden_states", "timestep", "time_ids"))
     shape = one.args[0].shape
-    return guided(one, doubled, planes=(shape[-2], shape[-1]) if planes else None)
+    return add_guidance(one, doubled, planes=(shape[-2], shape[-1]) if planes else None)
 
 
 DITS = {"flux": flux, "cogvideox": cogvideox, "sd3": sd3, "pixart": pixart}

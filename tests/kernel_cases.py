@@ -8,7 +8,7 @@ from torch import Tensor
 
 from prebake.exporter.lower.aoti import kernels
 
-LACKS = f"the CPU lacks {', '.join(kernels.FLAGS)}" if not kernels.fit(kernels.LEVEL) else ""
+LACKS = f"the CPU lacks {', '.join(kernels.KERNEL_FLAGS)}" if not kernels.has_kernel_flags(kernels.KERNEL_LEVEL) else ""
 runs_here = pytest.mark.skipif(bool(LACKS), reason=LACKS)
 HALF, FLOAT = torch.bfloat16, torch.float32
 EPSILON = {HALF: 2**-8, FLOAT: 1e-6}

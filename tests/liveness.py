@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from prebake.exporter.cost.count import FLOP_FORMULAS
-from prebake.exporter.plan import Planned
+from prebake.exporter.plan import PlanSet
 from prebake.exporter.sites.actions import VariantModule
 from prebake.exporter.sites.component import Component
 from prebake.exporter.sites.marks import Mark, Variant
@@ -78,7 +78,7 @@ class Living:
     modules: frozenset[str]  # with every module that one of them lies in
 
 
-def living(component: Component, planned: Planned, fake: FakeTensorMode) -> dict[str, Living]:
+def living(component: Component, planned: PlanSet, fake: FakeTensorMode) -> dict[str, Living]:
     """Of each variant, what it computes."""
     full, *others = planned.variants
     found, fresh = ran(component, planned.marks, full, fake, {})

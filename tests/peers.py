@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from prebake.exporter.caches import NoCache
 from prebake.exporter.calibrators.eager_replay import eager_replay
-from prebake.exporter.plan import Planned, plan
-from prebake.exporter.plan.sampler import Table, tabulate
+from prebake.exporter.plan import PlanSet, make_plans
+from prebake.exporter.plan.sampler import SchedulerTable, tabulate_scheduler
 from prebake.exporter.sites.component import Component
-from prebake.exporter.sites.discover import discover
-from prebake.exporter.sites.guidance import Guided
+from prebake.exporter.sites.discover import discover_layout
+from prebake.exporter.sites.guidance import GuidedDenoiser
 from prebake.exporter.sites.layout import Layout
 from prebake.runtime.plan import Plan
 
@@ -58,13 +58,13 @@ class Watch:
         module.forward = watched
 
 
-def table_of(scheduler: Any, steps: int, **kwargs: Any) -> Table:
-    return tabulate(scheduler, steps, **kwargs)
+def table_of(scheduler: Any, steps: int, **kwargs: Any) -> SchedulerTable:
+    return tabulate_scheduler(scheduler, steps, **kwargs)
 
 
 def ours(
     component: Component,
-    planned: Planned,
+    planned: PlanSet,
     chosen: Plan,
     latents: Tensor,
     *,
@@ -87,7 +87,7 @@ def ours(
 
 def peer_replay(
     component: Component,
-    table: Table,
+    table: SchedulerTable,
     latents: Tensor,
     apply: Callable[[nn.Module, Clock], None],
     *,
@@ -100,15 +100,15 @@ def peer_replay(
     A guided component runs as diffusers' pipelines run it: one call of batch 2, the unconditional half first; hooks go on
     that one model. `call(model, clock)` may give a context manager to make each evaluation in (diffusers' `cache_context`).
     """
-    batched = Batched(component) if isinstance(component.module, Guided) else None
+    batched = Batched(component) if isinstance(component.module, GuidedDenoiser) else None
     module = batched if batched else copy.deepcopy(component.module)
     prefix = "one." + component.branches["cond"].removeprefix("cond.") if batched else component.branches[""]
     alone = Component(component.name, module, component.inputs, component.outputs, component.args, {"": prefix})
-    layout, clock = discover(alone), Clock(table)
+    layout, clock = discover_layout(alone), Clock(table)
     watch = Watch(alone, layout)
     model = module.get_submodule(prefix.removesuffix("."))
     apply(model, clock)
-    uncached = plan(NoCache(), layout, {len(set(table.steps)): table})
+    uncached = make_plans(NoCache(), layout, {len(set(table.steps)): table})
     run = Run()
 
     class Evaluated(nn.Module):
@@ -136,7 +136,7 @@ def peer_replay(
 class Clock:
     """The evaluation that a peer is in; call it for the scheduler's timestep, as a `current_timestep_callback`."""
 
-    def __init__(self, table: Table) -> None:
+    def __init__(self, table: SchedulerTable) -> None:
         self.table, self.e = table, 0
 
     def __call__(self) -> float:

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 from uncompiled import prepared
 
-from prebake.exporter.capture.capture import capture
+from prebake.exporter.capture.capture import capture_graph
 from prebake.exporter.lower import aoti, w8a8
 from prebake.exporter.lower.aoti import cuda
 from prebake.exporter.recipe.resolve import resolve
 from prebake.runtime.backends import aoti as runtime_aoti
 from prebake.runtime.errors import ExportError, RecipeError
 from prebake.runtime.gpu import capability as gpu
-from prebake.runtime.gpu.upload import BUFFERS, uploaded
+from prebake.runtime.gpu.upload import BUFFER_COUNT, upload_tensors
 from prebake.runtime.manifest import Requires
 
 ON_GPU = "compile.device=cuda"
@@ -53,7 +53,7 @@ def test_an_export_for_a_gpu_that_is_not_here_is_refused_before_the_model_is_loa
     with pytest.raises(
         RecipeError, match=r"compile\.device 'cuda': .* this torch sees none; export on such a machine, or"
     ):
-        aoti.adapted(recipe(ON_GPU))
+        aoti.adapt_recipe(recipe(ON_GPU))
 
 
 @pytest.mark.parametrize(
@@ -72,24 +72,24 @@ def test_an_export_for_a_gpu_that_is_not_here_is_refused_before_the_model_is_loa
 def test_what_does_not_go_together(a_gpu, changes, words):
     a_gpu(8, 0)
     with pytest.raises(RecipeError, match=words):
-        aoti.adapted(recipe(*changes))
+        aoti.adapt_recipe(recipe(*changes))
 
 
 @pytest.mark.parametrize(("option", "named"), [((), "sm90"), (("compile.options.multi_arch=true",), "sm90+")])
 def test_the_gpu_goes_into_options_and_manifest(a_gpu, option, named):
     a_gpu(9, 0)
     asked = recipe(ON_GPU, "quantize.method=fp8_dynamic", *option)
-    assert aoti.adapted(asked) == (asked, ())
+    assert aoti.adapt_recipe(asked) == (asked, ())
     needs = aoti.requires(asked)
     assert needs["packages"] == {"compute_capability": named, "cuda": "13"}
     assert not {"avx512_vnni", "avx512_bf16", "avx_vnni"} & set(needs["isa"])  # of int8 products on the CPU
-    flags = aoti.flags(asked.compile)
+    flags = aoti.compile_flags(asked.compile)
     assert flags["aot_inductor.embed_kernel_binary"] is True
     assert flags["aot_inductor.emit_multi_arch_kernel"] is bool(option)
     assert flags["aot_inductor.package_constants_in_so"] is False
     assert flags["coordinate_descent_tuning"] is True  # the recipe's own
     assert not aoti.reproducible(asked.compile)  # kernels are chosen by their times
-    assert not {"aot_inductor.embed_kernel_binary"} & aoti.flags(recipe().compile).keys()
+    assert not {"aot_inductor.embed_kernel_binary"} & aoti.compile_flags(recipe().compile).keys()
 
 
 def test_tf32_is_the_compilers_alone():
@@ -147,8 +147,8 @@ def test_the_driver_says_for_which_cuda_it_is(monkeypatch):
 
 @pytest.mark.parametrize("has_it", [True, False])
 def test_a_flag_that_torch_does_not_know_is_left_out(monkeypatch, has_it):
-    monkeypatch.setattr(aoti, "knows_line_tables", lambda: has_it)
-    assert ("aot_inductor.enable_line_tables" in aoti.flags(recipe().compile)) is has_it
+    monkeypatch.setattr(aoti, "has_line_tables", lambda: has_it)
+    assert ("aot_inductor.enable_line_tables" in aoti.compile_flags(recipe().compile)) is has_it
 
 
 def test_nothing_is_asked_of_a_gpu_for_the_cpu(a_gpu):
@@ -161,7 +161,7 @@ def needed(**packages: str) -> Requires:
 
 
 def test_a_capability_has_the_name_that_nvidia_gives_it():
-    assert [gpu.named(c) for c in ((9, 0), (12, 1))] == ["sm90", "sm121"]
+    assert [gpu.capability_name(c) for c in ((9, 0), (12, 1))] == ["sm90", "sm121"]
 
 
 @pytest.mark.parametrize("takes", [3, 5])
@@ -173,7 +173,7 @@ def test_torchs_runner_is_asked_for_the_single_threaded_entry_where_it_has_one(m
 
     fake = SimpleNamespace(AOTIModelContainerRunnerCuda=runner)
     monkeypatch.setattr(runtime_aoti, "_aoti", fake)
-    made = runtime_aoti.cuda_runner(Path("model.so"), torch.device("cuda", 0))
+    made = runtime_aoti.open_cuda_runner(Path("model.so"), torch.device("cuda", 0))
     assert made == ("model.so", 1, "cuda:0", "", True)[:takes]
 
 
@@ -185,8 +185,8 @@ def layers(method: str, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
     torch.manual_seed(0)
     model = nn.ModuleDict({"a": nn.Linear(64, 48, dtype=dtype)})
     same = copy.deepcopy(model)
-    cuda.quantized(model, {"a"}, method)
-    w8a8.to_8_bits(same, {"a"}, method)
+    cuda.quantize_layers(model, {"a"}, method)
+    w8a8.replace_layers(same, {"a"}, method)
     return model["a"], same["a"]
 
 
@@ -215,7 +215,7 @@ def test_layers_compute_what_the_operator_says(method, dtype, tolerance):
 @pytest.mark.parametrize("method", ["int8_dynamic", "fp8_dynamic"])
 def test_layers_are_captured_as_operators_of_every_device(method):
     ours, _ = layers(method, torch.bfloat16)
-    graph = capture("layer", nn.Sequential(ours), (torch.randn(20, 64, dtype=torch.bfloat16),), ("x",), ("y",))
+    graph = capture_graph("layer", nn.Sequential(ours), (torch.randn(20, 64, dtype=torch.bfloat16),), ("x",), ("y",))
     targets = {str(n.target) for n in graph.gm.graph.nodes if n.op == "call_function"}
     product = {"int8_dynamic": "aten._int_mm.default", "fp8_dynamic": "aten._scaled_mm.default"}[method]
     assert product in targets
@@ -229,7 +229,7 @@ def test_what_a_gpu_cannot_multiply_is_refused():
     with pytest.raises(
         ExportError, match=r"layer 'odd': expected multiples of 16 features .* got 64x40; add its name to"
     ):
-        cuda.quantized(model, {"odd"}, "int8_dynamic")
+        cuda.quantize_layers(model, {"odd"}, "int8_dynamic")
 
 
 @pytest.mark.parametrize("rows", [1, 16, 17])
@@ -262,8 +262,8 @@ class Made(nn.Module):
 
 
 def test_a_graph_moves_with_all_that_it_makes():
-    graph = capture("made", Made(), (torch.randn(64, 64),), ("x",), ("y",))
-    there = cuda.onto(graph, torch.device("meta"))
+    graph = capture_graph("made", Made(), (torch.randn(64, 64),), ("x",), ("y",))
+    there = cuda.move_graph(graph, torch.device("meta"))
     (y,) = there.gm(*there.args)
     assert y.device.type == "meta"
     assert {t.device.type for t in there.constants().values()} == {"meta"}
@@ -283,7 +283,7 @@ def test_a_graph_moves_with_all_that_it_makes():
 )
 def test_every_graph_of_a_pipeline_moves(monkeypatch, name, model, method):
     """A tensor that stayed on the CPU would meet one that has no memory, and be refused."""
-    monkeypatch.setattr(cuda, "refuse", lambda recipe: None)
+    monkeypatch.setattr(cuda, "check_gpu_recipe", lambda recipe: None)
     ready = prepared(resolve(name, (ON_GPU, f"quantize.method={method}", "cache.method=pab"), model))
     assert {"int8_dynamic": "int8", "fp8_dynamic": "fp8"}[method] in {
         treatment for treatment, _ in ready.layers.values()
@@ -291,7 +291,7 @@ def test_every_graph_of_a_pipeline_moves(monkeypatch, name, model, method):
     graphs = [graph for group in ready.graphs.values() for graph in group]
     assert {"full", "reuse", "text_encoder", "vae_decoder"} <= {graph.name for graph in graphs}
     for graph in graphs:
-        there = cuda.onto(graph, torch.device("meta"))
+        there = cuda.move_graph(graph, torch.device("meta"))
         made = there.gm(*there.args)
         assert [(tuple(t.shape), t.device.type) for t in made] == [(s.shape, "meta") for s in graph.outputs], graph.name
 
@@ -301,25 +301,25 @@ def test_an_operator_of_the_cpu_does_not_move():
         def forward(self, q: Tensor) -> tuple[Tensor]:
             return (torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, q, q)[0].contiguous(),)
 
-    graph = capture("attention", Attention(), (torch.randn(1, 2, 8, 16),), ("q",), ("y",))
+    graph = capture_graph("attention", Attention(), (torch.randn(1, 2, 8, 16),), ("q",), ("y",))
     with pytest.raises(
         ExportError, match=r"graph 'attention': .*_for_cpu.* is an operator of the CPU, so it cannot move"
     ):
-        cuda.onto(graph, torch.device("meta"))
+        cuda.move_graph(graph, torch.device("meta"))
 
 
 def test_each_graph_is_compiled_on_the_gpu_with_its_options(a_gpu, monkeypatch, tmp_path):
     a_gpu(9, 0)
-    graph = capture("made", Made(), (torch.randn(64, 64),), ("x",), ("y",))
+    graph = capture_graph("made", Made(), (torch.randn(64, 64),), ("x",), ("y",))
     moved, written = [], {}
 
     def compiled(graph, flags):
         moved.append((graph.args[0].device.type, flags, torch.get_float32_matmul_precision()))
         return {"model.so": b""}
 
-    onto = cuda.onto
+    onto = cuda.move_graph
     monkeypatch.setattr(
-        cuda, "onto", lambda graph, device: (onto(graph, torch.device("meta")), moved.append(device))[0]
+        cuda, "move_graph", lambda graph, device: (onto(graph, torch.device("meta")), moved.append(device))[0]
     )
     monkeypatch.setattr(aoti, "compile_graph", compiled)
     monkeypatch.setattr(aoti, "write_package", lambda path, models: written.update({path.name: models}))
@@ -327,7 +327,7 @@ def test_each_graph_is_compiled_on_the_gpu_with_its_options(a_gpu, monkeypatch, 
     paths = aoti.lower(tmp_path, {"denoiser": [graph]}, config, lambda component, graph, compiled: compiled(graph))
     assert paths == {"made": "graphs/denoiser.pt2"}
     assert written == {"denoiser.pt2": {"made": {"model.so": b""}}}
-    assert moved == [torch.device("cuda"), ("meta", aoti.flags(config), "highest")]
+    assert moved == [torch.device("cuda"), ("meta", aoti.compile_flags(config), "highest")]
 
 
 # --- weights to the device -----------------------------------------------------------------------------------------------
@@ -371,7 +371,7 @@ WEIGHTS = {
 
 
 def sent(lane: LateLane) -> bool:
-    there = uploaded(WEIGHTS, torch.device("cpu"), lane, piece_bytes=256)
+    there = upload_tensors(WEIGHTS, torch.device("cpu"), lane, piece_bytes=256)
     lane.close()
     assert there.keys() == WEIGHTS.keys()
     assert all(there[k].dtype == t.dtype and there[k].shape == t.shape for k, t in WEIGHTS.items())
@@ -382,7 +382,7 @@ def sent(lane: LateLane) -> bool:
 def test_no_buffer_is_filled_again_before_it_has_arrived():
     lane = LateLane()
     assert sent(lane)
-    assert (lane.buffers, lane.most) == (BUFFERS, BUFFERS)  # one is filled while the other travels
+    assert (lane.buffers, lane.most) == (BUFFER_COUNT, BUFFER_COUNT)  # one is filled while the other travels
     assert not sent(LateLane(waits=False))  # the canary
 
 
@@ -393,15 +393,15 @@ def test_no_buffer_is_filled_again_before_it_has_arrived():
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["none", "int8_dynamic"])
 def test_an_export_for_this_gpu_is_verified_on_it(tmp_path, method):
-    from prebake.exporter.pipeline import Options, export
-    from prebake.exporter.progress import progress
+    from prebake.exporter.pipeline import ExportOptions, export
+    from prebake.exporter.progress import open_progress
     from prebake.runtime import load
 
     asked = recipe(
         ON_GPU, f"quantize.method={method}", "cache.method=pab", "verify.cached_psnr_db=20", "verify.seeds=1"
     )
-    with progress("quiet") as quiet:
-        export(asked, tmp_path / "artifact", Options(), quiet)
+    with open_progress("quiet") as quiet:
+        export(asked, tmp_path / "artifact", ExportOptions(), quiet)
     pipe = load(tmp_path / "artifact")
     assert {t.device.type for t in pipe.artifact.weights.values()} == {"cuda"}
     assert pipe("a circle", seed=0).images[0].size == (32, 32)

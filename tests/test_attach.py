@@ -23,12 +23,12 @@ from attached import BUILDERS, LONGER_PROMPT, OTHER_PROMPT, PROMPT, drawn, pipel
 from diffusers import EulerDiscreteScheduler, PyramidAttentionBroadcastConfig
 from torch import Tensor, nn
 
-from prebake.exporter.pipeline import Options, export
-from prebake.exporter.progress import progress
+from prebake.exporter.pipeline import ExportOptions, export
+from prebake.exporter.progress import open_progress
 from prebake.exporter.verify.denoiser_alone import AttachedReplayer
 from prebake.exporter.verify.golden import golden_path
 from prebake.exporter.verify.measure import relative_error
-from prebake.exporter.verify.verify import Choices, verify_artifact
+from prebake.exporter.verify.verify import VerifyOptions, verify_artifact
 from prebake.runtime import ArtifactError, ExportError, RecipeError, attach, detach, load
 from prebake.runtime.artifact import Artifact, open_artifact
 from prebake.runtime.manifest import read_manifest
@@ -460,12 +460,12 @@ def test_a_whole_pipeline_needs_a_family(folder, tmp_path):
 def test_recording_leaves_the_pipeline_as_it_was(folder):
     from attached import CALLS as ARGUMENTS
 
-    from prebake.exporter.denoiser_alone.observation import requested
-    from prebake.exporter.denoiser_alone.recording import record
+    from prebake.exporter.denoiser_alone.observation import pipeline_request
+    from prebake.exporter.denoiser_alone.recording import record_pipeline
 
     pipe = pipeline("wan")
     eager = drawn(pipe, "wan")
-    recording = record(pipe, requested(pipe, PROMPT, {}, ARGUMENTS["wan"]), (4, 3))
+    recording = record_pipeline(pipe, pipeline_request(pipe, PROMPT, {}, ARGUMENTS["wan"]), (4, 3))
     assert torch.equal(drawn(pipe, "wan"), eager)
     assert not pipe.transformer._forward_hooks
     assert {a.name: a.role for a in recording.kinds[0].arguments if a.is_input} == {
@@ -480,8 +480,8 @@ def test_recording_leaves_the_pipeline_as_it_was(folder):
 
 
 def exported(name: str, model: Path, output: Path, **tables: Any) -> Path:
-    with progress("quiet") as quiet:
-        return export(recipe(name, model, **tables), output, Options(), quiet)
+    with open_progress("quiet") as quiet:
+        return export(recipe(name, model, **tables), output, ExportOptions(), quiet)
 
 
 @pytest.fixture(scope="module")
@@ -526,8 +526,8 @@ def test_compiled_caches_are_the_eager_replay_of_the_plan(name, compiled, artifa
 
 
 def test_verify_replays_without_a_pipeline(compiled):
-    with progress("quiet") as quiet:
-        manifest, outcome = verify_artifact(compiled("aura_flow"), Choices(), quiet)
+    with open_progress("quiet") as quiet:
+        manifest, outcome = verify_artifact(compiled("aura_flow"), VerifyOptions(), quiet)
     assert manifest.status == "verified"
     assert not outcome.missed
     assert [len(g.evaluations) for g in outcome.golden] == [4, 4]
@@ -542,8 +542,10 @@ def test_verify_with_its_pipeline_writes_the_golden_vectors_that_it_lacks(compil
     left = tuple(entry for entry in manifest.files if not entry.path.startswith("golden/"))
     changed = manifest.model_copy(update={"files": left, "status": "unverified"})
     (copied / "manifest.json").write_text(changed.to_json(), "utf-8")
-    with progress("quiet") as quiet:
-        settled, outcome = verify_artifact(copied, Choices(with_source=True, model=str(folder("aura_flow"))), quiet)
+    with open_progress("quiet") as quiet:
+        settled, outcome = verify_artifact(
+            copied, VerifyOptions(with_source=True, model=str(folder("aura_flow"))), quiet
+        )
     assert not outcome.missed
     assert settled == read_manifest(copied) == manifest
     for plan in manifest.plans:
@@ -551,11 +553,11 @@ def test_verify_with_its_pipeline_writes_the_golden_vectors_that_it_lacks(compil
 
 
 def test_golden_vectors_notice_another_denoiser(compiled):
-    from prebake.exporter.verify.denoiser_alone import replay_golden
+    from prebake.exporter.verify.denoiser_alone import replay_attached_golden
 
     opened = open_artifact(compiled("aura_flow"))
     wrong = replace(opened, graphs={n: Off(g) for n, g in opened.graphs.items()})
-    replayed = replay_golden(wrong, opened.plans["4-uncached"])
+    replayed = replay_attached_golden(wrong, opened.plans["4-uncached"])
     assert not replayed.bitwise
     assert min(replayed.evaluation_errors) == pytest.approx(1e-3, rel=0.01)  # what `Off` adds
 
@@ -566,14 +568,14 @@ def test_load_says_to_attach(compiled):
 
 
 def test_plan_says_to_export_again(compiled):
-    from prebake.exporter.add_plan import Choices as PlanChoices
-    from prebake.exporter.add_plan import add
+    from prebake.exporter.add_plan import PlanOptions as PlanChoices
+    from prebake.exporter.add_plan import add_plans
     from prebake.exporter.recipe.resolve import Recipe
     from prebake.runtime.manifest import read_manifest
 
     asked = Recipe.model_validate(read_manifest(compiled("aura_flow")).recipe)
-    with progress("quiet") as quiet, pytest.raises(ExportError, match="follow its pipeline's own schedule"):
-        add(compiled("aura_flow"), asked, 5, PlanChoices(), quiet)
+    with open_progress("quiet") as quiet, pytest.raises(ExportError, match="follow its pipeline's own schedule"):
+        add_plans(compiled("aura_flow"), asked, 5, PlanChoices(), quiet)
 
 
 @pytest.mark.slow

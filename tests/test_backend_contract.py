@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from prebake.exporter import lower, pipeline
 from prebake.exporter.cli.main import main
 from prebake.exporter.package.folder import file_entries
-from prebake.exporter.pipeline import Options, export
-from prebake.exporter.progress import progress
+from prebake.exporter.pipeline import ExportOptions, export
+from prebake.exporter.progress import open_progress
 from prebake.exporter.recipe.resolve import resolve
 from prebake.exporter.verify import verify
 from prebake.runtime import backends, load
@@ -42,8 +42,8 @@ def eager_backend():
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory) -> Path:
     recipe = resolve("flux-fast", (*PLAIN, "compile.backend=eager", "verify.seeds=1"), "tiny:flux")
-    with progress("quiet") as quiet:
-        return export(recipe, tmp_path_factory.mktemp("eager") / "artifact", Options(), quiet)
+    with open_progress("quiet") as quiet:
+        return export(recipe, tmp_path_factory.mktemp("eager") / "artifact", ExportOptions(), quiet)
 
 
 def with_manifest(artifact: Path, folder: Path, **changes: object) -> Path:
@@ -77,8 +77,8 @@ def test_its_code_holds_no_weights(artifact):
 
 def test_what_it_cannot_do_is_refused_in_its_own_words():
     recipe = resolve("flux-fast", ("cache.method=none", "compile.backend=eager"), "tiny:flux")
-    with progress("quiet") as quiet, pytest.raises(ExportError, match=r"has no int8; set quantize\.method=none"):
-        export(recipe, Path("never-written"), Options(), quiet)
+    with open_progress("quiet") as quiet, pytest.raises(ExportError, match=r"has no int8; set quantize\.method=none"):
+        export(recipe, Path("never-written"), ExportOptions(), quiet)
 
 
 def test_a_recipe_that_names_no_backend_is_told_those_there_are():
@@ -108,9 +108,9 @@ def test_what_the_backend_lacks_is_said_before_its_files_are_opened(artifact, tm
 def elsewhere(tmp_path_factory) -> Path:
     """The same artifact as a machine leaves it that cannot run its code."""
     recipe = resolve("flux-fast", (*PLAIN, "compile.backend=eager", "verify.seeds=1"), "tiny:flux")
-    with pytest.MonkeyPatch.context() as patch, progress("quiet") as quiet:
+    with pytest.MonkeyPatch.context() as patch, open_progress("quiet") as quiet:
         patch.setattr(pipeline, "machine_problems", lambda manifest: ["needs a GPU"])
-        return export(recipe, tmp_path_factory.mktemp("elsewhere") / "artifact", Options(), quiet)
+        return export(recipe, tmp_path_factory.mktemp("elsewhere") / "artifact", ExportOptions(), quiet)
 
 
 @pytest.fixture
@@ -181,7 +181,7 @@ def test_a_run_that_is_interrupted_leaves_it_as_it_was(unsettled, monkeypatch):
         raise KeyboardInterrupt
 
     before = contents(unsettled)
-    monkeypatch.setattr(verify, "settled", interrupted)
+    monkeypatch.setattr(verify, "compare_with_source", interrupted)
     assert main(["verify", str(unsettled), "--source", "--quiet"]) == 130
     assert contents(unsettled) == before
     assert [p.name for p in unsettled.parent.iterdir()] == [unsettled.name]

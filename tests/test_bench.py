@@ -15,21 +15,29 @@ import torch
 
 from prebake.exporter.bench import report as bench_report
 from prebake.exporter.bench import rounds as bench
-from prebake.exporter.bench.cold_start import STAGES, Start, started
-from prebake.exporter.bench.report import NOT_TOLD_APART, against, describe, figures, interquartile, ratio, show
+from prebake.exporter.bench.cold_start import STAGES, ColdStart, measure_cold_start
+from prebake.exporter.bench.report import (
+    INDISTINGUISHABLE,
+    describe_bench,
+    interquartile_range,
+    paired_speedup,
+    print_bench,
+    reference_times,
+    sample_figures,
+)
 from prebake.exporter.bench.rounds import (
     BASELINES,
-    Bench,
-    Choices,
-    Row,
-    Subject,
-    Timed,
+    BenchOptions,
+    BenchResult,
+    BenchRow,
+    BenchSubject,
+    RowTimes,
     artifact_rows,
     artifact_start,
-    check,
-    followed,
-    labels,
-    measure,
+    check_comparable,
+    folder_labels,
+    time_module_calls,
+    time_rows,
 )
 from prebake.exporter.cli import bench as cli_bench
 from prebake.exporter.cli import main as cli
@@ -41,39 +49,43 @@ QUIET = [1.00, 1.02, 0.98, 1.01, 0.99, 1.00, 1.00]
 NOISY = [1.0, 2.0, 1.5, 1.1, 1.9, 1.4, 1.6]
 
 
-def row(name: str, steps: int = 4, baseline: str | None = None) -> Row:
-    return Row(name, steps, baseline, {}, 0.5, lambda prompt, seed: 1.0, lambda prompt, seed: (("full", 1.0),))
+def row(name: str, steps: int = 4, baseline: str | None = None) -> BenchRow:
+    return BenchRow(name, steps, baseline, {}, 0.5, lambda prompt, seed: 1.0, lambda prompt, seed: (("full", 1.0),))
 
 
-def timed(name: str, image_s: list[float], steps: int = 4, baseline: str | None = None) -> Timed:
+def timed(name: str, image_s: list[float], steps: int = 4, baseline: str | None = None) -> RowTimes:
     """A row whose denoiser takes half of each picture, in two evaluations."""
     calls = [(("full", 300 * s), ("reuse", 200 * s)) for s in image_s]
-    return Timed(row(name, steps, baseline), 3.0, list(image_s), list(calls))
+    return RowTimes(row(name, steps, baseline), 3.0, list(image_s), list(calls))
 
 
 # --- figures, on made-up times --------------------------------------------------------------------------------------
 
 
 def test_interquartile_range_is_the_distance_of_the_quartiles():
-    assert interquartile([1.0, 2.0, 3.0, 4.0, 5.0]) == 2.0
-    assert interquartile([5.0, 1.0]) == 2.0
-    assert interquartile([1.0, 1.0, 1.0, 1.0, 1000.0]) == 0.0  # an outlier is not the spread
-    assert figures([7.0]) == {"median": 7.0, "interquartile_range": None, "samples": [7.0]}  # nor is there one of one
+    assert interquartile_range([1.0, 2.0, 3.0, 4.0, 5.0]) == 2.0
+    assert interquartile_range([5.0, 1.0]) == 2.0
+    assert interquartile_range([1.0, 1.0, 1.0, 1.0, 1000.0]) == 0.0  # an outlier is not the spread
+    assert sample_figures([7.0]) == {
+        "median": 7.0,
+        "interquartile_range": None,
+        "samples": [7.0],
+    }  # nor is there one of one
 
 
 def test_the_ratio_is_the_median_of_the_rounds_own_ratios():
     """Where the machine slows down for a while, it slows down both sides of a round."""
     own = [1.0, 1.1, 4.0, 1.2, 1.3]
     base = [2 * s for s in own]
-    assert ratio(base, own).value == 2.0
+    assert paired_speedup(base, own).value == 2.0
     other = [2.0, 2.0, 2.0, 2.0, 6.0]
-    assert ratio([6.0, 6.0, 8.0, 8.0, 12.0], other).value == 3.0  # of the medians it would be 4
+    assert paired_speedup([6.0, 6.0, 8.0, 8.0, 12.0], other).value == 3.0  # of the medians it would be 4
 
 
 def test_a_difference_smaller_than_the_spread_has_no_ratio():
     shifted = [s + 0.1 for s in NOISY]
     for base, own in ((NOISY, shifted), (shifted, NOISY), (NOISY, NOISY)):
-        found = ratio(base, own)
+        found = paired_speedup(base, own)
         assert found.value is None
         assert found.reason is not None
         assert "interquartile range" in found.reason
@@ -81,36 +93,36 @@ def test_a_difference_smaller_than_the_spread_has_no_ratio():
 
 def test_canary_the_same_difference_has_one_where_times_are_quiet():
     shifted = [s + 0.1 for s in QUIET]
-    assert ratio(shifted, QUIET).value == pytest.approx(1.1)
-    assert ratio(NOISY, [s / 4 for s in NOISY]).value == 4.0
+    assert paired_speedup(shifted, QUIET).value == pytest.approx(1.1)
+    assert paired_speedup(NOISY, [s / 4 for s in NOISY]).value == 4.0
 
 
 def test_the_noise_of_either_side_counts():
-    assert ratio(QUIET, [s + 0.2 for s in NOISY]).value is not None  # 0.7 apart, spread 0.5
-    assert ratio([s + 0.4 for s in QUIET], NOISY).value is None  # 0.1 apart, and only the other one is noisy
-    assert ratio(NOISY, [s + 0.4 for s in QUIET]).value is None
+    assert paired_speedup(QUIET, [s + 0.2 for s in NOISY]).value is not None  # 0.7 apart, spread 0.5
+    assert paired_speedup([s + 0.4 for s in QUIET], NOISY).value is None  # 0.1 apart, and only the other one is noisy
+    assert paired_speedup(NOISY, [s + 0.4 for s in QUIET]).value is None
 
 
 def test_ratios_are_against_eager_of_as_many_steps_else_against_the_first_row():
     rows = [timed("a", QUIET, 4), timed("b", QUIET, 8)]
-    assert against(rows, rows[1]) is rows[0]
+    assert reference_times(rows, rows[1]) is rows[0]
     rows += [
         timed("compile", QUIET, 4, "compile"),
         timed("eager", QUIET, 4, "eager"),
         timed("eager", QUIET, 8, "eager"),
     ]
-    assert [against(rows, t).row.steps for t in rows] == [4, 8, 4, 4, 8]
-    assert {against(rows, t).row.baseline for t in rows} == {"eager"}
+    assert [reference_times(rows, t).row.steps for t in rows] == [4, 8, 4, 4, 8]
+    assert {reference_times(rows, t).row.baseline for t in rows} == {"eager"}
 
 
 @pytest.fixture
-def made_up(tiny_artifact) -> Bench:
+def made_up(tiny_artifact) -> BenchResult:
     rows = (timed("a", QUIET), timed("b", [s / 2 for s in QUIET]), timed("c", [s + 0.001 for s in QUIET]))
-    return Bench(read_manifest(tiny_artifact), "a red circle", Choices(), rows, {})
+    return BenchResult(read_manifest(tiny_artifact), "a red circle", BenchOptions(), rows, {})
 
 
 def test_the_report_has_every_sample_and_a_reason_for_every_ratio_that_is_missing(made_up):
-    described = json.loads(bench_report.to_json(describe(made_up)))
+    described = json.loads(bench_report.format_json(describe_bench(made_up)))
     first, fast, same = described["rows"]
     assert fast["image_s"]["samples"] == [s / 2 for s in QUIET]
     assert fast["denoiser_s"]["samples"] == pytest.approx([s / 4 for s in QUIET])
@@ -134,13 +146,13 @@ def test_the_table_says_where_times_are_not_told_apart(made_up, with_rich, monke
     if not with_rich:
         monkeypatch.setitem(sys.modules, "rich", None)
     file = io.StringIO()
-    show(describe(made_up), file)
+    print_bench(describe_bench(made_up), file)
     (line,) = (line for line in file.getvalue().splitlines() if line.split()[:1] == ["b"])
     assert "2.00x" in line
     (line,) = (line for line in file.getvalue().splitlines() if line.split()[:1] == ["c"])
-    assert line.count(NOT_TOLD_APART) == 2
-    assert "x " not in line.replace(NOT_TOLD_APART, "")
-    assert f"note: {NOT_TOLD_APART}" in file.getvalue()
+    assert line.count(INDISTINGUISHABLE) == 2
+    assert "x " not in line.replace(INDISTINGUISHABLE, "")
+    assert f"note: {INDISTINGUISHABLE}" in file.getvalue()
 
 
 # --- measuring ------------------------------------------------------------------------------------------------------
@@ -149,18 +161,18 @@ def test_the_table_says_where_times_are_not_told_apart(made_up, with_rich, monke
 def test_rows_take_turns_with_equal_seeds_after_a_warm_up():
     seen: list[tuple[str, str, int]] = []
 
-    def watched(name: str) -> Row:
+    def watched(name: str) -> BenchRow:
         def picture(prompt: str, seed: int) -> float:
             seen.append((name, "picture", seed))
             return float(len(seen))
 
-        def evaluations(prompt: str, seed: int) -> bench.Calls:
+        def evaluations(prompt: str, seed: int) -> bench.CallTimes:
             seen.append((name, "evaluations", seed))
             return (("full", 1.0),)
 
-        return Row(name, 1, None, {}, 0.0, picture, evaluations)
+        return BenchRow(name, 1, None, {}, 0.0, picture, evaluations)
 
-    first, second = measure([watched("a"), watched("b")], "a red circle", 2, Progress())
+    first, second = time_rows([watched("a"), watched("b")], "a red circle", 2, Progress())
     rounds = [(name, kind, seed) for seed in (0, 1) for kind in ("picture", "evaluations") for name in "ab"]
     assert seen[4:] == rounds
     assert (first.first_image_s, second.first_image_s) == (1.0, 3.0)
@@ -172,7 +184,7 @@ def test_rows_take_turns_with_equal_seeds_after_a_warm_up():
 def test_calls_of_a_module_are_followed_and_no_longer_afterwards(compiled):
     module: torch.nn.Module = torch.nn.Linear(2, 2)
     called: Any = torch.compile(module, backend="eager") if compiled else module
-    with followed(called) as taken:
+    with time_module_calls(called) as taken:
         called(torch.ones(1, 2))
         called(torch.ones(1, 2))
     called(torch.ones(1, 2))
@@ -181,26 +193,26 @@ def test_calls_of_a_module_are_followed_and_no_longer_afterwards(compiled):
 
 
 def test_folders_of_equal_names_are_told_apart():
-    assert labels([Path("x/a"), Path("y/b")]) == ["a", "b"]
-    assert labels([Path("x/a"), Path("y/a")]) == ["x/a", "y/a"]
-    assert labels([Path("x/a"), Path("x/a")]) == ["x/a #1", "x/a #2"]
+    assert folder_labels([Path("x/a"), Path("y/b")]) == ["a", "b"]
+    assert folder_labels([Path("x/a"), Path("y/a")]) == ["x/a", "y/a"]
+    assert folder_labels([Path("x/a"), Path("x/a")]) == ["x/a #1", "x/a #2"]
 
 
 def test_the_command_line_knows_every_baseline():
-    assert tuple(BASELINES) == cli_bench.NAMES
+    assert tuple(BASELINES) == cli_bench.BASELINE_NAMES
 
 
 def test_artifacts_that_draw_something_else_are_refused(tiny_artifact):
     manifest = read_manifest(tiny_artifact)
     other = manifest.model_copy(update={"source": manifest.source.model_copy(update={"sha256": "0" * 64})})
     with pytest.raises(RecipeError, match="same model"):
-        check(Path("b"), other, Path("a"), manifest)
+        check_comparable(Path("b"), other, Path("a"), manifest)
     larger = manifest.model_copy(update={"defaults": manifest.defaults.model_copy(update={"height": 64})})
     with pytest.raises(RecipeError, match=r"64, 32, 1"):
-        check(Path("b"), larger, Path("a"), manifest)
+        check_comparable(Path("b"), larger, Path("a"), manifest)
     failed = manifest.model_copy(update={"status": "failed"})
     with pytest.raises(ArtifactError, match="verification failed"):
-        check(Path("a"), failed, Path("a"), failed)
+        check_comparable(Path("a"), failed, Path("a"), failed)
 
 
 @pytest.mark.parametrize(
@@ -262,8 +274,8 @@ def test_a_compiled_denoiser_draws_and_the_pipeline_keeps_its_own(tiny_artifact,
         return Wrapped(module)
 
     monkeypatch.setattr(torch, "compile", compile_)
-    choices = Choices(("compile", "eager"), steps=8, model=str(tiny_folder))
-    subjects = bench.read([tiny_artifact], choices)
+    choices = BenchOptions(("compile", "eager"), steps=8, model=str(tiny_folder))
+    subjects = bench.read_subjects([tiny_artifact], choices)
     fast, eager = bench.baseline_rows(subjects, choices, Progress())
     assert len(fast.evaluations("a red circle", 0)) == 8
     (module,) = compiled
@@ -294,9 +306,9 @@ class Wrapped(torch.nn.Module):
 
 
 def test_a_cold_start_is_that_of_a_fresh_process(tiny_artifact):
-    choices = Choices(steps=8)
-    (subject,) = bench.read([tiny_artifact], choices)
-    found = started(artifact_start(subject, "a red circle"))
+    choices = BenchOptions(steps=8)
+    (subject,) = bench.read_subjects([tiny_artifact], choices)
+    found = measure_cold_start(artifact_start(subject, "a red circle"))
     assert tuple(found.seconds) == STAGES
     assert min(found.seconds.values()) > 0
     assert found.total == sum(found.seconds.values())
@@ -306,10 +318,10 @@ def test_a_cold_start_is_that_of_a_fresh_process(tiny_artifact):
 
 
 def test_a_baseline_starts_cold_with_diffusers(tiny_artifact, tiny_folder):
-    choices = Choices(("eager-bf16",), steps=8, model=str(tiny_folder))
-    (subject,) = bench.read([tiny_artifact], choices)
+    choices = BenchOptions(("eager-bf16",), steps=8, model=str(tiny_folder))
+    (subject,) = bench.read_subjects([tiny_artifact], choices)
     (start,) = bench.baseline_starts(subject, "a red circle", choices)
-    found = started(start)
+    found = measure_cold_start(start)
     assert tuple(found.seconds) == STAGES
     assert min(found.seconds.values()) > 0
 
@@ -321,7 +333,7 @@ def test_an_attached_artifact_is_timed_in_its_pipeline(tmp_path, monkeypatch):
     (tmp_path / "artifact").mkdir()
     artifact = attached.uncompiled(recipe, tmp_path / "artifact")
     monkeypatch.setattr(bench, "open_artifact", lambda folder: artifact)
-    subject = Subject("sana", artifact.folder, artifact.manifest, recipe, artifact.plans, str(folder))
+    subject = BenchSubject("sana", artifact.folder, artifact.manifest, recipe, artifact.plans, str(folder))
     assert subject.attached
     for row in artifact_rows(subject, Progress()):
         calls = row.evaluations(attached.PROMPT, 0)
@@ -341,9 +353,9 @@ def test_the_memory_of_a_fresh_process_is_its_own():
 
 def test_what_a_fresh_process_refuses_is_said_as_it_is(tmp_path):
     with pytest.raises(ArtifactError, match="manifest"):
-        started(Start("x", str(tmp_path), "a red circle", 8, False, 1))
+        measure_cold_start(ColdStart("x", str(tmp_path), "a red circle", 8, False, 1))
     with pytest.raises(ExportError, match="cold start of x: the process ended with code 1"):
-        started(Start("x", str(tmp_path), "a red circle", 8, False, threads=-1))
+        measure_cold_start(ColdStart("x", str(tmp_path), "a red circle", 8, False, threads=-1))
 
 
 def test_without_baselines_no_diffusers_is_imported(tiny_artifact):
@@ -359,8 +371,8 @@ def test_without_baselines_no_diffusers_is_imported(tiny_artifact):
 
 def test_cold_starts_take_turns(tiny_artifact, monkeypatch):
     seen: list[str] = []
-    monkeypatch.setattr(bench, "started", lambda start: seen.append(start.name) or len(seen))
-    subjects = bench.read([tiny_artifact, tiny_artifact], Choices(steps=8))
-    found = bench.cold_starts(subjects, "a red circle", Choices(cold_runs=2), Progress())
+    monkeypatch.setattr(bench, "measure_cold_start", lambda start: seen.append(start.name) or len(seen))
+    subjects = bench.read_subjects([tiny_artifact, tiny_artifact], BenchOptions(steps=8))
+    found = bench.measure_cold_starts(subjects, "a red circle", BenchOptions(cold_runs=2), Progress())
     assert seen == [*found, *found]
     assert [len(runs) for runs in found.values()] == [2, 2]

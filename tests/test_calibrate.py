@@ -16,26 +16,34 @@ from pydantic import ValidationError
 
 from prebake.exporter.caches import Auto, DBCache
 from prebake.exporter.caches.common import calibration as calibrations
-from prebake.exporter.caches.common.calibration import Calibration, Decisions, find, frozen, parameters, read, required
+from prebake.exporter.caches.common.calibration import (
+    Calibration,
+    DecisionShares,
+    decision_parameters,
+    find_calibration,
+    freeze_decisions,
+    read_calibration,
+    require_calibration,
+)
 from prebake.exporter.caches.firstblock import FirstBlockCache, decision, marks
 from prebake.exporter.calibrators import dbcache, firstblock, runner
-from prebake.exporter.calibrators.dynamic import Loop, dynamic_replay
+from prebake.exporter.calibrators.dynamic_replay import SamplerLoop, dynamic_replay
 from prebake.exporter.cli.main import main
 from prebake.exporter.families import flux
-from prebake.exporter.families.registry import family_of
-from prebake.exporter.pipeline import prepare, write
-from prebake.exporter.progress import progress
+from prebake.exporter.families.registry import find_family
+from prebake.exporter.pipeline import prepare, write_folder
+from prebake.exporter.progress import open_progress
 from prebake.exporter.recipe.resolve import resolve
 from prebake.exporter.settle import sampler_table
 from prebake.exporter.sites.actions import flat_outputs
-from prebake.exporter.sites.discover import discover
+from prebake.exporter.sites.discover import discover_layout
 from prebake.exporter.sites.layout import Layout, Place
 from prebake.runtime.errors import ExportError, RecipeError
 from prebake.runtime.manifest import Source
 
 PROMPTS = ("a red circle", "a blue square on white")
 OVERRIDES = ("cache.method=firstblock", "cache.threshold=0.4", "sampler.steps=5")
-QUIET = progress("quiet")
+QUIET = open_progress("quiet")
 SIZE = flux.Size(32, 32, 8)
 
 
@@ -47,7 +55,7 @@ def made(tiny_folder) -> Calibration:
 
 @pytest.fixture
 def file(made, tmp_path) -> Path:
-    calibrations.write(tmp_path / "made.json", made)
+    calibrations.write_calibration(tmp_path / "made.json", made)
     return tmp_path / "made.json"
 
 
@@ -70,7 +78,7 @@ def test_it_says_what_was_run(made, tiny_folder):
 
 def test_every_site_has_its_change_at_every_evaluation(made, tiny_pipe):
     size = SIZE
-    layout = discover(flux.denoiser(tiny_pipe, size))
+    layout = discover_layout(flux.denoiser(tiny_pipe, size))
     sites = {p.site for p in layout.of("attention", "feed_forward", "block")}
     assert set(made.changes) == {*sites, "blocks[0:3]", "output"}
     for values in made.changes.values():
@@ -106,13 +114,13 @@ def test_changes_are_those_of_diffusers_own_runs_averaged(made, tiny_pipe):
 @pytest.mark.parametrize(("kind", "guidance"), [("flux", 3.5), ("sd", 3.0), ("sd", 1.0)])
 def test_runs_start_and_end_where_diffusers_own_do(request, kind, guidance):
     pipe = request.getfixturevalue("tiny_pipe" if kind == "flux" else "tiny_sd_pipe")
-    family = family_of(pipe)
+    family = find_family(pipe)
     size = family.Size(*(family.defaults(pipe)[n] for n in ("height", "width", "max_sequence_length")))
     size = SIZE if kind == "flux" else size
     table, denoiser = sampler_table(family, pipe, size, 3, QUIET), family.denoiser(pipe, size)
-    (run,) = runner.drawn(family, pipe, size, table, ("a red circle",), 1, guidance)
+    (run,) = runner.draw_runs(family, pipe, size, table, ("a red circle",), 1, guidance)
     scale = family.facts(pipe, size)["timestep_scale"]
-    loop = Loop(table, run.inputs, run.latents, timestep_scale=scale, noise=run.noise)
+    loop = SamplerLoop(table, run.inputs, run.latents, timestep_scale=scale, noise=run.noise)
     with torch.no_grad():
         for _ in table.updates:
             call = loop.inputs()
@@ -125,11 +133,11 @@ def test_runs_start_and_end_where_diffusers_own_do(request, kind, guidance):
 def test_decisions_are_the_share_of_runs_that_computed(made, tiny_pipe):
     size, cache = SIZE, FirstBlockCache(threshold=0.4)
     denoiser = flux.denoiser(tiny_pipe, size)
-    layout, table = discover(denoiser), sampler_table(flux, tiny_pipe, size, 5, QUIET)
+    layout, table = discover_layout(denoiser), sampler_table(flux, tiny_pipe, size, 5, QUIET)
     computed = []
     for prompt, seed in ((PROMPTS[0], 0), (PROMPTS[0], 2), (PROMPTS[1], 1), (PROMPTS[1], 3)):
         run = dynamic_replay(
-            denoiser, marks(cache, layout), firstblock.probes(cache, layout), firstblock.Online(cache, layout, table),
+            denoiser, marks(cache, layout), firstblock.probes(cache, layout), firstblock.OnlineRule(cache, layout, table),
             lambda history: decision(cache, layout, history), table, flux.encode(tiny_pipe, size, prompt, 3.5),
             flux.noise(tiny_pipe, size, torch.Generator().manual_seed(seed)), timestep_scale=1e-3,
         )  # fmt: skip
@@ -142,7 +150,7 @@ def test_decisions_are_the_share_of_runs_that_computed(made, tiny_pipe):
 def test_the_same_runs_give_the_same_bytes_and_the_file_gives_them_back(made, file, tiny_folder):
     again = runner.calibrate(resolve("flux-fast", OVERRIDES, str(tiny_folder)), PROMPTS, 2, QUIET)
     assert again.to_json() == made.to_json() == file.read_text("utf-8")
-    assert read(file) == made
+    assert read_calibration(file) == made
     data = json.loads(file.read_text("utf-8"))
     assert list(data) == sorted(data)
     assert sorted(file.parent.iterdir()) == [file]
@@ -161,9 +169,9 @@ def test_a_file_that_is_no_calibration_is_refused(file):
     ):
         file.write_text(json.dumps({**data, **change}), "utf-8")
         with pytest.raises(RecipeError, match=match):
-            read(file)
+            read_calibration(file)
     with pytest.raises(RecipeError, match=r"none\.json: expected a calibration"):
-        read(file.with_name("none.json"))
+        read_calibration(file.with_name("none.json"))
 
 
 @pytest.mark.parametrize("shorter", ["changes", "magnitudes", "errors", "decisions", "skips", "weights"])
@@ -181,12 +189,12 @@ def test_everything_has_an_entry_for_each_evaluation(made, shorter):
 
 def test_a_plan_computes_where_the_quorum_did(made):
     cache = FirstBlockCache(threshold=0.4)
-    shares = Decisions(parameters=parameters(cache), computed={"": (1.0, 0.75, 0.5, 0.25, 0.0)})
+    shares = DecisionShares(parameters=decision_parameters(cache), computed={"": (1.0, 0.75, 0.5, 0.25, 0.0)})
     voted = made.model_copy(update={"decisions": {"firstblock": shares}})
 
     def computed(quorum: float) -> list[bool]:
         chosen = cache.model_copy(update={"quorum": quorum})
-        return [d[""] for d in frozen(voted, chosen, ("",), made.timesteps)]
+        return [d[""] for d in freeze_decisions(voted, chosen, ("",), made.timesteps)]
 
     assert computed(0.5) == [True, True, True, False, False]
     assert computed(0.8) == [True, False, False, False, False]
@@ -201,13 +209,13 @@ def test_the_file_is_found_beside_the_recipe_then_here_then_among_those_that_shi
     with pytest.raises(
         RecipeError, match=r"cache\.calibration: no file 'x\.json' in .*beside, .*here, .*recipes; make one"
     ):
-        find("x.json", beside)
+        find_calibration("x.json", beside)
     (here / "x.json").touch()
-    assert find("x.json", beside).resolve() == here / "x.json"
+    assert find_calibration("x.json", beside).resolve() == here / "x.json"
     (beside / "x.json").touch()
-    assert find("x.json", beside) == beside / "x.json"
-    assert find("x.json", None).resolve() == here / "x.json"
-    assert find("baseline.toml", beside).name == "baseline.toml"
+    assert find_calibration("x.json", beside) == beside / "x.json"
+    assert find_calibration("x.json", None).resolve() == here / "x.json"
+    assert find_calibration("baseline.toml", beside).name == "baseline.toml"
 
 
 def test_a_calibration_of_another_model_is_refused(file):
@@ -216,25 +224,25 @@ def test_a_calibration_of_another_model_is_refused(file):
     with pytest.raises(
         RecipeError, match=r"made of model 'model' with sha256 .*, and this is 'other' with ffffffffffff"
     ):
-        calibrations.load(cache, other, file.parent, SIZE)
+        calibrations.load_calibration(cache, other, file.parent, SIZE)
 
 
 def test_a_calibration_of_another_size_is_refused(made, file):
     assert (made.height, made.width) == (SIZE.height, SIZE.width)
     source = Source(model=made.model, pipeline="FluxPipeline", sha256=made.sha256)
     cache = FirstBlockCache(calibration=file.name)
-    assert calibrations.load(cache, source, file.parent, SIZE) == made
+    assert calibrations.load_calibration(cache, source, file.parent, SIZE) == made
     wider = replace(SIZE, width=2 * SIZE.width)
     with pytest.raises(RecipeError, match=rf"made at width {SIZE.width}, and this is {wider.width}; set shapes\.width"):
-        calibrations.load(cache, source, file.parent, wider)
+        calibrations.load_calibration(cache, source, file.parent, wider)
     unsaid = made.model_copy(update={"height": None, "width": None})
-    calibrations.write(file, unsaid)
-    assert calibrations.load(cache, source, file.parent, wider) == unsaid
+    calibrations.write_calibration(file, unsaid)
+    assert calibrations.load_calibration(cache, source, file.parent, wider) == unsaid
 
 
 def test_a_calibration_without_fitted_plans_says_so(made):
     with pytest.raises(ExportError, match=r"has no fitted plans, which method 'auto' needs"):
-        required(made, Auto(), made.timesteps, "auto")
+        require_calibration(made, Auto(), made.timesteps, "auto")
 
 
 def test_an_artifact_carries_the_calibration_that_its_plan_rests_on(made, file, tiny_folder, tmp_path):
@@ -247,8 +255,8 @@ def test_an_artifact_carries_the_calibration_that_its_plan_rests_on(made, file, 
     folder = tmp_path / "artifact"
     folder.mkdir()
     paths = {g.name: f"graphs/{g.name}" for group in prepared.graphs.values() for g in group}
-    manifest = write(folder, prepared, paths, QUIET)
-    assert read(folder / "calibration.json") == made
+    manifest = write_folder(folder, prepared, paths, QUIET)
+    assert read_calibration(folder / "calibration.json") == made
     (entry,) = (f for f in manifest.files if f.path == "calibration.json")
     assert entry.sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
     assert manifest.recipe["cache"]["calibration"] == "calibration.json"
@@ -264,7 +272,7 @@ def test_the_command_writes_one_file_and_its_picture(arguments, tmp_path, capsys
     assert main([*arguments, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["calibration"] == "flux-fast.calibration.json"
-    calibrated = read(tmp_path / result["calibration"])
+    calibrated = read_calibration(tmp_path / result["calibration"])
     assert (calibrated.steps, calibrated.prompts, calibrated.seeds, calibrated.decisions) == (3, 1, 1, {})
     assert Image.open(tmp_path / result["picture"]).format == "PNG"
 
@@ -274,7 +282,7 @@ def test_the_command_writes_one_file_and_its_picture(arguments, tmp_path, capsys
     own = tmp_path / "own" / "own.toml"
     own.write_text('name = "own"\ndescription = "d"\n[model]\nid = "x"\n', "utf-8")
     assert main([*arguments[:2], str(own), *arguments[3:], "--quiet"]) == 0
-    assert read(own.with_name("own.calibration.json")) == calibrated
+    assert read_calibration(own.with_name("own.calibration.json")) == calibrated
     assert {f.name for f in tmp_path.iterdir()} == {
         "prompts.txt", "own", "flux-fast.calibration.json", "flux-fast.calibration.png"
     }  # fmt: skip
@@ -284,14 +292,14 @@ def test_of_one_evaluation_there_is_nothing_to_draw(arguments, tmp_path, capsys)
     (tmp_path / "one.png").write_bytes(b"the picture of another calibration")
     assert main([*arguments, "--steps", "1", "--output", "one.json", "--force", "--json"]) == 0
     assert set(json.loads(capsys.readouterr().out)) == {"calibration", "seconds"}
-    assert read(tmp_path / "one.json").steps == 1
+    assert read_calibration(tmp_path / "one.json").steps == 1
     assert not (tmp_path / "one.png").exists()
 
 
 @pytest.fixture
 def no_runs(monkeypatch):
     """A calibration that comes to its first run fails."""
-    monkeypatch.setattr(runner, "drawn", lambda *args: pytest.fail("the model was run"))
+    monkeypatch.setattr(runner, "draw_runs", lambda *args: pytest.fail("the model was run"))
 
 
 @pytest.mark.parametrize(
@@ -333,7 +341,7 @@ def test_what_the_model_lacks_is_refused_before_it_runs(no_runs, tiny_folder, ca
         runner.calibrate(recipe, PROMPTS, 1, QUIET)
 
 
-@pytest.mark.parametrize(("method", "online"), [("firstblock", firstblock.Online), ("dbcache", dbcache.Online)])
+@pytest.mark.parametrize(("method", "online"), [("firstblock", firstblock.OnlineRule), ("dbcache", dbcache.OnlineRule)])
 def test_blocks_that_continue_another_stream_are_refused(method, online):
     layout = Layout(tuple(Place(f"blocks.{i}", "", f"m.blocks.{i}", "block", ("", "x")) for i in range(9)))
     cache = {"firstblock": FirstBlockCache(), "dbcache": DBCache()}[method]
@@ -344,4 +352,4 @@ def test_blocks_that_continue_another_stream_are_refused(method, online):
 def test_a_model_without_prompts_of_its_own_needs_some(tiny_folder, capsys):
     assert main(["calibrate", "--recipe", "flux-fast", "--model", str(tiny_folder), "--quiet"]) == 2
     assert "brings no prompts; give some with --prompts FILE, one a line" in capsys.readouterr().err
-    assert len(runner.prompts_of("shapes", None)) == 64
+    assert len(runner.choose_prompts("shapes", None)) == 64

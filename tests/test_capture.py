@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from prebake.exporter.capture.capture import capture
+from prebake.exporter.capture.capture import capture_graph
 from prebake.runtime.errors import ExportError
 
 
@@ -24,7 +24,7 @@ class Function(nn.Module):
 
 
 def captured(f, *args, outputs=("y",), **constants):
-    return capture("g", Function(f, **constants), args, tuple(f"x{i}" for i in range(len(args))), outputs)
+    return capture_graph("g", Function(f, **constants), args, tuple(f"x{i}" for i in range(len(args))), outputs)
 
 
 def test_the_contract_lists_inputs_and_outputs_in_order():
@@ -63,7 +63,7 @@ def test_two_names_of_one_tied_tensor_are_both_bound_or_are_one():
     tied = torch.full((2,), 3.0)
     module = Function(lambda m, a: (a * m.first + m.second,))
     module.first = module.second = nn.Parameter(tied)
-    got = capture("g", module, (torch.ones(2),), ("x",), ("y",))
+    got = capture_graph("g", module, (torch.ones(2),), ("x",), ("y",))
     read = {str(n.target) for n in got.gm.graph.nodes if n.op == "get_attr"}
     assert set(got.constants()) == read
 

@@ -11,8 +11,8 @@ import pytest
 
 from prebake.exporter.cli import export as cli_export
 from prebake.exporter.cli import main as cli
-from prebake.exporter.export_cache.store import Store, default_folder
-from prebake.exporter.recipe.resolve import names, resolve, schema
+from prebake.exporter.export_cache.store import Store, default_store_folder
+from prebake.exporter.recipe.resolve import recipe_names, recipe_schema, resolve
 from prebake.exporter.sites.actions import Variant
 from prebake.runtime.errors import ExportError
 from prebake.runtime.manifest import Cost
@@ -47,7 +47,7 @@ def fake_pipeline(monkeypatch):
             planned=types.SimpleNamespace(plans=(PLAN,), variants=(Variant("full", ()),)),
         )
 
-    fake.Options, fake.export, fake.prepare = types.SimpleNamespace, export, prepare
+    fake.ExportOptions, fake.export, fake.prepare = types.SimpleNamespace, export, prepare
     monkeypatch.setitem(sys.modules, fake.__name__, fake)
     return fake
 
@@ -108,7 +108,7 @@ def test_version(capsys):
 def test_recipes_lists_plain_lines_where_there_is_no_terminal(capsys):
     assert cli.main(["recipes"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split("\t")[0] for line in lines] == list(names())
+    assert [line.split("\t")[0] for line in lines] == list(recipe_names())
     assert f"flux-fast\t{resolve('flux-fast').description}" in lines
 
 
@@ -130,7 +130,7 @@ def test_recipes_without_rich_stays_plain_on_a_terminal(capsys, monkeypatch):
 
 def test_recipes_json(capsys):
     assert cli.main(["recipes", "--json"]) == 0
-    assert [r["name"] for r in json.loads(capsys.readouterr().out)] == list(names())
+    assert [r["name"] for r in json.loads(capsys.readouterr().out)] == list(recipe_names())
 
 
 def test_recipes_name_prints_a_recipe_that_resolves_to_itself(capsys, tmp_path):
@@ -150,7 +150,7 @@ def test_recipes_name_json_is_the_resolved_recipe(capsys):
 
 def test_recipes_schema(capsys):
     assert cli.main(["recipes", "--schema"]) == 0
-    assert json.loads(capsys.readouterr().out) == schema()
+    assert json.loads(capsys.readouterr().out) == recipe_schema()
 
 
 def test_each_problem_is_one_line_on_stderr(capsys):
@@ -176,7 +176,7 @@ def test_export_resolves_and_hands_over(fake_pipeline, capsys):
     recipe, output, options = fake_pipeline.calls[0]
     assert recipe == resolve("flux-fast", ["sampler.steps=8"])
     assert output == Path("artifacts/flux-fast-FLUX.1-dev")
-    store = Store(default_folder())
+    store = Store(default_store_folder())
     assert vars(options) == {"force": True, "keep_failed": False, "verify": True, "near": None, "store": store}
     assert capsys.readouterr().out == ""
 
@@ -201,10 +201,10 @@ def test_export_prints_where_the_artifact_is(fake_pipeline, capsys):
 def forecast_of_a_second(monkeypatch):
     """Every graph is predicted to take a second: nothing is timed."""
     from prebake.exporter.cost import forecast
-    from prebake.exporter.cost.machine_rates import Forecast
+    from prebake.exporter.cost.machine_rates import GraphForecast
 
-    predicted = Forecast({"matmul float32": 900.0}, 100.0)
-    monkeypatch.setattr(forecast, "forecasts", lambda prepared: dict.fromkeys(prepared.costs, predicted))
+    predicted = GraphForecast({"matmul float32": 900.0}, 100.0)
+    monkeypatch.setattr(forecast, "forecast_graphs", lambda prepared: dict.fromkeys(prepared.costs, predicted))
 
 
 def test_dry_run_says_what_would_be_compiled_and_exports_nothing(fake_pipeline, forecast_of_a_second, capsys):

@@ -6,16 +6,23 @@ import pytest
 import torch
 from torch import nn
 
-from prebake.exporter.capture.capture import capture
+from prebake.exporter.capture.capture import capture_graph
 from prebake.exporter.capture.variants import capture_variants
-from prebake.exporter.cost.count import attention_ops, census, check_skips, cost, module_flops, plan_share
-from prebake.exporter.cost.variants import check_variants
+from prebake.exporter.cost.count import (
+    check_skips,
+    count_attention_ops,
+    count_cost,
+    module_flops,
+    plan_share,
+    take_census,
+)
+from prebake.exporter.cost.variants import check_variant_costs
 from prebake.exporter.families import flux
-from prebake.exporter.load.source import load
+from prebake.exporter.load.source import load_model
 from prebake.exporter.lower import w8a8
-from prebake.exporter.plan import Planned
-from prebake.exporter.progress import progress
-from prebake.exporter.sites.discover import discover
+from prebake.exporter.plan import PlanSet
+from prebake.exporter.progress import open_progress
+from prebake.exporter.sites.discover import discover_layout
 from prebake.exporter.sites.marks import Variant
 from prebake.runtime.errors import ExportError
 from prebake.runtime.manifest import Cost
@@ -39,7 +46,7 @@ class Small(nn.Module):
 
 
 def test_flops_ops_and_constants_of_a_graph_counted_by_hand():
-    got = cost(capture("g", Small(), (torch.ones(32, 8),), ("x",), ("y",)))
+    got = count_cost(capture_graph("g", Small(), (torch.ones(32, 8),), ("x",), ("y",)))
     linear, product, conv = 32 * 8 * 16, 32 * 16 * 32, 30 * 6 * 2 * 9
     assert got.flops == 2 * (linear + product + conv)
     assert got.flops_by_class == {
@@ -58,8 +65,8 @@ def test_flops_ops_and_constants_of_a_graph_counted_by_hand():
 def test_an_int8_convolution_costs_what_it_replaces():
     def counted(*int8: str) -> dict[str, int]:
         module = nn.Sequential(nn.Conv2d(8, 24, 3, stride=2, padding=1), nn.Flatten())
-        w8a8.to_8_bits(module, set(int8), "int8_dynamic")
-        return cost(capture("g", module, (torch.ones(2, 8, 13, 10),), ("x",), ("y",))).flops_by_class
+        w8a8.replace_layers(module, set(int8), "int8_dynamic")
+        return count_cost(capture_graph("g", module, (torch.ones(2, 8, 13, 10),), ("x",), ("y",))).flops_by_class
 
     assert counted("0") == {"convolution int8": counted()["convolution float32"]}
 
@@ -67,60 +74,60 @@ def test_an_int8_convolution_costs_what_it_replaces():
 @pytest.fixture(scope="module")
 def reused(tiny_folder):
     """The tiny denoiser, its plan with every attention reused, and the graphs `full` and `reuse`; nobody changes them."""
-    pipe = load(str(tiny_folder), None, {"default": torch.float32}).pipe
-    marks = tuple(a.mark() for a in discover(flux.denoiser(pipe, SIZE)).attentions)
+    pipe = load_model(str(tiny_folder), None, {"default": torch.float32}).pipe
+    marks = tuple(a.mark() for a in discover_layout(flux.denoiser(pipe, SIZE)).attentions)
     everything, some = tuple((m.name, "compute") for m in marks), tuple((m.name, "combine") for m in marks)
-    planned = Planned(marks, (Variant("full", everything), Variant("reuse", some)), ())
+    planned = PlanSet(marks, (Variant("full", everything), Variant("reuse", some)), ())
     denoiser = flux.denoiser(pipe, SIZE)
-    return denoiser, *capture_variants(denoiser, planned, progress("quiet"))
+    return denoiser, *capture_variants(denoiser, planned, open_progress("quiet"))
 
 
 def test_an_attention_reuse_variant_has_no_attention_left(reused):
     denoiser, planned, (full, reuse) = reused
-    assert (attention_ops(full), attention_ops(reuse)) == (3, 0)
-    costs = {"full": cost(full), "reuse": cost(reuse)}
+    assert (count_attention_ops(full), count_attention_ops(reuse)) == (3, 0)
+    costs = {"full": count_cost(full), "reuse": count_cost(reuse)}
     inside = module_flops(denoiser.module, denoiser.args)
     skipped = sum(inside[m.modules[0]] for m in planned.marks)
     assert skipped > 0
     assert costs["reuse"].flops == costs["full"].flops - skipped
-    check_variants(denoiser, planned, costs)
+    check_variant_costs(denoiser, planned, costs)
 
 
 def test_a_reuse_variant_leaves_the_attentions_weights_behind(reused):
     _, _, (full, reuse) = reused
     assert any(".attn." in name for name in full.constants())
     assert not any(".attn." in name for name in reuse.constants())
-    assert cost(reuse).constants_bytes < cost(full).constants_bytes
+    assert count_cost(reuse).constants_bytes < count_cost(full).constants_bytes
 
 
 def test_the_modules_flops_add_up_to_the_graphs(reused):
     """What is promised and what is counted are measured in the same unit, before and after capture."""
     denoiser, _, (full, _) = reused
-    assert module_flops(denoiser.module, denoiser.args)["transformer"] == cost(full).flops
+    assert module_flops(denoiser.module, denoiser.args)["transformer"] == count_cost(full).flops
 
 
 def test_a_variant_that_skips_nothing_is_refused(reused):
     denoiser, planned, (full, _) = reused
-    costs = {"full": cost(full), "reuse": cost(full)}
+    costs = {"full": count_cost(full), "reuse": count_cost(full)}
     with pytest.raises(
         ExportError,
         match=r"variant 'reuse' skips nothing: [\d,]+ FLOPs, the full graph has [\d,]+; its sites feed values that are computed anyway",
     ):
-        check_variants(denoiser, planned, costs)
+        check_variant_costs(denoiser, planned, costs)
 
 
 def test_attention_is_counted(reused):
     """torch's own counter passes over the CPU's attention."""
     _, _, (full, reuse) = reused
     tokens, heads, width = 64 + 8, 2, 32  # of the picture and of the text
-    assert cost(full).flops_by_class["attention float32"] == 3 * 4 * heads * tokens * tokens * width
-    assert "attention float32" not in cost(reuse).flops_by_class
-    assert sum(cost(full).flops_by_class.values()) == cost(full).flops
+    assert count_cost(full).flops_by_class["attention float32"] == 3 * 4 * heads * tokens * tokens * width
+    assert "attention float32" not in count_cost(reuse).flops_by_class
+    assert sum(count_cost(full).flops_by_class.values()) == count_cost(full).flops
 
 
 def test_a_variant_does_less_of_every_kind_of_work(reused):
     _, _, graphs = reused
-    full, reuse = map(census, graphs)
+    full, reuse = map(take_census, graphs)
     assert reuse.moved_bytes < full.moved_bytes
     assert sum(reuse.heavy.values()) < sum(full.heavy.values())
     assert sum(loop.values for loop in reuse.loops) < sum(loop.values for loop in full.loops)
@@ -154,10 +161,10 @@ def test_one_percent_is_allowed_and_cheaper_is_fine():
 
 def test_a_value_that_no_variant_reads_is_not_stored(tiny_pipe):
     """Nothing after the last block reads its text."""
-    denoiser, layout = flux.denoiser(tiny_pipe, SIZE), discover(flux.denoiser(tiny_pipe, SIZE))
+    denoiser, layout = flux.denoiser(tiny_pipe, SIZE), discover_layout(flux.denoiser(tiny_pipe, SIZE))
     mark = layout.residual("", len(layout.blocks("")) - 1, len(layout.blocks("")), "tail")
-    marked = Planned((mark,), (Variant("full", (("tail", "compute"),)), Variant("reuse", (("tail", "combine"),))), ())
-    planned, (full, reuse) = capture_variants(denoiser, marked, progress("quiet"))
+    marked = PlanSet((mark,), (Variant("full", (("tail", "compute"),)), Variant("reuse", (("tail", "combine"),))), ())
+    planned, (full, reuse) = capture_variants(denoiser, marked, open_progress("quiet"))
     assert mark.tensors == ("tail:0", "tail:1")
     assert planned.marks[0].tensors == ("tail:1",)
     assert [s.name for s in full.outputs] == ["sample", "tail:1"]

@@ -12,14 +12,20 @@ from torch._functorch.aot_autograd import aot_export_module
 from torch.backends import cuda
 
 from prebake.exporter import pipeline
-from prebake.exporter.capture.capture import capture
-from prebake.exporter.export_cache.fingerprint import fingerprint
+from prebake.exporter.capture.capture import capture_graph
+from prebake.exporter.export_cache.fingerprint import graph_fingerprint
 from prebake.exporter.lower import aoti
-from prebake.exporter.lower.aoti.cuda import onto
-from prebake.exporter.passes.attention_backend import KERNELS, SDPA, attention_by, reason, refuse_attention
-from prebake.exporter.passes.attention_dtype import attention_in
-from prebake.exporter.passes.captured_graph import Captured
-from prebake.exporter.progress import progress
+from prebake.exporter.lower.aoti.cuda import move_graph
+from prebake.exporter.passes.attention_backend import (
+    KERNELS,
+    SDPA,
+    find_reason,
+    refuse_attention,
+    set_attention_backend,
+)
+from prebake.exporter.passes.attention_dtype import cast_attention
+from prebake.exporter.passes.captured_graph import CapturedGraph
+from prebake.exporter.progress import open_progress
 from prebake.exporter.recipe.resolve import resolve
 from prebake.runtime.errors import ExportError
 from prebake.runtime.manifest import Source
@@ -36,11 +42,11 @@ class Attention(nn.Module):
 
 
 @pytest.fixture(scope="module")
-def graph() -> Captured:
-    return capture("full", Attention(), (Q, torch.randn(8, 8)), ("q", "bias"), ("y",))
+def graph() -> CapturedGraph:
+    return capture_graph("full", Attention(), (Q, torch.randn(8, 8)), ("q", "bias"), ("y",))
 
 
-def traced(graph: Captured) -> set[str]:
+def traced(graph: CapturedGraph) -> set[str]:
     """The operators that AOTInductor is given, of its own tracing."""
     with torch.no_grad():
         gm, _ = aot_export_module(graph.gm, graph.args, trace_joint=False)
@@ -51,45 +57,49 @@ FLASH = "aten._scaled_dot_product_flash_attention_for_cpu.default"
 
 
 def test_the_chosen_kernel_is_what_the_compiler_sees(graph):
-    assert FLASH in traced(attention_by(graph, "flash"))
-    by_math = traced(attention_by(graph, "math"))
+    assert FLASH in traced(set_attention_backend(graph, "flash"))
+    by_math = traced(set_attention_backend(graph, "math"))
     assert "aten.bmm.default" in by_math
     assert not [t for t in by_math if "_scaled_dot_product" in t]
-    assert FLASH in traced(attention_by(graph, "sdpa"))  # torch's own preference here: so `math` had to be chosen
+    assert FLASH in traced(
+        set_attention_backend(graph, "sdpa")
+    )  # torch's own preference here: so `math` had to be chosen
 
 
 def test_switches_of_the_process_do_not_change_a_choice(graph):
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     with sdpa_kernel(SDPBackend.MATH):
-        assert FLASH in traced(attention_by(graph, "flash"))
-        assert FLASH not in traced(attention_by(graph, "sdpa"))  # the canary: without one they do
+        assert FLASH in traced(set_attention_backend(graph, "flash"))
+        assert FLASH not in traced(set_attention_backend(graph, "sdpa"))  # the canary: without one they do
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        assert FLASH not in traced(attention_by(graph, "math"))
+        assert FLASH not in traced(set_attention_backend(graph, "math"))
 
 
 @pytest.mark.parametrize("backend", ["cudnn", "efficient"])
 def test_a_kernel_that_is_not_here_is_not_replaced(graph, backend):
     with pytest.raises(RuntimeError, match="No viable backend"):
-        traced(attention_by(graph, backend))
+        traced(set_attention_backend(graph, backend))
 
 
 def test_the_arithmetic_is_the_same(graph):
     (expected,) = graph.gm(*graph.args)
     for backend in ("flash", "math"):
         # float32: eight keys are added up in another order
-        torch.testing.assert_close(attention_by(graph, backend).gm(*graph.args)[0], expected, rtol=1e-5, atol=1e-6)
-    assert attention_by(graph, "sdpa") is graph
+        torch.testing.assert_close(
+            set_attention_backend(graph, backend).gm(*graph.args)[0], expected, rtol=1e-5, atol=1e-6
+        )
+    assert set_attention_backend(graph, "sdpa") is graph
 
 
 def test_each_choice_is_a_graph_of_its_own(graph):
-    keys = [fingerprint(attention_by(graph, backend), "tools", {}) for backend in ("sdpa", *KERNELS)]
+    keys = [graph_fingerprint(set_attention_backend(graph, backend), "tools", {}) for backend in ("sdpa", *KERNELS)]
     assert None not in keys
     assert len(set(keys)) == len(KERNELS) + 1
 
 
 def test_a_dtype_of_its_own_goes_with_it(graph):
-    half = attention_by(attention_in(graph, torch.bfloat16), "flash")
+    half = set_attention_backend(cast_attention(graph, torch.bfloat16), "flash")
     assert FLASH in traced(half)
     assert half.gm(*half.args)[0].dtype == torch.float32
 
@@ -121,23 +131,23 @@ def asked(monkeypatch) -> list[Any]:
 
 
 def test_a_kernel_that_a_gpu_lacks_is_refused_with_torchs_reason(graph, asked):
-    there = onto(attention_by(graph, "cudnn"), torch.device("meta"))
+    there = move_graph(set_attention_backend(graph, "cudnn"), torch.device("meta"))
     words = r"^graph 'full': attention.backend 'cudnn' cannot run scaled_dot_product_attention, \[1, 2, 8, 16\] in float32: No mask; set attention\.backend=sdpa$"
     with pytest.raises(ExportError, match=words):
         refuse_attention(there)
     with pytest.raises(ExportError, match=r"'flash' cannot run .*: this torch has no such kernel; set"):
-        refuse_attention(onto(attention_by(graph, "flash"), torch.device("meta")))
+        refuse_attention(move_graph(set_attention_backend(graph, "flash"), torch.device("meta")))
 
 
 def test_what_torch_is_asked_is_what_the_graph_calls(graph, asked):
-    refuse_attention(onto(attention_by(graph, "efficient"), torch.device("meta")))
+    refuse_attention(move_graph(set_attention_backend(graph, "efficient"), torch.device("meta")))
     with_bias, without = asked
     assert with_bias.query.device.type == "meta"
     assert (with_bias.attn_mask.shape, without.attn_mask) == ((8, 8), None)
     assert (with_bias.dropout, with_bias.is_causal, with_bias.enable_gqa) == (0.0, False, False)
     asked.clear()
     for backend in ("math", "sdpa"):  # which run everywhere
-        refuse_attention(onto(attention_by(graph, backend), torch.device("meta")))
+        refuse_attention(move_graph(set_attention_backend(graph, backend), torch.device("meta")))
     assert asked == []
 
 
@@ -147,7 +157,7 @@ def test_the_first_reason_is_told():
         "Too old. (Triggered internally at b)",
         "x",
     ]
-    assert reason(told) == "Too old"
+    assert find_reason(told) == "Too old"
 
 
 @pytest.mark.parametrize("backend", [*KERNELS, "sdpa"])
@@ -163,12 +173,12 @@ def test_the_denoiser_is_what_it_is_for(graph, monkeypatch, tmp_path):
         "flux-fast", ("attention.backend=flash", "attention.dtype=bfloat16", "compile.device=cuda"), "tiny:flux"
     )
     groups = dict.fromkeys(("denoiser", "denoiser.call2", "vae_decoder"), (graph,))
-    ready = pipeline.Prepared(
+    ready = pipeline.PreparedExport(
         recipe=asked, source=Source(model="", pipeline="", sha256=""), graphs=groups, costs={}, **dict.fromkeys(UNUSED)
     )
     lowered: dict[str, Any] = {}
     monkeypatch.setattr(aoti, "lower", lambda folder, groups, config, made: lowered.update(groups) or {})
-    with progress("quiet") as quiet:
+    with open_progress("quiet") as quiet:
         pipeline.lower(tmp_path, ready, quiet)
 
     def calls(component: str) -> list[Any]:
@@ -180,12 +190,12 @@ def test_the_denoiser_is_what_it_is_for(graph, monkeypatch, tmp_path):
 
 @pytest.mark.slow
 def test_compiled_code_calls_the_chosen_kernel(graph):
-    from prebake.exporter.lower.aoti import compile_graph, flags
+    from prebake.exporter.lower.aoti import compile_flags, compile_graph
 
     config = resolve("flux-fast", ("compile.options.kernels=false",), "tiny:flux").compile
     calls = b"aoti_torch_cpu__scaled_dot_product_flash_attention_for_cpu"
     for backend, there in (("flash", True), ("math", False)):
-        made = compile_graph(attention_by(graph, backend), flags(config))
+        made = compile_graph(set_attention_backend(graph, backend), compile_flags(config))
         (library,) = (data for name, data in made.items() if name.endswith(".so"))
         assert (calls in library) is there
 
@@ -199,7 +209,9 @@ def test_a_gpu_runs_the_chosen_kernel(backend):
         def forward(self, q: Tensor) -> tuple[Tensor]:
             return (nn.functional.scaled_dot_product_attention(q, q, q).contiguous(),)
 
-    there = onto(attention_by(capture("full", Plain(), (q,), ("q",), ("y",)), backend), torch.device("cuda"))
+    there = move_graph(
+        set_attention_backend(capture_graph("full", Plain(), (q,), ("q",), ("y",)), backend), torch.device("cuda")
+    )
     found = [t for t in traced(there) if "_scaled_dot_product" in t]
     assert found == ([] if backend == "math" else [f"aten._scaled_dot_product_{backend}_attention.default"])
     # half a unit of bfloat16's last place in each of two products, of values of order one

@@ -9,15 +9,15 @@ import torch
 from diffusers import DDIMScheduler
 
 from prebake.exporter.caches import NoCache
-from prebake.exporter.plan import plan
-from prebake.exporter.sites.discover import discover
+from prebake.exporter.plan import make_plans
+from prebake.exporter.sites.discover import discover_layout
 from prebake.exporter.sites.guidance import LowPass
 
 ALL = denoisers.DITS | denoisers.UNETS
 
 
 def test_flux_blocks_come_in_order_of_execution_with_their_streams():
-    layout = discover(denoisers.flux())
+    layout = discover_layout(denoisers.flux())
     assert [p.name for p in layout.blocks("")] == [
         "transformer_blocks.0", "single_transformer_blocks.0", "single_transformer_blocks.1",
     ]  # fmt: skip
@@ -29,7 +29,7 @@ def test_flux_blocks_come_in_order_of_execution_with_their_streams():
 
 
 def test_each_branch_of_guidance_has_its_own_places():
-    layout = discover(denoisers.with_guidance(denoisers.pixart()))
+    layout = discover_layout(denoisers.with_guidance(denoisers.pixart()))
     assert layout.branches == ("uncond", "cond")
     assert [p.site for p in layout.blocks("cond")] == ["cond/transformer_blocks.0", "cond/transformer_blocks.1"]
     assert {p.kind for p in layout.of("cross_attention", branch="uncond")} == {"cross_attention"}
@@ -39,13 +39,13 @@ def test_each_branch_of_guidance_has_its_own_places():
 
 
 def test_sd3s_last_block_returns_no_text():
-    last = discover(denoisers.sd3()).blocks("")[-1]
+    last = discover_layout(denoisers.sd3()).blocks("")[-1]
     assert last.streams == ("", "hidden_states")
     assert last.mark().tensors == ("transformer_blocks.1:1",)
 
 
 def test_a_unets_layers_are_listed_as_they_run():
-    names = [p.name for p in discover(denoisers.sd_unet()).of("layer") if p.name.startswith("up_blocks.3")]
+    names = [p.name for p in discover_layout(denoisers.sd_unet()).of("layer") if p.name.startswith("up_blocks.3")]
     assert names[:4] == [
         "up_blocks.3.resnets.0",
         "up_blocks.3.attentions.0.transformer_blocks.0",
@@ -71,7 +71,7 @@ def test_an_uncached_plan_is_the_peers_plain_run(name):
     component = denoisers.with_guidance(ALL[name]())
     table = peers.table_of(DDIMScheduler(clip_sample=False), 4)
     latents = torch.randn(component.args[0].shape, generator=torch.Generator().manual_seed(0))
-    planned = plan(NoCache(), discover(component), {4: table})
+    planned = make_plans(NoCache(), discover_layout(component), {4: table})
     ours = peers.ours(component, planned, planned.plans[0], latents)
     peer = peers.peer_replay(component, table, latents, lambda model, clock: None)
     assert ours.error(peer) < 1e-5

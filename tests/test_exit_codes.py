@@ -12,7 +12,7 @@ import pytest
 
 from prebake.exporter.cli import main as cli
 from prebake.exporter.cli.matrix import WORST_FIRST
-from prebake.exporter.progress import Bar, progress
+from prebake.exporter.progress import ProgressBar, open_progress
 from prebake.runtime import errors
 
 ROOT = Path(__file__).parents[1]
@@ -32,12 +32,12 @@ def raising(monkeypatch):
     def arrange(error: BaseException) -> None:
         def export(recipe, output, options, shown):
             with shown.stage("load"):
-                shown.doing("a model")
+                shown.announce("a model")
                 shown.note("this is a stub")
                 raise error
 
         stub = types.ModuleType("prebake.exporter.pipeline")
-        stub.Options, stub.export, stub.prepare = types.SimpleNamespace, export, None
+        stub.ExportOptions, stub.export, stub.prepare = types.SimpleNamespace, export, None
         monkeypatch.setitem(sys.modules, stub.__name__, stub)
 
     return arrange
@@ -85,7 +85,7 @@ def test_a_missed_threshold_of_verify_is_4(monkeypatch, tmp_path, capsys):
     from prebake.exporter.verify import verify
 
     outcome = types.SimpleNamespace(missed=["plan '4': psnr is 12 dB, 30 are asked for"])
-    monkeypatch.setattr(hush, "hush", lambda: None)
+    monkeypatch.setattr(hush, "silence_libraries", lambda: None)
     monkeypatch.setattr(verify, "verify_artifact", lambda *args: (None, outcome))
     assert cli.main(["verify", str(tmp_path), "--quiet"]) == 4
     assert capsys.readouterr().err == "plan '4': psnr is 12 dB, 30 are asked for\n"
@@ -131,14 +131,14 @@ def test_no_control_codes_where_there_is_no_terminal(raising, capsys, monkeypatc
         "[    0.0 s] load\n[    0.0 s] load: a model\n[    0.0 s] note: this is a stub\nprebake: error: cannot\n"
     )
     assert "\x1b" not in printed.out
-    with Bar() as bar, bar.stage("load"):  # the canary: what would be printed without the check
-        bar.doing("a model")
+    with ProgressBar() as bar, bar.stage("load"):  # the canary: what would be printed without the check
+        bar.announce("a model")
     assert "\x1b" in capsys.readouterr().err
 
 
 def test_a_terminal_gets_the_bar(monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    assert isinstance(progress("rich"), Bar)
+    assert isinstance(open_progress("rich"), ProgressBar)
 
 
 def test_tables_have_no_control_codes_in_a_file(tmp_path, monkeypatch):

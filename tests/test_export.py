@@ -15,12 +15,12 @@ import torch
 from prebake.exporter import pipeline
 from prebake.exporter.calibrators.eager_replay import eager_replay
 from prebake.exporter.families import flux
-from prebake.exporter.families.registry import family_of
-from prebake.exporter.load.source import load
+from prebake.exporter.families.registry import find_family
+from prebake.exporter.load.source import load_model
 from prebake.exporter.lower import aoti
-from prebake.exporter.passes.captured_graph import Captured
-from prebake.exporter.pipeline import Options, export, prepare
-from prebake.exporter.progress import progress
+from prebake.exporter.passes.captured_graph import CapturedGraph
+from prebake.exporter.pipeline import ExportOptions, export, prepare
+from prebake.exporter.progress import open_progress
 from prebake.exporter.recipe.resolve import resolve
 from prebake.exporter.settle import settle
 from prebake.runtime.artifact import open_artifact
@@ -38,7 +38,7 @@ def recipe(tiny_folder):
 @pytest.fixture(scope="module")
 def prepared(recipe):
     """The same recipe up to what would be compiled: the oracle."""
-    return prepare(recipe, progress("quiet"))
+    return prepare(recipe, open_progress("quiet"))
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +148,7 @@ def uncompiled(monkeypatch):
 
 
 def test_the_same_recipe_gives_the_same_manifest_bytes(recipe, uncompiled, tmp_path):
-    outputs = [export(recipe, tmp_path / name, Options(), progress("quiet")) for name in ("first", "second")]
+    outputs = [export(recipe, tmp_path / name, ExportOptions(), open_progress("quiet")) for name in ("first", "second")]
     files = [sorted(p.relative_to(o) for p in o.rglob("*") if p.is_file()) for o in outputs]
     assert files[0] == files[1]
     assert all((outputs[0] / f).read_bytes() == (outputs[1] / f).read_bytes() for f in files[0])
@@ -168,7 +168,7 @@ def test_ctrl_c_leaves_nothing(recipe, prepared, uncompiled, monkeypatch, tmp_pa
     monkeypatch.setattr(aoti, at, interrupted)
     monkeypatch.setattr(pipeline, "prepare", lambda *args, **near: prepared)
     with pytest.raises(KeyboardInterrupt):
-        export(recipe, tmp_path / "out", Options(), progress("quiet"))
+        export(recipe, tmp_path / "out", ExportOptions(), open_progress("quiet"))
     assert len(done) == 3
     assert list(tmp_path.iterdir()) == []
 
@@ -177,11 +177,11 @@ def test_an_existing_output_is_refused_before_anything_is_loaded(recipe, monkeyp
     monkeypatch.setattr(pipeline, "prepare", None)
     (tmp_path / "out").mkdir()
     with pytest.raises(ExportError, match="already exists"):
-        export(recipe, tmp_path / "out", Options(), progress("quiet"))
+        export(recipe, tmp_path / "out", ExportOptions(), open_progress("quiet"))
 
 
 def test_the_recipe_overrides_the_models_defaults_and_these_the_familys(tiny_folder):
-    loaded = load(str(tiny_folder), None, {"default": torch.float32})
+    loaded = load_model(str(tiny_folder), None, {"default": torch.float32})
     usual, size, steps = settle(resolve("flux-fast", ("cache.method=none",)), flux, loaded)
     assert (usual.num_inference_steps, usual.guidance_scale, usual.height, usual.width) == (4, 3.5, 32, 32)
     assert (size.tokens, steps) == (8, (4,))
@@ -198,7 +198,7 @@ def test_the_recipe_overrides_the_models_defaults_and_these_the_familys(tiny_fol
 
 
 def test_a_size_that_does_not_divide_is_refused_with_the_nearest(tiny_folder):
-    loaded = load(str(tiny_folder), None, {"default": torch.float32})
+    loaded = load_model(str(tiny_folder), None, {"default": torch.float32})
     with pytest.raises(
         ExportError,
         match=r"shapes\.height, shapes\.width: expected multiples of 4 .*got 33 x 32; the nearest are 32 x 32",
@@ -213,9 +213,9 @@ def test_a_pipeline_without_a_family_is_refused_as_a_whole():
     with pytest.raises(
         ExportError, match=r"pipeline OtherPipeline has no family here: .*; pipelines with one: .*FluxPipeline"
     ):
-        family_of(OtherPipeline())
+        find_family(OtherPipeline())
 
 
 def test_captured_graphs_of_one_export_have_names_of_their_own(prepared):
-    graphs: list[Captured] = [g for group in prepared.graphs.values() for g in group]
+    graphs: list[CapturedGraph] = [g for group in prepared.graphs.values() for g in group]
     assert [g.name for g in graphs] == ["full", "reuse", "text_encoder", "vae_decoder"]

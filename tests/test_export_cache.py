@@ -16,16 +16,16 @@ import pytest
 from uncompiled import prepared
 
 from prebake.exporter.export_cache.compilation import COMPILED, FROM_CACHE
-from prebake.exporter.export_cache.fingerprint import fingerprint, toolchain
+from prebake.exporter.export_cache.fingerprint import describe_toolchain, graph_fingerprint
 from prebake.exporter.export_cache.store import Store
 from prebake.exporter.load.source import tiny_folder
-from prebake.exporter.lower import Files, backend
-from prebake.exporter.pipeline import Options, export
-from prebake.exporter.prepared import Prepared
-from prebake.exporter.progress import Progress, progress
+from prebake.exporter.lower import CodeFiles, load_backend
+from prebake.exporter.pipeline import ExportOptions, export
+from prebake.exporter.prepared_export import PreparedExport
+from prebake.exporter.progress import Progress, open_progress
 from prebake.exporter.recipe.resolve import Recipe, resolve
-from prebake.exporter.recipe.schema import Compile, table_names, variants
-from prebake.exporter.tiny import save
+from prebake.exporter.recipe.schema import Compile, table_names, table_types
+from prebake.exporter.tiny import save_tiny_pipeline
 from prebake.runtime.manifest import read_manifest
 
 PLAIN = (
@@ -135,7 +135,7 @@ def fields() -> set[str]:
     """Every field of a recipe: `table.key`, and `table[method].key` where a table has several types."""
     found = set(Recipe.model_fields) - set(table_names())
     for table in table_names():
-        types = variants(table)
+        types = table_types(table)
         for method, cls in types.items():
             keys = set(cls.model_fields)
             if len(types) > 1:
@@ -158,16 +158,16 @@ def test_every_field_of_a_recipe_is_decided():
 @pytest.mark.parametrize("field", sorted(SINGLE))
 def test_a_field_of_one_value_has_one(field):
     table, key = field.split(".")
-    annotation = variants(table)[""].model_fields[key].annotation
+    annotation = table_types(table)[""].model_fields[key].annotation
     assert get_origin(annotation) is Literal
     assert len(get_args(annotation)) == 1
 
 
-def keys(prepared: Prepared) -> dict[str, str | None]:
+def keys(prepared: PreparedExport) -> dict[str, str | None]:
     """Graph -> its fingerprint."""
-    lowering, tools = backend(prepared.recipe.compile.backend), toolchain(prepared.recipe)
+    lowering, tools = load_backend(prepared.recipe.compile.backend), describe_toolchain(prepared.recipe)
     graphs = [g for group in prepared.graphs.values() for g in group]
-    return {g.name: fingerprint(lowering.rewritten(g, prepared.recipe.compile), tools, {}) for g in graphs}
+    return {g.name: graph_fingerprint(lowering.rewrite_graph(g, prepared.recipe.compile), tools, {}) for g in graphs}
 
 
 @functools.cache
@@ -201,17 +201,17 @@ def changed() -> Recipe:
     return Recipe.model_validate(data)
 
 
-def files(prepared: Prepared, folder: Path) -> dict[str, Files]:
+def files(prepared: PreparedExport, folder: Path) -> dict[str, CodeFiles]:
     """Graph -> what it is compiled into, without any cache."""
-    kept: dict[str, Files] = {}
+    kept: dict[str, CodeFiles] = {}
 
-    def made(component: str, graph: Any, compiled: Any) -> Files:
+    def made(component: str, graph: Any, compiled: Any) -> CodeFiles:
         kept[graph.name] = compiled(graph)
         return kept[graph.name]
 
     config = prepared.recipe.compile
-    lowering = backend(config.backend)
-    graphs = {name: tuple(lowering.rewritten(g, config) for g in group) for name, group in prepared.graphs.items()}
+    lowering = load_backend(config.backend)
+    graphs = {name: tuple(lowering.rewrite_graph(g, config) for g in group) for name, group in prepared.graphs.items()}
     folder.mkdir(exist_ok=True)
     lowering.lower(folder, graphs, config, made)
     return kept
@@ -255,7 +255,7 @@ def test_a_variant_is_the_same_whatever_plan_asks_for_it(method, tmp_path):
 def test_weights_count_and_not_where_they_lie(tmp_path):
     """A copy of the model's folder under another name has the same keys; other weights of the same shapes have not."""
     copied = shutil.copytree(tiny_folder("flux").name, tmp_path / "copied")
-    other = save("flux", tmp_path / "other", seed=1)
+    other = save_tiny_pipeline("flux", tmp_path / "other", seed=1)
     same = keys(prepared(resolve("flux-fast", PLAIN, str(copied))))
     assert same == keys_of("flux")
     others = keys(prepared(resolve("flux-fast", PLAIN, str(other))))
@@ -272,9 +272,9 @@ def test_an_export_from_the_cache_is_the_same_artifact_and_is_verified(compiler,
     overrides = (f"compile.backend={compiler}", "sampler.steps=2", "verify.seeds=1", 'verify.prompts=["a cat"]')
 
     def exported(name: str, *further: str) -> tuple[Path, Progress]:
-        with progress("quiet") as quiet:
+        with open_progress("quiet") as quiet:
             asked = recipe("flux", *overrides, *further)
-            return export(asked, tmp_path / name, Options(store=store), quiet), quiet
+            return export(asked, tmp_path / name, ExportOptions(store=store), quiet), quiet
 
     first, cold = exported("first")
     second, warm = exported("second")
@@ -282,7 +282,7 @@ def test_an_export_from_the_cache_is_the_same_artifact_and_is_verified(compiler,
     assert (first / "manifest.json").read_bytes() == (second / "manifest.json").read_bytes()
     assert read_manifest(second).status == "verified"
     assert "verify" in warm.seconds
-    lowering = backend(compiler)
+    lowering = load_backend(compiler)
     monkeypatch.setattr(lowering, "compile_graph" if compiler == "aoti" else "onnx_model", None)
     third, planned = exported("third", "sampler.steps=3", "verify.psnr_db=40")
     assert set(planned.graphs.values()) == {FROM_CACHE}

@@ -13,10 +13,15 @@ import pytest
 import torch
 from torch import nn
 
-from prebake.exporter.capture.capture import capture
+from prebake.exporter.capture.capture import capture_graph
 from prebake.exporter.export_cache import fingerprint as fingerprints
-from prebake.exporter.export_cache.fingerprint import Unwritable, exact, fingerprint, toolchain
-from prebake.exporter.passes.captured_graph import Captured
+from prebake.exporter.export_cache.fingerprint import (
+    InexactValueError,
+    describe_toolchain,
+    exact_text,
+    graph_fingerprint,
+)
+from prebake.exporter.passes.captured_graph import CapturedGraph
 from prebake.exporter.recipe.resolve import Compile, Recipe, resolve
 
 
@@ -32,25 +37,25 @@ class Small(nn.Module):
 
 def small(
     module: nn.Module | None = None, shape: tuple[int, ...] = (2, 4), names: tuple[str, str] = ("x", "y")
-) -> Captured:
+) -> CapturedGraph:
     args = (torch.ones(shape), torch.ones(shape))
-    return capture("small", (module or Small()).eval(), args, names, ("z",))
+    return capture_graph("small", (module or Small()).eval(), args, names, ("z",))
 
 
-def key(graph: Captured, tools: str = "") -> str:
-    found = fingerprint(graph, tools, {})
+def key(graph: CapturedGraph, tools: str = "") -> str:
+    found = graph_fingerprint(graph, tools, {})
     assert found is not None
     return found
 
 
-def with_constant(change) -> Captured:
+def with_constant(change) -> CapturedGraph:
     graph = small()
     linear = graph.gm.linear
     linear.weight = nn.Parameter(change(linear.weight.detach().clone()), requires_grad=False)
     return graph
 
 
-def with_node(change) -> Captured:
+def with_node(change) -> CapturedGraph:
     graph = small()
     change(next(n for n in graph.gm.graph.nodes if n.op == "call_function"))
     return graph
@@ -61,7 +66,7 @@ def nudged(weight: torch.Tensor) -> torch.Tensor:
     return weight
 
 
-def renamed_output() -> Captured:
+def renamed_output() -> CapturedGraph:
     graph = small()
     return dataclasses.replace(graph, outputs=(graph.outputs[0].model_copy(update={"name": "w"}),))
 
@@ -86,7 +91,7 @@ def test_what_a_compiler_reads_is_in_it(change):
 
 
 def test_the_strides_of_a_weight_are_in_it():
-    plain = capture("c", nn.Conv2d(3, 4, 3).eval(), (torch.ones(1, 3, 8, 8),), ("x",), ("y",))
+    plain = capture_graph("c", nn.Conv2d(3, 4, 3).eval(), (torch.ones(1, 3, 8, 8),), ("x",), ("y",))
     lying = copy.copy(plain)
     before = key(plain)
     plain.gm.weight.data = plain.gm.weight.data.contiguous(memory_format=torch.channels_last)
@@ -129,10 +134,10 @@ class Odd:
 
 @pytest.mark.parametrize("value", [Odd(), torch.ones(2), [1, {"a": Odd()}], slice(None, Odd())])
 def test_what_cannot_be_written_down_has_none(value):
-    with pytest.raises(Unwritable, match=r"an argument is a (Odd|Tensor)"):
-        exact((1, value))
+    with pytest.raises(InexactValueError, match=r"an argument is a (Odd|Tensor)"):
+        exact_text((1, value))
     graph = with_node(lambda n: setattr(n, "target", lambda x, y: x * y))
-    assert fingerprint(graph, "", {}) is None
+    assert graph_fingerprint(graph, "", {}) is None
 
 
 def recipe(**compile_: object) -> Recipe:
@@ -156,7 +161,7 @@ def test_every_key_of_the_compile_table_is_in_the_toolchain(key):
     """A new one fails here until it has another value in `OTHER_SETTINGS`."""
     # AOTInductor asks the GPU that it compiles for
     base = {"backend": "onnxruntime"} if key == "device" else {}
-    assert toolchain(recipe(**base, **{key: OTHER_SETTINGS[key]})) != toolchain(recipe(**base))
+    assert describe_toolchain(recipe(**base, **{key: OTHER_SETTINGS[key]})) != describe_toolchain(recipe(**base))
 
 
 def changed_environment(monkeypatch) -> None:
@@ -170,11 +175,11 @@ def changed_cpu(monkeypatch) -> None:
 
 
 def changed_versions(monkeypatch) -> None:
-    monkeypatch.setattr(fingerprints, "versions", lambda: {"torch": "3.0"})
+    monkeypatch.setattr(fingerprints, "toolchain_versions", lambda: {"torch": "3.0"})
 
 
 def changed_sources(monkeypatch) -> None:
-    monkeypatch.setattr(fingerprints, "sources", lambda: "others")
+    monkeypatch.setattr(fingerprints, "hash_backend_sources", lambda: "others")
 
 
 def changed_precision(monkeypatch) -> None:
@@ -186,26 +191,26 @@ def changed_precision(monkeypatch) -> None:
     [changed_environment, changed_cpu, changed_versions, changed_sources, changed_precision],
 )
 def test_what_compiles_is_in_the_toolchain(monkeypatch, change):
-    before = toolchain(recipe())
-    assert toolchain(recipe()) == before
+    before = describe_toolchain(recipe())
+    assert describe_toolchain(recipe()) == before
     change(monkeypatch)
-    assert toolchain(recipe()) != before
+    assert describe_toolchain(recipe()) != before
 
 
 def test_inductors_settings_are_in_the_toolchain():
     from torch._inductor import config
 
-    before = toolchain(recipe())
+    before = describe_toolchain(recipe())
     with config.patch(max_fusion_size=3):
-        assert toolchain(recipe()) != before
-    assert toolchain(recipe()) == before
+        assert describe_toolchain(recipe()) != before
+    assert describe_toolchain(recipe()) == before
 
 
 def test_what_compiling_writes_into_inductors_settings_is_not(monkeypatch):
     from torch._inductor import config
 
-    before = toolchain(recipe())
+    before = describe_toolchain(recipe())
     monkeypatch.setitem(config.aot_inductor.metadata, "AOTI_DEVICE_KEY", "cpu")
-    assert toolchain(recipe()) == before
+    assert describe_toolchain(recipe()) == before
     monkeypatch.setitem(config.aot_inductor.metadata, "mine", "too")
-    assert toolchain(recipe()) != before
+    assert describe_toolchain(recipe()) != before

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import nn
 
+from prebake.exporter.passes import fold
 from prebake.exporter.passes.fold import fold_constants
-from prebake.exporter.passes.prune import prune
-from prebake.exporter.rewrite import fold
+from prebake.exporter.passes.prune import prune_dead_code
 
 
 def traced(module: nn.Module, *args) -> torch.fx.GraphModule:
-    return prune(torch.export.export(module, args, strict=False).module())
+    return prune_dead_code(torch.export.export(module, args, strict=False).module())
 
 
 def ops(gm) -> list[str]:
@@ -24,7 +24,7 @@ def buffers(gm) -> dict[str, tuple[int, ...]]:
 
 
 def folded(gm) -> torch.fx.GraphModule:
-    return prune(fold_constants(gm))
+    return prune_dead_code(fold_constants(gm))
 
 
 @pytest.fixture
@@ -126,7 +126,7 @@ def test_what_would_store_a_weight_twice_or_freeze_noise_is_left(module, x):
 
 def test_a_table_above_the_limit_is_left(x, monkeypatch):
     assert buffers(folded(traced(Large(), x))) == {"folded_0": (64,)}
-    monkeypatch.setattr(fold, "TABLE_BYTES", 64 * 4 - 1)
+    monkeypatch.setattr(fold, "MAX_TABLE_BYTES", 64 * 4 - 1)
     gm = traced(Large(), x)
     before = ops(gm)
     assert ops(folded(gm)) == before

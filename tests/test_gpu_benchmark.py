@@ -101,7 +101,7 @@ def test_a_stage_that_fails_leaves_the_others_alone(modules, monkeypatch, tmp_pa
             raise ValueError("no such thing\nand more")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(gpu, "figures", figures)
+    monkeypatch.setattr(gpu, "measure_stage", figures)
     arguments = ["gpu.py", "--smoke", "--work", str(tmp_path), "--stages", "flux-dev/eager/mask,flux-dev/eager/pab"]
     monkeypatch.setattr(sys, "argv", arguments)
     with pytest.raises(KeyboardInterrupt):  # what was before is kept all the same
@@ -142,9 +142,9 @@ def test_a_stage_that_took_too_long_waits_for_the_others(modules, monkeypatch, t
             {"status": "unfinished", "why": "not done"} if name.endswith("off") else {"status": "done", "figures": {}}
         )
 
-    monkeypatch.setattr(gpu, "apart", apart)
-    monkeypatch.setattr(gpu, "lacking", lambda *_, **__: None)
-    monkeypatch.setattr(gpu, "table", lambda results: "")
+    monkeypatch.setattr(gpu, "run_stage_apart", apart)
+    monkeypatch.setattr(gpu, "missing_requirement", lambda *_, **__: None)
+    monkeypatch.setattr(gpu, "results_table", lambda results: "")
     stages = "flux-dev/eager/off,flux-dev/eager/mask"
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--work", str(tmp_path), "--stages", stages])
     results = tmp_path / "results.json"

@@ -11,12 +11,12 @@ from kernel_cases import FLOAT, HALF, LACKS, error, random, runs_here
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from prebake.exporter.capture.capture import capture
+from prebake.exporter.capture.capture import capture_graph
 from prebake.exporter.lower import aoti, w8a8
 from prebake.exporter.lower.aoti import kernels
-from prebake.exporter.lower.aoti.kernels.rewrite import calling_kernels
-from prebake.exporter.passes.attention_dtype import attention_in
-from prebake.exporter.passes.captured_graph import Captured
+from prebake.exporter.lower.aoti.kernels.rewrite import insert_kernel_calls
+from prebake.exporter.passes.attention_dtype import cast_attention
+from prebake.exporter.passes.captured_graph import CapturedGraph
 from prebake.exporter.recipe.resolve import resolve
 from prebake.runtime.errors import RecipeError
 
@@ -30,8 +30,8 @@ def test_linears_of_few_rows_are_found():
         def forward(self, x: Tensor, time: Tensor) -> Tensor:
             return self.many(x * self.one(nn.functional.silu(time)))
 
-    graph = capture("g", Modulated(), (random(1, 9, 24), random(1, 16)), ("x", "time"), ("y",))
-    swapped = calling_kernels(graph)
+    graph = capture_graph("g", Modulated(), (random(1, 9, 24), random(1, 16)), ("x", "time"), ("y",))
+    swapped = insert_kernel_calls(graph)
     names = [str(n.target) for n in swapped.gm.graph.nodes]
     assert [n for n in names if "linear" in n or "rows" in n] == ["prebake.few_rows.default", "aten.linear.default"]
     assert torch.equal(swapped.gm(*graph.args)[0], graph.gm(*graph.args)[0])
@@ -57,15 +57,15 @@ class Rotary(nn.Module):
 
 @pytest.mark.parametrize("dtype", [FLOAT, HALF], ids=["float32", "bfloat16"])
 def test_rotary_embeddings_are_found(dtype):
-    graph = attention_in(capture("g", Rotary(), (random(1, 21, 4, 16, dtype=dtype),), ("x",), ("y",)), HALF)
-    swapped = calling_kernels(graph)
+    graph = cast_attention(capture_graph("g", Rotary(), (random(1, 21, 4, 16, dtype=dtype),), ("x",), ("y",)), HALF)
+    swapped = insert_kernel_calls(graph)
     names = [str(n.target) for n in swapped.gm.graph.nodes]
     assert names.count("prebake.rotary.default") == 2
     assert not [n for n in names if "unbind" in n or "stack" in n]
     (x,) = graph.args
     # bfloat16's rounding, of attention's inputs and of what comes out
     assert error(swapped.gm(x)[0], graph.gm(x)[0]) < 1e-2
-    other = calling_kernels(capture("g", Rotary(negated=0), graph.args, ("x",), ("y",)))
+    other = insert_kernel_calls(capture_graph("g", Rotary(negated=0), graph.args, ("x",), ("y",)))
     assert "prebake.rotary.default" not in [str(n.target) for n in other.gm.graph.nodes], "turned the other way round"
 
 
@@ -106,14 +106,14 @@ class Residual(nn.Module):
 INPUTS = {Block: (2, 21, 64), Residual: (2, 16, 11, 20)}
 
 
-def captured(module: nn.Module) -> Captured:
-    w8a8.to_8_bits(
+def captured(module: nn.Module) -> CapturedGraph:
+    w8a8.replace_layers(
         module, {name for name, m in module.named_children() if hasattr(m, "weight")} - {"norm"}, "int8_dynamic"
     )
-    return capture("block", module, (random(*INPUTS[type(module)]),), ("x",), ("y",))
+    return capture_graph("block", module, (random(*INPUTS[type(module)]),), ("x",), ("y",))
 
 
-def called(graph: Captured) -> list[str]:
+def called(graph: CapturedGraph) -> list[str]:
     """The heavy operators, in order."""
     names = [str(n.target).partition(".")[2].removesuffix(".default") for n in graph.gm.graph.nodes]
     return [
@@ -125,34 +125,34 @@ def called(graph: Captured) -> list[str]:
 
 def test_what_lies_around_an_int8_layer_goes_into_it():
     graph = captured(Block())
-    half = calling_kernels(attention_in(graph, HALF))
+    half = insert_kernel_calls(cast_attention(graph, HALF))
     assert called(half) == ["packed_w8a8", "attention", "packed_w8a8", "packed_w8a8"]
     # attention stays where it is not asked to be bfloat16: its precision is the recipe's
-    assert called(calling_kernels(graph)) == [
+    assert called(insert_kernel_calls(graph)) == [
         "packed_w8a8",
         "scaled_dot_product_attention",
         "packed_w8a8",
         "packed_w8a8",
     ]
     (x,) = graph.args
-    assert error(calling_kernels(graph).gm(x)[0], graph.gm(x)[0]) < 1e-6  # the same arithmetic, in eager
+    assert error(insert_kernel_calls(graph).gm(x)[0], graph.gm(x)[0]) < 1e-6  # the same arithmetic, in eager
     assert {n.removesuffix("_packed") for n in half.constants()} == {
         f"{name}.{part}" for name in ("qkv", "up", "down") for part in ("weight", "scale", "bias")
     }
 
 
-def gated_layer(width: int, **changed) -> Captured:
+def gated_layer(width: int, **changed) -> CapturedGraph:
     """diffusers' own GEGLU, its Linear in int8."""
     module = nn.Sequential(GatedLinear(64, width))
     for name, value in changed.items():
         vars(module[0])[name] = value
-    w8a8.to_8_bits(module, {"0.proj"}, "int8_dynamic")
-    return capture("gated", module, (random(2, 21, 64),), ("x",), ("y",))
+    w8a8.replace_layers(module, {"0.proj"}, "int8_dynamic")
+    return capture_graph("gated", module, (random(2, 21, 64),), ("x",), ("y",))
 
 
 def test_a_gate_goes_into_the_int8_layer_before_it():
     graph = gated_layer(96)
-    swapped = calling_kernels(graph)
+    swapped = insert_kernel_calls(graph)
     assert [str(n.target) for n in swapped.gm.graph.nodes if n.op == "call_function"] == ["prebake.packed_w8a8.default"]
     (x,) = graph.args
     assert error(swapped.gm(x)[0], graph.gm(x)[0]) < 1e-6  # the same arithmetic, in eager
@@ -166,20 +166,20 @@ def test_a_gate_goes_into_the_int8_layer_before_it():
     ],
 )
 def test_other_gates_are_left_to_inductor(width, changed):
-    graph = calling_kernels(gated_layer(width, **changed))
+    graph = insert_kernel_calls(gated_layer(width, **changed))
     assert called(graph) == ["packed_w8a8", "gelu"]
 
 
 def test_a_picture_is_laid_out_once_and_stays_so():
     graph = captured(Residual())
-    swapped = calling_kernels(graph)
+    swapped = insert_kernel_calls(graph)
     assert called(swapped) == ["clone", "packed_w8a8_conv2d", "clone", "packed_w8a8_conv2d", "packed_w8a8_conv2d"]
     (x,) = graph.args
     assert error(swapped.gm(x)[0], graph.gm(x)[0]) < 1e-6  # the same arithmetic, in eager
 
 
 def test_masks_are_left_to_torch():
-    graph = calling_kernels(attention_in(captured(Block(torch.zeros(21, 21))), HALF))
+    graph = insert_kernel_calls(cast_attention(captured(Block(torch.zeros(21, 21))), HALF))
     assert "attention" not in called(graph)
     assert "scaled_dot_product_attention" in called(graph)
 
@@ -187,8 +187,8 @@ def test_masks_are_left_to_torch():
 def test_variants_of_a_model_share_what_is_packed():
     module = Block()
     first = captured(module)
-    second = capture("again", module, first.args, ("x",), ("y",))
-    one, two = calling_kernels(first), calling_kernels(second)
+    second = capture_graph("again", module, first.args, ("x",), ("y",))
+    one, two = insert_kernel_calls(first), insert_kernel_calls(second)
     assert {t.data_ptr() for t in one.constants().values()} == {t.data_ptr() for t in two.constants().values()}
 
 
@@ -197,13 +197,13 @@ def test_variants_of_a_model_share_what_is_packed():
 def test_compiled_code_calls_the_kernels(tmp_path, block):
     from torch._inductor.package import load_package, package_aoti
 
-    graph = calling_kernels(attention_in(captured(block()), HALF))
-    flags = aoti.flags(resolve("flux-fast", ["compile.threads=1"], "shapes").compile)
+    graph = insert_kernel_calls(cast_attention(captured(block()), HALF))
+    flags = aoti.compile_flags(resolve("flux-fast", ["compile.threads=1"], "shapes").compile)
     (tmp_path / "build").mkdir(mode=0o700)
     files = aoti.compile_graph(graph, flags | {"aot_inductor.package_constants_in_so": True}, tmp_path / "build")
     library = next(data for name, data in files.items() if name.endswith(".so"))
     assert b"prebake::" not in library, "an operator is looked up by its name at run time"
-    models = {"model": aoti.laid_out(tmp_path / "model", files)}
+    models = {"model": aoti.write_files(tmp_path / "model", files)}
     run = load_package(package_aoti(str(tmp_path / "block.pt2"), models), "model")
     (x,) = graph.args
     made = run(x)
@@ -219,10 +219,18 @@ def recipe(*overrides: str):
 
 
 def test_kernels_are_for_machines_that_have_the_instructions(monkeypatch):
-    needed = {*kernels.FLAGS, *aoti.choose("host")[1], "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
+    needed = {
+        *kernels.KERNEL_FLAGS,
+        *aoti.choose_isa("host")[1],
+        "avx512f",
+        "avx512bw",
+        "avx512cd",
+        "avx512dq",
+        "avx512vl",
+    }
     for module in (kernels, __import__("prebake.exporter.lower.aoti.isa", fromlist=["isa"])):
         monkeypatch.setattr(module, "host_flags", lambda: frozenset(needed))
-    assert set(kernels.FLAGS) <= set(aoti.requires(recipe())["isa"])
+    assert set(kernels.KERNEL_FLAGS) <= set(aoti.requires(recipe())["isa"])
     assert "avx512_bf16" not in aoti.requires(recipe("compile.options.kernels=false"))["isa"]
     # a level that is asked for by name is a promise to machines that may not have them
     assert "avx512_bf16" not in aoti.requires(recipe("compile.isa=x86-64-v4"))["isa"]
@@ -234,8 +242,8 @@ def test_kernels_that_cannot_be_verified_here_are_refused(monkeypatch):
     with pytest.raises(
         RecipeError, match=r"^compile.options.kernels: they need avx512_bf16, avx512_vnni and x86-64-v4"
     ):
-        aoti.adapted(recipe("compile.options.kernels=true"))
-    assert aoti.adapted(recipe())[1] == ()
+        aoti.adapt_recipe(recipe("compile.options.kernels=true"))
+    assert aoti.adapt_recipe(recipe())[1] == ()
 
 
 CONVOLUTIONS_ASKED = ("quantize.method=int8_dynamic", "quantize.convolutions=true")
@@ -250,16 +258,16 @@ def test_int8_convolutions_without_kernels_are_refused(backend):
     without = asked.model_copy(update={"compile": asked.compile.model_copy(update={"isa": "x86-64-v3"})})
     said = r"^quantize\.convolutions: only prebake's CPU kernels multiply them in int8 .*; set quantize\.convolutions=false$"
     with pytest.raises(RecipeError, match=said):
-        lowering.adapted(without)
+        lowering.adapt_recipe(without)
     if backend == "aoti" and not LACKS:
-        assert lowering.adapted(asked)[1] == ()
+        assert lowering.adapt_recipe(asked)[1] == ()
 
 
 def test_a_compiler_that_fails_is_named(tmp_path, monkeypatch):
     from prebake.runtime.errors import ExportError
 
-    monkeypatch.setattr(kernels, "COMPILE", ("-std=c++98",))
+    monkeypatch.setattr(kernels, "COMPILE_ARGUMENTS", ("-std=c++98",))
     with pytest.raises(
         ExportError, match=r"^the CPU kernels could not be compiled \(.*; set compile.options.kernels=false"
     ):
-        kernels.archive(tmp_path, 1)
+        kernels.build_archive(tmp_path, 1)

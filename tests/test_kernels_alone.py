@@ -15,27 +15,27 @@ from torch.nn.functional import conv2d, scaled_dot_product_attention
 
 from prebake.exporter.lower import w8a8
 from prebake.exporter.lower.aoti.kernels import operators
-from prebake.exporter.lower.aoti.kernels.native import Native
+from prebake.exporter.lower.aoti.kernels.native import NativeKernels
 from prebake.exporter.lower.aoti.kernels.operators import (
     GEGLU,
     GELU,
+    NO_ACTIVATION,
     NO_NORM,
-    PLAIN,
     attention,
-    pack,
+    pack_columns,
     pack_gated,
     pack_taps,
     packed_w8a8,
     packed_w8a8_conv2d,
     rotary,
-    unpack,
+    unpack_columns,
     unpack_taps,
 )
 
 
 @pytest.fixture(scope="session", params=[1, 2], ids=["one thread", "two threads"])
-def native(request, tmp_path_factory) -> Native:
-    return Native(tmp_path_factory.mktemp("kernels"), request.param)
+def native(request, tmp_path_factory) -> NativeKernels:
+    return NativeKernels(tmp_path_factory.mktemp("kernels"), request.param)
 
 
 # --- int8 layers -----------------------------------------------------------------------------------------------------
@@ -45,13 +45,13 @@ def native(request, tmp_path_factory) -> Native:
 @settings(max_examples=30, deadline=None)
 def test_a_packed_weight_comes_out_again(k, n):
     weight = torch.randint(-128, 128, (k, n), dtype=torch.int8)
-    assert torch.equal(unpack(pack(weight), k, n), weight)
+    assert torch.equal(unpack_columns(pack_columns(weight), k, n), weight)
 
 
 def layer(widths: tuple[int, ...], columns: int) -> tuple[Tensor, Tensor, Tensor]:
     """A packed weight, its scale and a bias."""
-    weight, scale = w8a8.by_row(random(columns, sum(widths), seed=1))
-    return pack(weight.t().contiguous()), scale, random(columns, seed=2)
+    weight, scale = w8a8.quantize_rows_int8(random(columns, sum(widths), seed=1))
+    return pack_columns(weight.t().contiguous()), scale, random(columns, seed=2)
 
 
 @runs_here
@@ -66,7 +66,7 @@ def layer(widths: tuple[int, ...], columns: int) -> tuple[Tensor, Tensor, Tensor
         pytest.param((1,), (256,), 1000, id="one row"),
     ],
 )
-@pytest.mark.parametrize("act", [PLAIN, GELU], ids=["plain", "gelu"])
+@pytest.mark.parametrize("act", [NO_ACTIVATION, GELU], ids=["plain", "gelu"])
 def test_int8_layers_are_the_operator(native, dtype, rows, widths, columns, act):
     xs = [random(*rows, width, dtype=dtype, seed=10 + i) for i, width in enumerate(widths)]
     packed, scale, bias = layer(widths, columns)
@@ -85,7 +85,7 @@ def test_int8_layers_are_the_operator(native, dtype, rows, widths, columns, act)
 @pytest.mark.parametrize("dtype", [FLOAT, HALF], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize(("rows", "columns"), [(1, 64), (37, 192)])
 def test_gated_layers_are_the_operator(native, dtype, rows, columns):
-    weight, scale = w8a8.by_row(random(columns, 48, seed=1))
+    weight, scale = w8a8.quantize_rows_int8(random(columns, 48, seed=1))
     packed, scale, bias = pack_gated(weight.t().contiguous()), scale * 0.2, random(columns, seed=2)
     x = random(rows, 48, dtype=dtype)
     factors, gates = (w8a8.w8a8(x.float(), weight.t().contiguous(), scale, bias)).chunk(2, -1)
@@ -103,16 +103,16 @@ def test_gated_layers_are_the_operator(native, dtype, rows, columns):
 def test_mixed_dtypes_become_the_wider(native):
     xs = [random(9, 32, dtype=HALF), random(9, 16, seed=1)]
     packed, scale, bias = layer((32, 16), 24)
-    made = native.packed_w8a8(xs, packed, scale, bias, PLAIN)
+    made = native.packed_w8a8(xs, packed, scale, bias, NO_ACTIVATION)
     assert made.dtype == FLOAT
-    assert error(made, packed_w8a8(xs, packed, scale, bias, PLAIN)) < 3e-3
+    assert error(made, packed_w8a8(xs, packed, scale, bias, NO_ACTIVATION)) < 3e-3
 
 
 @runs_here
 def test_extreme_rows_stay_finite(native):
     xs = [torch.stack([torch.zeros(64), torch.full((64,), 3e38), torch.full((64,), 1e-30)])]
     packed, scale, _ = layer((64,), 32)
-    made = native.packed_w8a8(xs, packed, scale * 1e-3, None, PLAIN)
+    made = native.packed_w8a8(xs, packed, scale * 1e-3, None, NO_ACTIVATION)
     assert torch.equal(made[0], torch.zeros(32))
     assert made.isfinite().all()
 
@@ -126,10 +126,10 @@ def test_calls_leave_no_memory_behind(native):
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
     for _ in range(3):  # what malloc keeps for itself comes with the first
-        native.packed_w8a8([x], packed, scale, None, PLAIN)
+        native.packed_w8a8([x], packed, scale, None, NO_ACTIVATION)
     before = resident()
     for _ in range(5):
-        native.packed_w8a8([x], packed, scale, None, PLAIN)
+        native.packed_w8a8([x], packed, scale, None, NO_ACTIVATION)
     assert resident() - before < 64e6, "more than two of the five outputs, which are of 32 MB"
 
 
@@ -150,7 +150,7 @@ CONVOLUTIONS = pytest.mark.parametrize(
 def convolution(shape: tuple[int, ...], columns: int, kernel: int, dtype: torch.dtype = FLOAT) -> tuple[Tensor, ...]:
     """A picture with dark and bright pixels, channels last, a weight by rows of the kernel, its scale and a bias."""
     x = random(*shape) * torch.logspace(-2, 2, shape[2] * shape[3]).reshape(shape[2:])
-    weight, scale = w8a8.by_row(random(columns, kernel * kernel * shape[1], seed=1))
+    weight, scale = w8a8.quantize_rows_int8(random(columns, kernel * kernel * shape[1], seed=1))
     x = x.to(dtype).contiguous(memory_format=torch.channels_last)
     return x, weight.t().contiguous(), scale, random(columns, seed=2)
 

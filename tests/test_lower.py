@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch import nn
 
-from prebake.exporter.capture.capture import capture
+from prebake.exporter.capture.capture import capture_graph
 from prebake.exporter.lower import aoti
 from prebake.exporter.lower.aoti import isa
-from prebake.exporter.progress import progress
+from prebake.exporter.progress import open_progress
 from prebake.exporter.recipe.resolve import Compile
 from prebake.runtime.errors import ExportError
 
-V3, V4 = frozenset(isa.V3), frozenset(isa.V4)
+V3, V4 = frozenset(isa.V3_FLAGS), frozenset(isa.V4_FLAGS)
 
 
 @pytest.fixture
@@ -35,17 +35,17 @@ def cpu(monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "asked", "level", "needs"),
     [
-        (V4 | {"amx_int8"}, "host", "x86-64-v4", isa.V4),
-        (V3 | {"avx512f"}, "host", "x86-64-v3", isa.V3),
-        (V4, "x86-64-v3", "x86-64-v3", isa.V3),
-        (V4, "x86-64-v4", "x86-64-v4", isa.V4),
+        (V4 | {"amx_int8"}, "host", "x86-64-v4", isa.V4_FLAGS),
+        (V3 | {"avx512f"}, "host", "x86-64-v3", isa.V3_FLAGS),
+        (V4, "x86-64-v3", "x86-64-v3", isa.V3_FLAGS),
+        (V4, "x86-64-v4", "x86-64-v4", isa.V4_FLAGS),
         (V3 | {"sse"}, "native", "native", tuple(sorted(V3 | {"sse"}))),
         (frozenset({"sse"}), "native", "native", ("sse",)),
     ],
 )
 def test_a_level_and_the_flags_that_it_needs(cpu, flags, asked, level, needs):
     cpu(*flags)
-    assert isa.choose(asked) == (level, needs)
+    assert isa.choose_isa(asked) == (level, needs)
 
 
 def test_a_level_above_this_cpu_is_refused_with_what_lacks(cpu):
@@ -54,19 +54,19 @@ def test_a_level_above_this_cpu_is_refused_with_what_lacks(cpu):
         ExportError,
         match=r"compile\.isa 'x86-64-v4' needs avx512bw, avx512vl, which this CPU lacks, .*choose a lower level",
     ):
-        isa.choose("x86-64-v4")
+        isa.choose_isa("x86-64-v4")
 
 
 def test_a_cpu_below_every_level_is_told_about_native(cpu):
     cpu("sse")
     with pytest.raises(ExportError, match=r"compile\.isa 'host': this CPU has no AVX2, .*set compile\.isa=native"):
-        isa.choose("host")
+        isa.choose_isa("host")
 
 
 def test_another_processor_family_is_always_native(monkeypatch):
     monkeypatch.setattr(isa.platform, "machine", lambda: "aarch64")
     monkeypatch.setattr(isa, "host_flags", lambda: frozenset())
-    assert isa.choose("host") == ("native", ())
+    assert isa.choose_isa("host") == ("native", ())
 
 
 @pytest.mark.parametrize(("level", "bits"), [("x86-64-v3", 256), ("x86-64-v4", 512)])
@@ -79,7 +79,7 @@ def test_inductor_is_held_to_the_level(level, bits):
 
 def test_the_recipes_inductor_flags_join_the_packaging_ones(cpu):
     cpu(*V3)
-    flags = aoti.flags(Compile(inductor={"epilogue_fusion": False}))
+    flags = aoti.compile_flags(Compile(inductor={"epilogue_fusion": False}))
     assert flags["epilogue_fusion"] is False
     assert flags["aot_inductor.package"] is True
     assert flags["always_keep_tensor_constants"] is True
@@ -88,10 +88,10 @@ def test_the_recipes_inductor_flags_join_the_packaging_ones(cpu):
 
 def test_only_objects_kernels_and_metadata_are_wanted():
     inside = "m/data/aotinductor/full/"
-    assert aoti.wanted(f"{inside}full.wrapper.so")
-    assert aoti.wanted(f"{inside}full.wrapper_metadata.json")
+    assert aoti.is_packaged(f"{inside}full.wrapper.so")
+    assert aoti.is_packaged(f"{inside}full.wrapper_metadata.json")
     for name in ("full.wrapper.cpp", "full.kernel.cpp", "full.wrapper_compile_flags.json", "full.o", "weights.bin"):
-        assert not aoti.wanted(f"{inside}{name}"), name
+        assert not aoti.is_packaged(f"{inside}{name}"), name
 
 
 class Scaled(nn.Module):
@@ -106,7 +106,7 @@ class Scaled(nn.Module):
 
 @pytest.fixture
 def graph():
-    return capture("small", Scaled(), (torch.ones(2, 8),), ("x",), ("y",))
+    return capture_graph("small", Scaled(), (torch.ones(2, 8),), ("x",), ("y",))
 
 
 def fake_compiler(monkeypatch, error: BaseException) -> None:
@@ -154,13 +154,13 @@ def packaged_at(graph, folder: Path, monkeypatch) -> Path:
     torch._dynamo.reset()
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
     path = folder / "small.pt2"
-    aoti.write_package(path, {"small": aoti.compile_graph(graph, aoti.flags(Compile()))})
+    aoti.write_package(path, {"small": aoti.compile_graph(graph, aoti.compile_flags(Compile()))})
     return path
 
 
 @pytest.mark.slow
 def test_without_short_names_the_bytes_would_say_where_they_were_made(graph, tmp_path, monkeypatch):
-    monkeypatch.setattr(aoti, "without_paths", lambda flags, sources: flags)
+    monkeypatch.setattr(aoti, "shorten_paths", lambda flags, sources: flags)
     first, second = (packaged_at(graph, tmp_path / name, monkeypatch) for name in ("first", "second"))
     assert [name.rpartition("/")[2] for name in differing(first, second)] == ["serialization_id", "model.wrapper.so"]
 
@@ -186,9 +186,9 @@ def differing(first: Path, second: Path) -> list[str]:
 
 
 def say(mode: str) -> None:
-    with progress(mode) as shown, shown.stage("lower", 2):
-        shown.doing("denoiser: full")
-        shown.doing("vae")
+    with open_progress(mode) as shown, shown.stage("lower", 2):
+        shown.announce("denoiser: full")
+        shown.announce("vae")
     assert list(shown.seconds) == ["lower"]
 
 
@@ -219,9 +219,9 @@ def test_the_bar_is_on_stderr_and_names_the_stage(capsys):
 
 
 def test_int8_code_asks_for_vnni_where_the_exporting_cpu_has_it(monkeypatch):
-    monkeypatch.setattr(isa, "host_flags", lambda: frozenset({*isa.V4, "avx512_vnni", "avx_vnni"}))
+    monkeypatch.setattr(isa, "host_flags", lambda: frozenset({*isa.V4_FLAGS, "avx512_vnni", "avx_vnni"}))
     assert isa.int8_flags() == ("avx512_vnni",)
-    monkeypatch.setattr(isa, "host_flags", lambda: frozenset(isa.V3))
+    monkeypatch.setattr(isa, "host_flags", lambda: frozenset(isa.V3_FLAGS))
     assert isa.int8_flags() == ()
 
 

@@ -30,15 +30,15 @@ PROMPT = "a red circle"
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory) -> Path:
     """The tiny FLUX with attention reuse, for this GPU, its trajectories recorded."""
-    from prebake.exporter.pipeline import Options, export
-    from prebake.exporter.progress import progress
+    from prebake.exporter.pipeline import ExportOptions, export
+    from prebake.exporter.progress import open_progress
     from prebake.exporter.recipe.resolve import resolve
 
     asked = ("compile.device=cuda", "compile.options.cuda_graphs=true", "cache.method=pab", "quantize.method=none")
     gates = ("verify.cached_psnr_db=20", "verify.seeds=1")
     folder = tmp_path_factory.mktemp("gpu") / "artifact"
-    with progress("quiet") as quiet:
-        export(resolve("flux-fast", (*asked, *gates), "tiny:flux"), folder, Options(), quiet)
+    with open_progress("quiet") as quiet:
+        export(resolve("flux-fast", (*asked, *gates), "tiny:flux"), folder, ExportOptions(), quiet)
     return folder
 
 
@@ -66,7 +66,7 @@ def test_between_the_first_step_and_the_decode_nothing_waits(artifact, tmp_path)
     for _ in range(3):  # libraries load, the plan is recorded, and the recording has run
         pipe(PROMPT, seed=0)
     recorded = pipe._loop
-    pipe._loop, pipe._decoded = called("test: loop", recorded), called("test: decode", pipe._decoded)
+    pipe._loop, pipe._decode = called("test: loop", recorded), called("test: decode", pipe._decode)
     events, begin, end = profiled_call(pipe, tmp_path)
     assert waits(events, begin, end) == []
     assert count(events, begin, end, ("cudaGraphLaunch",)) == 1
@@ -85,7 +85,7 @@ def test_a_loop_step_by_step_does_not_wait_either(artifact, tmp_path):
     from prebake.runtime.replay import replay
 
     pipe = load(artifact)
-    pipe._loop, pipe._decoded = called("test: loop", replay), called("test: decode", pipe._decoded)
+    pipe._loop, pipe._decode = called("test: loop", replay), called("test: decode", pipe._decode)
     pipe(PROMPT, seed=0)
     assert waits(*profiled_call(pipe, tmp_path)) == []
 

@@ -17,13 +17,13 @@ pytest.importorskip("onnxscript", reason="onnxscript is not installed")
 
 from onnx.reference import ReferenceEvaluator  # noqa: E402
 
-from prebake.exporter.capture.capture import capture  # noqa: E402
-from prebake.exporter.cost.count import cost  # noqa: E402
+from prebake.exporter.capture.capture import capture_graph  # noqa: E402
+from prebake.exporter.cost.count import count_cost  # noqa: E402
 from prebake.exporter.lower import w8a8  # noqa: E402
 from prebake.exporter.lower.onnx import graph as onnx_graph  # noqa: E402
-from prebake.exporter.lower.onnx.graph import onnx_model, with_data  # noqa: E402
-from prebake.exporter.lower.onnx.rewrite import rewritten  # noqa: E402
-from prebake.exporter.passes.captured_graph import Captured  # noqa: E402
+from prebake.exporter.lower.onnx.graph import embed_data, onnx_model  # noqa: E402
+from prebake.exporter.lower.onnx.rewrite import rewrite_graph  # noqa: E402
+from prebake.exporter.passes.captured_graph import CapturedGraph  # noqa: E402
 from prebake.runtime.errors import ExportError  # noqa: E402
 
 CLOSE = 1e-6
@@ -46,13 +46,13 @@ class Odd(nn.Module):
         return joined, e.squeeze(1) + 1, f, nn.functional.dropout(x[:, :1].squeeze(1), training=False).double() + 1
 
 
-def captured(module: nn.Module, *args: torch.Tensor, outputs: tuple[str, ...] = ("y",)) -> Captured:
+def captured(module: nn.Module, *args: torch.Tensor, outputs: tuple[str, ...] = ("y",)) -> CapturedGraph:
     torch.manual_seed(0)
-    return rewritten(capture("g", module.eval(), args, tuple("xyz"[: len(args)]), outputs))
+    return rewrite_graph(capture_graph("g", module.eval(), args, tuple("xyz"[: len(args)]), outputs))
 
 
-def evaluated(graph: Captured, model: Any) -> list[np.ndarray]:
-    whole = with_data(model, graph.constants())
+def evaluated(graph: CapturedGraph, model: Any) -> list[np.ndarray]:
+    whole = embed_data(model, graph.constants())
     return ReferenceEvaluator(whole).run(
         None, {s.name: a.numpy() for s, a in zip(graph.inputs, graph.args, strict=True)}
     )
@@ -65,9 +65,11 @@ def relative(got: Any, expected: Any) -> float:
 
 
 @pytest.fixture(scope="module")
-def denoiser() -> Captured:
+def denoiser() -> CapturedGraph:
     component = flux()
-    return rewritten(capture("denoiser", component.module, component.args, component.inputs, component.outputs))
+    return rewrite_graph(
+        capture_graph("denoiser", component.module, component.args, component.inputs, component.outputs)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +95,7 @@ def test_inputs_and_outputs_are_the_graphs(denoiser, model):
 
 
 def test_the_checker_takes_it_and_no_operator_is_a_list_or_of_another_domain(denoiser, model):
-    onnx.checker.check_model(with_data(model, denoiser.constants()), full_check=True)
+    onnx.checker.check_model(embed_data(model, denoiser.constants()), full_check=True)
     assert {n.domain for n in model.graph.node} == {""}
     assert not [n.op_type for n in model.graph.node if "Sequence" in n.op_type]
     assert not model.functions
@@ -112,7 +114,7 @@ def test_values_are_those_of_the_graph(denoiser, model):
     changed = copy.deepcopy(denoiser.constants())  # the canary: one weight off by one part in a hundred
     largest = max((n for n in changed if n.endswith("weight_t")), key=lambda n: changed[n].numel())
     changed[largest] = changed[largest] * 1.01
-    off = ReferenceEvaluator(with_data(model, changed)).run(
+    off = ReferenceEvaluator(embed_data(model, changed)).run(
         None, {s.name: a.numpy() for s, a in zip(denoiser.inputs, denoiser.args, strict=True)}
     )
     assert relative(off[0], expected.detach()) > 10 * CLOSE
@@ -120,7 +122,7 @@ def test_values_are_those_of_the_graph(denoiser, model):
 
 def test_opset_23_has_attention_as_one_operator_and_the_same_values(denoiser, model):
     fused = onnx_model(denoiser, 23)
-    onnx.checker.check_model(with_data(fused, denoiser.constants()), full_check=True)
+    onnx.checker.check_model(embed_data(fused, denoiser.constants()), full_check=True)
     count = Counter(n.op_type for n in fused.graph.node)
     assert count["Attention"] == targets(denoiser)["aten.scaled_dot_product_attention.default"] > 0
     assert not [n for n in model.graph.node if n.op_type == "Attention"]
@@ -189,15 +191,15 @@ def test_what_has_no_form_in_onnx_is_refused_with_the_graph_and_the_reason():
 # --- the rewrites ---------------------------------------------------------------------------------------------------
 
 
-def targets(graph: Captured) -> Counter[str]:
+def targets(graph: CapturedGraph) -> Counter[str]:
     return Counter(str(n.target) for n in graph.gm.graph.nodes if n.op == "call_function")
 
 
 def test_odd_operators_become_plain_ones_and_keep_their_values():
     args = (torch.randn(2, 5, 8),)
     torch.manual_seed(0)
-    before = capture("g", Odd(), args, ("x",), ("y", "e", "f", "h"))
-    after = rewritten(before)
+    before = capture_graph("g", Odd(), args, ("x",), ("y", "e", "f", "h"))
+    after = rewrite_graph(before)
     words = {"linear.default", "chunk.default", "unbind.int", "split_with_sizes.default", "flatten.using_ints"}
     odd = {f"aten.{word}" for word in words | {"unflatten.int", "to.dtype", "dropout.default"}}
     assert odd <= targets(before).keys()
@@ -213,16 +215,16 @@ def test_odd_operators_become_plain_ones_and_keep_their_values():
 
 
 def test_the_graph_that_went_in_is_left_as_it_was():
-    before = capture("g", nn.Sequential(nn.Linear(4, 3), nn.Flatten(0)), (torch.ones(2, 4),), ("x",), ("y",))
+    before = capture_graph("g", nn.Sequential(nn.Linear(4, 3), nn.Flatten(0)), (torch.ones(2, 4),), ("x",), ("y",))
     names, operators = before.constants().keys(), targets(before)
-    rewritten(before)
+    rewrite_graph(before)
     assert before.constants().keys() == names
     assert targets(before) == operators
 
 
 def test_variants_of_one_model_share_each_turned_weight():
     linear = nn.Linear(4, 3)
-    graphs = [rewritten(capture(n, linear, (torch.ones(2, 4),), ("x",), ("y",))) for n in "ab"]
+    graphs = [rewrite_graph(capture_graph(n, linear, (torch.ones(2, 4),), ("x",), ("y",))) for n in "ab"]
     one, two = (graph.constants()["weight_t"] for graph in graphs)
     assert one.data_ptr() == two.data_ptr()
     assert torch.equal(one, linear.weight.t())
@@ -258,7 +260,7 @@ def tokens() -> torch.Tensor:
 
 def in_8_bits(linear: nn.Linear, method: str) -> nn.Module:
     module = nn.Sequential(copy.deepcopy(linear))
-    w8a8.to_8_bits(module, {"0"}, method)
+    w8a8.replace_layers(module, {"0"}, method)
     return module
 
 
@@ -268,7 +270,7 @@ def test_int8_weights_and_products_are_those_of_torchao(linear, tokens):
     theirs = nn.Sequential(copy.deepcopy(linear))
     quantize_(theirs, Int8DynamicActivationInt8WeightConfig(set_inductor_config=False))
     stored: Any = theirs[0].weight
-    weight, scale = w8a8.by_row(linear.weight.detach())
+    weight, scale = w8a8.quantize_rows_int8(linear.weight.detach())
     assert torch.equal(weight, stored.qdata)
     assert torch.equal(scale, stored.scale.flatten())
     ours, exact = in_8_bits(linear, "int8_dynamic")(tokens), linear(tokens).detach()
@@ -298,7 +300,7 @@ def float8_of_torchao(linear: nn.Linear) -> Any:
 
 def test_fp8_weights_and_products_are_those_of_torchao(linear, tokens):
     theirs = float8_of_torchao(linear)
-    weight, scale = w8a8.by_row_fp8(linear.weight.detach())
+    weight, scale = w8a8.quantize_rows_fp8(linear.weight.detach())
     assert torch.equal(weight.view(torch.uint8), theirs.weight.qdata.view(torch.uint8))
     assert torch.equal(scale, theirs.weight.scale.flatten())
     ours, exact = in_8_bits(linear, "fp8_dynamic")(tokens), linear(tokens).detach()
@@ -344,7 +346,7 @@ def test_products_of_one_input_share_its_scaling_and_quantize_it_each(method):
             return self.a(x), self.b(x)
 
     module = Two()
-    w8a8.to_8_bits(module, {"a", "b"}, method)
+    w8a8.replace_layers(module, {"a", "b"}, method)
     count = Counter(n.op_type for n in onnx_model(captured(module, torch.ones(4, 32), outputs=("a", "b"))).graph.node)
     assert (count["ReduceMax"], count["Div"], count["QuantizeLinear"], count["DequantizeLinear"]) == (1, 1, 2, 4)
 
@@ -352,7 +354,7 @@ def test_products_of_one_input_share_its_scaling_and_quantize_it_each(method):
 @pytest.mark.parametrize(("method", "dtype"), [("int8_dynamic", "int8"), ("fp8_dynamic", "float8_e4m3fn")])
 def test_a_product_of_8_bits_is_counted_as_one(linear, tokens, method, dtype):
     module = in_8_bits(linear, method)
-    assert cost(captured(module, tokens)).flops_by_class == {f"matmul {dtype}": 2 * 18 * 256 * 128}
+    assert count_cost(captured(module, tokens)).flops_by_class == {f"matmul {dtype}": 2 * 18 * 256 * 128}
 
 
 # --- where the data lies --------------------------------------------------------------------------------------------
@@ -365,9 +367,9 @@ def test_data_is_read_from_the_weight_files(tmp_path, linear, tokens):
     (tmp_path / "weights").mkdir()
     save_file({"other": torch.ones(5), "w": graph.constants()["0.weight_t"]}, tmp_path / "weights" / "a.safetensors")
     save_file({"b": graph.constants()["0.bias"]}, tmp_path / "weights" / "b.safetensors")
-    lie = onnx_graph.places(tmp_path)
+    lie = onnx_graph.find_weight_data(tmp_path)
     model = onnx_model(graph)
-    onnx_graph.located(model, {"0.weight_t": lie["w"], "0.bias": lie["b"]})
+    onnx_graph.locate_data(model, {"0.weight_t": lie["w"], "0.bias": lie["b"]})
     onnx.save(model, tmp_path / "g.onnx")
     whole = onnx.load(tmp_path / "g.onnx")
     read = {i.name: onnx.numpy_helper.to_array(i) for i in whole.graph.initializer}

@@ -18,13 +18,13 @@ from torch import nn
 onnxruntime: Any = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install 'prebake[ort]'")
 onnx: Any = pytest.importorskip("onnx", reason="onnx is not installed: pip install 'prebake[export]'")
 
-from prebake.exporter.capture.capture import capture  # noqa: E402
+from prebake.exporter.capture.capture import capture_graph  # noqa: E402
 from prebake.exporter.lower import aoti, w8a8  # noqa: E402
 from prebake.exporter.lower import onnxruntime as lowering  # noqa: E402
-from prebake.exporter.lower.onnx.graph import onnx_model, with_data  # noqa: E402
-from prebake.exporter.lower.onnx.rewrite import rewritten  # noqa: E402
-from prebake.exporter.pipeline import Options, export  # noqa: E402
-from prebake.exporter.progress import progress  # noqa: E402
+from prebake.exporter.lower.onnx.graph import embed_data, onnx_model  # noqa: E402
+from prebake.exporter.lower.onnx.rewrite import rewrite_graph  # noqa: E402
+from prebake.exporter.pipeline import ExportOptions, export  # noqa: E402
+from prebake.exporter.progress import open_progress  # noqa: E402
 from prebake.exporter.recipe.resolve import resolve  # noqa: E402
 from prebake.runtime import load  # noqa: E402
 from prebake.runtime.artifact import open_artifact, open_graphs  # noqa: E402
@@ -40,8 +40,10 @@ CPU = torch.device("cpu")
 
 
 def exported(folder: Path, recipe: str, overrides: tuple[str, ...], tiny: str) -> Path:
-    with progress("quiet") as quiet:
-        return export(resolve(recipe, overrides, f"tiny:{tiny}"), folder / "artifact", Options(verify=False), quiet)
+    with open_progress("quiet") as quiet:
+        return export(
+            resolve(recipe, overrides, f"tiny:{tiny}"), folder / "artifact", ExportOptions(verify=False), quiet
+        )
 
 
 @pytest.fixture(scope="module")
@@ -71,15 +73,15 @@ def session_of(folder: Path, *, prepack: bool = False) -> tuple[Any, dict[str, t
     """A session of `Product`, and its constants, which are the session's own memory."""
     from safetensors.torch import save_file
 
-    from prebake.exporter.lower.onnx.graph import located, places
+    from prebake.exporter.lower.onnx.graph import find_weight_data, locate_data
 
-    graph = capture("g", Product(), (torch.ones(3, 64),), ("x",), ("y",))
+    graph = capture_graph("g", Product(), (torch.ones(3, 64),), ("x",), ("y",))
     constants = {name: tensor.detach().clone() for name, tensor in graph.constants().items()}
     (folder / "weights").mkdir()
     save_file(constants, folder / "weights" / "g.safetensors")
     model = onnx_model(graph)
-    located(model, places(folder))
-    values = {name: opening.value_of(tensor) for name, tensor in constants.items()}
+    locate_data(model, find_weight_data(folder))
+    values = {name: opening.ort_value(tensor) for name, tensor in constants.items()}
     return (opening.open_session(model.SerializeToString(), folder, values, CPU, 1, prepack=prepack), values), constants
 
 
@@ -109,15 +111,15 @@ def test_weights_that_are_replaced_after_the_check_are_not_read(tmp_path, by_nam
     """And would be, had the optimizer only the name of their file."""
     from safetensors.torch import save_file
 
-    from prebake.exporter.lower.onnx.graph import located, places
+    from prebake.exporter.lower.onnx.graph import find_weight_data, locate_data
 
-    graph = capture("g", Folded(), (torch.ones(4),), ("x",), ("y",))
+    graph = capture_graph("g", Folded(), (torch.ones(4),), ("x",), ("y",))
     constants = {name: tensor.detach().clone() for name, tensor in graph.constants().items()}
     (tmp_path / "weights").mkdir()
     save_file(constants, tmp_path / "weights/g.safetensors")
     model = onnx_model(graph)
-    located(model, places(tmp_path))
-    values = {name: opening.value_of(tensor) for name, tensor in constants.items()}
+    locate_data(model, find_weight_data(tmp_path))
+    values = {name: opening.ort_value(tensor) for name, tensor in constants.items()}
     save_file(
         {name: torch.full_like(tensor, 8.0) for name, tensor in constants.items()}, tmp_path / "weights/g.safetensors"
     )
@@ -142,10 +144,10 @@ def test_sessions_prepack_by_default_unless_several_would_hold_the_same_weights(
     full = one.graph("full")
     two = one.model_copy(update={"graphs": (*one.graphs, full.model_copy(update={"name": "cached"}))})
     others = {"text_encoder", "vae_decoder"}
-    assert opening.packed(one, None) == others | {"full"}
-    assert opening.packed(two, None) == others
-    assert opening.packed(two, True) == others | {"full", "cached"}
-    assert opening.packed(one, False) == set()
+    assert opening.graphs_to_prepack(one, None) == others | {"full"}
+    assert opening.graphs_to_prepack(two, None) == others
+    assert opening.graphs_to_prepack(two, True) == others | {"full", "cached"}
+    assert opening.graphs_to_prepack(one, False) == set()
 
 
 def test_prepacking_is_what_the_session_is_opened_with(artifact, monkeypatch):
@@ -155,7 +157,7 @@ def test_prepacking_is_what_the_session_is_opened_with(artifact, monkeypatch):
         opening, "open_session", lambda *args, prepack: seen.append(prepack) or open_session(*args, prepack=prepack)
     )
     for packs in (set(), {"full"}):
-        monkeypatch.setattr(opening, "packed", lambda manifest, asked, packs=packs: packs)
+        monkeypatch.setattr(opening, "graphs_to_prepack", lambda manifest, asked, packs=packs: packs)
         open_artifact(artifact)
     names = [graph.name for graph in read_manifest(artifact).graphs]
     assert seen == [False] * len(names) + [name == "full" for name in names]
@@ -211,7 +213,9 @@ def test_every_int8_product_runs_as_one(artifact, manifest, tmp_path):
     options.log_severity_level = 3
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(artifact))
     data = (artifact / "graphs" / "full.onnx").read_bytes()
-    onnxruntime.InferenceSession(data, options, ["CPUExecutionProvider"], disabled_optimizers=[opening.MERGES])
+    onnxruntime.InferenceSession(
+        data, options, ["CPUExecutionProvider"], disabled_optimizers=[opening.MERGING_OPTIMIZER]
+    )
     ran = Counter(n.op_type for n in onnx.load(tmp_path / "optimized.onnx", load_external_data=False).graph.node)
     written = Counter(n.op_type for n in onnx.load_from_string(data).graph.node)
     assert ran["MatMulIntegerToFloat"] == written["QuantizeLinear"] == len(quantized)
@@ -219,10 +223,10 @@ def test_every_int8_product_runs_as_one(artifact, manifest, tmp_path):
 
 
 def test_a_root_mean_square_is_one_kernel(tmp_path):
-    graph = rewritten(capture("g", nn.RMSNorm(8, eps=1e-6), (torch.ones(3, 8),), ("x",), ("y",)))
+    graph = rewrite_graph(capture_graph("g", nn.RMSNorm(8, eps=1e-6), (torch.ones(3, 8),), ("x",), ("y",)))
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
-    data = with_data(onnx_model(graph), graph.constants()).SerializeToString()
+    data = embed_data(onnx_model(graph), graph.constants()).SerializeToString()
     onnxruntime.InferenceSession(data, options, ["CPUExecutionProvider"])
     assert [n.op_type for n in onnx.load(tmp_path / "optimized.onnx").graph.node] == ["SimplifiedLayerNormalization"]
 
@@ -230,12 +234,12 @@ def test_a_root_mean_square_is_one_kernel(tmp_path):
 def test_a_session_gives_what_the_int8_operator_gives(tmp_path):
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(256, 128))
-    w8a8.to_8_bits(module, {"0"}, "int8_dynamic")
+    w8a8.replace_layers(module, {"0"}, "int8_dynamic")
     x = torch.randn(3, 7, 256)
-    graph = rewritten(capture("g", module, (x,), ("x",), ("y",)))
-    data = with_data(onnx_model(graph), graph.constants()).SerializeToString()
+    graph = rewrite_graph(capture_graph("g", module, (x,), ("x",), ("y",)))
+    data = embed_data(onnx_model(graph), graph.constants()).SerializeToString()
     session = onnxruntime.InferenceSession(
-        data, providers=["CPUExecutionProvider"], disabled_optimizers=[opening.MERGES]
+        data, providers=["CPUExecutionProvider"], disabled_optimizers=[opening.MERGING_OPTIMIZER]
     )
     got = torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
     assert relative_error(got, module(x)) < 1e-6  # the same integers; their product is scaled in another order
@@ -302,13 +306,13 @@ def test_a_file_of_other_inputs_is_refused(artifact):
 
 def test_bfloat16_becomes_float32_on_the_cpu_and_is_said():
     recipe = resolve("flux-fast", ("precision.denoiser=float32", BACKEND), "tiny:flux")
-    adapted, said = lowering.adapted(recipe)
+    adapted, said = lowering.adapt_recipe(recipe)
     assert said == ("precision.text_encoders, precision.vae: float32, since ONNX Runtime has no bfloat16 on the CPU",)
     assert set(dict(adapted.precision).values()) == {"float32"}
     assert adapted == recipe.model_copy(update={"precision": adapted.precision})
-    assert lowering.adapted(adapted) == (adapted, ())
+    assert lowering.adapt_recipe(adapted) == (adapted, ())
     on_gpu = resolve("flux-fast", (BACKEND, "compile.device=cuda"), "tiny:flux")
-    assert lowering.adapted(on_gpu) == (on_gpu, ())
+    assert lowering.adapt_recipe(on_gpu) == (on_gpu, ())
 
 
 @pytest.mark.parametrize(
@@ -320,7 +324,7 @@ def test_bfloat16_becomes_float32_on_the_cpu_and_is_said():
 )
 def test_options_that_there_are_not(option, problem):
     with pytest.raises(RecipeError, match=problem):
-        lowering.adapted(resolve("flux-fast", (BACKEND, f"compile.options.{option}"), "tiny:flux"))
+        lowering.adapt_recipe(resolve("flux-fast", (BACKEND, f"compile.options.{option}"), "tiny:flux"))
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "aoti"])
@@ -329,13 +333,13 @@ def test_fp8_is_refused_where_nothing_multiplies_it(backend):
     with pytest.raises(
         RecipeError, match=r"^quantize\.method 'fp8_dynamic': .*set quantize\.method=int8_dynamic, or .*tensorrt$"
     ):
-        importlib.import_module(f"prebake.exporter.lower.{backend}").adapted(recipe)
+        importlib.import_module(f"prebake.exporter.lower.{backend}").adapt_recipe(recipe)
 
 
 def test_aoti_has_other_options():
     recipe = resolve("flux-fast", ("compile.backend=aoti", "compile.options.prepack=true"), "tiny:flux")
     with pytest.raises(RecipeError, match=r"compile\.options \[prepack\].*options of this backend: kernels"):
-        aoti.adapted(recipe)
+        aoti.adapt_recipe(recipe)
 
 
 # --- families -------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from prebake.exporter.capture.capture import capture
+from prebake.exporter.capture.capture import capture_graph
 from prebake.exporter.package import folder as package
 from prebake.runtime.errors import ExportError
 from prebake.runtime.weights import map_weights
@@ -33,7 +33,7 @@ def artifact(tmp_path) -> Path:
 
 
 def staged(output: Path, *, force: bool = False, error: BaseException | None = None) -> None:
-    with package.staged(output, force=force) as folder:
+    with package.stage_folder(output, force=force) as folder:
         (folder / "new").write_text("new")
         if error:
             raise error
@@ -101,7 +101,10 @@ def test_force_never_replaces_a_file(tmp_path):
 
 
 def test_an_output_that_appears_meanwhile_is_not_overwritten(tmp_path):
-    with pytest.raises(ExportError, match="already exists"), package.staged(tmp_path / "out", force=False) as folder:  # noqa: PT012 (its end raises)
+    with (  # noqa: PT012 (its end raises)
+        pytest.raises(ExportError, match="already exists"),
+        package.stage_folder(tmp_path / "out", force=False) as folder,
+    ):
         (folder / "new").write_text("new")
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "precious").write_text("another export's")
@@ -124,7 +127,7 @@ class Model(nn.Module):
 
 
 def graph(name: str, **weights):
-    return capture(name, Model(**weights), (torch.ones(1),), ("x",), ("y",))
+    return capture_graph(name, Model(**weights), (torch.ones(1),), ("x",), ("y",))
 
 
 def stored(folder: Path, component: str) -> dict[str, torch.Tensor]:
@@ -188,14 +191,14 @@ def test_other_strides_are_refused():
     with pytest.raises(
         ExportError, match=r"a constant of shape \(3, 2\) has strides \(1, 3\), which safetensors cannot keep"
     ):
-        package.in_memory_order(torch.ones(2, 3).t())
+        package.to_memory_order(torch.ones(2, 3).t())
 
 
 def test_the_embedding_that_t5_ties_is_stored_once(tiny_pipe, tmp_path):
     from prebake.exporter.families import flux
 
     component = flux.others(tiny_pipe, flux.Size(32, 32, 8), channels_last=False)[0]
-    captured = capture(component.name, component.module, component.args, component.inputs, component.outputs)
+    captured = capture_graph(component.name, component.module, component.args, component.inputs, component.outputs)
     package.write_weights(tmp_path, {"text_encoder": (captured,)})
     shape = tiny_pipe.text_encoder_2.shared.weight.shape
     assert sum(t.shape == shape for t in stored(tmp_path, "text_encoder").values()) == 1
@@ -233,7 +236,7 @@ def test_a_package_is_a_plain_archive(tiny_artifact):
 
 
 def test_everyone_may_read_an_artifact(tmp_path):
-    with package.staged(tmp_path / "out", force=False) as folder:
+    with package.stage_folder(tmp_path / "out", force=False) as folder:
         (folder / "weights").mkdir(mode=0o700)
         (folder / "weights" / "a.safetensors").touch(mode=0o600)
     modes = {p.name: p.stat().st_mode & 0o777 for p in (tmp_path / "out").rglob("*")}

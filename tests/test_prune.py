@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from prebake.exporter.passes.prune import prune
+from prebake.exporter.passes.prune import prune_dead_code
 
 
 class Block(nn.Module):
@@ -62,7 +62,7 @@ def test_a_dead_attention_goes_with_its_inputs_and_weights(args):
     assert named(ops(gm)) == [*ATTENTION, "linear.default"]
     assert held(gm) == ["out.bias", "out.weight", "qkv.bias", "qkv.weight"]
     expected = gm(*args)[0]
-    gm = prune(gm)
+    gm = prune_dead_code(gm)
     assert ops(gm) == ["linear.default"]
     assert held(gm) == ["out.bias", "out.weight"]
     assert torch.equal(gm(*args)[0], expected)
@@ -79,7 +79,7 @@ def test_fx_alone_keeps_the_random_op_and_all_that_feeds_it(args):
 def test_a_live_attention_stays(args):
     gm = traced(Block(reuse=False), *args)
     before, expected_weights = ops(gm), held(gm)
-    gm = prune(gm)
+    gm = prune_dead_code(gm)
     assert ops(gm) == before
     assert held(gm) == expected_weights
 
@@ -100,7 +100,7 @@ class Checked(nn.Module):
 def test_assertions_on_dead_values_go(args):
     gm = traced(Checked(), args[0])
     assert any("assert" in op for op in ops(gm))
-    gm = prune(gm)
+    gm = prune_dead_code(gm)
     assert ops(gm) == ["add.Tensor"]
     assert held(gm) == []
 
@@ -121,7 +121,7 @@ class Tied(nn.Module):
 def test_a_tied_weight_survives_while_one_of_its_users_lives(args):
     gm = traced(Tied(), args[0])
     expected = gm(args[0])[0]
-    gm = prune(gm)
+    gm = prune_dead_code(gm)
     assert ops(gm) == ["linear.default"]
     assert torch.equal(gm(args[0])[0], expected)
 
@@ -129,18 +129,18 @@ def test_a_tied_weight_survives_while_one_of_its_users_lives(args):
 def test_an_input_that_nothing_reads_stays_an_input(args):
     """The call contract has it, whichever variant is called."""
     gm = traced(Block(reuse=True), *args)
-    assert len(prune(gm).graph.find_nodes(op="placeholder")) == 2
+    assert len(prune_dead_code(gm).graph.find_nodes(op="placeholder")) == 2
 
 
 def test_pruning_twice_changes_nothing(args):
-    once = prune(traced(Block(reuse=True), *args))
+    once = prune_dead_code(traced(Block(reuse=True), *args))
     listing = str(once.graph)
-    assert str(prune(once).graph) == listing
+    assert str(prune_dead_code(once).graph) == listing
 
 
 def test_a_changed_weight_changes_the_pruned_graph(args):
     """The canary: the equality above can fail."""
-    gm = prune(traced(Block(reuse=True), *args))
+    gm = prune_dead_code(traced(Block(reuse=True), *args))
     before = gm(*args)[0].clone()
     with torch.no_grad():
         gm.get_parameter("out.weight")[0, 0] += 0.1

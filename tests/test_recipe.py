@@ -22,11 +22,11 @@ from prebake.exporter.recipe.resolve import (
     Recipe,
     check_inductor_flags,
     check_scheduler,
-    names,
     parse_override,
-    read,
+    read_recipe_file,
+    recipe_names,
+    recipe_schema,
     resolve,
-    schema,
     to_toml,
 )
 
@@ -36,7 +36,7 @@ SHIPPED = sorted(p.stem for p in (ROOT / "recipes").glob("*.toml"))
 
 
 def test_names_are_the_files():
-    assert list(names()) == SHIPPED
+    assert list(recipe_names()) == SHIPPED
     assert {"baseline", "flux-fast"} <= set(SHIPPED)
 
 
@@ -57,7 +57,7 @@ def test_every_recipe_is_in_the_wheel(tmp_path):
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_recipe_says_where_its_numbers_come_from_and_is_named_as_its_file(name):
-    file = read(name)
+    file = read_recipe_file(name)
     assert file.text.startswith("# ")
     assert file.data["name"] == name
     assert resolve(name) == resolve(ROOT / "recipes" / f"{name}.toml")
@@ -296,15 +296,15 @@ def test_a_recipe_is_frozen():
 def test_schema_is_valid_and_every_recipe_and_its_resolution_fit_it():
     jsonschema = pytest.importorskip("jsonschema", reason="jsonschema is not installed: it comes with the dev extra")
     validator = jsonschema.Draft202012Validator
-    validator.check_schema(schema())
+    validator.check_schema(recipe_schema())
     for name in SHIPPED:
-        validator(schema()).validate(tomllib.loads((ROOT / "recipes" / f"{name}.toml").read_text()))
-        validator(schema()).validate(resolve(name).model_dump(mode="json"))
+        validator(recipe_schema()).validate(tomllib.loads((ROOT / "recipes" / f"{name}.toml").read_text()))
+        validator(recipe_schema()).validate(resolve(name).model_dump(mode="json"))
     masked = {"method": "mask", "mask": [1, True, 0]}
-    validator(schema()).validate({**read("baseline").data, "cache": masked})
+    validator(recipe_schema()).validate({**read_recipe_file("baseline").data, "cache": masked})
     for wrong in ({"cahce": {}}, {"cache": {**masked, "mask": [1, 2]}}):
         with pytest.raises(jsonschema.ValidationError):
-            validator(schema()).validate({**read("baseline").data, **wrong})
+            validator(recipe_schema()).validate({**read_recipe_file("baseline").data, **wrong})
 
 
 MINIMAL = 'name = "x"\ndescription = "x"\n[model]\nid = "a/b"\n'

@@ -13,16 +13,16 @@ import torch
 from prebake.exporter import add_plan as replan
 from prebake.exporter.caches import Auto, Decision, FasterCache, Mask, Schedule
 from prebake.exporter.caches.common import calibration as calibrations
-from prebake.exporter.caches.common.calibration import Calibration, Fitted
+from prebake.exporter.caches.common.calibration import Calibration, FittedPlan
 from prebake.exporter.caches.fastercache import check_branches
 from prebake.exporter.cli.main import main
 from prebake.exporter.pipeline import prepare
-from prebake.exporter.progress import Progress, progress
-from prebake.exporter.recipe.resolve import changed, resolve
+from prebake.exporter.progress import Progress, open_progress
+from prebake.exporter.recipe.resolve import change_recipe, resolve
 from prebake.exporter.sites.marks import Mark
 from prebake.exporter.verify.golden import replay_golden
 from prebake.exporter.verify.measure import Replayer
-from prebake.exporter.verify.verify import recipe_of
+from prebake.exporter.verify.verify import manifest_recipe
 from prebake.runtime import load
 from prebake.runtime.artifact import open_artifact
 from prebake.runtime.errors import ArtifactError, ExportError, RecipeError
@@ -45,10 +45,10 @@ def copied(tiny_artifact, tmp_path):
 
 
 def added(folder, steps: int, *overrides: str, **choices):
-    recipe = recipe_of(folder, read_manifest(folder))
-    recipe = changed(recipe, "recipe", [f"sampler.steps={steps}", *overrides])
-    with progress("quiet") as quiet:
-        return replan.add(folder, recipe, steps, replan.Choices(**choices), quiet)
+    recipe = manifest_recipe(folder, read_manifest(folder))
+    recipe = change_recipe(recipe, "recipe", [f"sampler.steps={steps}", *overrides])
+    with open_progress("quiet") as quiet:
+        return replan.add_plans(folder, recipe, steps, replan.PlanOptions(**choices), quiet)
 
 
 def contents(folder) -> dict[str, bytes]:
@@ -85,18 +85,18 @@ def test_an_added_plan_is_run_listed_and_replayed(copied):
 
 def test_the_added_plan_is_the_one_that_an_export_would_have_made(copied, tiny_pipe):
     from prebake.exporter.families import flux
-    from prebake.exporter.plan import plan
-    from prebake.exporter.plan.sampler import tabulate
-    from prebake.exporter.sites.discover import discover
+    from prebake.exporter.plan import make_plans
+    from prebake.exporter.plan.sampler import tabulate_scheduler
+    from prebake.exporter.sites.discover import discover_layout
 
     size = flux.Size(32, 32, 8)
-    table = tabulate(
+    table = tabulate_scheduler(
         tiny_pipe.scheduler,
         6,
         **flux.scheduler_arguments(tiny_pipe.scheduler, flux.facts(tiny_pipe, size)["latents_shape"], 6),
     )
-    cache = recipe_of(copied, read_manifest(copied)).cache
-    expected = plan(cache, discover(flux.denoiser(tiny_pipe, size)), {6: table}).plans
+    cache = manifest_recipe(copied, read_manifest(copied)).cache
+    expected = make_plans(cache, discover_layout(flux.denoiser(tiny_pipe, size)), {6: table}).plans
     _, plans = added(copied, 6, dry_run=True)
     assert tuple(plans.values()) == expected
 
@@ -175,7 +175,7 @@ def test_a_run_that_is_interrupted_leaves_the_artifact_as_it_was(copied, monkeyp
 def test_a_plan_is_removed_with_its_uncached_twin(copied):
     before = contents(copied)
     added(copied, 5)
-    manifest = replan.remove(copied, "5")
+    manifest = replan.remove_plan(copied, "5")
     assert list(manifest.plans) == ["8", "8-uncached"]
     assert manifest.unverified == ()
     assert contents(copied) == before
@@ -191,13 +191,13 @@ def test_a_plan_is_removed_with_its_uncached_twin(copied):
 )
 def test_what_cannot_be_removed_is_named(copied, name, words):
     with pytest.raises(RecipeError, match=words):
-        replan.remove(copied, name)
+        replan.remove_plan(copied, name)
 
 
 def test_an_artifact_of_an_older_export_is_refused_by_name(copied):
     manifest = read_manifest(copied)
-    (copied / replan.FILE).unlink()
-    files = tuple(f for f in manifest.files if f.path != replan.FILE)
+    (copied / replan.PLAN_INPUTS_FILE).unlink()
+    files = tuple(f for f in manifest.files if f.path != replan.PLAN_INPUTS_FILE)
     (copied / "manifest.json").write_text(manifest.model_copy(update={"files": files}).to_json(), "utf-8")
     with pytest.raises(ArtifactError, match=r"has no replan.json, which says what a plan is made of; export again"):
         added(copied, 5)
@@ -224,7 +224,7 @@ def test_a_plan_that_is_replaced_or_removed_takes_its_report_along(copied):
     assert not report.exists()
     report.parent.mkdir()
     report.write_text("of the second plan", "utf-8")
-    replan.remove(copied, "5")
+    replan.remove_plan(copied, "5")
     assert not report.parent.exists()
     assert (copied / "reports/verify.json").exists()
 
@@ -270,7 +270,7 @@ def calibration_of(folder, **changes) -> Calibration:
     manifest = read_manifest(folder)
     plan = Plan.model_validate_json((folder / manifest.plans["8"]).read_bytes())
     weights = tuple({"output": (2.0, -1.0, 0.0)} if e == 5 else {} for e in range(8))
-    fitted = Fitted(
+    fitted = FittedPlan(
         cost=0.875, skips=tuple("output" if w else "" for w in weights), weights=weights,
         psnr_db=40.0, held_out_psnr_db=39.0, fewer_steps=7, fewer_steps_psnr_db=20.0,
     )  # fmt: skip
@@ -282,26 +282,26 @@ def calibration_of(folder, **changes) -> Calibration:
     return Calibration(**{**given, **changes})
 
 
-FOUND = Auto(calibration=calibrations.FILE, otherwise=OTHERWISE, budget=0.9)
+FOUND = Auto(calibration=calibrations.CALIBRATION_FILE, otherwise=OTHERWISE, budget=0.9)
 
 
 @pytest.fixture
 def found(copied):
     """The copy as if its export had used `FOUND`: one variant predicts the output from three stored ones."""
-    kept = replan.read_kept(copied, read_manifest(copied))
+    kept = replan.read_plan_inputs(copied, read_manifest(copied))
     output = kept.layout.output(slots=3)
     kept = kept.model_copy(update={"marks": (output,), "variants": {"full": {}, "reuse": {output.name: "combine"}}})
-    (copied / replan.FILE).unlink()
-    (copied / replan.FILE).write_text(kept.model_dump_json(), "utf-8")
-    calibrations.write(copied / calibrations.FILE, calibration_of(copied))
+    (copied / replan.PLAN_INPUTS_FILE).unlink()
+    (copied / replan.PLAN_INPUTS_FILE).write_text(kept.model_dump_json(), "utf-8")
+    calibrations.write_calibration(copied / calibrations.CALIBRATION_FILE, calibration_of(copied))
     return copied
 
 
 def planned(folder, steps: int, *overrides: str, cache: Auto = FOUND):
     """The cached plan, and what was noted."""
     manifest, notes = read_manifest(folder), Notes()
-    recipe = changed(recipe_of(folder, manifest), "recipe", overrides).model_copy(update={"cache": cache})
-    return replan.plans_of(folder, manifest, recipe, steps, notes)[0][0], notes.told
+    recipe = change_recipe(manifest_recipe(folder, manifest), "recipe", overrides).model_copy(update={"cache": cache})
+    return replan.build_plans(folder, manifest, recipe, steps, notes)[0][0], notes.told
 
 
 def test_a_found_plan_is_kept_at_its_own_steps(found):
@@ -330,7 +330,7 @@ def test_at_other_steps_the_mask_stands_in_with_the_variants_that_are_there(foun
 def test_with_another_scheduler_or_model_the_mask_stands_in_too(found):
     plan, notes = planned(found, 8, "sampler.scheduler=FlowMatchHeunDiscreteScheduler")
     assert (plan.cache, plan.scheduler, len(notes)) == ("mask", "FlowMatchHeunDiscreteScheduler", 1)
-    calibrations.write(found / calibrations.FILE, calibration_of(found, sha256="0" * 64))
+    calibrations.write_calibration(found / calibrations.CALIBRATION_FILE, calibration_of(found, sha256="0" * 64))
     plan, notes = planned(found, 8)
     assert plan.cache == "mask"
     assert "is of the model 'tiny', and this is another one, so mask" in notes[0]
@@ -343,16 +343,16 @@ def test_without_otherwise_other_steps_are_refused(found):
 
 def test_another_calibration_than_the_artifacts_own_is_refused(found, tmp_path):
     other = tmp_path / "other.json"
-    calibrations.write(other, calibration_of(found, prompts=2))
+    calibrations.write_calibration(other, calibration_of(found, prompts=2))
     with pytest.raises(ExportError, match=r"other.json' is not the calibration that the artifact carries"):
         planned(found, 8, cache=FOUND.model_copy(update={"calibration": str(other)}))
-    calibrations.write(other, calibration_of(found))
+    calibrations.write_calibration(other, calibration_of(found))
     assert planned(found, 8, cache=FOUND.model_copy(update={"calibration": str(other)}))[0].cache == "auto"
 
 
 def test_the_first_calibration_of_an_artifact_goes_into_it_and_is_hashed(copied, tmp_path):
     errors = tuple((0.1,) * min(e, 3) for e in range(8))
-    calibrations.write(tmp_path / "errors.json", calibration_of(copied, errors={"attn": errors}, auto=()))
+    calibrations.write_calibration(tmp_path / "errors.json", calibration_of(copied, errors={"attn": errors}, auto=()))
     smooth = ("cache.method=smoothcache", 'cache.components_to_wrap=["attn"]', "cache.calibration_threshold=0.2")
     manifest, plans = added(copied, 8, *smooth, f"cache.calibration={tmp_path / 'errors.json'}", force=True)
     assert [e.variant for e in plans["8"].evaluations] == [
@@ -365,10 +365,10 @@ def test_the_first_calibration_of_an_artifact_goes_into_it_and_is_hashed(copied,
         "reuse",
         "full",
     ]
-    assert calibrations.FILE in {entry.path for entry in manifest.files}
-    assert contents(copied)[calibrations.FILE] == (tmp_path / "errors.json").read_bytes()
+    assert calibrations.CALIBRATION_FILE in {entry.path for entry in manifest.files}
+    assert contents(copied)[calibrations.CALIBRATION_FILE] == (tmp_path / "errors.json").read_bytes()
     open_artifact(copied)
-    calibrations.write(tmp_path / "other.json", calibration_of(copied, errors={"attn": errors}, prompts=2))
+    calibrations.write_calibration(tmp_path / "other.json", calibration_of(copied, errors={"attn": errors}, prompts=2))
     with pytest.raises(ExportError, match="export again with this one"):
         added(copied, 8, *smooth, f"cache.calibration={tmp_path / 'other.json'}", force=True)
 
@@ -385,7 +385,7 @@ def test_the_first_calibration_of_an_artifact_goes_into_it_and_is_hashed(copied,
 def test_an_export_takes_the_found_plan_only_where_all_its_timesteps_are_the_calibrations(
     tiny_artifact, tiny_folder, tmp_path, overrides, cache, notes
 ):
-    calibrations.write(tmp_path / "found.json", calibration_of(tiny_artifact))
+    calibrations.write_calibration(tmp_path / "found.json", calibration_of(tiny_artifact))
     told = Notes()
     found = ("cache.method=auto", "cache.calibration=found.json", f"cache.otherwise={OTHERWISE}", "cache.budget=0.9")
     recipe = resolve("flux-fast", (*OVERRIDES[1:], *found, *overrides), str(tiny_folder))
@@ -403,9 +403,9 @@ A = Mark("blocks", ("t.0", "t.1"), ("hidden_states",), residual=True, slots=2)
 
 
 def test_an_equal_site_under_another_name_and_with_fewer_slots_is_the_same():
-    named = replace(A, name="cond/blocks[0:2]", slots=1, kept=())
+    named = replace(A, name="cond/blocks[0:2]", slots=1, stored_streams=())
     asked = Schedule((named,), (Decision(), Decision.reuse(named)))
-    translated = replan.in_terms_of((A,), asked)
+    translated = replan.rename_sites((A,), asked)
     assert translated.marks == (A,)
     assert translated.decisions[1] == Decision({"blocks": "combine"}, {"blocks": (1.0, 0.0)})
 
@@ -415,14 +415,14 @@ def test_an_equal_site_under_another_name_and_with_fewer_slots_is_the_same():
 )
 def test_a_site_that_differs_is_another_one(change):
     asked = Schedule((replace(A, name="x", **change),), ())
-    assert [m.name for m in replan.in_terms_of((A,), asked).marks] == ["blocks", "x"]
+    assert [m.name for m in replan.rename_sites((A,), asked).marks] == ["blocks", "x"]
 
 
 def test_more_slots_than_the_variants_have_is_refused():
     with pytest.raises(
         ExportError, match=r"combines 3 stored values, the artifact's variants have room for 2; lower the order"
     ):
-        replan.padded(A, (3.0, -3.0, 1.0))
+        replan.pad_coefficients(A, (3.0, -3.0, 1.0))
 
 
 # --- the command

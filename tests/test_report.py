@@ -10,9 +10,17 @@ import torch
 
 from prebake.exporter.progress import Progress
 from prebake.exporter.verify import report
-from prebake.exporter.verify.measure import Checked, Drawn, Replayer, Row
-from prebake.exporter.verify.picture_sheet import GAP, LINE, fitted, pictures, scaled, sheet, shown_plans
-from prebake.exporter.verify.verify import Choices, settled, verify_artifact
+from prebake.exporter.verify.measure import CheckedPrompts, DrawnPicture, PictureRow, Replayer
+from prebake.exporter.verify.picture_sheet import (
+    GAP,
+    LINE,
+    draw_sheet,
+    fit_text,
+    row_pictures,
+    scale_picture,
+    sheet_plans,
+)
+from prebake.exporter.verify.verify import VerifyOptions, compare_with_source, verify_artifact
 from prebake.runtime.artifact import open_artifact
 from prebake.runtime.plan import Evaluation, Plan, Update
 
@@ -29,19 +37,21 @@ def verified(tiny_artifact, tiny_folder):
     from prebake.exporter.recipe.resolve import Recipe
 
     recipe = Recipe.model_validate(manifest.recipe)
-    checked = Checked(("a red circle", "a blue square"), lambda images, prompts: 0.5)
-    return manifest, settled(replayer, recipe, str(tiny_folder), (("a small square", 0),), checked, Progress())
+    checked = CheckedPrompts(("a red circle", "a blue square"), lambda images, prompts: 0.5)
+    return manifest, compare_with_source(
+        replayer, recipe, str(tiny_folder), (("a small square", 0),), checked, Progress()
+    )
 
 
 def test_json_has_sorted_keys_and_numbers_that_json_knows():
-    text = report.to_json({"b_ms": nan, "a": [inf, {"z": 1.0, "y": -inf}]})
+    text = report.format_json({"b_ms": nan, "a": [inf, {"z": 1.0, "y": -inf}]})
     assert (
         text == '{\n  "a": [\n    "inf",\n    {\n      "y": "-inf",\n      "z": 1.0\n    }\n  ],\n  "b_ms": "nan"\n}\n'
     )
 
 
 def test_report_has_every_figure(verified):
-    described = json.loads(report.to_json(report.describe(*verified)))
+    described = json.loads(report.format_json(report.describe_outcome(*verified)))
     assert described["passed"]
     assert set(described["plans"]) == {"8", "8-uncached"}
     cached = described["plans"]["8"]
@@ -71,7 +81,7 @@ def test_report_has_every_figure(verified):
 
 def test_each_variant_has_its_time_beside_its_flops(verified):
     manifest, _ = verified
-    described = report.describe(*verified)
+    described = report.describe_outcome(*verified)
     full, *others = described["variants"].items()
     assert full[1]["flops_share_percent"] == full[1]["time_share_percent"] == 100.0
     for name, measured in others:
@@ -82,11 +92,11 @@ def test_each_variant_has_its_time_beside_its_flops(verified):
 
 
 def test_report_says_what_was_not_measured(verified, tiny_artifact):
-    described = report.describe(*verified)
+    described = report.describe_outcome(*verified)
     assert described["not_measured"] == [
         "the evaluations that the cache predicts are reported and have no threshold of their own; the cached plan's pictures have"
     ]
-    replayed = report.describe(*verify_artifact(tiny_artifact, Choices(), Progress()))
+    replayed = report.describe_outcome(*verify_artifact(tiny_artifact, VerifyOptions(), Progress()))
     assert replayed["not_measured"] == [
         "the artifact was not compared with the eager pipeline: that is `prebake verify --source`"
     ]
@@ -98,7 +108,7 @@ def test_tables_show_every_plan(verified, with_rich, monkeypatch):
     if not with_rich:
         monkeypatch.setitem(sys.modules, "rich", None)
     file = io.StringIO()
-    report.show(*verified, file)
+    report.print_outcome(*verified, file)
     text = file.getvalue()
     for expected in (
         "eager, 8 steps",
@@ -115,20 +125,22 @@ def test_tables_show_every_plan(verified, with_rich, monkeypatch):
 
 def row(side, shift):
     image = torch.full((1, 3, side, side), 0.5)
-    eager = Drawn(image, image, 1.0)
-    return Row("a large red star " * 40, 3, {28: eager}, {"28": Drawn(image + shift, image, 1.0), "28-uncached": eager})
+    eager = DrawnPicture(image, image, 1.0)
+    return PictureRow(
+        "a large red star " * 40, 3, {28: eager}, {"28": DrawnPicture(image + shift, image, 1.0), "28-uncached": eager}
+    )
 
 
 PLANS = (plan("28-uncached"), plan("28", "mask"))
 
 
 def test_sheet_has_eager_artifacts_and_differences_times_eight():
-    eager, uncached, same, _, difference = pictures(row(16, 0.05), PLANS)
+    eager, uncached, same, _, difference = row_pictures(row(16, 0.05), PLANS)
     assert torch.equal(eager, uncached)
     assert same.max() == 0
     assert difference.min() == pytest.approx(0.4)
-    assert pictures(row(16, 0.5), PLANS)[-1].max() == 1.0
-    image = sheet([row(16, 0.05)], PLANS)
+    assert row_pictures(row(16, 0.5), PLANS)[-1].max() == 1.0
+    image = draw_sheet([row(16, 0.05)], PLANS)
     x, y = GAP + 5, GAP + LINE + GAP + LINE + 5
     assert image.getpixel((x, y)) == (128, 128, 128)
     assert image.getpixel((x + 2 * (224 + GAP), y)) == (0, 0, 0)
@@ -137,8 +149,8 @@ def test_sheet_has_eager_artifacts_and_differences_times_eight():
 
 @pytest.mark.parametrize(("side", "shown"), [(32, 224), (64, 192), (1024, 224)])
 def test_sheet_is_large_enough_to_see_and_not_taller_than_a_screen_or_two(side, shown):
-    assert scaled(torch.zeros(1, 3, side, side)).size == (shown, shown)
-    image = sheet([row(side, 0.0)] * 6, PLANS)
+    assert scale_picture(torch.zeros(1, 3, side, side)).size == (shown, shown)
+    image = draw_sheet([row(side, 0.0)] * 6, PLANS)
     assert image.height <= 1600
     assert image.width < 1300
 
@@ -147,14 +159,14 @@ def test_long_prompts_are_cut_to_the_sheet():
     from PIL import ImageFont
 
     font = ImageFont.load_default(13)
-    assert fitted("short", 300, font) == "short"
-    cut = fitted("a very long prompt " * 20, 300, font)
+    assert fit_text("short", 300, font) == "short"
+    cut = fit_text("a very long prompt " * 20, 300, font)
     assert cut.endswith("...")
     assert font.getlength(cut) <= 300
 
 
 def test_sheet_shows_the_default_steps_uncached_first(verified):
     manifest, outcome = verified
-    assert [p.name for p in shown_plans(manifest, outcome.plans)] == ["8-uncached", "8"]
+    assert [p.name for p in sheet_plans(manifest, outcome.plans)] == ["8-uncached", "8"]
     other = {**outcome.plans, "4": plan("4", "none", 4)}
-    assert [p.name for p in shown_plans(manifest, other)] == ["8-uncached", "8"]
+    assert [p.name for p in sheet_plans(manifest, other)] == ["8-uncached", "8"]

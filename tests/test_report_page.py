@@ -26,19 +26,19 @@ sys.path.insert(0, str(Path(__file__).parent / "format"))
 import paper
 
 from prebake.exporter.cli import main as cli
-from prebake.exporter.html_report import content, drawing, plots, strip, timing, verified
-from prebake.exporter.html_report.build import build, write
-from prebake.exporter.html_report.facts import Choices, Gathered, gather, layer_of
+from prebake.exporter.html_report import plan_strip, plots, summary, svg, timing, verification
+from prebake.exporter.html_report.build import build_page, write_page
+from prebake.exporter.html_report.facts import PageFacts, ReportOptions, find_layer, gather_facts
 from prebake.exporter.progress import Progress
 from prebake.exporter.verify import picture_sheet as sheet
-from prebake.exporter.verify.measure import Call, Drawn, Row
+from prebake.exporter.verify.measure import DrawnPicture, GraphCall, PictureRow
 from prebake.runtime import ArtifactError, RecipeError
 from prebake.runtime.manifest import read_manifest
-from prebake.runtime.plan import Call as PlanCall
+from prebake.runtime.plan import DenoiserCall as PlanCall
 from prebake.runtime.plan import Plan
 
 HOSTILE = "<script>alert(1)</script>\"'&`$x$"
-NO_TIMES = Choices(runs=0)
+NO_TIMES = ReportOptions(runs=0)
 
 
 @pytest.fixture
@@ -47,9 +47,9 @@ def folder(tmp_path) -> Path:
 
 
 @pytest.fixture
-def bare(folder) -> Gathered:
+def bare(folder) -> PageFacts:
     """Of an artifact that was never verified, without times."""
-    return gather(folder, NO_TIMES, Progress())
+    return gather_facts(folder, NO_TIMES, Progress())
 
 
 class Tags(HTMLParser):
@@ -86,9 +86,9 @@ def words(page: str) -> str:
 # --- a verification on paper ----------------------------------------------------------------------------------------
 
 
-def drawn_row(prompt: str = "a red circle", side: int = 16, shift: float = 0.1) -> Row:
+def drawn_row(prompt: str = "a red circle", side: int = 16, shift: float = 0.1) -> PictureRow:
     image = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0)) * 0.8
-    return Row(prompt, 0, {2: Drawn(image, image, 1.0)}, {"2": Drawn(image + shift, image, 0.5)})
+    return PictureRow(prompt, 0, {2: DrawnPicture(image, image, 1.0)}, {"2": DrawnPicture(image + shift, image, 0.5)})
 
 
 def described(**changes) -> dict:
@@ -118,21 +118,21 @@ def described(**changes) -> dict:
     } | changes
 
 
-def verify_on_paper(folder: Path, rows: list[Row], **changes) -> None:
+def verify_on_paper(folder: Path, rows: list[PictureRow], **changes) -> None:
     (folder / "reports/verify.json").write_text(json.dumps(described(**changes)))
-    sheet.save(rows, [paper.PLAN], folder / "reports/verify.png")
+    sheet.save_sheet(rows, [paper.PLAN], folder / "reports/verify.png")
 
 
-def timed(g: Gathered) -> Gathered:
+def timed(g: PageFacts) -> PageFacts:
     """With three rounds of made-up times."""
     times = timing.PlanTimes()
     for k in range(3):
         evaluations = tuple(1.0 + k + e for e, _ in enumerate(g.shown[0].evaluations))
         times.image_s.append(0.020 + k / 1e3)
         times.evaluations_ms.append(evaluations)
-        times.stages_ms.append({"text_encoder": 2.0, timing.DENOISER: sum(evaluations), timing.REST: 1.0})
+        times.stages_ms.append({"text_encoder": 2.0, timing.DENOISER_STAGE: sum(evaluations), timing.REST_STAGE: 1.0})
     machine = {"cpu": "a CPU", "threads": 1, "torch": "9.9"}
-    return replace(g, times=timing.Times("a", 3, 0.5, {g.shown[0].name: times}, machine))
+    return replace(g, times=timing.ReportTimes("a", 3, 0.5, {g.shown[0].name: times}, machine))
 
 
 # --- pictures, in and out of the sheet ------------------------------------------------------------------------------
@@ -142,8 +142,8 @@ def timed(g: Gathered) -> Gathered:
 def test_pictures_come_out_of_a_sheet_as_they_were_drawn(side):
     row = drawn_row(HOSTILE, side)
     file = io.BytesIO()
-    sheet.save([drawn_row("another", side), row], [paper.PLAN], file)
-    _, shown = sheet.read_shown(file)
+    sheet.save_sheet([drawn_row("another", side), row], [paper.PLAN], file)
+    _, shown = sheet.read_sheet(file)
     assert (shown.prompt, shown.seed) == (HOSTILE, 0)
     ours, difference, db = shown.plans["2"]
     for image, tensor in ((shown.eager, row.eager[2].image), (ours, row.plans["2"].image)):
@@ -155,15 +155,15 @@ def test_pictures_come_out_of_a_sheet_as_they_were_drawn(side):
 
 def test_a_larger_picture_comes_out_as_it_was_shown():
     file = io.BytesIO()
-    sheet.save([drawn_row(side=300)], [paper.PLAN], file)
-    assert sheet.read_shown(file)[0].eager.size == (sheet.TALLEST, sheet.TALLEST)
+    sheet.save_sheet([drawn_row(side=300)], [paper.PLAN], file)
+    assert sheet.read_sheet(file)[0].eager.size == (sheet.MAX_PICTURE_HEIGHT, sheet.MAX_PICTURE_HEIGHT)
 
 
 def sheet_that_says(folder: Path, said: str | None) -> None:
     verify_on_paper(folder, [drawn_row()])
     chunk = sheet.PngInfo()
     if said is not None:
-        chunk.add_itxt(sheet.CHUNK, said)
+        chunk.add_itxt(sheet.PNG_CHUNK, said)
     Image.new("RGB", (50, 50)).save(folder / "reports/verify.png", pnginfo=chunk)
 
 
@@ -173,12 +173,12 @@ def sheet_that_says(folder: Path, said: str | None) -> None:
 def test_another_picture_is_no_sheet(folder, said):
     sheet_that_says(folder, said)
     with pytest.raises(ArtifactError, match=r"verify\.png: expected a sheet of pictures, but .+; write it anew"):
-        gather(folder, NO_TIMES, Progress())
+        gather_facts(folder, NO_TIMES, Progress())
 
 
 def test_a_sheet_of_before_it_said_what_its_cells_show_leaves_the_pictures_out(folder):
     sheet_that_says(folder, None)
-    said = words(build(gather(folder, NO_TIMES, Progress()))[0])
+    said = words(build_page(gather_facts(folder, NO_TIMES, Progress()))[0])
     assert "No pictures: the verification kept none one by one" in said
     assert "41.2 dB" in said
 
@@ -187,14 +187,14 @@ def test_a_file_that_is_no_picture_is_refused_by_name(folder):
     verify_on_paper(folder, [drawn_row()])
     (folder / "reports/verify.png").write_bytes(b"not a picture")
     with pytest.raises(ArtifactError, match=r"verify\.png"):
-        gather(folder, NO_TIMES, Progress())
+        gather_facts(folder, NO_TIMES, Progress())
 
 
 # --- what is said ---------------------------------------------------------------------------------------------------
 
 
 def test_what_was_not_measured_is_said_and_has_no_figures(bare):
-    page, pngs = build(bare)
+    page, pngs = build_page(bare)
     said = words(page)
     assert "No pictures, no closeness and no errors" in said
     assert "made with --no-timing" in said
@@ -206,7 +206,7 @@ def test_what_was_not_measured_is_said_and_has_no_figures(bare):
 
 def test_figures_of_the_verification_are_on_the_page(folder):
     verify_on_paper(folder, [drawn_row()])
-    page, pngs = build(timed(gather(folder, NO_TIMES, Progress())))
+    page, pngs = build_page(timed(gather_facts(folder, NO_TIMES, Progress())))
     said = words(page)
     for figure in (
         "2.12×",
@@ -230,7 +230,7 @@ def test_figures_of_the_verification_are_on_the_page(folder):
 
 
 def test_hashes_and_sizes_are_the_manifests(bare, folder):
-    said = words(build(bare)[0])
+    said = words(build_page(bare)[0])
     for entry in read_manifest(folder).files:
         assert entry.path in said
         assert entry.sha256 in said
@@ -239,16 +239,16 @@ def test_hashes_and_sizes_are_the_manifests(bare, folder):
 
 def test_a_missed_threshold_is_said(folder):
     verify_on_paper(folder, [drawn_row()], passed=False, missed=["plan '2': psnr_db is 1"])
-    said = words(build(gather(folder, NO_TIMES, Progress()))[0])
+    said = words(build_page(gather_facts(folder, NO_TIMES, Progress()))[0])
     assert "Missed plan '2': psnr_db is 1" in said
 
 
 def test_the_worst_is_not_taken_for_a_number(folder):
-    """NaN, as `report.to_json` writes it, is shown and does not stop the plot."""
+    """NaN, as `report.format_json` writes it, is shown and does not stop the plot."""
     figures = described()["plans"]
     figures["2"]["relative_error"]["max_per_evaluation"] = ["nan", "inf"]
     verify_on_paper(folder, [drawn_row()], plans=figures)
-    assert "nan" in words(build(gather(folder, NO_TIMES, Progress()))[0])
+    assert "nan" in words(build_page(gather_facts(folder, NO_TIMES, Progress()))[0])
 
 
 @pytest.mark.parametrize(
@@ -262,7 +262,7 @@ def test_the_worst_is_not_taken_for_a_number(folder):
 def test_a_verification_of_something_else_is_refused(folder, changes, said):
     verify_on_paper(folder, [drawn_row()], **changes)
     with pytest.raises(ArtifactError, match=said):
-        gather(folder, NO_TIMES, Progress())
+        gather_facts(folder, NO_TIMES, Progress())
 
 
 def test_a_damaged_artifact_has_no_page(folder):
@@ -270,14 +270,14 @@ def test_a_damaged_artifact_has_no_page(folder):
         b"0" * (folder / "weights/denoiser.safetensors").stat().st_size
     )
     with pytest.raises(ArtifactError, match="sha256"):
-        gather(folder, NO_TIMES, Progress())
+        gather_facts(folder, NO_TIMES, Progress())
 
 
 def test_an_artifact_of_another_machine_has_a_page_and_no_times(folder):
     paper.edit(folder, lambda raw: raw["requires"].update(machine="s390x"))
-    assert "Linux s390x" in words(build(gather(folder, NO_TIMES, Progress()))[0])
+    assert "Linux s390x" in words(build_page(gather_facts(folder, NO_TIMES, Progress()))[0])
     with pytest.raises(ArtifactError, match="--no-timing"):
-        gather(folder, Choices(runs=2), Progress())
+        gather_facts(folder, ReportOptions(runs=2), Progress())
 
 
 # --- what is drawn --------------------------------------------------------------------------------------------------
@@ -285,20 +285,23 @@ def test_an_artifact_of_another_machine_has_a_page_and_no_times(folder):
 
 def test_equal_inputs_give_equal_bytes(folder, tmp_path):
     verify_on_paper(folder, [drawn_row()])
-    pages = [write(tmp_path / name / "page.html", timed(gather(folder, NO_TIMES, Progress()))) for name in ("a", "b")]
+    pages = [
+        write_page(tmp_path / name / "page.html", timed(gather_facts(folder, NO_TIMES, Progress())))
+        for name in ("a", "b")
+    ]
     assert [p.name for p in pages[0]] == [p.name for p in pages[1]]
     for one, other in zip(*pages, strict=True):
         assert one.read_bytes() == other.read_bytes()
-    changed = gather(folder, NO_TIMES, Progress())
-    assert build(changed)[0].encode() != pages[0][0].read_bytes()  # canary: without times it is another page
+    changed = gather_facts(folder, NO_TIMES, Progress())
+    assert build_page(changed)[0].encode() != pages[0][0].read_bytes()  # canary: without times it is another page
 
 
 def test_a_users_matplotlib_settings_change_nothing(bare):
     import matplotlib
 
-    plain = build(bare)
+    plain = build_page(bare)
     with matplotlib.rc_context({"font.size": 30, "axes.grid": True, "svg.fonttype": "path"}):
-        assert build(bare) == plain
+        assert build_page(bare) == plain
 
 
 def strip_plan(variants: str) -> Plan:
@@ -311,33 +314,33 @@ def strip_plan(variants: str) -> Plan:
 def test_the_strip_joins_sites_that_do_the_same(folder):
     manifest = read_manifest(folder)
     actions = {"full": {}, "reuse": {"s": "combine", "blocks.0.attn": "combine", "blocks.1.attn": "zero"}}
-    rows = strip.rows(strip_plan("frf"), manifest, actions)
+    rows = plan_strip.strip_rows(strip_plan("frf"), manifest, actions)
     assert [(row.sites, row.actions) for row in rows] == [
         (("s", "blocks.0.attn"), ("compute", "combine", "compute")),
         (("blocks.1.attn",), ("compute", "zero", "compute")),
     ]
-    assert strip.Row(("a.0.attn", "a.1.attn"), ()).label == "2 sites, attn"
-    assert strip.Row(("a", "b"), ()).label == "2 sites, a to b"
+    assert plan_strip.StripRow(("a.0.attn", "a.1.attn"), ()).label == "2 sites, attn"
+    assert plan_strip.StripRow(("a", "b"), ()).label == "2 sites, a to b"
 
 
 def test_a_plan_without_sites_computes_everything(folder):
     paper.edit(folder, lambda raw: raw.update(sites=[]))
     manifest = read_manifest(folder)
-    (row,) = strip.rows(strip_plan("ff"), manifest, {})
-    assert (row.label, row.actions) == (strip.WHOLE, ("compute", "compute"))
+    (row,) = plan_strip.strip_rows(strip_plan("ff"), manifest, {})
+    assert (row.label, row.actions) == (plan_strip.WHOLE_DENOISER, ("compute", "compute"))
 
 
 def test_every_cell_of_the_strip_is_drawn_in_the_colour_and_height_of_its_action(folder):
-    plan, (row,) = strip_plan("frrf"), (strip.Row(("s",), ("compute", "combine", "combine", "compute")),)
-    with drawing.settings(drawing.LIGHT):
-        (ax,) = plots.plan_strip(drawing.LIGHT, 400, plan, [row]).axes
+    plan, (row,) = strip_plan("frrf"), (plan_strip.StripRow(("s",), ("compute", "combine", "combine", "compute")),)
+    with svg.matplotlib_settings(svg.LIGHT):
+        (ax,) = plots.plot_plan_strip(svg.LIGHT, 400, plan, [row]).axes
     from matplotlib.colors import to_hex
 
     cells = sorted(
         (round(p.get_x() + p.get_width() / 2), to_hex(p.get_facecolor()), abs(p.get_height())) for p in ax.patches
     )
     full, half = 22.0, 11.0
-    blue, orange = drawing.LIGHT["blue"], drawing.LIGHT["orange"]
+    blue, orange = svg.LIGHT["blue"], svg.LIGHT["orange"]
     assert cells == [(0, blue, full), (1, orange, half), (2, orange, half), (3, blue, full)]
     assert plots.strip_text(plan, [row]) == (
         "Strip of plan 2, cache reuse, 4 evaluations. s: 2 computed, 2 predicted from kept values."
@@ -345,7 +348,7 @@ def test_every_cell_of_the_strip_is_drawn_in_the_colour_and_height_of_its_action
 
 
 def test_bars_are_as_long_as_the_figures(bare):
-    flops = plots.flops(bare.manifest, bare.shown)
+    flops = plots.picture_gflops(bare.manifest, bare.shown)
     assert flops == {"denoiser, plan 2": {}}  # the graphs on paper have no classes
     classes = {"matmul int8": 3 * 10**9}
     graphs = [
@@ -356,22 +359,24 @@ def test_bars_are_as_long_as_the_figures(bare):
     twice = tuple(e.model_copy(update={"calls": (PlanCall(of=0), PlanCall(of=1))}) for e in paper.PLAN.evaluations)
     counted = bare.manifest.model_copy(update={"graphs": tuple(graphs)})
     called = paper.PLAN.model_copy(update={"evaluations": twice})
-    assert plots.flops(counted, [called]) == {"denoiser, plan 2": {"matmul int8": 12.0}}  # two calls in two evaluations
-    with drawing.settings(drawing.LIGHT):
-        (ax,) = plots.stacked(drawing.LIGHT, 400, {"a": {"x": 1.0, "y": 3.0}, "b": {"y": 2.0}}, "ms").axes
+    assert plots.picture_gflops(counted, [called]) == {
+        "denoiser, plan 2": {"matmul int8": 12.0}
+    }  # two calls in two evaluations
+    with svg.matplotlib_settings(svg.LIGHT):
+        (ax,) = plots.plot_stacked_bars(svg.LIGHT, 400, {"a": {"x": 1.0, "y": 3.0}, "b": {"y": 2.0}}, "ms").axes
     widths = [(round(p.get_x(), 6), p.get_width()) for p in ax.patches if p.get_width()]
     assert widths == [(0.0, 1.0), (1.0, 3.0), (0.0, 2.0)]
 
 
 def test_svg_takes_its_colours_from_the_page(bare):
-    page, _ = build(bare)
-    style = Path(content.__file__).with_name("style.css").read_text()
+    page, _ = build_page(bare)
+    style = Path(summary.__file__).with_name("style.css").read_text()
     for block in re.findall(r"<svg.*?</svg>", page, re.DOTALL):
         assert not re.search(r"#[0-9a-fA-F]{6}\b", re.sub(r"#[\w-]*-[mp][0-9a-f]+", "", block))
-        assert set(re.findall(r"var\(--(\w+)\)", block)) <= set(drawing.LIGHT)
+        assert set(re.findall(r"var\(--(\w+)\)", block)) <= set(svg.LIGHT)
     light, dark = (dict(re.findall(r"--(\w+): (#\w+);", half)) for half in style.split("@media", 1))
-    assert {name: light[name] for name in drawing.LIGHT} == drawing.LIGHT
-    assert set(drawing.LIGHT) <= set(dark)
+    assert {name: light[name] for name in svg.LIGHT} == svg.LIGHT
+    assert set(svg.LIGHT) <= set(dark)
 
 
 def luminance(color: str) -> float:
@@ -384,7 +389,7 @@ def luminance(color: str) -> float:
 @pytest.mark.parametrize("half", [0, 1], ids=["light", "dark"])
 def test_text_has_contrast(half):
     """4.5 : 1 is what WCAG 2 asks of text (level AA)."""
-    style = Path(content.__file__).with_name("style.css").read_text().split("@media", 1)[half]
+    style = Path(summary.__file__).with_name("style.css").read_text().split("@media", 1)[half]
     colors = dict(re.findall(r"--([\w-]+): (#\w{6});", style))
     for ink in ("ink", "muted", "link", "good", "bad"):
         grounds = {"good": ["good-soft", "card"], "bad": ["bad-soft", "card"]}.get(ink, ["card", "soft", "page"])
@@ -396,22 +401,22 @@ def test_text_has_contrast(half):
 # --- safe, whole and for everybody ----------------------------------------------------------------------------------
 
 
-def hostile(folder: Path) -> Gathered:
+def hostile(folder: Path) -> PageFacts:
     """Everything that a stranger's artifact can name is markup."""
     verify_on_paper(folder, [drawn_row(HOSTILE)], not_measured=[HOSTILE], machine={"cpu": HOSTILE})
-    g = gather(folder, NO_TIMES, Progress())
+    g = gather_facts(folder, NO_TIMES, Progress())
     changed = {
         "recipe": {"name": HOSTILE},
         "toolchain": {HOSTILE: HOSTILE},
         "source": g.manifest.source.model_copy(update={"model": HOSTILE, "pipeline": HOSTILE}),
         "layers": {HOSTILE: (HOSTILE, HOSTILE)},
     }
-    strips = {name: (strip.Row((HOSTILE,), row.actions),) for name, (row,) in g.strips.items()}
+    strips = {name: (plan_strip.StripRow((HOSTILE,), row.actions),) for name, (row,) in g.strips.items()}
     return replace(g, name=HOSTILE, manifest=g.manifest.model_copy(update=changed), strips=strips)
 
 
 def test_what_an_artifact_says_is_text(folder):
-    page, _ = build(timed(hostile(folder)))
+    page, _ = build_page(timed(hostile(folder)))
     parsed = Tags(page)
     assert parsed.open == []
     assert "script" not in {tag for tag, _ in parsed.tags}
@@ -420,7 +425,7 @@ def test_what_an_artifact_says_is_text(folder):
 
 def test_the_page_loads_nothing_from_elsewhere(folder):
     verify_on_paper(folder, [drawn_row()])
-    page, _ = build(timed(gather(folder, NO_TIMES, Progress())))
+    page, _ = build_page(timed(gather_facts(folder, NO_TIMES, Progress())))
     for tag, attributes in Tags(page).tags:
         for name in ("src", "href", "xlink:href", "srcset", "data", "action"):
             value = attributes.get(name) or "#"
@@ -431,7 +436,7 @@ def test_the_page_loads_nothing_from_elsewhere(folder):
 
 def test_every_picture_and_plot_has_words(folder):
     verify_on_paper(folder, [drawn_row()])
-    parsed = Tags(build(timed(gather(folder, NO_TIMES, Progress())))[0])
+    parsed = Tags(build_page(timed(gather_facts(folder, NO_TIMES, Progress())))[0])
     pictures = [a["alt"] for tag, a in parsed.tags if tag == "img"]
     assert len(pictures) == 3
     assert all(pictures)
@@ -457,9 +462,9 @@ class Drawing:
     def draw(self, prompt, seed, plan):
         self.order.append((plan.name, seed))
         calls = tuple(
-            Call(name, {}, {}, ms) for name, ms in (("text_encoder", 2.0), ("full", 1.0), ("reuse.call2", 3.0))
+            GraphCall(name, {}, {}, ms) for name, ms in (("text_encoder", 2.0), ("full", 1.0), ("reuse.call2", 3.0))
         )
-        return Drawn(torch.zeros(1), torch.zeros(1), 0.010, calls)
+        return DrawnPicture(torch.zeros(1), torch.zeros(1), 0.010, calls)
 
     def evaluations(self, drawn):
         return drawn.calls[1:]
@@ -470,29 +475,29 @@ def test_stages_add_up_to_the_picture_and_plans_take_turns(folder, monkeypatch):
 
     fake = Drawing(SimpleNamespace(variants={"full", "reuse"}, device=torch.device("cpu")))
     monkeypatch.setattr(timing, "open_artifact", lambda folder, trust: None)
-    monkeypatch.setattr(timing, "recipe_of", lambda folder, manifest: None)
-    monkeypatch.setattr(timing, "replayer_of", lambda artifact, recipe, model: fake)
+    monkeypatch.setattr(timing, "manifest_recipe", lambda folder, manifest: None)
+    monkeypatch.setattr(timing, "open_replayer", lambda artifact, recipe, model: fake)
     monkeypatch.setattr(timing, "picture_prompts", lambda recipe: ("a",))
     plans = [paper.PLAN, paper.PLAN.model_copy(update={"name": "other"})]
-    times = timing.measure(folder, read_manifest(folder), plans, 2, None, Progress())
+    times = timing.time_plans(folder, read_manifest(folder), plans, 2, None, Progress())
     assert fake.order == [("2", 0), ("other", 0), ("2", 0), ("other", 0), ("2", 1), ("other", 1)]
     for t in times.plans.values():
         assert t.evaluations_ms == [(1.0, 3.0)] * 2
         for seconds, stages in zip(t.image_s, t.stages_ms, strict=True):
-            assert stages == {"text_encoder": 2.0, timing.DENOISER: 4.0, timing.REST: pytest.approx(4.0)}
+            assert stages == {"text_encoder": 2.0, timing.DENOISER_STAGE: 4.0, timing.REST_STAGE: pytest.approx(4.0)}
             assert sum(stages.values()) == pytest.approx(seconds * 1e3)
-    assert plots.stage_names(times) == ["text_encoder", timing.DENOISER, timing.REST]
+    assert plots.stage_names(times) == ["text_encoder", timing.DENOISER_STAGE, timing.REST_STAGE]
 
 
 def test_layers_are_found_in_the_names_of_their_tensors(folder):
     layers = {"blocks.0.ff": ("int8", "x"), "blocks.0.ff.net": ("kept", "x")}
     manifest = read_manifest(folder).model_copy(update={"layers": layers})
     assert (
-        layer_of("denoiser.transformer.blocks.0.ff.net.parametrizations.weight.original0", manifest)
+        find_layer("denoiser.transformer.blocks.0.ff.net.parametrizations.weight.original0", manifest)
         == "blocks.0.ff.net"
     )
-    assert layer_of("denoiser.transformer.blocks.0.ff.bias", manifest) == "blocks.0.ff"
-    assert layer_of("denoiser.blocks.10.ff.bias", manifest) is None
+    assert find_layer("denoiser.transformer.blocks.0.ff.bias", manifest) == "blocks.0.ff"
+    assert find_layer("denoiser.blocks.10.ff.bias", manifest) is None
 
 
 # --- the command, on a compiled artifact ----------------------------------------------------------------------------
@@ -530,7 +535,7 @@ def test_the_artifact_is_as_it_was_and_still_loads(page, compiled, tiny_artifact
 
 
 def test_weights_by_kind_add_up_to_what_is_stored(compiled):
-    g = gather(compiled, NO_TIMES, Progress())
+    g = gather_facts(compiled, NO_TIMES, Progress())
     stored = sum(e.size for e in g.manifest.files if e.path.startswith("weights/"))
     assert 0.8 * stored < sum(g.weights.values()) <= stored  # the rest are the files' headers
     kinds = {name for name, _ in g.weights}
@@ -564,7 +569,7 @@ def test_choices_without_effect_are_refused(folder, capsys, arguments, said):
 def test_a_place_that_cannot_be_written_is_said(bare, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RecipeError, match="cannot be written"):
-        write(tmp_path / "file" / "page.html", bare)
+        write_page(tmp_path / "file" / "page.html", bare)
 
 
 def test_without_jinja_it_says_what_to_install(folder, capsys, monkeypatch):
@@ -577,12 +582,12 @@ def test_without_jinja_it_says_what_to_install(folder, capsys, monkeypatch):
 def test_an_attached_artifact_is_timed_in_its_pipeline(tmp_path, capsys):
     import attached
 
-    from prebake.exporter.pipeline import Options, export
+    from prebake.exporter.pipeline import ExportOptions, export
 
     model = attached.saved("wan", tmp_path / "wan")  # which calls its denoiser twice in a step
     artifact = tmp_path / "artifact"
     mask = {"method": "mask", "mask": "1(01)"}
-    export(attached.recipe("wan", model, cache=mask), artifact, Options(), Progress())
+    export(attached.recipe("wan", model, cache=mask), artifact, ExportOptions(), Progress())
     assert cli.main(["report", str(artifact), "--runs", "2", "--quiet"]) == RecipeError.exit_code
     assert "add --model" in capsys.readouterr().err
     assert cli.main(["report", str(artifact), "--runs", "2", "--quiet", "--model", str(model)]) == 0
@@ -597,28 +602,37 @@ WIDTHS = (320, 390, 759, 760, 1280)
 browser = pytest.mark.skipif(chromium.found() is None, reason="no chromium here: apt-get install chromium")
 
 
-def long_page(folder: Path) -> Gathered:
+def long_page(folder: Path) -> PageFacts:
     """Names, prompts and numbers of steps far longer than usual, and more sites than a strip has rows."""
     name = "transformer_blocks." * 6 + "attn"
     verify_on_paper(folder, [drawn_row("word" * 60), drawn_row("a red circle " * 30)])
-    g = gather(folder, NO_TIMES, Progress())
+    g = gather_facts(folder, NO_TIMES, Progress())
     first = paper.PLAN.evaluations[0]
     plan = paper.PLAN.model_copy(
         update={"steps": 100, "evaluations": tuple(first.model_copy(update={"step": i}) for i in range(100))}
     )
     rows = tuple(
-        strip.Row((f"{name}.{i}",), ("compute", "combine", "pass", "zero", "identity") * 20) for i in range(40)
+        plan_strip.StripRow((f"{name}.{i}",), ("compute", "combine", "pass", "zero", "identity") * 20)
+        for i in range(40)
     )
-    assert g.kept
-    figures = g.kept.verified.plans["2"]
+    assert g.verification
+    figures = g.verification.verified.plans["2"]
     assert figures.relative_error
     errors = figures.relative_error.model_copy(update={"max_per_evaluation": (1e-7, 0.3) * 50})
     plans = {"2": figures.model_copy(update={"relative_error": errors})}
-    kept = verified.Kept(g.kept.verified.model_copy(update={"plans": plans}), g.kept.shown, g.kept.png)
+    saved = verification.SavedVerification(
+        g.verification.verified.model_copy(update={"plans": plans}), g.verification.shown, g.verification.png
+    )
     manifest = g.manifest.model_copy(update={"toolchain": {"w" * 90: "1"}, "layers": {"a": ("int8", "why " * 60)}})
     return timed(
         replace(
-            g, name="artifact" * 20, manifest=manifest, plans={"2": plan}, shown=(plan,), strips={"2": rows}, kept=kept
+            g,
+            name="artifact" * 20,
+            manifest=manifest,
+            plans={"2": plan},
+            shown=(plan,),
+            strips={"2": rows},
+            verification=saved,
         )
     )
 
@@ -642,13 +656,13 @@ def test_the_page_fits_a_phone_and_a_screen(page, dark):
 
 @browser
 def test_the_longest_page_fits_too(folder, tmp_path):
-    (path, *_) = write(tmp_path / "long.html", long_page(folder))
+    (path, *_) = write_page(tmp_path / "long.html", long_page(folder))
     fits(chromium.measured(path, WIDTHS, dark=False), dark=False)
 
 
 @browser
 def test_canary_what_is_too_wide_is_seen(bare, tmp_path):
-    (path, *_) = write(tmp_path / "page.html", bare)
+    (path, *_) = write_page(tmp_path / "page.html", bare)
     wide = path.read_text().replace("<main>", '<main><p style="width: 500px">wide</p>')
     path.write_text(wide)
     phone, screen = chromium.measured(path, (390, 1280), dark=False)

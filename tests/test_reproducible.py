@@ -57,10 +57,10 @@ def test_two_exports_give_the_same_bytes(tmp_path, backend):
 
 
 def test_where_kernels_are_chosen_by_their_times_it_is_said():
-    from prebake.exporter.lower import backend
+    from prebake.exporter.lower import load_backend
     from prebake.exporter.recipe.resolve import Compile
 
-    aoti, tensorrt = backend("aoti"), backend("tensorrt")
+    aoti, tensorrt = load_backend("aoti"), load_backend("tensorrt")
     assert aoti.reproducible(Compile())
     assert not aoti.reproducible(Compile(inductor={"max_autotune": True}))
     assert aoti.reproducible(Compile(inductor={"max_autotune": False}))

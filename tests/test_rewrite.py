@@ -13,9 +13,9 @@ from prebake.exporter.families import flux
 from prebake.exporter.lower import aoti
 from prebake.exporter.lower.w8a8 import W8A8Linear
 from prebake.exporter.recipe.resolve import resolve
-from prebake.exporter.rewrite import rewrite
+from prebake.exporter.rewrite import rewrite_pipeline
 from prebake.exporter.rewrite.fuse import fuse_qkv
-from prebake.exporter.rewrite.quantize import kind, quantize
+from prebake.exporter.rewrite.quantize import layer_role, quantize_model
 from prebake.exporter.rewrite.refuse_hooks import refuse_hooked
 from prebake.runtime.errors import ExportError
 
@@ -114,18 +114,18 @@ KINDS = {
 
 @pytest.mark.parametrize(("name", "role"), KINDS.items())
 def test_a_linears_kind_goes_by_its_place(name, role):
-    assert kind(name) == role
+    assert layer_role(name) == role
 
 
 def test_int8_takes_attention_and_feed_forward_and_says_why_it_leaves_the_rest(tiny_pipe):
     before = velocity(tiny_pipe)
-    layers = rewrite(tiny_pipe, recipe())
+    layers = rewrite_pipeline(tiny_pipe, recipe())
     linears = {n for n, m in tiny_pipe.transformer.named_modules() if isinstance(m, nn.Linear | W8A8Linear)}
     assert set(layers) == linears
     reasons = {why for what, why in layers.values() if what == "kept"}
     assert reasons == {"embedding", "modulation", "final projection"}
     assert {name for name, (what, _) in layers.items() if what == "int8"} == {
-        n for n in linears if kind(n) in ("attention", "feed-forward")
+        n for n in linears if layer_role(n) in ("attention", "feed-forward")
     }
     assert layers["transformer_blocks.0.attn.to_qkv"] == ("int8", "attention, 64x192")
     assert not [
@@ -153,7 +153,7 @@ def test_one_int8_layer_is_within_its_rounding():
     model, x = FeedForward(), torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         exact = model(x)
-        assert quantize(model, recipe().quantize, 64, partial(aoti.quantized, recipe=recipe())) == {
+        assert quantize_model(model, recipe().quantize, 64, partial(aoti.quantize_layers, recipe=recipe())) == {
             "block.ff.0": ("int8", "feed-forward, 64x128")
         }
         # each factor is off by at most half of 1/127 of its row's largest value, evenly spread: about 1% in all
@@ -165,8 +165,8 @@ def test_one_int8_layer_is_within_its_rounding():
 def test_layers_below_the_ratio_are_kept_with_their_size():
     model = FeedForward()
     model.block["ff"].append(nn.Linear(128, 128))
-    assert quantize(
-        model, recipe("quantize.min_width_ratio=1.5").quantize, 64, partial(aoti.quantized, recipe=recipe())
+    assert quantize_model(
+        model, recipe("quantize.min_width_ratio=1.5").quantize, 64, partial(aoti.quantize_layers, recipe=recipe())
     ) == {
         "block.ff.0": ("kept", "feed-forward, 64x128 is smaller than 96"),
         "block.ff.1": ("int8", "feed-forward, 128x128"),
@@ -174,7 +174,7 @@ def test_layers_below_the_ratio_are_kept_with_their_size():
 
 
 def test_include_and_exclude_choose_by_name(tiny_pipe):
-    layers = rewrite(tiny_pipe, recipe("quantize.include=single_", "quantize.exclude=proj_mlp"))
+    layers = rewrite_pipeline(tiny_pipe, recipe("quantize.include=single_", "quantize.exclude=proj_mlp"))
     assert layers["single_transformer_blocks.0.attn.to_qkv"][0] == "int8"
     assert layers["single_transformer_blocks.0.proj_mlp"] == ("kept", "quantize.exclude")
     assert layers["transformer_blocks.0.attn.to_qkv"] == ("kept", "not in quantize.include")
@@ -185,12 +185,12 @@ def test_quantizing_nothing_is_refused_with_the_reasons(tiny_pipe):
         ExportError,
         match=r"quantize\.method 'int8_dynamic' fits none of the model's 28 Linear layers \(attention, 64x192 is smaller than 6400; .*embedding.*\); relax quantize\.include, exclude or min_width_ratio",
     ):
-        rewrite(tiny_pipe, recipe("quantize.min_width_ratio=100"))
+        rewrite_pipeline(tiny_pipe, recipe("quantize.min_width_ratio=100"))
 
 
 def test_no_quantization_leaves_every_layer_and_says_so(tiny_pipe):
     before = velocity(tiny_pipe)
-    layers = rewrite(tiny_pipe, recipe(*NOTHING))
+    layers = rewrite_pipeline(tiny_pipe, recipe(*NOTHING))
     assert set(layers.values()) == {("kept", "quantize.method is none")}
     assert torch.equal(velocity(tiny_pipe), before)
 
@@ -199,7 +199,7 @@ def test_quantizing_leaves_inductors_flags_alone(tiny_pipe):
     import torch._inductor.config as config
 
     before = config.get_config_copy()
-    rewrite(tiny_pipe, recipe())
+    rewrite_pipeline(tiny_pipe, recipe())
     assert config.get_config_copy() == before
 
 
@@ -219,13 +219,13 @@ def test_a_diffusers_cache_hook_is_refused_by_name(tiny_pipe):
         ExportError,
         match=r"transformer\.transformer_blocks\.0\.attn carries the diffusers hook pyramid_attention_broadcast, .*recipe's \[cache\] table",
     ):
-        rewrite(tiny_pipe, recipe())
+        rewrite_pipeline(tiny_pipe, recipe())
 
 
 def test_a_torch_hook_is_refused_by_place(tiny_pipe):
     tiny_pipe.vae.decoder.conv_in.register_forward_hook(lambda m, a, o: o)
     with pytest.raises(ExportError, match=r"vae\.decoder\.conv_in carries torch forward hooks"):
-        rewrite(tiny_pipe, recipe())
+        rewrite_pipeline(tiny_pipe, recipe())
 
 
 def test_a_pre_hook_is_refused_too():

@@ -11,15 +11,15 @@ from safetensors.torch import load_file
 from torch import nn
 
 from prebake.exporter.families import sd
-from prebake.exporter.load.source import load
+from prebake.exporter.load.source import load_model
 from prebake.exporter.lower.aoti import kernels
 from prebake.exporter.lower.w8a8 import W8A8Conv2d
 from prebake.exporter.recipe.resolve import resolve
-from prebake.exporter.rewrite import inner_width, rewrite
-from prebake.exporter.rewrite.quantize import kind
+from prebake.exporter.rewrite import inner_width, rewrite_pipeline
+from prebake.exporter.rewrite.quantize import layer_role
 from prebake.exporter.settle import settle
-from prebake.exporter.sites.discover import discover
-from prebake.exporter.verify.verify import Choices, verify_artifact
+from prebake.exporter.sites.discover import discover_layout
+from prebake.exporter.verify.verify import VerifyOptions, verify_artifact
 from prebake.runtime.errors import ExportError
 
 SIZE = sd.Size(32, 32, 16)
@@ -70,7 +70,7 @@ def test_in_bfloat16_neighbouring_timesteps_stay_apart(tiny_sd_pipe):
 
 
 def test_the_layout_has_both_branches(tiny_sd_pipe):
-    layout = discover(sd.denoiser(tiny_sd_pipe, SIZE))
+    layout = discover_layout(sd.denoiser(tiny_sd_pipe, SIZE))
     assert layout.branches == ("uncond", "cond")
     attentions = [[p.name for p in layout.attentions if p.branch == b] for b in layout.branches]
     assert attentions[0] == attentions[1]
@@ -82,7 +82,7 @@ def test_the_layout_has_both_branches(tiny_sd_pipe):
 
 def test_fused_projections_compute_the_same(tiny_sd_pipe):
     before = guided_sample(tiny_sd_pipe)
-    _ = rewrite(tiny_sd_pipe, recipe())
+    _ = rewrite_pipeline(tiny_sd_pipe, recipe())
     names = [n for n, _ in tiny_sd_pipe.unet.named_modules()]
     assert any(n.endswith("attn1.to_qkv") for n in names)
     assert any(n.endswith("attn2.to_kv") for n in names)
@@ -92,7 +92,7 @@ def test_fused_projections_compute_the_same(tiny_sd_pipe):
 
 
 def test_convolutions_lie_as_inductor_reads_them(tiny_sd_pipe):
-    _ = rewrite(tiny_sd_pipe, recipe())
+    _ = rewrite_pipeline(tiny_sd_pipe, recipe())
     kernels = [m.weight for m in tiny_sd_pipe.unet.modules() if isinstance(m, nn.Conv2d)]
     assert all(k.is_contiguous(memory_format=torch.channels_last) for k in kernels)
 
@@ -110,27 +110,29 @@ KINDS = {
 
 @pytest.mark.parametrize(("name", "role"), KINDS.items())
 def test_a_linears_kind_goes_by_its_place(name, role):
-    assert kind(name) == role
+    assert layer_role(name) == role
 
 
 def test_int8_is_measured_by_the_unets_first_level(tiny_sd_pipe):
     before = guided_sample(tiny_sd_pipe)
     assert inner_width(tiny_sd_pipe.unet) == 16
-    layers = rewrite(tiny_sd_pipe, recipe("quantize.method=int8_dynamic"))
+    layers = rewrite_pipeline(tiny_sd_pipe, recipe("quantize.method=int8_dynamic"))
     treated = {name for name, (what, _) in layers.items() if what == "int8"}
-    assert treated == {n for n in layers if kind(n) in ("attention", "feed-forward")}
+    assert treated == {n for n in layers if layer_role(n) in ("attention", "feed-forward")}
     assert layers["down_blocks.0.resnets.0.time_emb_proj"] == ("kept", "modulation")
     # int8 rounds to 1/127 of a row's or a token's largest value
     assert 0 < relative_error(guided_sample(tiny_sd_pipe), before) < 0.05
 
 
-@pytest.mark.skipif(not kernels.fit(kernels.LEVEL), reason=f"the CPU lacks {', '.join(kernels.FLAGS)}")
+@pytest.mark.skipif(
+    not kernels.has_kernel_flags(kernels.KERNEL_LEVEL), reason=f"the CPU lacks {', '.join(kernels.KERNEL_FLAGS)}"
+)
 def test_int8_convolutions_are_those_between_the_first_and_the_last(tiny_sd_pipe):
     before = guided_sample(tiny_sd_pipe)
-    layers = rewrite(tiny_sd_pipe, recipe("quantize.method=int8_dynamic", "quantize.convolutions=true"))
+    layers = rewrite_pipeline(tiny_sd_pipe, recipe("quantize.method=int8_dynamic", "quantize.convolutions=true"))
     convolutions = {n: m for n, m in tiny_sd_pipe.unet.named_modules() if isinstance(m, W8A8Conv2d)}
-    assert {kind(n) for n in convolutions} == {"convolution", "attention"}
-    assert {n for n in layers if kind(n) == "convolution"} < convolutions.keys()
+    assert {layer_role(n) for n in convolutions} == {"convolution", "attention"}
+    assert {n for n in layers if layer_role(n) == "convolution"} < convolutions.keys()
     assert layers["down_blocks.0.resnets.0.conv1"] == ("int8", "convolution, 16x16")
     assert layers["conv_in"] == ("kept", "embedding")
     assert layers["conv_out"] == ("kept", "final projection")
@@ -141,7 +143,7 @@ def test_int8_convolutions_are_those_between_the_first_and_the_last(tiny_sd_pipe
 
 
 def test_int8_leaves_alone_what_is_narrow(tiny_sd_pipe):
-    layers = rewrite(tiny_sd_pipe, recipe("quantize.method=int8_dynamic", "quantize.min_width_ratio=2"))
+    layers = rewrite_pipeline(tiny_sd_pipe, recipe("quantize.method=int8_dynamic", "quantize.min_width_ratio=2"))
     assert layers["down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_out.0"] == (
         "kept",
         "attention, 16x16 is smaller than 32",
@@ -153,7 +155,7 @@ def test_int8_leaves_alone_what_is_narrow(tiny_sd_pipe):
 
 
 def test_where_nothing_is_asked_for_the_model_decides_and_then_diffusers(tiny_sd_folder):
-    loaded = load(str(tiny_sd_folder), None, {"default": torch.float32})
+    loaded = load_model(str(tiny_sd_folder), None, {"default": torch.float32})
     usual, size, steps = settle(recipe(), sd, loaded)
     assert (usual.height, usual.width, size.tokens) == (32, 32, 16)  # sample_size x the VAE's 2, and the tokenizer's
     assert (steps, usual.guidance_scale) == ((4,), 3.0)
@@ -177,7 +179,7 @@ REFUSED = {
 def test_a_size_that_the_pipeline_does_not_draw_is_refused(name, tiny_sd_folder):
     override, words = REFUSED[name]
     with pytest.raises(ExportError) as caught:
-        settle(recipe(override), sd, load(str(tiny_sd_folder), None, {"default": torch.float32}))
+        settle(recipe(override), sd, load_model(str(tiny_sd_folder), None, {"default": torch.float32}))
     assert str(caught.value) == words
 
 
@@ -212,9 +214,11 @@ def test_golden_vectors_hold_both_prompts(tiny_sd_artifact):
 
 
 def test_verify_with_the_source_passes(tiny_sd_artifact, tiny_sd_folder):
-    from prebake.exporter.progress import progress
+    from prebake.exporter.progress import open_progress
 
-    with progress("quiet") as quiet:
-        _, outcome = verify_artifact(tiny_sd_artifact, Choices(with_source=True, model=str(tiny_sd_folder)), quiet)
+    with open_progress("quiet") as quiet:
+        _, outcome = verify_artifact(
+            tiny_sd_artifact, VerifyOptions(with_source=True, model=str(tiny_sd_folder)), quiet
+        )
     assert outcome.missed == ()
     assert {v.figure for v in outcome.verdicts} == {"psnr_db", "relative_error"}

@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 import pytest
 
 from prebake.exporter.cli.main import main
-from prebake.exporter.cli.matrix import WORST_FIRST, Row, Tried, junit, worst
+from prebake.exporter.cli.matrix import WORST_FIRST, ExportRow, RowOutcome, junit_xml, worst_code
 from prebake.runtime.errors import ArtifactError, ExportError, QualityError, RecipeError
 
 
@@ -34,7 +34,7 @@ class Stub:
 def stub(monkeypatch, tmp_path):
     made = Stub()
     module = types.ModuleType("prebake.exporter.pipeline")
-    module.Options, module.export, module.prepare = types.SimpleNamespace, made.export, None
+    module.ExportOptions, module.export, module.prepare = types.SimpleNamespace, made.export, None
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.chdir(tmp_path)
     return made
@@ -115,12 +115,12 @@ def test_an_interrupt_ends_the_run_and_keeps_the_report(stub, capsys):
 
 def test_the_worst_is_the_first_in_a_fixed_order():
     assert WORST_FIRST == (1, 2, 3, 5, 4, 0)
-    assert worst([0, 4, 0]) == 4
-    assert worst([4, 5]) == 5
-    assert worst([5, 3, 4]) == 3
-    assert worst([3, 2, 0]) == 2
-    assert worst([2, 1]) == 1
-    assert worst([0]) == 0
+    assert worst_code([0, 4, 0]) == 4
+    assert worst_code([4, 5]) == 5
+    assert worst_code([5, 3, 4]) == 3
+    assert worst_code([3, 2, 0]) == 2
+    assert worst_code([2, 1]) == 1
+    assert worst_code([0]) == 0
 
 
 # matrix files
@@ -243,7 +243,7 @@ def test_junit_that_cannot_be_written_is_refused_before_the_first_export(stub, c
 
 
 def test_junit_is_xml_whatever_is_said():
-    text = junit([Tried(Row("a<&\"'>"), 1, 0.5, errors=("\x00\x08\ud800 ]]> &",))])
+    text = junit_xml([RowOutcome(ExportRow("a<&\"'>"), 1, 0.5, errors=("\x00\x08\ud800 ]]> &",))])
     (case,) = ElementTree.fromstring(text.encode()).find("testsuite")
     assert case.attrib["name"] == "a<&\"'>"
     assert case.find("error").text == "��� ]]> &"

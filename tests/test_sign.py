@@ -26,7 +26,7 @@ import paper
 
 from prebake.exporter.cli.main import main
 from prebake.exporter.package import sign as signs
-from prebake.exporter.package.sign import Sigstore, sign, verify
+from prebake.exporter.package.sign import SigstoreSigner, sign_artifact, verify_signed_artifact
 from prebake.runtime.artifact import open_artifact
 from prebake.runtime.backends import aoti
 from prebake.runtime.check.signature import Identity, signature_problems
@@ -57,7 +57,7 @@ def artifact(tmp_path):
 
 @pytest.fixture
 def signed(artifact, keys):
-    assert sign(artifact, keys[0]) == FILES
+    assert sign_artifact(artifact, keys[0]) == FILES
     return artifact
 
 
@@ -68,7 +68,7 @@ def problems(folder, public):
 def refused(folder, public) -> list[str]:
     """The lines of the one ArtifactError, without the folder's name."""
     with pytest.raises(ArtifactError) as e:
-        verify(folder, public)
+        verify_signed_artifact(folder, public)
     return [line.removeprefix(f"{folder}: ") for line in str(e.value).splitlines()]
 
 
@@ -77,14 +77,14 @@ def refused(folder, public) -> list[str]:
 
 def test_a_signed_artifact_holds(signed, keys):
     assert problems(signed, keys[1]) == []
-    assert verify(signed, keys[1]) == FILES
+    assert verify_signed_artifact(signed, keys[1]) == FILES
 
 
 @pytest.mark.parametrize("curve", [ec.SECP384R1(), ec.SECP521R1()], ids=lambda c: c.name)
 def test_other_curves(artifact, tmp_path, curve):
     key, public = write_keys(tmp_path, "other", ec.generate_private_key(curve))
-    sign(artifact, key)
-    assert verify(artifact, public) == FILES
+    sign_artifact(artifact, key)
+    assert verify_signed_artifact(artifact, public) == FILES
 
 
 def test_keys_of_openssl_as_the_page_says(artifact, tmp_path):
@@ -94,8 +94,8 @@ def test_keys_of_openssl_as_the_page_says(artifact, tmp_path):
     assert len(commands) == 2
     for command in commands:
         subprocess.run(command.split("  #")[0], shell=True, cwd=tmp_path, check=True, capture_output=True)
-    sign(artifact, tmp_path / "prebake.key")
-    assert verify(artifact, tmp_path / "prebake.pub") == FILES
+    sign_artifact(artifact, tmp_path / "prebake.key")
+    assert verify_signed_artifact(artifact, tmp_path / "prebake.pub") == FILES
 
 
 def test_model_signing_itself_reads_it(signed, keys):
@@ -123,18 +123,18 @@ def test_what_model_signing_itself_signed_holds(artifact, keys):
     free = model_signing.hashing.Config().set_ignored_paths(paths=["signature.json", "reports"])
     peer = model_signing.signing.Config().use_elliptic_key_signer(private_key=keys[0]).set_hashing_config(free)
     peer.sign(artifact, artifact / "signature.json")
-    assert verify(artifact, keys[1]) == FILES
+    assert verify_signed_artifact(artifact, keys[1]) == FILES
 
 
 def test_a_copy_under_another_name_holds(signed, keys, tmp_path):
     moved = signed.rename(tmp_path / "moved")
-    assert verify(moved, keys[1]) == FILES
+    assert verify_signed_artifact(moved, keys[1]) == FILES
 
 
 def test_signing_again_replaces_the_signature(signed, keys, tmp_path):
     key, public = write_keys(tmp_path, "other", ec.generate_private_key(ec.SECP256R1()))
-    sign(signed, key)
-    assert verify(signed, public) == FILES
+    sign_artifact(signed, key)
+    assert verify_signed_artifact(signed, public) == FILES
     assert problems(signed, keys[1]) != []
     assert sorted(p.name for p in tmp_path.iterdir()) == ["artifact", "mine.pem", "mine.pub", "other.pem", "other.pub"]
 
@@ -168,7 +168,7 @@ def test_a_signature_that_only_claims_to_be_by_the_key(signed, keys, tmp_path):
     """Somebody else's signature with the hint of the trusted key in it."""
     file = signed / "signature.json"
     hint = json.loads(file.read_text())["verificationMaterial"]["publicKey"]["hint"]
-    sign(signed, write_keys(tmp_path, "other", ec.generate_private_key(ec.SECP256R1()))[0])
+    sign_artifact(signed, write_keys(tmp_path, "other", ec.generate_private_key(ec.SECP256R1()))[0])
     forged = json.loads(file.read_text())
     forged["verificationMaterial"]["publicKey"]["hint"] = hint
     file.write_text(json.dumps(forged))
@@ -297,7 +297,7 @@ def test_a_file_that_is_no_key(signed, tmp_path, content, kind):
         "`openssl ec -in KEY -pubout` writes one"
     )
     with pytest.raises(RecipeError) as e:
-        sign(signed, file)
+        sign_artifact(signed, file)
     assert str(e.value) == (
         f"--key {file}: expected a private key in PEM, of an elliptic curve P-256, P-384 or P-521, without a password, and it "
         f"is none ({kind}); `openssl ecparam -name prime256v1 -genkey -noout -out KEY` makes one"
@@ -309,13 +309,13 @@ def test_keys_of_another_kind(signed, tmp_path):
     with pytest.raises(RecipeError, match="expected a public key in PEM, of an elliptic curve"):
         problems(signed, public)
     with pytest.raises(RecipeError, match="expected a private key in PEM, of an elliptic curve"):
-        sign(signed, key)
+        sign_artifact(signed, key)
 
 
 def test_without_the_package(signed, keys, monkeypatch):
     for name in ("model_signing", "model_signing.verifying", "model_signing.signing"):
         monkeypatch.setitem(sys.modules, name, None)
-    for refusing in (lambda: problems(signed, keys[1]), lambda: sign(signed, keys[0])):
+    for refusing in (lambda: problems(signed, keys[1]), lambda: sign_artifact(signed, keys[0])):
         with pytest.raises(RecipeError) as e:
             refusing()
         assert str(e.value) == "a signature needs model-signing: pip install 'prebake[sign]'"
@@ -327,21 +327,21 @@ def test_without_the_package(signed, keys, monkeypatch):
 def test_a_damaged_artifact_is_not_signed(artifact, keys):
     flip(artifact / WEIGHTS)
     with pytest.raises(ArtifactError, match=f"{WEIGHTS}: sha256 is "):
-        sign(artifact, keys[0])
+        sign_artifact(artifact, keys[0])
     assert not (artifact / "signature.json").exists()
 
 
 def test_a_failed_artifact_is_not_signed(artifact, keys):
     paper.edit(artifact, lambda raw: raw.update(status="failed"))
     with pytest.raises(ArtifactError) as e:
-        sign(artifact, keys[0])
+        sign_artifact(artifact, keys[0])
     assert str(e.value) == f"{artifact}: missed its thresholds, and its manifest says so; sign one that holds"
 
 
 def test_an_artifact_for_another_machine_is_signed(artifact, keys):
     paper.edit(artifact, lambda raw: raw["requires"].update(machine="pdp11"))
-    sign(artifact, keys[0])
-    assert verify(artifact, keys[1]) == FILES
+    sign_artifact(artifact, keys[0])
+    assert verify_signed_artifact(artifact, keys[1]) == FILES
 
 
 def test_sigstore_out_of_reach_says_so(signed, monkeypatch, capsys):
@@ -380,7 +380,7 @@ def test_a_signature_that_cannot_be_written(signed, keys, monkeypatch):
     before = (signed / "signature.json").read_bytes()
     monkeypatch.setattr(signs.os, "replace", full)
     with pytest.raises(ExportError) as e:
-        sign(signed, keys[0])
+        sign_artifact(signed, keys[0])
     assert str(e.value) == (
         f"{signed / 'signature.json'}: cannot be written (No space left on device); make room, or sign a copy"
     )
@@ -413,17 +413,17 @@ def test_sign_json(artifact, keys, capsys):
 
 def test_the_token_of_sigstore_comes_from_the_environment(artifact, monkeypatch):
     seen = []
-    monkeypatch.setattr(signs, "sign", lambda folder, signer: seen.append(signer) or 1)
+    monkeypatch.setattr(signs, "sign_artifact", lambda folder, signer: seen.append(signer) or 1)
     monkeypatch.delenv("SIGSTORE_ID_TOKEN", raising=False)
     main(["sign", str(artifact), "--sigstore"])
     monkeypatch.setenv("SIGSTORE_ID_TOKEN", "secret")
     main(["sign", str(artifact), "--sigstore"])
-    assert seen == [Sigstore(None), Sigstore("secret")]
+    assert seen == [SigstoreSigner(None), SigstoreSigner("secret")]
 
 
 def test_an_identity_is_handed_over(artifact, monkeypatch, capsys):
     seen = []
-    monkeypatch.setattr(signs, "verify", lambda folder, whose: seen.append(whose) or 1)
+    monkeypatch.setattr(signs, "verify_signed_artifact", lambda folder, whose: seen.append(whose) or 1)
     arguments = ["--identity", "me@example.org", "--issuer", "https://example.org"]
     assert main(["verify", str(artifact), "--signature", *arguments]) == 0
     assert seen == [Identity("me@example.org", "https://example.org")]

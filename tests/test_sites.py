@@ -7,7 +7,7 @@ import torch
 
 from prebake.exporter.families import flux
 from prebake.exporter.sites.actions import VariantModule, submodule
-from prebake.exporter.sites.discover import discover
+from prebake.exporter.sites.discover import discover_layout
 from prebake.exporter.sites.marks import Mark, Variant
 from prebake.runtime.errors import ExportError
 
@@ -21,11 +21,11 @@ def denoiser(tiny_pipe):
 
 @pytest.fixture
 def attentions(tiny_pipe) -> tuple[Mark, ...]:
-    return tuple(a.mark() for a in discover(flux.denoiser(tiny_pipe, SIZE)).attentions)
+    return tuple(a.mark() for a in discover_layout(flux.denoiser(tiny_pipe, SIZE)).attentions)
 
 
 def blocks(tiny_pipe, chosen: slice, slots: int = 1) -> Mark:
-    layout = discover(flux.denoiser(tiny_pipe, SIZE))
+    layout = discover_layout(flux.denoiser(tiny_pipe, SIZE))
     return layout.residual("", chosen.start, chosen.stop, "blocks", slots=slots)
 
 

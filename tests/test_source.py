@@ -28,7 +28,7 @@ def copy(tiny_folder, tmp_path):
 
 
 def test_a_loaded_pipeline_is_frozen_named_and_brings_its_defaults(tiny_folder):
-    loaded = source.load(str(tiny_folder), None, {**FLOAT32, "transformer": torch.bfloat16})
+    loaded = source.load_model(str(tiny_folder), None, {**FLOAT32, "transformer": torch.bfloat16})
     assert loaded.source.model == tiny_folder.name
     assert loaded.source.pipeline == "FluxPipeline"
     assert loaded.defaults == {
@@ -49,7 +49,7 @@ def test_a_loaded_pipeline_is_frozen_named_and_brings_its_defaults(tiny_folder):
 def test_an_unknown_id_without_a_network_is_refused_with_the_way_out(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ExportError) as refused:
-        source.load("nobody/nothing", None, FLOAT32)
+        source.load_model("nobody/nothing", None, FLOAT32)
     assert str(refused.value).startswith(
         "model 'nobody/nothing': it is not in the hub's cache and the hub cannot be reached; export once with a network"
     )
@@ -60,7 +60,7 @@ def test_a_path_that_is_not_there_never_reaches_the_hub(model, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(DiffusionPipeline, "download", lambda *_, **__: pytest.fail("asked the hub"))
     with pytest.raises(ExportError, match=r"there is no such file or folder; expected shapes, .+, or a hub id such as"):
-        source.load(model, None, FLOAT32)
+        source.load_model(model, None, FLOAT32)
 
 
 def test_a_hub_id_goes_through_diffusers_with_its_revision(tiny_folder, monkeypatch):
@@ -71,10 +71,10 @@ def test_a_hub_id_goes_through_diffusers_with_its_revision(tiny_folder, monkeypa
         return str(tiny_folder)
 
     monkeypatch.setattr(DiffusionPipeline, "download", download)
-    loaded = source.load("someone/flux", "v2", FLOAT32)
+    loaded = source.load_model("someone/flux", "v2", FLOAT32)
     assert asked == [("someone/flux", "v2")]
     assert loaded.source.model == "someone/flux"
-    assert loaded.source.sha256 == source.fingerprint(tiny_folder)
+    assert loaded.source.sha256 == source.model_fingerprint(tiny_folder)
 
 
 def hub_error(kind: type[errors.HfHubHTTPError]) -> Exception:
@@ -116,7 +116,7 @@ def test_what_the_hub_refuses_comes_with_the_way_out(error, way_out, wrapped, mo
 
     monkeypatch.setattr(DiffusionPipeline, "download", download)
     with pytest.raises(ExportError) as refused:
-        source.load("some/model", "v9", FLOAT32)
+        source.load_model("some/model", "v9", FLOAT32)
     assert str(refused.value).startswith(f"model 'some/model': {way_out}")
     assert "\n" not in str(refused.value)
 
@@ -126,7 +126,7 @@ def test_a_folder_without_a_pipeline_is_refused(tmp_path):
         ExportError,
         match=r"expected a pipeline folder with model_index\.json, as save_pretrained writes it, found none",
     ):
-        source.load(str(tmp_path), None, FLOAT32)
+        source.load_model(str(tmp_path), None, FLOAT32)
 
 
 @pytest.mark.parametrize(
@@ -135,45 +135,45 @@ def test_a_folder_without_a_pipeline_is_refused(tmp_path):
 def test_a_corrupted_folder_is_refused_with_diffusers_words(copy, path):
     (copy / path).write_bytes(b"{ nonsense")
     with pytest.raises(ExportError, match=r"model '.+copy': diffusers could not read .+ \(\w+: .+\)$") as refused:
-        source.load(str(copy), None, FLOAT32)
+        source.load_model(str(copy), None, FLOAT32)
     assert refused.value.__cause__ is not None
 
 
 def test_one_byte_of_any_part_changes_the_fingerprint(copy):
-    before = source.fingerprint(copy)
-    assert source.fingerprint(copy) == before
+    before = source.model_fingerprint(copy)
+    assert source.model_fingerprint(copy) == before
     for path in ("transformer/diffusion_pytorch_model.safetensors", "tokenizer/tokenizer.json", "prebake.toml"):
         content = (copy / path).read_bytes()
         (copy / path).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-        assert source.fingerprint(copy) != before, path
+        assert source.model_fingerprint(copy) != before, path
         (copy / path).write_bytes(content)
-    assert source.fingerprint(copy) == before
+    assert source.model_fingerprint(copy) == before
 
 
 def test_the_fingerprint_depends_on_names_and_not_on_the_place(copy, tiny_folder):
-    assert source.fingerprint(copy) == source.fingerprint(tiny_folder)
+    assert source.model_fingerprint(copy) == source.model_fingerprint(tiny_folder)
     (copy / "prebake.toml").rename(copy / "other.toml")
-    assert source.fingerprint(copy) != source.fingerprint(tiny_folder)
+    assert source.model_fingerprint(copy) != source.model_fingerprint(tiny_folder)
 
 
 def test_only_a_folders_last_part_is_its_name(copy, monkeypatch):
-    assert source.name_of(str(copy)) == "copy"
-    assert source.name_of(f"{copy}/") == "copy"
+    assert source.model_name(str(copy)) == "copy"
+    assert source.model_name(f"{copy}/") == "copy"
     monkeypatch.chdir(copy)
-    assert source.name_of(".") == "copy"
-    assert source.name_of("transformer/..") == "copy"
-    assert source.name_of("shapes") == "shapes"
-    assert source.name_of("tiny:flux") == "tiny:flux"
+    assert source.model_name(".") == "copy"
+    assert source.model_name("transformer/..") == "copy"
+    assert source.model_name("shapes") == "shapes"
+    assert source.model_name("tiny:flux") == "tiny:flux"
     assert (
-        source.name_of(str(copy / "vae" / "diffusion_pytorch_model.safetensors"))
+        source.model_name(str(copy / "vae" / "diffusion_pytorch_model.safetensors"))
         == "diffusion_pytorch_model.safetensors"
     )
-    assert source.name_of("black-forest-labs/FLUX.1-dev") == "black-forest-labs/FLUX.1-dev"
+    assert source.model_name("black-forest-labs/FLUX.1-dev") == "black-forest-labs/FLUX.1-dev"
 
 
 def test_a_folder_without_defaults_brings_none(copy):
     (copy / "prebake.toml").unlink()
-    assert source.own_defaults(copy) == {}
+    assert source.read_model_defaults(copy) == {}
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ def test_a_folder_without_defaults_brings_none(copy):
 def test_defaults_that_cannot_be_used_are_refused_with_the_file(copy, text):
     (copy / "prebake.toml").write_text(text)
     with pytest.raises(ExportError, match=r"prebake\.toml.*: .+"):
-        source.own_defaults(copy)
+        source.read_model_defaults(copy)
 
 
 # --- tiny models ----------------------------------------------------------------------------------------------------
@@ -200,15 +200,15 @@ def test_a_tiny_model_is_the_same_bytes_in_every_process_and_leaves_nothing():
     ]
     (name, first, folder), (_, second, other) = runs
     assert name == "tiny:sd"
-    assert first == second == source.load("tiny:sd", None, FLOAT32).source.sha256
+    assert first == second == source.load_model("tiny:sd", None, FLOAT32).source.sha256
     assert folder != other
     assert not Path(folder).exists()
 
 
 def test_a_tiny_model_is_built_once_and_brings_its_defaults():
-    assert source.find("tiny:cogvideox") == source.find("tiny:cogvideox")
-    loaded = source.load("tiny:cogvideox", None, FLOAT32)
-    assert loaded.defaults == tiny.NAMES["cogvideox"].defaults
+    assert source.find_model("tiny:cogvideox") == source.find_model("tiny:cogvideox")
+    loaded = source.load_model("tiny:cogvideox", None, FLOAT32)
+    assert loaded.defaults == tiny.TINY_MODELS["cogvideox"].defaults
     assert "num_frames" in loaded.defaults
 
 
@@ -216,7 +216,7 @@ def test_an_unknown_tiny_model_is_refused_with_those_that_exist():
     with pytest.raises(
         ExportError, match=r"model 'tiny:fluks': expected one of tiny:flux, tiny:flux-schnell, .*tiny:sd"
     ):
-        source.load("tiny:fluks", None, FLOAT32)
+        source.load_model("tiny:fluks", None, FLOAT32)
 
 
 @pytest.mark.parametrize(
@@ -224,7 +224,7 @@ def test_an_unknown_tiny_model_is_refused_with_those_that_exist():
     [("shapes", True), ("tiny:sd", True), ("a/b", True), ("folder", False), ("model.safetensors", False)],
 )
 def test_a_manifests_name_says_where_the_model_is_or_not(name, known):
-    assert source.is_known(name) is known
+    assert source.is_known_model(name) is known
 
 
 # --- variants -------------------------------------------------------------------------------------------------------
@@ -239,17 +239,17 @@ def as_variant(folder: Path, *components: str) -> None:
 def test_a_folder_of_nothing_but_a_variant_is_read_and_said(copy, tiny_folder):
     as_variant(copy, "transformer", "vae", "text_encoder", "text_encoder_2")
     with pytest.warns(UserWarning, match=r"it has no weights but the variant 'fp16', so these are read"):
-        loaded = source.load(str(copy), None, FLOAT32)
-    expected = source.load(str(tiny_folder), None, FLOAT32).pipe.transformer.state_dict()
+        loaded = source.load_model(str(copy), None, FLOAT32)
+    expected = source.load_model(str(tiny_folder), None, FLOAT32).pipe.transformer.state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in loaded.pipe.transformer.state_dict().items())
 
 
 def test_plain_weights_go_before_a_variant(copy):
     path = next((copy / "transformer").glob("*.safetensors"))
     shutil.copy(path, path.with_suffix(".fp16.safetensors"))
-    assert source.only_variant(copy) is None
+    assert source.weights_variant(copy) is None
     as_variant(copy, "vae")
-    assert source.only_variant(copy) == "fp16"
+    assert source.weights_variant(copy) == "fp16"
 
 
 @pytest.mark.parametrize(
@@ -264,7 +264,7 @@ def test_plain_weights_go_before_a_variant(copy):
     ],
 )
 def test_weight_files_are_known_by_diffusers_names(name, variant):
-    assert source.WEIGHTS.fullmatch(name)["variant"] == variant
+    assert source.WEIGHTS_PATTERN.fullmatch(name)["variant"] == variant
 
 
 # --- single files ---------------------------------------------------------------------------------------------------
@@ -274,19 +274,19 @@ def test_weight_files_are_known_by_diffusers_names(name, variant):
 def single(tmp_path_factory) -> Path:
     """A file in the original layout, and beside it the folder `config`, without weights."""
     folder = tmp_path_factory.mktemp("single")
-    save_file(original(tiny.build("sd")), folder / "model.safetensors")
-    tiny.save("sd", folder / "config")
+    save_file(original(tiny.build_tiny_pipeline("sd")), folder / "model.safetensors")
+    tiny.save_tiny_pipeline("sd", folder / "config")
     for weights in folder.glob("config/*/*.safetensors"):
         weights.unlink()
     return folder / "model.safetensors"
 
 
 def test_a_single_file_is_the_same_pipeline(single):
-    loaded = source.load(str(single), None, FLOAT32, "config")
+    loaded = source.load_model(str(single), None, FLOAT32, "config")
     assert loaded.source.pipeline == "StableDiffusionPipeline"
     assert loaded.source.model == "model.safetensors"
-    assert loaded.defaults == tiny.NAMES["sd"].defaults
-    made = tiny.build("sd")
+    assert loaded.defaults == tiny.TINY_MODELS["sd"].defaults
+    made = tiny.build_tiny_pipeline("sd")
     latents = []
     for pipe in (loaded.pipe, made):
         pipe.set_progress_bar_config(disable=True)
@@ -301,24 +301,26 @@ def test_a_single_file_is_the_same_pipeline(single):
 
 
 def test_a_single_file_is_cast_as_asked(single):
-    pipe = source.load(str(single), None, {**FLOAT32, "unet": torch.bfloat16, "vae": torch.float32}, "config").pipe
+    pipe = source.load_model(
+        str(single), None, {**FLOAT32, "unet": torch.bfloat16, "vae": torch.float32}, "config"
+    ).pipe
     assert (pipe.unet.dtype, pipe.vae.dtype, pipe.text_encoder.dtype) == (torch.bfloat16, torch.float32, torch.float32)
 
 
 def test_the_fingerprint_of_a_single_file_is_of_bytes_and_configuration(single, tmp_path):
-    before = source.fingerprint(single.parent / "config", single)
+    before = source.model_fingerprint(single.parent / "config", single)
     moved = shutil.copytree(single.parent, tmp_path / "moved")
     (moved / "model.safetensors").rename(moved / "other.safetensors")
-    assert source.fingerprint(moved / "config", moved / "other.safetensors") == before
+    assert source.model_fingerprint(moved / "config", moved / "other.safetensors") == before
     scheduler = moved / "config" / "scheduler" / "scheduler_config.json"
     scheduler.write_text(scheduler.read_text() + " ")
-    assert source.fingerprint(moved / "config", moved / "other.safetensors") != before
+    assert source.model_fingerprint(moved / "config", moved / "other.safetensors") != before
 
 
 def test_a_single_file_without_its_configuration_says_which_and_the_way_out(single, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ExportError) as refused:
-        source.load(str(single), None, FLOAT32)
+        source.load_model(str(single), None, FLOAT32)
     assert str(refused.value).startswith(
         "model 'model.safetensors': its configuration is that of stable-diffusion-v1-5/stable-diffusion-v1-5, and it is "
         "not in the hub's cache and the hub cannot be reached; "
@@ -333,20 +335,20 @@ def test_a_single_file_of_another_kind_is_refused_by_its_name(tmp_path):
     with pytest.raises(
         ExportError, match=r"'cascade.safetensors': diffusers takes its weights for 'stable_cascade_stage_c_lite'"
     ):
-        source.load(str(tmp_path / "cascade.safetensors"), None, FLOAT32)
+        source.load_model(str(tmp_path / "cascade.safetensors"), None, FLOAT32)
 
 
 def test_a_damaged_single_file_is_refused(single, tmp_path):
     (tmp_path / "damaged.safetensors").write_bytes(b"nonsense")
     for config in (None, str(single.parent / "config")):
         with pytest.raises(ExportError, match=r"model 'damaged.safetensors': .+ could not read .+damaged.safetensors"):
-            source.load(str(tmp_path / "damaged.safetensors"), None, FLOAT32, config)
+            source.load_model(str(tmp_path / "damaged.safetensors"), None, FLOAT32, config)
 
 
 def test_a_configuration_that_is_not_there_or_not_needed_is_refused(single, tiny_folder, tmp_path):
     with pytest.raises(ExportError, match=r"model.config 'nowhere': expected a folder, here or beside .+, found none"):
-        source.load(str(single), None, FLOAT32, "nowhere")
+        source.load_model(str(single), None, FLOAT32, "nowhere")
     with pytest.raises(ExportError, match=r"model.config .+: expected a folder with a pipeline's model_index.json"):
-        source.load(str(single), None, FLOAT32, str(tmp_path))
+        source.load_model(str(single), None, FLOAT32, str(tmp_path))
     with pytest.raises(ExportError, match=r"model.config goes with one safetensors file"):
-        source.load(str(tiny_folder), None, FLOAT32, "config")
+        source.load_model(str(tiny_folder), None, FLOAT32, "config")

@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch import nn
 
-from prebake.exporter.capture.capture import capture
+from prebake.exporter.capture.capture import capture_graph
 from prebake.exporter.cli import main as cli
-from prebake.exporter.export_cache.compilation import COMPILED, FROM_CACHE, Making
-from prebake.exporter.export_cache.store import Damaged, Store
-from prebake.exporter.passes.captured_graph import Captured
+from prebake.exporter.export_cache.compilation import COMPILED, FROM_CACHE, CompileOrReuse
+from prebake.exporter.export_cache.store import DamagedEntryError, Store
+from prebake.exporter.passes.captured_graph import CapturedGraph
 from prebake.exporter.progress import Progress
 
 FILES = {"model.so": bytes(range(256)) * 40, "model.json": b"{}", "empty": b""}
@@ -62,7 +62,7 @@ def test_damage_is_noticed(store, damage):
     store.put(KEY, FILES, ABOUT)
     path = store.path(KEY)
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(Damaged):
+    with pytest.raises(DamagedEntryError):
         store.get(KEY)
     store.put(KEY, FILES, ABOUT)
     assert store.get(KEY) == FILES
@@ -71,7 +71,7 @@ def test_damage_is_noticed(store, damage):
 def test_an_entry_under_another_name_is_not_taken_for_it(store):
     store.put(KEY, FILES, ABOUT)
     store.path(KEY).rename(store.path(OTHER))
-    with pytest.raises(Damaged, match="another key"):
+    with pytest.raises(DamagedEntryError, match="another key"):
         store.get(OTHER)
 
 
@@ -150,7 +150,7 @@ class Notes(Progress):
         self.did: list[str] = []
         self.notes: list[str] = []
 
-    def doing(self, what: str) -> None:
+    def announce(self, what: str) -> None:
         self.did.append(what)
 
     def note(self, text: str) -> None:
@@ -163,21 +163,21 @@ class Compiler:
     def __init__(self) -> None:
         self.asked = 0
 
-    def __call__(self, graph: Captured):
+    def __call__(self, graph: CapturedGraph):
         self.asked += 1
         return FILES
 
 
 @pytest.fixture(scope="module")
-def graph() -> Captured:
-    return capture("full", nn.Linear(4, 4), (torch.ones(2, 4),), ("x",), ("y",))
+def graph() -> CapturedGraph:
+    return capture_graph("full", nn.Linear(4, 4), (torch.ones(2, 4),), ("x",), ("y",))
 
 
 def made(
-    graph: Captured, store: Store | None, compiler: Compiler, component: str = "denoiser", tools: str = ""
+    graph: CapturedGraph, store: Store | None, compiler: Compiler, component: str = "denoiser", tools: str = ""
 ) -> Notes:
     notes = Notes()
-    assert Making(notes, store, tools, ABOUT)(component, graph, compiler) == FILES
+    assert CompileOrReuse(notes, store, tools, ABOUT)(component, graph, compiler) == FILES
     return notes
 
 

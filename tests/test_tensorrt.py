@@ -14,15 +14,15 @@ from onnx import TensorProto
 from torch import nn
 from uncompiled import captured, prepared
 
-from prebake.exporter.capture.capture import capture
+from prebake.exporter.capture.capture import capture_graph
 from prebake.exporter.cli.main import main
 from prebake.exporter.lower import w8a8
-from prebake.exporter.passes.captured_graph import Captured
-from prebake.exporter.pipeline import Options, export
+from prebake.exporter.passes.captured_graph import CapturedGraph
+from prebake.exporter.pipeline import ExportOptions, export
 from prebake.exporter.progress import Progress
 from prebake.exporter.recipe.resolve import resolve
 from prebake.runtime import load
-from prebake.runtime.backends.tensorrt import seen_as
+from prebake.runtime.backends.tensorrt import weight_view
 from prebake.runtime.errors import ArtifactError, ExportError, RecipeError
 
 trt: Any = pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
@@ -53,7 +53,7 @@ class Notes(Progress):
 def exported(tmp_path_factory) -> tuple[Path, list[str]]:
     recipe = resolve("flux-fast", (*BACKEND, "quantize.method=int8_dynamic"), "tiny:flux")
     notes = Notes()
-    return export(recipe, tmp_path_factory.mktemp("tensorrt") / "artifact", Options(), notes), notes.notes
+    return export(recipe, tmp_path_factory.mktemp("tensorrt") / "artifact", ExportOptions(), notes), notes.notes
 
 
 @pytest.fixture(scope="module")
@@ -79,13 +79,13 @@ def fused_attentions(layers: list[dict[str, Any]]) -> int:
     return sum(x["name"].startswith("_gemm_mha") for x in layers)
 
 
-def moved_weights(layers: list[dict[str, Any]], graph: Captured) -> list[str]:
+def moved_weights(layers: list[dict[str, Any]], graph: CapturedGraph) -> list[str]:
     """Weights of matrices and convolutions that some layer does nothing with but lay them out anew."""
     large = {name for name, tensor in graph.constants().items() if tensor.dim() > 1 and tensor.numel() >= 1024}
     return [t["name"] for x in layers if x["name"].startswith("__myl_Move") for t in x["inputs"] if t["name"] in large]
 
 
-def calls(graph: Captured, operator: Any) -> int:
+def calls(graph: CapturedGraph, operator: Any) -> int:
     return len(graph.gm.graph.find_nodes(op="call_function", target=operator))
 
 
@@ -171,7 +171,7 @@ def test_what_the_parser_gets_computes_what_the_graph_does(method, names, room):
     """By ONNX Runtime, with every constant as an input."""
     recipe = resolve("flux-fast", (*BACKEND, *FLOAT32, f"quantize.method={method}", "cache.method=none"), "tiny:flux")
     graphs = captured(prepared(recipe))
-    for graph in (lowering.rewritten(graphs[name], None) for name in names):
+    for graph in (lowering.rewrite_graph(graphs[name], None) for name in names):
         got, wanted = run(graph, graph.constants()), graph.gm(*graph.args)
         assert error(got, wanted) < room
         weights = {name: tensor.detach().clone() for name, tensor in graph.constants().items()}
@@ -180,7 +180,7 @@ def test_what_the_parser_gets_computes_what_the_graph_does(method, names, room):
         assert error(run(graph, weights), wanted) > 5 * room
 
 
-def run(graph: Captured, constants: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+def run(graph: CapturedGraph, constants: dict[str, torch.Tensor]) -> list[torch.Tensor]:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -189,7 +189,7 @@ def run(graph: Captured, constants: dict[str, torch.Tensor]) -> list[torch.Tenso
     session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     feeds = dict(zip([s.name for s in graph.inputs], graph.args, strict=True)) | constants
     shapes = {i.name: tuple(i.shape) for i in session.get_inputs()}
-    values = {n: value_of(seen_as(t.detach(), shapes[n]).contiguous()) for n, t in feeds.items() if n in shapes}
+    values = {n: value_of(weight_view(t.detach(), shapes[n]).contiguous()) for n, t in feeds.items() if n in shapes}
     return [torch.from_numpy(np.asarray(value.numpy())) for value in session.run_with_ort_values(None, values)]
 
 
@@ -210,7 +210,7 @@ def error(got: list[torch.Tensor], wanted: Any) -> float:
 def test_a_unet_is_built_with_its_attention_fused_and_its_weights_read_where_they_lie():
     recipe = resolve("sd-fast", (*BACKEND, *BFLOAT16, "cache.method=none", "quantize.method=none"), "tiny:sd")
     graph = captured(prepared(recipe))["full"]
-    graph = lowering.rewritten(graph, None)
+    graph = lowering.rewrite_graph(graph, None)
     engine, layers = lowering.build(trt, graph, lowering.options(recipe.compile, lowering.Options))
     assert engine
     heads = [node.args[0].meta["val"].shape[-1] for node in graph.gm.graph.find_nodes(op="call_function", target=SDPA)]
@@ -225,7 +225,7 @@ def test_a_unet_is_built_with_its_attention_fused_and_its_weights_read_where_the
 def test_opset_23_and_fp8_give_one_fused_kernel_for_each_attention_and_products_of_fp8():
     settings = ("compile.options.opset=23", "quantize.method=fp8_dynamic", "cache.method=none")
     made = prepared(resolve("flux-fast", (*BACKEND, *BFLOAT16, *settings), "tiny:flux"))
-    graph = lowering.rewritten(captured(made)["full"], None)
+    graph = lowering.rewrite_graph(captured(made)["full"], None)
     attentions, quantized = calls(graph, SDPA), sum(what == "fp8" for what, _ in made.layers.values())
     written = [node.op_type for node in lowering.network(graph, 23).graph.node]
     assert written.count("Attention") == attentions > 0
@@ -243,7 +243,9 @@ class Attention(nn.Module):
 
 def test_attention_without_a_fused_kernel_is_taken_apart():
     """In float32 there is none: an operator that may not be taken apart fails."""
-    graph = lowering.rewritten(capture("attention", Attention(), (torch.ones(1, 2, 16, 16),), ("x",), ("y",)), None)
+    graph = lowering.rewrite_graph(
+        capture_graph("attention", Attention(), (torch.ones(1, 2, 16, 16),), ("x",), ("y",)), None
+    )
     model, chosen = lowering.network(graph, 23), options()
     _, layers = lowering.build_model(trt, "attention", model, chosen)
     assert fused_attentions(layers) == 0
@@ -276,7 +278,7 @@ def options(*settings: str) -> Any:
 
 
 def test_what_the_library_cannot_build_is_named():
-    graph = capture("shifted", Shifted(), (torch.ones(2, 3, dtype=torch.int32),), ("x",), ("y",))
+    graph = capture_graph("shifted", Shifted(), (torch.ones(2, 3, dtype=torch.int32),), ("x",), ("y",))
     with pytest.raises(
         ExportError, match=r"graph 'shifted': tensorrt_rtx .* cannot build it \(.*initializer.*\); set compile\.backend"
     ):
@@ -284,7 +286,7 @@ def test_what_the_library_cannot_build_is_named():
 
 
 def test_the_same_graph_gives_the_same_bytes_and_other_gpus_give_others():
-    graph = capture("product", Product(), (torch.ones(4, 16),), ("x",), ("y",))
+    graph = capture_graph("product", Product(), (torch.ones(4, 16),), ("x",), ("y",))
     one = "compile.options.compute_capabilities=sm89"
     first, second, third = (lowering.build(trt, graph, options(*more))[0] for more in ((), (), (one,)))
     assert first == second
@@ -306,10 +308,10 @@ def test_an_option_that_there_is_not_is_refused(setting, said):
 
 def test_engines_are_for_gpus_whatever_the_recipe_says():
     recipe = resolve("flux-fast", ("compile.backend=tensorrt",), "tiny:flux")
-    adapted, said = lowering.adapted(recipe)
+    adapted, said = lowering.adapt_recipe(recipe)
     assert said == ("compile.device is cuda: engines of TensorRT run on GPUs",)
     assert adapted == resolve("flux-fast", ("compile.backend=tensorrt", "compile.device=cuda"), "tiny:flux")
-    assert lowering.adapted(adapted) == (adapted, ())
+    assert lowering.adapt_recipe(adapted) == (adapted, ())
 
 
 def fp8(*settings: str) -> Any:
@@ -317,21 +319,21 @@ def fp8(*settings: str) -> Any:
 
 
 def test_fp8_is_for_gpus_that_multiply_it():
-    adapted, (said,) = lowering.adapted(fp8())
+    adapted, (said,) = lowering.adapt_recipe(fp8())
     assert adapted.compile.options == {"compute_capabilities": "sm89 sm120"}
     assert said == "compile.options.compute_capabilities is sm89 sm120: GPUs multiply fp8 from sm89 on"
-    assert lowering.adapted(adapted) == (adapted, ())
+    assert lowering.adapt_recipe(adapted) == (adapted, ())
     other = fp8("compile.options.flavour=tensorrt")  # which builds for the GPU that it is on
-    assert lowering.adapted(other) == (other, ())
+    assert lowering.adapt_recipe(other) == (other, ())
     with pytest.raises(RecipeError, match=r"multiply fp8 from sm89 on, got 'sm80'; leave out .* quantize\.method=int8"):
-        lowering.adapted(fp8("compile.options.compute_capabilities=sm80 sm89"))
+        lowering.adapt_recipe(fp8("compile.options.compute_capabilities=sm80 sm89"))
 
 
 def test_the_library_builds_no_fp8_for_older_gpus():
     """Why the recipe is adapted."""
     module = nn.Sequential(nn.Linear(64, 64))
-    w8a8.to_8_bits(module, {"0"}, "fp8_dynamic")
-    graph = lowering.rewritten(capture("product", module, (torch.ones(16, 64),), ("x",), ("y",)), None)
+    w8a8.replace_layers(module, {"0"}, "fp8_dynamic")
+    graph = lowering.rewrite_graph(capture_graph("product", module, (torch.ones(16, 64),), ("x",), ("y",)), None)
     with pytest.raises(ExportError, match=r"Cannot compile for target\(s\) sm80, sm86, .*fp8"):
         lowering.build(trt, graph, options())
     assert lowering.build(trt, graph, options("compile.options.compute_capabilities=sm89"))
@@ -365,7 +367,7 @@ def test_what_the_other_flavour_measured_is_measured_once(monkeypatch, tmp_path)
 
 
 def test_a_gpu_that_the_library_has_no_kernels_for_is_refused():
-    graph = capture("product", Product(), (torch.ones(4, 16),), ("x",), ("y",))
+    graph = capture_graph("product", Product(), (torch.ones(4, 16),), ("x",), ("y",))
     with pytest.raises(RecipeError, match=r"builds for sm75, sm80, .*sm121, got 'sm90'"):
         lowering.build(trt, graph, options("compile.options.compute_capabilities=sm89 sm90"))
 

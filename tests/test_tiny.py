@@ -15,13 +15,13 @@ from prebake.exporter.tiny import parts
 
 # `flux-schnell` has no guidance, and the FLUX family none that takes a negative prompt at its defaults
 NEGATIVE = ("sd", "sd2", "sdxl", "sdxl-refiner", "sd3", "pixart", "cogvideox")
-GUIDED = tuple(name for name in tiny.NAMES if name != "flux-schnell")
+GUIDED = tuple(name for name in tiny.TINY_MODELS if name != "flux-schnell")
 
 
 @pytest.fixture(scope="module")
 def pipes() -> dict[str, Any]:
     """Each of them, once."""
-    made = {name: tiny.build(name) for name in tiny.NAMES}
+    made = {name: tiny.build_tiny_pipeline(name) for name in tiny.TINY_MODELS}
     for pipe in made.values():
         pipe.set_progress_bar_config(disable=True)
     return made
@@ -37,7 +37,7 @@ def draw(
         "use_resolution_binning": False,
         "clean_caption": False,
         "_auto_resize": False,
-        **tiny.NAMES[name].defaults,
+        **tiny.TINY_MODELS[name].defaults,
     }
     chosen["max_area"] = chosen["height"] * chosen["width"]
     if name in ("flux-kontext", "sdxl-refiner"):
@@ -73,7 +73,7 @@ def rounded(pipe: Any) -> Any:
     return half
 
 
-@pytest.mark.parametrize("name", tiny.NAMES)
+@pytest.mark.parametrize("name", tiny.TINY_MODELS)
 def test_bfloat16_draws_the_same_picture(pipes, name):
     exact, half = draw(pipes[name], name, output="pt"), draw(rounded(pipes[name]), name, output="pt")
     # recipes ask 45 dB of a bfloat16 artifact against float32; the arithmetic alone must leave room for that
@@ -82,13 +82,13 @@ def test_bfloat16_draws_the_same_picture(pipes, name):
 
 
 def test_fast_sinusoids_are_what_would_not_survive_bfloat16(monkeypatch):
-    monkeypatch.setattr(parts, "slow", torch.ones)
-    wild = tiny.build("flux")
+    monkeypatch.setattr(parts, "slow_factors", torch.ones)
+    wild = tiny.build_tiny_pipeline("flux")
     wild.set_progress_bar_config(disable=True)
     assert psnr(draw(rounded(wild), "flux", output="pt"), draw(wild, "flux", output="pt")) < 45
 
 
-@pytest.mark.parametrize("name", tiny.NAMES)
+@pytest.mark.parametrize("name", tiny.TINY_MODELS)
 def test_prompt_and_seed_move_the_latents(pipes, name):
     first = draw(pipes[name], name)
     assert torch.equal(first, draw(pipes[name], name))
@@ -104,16 +104,16 @@ def test_a_negative_prompt_moves_the_latents(pipes, name):
 
 @pytest.mark.parametrize("name", GUIDED)
 def test_guidance_moves_the_latents(pipes, name):
-    more = tiny.NAMES[name].defaults["guidance_scale"] + 1
+    more = tiny.TINY_MODELS[name].defaults["guidance_scale"] + 1
     assert apart(draw(pipes[name], name), draw(pipes[name], name, guidance_scale=more)) > 1e-2
 
 
-@pytest.mark.parametrize("name", tiny.NAMES)
+@pytest.mark.parametrize("name", tiny.TINY_MODELS)
 def test_seeds_give_weights_and_leave_torchs_own_generator(name):
     torch.manual_seed(5)
-    first = weights(tiny.build(name))
+    first = weights(tiny.build_tiny_pipeline(name))
     torch.manual_seed(6)
-    again, other = weights(tiny.build(name)), weights(tiny.build(name, seed=1))
+    again, other = weights(tiny.build_tiny_pipeline(name)), weights(tiny.build_tiny_pipeline(name, seed=1))
     assert first.keys() == again.keys() == other.keys()
     assert all(torch.equal(first[key], again[key]) for key in first)
     assert any(not torch.equal(first[key], other[key]) for key in first)
@@ -135,9 +135,9 @@ def test_a_picture_is_encoded_to_latents_of_the_size_of_noise(pipes, name):
     assert 0.005 < (posterior.std * vae.config.scaling_factor).mean() < 0.5
 
 
-@pytest.mark.parametrize("name", tiny.NAMES)
+@pytest.mark.parametrize("name", tiny.TINY_MODELS)
 def test_a_saved_pipeline_is_the_same_when_it_is_read(pipes, name, tmp_path):
-    folder = tiny.save(name, tmp_path / "saved")
+    folder = tiny.save_tiny_pipeline(name, tmp_path / "saved")
     read = type(pipes[name]).from_pretrained(folder)
     read.set_progress_bar_config(disable=True)
     assert {k: type(v) for k, v in read.components.items()} == {k: type(v) for k, v in pipes[name].components.items()}
@@ -155,10 +155,10 @@ TOKENIZERS = {"clip": parts.clip_tokenizer(), "t5": parts.t5_tokenizer(max_lengt
 
 @pytest.mark.parametrize("tokenizer", TOKENIZERS.values(), ids=TOKENIZERS)
 def test_every_word_is_one_token(tokenizer):
-    assert len(set(parts.WORDS)) == len(parts.WORDS)
-    ids = tokenizer(list(parts.WORDS), add_special_tokens=False)["input_ids"]
+    assert len(set(parts.TOKEN_WORDS)) == len(parts.TOKEN_WORDS)
+    ids = tokenizer(list(parts.TOKEN_WORDS), add_special_tokens=False)["input_ids"]
     assert all(len(each) == 1 for each in ids)
-    assert len({each[0] for each in ids}) == len(parts.WORDS)
+    assert len({each[0] for each in ids}) == len(parts.TOKEN_WORDS)
 
 
 @pytest.mark.parametrize("tokenizer", TOKENIZERS.values(), ids=TOKENIZERS)

@@ -11,16 +11,29 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from prebake.exporter.cli.main import main
-from prebake.exporter.package.folder import file_entries, staged
+from prebake.exporter.package.folder import file_entries, stage_folder
 from prebake.exporter.progress import Progress
 from prebake.exporter.prompts import picture_prompts
 from prebake.exporter.recipe.resolve import Recipe
 from prebake.exporter.verify import golden
 from prebake.exporter.verify import measure as quality
-from prebake.exporter.verify.golden import TOLERANCES, Replayed, replay_golden, tolerance_of, write_golden
-from prebake.exporter.verify.measure import Checked, Comparison, Replayer, Sample, measure, relative_error
+from prebake.exporter.verify.golden import TOLERANCES, GoldenReplay, replay_golden, tolerance_of, write_golden
+from prebake.exporter.verify.measure import (
+    CheckedPrompts,
+    Comparison,
+    Replayer,
+    Sample,
+    measure_pictures,
+    relative_error,
+)
 from prebake.exporter.verify.outcome import Verdict
-from prebake.exporter.verify.verify import Choices, judge, load_reference, settle_verdict, verify_artifact
+from prebake.exporter.verify.verify import (
+    VerifyOptions,
+    judge_comparison,
+    load_reference,
+    settle_verdict,
+    verify_artifact,
+)
 from prebake.runtime.artifact import open_artifact
 from prebake.runtime.errors import ArtifactError, ExportError, RecipeError
 from prebake.runtime.manifest import read_manifest
@@ -98,7 +111,7 @@ def test_replay_fails_when_one_byte_of_the_weights_has_changed(copied):
     save_file({**weights, name: damaged}, path)
     rewrite_manifest(copied)
 
-    _, outcome = verify_artifact(copied, Choices(), Progress())
+    _, outcome = verify_artifact(copied, VerifyOptions(), Progress())
     assert len(outcome.missed) >= 2
     assert outcome.missed[0].startswith("golden replay of plan '8': denoiser outputs are off by ")
     assert "0.05 is allowed; " in outcome.missed[0]
@@ -118,7 +131,7 @@ def test_replay_fails_when_one_byte_of_the_weights_has_changed(copied):
     ],
 )  # fmt: skip
 def test_replay_says_what_differs(change, text):
-    same = Replayed("4", (0, 1), (0.0, 0.0), 0.0, True, True, 0.0, 120.0, True, TOLERANCES["float32"])
+    same = GoldenReplay("4", (0, 1), (0.0, 0.0), 0.0, True, True, 0.0, 120.0, True, TOLERANCES["float32"])
     assert same.problems == ()
     assert replace(same, **change).problems == (f"golden replay of plan '4': {text}",)
 
@@ -128,11 +141,11 @@ def test_golden_files_stay_under_their_cap(replayer, monkeypatch):
     drawn = replayer.draw(PROMPTS[0], 0, replayer.artifact.plans["8"])
     one = drawn.latents.numel()
     monkeypatch.setattr(golden, "GOLDEN_BYTES", one * 4 * 8)
-    assert golden.evaluations_kept(replayer, drawn) == (list(range(8)), torch.float32)
+    assert golden.golden_evaluations(replayer, drawn) == (list(range(8)), torch.float32)
     monkeypatch.setattr(golden, "GOLDEN_BYTES", one * 2 * 8)
-    assert golden.evaluations_kept(replayer, drawn) == (list(range(8)), torch.float16)
+    assert golden.golden_evaluations(replayer, drawn) == (list(range(8)), torch.float16)
     monkeypatch.setattr(golden, "GOLDEN_BYTES", one * 2 * 3)
-    assert golden.evaluations_kept(replayer, drawn) == ([0, 3, 7], torch.float16)
+    assert golden.golden_evaluations(replayer, drawn) == ([0, 3, 7], torch.float16)
 
 
 def test_values_that_are_not_finite_are_refused(replayer):
@@ -153,7 +166,7 @@ def test_artifact_without_golden_vectors_is_refused(copied):
         ArtifactError,
         match=r"there are no golden vectors to replay \(plan 8, 8-uncached\); `prebake verify .* --source` .* writes them",
     ):
-        verify_artifact(copied, Choices(), Progress())
+        verify_artifact(copied, VerifyOptions(), Progress())
 
 
 def test_tolerance_is_that_of_the_coarsest_arithmetic(tiny_artifact, monkeypatch):
@@ -162,7 +175,7 @@ def test_tolerance_is_that_of_the_coarsest_arithmetic(tiny_artifact, monkeypatch
     lacking = tolerance_of(
         manifest.model_copy(update={"requires": manifest.requires.model_copy(update={"machine": "x86_64"})})
     )
-    assert lacking.way_out == golden.NO_VNNI
+    assert lacking.way_out == golden.NO_VNNI_HINT
     monkeypatch.setattr(golden, "cpu_flags", lambda: {"avx512_vnni"})
     assert tolerance_of(manifest) is TOLERANCES["int8"]
     assert tolerance_of(manifest.model_copy(update={"layers": {}})) is TOLERANCES["bfloat16"]
@@ -175,7 +188,7 @@ def test_tolerance_is_that_of_the_coarsest_arithmetic(tiny_artifact, monkeypatch
 def test_missed_threshold_stops_the_export_and_leaves_nothing(tiny_artifact, tiny_folder, tmp_path):
 
     def export_what_misses():
-        with staged(tmp_path / "out" / "artifact", force=False) as folder:
+        with stage_folder(tmp_path / "out" / "artifact", force=False) as folder:
             shutil.copytree(tiny_artifact, folder, dirs_exist_ok=True)
             asked = asking(folder, tiny_folder, psnr_db=119.0, cached_psnr_db=118.0, relative_error=1e-6)
             settle_verdict(folder, *asked, False, Progress())
@@ -237,19 +250,19 @@ def test_evaluations_that_a_cache_predicts_have_no_threshold(tiny_artifact, tiny
     plans = {"8": replayer.artifact.plans["8"]}
     predicted = replace(sample("8", 0.01), evaluation_errors=(0.01, 0.9))
     computed = replace(predicted, evaluation_errors=(0.9, 0.01))
-    figures = [judge(manifest, recipe, plans, Comparison((s,)))[1] for s in (predicted, computed)]
+    figures = [judge_comparison(manifest, recipe, plans, Comparison((s,)))[1] for s in (predicted, computed)]
     assert [(f.figure, f.value, f.passed) for f in figures] == [
         ("relative_error", 0.01, True),
         ("relative_error", 0.9, False),
     ]
     broken = replace(predicted, evaluation_errors=(nan, 0.01))
-    assert not judge(manifest, recipe, plans, Comparison((predicted, broken)))[1].passed
+    assert not judge_comparison(manifest, recipe, plans, Comparison((predicted, broken)))[1].passed
 
 
 def test_prompt_accuracy_drop_is_held_to_the_recipe(tiny_artifact, tiny_folder, replayer):
     manifest, recipe = asking(tiny_artifact, tiny_folder, prompt_accuracy_drop=2.0)
     found = Comparison(exact_eager={8: 0.96}, exact={"8": 0.93, "8-uncached": 0.95}, checked_pictures=64)
-    verdicts = judge(manifest, recipe, replayer.artifact.plans, found)
+    verdicts = judge_comparison(manifest, recipe, replayer.artifact.plans, found)
     assert [v.passed for v in verdicts] == [False, True]
     assert verdicts[0].sentence == (
         "plan '8': prompt_accuracy_drop is 3 (points, on 64 prompts), expected at most 2; "
@@ -264,13 +277,13 @@ def test_evaluations_are_compared_at_the_artifacts_own_inputs(replayer, tiny_art
     """Errors of one evaluation do not add up over steps, and a denoiser with one other weight is noticed at once."""
     manifest, recipe = asking(tiny_artifact, tiny_folder)
     reference = load_reference(manifest, recipe, str(tiny_folder))
-    found = measure(replayer, reference, [(PROMPTS[0], 0), (PROMPTS[0], 1)], None, Progress())
+    found = measure_pictures(replayer, reference, [(PROMPTS[0], 0), (PROMPTS[0], 1)], None, Progress())
     uncached = [s for s in found.pictures if s.plan == "8-uncached"]
     assert [len(s.evaluation_errors) for s in uncached] == [8, 0]  # seed 0 only
     assert max(uncached[0].evaluation_errors) < 0.03
     with torch.no_grad():
         reference._pipe.transformer.proj_out.weight[0] += 1.0
-    other = measure(replayer, reference, [(PROMPTS[0], 0)], None, Progress())
+    other = measure_pictures(replayer, reference, [(PROMPTS[0], 0)], None, Progress())
     assert min(e for s in other.pictures for e in s.evaluation_errors) > 0.03
 
 
@@ -293,7 +306,7 @@ def test_checked_prompts_are_drawn_with_their_index_as_seed(replayer, tiny_artif
         seen.append((len(images), images[0].shape, prompts))
         return 0.75
 
-    found = measure(replayer, reference, [], Checked(PROMPTS, exact), Progress())
+    found = measure_pictures(replayer, reference, [], CheckedPrompts(PROMPTS, exact), Progress())
     assert seen == [(2, (32, 32, 3), list(PROMPTS))] * 3  # eager and two plans
     assert [row.seed for row in found.rows] == [0, 1]
     assert found.exact_eager == {8: 0.75}
@@ -310,10 +323,10 @@ def test_shapes_brings_its_own_prompts_and_checker():
     assert quality.checked_prompts("other/model") is None
     import numpy as np
 
-    from prebake.exporter.shapes.checker import parse
-    from prebake.exporter.shapes.world import place_scene, render
+    from prebake.exporter.shapes.checker import parse_prompt
+    from prebake.exporter.shapes.world import place_scene, render_scene
 
-    pictures = [render(place_scene(parse(p), np.random.default_rng(0))) for p in checked.prompts[:2]]
+    pictures = [render_scene(place_scene(parse_prompt(p), np.random.default_rng(0))) for p in checked.prompts[:2]]
     assert checked.exact(pictures, list(checked.prompts[:2])) == 1.0
 
 
@@ -331,8 +344,8 @@ def test_figures_of_values_that_are_not_numbers():
     assert isnan(relative_error(torch.tensor([nan]), torch.ones(1)))
     assert relative_error(torch.zeros(2), torch.zeros(2)) == 0
     assert relative_error(torch.ones(2), torch.zeros(2)) == inf
-    assert isnan(quality.largest([1.0, nan, 2.0]))
-    assert quality.largest([1.0, 3.0, 2.0]) == 3.0
+    assert isnan(quality.largest_error([1.0, nan, 2.0]))
+    assert quality.largest_error([1.0, 3.0, 2.0]) == 3.0
     assert relative_error(torch.tensor([3.0, 4.4]), torch.tensor([3.0, 4.0])) == pytest.approx(0.08)
 
 
@@ -341,7 +354,7 @@ def test_figures_of_values_that_are_not_numbers():
 
 def refused(folder, **choices):
     with pytest.raises(RecipeError) as error:
-        verify_artifact(folder, Choices(**choices), Progress())
+        verify_artifact(folder, VerifyOptions(**choices), Progress())
     return str(error.value)
 
 
@@ -350,9 +363,9 @@ def test_source_that_is_another_model_is_refused_with_both_hashes(tiny_artifact,
 
     other = save_tiny(tmp_path / "other", seed=1)
     text = refused(tiny_artifact, with_source=True, model=str(other))
-    from prebake.exporter.load.source import fingerprint
+    from prebake.exporter.load.source import model_fingerprint
 
-    assert f"sha256 over its files is {fingerprint(other)}" in text
+    assert f"sha256 over its files is {model_fingerprint(other)}" in text
     assert (
         f"the artifact was made of 'model' with {read_manifest(tiny_artifact).source.sha256}; name that one with --model"
         in text
@@ -394,7 +407,7 @@ def test_recipe_of_another_version_is_refused(copied):
     recipe = {**read_manifest(copied).recipe, "sampling": {}}
     rewrite_manifest(copied, recipe=recipe)
     with pytest.raises(ArtifactError, match=r"manifest\.json \[recipe\.sampling\]: .*; export again"):
-        verify_artifact(copied, Choices(), Progress())
+        verify_artifact(copied, VerifyOptions(), Progress())
 
 
 def test_command_compares_and_writes_a_report(tiny_artifact, tiny_folder, tmp_path, capsys):

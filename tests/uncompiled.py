@@ -8,18 +8,18 @@ from pathlib import Path
 import torch
 
 from prebake.exporter.package import folder as package
-from prebake.exporter.package.folder import Weights
-from prebake.exporter.package.manifest import describe
-from prebake.exporter.passes.captured_graph import Captured
+from prebake.exporter.package.folder import StoredWeights
+from prebake.exporter.package.manifest import describe_artifact
+from prebake.exporter.passes.captured_graph import CapturedGraph
 from prebake.exporter.pipeline import prepare
-from prebake.exporter.prepared import Prepared
-from prebake.exporter.progress import progress
+from prebake.exporter.prepared_export import PreparedExport
+from prebake.exporter.progress import open_progress
 from prebake.exporter.recipe.resolve import Recipe
 from prebake.runtime.artifact import Artifact, BoundGraph, read_plans
 from prebake.runtime.contract import Contract
 from prebake.runtime.manifest import Graph
 from prebake.runtime.pipeline import Pipeline
-from prebake.runtime.replay import tables_on
+from prebake.runtime.replay import tabulate_plan
 
 CPU = torch.device("cpu")
 
@@ -29,28 +29,31 @@ def uncompiled(recipe: Recipe, folder: Path) -> Pipeline:
     return opened(prepared(recipe), folder)
 
 
-def prepared(recipe: Recipe) -> Prepared:
-    with progress("quiet") as quiet:
+def prepared(recipe: Recipe) -> PreparedExport:
+    with open_progress("quiet") as quiet:
         return prepare(recipe, quiet)
 
 
-def opened(prepared: Prepared, folder: Path) -> Pipeline:
+def opened(prepared: PreparedExport, folder: Path) -> Pipeline:
     package.write_plans(folder, prepared.planned.plans)
     package.write_tokenizers(folder, prepared.family.tokenizers(prepared.pipe, prepared.size))
-    manifest = describe(
-        folder, prepared, Weights({name: {} for name in captured(prepared)}, ()), dict.fromkeys(captured(prepared), "")
+    manifest = describe_artifact(
+        folder,
+        prepared,
+        StoredWeights({name: {} for name in captured(prepared)}, ()),
+        dict.fromkeys(captured(prepared), ""),
     )
     graphs = {g.name: bound(g, captured(prepared)[g.name]) for g in manifest.graphs}
     plans = read_plans(folder, manifest)
-    tables = {n: tables_on(p, CPU, manifest.pipeline["timestep_scale"]) for n, p in plans.items()}
+    tables = {n: tabulate_plan(p, CPU, manifest.pipeline["timestep_scale"]) for n, p in plans.items()}
     return Pipeline(Artifact(folder, manifest, CPU, {}, graphs, plans, tables))
 
 
-def captured(prepared: Prepared) -> dict[str, Captured]:
+def captured(prepared: PreparedExport) -> dict[str, CapturedGraph]:
     return {g.name: g for group in prepared.graphs.values() for g in group}
 
 
-def bound(graph: Graph, captured: Captured) -> BoundGraph:
+def bound(graph: Graph, captured: CapturedGraph) -> BoundGraph:
     """The graph under its own call contract."""
 
     def run(flat: list[torch.Tensor]) -> list[torch.Tensor]:

@@ -1,6 +1,6 @@
 """Cold start: how long it takes from an empty process to the first picture, stage by stage.
 
-In: what to start, as a `Start`. Out: a `Started` of a fresh Python process: `start` (the interpreter), `import`, `load` and
+In: what to start, as a `ColdStart`. Out: a `StartTimes` of a fresh Python process: `start` (the interpreter), `import`, `load` and
 `first_image`, in seconds. What the measuring itself imports lies between the stages and is in none. Unpacked code
 and torch.compile's caches go to a folder that is empty before and gone after, so nothing is found that another run left;
 the files themselves may lie in the system's cache, as they do for a program that is started again.
@@ -25,17 +25,17 @@ from ...runtime.errors import ArtifactError, ExportError, PrebakeError
 
 if TYPE_CHECKING:
     from ...runtime.manifest import Manifest
-    from ..load.source import Loaded
+    from ..load.source import LoadedPipeline
     from ..recipe.resolve import Recipe
 
-PROGRAM = "import time; arrived = time.monotonic(); from prebake.exporter.bench.cold_start import run; run(arrived)"
+START_PROGRAM = "import time; arrived = time.monotonic(); from prebake.exporter.bench.cold_start import run_in_process; run_in_process(arrived)"
 STAGES = ("start", "import", "load", "first_image")
-Draw = Callable[[str, int, int], Any]
+DrawCall = Callable[[str, int, int], Any]
 """One picture of a prompt, a seed and a number of steps."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Start:
+class ColdStart:
     """What to start: an artifact by itself, or a diffusers pipeline, plain, compiled or with an artifact attached.
 
     `pipeline` is the folder or file to load with diffusers, None = the artifact alone; `config` as `model.config` of a
@@ -57,8 +57,8 @@ class Start:
 
 
 @dataclasses.dataclass(frozen=True)
-class Started:
-    """Seconds by stage, and of a second picture; `peak_bytes` is the resident memory's peak up to the first picture."""
+class StartTimes:
+    """Seconds by stage, and of a second picture; `read_peak_bytes` is the resident memory's peak up to the first picture."""
 
     seconds: dict[str, float]
     second_image: float
@@ -69,14 +69,14 @@ class Started:
         return sum(self.seconds.values())
 
 
-def started(start: Start) -> Started:
+def measure_cold_start(start: ColdStart) -> StartTimes:
     """Starts it once. Raises ArtifactError with what prebake refused there, and ExportError with the process's last line
     where anything else went wrong."""
     with tempfile.TemporaryDirectory(prefix="prebake-cold-") as caches:
         variables = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": f"{caches}/inductor"}
         asked = json.dumps({"begun": time.monotonic(), "caches": caches, "start": dataclasses.asdict(start)})
         done = subprocess.run(
-            [sys.executable, "-c", PROGRAM, asked], env=variables, capture_output=True, text=True, check=False
+            [sys.executable, "-c", START_PROGRAM, asked], env=variables, capture_output=True, text=True, check=False
         )
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["it said nothing"]
@@ -86,37 +86,37 @@ def started(start: Start) -> Started:
     said = json.loads(done.stdout.strip().splitlines()[-1])
     if "refused" in said:
         raise ArtifactError(said["refused"])
-    return Started(**said)
+    return StartTimes(**said)
 
 
 # --- in the fresh process -------------------------------------------------------------------------------------------
 
 
-def run(arrived: float) -> None:
-    """Prints the `Started` of what the arguments ask for, or what was refused. `arrived` is when the interpreter was ready."""
+def run_in_process(arrived: float) -> None:
+    """Prints the `StartTimes` of what the arguments ask for, or what was refused. `arrived` is when the interpreter was ready."""
     asked = json.loads(sys.argv[1])
-    stages = Stages()
+    stages = StageTimes()
     stages.seconds["start"] = arrived - asked["begun"]
     try:
-        said = dataclasses.asdict(drawn_twice(Start(**asked["start"]), Path(asked["caches"]), stages))
+        said = dataclasses.asdict(draw_twice(ColdStart(**asked["start"]), Path(asked["caches"]), stages))
     except PrebakeError as e:
         said = {"refused": str(e)}
     print(json.dumps(said))
 
 
-def drawn_twice(start: Start, caches: Path, stages: Stages) -> Started:
+def draw_twice(start: ColdStart, caches: Path, stages: StageTimes) -> StartTimes:
     """The stages from `import` on, and a second picture."""
-    draw = (from_artifact if start.pipeline is None else from_pipeline)(start, caches, stages)
+    draw = (start_artifact if start.pipeline is None else start_pipeline)(start, caches, stages)
     with stages.of("first_image"):
         draw(start.prompt, 0, start.steps)
-    peak = peak_bytes()
+    peak = read_peak_bytes()
     began = time.perf_counter()
     draw(start.prompt, 0, start.steps)
-    return Started(stages.seconds, time.perf_counter() - began, peak)
+    return StartTimes(stages.seconds, time.perf_counter() - began, peak)
 
 
-class Stages:
-    """Seconds by stage."""
+class StageTimes:
+    """Seconds by stage, each measured by a `with` block."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -128,8 +128,8 @@ class Stages:
         self.seconds[name] = time.perf_counter() - began
 
 
-def from_artifact(start: Start, caches: Path, stages: Stages) -> Draw:
-    """With the runtime alone."""
+def start_artifact(start: ColdStart, caches: Path, stages: StageTimes) -> DrawCall:
+    """Opens the artifact with the runtime alone, timing `import` and `load`; how it draws."""
     with stages.of("import"):
         from ...runtime import load
     import torch
@@ -147,8 +147,8 @@ def from_artifact(start: Start, caches: Path, stages: Stages) -> Draw:
     )
 
 
-def from_pipeline(start: Start, caches: Path, stages: Stages) -> Draw:
-    """With diffusers."""
+def start_pipeline(start: ColdStart, caches: Path, stages: StageTimes) -> DrawCall:
+    """Loads the pipeline with diffusers, timing `import` and `load`; how it draws."""
     with stages.of("import"):
         import diffusers
         import torch
@@ -164,7 +164,7 @@ def from_pipeline(start: Start, caches: Path, stages: Stages) -> Draw:
     manifest = read_manifest(Path(start.artifact))
     recipe = Recipe.model_validate(manifest.recipe)
     with stages.of("load"):
-        pipe = read(start)
+        pipe = read_start_pipeline(start)
         if recipe.sampler.scheduler != "model":
             pipe.scheduler = getattr(diffusers, recipe.sampler.scheduler).from_config(pipe.scheduler.config)
         if start.attached:
@@ -174,33 +174,33 @@ def from_pipeline(start: Start, caches: Path, stages: Stages) -> Draw:
             setattr(pipe, name, torch.compile(getattr(pipe, name)))
     pipe.set_progress_bar_config(disable=True)
     folder = Path(start.config or start.pipeline or "")
-    defaults = source.own_defaults(folder) if folder.is_dir() else {}
-    return eager_call(source.Loaded(pipe, manifest.source, defaults), manifest, recipe)
+    defaults = source.read_model_defaults(folder) if folder.is_dir() else {}
+    return eager_call(source.LoadedPipeline(pipe, manifest.source, defaults), manifest, recipe)
 
 
-def read(start: Start) -> Any:
-    """The pipeline, without the fingerprint that `source.load` takes of its files."""
+def read_start_pipeline(start: ColdStart) -> Any:
+    """The pipeline, without the fingerprint that `source.load_model` takes of its files."""
     import torch
 
     from ..load import single_file, source
 
     dtypes = {component: getattr(torch, name) for component, name in start.dtypes.items()}
     model = start.pipeline or ""
-    if source.is_file(model):
-        return single_file.load(Path(model), Path(start.config) if start.config else None, dtypes)
-    return source.read(model, Path(model), dtypes)
+    if source.is_single_file(model):
+        return single_file.load_single_file(Path(model), Path(start.config) if start.config else None, dtypes)
+    return source.read_pipeline(model, Path(model), dtypes)
 
 
-def eager_call(loaded: Loaded, manifest: Manifest, recipe: Recipe) -> Draw:
+def eager_call(loaded: LoadedPipeline, manifest: Manifest, recipe: Recipe) -> DrawCall:
     """The plain call of a diffusers pipeline that the artifact of this manifest is held against."""
     import torch
 
-    from ...runtime.manifest import FAMILY
+    from ...runtime.manifest import ATTACH_FAMILY
 
-    if manifest.family == FAMILY:
-        from ..verify.denoiser_alone import drawn
+    if manifest.family == ATTACH_FAMILY:
+        from ..verify.denoiser_alone import draw_picture
 
-        return torch.no_grad()(lambda prompt, seed, steps: drawn(recipe, loaded, prompt, seed, steps, ()))
+        return torch.no_grad()(lambda prompt, seed, steps: draw_picture(recipe, loaded, prompt, seed, steps, ()))
     family: Any = importlib.import_module(f"...families.{manifest.family}", __name__)
     size, scale = family.size_of(manifest), manifest.defaults.guidance_scale
     return torch.no_grad()(
@@ -208,7 +208,7 @@ def eager_call(loaded: Loaded, manifest: Manifest, recipe: Recipe) -> Draw:
     )
 
 
-def peak_bytes() -> int:
+def read_peak_bytes() -> int:
     """The peak of this process's resident memory. Not `ru_maxrss`, in which Linux counts what the parent held when it
     started this process."""
     status = Path("/proc/self/status").read_text("utf-8")

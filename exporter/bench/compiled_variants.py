@@ -16,21 +16,21 @@ from torch import Tensor
 
 from ...runtime.backends.aoti import NativeModel, open_model
 from ...runtime.manifest import Graph
-from ...runtime.replay import Variant
-from ...runtime.storage.unpack import read_members, unpacked
-from ..calibrators.eager_replay import UNCOUNTED, sites_of
+from ...runtime.replay import DenoiserVariant
+from ...runtime.storage.unpack import read_members, unpack_members
+from ..calibrators.eager_replay import ZERO_COST, describe_sites
 from ..capture.variants import capture_variants
 from ..lower import aoti
-from ..passes.captured_graph import Captured
-from ..plan import Planned
-from ..progress import progress
+from ..passes.captured_graph import CapturedGraph
+from ..plan import PlanSet
+from ..progress import open_progress
 from ..recipe.resolve import Compile
 from ..sites.component import Component
 
-__all__ = ["Compiled", "sites_of"]
+__all__ = ["VariantCompiler", "describe_sites"]
 
 
-class Compiled:
+class VariantCompiler:
     """Compiles in a temporary folder, which lives as long as this object."""
 
     def __init__(self, config: Compile | None = None) -> None:
@@ -38,9 +38,11 @@ class Compiled:
         self.folder = tempfile.TemporaryDirectory(prefix="prebake-compiled-")
         self.models: dict[tuple[str, ...], NativeModel] = {}
 
-    def variants(self, denoiser: Component, planned: Planned, kind: str = "") -> tuple[Planned, dict[str, Variant]]:
+    def variants(
+        self, denoiser: Component, planned: PlanSet, kind: str = ""
+    ) -> tuple[PlanSet, dict[str, DenoiserVariant]]:
         """The plan as an export would keep it, and its variants by name. `kind` tells denoisers of equal code apart."""
-        with progress("quiet") as quiet:
+        with open_progress("quiet") as quiet:
             planned, graphs = capture_variants(denoiser, planned, quiet)
         variants = {}
         for actions, graph in zip(planned.variants, graphs, strict=True):
@@ -49,24 +51,24 @@ class Compiled:
                 package="",
                 inputs=graph.inputs,
                 outputs=graph.outputs,
-                stores=tuple(m.name for m in actions.storing(planned.marks)),
-                combines=actions.combining(planned.marks),
+                stores=tuple(m.name for m in actions.stored_marks(planned.marks)),
+                combines=actions.combined_sites(planned.marks),
                 constants={},
-                cost=UNCOUNTED,
+                cost=ZERO_COST,
             )
-            variants[graph.name] = Variant(described, called(self.model(graph, kind), graph))
+            variants[graph.name] = DenoiserVariant(described, call_by_name(self.model(graph, kind), graph))
         return planned, variants
 
-    def model(self, graph: Captured, kind: str = "") -> NativeModel:
+    def model(self, graph: CapturedGraph, kind: str = "") -> NativeModel:
         """The graph as machine code, its constants bound."""
-        graph = aoti.rewritten(graph, self.config)
+        graph = aoti.rewrite_graph(graph, self.config)
         key = (kind, graph.gm.code, *(f"{s.shape} {s.dtype}" for s in graph.inputs))
         if key not in self.models:
             build = Path(self.folder.name) / "build"
             package = Path(self.folder.name) / f"{len(self.models)}.pt2"
-            aoti.write_package(package, {graph.name: aoti.compile_graph(graph, aoti.flags(self.config), build)})
+            aoti.write_package(package, {graph.name: aoti.compile_graph(graph, aoti.compile_flags(self.config), build)})
             data = package.read_bytes()
-            with unpacked(
+            with unpack_members(
                 read_members(package.name, data), hashlib.sha256(data).hexdigest(), Path(self.folder.name)
             ) as libraries:
                 model = open_model(libraries[graph.name], torch.device("cpu"))
@@ -75,7 +77,7 @@ class Compiled:
         return self.models[key]
 
 
-def called(model: NativeModel, graph: Captured):
+def call_by_name(model: NativeModel, graph: CapturedGraph):
     """The model, called by the names of the graph's inputs and outputs."""
     names = [spec.name for spec in graph.outputs]
 

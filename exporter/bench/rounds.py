@@ -1,6 +1,6 @@
 """Bench: artifacts, and diffusers beside them, draw the same pictures in turn on this machine, and are timed.
 
-In: artifact folders of one model and `Choices`. Out: a `Bench` of raw samples, which `bench_report.py` makes figures of.
+In: artifact folders of one model and `BenchOptions`. Out: a `BenchResult` of raw samples, which `bench_report.py` makes figures of.
 Every plan of an artifact is a row, as is every baseline at every number of steps. A round draws one picture with each row,
 A B C A B C ..., the recipe's first prompt with the round's number as seed, so that what slows the machine down slows all of
 them down. Whole pictures are timed as a user's call, with nothing watched; a second turn of the same round puts the
@@ -20,10 +20,10 @@ from typing import Any
 import torch
 
 from ...runtime.artifact import Artifact, open_artifact, read_plans
-from ...runtime.attachment.attach import placed
+from ...runtime.attachment.attach import attach_opened
 from ...runtime.check.artifact import status_problems
-from ...runtime.errors import RecipeError, raise_all
-from ...runtime.manifest import FAMILY, Manifest, read_manifest
+from ...runtime.errors import RecipeError, raise_problems
+from ...runtime.manifest import ATTACH_FAMILY, Manifest, read_manifest
 from ...runtime.pipeline import Pipeline
 from ...runtime.plan import Plan
 from ..load import source
@@ -32,8 +32,8 @@ from ..prompts import picture_prompts
 from ..recipe.resolve import Recipe
 from ..verify import denoiser_alone as attached
 from ..verify.measure import call_arguments
-from ..verify.verify import load_pipeline, model_of, recipe_of, replayer_of
-from .cold_start import Start, Started, eager_call, started
+from ..verify.verify import load_source_pipeline, manifest_recipe, open_replayer, source_model
+from .cold_start import ColdStart, StartTimes, eager_call, measure_cold_start
 
 BASELINES = {
     "eager": (torch.float32, False),
@@ -42,12 +42,12 @@ BASELINES = {
     "compile-bf16": (torch.bfloat16, True),
 }
 """Name -> the pipeline's dtype, and whether torch.compile gets its denoiser."""
-Calls = tuple[tuple[str, float], ...]
+CallTimes = tuple[tuple[str, float], ...]
 """The denoiser's evaluations of one picture: the graph's name, and milliseconds."""
 
 
 @dataclass(frozen=True)
-class Choices:
+class BenchOptions:
     """What one bench draws. `steps` None is every plan, `cold_runs` 0 leaves cold starts out, `threads` None is torch's
     own number, `model` says where the pipeline is, if not where the manifest says."""
 
@@ -60,7 +60,7 @@ class Choices:
 
 
 @dataclass(frozen=True)
-class Row:
+class BenchRow:
     """One way to draw a picture, by prompt and seed. `facts` are what a report says of it besides its times, and `load_s`
     is how long its artifact or pipeline took to open here."""
 
@@ -70,56 +70,56 @@ class Row:
     facts: Mapping[str, Any]
     load_s: float
     picture: Callable[[str, int], float]
-    evaluations: Callable[[str, int], Calls]
+    evaluations: Callable[[str, int], CallTimes]
 
 
 @dataclass
-class Timed:
+class RowTimes:
     """A row's samples: `image_s` and `calls` have one of each round, `first_image_s` came before them."""
 
-    row: Row
+    row: BenchRow
     first_image_s: float = 0.0
     image_s: list[float] = field(default_factory=list)
-    calls: list[Calls] = field(default_factory=list)
+    calls: list[CallTimes] = field(default_factory=list)
 
     @property
     def denoiser_s(self) -> list[float]:
-        """Of each round, all evaluations together."""
+        """Seconds of all evaluations together, one figure for each round."""
         return [sum(ms for _, ms in calls) / 1e3 for calls in self.calls]
 
 
 @dataclass(frozen=True)
-class Bench:
+class BenchResult:
     """Everything that was measured."""
 
     manifest: Manifest
     prompt: str
-    choices: Choices
-    timed: tuple[Timed, ...]
-    cold: Mapping[str, tuple[Started, ...]]
+    choices: BenchOptions
+    timed: tuple[RowTimes, ...]
+    cold: Mapping[str, tuple[StartTimes, ...]]
 
 
-def bench(folders: Sequence[Path], choices: Choices, progress: Progress) -> Bench:
-    """Measures. Raises ArtifactError for a folder that cannot be opened, and RecipeError for choices that do not fit."""
+def run_bench(folders: Sequence[Path], choices: BenchOptions, progress: Progress) -> BenchResult:
+    """Draws and times all rows. Raises ArtifactError for a folder that cannot be opened, else RecipeError."""
     if choices.threads:
         torch.set_num_threads(choices.threads)
-    subjects = read(folders, choices)
+    subjects = read_subjects(folders, choices)
     prompt = picture_prompts(subjects[0].recipe)[0]
     with progress.stage("cold", choices.cold_runs * (len(subjects) + len(choices.baselines)) or 1):
-        cold = cold_starts(subjects, prompt, choices, progress)
+        cold = measure_cold_starts(subjects, prompt, choices, progress)
     with progress.stage("load", len(subjects) + len(choices.baselines)):
         rows = [row for s in subjects for row in artifact_rows(s, progress)]
         rows += baseline_rows(subjects, choices, progress)
     with progress.stage("bench", choices.runs + 1):
-        timed = measure(rows, prompt, choices.runs, progress)
-    return Bench(subjects[0].manifest, prompt, choices, timed, cold)
+        timed = time_rows(rows, prompt, choices.runs, progress)
+    return BenchResult(subjects[0].manifest, prompt, choices, timed, cold)
 
 
 # --- what is compared -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Subject:
+class BenchSubject:
     """An artifact that has not been opened: `plans` are those that are timed, `model` is where its pipeline is."""
 
     label: str
@@ -127,26 +127,33 @@ class Subject:
     manifest: Manifest
     recipe: Recipe
     plans: Mapping[str, Plan]
-    asked_model: str | None
+    model_override: str | None
 
     @property
     def attached(self) -> bool:
-        return self.manifest.family == FAMILY
+        return self.manifest.family == ATTACH_FAMILY
 
     @cached_property
     def model(self) -> str:
         """Raises RecipeError where neither the manifest nor the caller says where it is."""
-        return self.asked_model or model_of(self.manifest)
+        return self.model_override or source_model(self.manifest)
 
 
-def read(folders: Sequence[Path], choices: Choices) -> tuple[Subject, ...]:
+def read_subjects(folders: Sequence[Path], choices: BenchOptions) -> tuple[BenchSubject, ...]:
     """The artifacts' manifests, recipes and plans. Raises ArtifactError and RecipeError for what cannot be compared."""
     manifests = [read_manifest(folder) for folder in folders]
     for folder, manifest in zip(folders, manifests, strict=True):
-        check(folder, manifest, folders[0], manifests[0])
+        check_comparable(folder, manifest, folders[0], manifests[0])
     subjects = tuple(
-        Subject(label, folder, manifest, recipe_of(folder, manifest), chosen(folder, manifest, choices), choices.model)
-        for label, folder, manifest in zip(labels(folders), folders, manifests, strict=True)
+        BenchSubject(
+            label,
+            folder,
+            manifest,
+            manifest_recipe(folder, manifest),
+            choose_plans(folder, manifest, choices),
+            choices.model,
+        )
+        for label, folder, manifest in zip(folder_labels(folders), folders, manifests, strict=True)
     )
     if choices.model and not choices.baselines and not any(s.attached for s in subjects):
         raise RecipeError("--model: says where the pipeline of a baseline is; add --baseline, or leave it out")
@@ -155,9 +162,9 @@ def read(folders: Sequence[Path], choices: Choices) -> tuple[Subject, ...]:
     return subjects
 
 
-def check(folder: Path, manifest: Manifest, other: Path, first: Manifest) -> None:
+def check_comparable(folder: Path, manifest: Manifest, other: Path, first: Manifest) -> None:
     """Raises ArtifactError for an artifact that failed, and RecipeError for one that draws something else."""
-    raise_all(folder, status_problems(manifest))
+    raise_problems(folder, status_problems(manifest))
     if manifest.source.sha256 != first.source.sha256:
         raise RecipeError(
             f"{folder}: expected an artifact of the same model as {other} ({first.source.model!r}), this one is of "
@@ -171,7 +178,7 @@ def check(folder: Path, manifest: Manifest, other: Path, first: Manifest) -> Non
         )
 
 
-def chosen(folder: Path, manifest: Manifest, choices: Choices) -> dict[str, Plan]:
+def choose_plans(folder: Path, manifest: Manifest, choices: BenchOptions) -> dict[str, Plan]:
     """The artifact's plans, or those of the asked number of steps. Raises RecipeError where it has none of these."""
     plans = read_plans(folder, manifest)
     kept = {name: p for name, p in plans.items() if choices.steps in (None, p.steps)}
@@ -182,7 +189,7 @@ def chosen(folder: Path, manifest: Manifest, choices: Choices) -> dict[str, Plan
     return kept
 
 
-def labels(folders: Sequence[Path]) -> list[str]:
+def folder_labels(folders: Sequence[Path]) -> list[str]:
     """The folders' names; where two are equal the paths as they were given, numbered where these are equal too."""
     names = [folder.resolve().name for folder in folders]
     if len(set(names)) < len(names):
@@ -193,18 +200,18 @@ def labels(folders: Sequence[Path]) -> list[str]:
 # --- rows -----------------------------------------------------------------------------------------------------------
 
 
-def artifact_rows(subject: Subject, progress: Progress) -> Iterator[Row]:
+def artifact_rows(subject: BenchSubject, progress: Progress) -> Iterator[BenchRow]:
     """A row for each of its plans."""
-    progress.doing(subject.label)
+    progress.announce(subject.label)
     began = time.perf_counter()
     artifact = open_artifact(subject.folder)
-    replayer = replayer_of(artifact, subject.recipe, subject.model if subject.attached else "")
+    replayer = open_replayer(artifact, subject.recipe, subject.model if subject.attached else "")
     is_attached = isinstance(replayer, attached.AttachedReplayer)
-    picture = attached_picture(replayer) if is_attached else plain_picture(artifact)
+    picture = attached_picture_timer(replayer) if is_attached else plain_picture_timer(artifact)
     load_s = time.perf_counter() - began
 
-    def row(name: str, plan: Plan) -> Row:
-        def evaluations(prompt: str, seed: int) -> Calls:
+    def row(name: str, plan: Plan) -> BenchRow:
+        def evaluations(prompt: str, seed: int) -> CallTimes:
             return tuple((c.graph, c.ms) for c in replayer.evaluations(replayer.draw(prompt, seed, plan)))
 
         facts = {
@@ -214,7 +221,7 @@ def artifact_rows(subject: Subject, progress: Progress) -> Iterator[Row]:
             "scheduler": plan.scheduler,
             "backend": artifact.manifest.backend,
         }
-        return Row(
+        return BenchRow(
             f"{subject.label}, plan {name}",
             plan.steps,
             None,
@@ -228,10 +235,10 @@ def artifact_rows(subject: Subject, progress: Progress) -> Iterator[Row]:
         yield row(name, plan)
 
 
-Picture = Callable[[str, int, Plan], float]
+PictureTimer = Callable[[str, int, Plan], float]
 
 
-def plain_picture(artifact: Artifact) -> Picture:
+def plain_picture_timer(artifact: Artifact) -> PictureTimer:
     """Seconds of a picture as the runtime draws it for its user."""
     pipe = Pipeline(artifact)
 
@@ -244,18 +251,18 @@ def plain_picture(artifact: Artifact) -> Picture:
     return picture
 
 
-def attached_picture(replayer: attached.AttachedReplayer) -> Picture:
-    """The same of a diffusers pipeline with the artifact in it, which is loaded now."""
+def attached_picture_timer(replayer: attached.AttachedReplayer) -> PictureTimer:
+    """Seconds of a picture by a diffusers pipeline with the artifact in it, which is loaded now."""
     pipe = replayer.loaded.pipe
 
     def picture(prompt: str, seed: int, plan: Plan) -> float:
-        with placed(pipe, replayer.artifact, plan.cache != "none"):
-            return attached.drawn(replayer.recipe, replayer.loaded, prompt, seed, plan.steps, ()).seconds
+        with attach_opened(pipe, replayer.artifact, plan.cache != "none"):
+            return attached.draw_picture(replayer.recipe, replayer.loaded, prompt, seed, plan.steps, ()).seconds
 
     return picture
 
 
-def baseline_rows(subjects: Sequence[Subject], choices: Choices, progress: Progress) -> Iterator[Row]:
+def baseline_rows(subjects: Sequence[BenchSubject], choices: BenchOptions, progress: Progress) -> Iterator[BenchRow]:
     """A row for each baseline and number of steps. The pipeline is loaded once for each dtype."""
     if choices.baselines:
         import diffusers
@@ -264,23 +271,23 @@ def baseline_rows(subjects: Sequence[Subject], choices: Choices, progress: Progr
             diffusers, subjects[0].manifest.source.pipeline, None
         )  # imported now, so that `load_s` is loading alone
     steps = sorted({p.steps for s in subjects for p in s.plans.values()})
-    loaded: dict[torch.dtype, tuple[source.Loaded, float]] = {}
+    loaded: dict[torch.dtype, tuple[source.LoadedPipeline, float]] = {}
     for name in choices.baselines:
-        progress.doing(name)
+        progress.announce(name)
         dtype, compiled = BASELINES[name]
         if dtype not in loaded:
             began = time.perf_counter()
-            pipeline = load_pipeline(subjects[0].manifest, subjects[0].recipe, subjects[0].model, dtype)
+            pipeline = load_source_pipeline(subjects[0].manifest, subjects[0].recipe, subjects[0].model, dtype)
             loaded[dtype] = pipeline, time.perf_counter() - began
-        eager = Eager(subjects[0], loaded[dtype][0], compiled)
+        eager = EagerBaseline(subjects[0], loaded[dtype][0], compiled)
         for n in steps:
             yield eager.row(name, n, str(dtype).removeprefix("torch."), loaded[dtype][1])
 
 
-class Eager:
+class EagerBaseline:
     """The diffusers pipeline, its denoiser compiled or not while it draws: what else draws with the pipeline sees its own."""
 
-    def __init__(self, subject: Subject, loaded: source.Loaded, compiled: bool) -> None:
+    def __init__(self, subject: BenchSubject, loaded: source.LoadedPipeline, compiled: bool) -> None:
         from ..denoiser_alone.observation import denoiser_name
 
         self.pipe, self.name = loaded.pipe, denoiser_name(loaded.pipe)
@@ -289,31 +296,31 @@ class Eager:
         self.draw = eager_call(loaded, subject.manifest, subject.recipe)
 
     @contextlib.contextmanager
-    def placed(self) -> Iterator[None]:
+    def swap_denoiser(self) -> Iterator[None]:
         setattr(self.pipe, self.name, self.denoiser)
         try:
             yield
         finally:
             setattr(self.pipe, self.name, self.plain)
 
-    def row(self, name: str, steps: int, dtype: str, load_s: float) -> Row:
+    def row(self, name: str, steps: int, dtype: str, load_s: float) -> BenchRow:
         def picture(prompt: str, seed: int) -> float:
-            with self.placed():
+            with self.swap_denoiser():
                 began = time.perf_counter()
                 self.draw(prompt, seed, steps)
                 return time.perf_counter() - began
 
-        def evaluations(prompt: str, seed: int) -> Calls:
-            with self.placed(), followed(self.denoiser) as calls:
+        def evaluations(prompt: str, seed: int) -> CallTimes:
+            with self.swap_denoiser(), time_module_calls(self.denoiser) as calls:
                 self.draw(prompt, seed, steps)
             return tuple(("denoiser", ms) for ms in calls)
 
         facts = {"scheduler": type(self.pipe.scheduler).__name__, "dtype": dtype}
-        return Row(f"{name}, {steps} steps", steps, name, facts, load_s, picture, evaluations)
+        return BenchRow(f"{name}, {steps} steps", steps, name, facts, load_s, picture, evaluations)
 
 
 @contextlib.contextmanager
-def followed(module: torch.nn.Module) -> Iterator[list[float]]:
+def time_module_calls(module: torch.nn.Module) -> Iterator[list[float]]:
     """A list that gets the milliseconds of each of the module's calls. The hooks of a compiled module are not compiled."""
     began: list[float] = []
     taken: list[float] = []
@@ -329,15 +336,15 @@ def followed(module: torch.nn.Module) -> Iterator[list[float]]:
 # --- measuring ------------------------------------------------------------------------------------------------------
 
 
-def measure(rows: Sequence[Row], prompt: str, runs: int, progress: Progress) -> tuple[Timed, ...]:
+def time_rows(rows: Sequence[BenchRow], prompt: str, runs: int, progress: Progress) -> tuple[RowTimes, ...]:
     """All rounds. Before them each row draws two pictures, one of either kind, of which only the first's time is kept."""
-    timed = tuple(Timed(row) for row in rows)
-    progress.doing(f"warm-up, {len(rows)} rows")
+    timed = tuple(RowTimes(row) for row in rows)
+    progress.announce(f"warm-up, {len(rows)} rows")
     for t in timed:
         t.first_image_s = t.row.picture(prompt, 0)
         t.row.evaluations(prompt, 0)
     for seed in range(runs):
-        progress.doing(f"round {seed + 1} of {runs}, {len(rows)} rows")
+        progress.announce(f"round {seed + 1} of {runs}, {len(rows)} rows")
         for t in timed:
             t.image_s.append(t.row.picture(prompt, seed))
         for t in timed:
@@ -345,45 +352,51 @@ def measure(rows: Sequence[Row], prompt: str, runs: int, progress: Progress) -> 
     return timed
 
 
-def cold_starts(
-    subjects: Sequence[Subject], prompt: str, choices: Choices, progress: Progress
-) -> dict[str, tuple[Started, ...]]:
+def measure_cold_starts(
+    subjects: Sequence[BenchSubject], prompt: str, choices: BenchOptions, progress: Progress
+) -> dict[str, tuple[StartTimes, ...]]:
     """Each artifact with its first plan, and each baseline at the first artifact's steps, in turn."""
     if not choices.cold_runs:
         return {}
-    found: dict[str, list[Started]] = {}
+    found: dict[str, list[StartTimes]] = {}
     wanted = [*(artifact_start(s, prompt) for s in subjects), *baseline_starts(subjects[0], prompt, choices)]
     for k in range(choices.cold_runs):
         for start in wanted:
-            progress.doing(f"{start.name}, start {k + 1} of {choices.cold_runs}")
-            found.setdefault(start.name, []).append(started(start))
+            progress.announce(f"{start.name}, start {k + 1} of {choices.cold_runs}")
+            found.setdefault(start.name, []).append(measure_cold_start(start))
     return {name: tuple(runs) for name, runs in found.items()}
 
 
-def artifact_start(subject: Subject, prompt: str) -> Start:
+def artifact_start(subject: BenchSubject, prompt: str) -> ColdStart:
     name, plan = next(iter(subject.plans.items()))
     pipeline: dict[str, Any] = {}
     if subject.attached:
-        from ..settle import dtypes
+        from ..settle import component_dtypes
 
-        pipeline = {**places(subject), "attached": True, "dtypes": dtype_names(dtypes(subject.recipe))}
+        pipeline = {
+            **pipeline_location(subject),
+            "attached": True,
+            "dtypes": dtype_names(component_dtypes(subject.recipe)),
+        }
     label = f"{subject.label}, plan {name}"
     cached = plan.cache != "none"
-    return Start(label, str(subject.folder.resolve()), prompt, plan.steps, cached, torch.get_num_threads(), **pipeline)
+    return ColdStart(
+        label, str(subject.folder.resolve()), prompt, plan.steps, cached, torch.get_num_threads(), **pipeline
+    )
 
 
-def baseline_starts(subject: Subject, prompt: str, choices: Choices) -> Iterator[Start]:
+def baseline_starts(subject: BenchSubject, prompt: str, choices: BenchOptions) -> Iterator[ColdStart]:
     steps = next(iter(subject.plans.values())).steps
     for name in choices.baselines:
         dtype, compiled = BASELINES[name]
-        yield Start(
+        yield ColdStart(
             f"{name}, {steps} steps",
             str(subject.folder.resolve()),
             prompt,
             steps,
             False,
             torch.get_num_threads(),
-            **places(subject),
+            **pipeline_location(subject),
             dtypes=dtype_names({"default": dtype}),
             compiled=compiled,
         )
@@ -393,12 +406,12 @@ def dtype_names(dtypes: Mapping[str, torch.dtype]) -> dict[str, str]:
     return {component: str(dtype).removeprefix("torch.") for component, dtype in dtypes.items()}
 
 
-def places(subject: Subject) -> dict[str, Any]:
-    """Which pipeline it is, and where it lies on this disk: `Start.pipeline`, `pipeline_class` and `config`."""
+def pipeline_location(subject: BenchSubject) -> dict[str, Any]:
+    """The pipeline and where it lies on this disk: `pipeline`, `pipeline_class` and `config` of a start."""
     model, recipe = subject.model, subject.recipe
     named = {"pipeline_class": subject.manifest.source.pipeline}
-    if source.is_file(model):
+    if source.is_single_file(model):
         file = Path(model).expanduser().resolve()
-        config = source.config_folder(recipe.model.config, file)
+        config = source.find_config_folder(recipe.model.config, file)
         return {**named, "pipeline": str(file), "config": str(config.resolve()) if config else None}
-    return {**named, "pipeline": str(source.find(model, recipe.model.revision).resolve())}
+    return {**named, "pipeline": str(source.find_model(model, recipe.model.revision).resolve())}

@@ -15,19 +15,19 @@ from pydantic import Field, ValidationError, model_validator
 from ...runtime.errors import ExportError
 from ..sites.layout import Layout
 from ..sites.marks import Action, Mark
-from ..tables import Conflicts, Table
-from .common.calibration import Calibrated, Fitted, required
+from ..tables import ConflictError, RecipeTable
+from .common.calibration import CalibratedCache, FittedPlan, require_calibration
 from .common.schedule import Decision, Schedule, Trajectory
 from .mask import Mask
 
 
-class Floor(Table):
+class Floor(RecipeTable):
     """The least that held-out pictures may have: mean PSNR in dB against every evaluation computed."""
 
     psnr: float = Field(gt=0)
 
 
-class Auto(Calibrated):
+class Auto(CalibratedCache):
     """`budget` is a share of the cost of computing every evaluation, such as 0.4, or a floor, `{ psnr = 40 }`: the best
     plan within the share, or the cheapest above the floor.
 
@@ -63,14 +63,14 @@ class Auto(Calibrated):
         try:
             return Mask(mask=self.otherwise, order=1, site="output")
         except ValidationError as e:
-            raise Conflicts(
+            raise ConflictError(
                 (("otherwise",), f"key 'otherwise': {e.errors()[0]['msg'].removeprefix('Value error, ')}")
             ) from e
 
 
 def schedule(cache: Auto, layout: Layout, trajectory: Trajectory, calibration: Any) -> Schedule:
     """The chosen plan's sites and decisions. Raises ExportError where no plan fits the budget."""
-    chosen = choose(cache, required(calibration, cache, trajectory.timesteps, "auto").auto)
+    chosen = choose_plan(cache, require_calibration(calibration, cache, trajectory.timesteps, "auto").auto)
     slots = max(len(w) for weights in chosen.weights for w in weights.values())
     marks_by_skip = {skip: skip_marks(skip, layout, slots) for skip in dict.fromkeys(filter(None, chosen.skips))}
     marks = tuple({m.name: m for group in marks_by_skip.values() for m in group}.values())
@@ -81,8 +81,8 @@ def schedule(cache: Auto, layout: Layout, trajectory: Trajectory, calibration: A
     return Schedule(marks, decisions)
 
 
-def choose(cache: Auto, plans: tuple[Fitted, ...]) -> Fitted:
-    """By the figures on held-out prompts, the best plan within the budget or the cheapest above the floor."""
+def choose_plan(cache: Auto, plans: tuple[FittedPlan, ...]) -> FittedPlan:
+    """The plan that is best within the budget, or cheapest above the floor, by the figures on held-out prompts."""
     if isinstance(cache.budget, Floor):
         fitting = [p for p in plans if p.held_out_psnr_db >= cache.budget.psnr]
         asked = f"at least {cache.budget.psnr:g} dB"

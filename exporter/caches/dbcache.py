@@ -21,18 +21,18 @@ from pydantic import Field, model_validator
 from ...runtime.errors import ExportError, RecipeError
 from ..sites.layout import Layout
 from ..sites.marks import Mark
-from ..tables import Conflicts
-from .common.calibration import Frozen, frozen
+from ..tables import ConflictError
+from .common.calibration import FrozenCache, freeze_decisions
 from .common.schedule import Decision, Schedule, Trajectory
 
-HORIZON = 3
+FOCA_HORIZON = 3
 """FoCa reaches this many evaluations ahead, and no further."""
 
-LONGEST = 32
+FOCA_SLOTS = 32
 """How far back FoCa can look while a rule decides online and no limit on consecutive cached steps is set."""
 
 
-class DBCache(Frozen):
+class DBCache(FrozenCache):
     """The middle blocks of each list are skipped while what the first blocks add stays close to what it was.
 
     Names, meaning and defaults of cache-dit's `DBCacheConfig`; `calibrator_type` and the keys below it are those of its
@@ -95,7 +95,7 @@ class DBCache(Frozen):
                 )
             )
         if problems:
-            raise Conflicts(*problems)
+            raise ConflictError(*problems)
         return self
 
     @property
@@ -127,7 +127,7 @@ class DBCache(Frozen):
 
 
 @dataclass
-class Rule:
+class DBCacheRule:
     """cache-dit's tests in their order, and its counters, for one list of blocks in one branch."""
 
     cache: DBCache
@@ -169,7 +169,7 @@ class Rule:
 
 
 @dataclass(frozen=True)
-class Blocks:
+class BlockList:
     """One list of blocks of one branch: its `key` among decisions, and where it lies among all blocks of the branch."""
 
     key: str
@@ -179,13 +179,13 @@ class Blocks:
     count: int
 
 
-def lists(cache: DBCache, layout: Layout) -> tuple[Blocks, ...]:
+def find_block_lists(cache: DBCache, layout: Layout) -> tuple[BlockList, ...]:
     """The lists of blocks that have a middle to skip, list by list in order of execution, and branch by branch in each.
 
     Raises ExportError where a list has fewer blocks than always run, and where no list has more.
     """
     names = dict.fromkeys(p.name.rpartition(".")[0] for p in layout.of("block"))
-    found = [blocks(layout, branch, name) for name in names for branch in layout.branches]
+    found = [find_block_list(layout, branch, name) for name in names for branch in layout.branches]
     sizes = ", ".join(dict.fromkeys(f"{b.name} has {b.count}" for b in found)) or "the model has no lists of blocks"
     always = cache.Fn_compute_blocks + cache.Bn_compute_blocks
     if any(b.count < always for b in found) or not any(b.count > always for b in found):
@@ -196,7 +196,7 @@ def lists(cache: DBCache, layout: Layout) -> tuple[Blocks, ...]:
     return tuple(b for b in found if b.count > always)
 
 
-def blocks(layout: Layout, branch: str, name: str) -> Blocks:
+def find_block_list(layout: Layout, branch: str, name: str) -> BlockList:
     """The list of that name. Raises ExportError where other blocks run between its own, so that it has no middle."""
     inside = [i for i, p in enumerate(layout.blocks(branch)) if p.name.rpartition(".")[0] == name]
     if inside[-1] - inside[0] >= len(inside):
@@ -204,19 +204,19 @@ def blocks(layout: Layout, branch: str, name: str) -> Blocks:
             f"cache.method 'dbcache' skips the middle of each list of blocks, and blocks of other lists run between those of "
             f"{name}; the model runs {layout.names(layout.blocks(branch))}"
         )
-    return Blocks(f"{branch}/{name}" if branch else name, name, branch, inside[0], len(inside))
+    return BlockList(f"{branch}/{name}" if branch else name, name, branch, inside[0], len(inside))
 
 
 def marks(cache: DBCache, layout: Layout) -> tuple[Mark, ...]:
-    """What the middle of each list adds, or, with calibrator_cache_type "hidden_states", returns."""
-    chosen = tuple(middle(cache, layout, b) for b in lists(cache, layout))
+    """The sites of what the middle of each list adds, or, with calibrator_cache_type "hidden_states", returns."""
+    chosen = tuple(mark_middle(cache, layout, b) for b in find_block_lists(cache, layout))
     if cache.calibrator_type == "foca":
         longest = cache.max_continuous_cached_steps
-        return deepened(chosen, 2 * longest + 1 if longest >= 0 else LONGEST)
+        return set_slots(chosen, 2 * longest + 1 if longest >= 0 else FOCA_SLOTS)
     return chosen
 
 
-def middle(cache: DBCache, layout: Layout, b: Blocks) -> Mark:
+def mark_middle(cache: DBCache, layout: Layout, b: BlockList) -> Mark:
     first, end = cache.Fn_compute_blocks, b.count - cache.Bn_compute_blocks
     slots = cache.taylorseer_order + 1 if cache.calibrator_type == "taylorseer" else 1
     mark = layout.residual(b.branch, b.start + first, b.start + end, name=f"{b.name}[{first}:{end}]", slots=slots)
@@ -224,32 +224,32 @@ def middle(cache: DBCache, layout: Layout, b: Blocks) -> Mark:
     return replace(mark, residual=not whole, emitted=cache.calibrator_type == "foca")
 
 
-def deepened(chosen: Iterable[Mark], slots: int) -> tuple[Mark, ...]:
+def set_slots(chosen: Iterable[Mark], slots: int) -> tuple[Mark, ...]:
     return tuple(replace(m, slots=max(2, slots)) for m in chosen)
 
 
 def decision(cache: DBCache, layout: Layout, history: Sequence[Mapping[str, bool]]) -> Decision:
     """At the last entry of `history` the lists that do not compute are forecast from what they computed before."""
-    chosen = zip(lists(cache, layout), marks(cache, layout), strict=True)
-    return forecasts(cache, {mark: [h.get(b.key, True) for h in history] for b, mark in chosen})
+    chosen = zip(find_block_lists(cache, layout), marks(cache, layout), strict=True)
+    return forecast_decision(cache, {mark: [h.get(b.key, True) for h in history] for b, mark in chosen})
 
 
-def forecasts(cache: DBCache, histories: Mapping[Mark, Sequence[bool]]) -> Decision:
+def forecast_decision(cache: DBCache, histories: Mapping[Mark, Sequence[bool]]) -> Decision:
     """The decision at the last evaluation of each site's own history."""
-    skipped = {m.name: forecast(cache, h, m.slots) for m, h in histories.items() if not h[-1]}
+    skipped = {m.name: forecast_weights(cache, h, m.slots) for m, h in histories.items() if not h[-1]}
     return Decision(dict.fromkeys(skipped, "combine"), skipped)
 
 
-def forecast(cache: DBCache, computed: Sequence[bool], slots: int) -> tuple[float, ...]:
+def forecast_weights(cache: DBCache, computed: Sequence[bool], slots: int) -> tuple[float, ...]:
     """The weights of the stored generations, newest first, at the last evaluation of `computed`, which skips.
 
     Raises ExportError for a forecast that looks back further than there are slots.
     """
     recent = computed[cache.begin(len(computed) - 1) :]
     if cache.calibrator_type == "foca":
-        weights = foca(recent)
+        weights = foca_weights(recent)
     else:
-        weights = taylor(recent, cache.taylorseer_order if cache.calibrator_type else 0)
+        weights = taylor_weights(recent, cache.taylorseer_order if cache.calibrator_type else 0)
     if len(weights) > slots:
         raise ExportError(
             f"cache.calibrator_type 'foca': a forecast looks {len(weights)} evaluations back, and {slots} are kept; set "
@@ -258,7 +258,7 @@ def forecast(cache: DBCache, computed: Sequence[bool], slots: int) -> tuple[floa
     return weights + (0.0,) * (slots - len(weights))
 
 
-def taylor(computed: Sequence[bool], order: int) -> tuple[float, ...]:
+def taylor_weights(computed: Sequence[bool], order: int) -> tuple[float, ...]:
     """cache-dit's TaylorSeer: sum_i d^i / i! f_i, f_0 the last computed value and f_i+1 the change of f_i per evaluation.
 
     Its clock starts with its first value and so is one evaluation behind: there is no f_1 before evaluation 3. A
@@ -284,7 +284,7 @@ def scaled_difference(a: Mapping[int, float], b: Mapping[int, float], length: in
     return {e: (a.get(e, 0.0) - b.get(e, 0.0)) / length for e in {**a, **b}}
 
 
-def foca(computed: Sequence[bool]) -> tuple[float, ...]:
+def foca_weights(computed: Sequence[bool]) -> tuple[float, ...]:
     """cache-dit's FoCa: y_s + d/2 ((y_s - y_s') + (v_1 - v_2)), computed at s and s' before it, and v_1, v_2 the last two
     values that were computed or forecast, which are the generations. Slopes are per value and not per evaluation, and d
     is at most 3, beyond which the step shrinks again as 9 / d."""
@@ -294,7 +294,7 @@ def foca(computed: Sequence[bool]) -> tuple[float, ...]:
         return (1.0,)  # the last forecast is the one computed value
     last, before = made[-1], made[-2]
     ahead = now - last
-    half = ahead / 2 if ahead <= HORIZON else HORIZON**2 / (2 * ahead)
+    half = ahead / 2 if ahead <= FOCA_HORIZON else FOCA_HORIZON**2 / (2 * ahead)
     weights = [0.0] * max(now - before, 2)
     for e, w in ((last, 1 + half), (before, -half), (now - 1, half), (now - 2, -half)):
         weights[now - 1 - e] += w
@@ -308,28 +308,28 @@ def schedule(cache: DBCache, layout: Layout, trajectory: Trajectory, calibration
     """
     evaluations = len(trajectory.timesteps)
     check_length(cache, evaluations)
-    keys = [b.key for b in lists(cache, layout)]
+    keys = [b.key for b in find_block_lists(cache, layout)]
     if cache.data_free:
-        rule = Rule(cache)
+        rule = DBCacheRule(cache)
         history = tuple(
             dict.fromkeys(keys, rule.computes(e, None if e == 0 else lambda: 0.0)) for e in range(evaluations)
         )
     else:
-        history = frozen(calibration, cache, keys, trajectory.timesteps)
+        history = freeze_decisions(calibration, cache, keys, trajectory.timesteps)
     chosen = marks(cache, layout)
     if cache.calibrator_type == "foca":  # as deep as these decisions look back, and no deeper
-        chosen = deepened(chosen, evaluations)
+        chosen = set_slots(chosen, evaluations)
     columns = dict(zip(chosen, ([h[k] for h in history] for k in keys), strict=True))
-    decisions = [forecasts(cache, {m: c[: e + 1] for m, c in columns.items()}) for e in range(evaluations)]
+    decisions = [forecast_decision(cache, {m: c[: e + 1] for m, c in columns.items()}) for e in range(evaluations)]
     if cache.calibrator_type == "foca":
-        depth = max((used(w) for d in decisions for w in d.coefficients.values()), default=1)
-        chosen = deepened(chosen, depth)
+        depth = max((count_used_slots(w) for d in decisions for w in d.coefficients.values()), default=1)
+        chosen = set_slots(chosen, depth)
         cut = chosen[0].slots
         decisions = [Decision(d.actions, {n: w[:cut] for n, w in d.coefficients.items()}) for d in decisions]
     return Schedule(chosen, tuple(decisions))
 
 
-def used(weights: Sequence[float]) -> int:
+def count_used_slots(weights: Sequence[float]) -> int:
     """How many slots these weights read."""
     return max(k + 1 for k, w in enumerate(weights) if w)
 

@@ -20,13 +20,13 @@ from pydantic import Field, model_validator
 from ...runtime.errors import ExportError, RecipeError
 from ..sites.layout import Layout, Place
 from ..sites.marks import Mark
-from ..tables import Conflicts, Table
+from ..tables import ConflictError, RecipeTable
 from .common.schedule import Decision, Schedule, Trajectory
 
 UP_LAYER = re.compile(r"up_blocks\.\d+\.resnets\.\d+")
 
 
-class DeepCache(Table):
+class DeepCache(RecipeTable):
     """One evaluation in `cache_interval` is whole; the others run the UNet's outermost layers. arXiv:2312.00858.
 
     `cache_branch_id` counts the UNet's up layers from the last one inwards, and the others enter there: 0 is the cheapest.
@@ -67,7 +67,7 @@ class DeepCache(Table):
                 )
             )
         if problems:
-            raise Conflicts(*problems)
+            raise ConflictError(*problems)
         return self
 
 
@@ -76,13 +76,13 @@ def schedule(cache: DeepCache, layout: Layout, trajectory: Trajectory, calibrati
 
     The helper looks the timestep up in the scheduler's list instead: the same, unless a timestep occurs twice (Heun, PNDM).
     """
-    marks = tuple(entry(cache.cache_branch_id, layout, branch) for branch in layout.branches)
+    marks = tuple(mark_entry(cache.cache_branch_id, layout, branch) for branch in layout.branches)
     whole = whole_evaluations(cache, len(trajectory.timesteps))
     reuse = Decision.reuse(*marks)
     return Schedule(marks, tuple(Decision() if e in whole else reuse for e in range(len(trajectory.timesteps))))
 
 
-def entry(branch_id: int, layout: Layout, branch: str) -> Mark:
+def mark_entry(branch_id: int, layout: Layout, branch: str) -> Mark:
     """The site of what flows into up layer `branch_id`, counted from the last. Raises ExportError with the valid ids."""
     places = [p for p in layout.places if p.branch == branch]
     layers = up_layers(places)
@@ -114,7 +114,9 @@ def whole_evaluations(cache: DeepCache, count: int) -> frozenset[int]:
     power = cache.pow
     while power > 1:
         chosen = (
-            quad(count, samples, power) if cache.center is None else quad_center(count, samples, cache.center, power)
+            sample_from_quad(count, samples, power)
+            if cache.center is None
+            else sample_from_quad_center(count, samples, cache.center, power)
         )
         if len(chosen) == samples:
             return frozenset(chosen)
@@ -125,14 +127,14 @@ def whole_evaluations(cache: DeepCache, count: int) -> frozenset[int]:
     )
 
 
-def quad(count: int, samples: int, power: float) -> list[int]:
+def sample_from_quad(count: int, samples: int, power: float) -> list[int]:
     """`samples` points evenly spaced in x, at x ** power: dense at 0. numpy, because the original's last bits decide."""
     points = np.linspace(0, count ** (1 / power), samples + 1)
     return sorted({int(x) for x in points**power})[:-1]
 
 
-def quad_center(count: int, samples: int, center: int, power: float) -> list[int]:
-    """The same around `center`, and 0 first.
+def sample_from_quad_center(count: int, samples: int, center: int, power: float) -> list[int]:
+    """`samples` points that are dense around `center`, and 0 first.
 
     `-center` has a complex root; the original raises it to the power again and takes the real part.
     """

@@ -17,24 +17,24 @@ from pydantic import Field
 from ...runtime.errors import ExportError, RecipeError
 from ..sites.layout import Layout
 from ..sites.marks import Mark
-from ..tables import Table
+from ..tables import RecipeTable
 from .common.schedule import Decision, Schedule, Trajectory
-from .common.windows import Group, Identifiers, Window, inside, matching, taken
+from .common.windows import AttentionGroup, Identifiers, TimestepWindow, assign_groups, is_in_window, search_places
 
-SPATIAL = ("^blocks.*attn", "^transformer_blocks.*attn", "^single_transformer_blocks.*attn")
-TEMPORAL = ("^temporal_transformer_blocks.*attn",)
-CANDIDATES = SPATIAL + TEMPORAL
+SPATIAL_IDENTIFIERS = ("^blocks.*attn", "^transformer_blocks.*attn", "^single_transformer_blocks.*attn")
+TEMPORAL_IDENTIFIERS = ("^temporal_transformer_blocks.*attn",)
+CANDIDATE_IDENTIFIERS = SPATIAL_IDENTIFIERS + TEMPORAL_IDENTIFIERS
 """diffusers puts hooks on attentions with these names only; a recipe's identifiers choose among them."""
 
-LOW = Mark("low", ("uncond", "low"), ("x",))
-HIGH = Mark("high", ("uncond", "high"), ("x",))
+LOW_MARK = Mark("low", ("uncond", "low"), ("x",))
+HIGH_MARK = Mark("high", ("uncond", "high"), ("x",))
 """The two parts of the difference between the branches. They stand for all of `uncond`, which runs for them alone
-(`guidance.Guided`)."""
+(`guidance.GuidedDenoiser`)."""
 
-Weights = float | Annotated[tuple[float, ...], Field(strict=False, min_length=1)]
+EvaluationWeights = float | Annotated[tuple[float, ...], Field(strict=False, min_length=1)]
 
 
-class FasterCache(Table):
+class FasterCache(RecipeTable):
     """Attention is extrapolated and the unconditional branch rebuilt from the conditional one; names and meaning of
     diffusers' `FasterCacheConfig`, whose callbacks are numbers here: one for all evaluations, or a list of one for each.
 
@@ -47,19 +47,19 @@ class FasterCache(Table):
     method: Literal["fastercache"] = "fastercache"
     spatial_attention_block_skip_range: int = Field(default=2, ge=1)
     temporal_attention_block_skip_range: Annotated[int, Field(ge=1)] | None = None
-    spatial_attention_timestep_skip_range: Window = (-1, 681)
-    temporal_attention_timestep_skip_range: Window = (-1, 681)
-    low_frequency_weight_update_timestep_range: Window = (99, 901)
-    high_frequency_weight_update_timestep_range: Window = (-1, 301)
+    spatial_attention_timestep_skip_range: TimestepWindow = (-1, 681)
+    temporal_attention_timestep_skip_range: TimestepWindow = (-1, 681)
+    low_frequency_weight_update_timestep_range: TimestepWindow = (99, 901)
+    high_frequency_weight_update_timestep_range: TimestepWindow = (-1, 301)
     alpha_low_frequency: float = 1.1
     alpha_high_frequency: float = 1.1
     unconditional_batch_skip_range: int = Field(default=5, ge=1)
-    unconditional_batch_timestep_skip_range: Window = (-1, 641)
-    spatial_attention_block_identifiers: Identifiers = SPATIAL
-    temporal_attention_block_identifiers: Identifiers = TEMPORAL
-    attention_weight: Weights = 0.5
-    low_frequency_weight: Weights | None = None
-    high_frequency_weight: Weights | None = None
+    unconditional_batch_timestep_skip_range: TimestepWindow = (-1, 641)
+    spatial_attention_block_identifiers: Identifiers = SPATIAL_IDENTIFIERS
+    temporal_attention_block_identifiers: Identifiers = TEMPORAL_IDENTIFIERS
+    attention_weight: EvaluationWeights = 0.5
+    low_frequency_weight: EvaluationWeights | None = None
+    high_frequency_weight: EvaluationWeights | None = None
     tensor_format: Literal["BCFHW", "BFCHW", "BCHW"] = "BCFHW"
     is_guidance_distilled: bool = False
 
@@ -68,16 +68,18 @@ class FasterCache(Table):
         """Whether the denoiser must be built with `guided(..., planes=(H, W))`."""
         return not self.is_guidance_distilled
 
-    def groups(self) -> tuple[Group, ...]:
+    def groups(self) -> tuple[AttentionGroup, ...]:
         """Spatial and temporal attention, in diffusers' order of precedence; a range of 1 never skips."""
         spatial, temporal = self.spatial_attention_block_skip_range, self.temporal_attention_block_skip_range
         chosen = []
         if spatial > 1:
             window, names = self.spatial_attention_timestep_skip_range, self.spatial_attention_block_identifiers
-            chosen.append(Group("spatial_attention", "attention", spatial, window, names, SPATIAL))
+            chosen.append(AttentionGroup("spatial_attention", "attention", spatial, window, names, SPATIAL_IDENTIFIERS))
         if temporal and temporal > 1:
             window, names = self.temporal_attention_timestep_skip_range, self.temporal_attention_block_identifiers
-            chosen.append(Group("temporal_attention", "attention", temporal, window, names, TEMPORAL))
+            chosen.append(
+                AttentionGroup("temporal_attention", "attention", temporal, window, names, TEMPORAL_IDENTIFIERS)
+            )
         return tuple(chosen)
 
 
@@ -88,11 +90,13 @@ def schedule(cache: FasterCache, layout: Layout, trajectory: Trajectory, calibra
     and RecipeError for a list of weights of another length than the evaluations.
     """
     check_branches(cache, layout)
-    parts = () if cache.is_guidance_distilled else (LOW, HIGH)
-    candidates = [p for p in matching(CANDIDATES, layout.of("attention")) if not parts or p.branch == "cond"]
-    sites = [(g, p.mark(slots=2, emitted=True)) for g, p in taken(cache.groups(), layout, candidates)]
-    attention_weights = weights(cache, "attention_weight", len(trajectory.timesteps))
-    rebuilt = unconditional(cache, trajectory.timesteps)
+    parts = () if cache.is_guidance_distilled else (LOW_MARK, HIGH_MARK)
+    candidates = [
+        p for p in search_places(CANDIDATE_IDENTIFIERS, layout.of("attention")) if not parts or p.branch == "cond"
+    ]
+    sites = [(g, p.mark(slots=2, emitted=True)) for g, p in assign_groups(cache.groups(), layout, candidates)]
+    attention_weights = evaluation_weights(cache, "attention_weight", len(trajectory.timesteps))
+    rebuilt = frequency_weights(cache, trajectory.timesteps)
     decisions = []
     for e, t in enumerate(trajectory.timesteps):
         coefficients: dict[str, tuple[float, ...]] = {}
@@ -100,36 +104,36 @@ def schedule(cache: FasterCache, layout: Layout, trajectory: Trajectory, calibra
             coefficients |= {mark.name: (part,) for mark, part in zip(parts, rebuilt[e], strict=True)}
         if e > 0 and (cache.is_guidance_distilled or rebuilt[e]):
             w = attention_weights[e]
-            skipped = (mark for g, mark in sites if e % g.every != 0 and inside(g.window, t))
+            skipped = (mark for g, mark in sites if e % g.every != 0 and is_in_window(g.window, t))
             coefficients |= {mark.name: (1.0 + w, -w) for mark in skipped}
         decisions.append(Decision(dict.fromkeys(coefficients, "combine"), coefficients))
     return Schedule((*parts, *(mark for _, mark in sites)), tuple(decisions))
 
 
-def unconditional(cache: FasterCache, timesteps: Sequence[float]) -> list[tuple[float, ...]]:
-    """For each evaluation what low and high frequencies are multiplied with, or () where both branches run.
+def frequency_weights(cache: FasterCache, timesteps: Sequence[float]) -> list[tuple[float, ...]]:
+    """The factors of low and high frequencies at each evaluation, or () where both branches run.
 
     The weights of consecutive skips multiply up, as in diffusers and in the authors' code.
     """
-    lows = weights(cache, "low_frequency_weight", len(timesteps))
-    highs = weights(cache, "high_frequency_weight", len(timesteps))
+    lows = evaluation_weights(cache, "low_frequency_weight", len(timesteps))
+    highs = evaluation_weights(cache, "high_frequency_weight", len(timesteps))
     low = high = 1.0
     parts: list[tuple[float, ...]] = []
     for e, t in enumerate(timesteps):
         due = e % cache.unconditional_batch_skip_range == 0
-        if cache.is_guidance_distilled or due or not inside(cache.unconditional_batch_timestep_skip_range, t):
+        if cache.is_guidance_distilled or due or not is_in_window(cache.unconditional_batch_timestep_skip_range, t):
             low = high = 1.0
             parts.append(())
             continue
-        in_low = inside(cache.low_frequency_weight_update_timestep_range, t)
-        in_high = inside(cache.high_frequency_weight_update_timestep_range, t)
+        in_low = is_in_window(cache.low_frequency_weight_update_timestep_range, t)
+        in_high = is_in_window(cache.high_frequency_weight_update_timestep_range, t)
         low *= lows[e] if lows else cache.alpha_low_frequency if in_low else 1.0
         high *= highs[e] if highs else cache.alpha_high_frequency if in_high else 1.0
         parts.append((low, high))
     return parts
 
 
-def weights(cache: FasterCache, key: str, evaluations: int) -> tuple[float, ...]:
+def evaluation_weights(cache: FasterCache, key: str, evaluations: int) -> tuple[float, ...]:
     """The weight of each evaluation, () where the recipe gives none. Raises RecipeError for a list of another length."""
     given = getattr(cache, key)
     if given is None:

@@ -15,11 +15,11 @@ from pydantic import Field
 from ...runtime.errors import ExportError
 from ..sites.layout import Layout
 from ..sites.marks import Mark
-from .common.calibration import Calibration, Frozen, frozen
+from .common.calibration import Calibration, FrozenCache, freeze_decisions
 from .common.schedule import Decision, Schedule, Trajectory
 
 
-class FirstBlockCache(Frozen):
+class FirstBlockCache(FrozenCache):
     """All blocks but the first are skipped while the first one's residual stays close to what it was; `threshold` as in
     diffusers' `FirstBlockCacheConfig`, `quorum` and `calibration` as in every method that is frozen from calibration."""
 
@@ -28,7 +28,7 @@ class FirstBlockCache(Frozen):
 
 
 def marks(cache: FirstBlockCache, layout: Layout) -> tuple[Mark, ...]:
-    """What blocks 1 to the last add, in each branch. Raises ExportError where there are fewer than two blocks."""
+    """The sites of what blocks 1 to the last add, in each branch. Raises ExportError where there are fewer than two blocks."""
     count = len(layout.blocks(layout.branches[0]))
     if count < 2:
         raise ExportError(
@@ -48,5 +48,5 @@ def schedule(
 ) -> Schedule:
     """The calibrated runs' decisions by majority, branch by branch."""
     chosen = marks(cache, layout)
-    history = frozen(calibration, cache, layout.branches, trajectory.timesteps)
+    history = freeze_decisions(calibration, cache, layout.branches, trajectory.timesteps)
     return Schedule(chosen, tuple(decision(cache, layout, history[: e + 1]) for e in range(len(history))))

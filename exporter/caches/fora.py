@@ -17,11 +17,11 @@ from pydantic import Field
 from ...runtime.errors import ExportError
 from ..sites.layout import Layout, Place
 from ..sites.marks import Mark
-from ..tables import Table
+from ..tables import RecipeTable
 from .common.schedule import Decision, Schedule, Trajectory
 
 
-class Fora(Table):
+class Fora(RecipeTable):
     """Whole blocks are reused between steps; names, meaning and defaults of pruna's FORA.
 
     The first `start_step` evaluations compute, then one in `interval`. arXiv:2407.01425.
@@ -34,7 +34,7 @@ class Fora(Table):
 
 def schedule(cache: Fora, layout: Layout, trajectory: Trajectory, calibration: Any) -> Schedule:
     """One site for each branch: all its blocks, as the last one's output. Raises ExportError where there are none."""
-    marks = tuple(stack(layout, branch) for branch in layout.branches)
+    marks = tuple(mark_blocks(layout, branch) for branch in layout.branches)
 
     def decide(i: int) -> Decision:
         computes = i < cache.start_step or (i - cache.start_step) % cache.interval == 0
@@ -43,13 +43,13 @@ def schedule(cache: Fora, layout: Layout, trajectory: Trajectory, calibration: A
     return Schedule(marks, tuple(decide(i) for i in range(len(trajectory.timesteps))))
 
 
-def stack(layout: Layout, branch: str) -> Mark:
+def mark_blocks(layout: Layout, branch: str) -> Mark:
     """The site of what the last block of a branch returns; it stands for the work of all of them."""
-    chosen = blocks(layout, branch)
+    chosen = find_blocks(layout, branch)
     return Mark(f"{branch}/blocks" if branch else "blocks", tuple(p.path for p in chosen), chosen[-1].streams)
 
 
-def blocks(layout: Layout, branch: str) -> tuple[Place, ...]:
+def find_blocks(layout: Layout, branch: str) -> tuple[Place, ...]:
     """The transformer blocks of one branch, or a UNet's own."""
     layers = layout.of("layer", branch=branch)
     found = layout.blocks(branch) or tuple(

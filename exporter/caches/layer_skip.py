@@ -14,15 +14,15 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from ...runtime.errors import ExportError
-from ..sites.layout import Kind, Layout, Place
+from ..sites.layout import Layout, Place, PlaceKind
 from ..sites.marks import Mark
-from ..tables import Conflicts, Table
+from ..tables import ConflictError, RecipeTable
 from .common.schedule import Decision, Schedule, Trajectory
 
-Index = Annotated[int, Field(ge=0)]
+LayerIndex = Annotated[int, Field(ge=0)]
 
 
-class LayerSkip(Table):
+class LayerSkip(RecipeTable):
     """Layers that return their input; names and meaning of diffusers' `LayerSkipConfig`.
 
     `indices` are of the list of blocks called `fqn` ("auto": the model's only one). Attention and feed-forward together
@@ -33,7 +33,7 @@ class LayerSkip(Table):
     """
 
     method: Literal["layer_skip"] = "layer_skip"
-    indices: Annotated[tuple[Index, ...], Field(strict=False, min_length=1)]
+    indices: Annotated[tuple[LayerIndex, ...], Field(strict=False, min_length=1)]
     fqn: str = "auto"
     skip_attention: bool = True
     skip_attention_scores: bool = False
@@ -69,13 +69,13 @@ class LayerSkip(Table):
                 (("start", "stop"), f"key 'start': expected less than stop = {self.stop}, got {self.start}")
             )
         if problems:
-            raise Conflicts(*problems)
+            raise ConflictError(*problems)
         return self
 
 
 def schedule(cache: LayerSkip, layout: Layout, trajectory: Trajectory, calibration: Any) -> Schedule:
     """One site for each skipped module. Raises ExportError for a list, an index, a part or a branch that is not there."""
-    marks = tuple(m for branch in branches(cache, layout) for m in skipped(cache, layout, branch))
+    marks = tuple(m for branch in choose_branches(cache, layout) for m in mark_layers(cache, layout, branch))
     steps = trajectory.steps or tuple(range(len(trajectory.timesteps)))
     count = steps[-1] + 1
     skips = range(int(cache.start * count), int(cache.stop * count))
@@ -83,7 +83,7 @@ def schedule(cache: LayerSkip, layout: Layout, trajectory: Trajectory, calibrati
     return Schedule(marks, tuple(identity if step in skips else Decision() for step in steps))
 
 
-def branches(cache: LayerSkip, layout: Layout) -> tuple[str, ...]:
+def choose_branches(cache: LayerSkip, layout: Layout) -> tuple[str, ...]:
     if cache.branch == "both":
         return layout.branches
     if cache.branch not in layout.branches:
@@ -94,16 +94,16 @@ def branches(cache: LayerSkip, layout: Layout) -> tuple[str, ...]:
     return (cache.branch,)
 
 
-def skipped(cache: LayerSkip, layout: Layout, branch: str) -> list[Mark]:
+def mark_layers(cache: LayerSkip, layout: Layout, branch: str) -> list[Mark]:
     """The sites of one branch, block by block."""
-    stack = stack_of(cache, layout, branch)
+    stack = find_layers(cache, layout, branch)
     if missing := [i for i in cache.indices if i not in stack]:
         raise ExportError(f"cache.indices {missing} are not in the model; it has {layout.names(stack.values())}")
     blocks = [stack[i] for i in sorted(set(cache.indices))]
     if cache.skip_attention and cache.skip_ff:
         return [b.mark() for b in blocks]
     inside = [p for b in blocks for p in layout.places if p.branch == branch and p.name.startswith(f"{b.name}.")]
-    wanted: list[Kind] = []
+    wanted: list[PlaceKind] = []
     if cache.skip_attention or cache.skip_attention_scores:
         wanted.append("attention")
     if cache.skip_ff:
@@ -118,7 +118,7 @@ def skipped(cache: LayerSkip, layout: Layout, branch: str) -> list[Mark]:
     return [p.mark(part=part.get(p.kind, "output")) for p in inside if p.kind in wanted]
 
 
-def stack_of(cache: LayerSkip, layout: Layout, branch: str) -> dict[int, Place]:
+def find_layers(cache: LayerSkip, layout: Layout, branch: str) -> dict[int, Place]:
     """The list of blocks `cache.fqn` by index. Raises ExportError with the lists that exist, or where "auto" could be
     several: diffusers takes the first of a Python set there, which differs from process to process."""
     stacks: dict[str, dict[int, Place]] = {}

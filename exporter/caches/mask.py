@@ -16,13 +16,13 @@ from pydantic import BeforeValidator, model_validator
 from ...runtime.errors import ExportError, RecipeError
 from ..sites.layout import Layout
 from ..sites.marks import Mark
-from ..tables import Conflicts, Problem, Table
-from .common.predict import polynomial
+from ..tables import ConflictError, RecipeProblem, RecipeTable
+from .common.predict import lagrange_weights
 from .common.schedule import Decision, Schedule, Trajectory
-from .common.steps_mask import NAMES, steps_mask
+from .common.steps_mask import MASK_NAMES, steps_mask
 
 
-def _as_text(mask: Any) -> Any:
+def _mask_to_text(mask: Any) -> Any:
     """`[1, 1, 0]` and `[true, true, false]` as "110", also where `--set` hands them over as text; else the value itself."""
     if isinstance(mask, str) and mask.startswith("["):
         try:
@@ -36,10 +36,10 @@ def _as_text(mask: Any) -> Any:
     return "".join("01"[bit] for bit in mask)
 
 
-MaskText = Annotated[str, BeforeValidator(_as_text, json_schema_input_type=str | list[bool | Literal[0, 1]])]
+MaskText = Annotated[str, BeforeValidator(_mask_to_text, json_schema_input_type=str | list[bool | Literal[0, 1]])]
 
 
-class Mask(Table):
+class Mask(RecipeTable):
     """Which steps compute (1), and which predict (0) the residual that transformer blocks would add, or the output.
 
     `mask` is a prefix, an optional group in parentheses that repeats until the steps are filled, and an optional
@@ -58,12 +58,12 @@ class Mask(Table):
 
     @model_validator(mode="after")
     def _is_well_formed(self) -> Mask:
-        problems: list[Problem] = []
+        problems: list[RecipeProblem] = []
         if not self.named and not re.fullmatch(r"(?=.)[01]*(\([01]+\)[01]*)?", self.mask):
             problems.append(
                 (
                     ("mask",),
-                    f"key 'mask': expected 0s and 1s with at most one repeating group, such as '111(0001)', or one of {', '.join(NAMES)}, got {self.mask!r}",
+                    f"key 'mask': expected 0s and 1s with at most one repeating group, such as '111(0001)', or one of {', '.join(MASK_NAMES)}, got {self.mask!r}",
                 )
             )
         elif not self.named:
@@ -85,12 +85,12 @@ class Mask(Table):
                 )
             )
         if problems:
-            raise Conflicts(*problems)
+            raise ConflictError(*problems)
         return self
 
     @property
     def named(self) -> bool:
-        return self.mask in NAMES
+        return self.mask in MASK_NAMES
 
     def _parts(self) -> tuple[str, str, str]:
         """Prefix, group and suffix; a mask without a group is all prefix."""
@@ -112,12 +112,12 @@ class Mask(Table):
 
     def expand(self, steps: int) -> tuple[bool, ...]:
         """One bool per step, True = compute. Raises RecipeError where the mask does not fit that many steps."""
-        bits = steps_mask(self.mask, steps) if self.named else self._filled(steps)
+        bits = steps_mask(self.mask, steps) if self.named else self._fill_group(steps)
         if reason := self._starts_too_soon(bits):
             raise RecipeError(f"{reason} (at {steps} steps)")
         return tuple(bit == "1" for bit in bits)
 
-    def _filled(self, steps: int) -> str:
+    def _fill_group(self, steps: int) -> str:
         """The mask with its group repeated over the steps that prefix and suffix leave."""
         prefix, group, suffix = self._parts()
         fixed = len(prefix) + len(suffix)
@@ -135,7 +135,7 @@ class Mask(Table):
 
 def schedule(cache: Mask, layout: Layout, trajectory: Trajectory, calibration: Any) -> Schedule:
     """One site for each branch, the residual of `cache.blocks`, or one for the output; computed where the mask says 1."""
-    marks = sites(cache, layout)
+    marks = mark_sites(cache, layout)
     steps = trajectory.steps or tuple(range(len(trajectory.timesteps)))
     bits = cache.expand(steps[-1] + 1)
     computed: list[float] = []
@@ -145,19 +145,19 @@ def schedule(cache: Mask, layout: Layout, trajectory: Trajectory, calibration: A
             computed.insert(0, t)
             decisions.append(Decision())
         else:
-            weights = prediction(cache.order, t, computed)
+            weights = prediction_weights(cache.order, t, computed)
             decisions.append(Decision({m.name: "combine" for m in marks}, {m.name: weights for m in marks}))
     return Schedule(marks, tuple(decisions))
 
 
-def sites(cache: Mask, layout: Layout) -> tuple[Mark, ...]:
+def mark_sites(cache: Mask, layout: Layout) -> tuple[Mark, ...]:
     """The denoiser's output, or the blocks of each branch."""
     if cache.site == "output":
         return (layout.output(slots=cache.order + 1),)
-    return tuple(residual(cache, layout, branch) for branch in layout.branches)
+    return tuple(mark_residual(cache, layout, branch) for branch in layout.branches)
 
 
-def residual(cache: Mask, layout: Layout, branch: str) -> Mark:
+def mark_residual(cache: Mask, layout: Layout, branch: str) -> Mark:
     """The site of the slice `cache.blocks`, such as ":" or "1:-1". Raises ExportError when it is empty."""
     bounds = [int(bound) if bound else None for bound in cache.blocks.split(":")]
     count = len(layout.blocks(branch))
@@ -173,7 +173,7 @@ def residual(cache: Mask, layout: Layout, branch: str) -> Mark:
     return layout.residual(branch, chosen.start, chosen.stop, slots=cache.order + 1)
 
 
-def prediction(order: int, t: float, computed: list[float]) -> tuple[float, ...]:
+def prediction_weights(order: int, t: float, computed: list[float]) -> tuple[float, ...]:
     """Weights of the stored values at timestep `t`, newest first like the timesteps in `computed`."""
     nodes = computed[: order + 1]
     if len(set(nodes)) < len(nodes):
@@ -181,4 +181,4 @@ def prediction(order: int, t: float, computed: list[float]) -> tuple[float, ...]
             f"cache.order = {order} draws a curve through the last {order + 1} computed values, which here are at timesteps "
             f"{', '.join(f'{n:g}' for n in nodes)}: this scheduler evaluates one of them twice; take a lower order"
         )
-    return polynomial(t, nodes)
+    return lagrange_weights(t, nodes)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from ..tables import Table
+from ..tables import RecipeTable
 
 
-class NoCache(Table):
+class NoCache(RecipeTable):
     """Every step computes everything."""
 
     method: Literal["none"] = "none"

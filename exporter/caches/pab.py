@@ -14,18 +14,24 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from ..sites.layout import Layout
-from ..tables import Table
+from ..tables import RecipeTable
 from .common.schedule import Decision, Schedule, Trajectory
-from .common.windows import Group, Identifiers, Window, inside, taken
+from .common.windows import AttentionGroup, Identifiers, TimestepWindow, assign_groups, is_in_window
 
-SPATIAL = ("blocks", "transformer_blocks", "single_transformer_blocks", "layers", "visual_transformer_blocks")
-TEMPORAL = ("temporal_transformer_blocks",)
-CROSS = ("blocks", "transformer_blocks", "layers")
+SPATIAL_IDENTIFIERS = (
+    "blocks",
+    "transformer_blocks",
+    "single_transformer_blocks",
+    "layers",
+    "visual_transformer_blocks",
+)
+TEMPORAL_IDENTIFIERS = ("temporal_transformer_blocks",)
+CROSS_IDENTIFIERS = ("blocks", "transformer_blocks", "layers")
 
 SkipRange = Annotated[int, Field(ge=2)] | None
 
 
-class PyramidAttentionBroadcast(Table):
+class PyramidAttentionBroadcast(RecipeTable):
     """Attention outputs are reused between steps; names and meaning of diffusers' `PyramidAttentionBroadcastConfig`.
 
     Attention computes where `timestep` is outside the open interval `*_attention_timestep_skip_range` and, inside it, at
@@ -37,14 +43,14 @@ class PyramidAttentionBroadcast(Table):
     spatial_attention_block_skip_range: SkipRange = None
     temporal_attention_block_skip_range: SkipRange = None
     cross_attention_block_skip_range: SkipRange = None
-    spatial_attention_timestep_skip_range: Window = (100, 800)
-    temporal_attention_timestep_skip_range: Window = (100, 800)
-    cross_attention_timestep_skip_range: Window = (100, 800)
-    spatial_attention_block_identifiers: Identifiers = SPATIAL
-    temporal_attention_block_identifiers: Identifiers = TEMPORAL
-    cross_attention_block_identifiers: Identifiers = CROSS
+    spatial_attention_timestep_skip_range: TimestepWindow = (100, 800)
+    temporal_attention_timestep_skip_range: TimestepWindow = (100, 800)
+    cross_attention_timestep_skip_range: TimestepWindow = (100, 800)
+    spatial_attention_block_identifiers: Identifiers = SPATIAL_IDENTIFIERS
+    temporal_attention_block_identifiers: Identifiers = TEMPORAL_IDENTIFIERS
+    cross_attention_block_identifiers: Identifiers = CROSS_IDENTIFIERS
 
-    def groups(self) -> tuple[Group, ...]:
+    def groups(self) -> tuple[AttentionGroup, ...]:
         """Spatial, temporal and cross attention, as far as they have a range, in diffusers' order of precedence."""
         spatial, temporal, cross = (
             self.spatial_attention_block_skip_range,
@@ -56,25 +62,27 @@ class PyramidAttentionBroadcast(Table):
         chosen = []
         if spatial:
             window, names = self.spatial_attention_timestep_skip_range, self.spatial_attention_block_identifiers
-            chosen.append(Group("spatial_attention", "attention", spatial, window, names, SPATIAL))
+            chosen.append(AttentionGroup("spatial_attention", "attention", spatial, window, names, SPATIAL_IDENTIFIERS))
         if temporal:
             window, names = self.temporal_attention_timestep_skip_range, self.temporal_attention_block_identifiers
-            chosen.append(Group("temporal_attention", "attention", temporal, window, names, TEMPORAL))
+            chosen.append(
+                AttentionGroup("temporal_attention", "attention", temporal, window, names, TEMPORAL_IDENTIFIERS)
+            )
         if cross:
             window, names = self.cross_attention_timestep_skip_range, self.cross_attention_block_identifiers
-            chosen.append(Group("cross_attention", "cross_attention", cross, window, names, CROSS))
+            chosen.append(AttentionGroup("cross_attention", "cross_attention", cross, window, names, CROSS_IDENTIFIERS))
         return tuple(chosen)
 
 
 def schedule(cache: PyramidAttentionBroadcast, layout: Layout, trajectory: Trajectory, calibration: Any) -> Schedule:
     """One site for each attention that an identifier takes. Raises ExportError when a kind with a range has none."""
-    sites = [(group, place.mark()) for group, place in taken(cache.groups(), layout, layout.attentions)]
+    sites = [(group, place.mark()) for group, place in assign_groups(cache.groups(), layout, layout.attentions)]
 
     def decide(iteration: int, timestep: float) -> Decision:
-        return Decision.reuse(*(mark for group, mark in sites if reuses(group, iteration, timestep)))
+        return Decision.reuse(*(mark for group, mark in sites if is_reused(group, iteration, timestep)))
 
     return Schedule(tuple(mark for _, mark in sites), tuple(decide(i, t) for i, t in enumerate(trajectory.timesteps)))
 
 
-def reuses(group: Group, iteration: int, timestep: float) -> bool:
-    return iteration % group.every != 0 and inside(group.window, timestep)
+def is_reused(group: AttentionGroup, iteration: int, timestep: float) -> bool:
+    return iteration % group.every != 0 and is_in_window(group.window, timestep)

@@ -15,11 +15,11 @@ from pydantic import Field
 
 from ...runtime.errors import ExportError, RecipeError
 from ..sites.layout import Layout, Place
-from .common.calibration import COMMAND, Calibrated, Calibration, required
+from .common.calibration import CALIBRATE_COMMAND, CalibratedCache, Calibration, require_calibration
 from .common.schedule import Decision, Schedule, Trajectory
 
 
-class SmoothCache(Calibrated):
+class SmoothCache(CalibratedCache):
     """Outputs of attention and feed-forward are reused where the calibration's error is at most `calibration_threshold`.
 
     At most `calibration_lookahead` evaluations in a row reuse one output. `components_to_wrap` are the modules' own names
@@ -36,32 +36,32 @@ class SmoothCache(Calibrated):
     schedule_length: int | None = Field(default=None, ge=1)
 
 
-def leaf(place: Place) -> str:
+def leaf_name(place: Place) -> str:
     """The module's own name: the last part that is not an index."""
     return next((part for part in reversed(place.name.split(".")) if not part.isdigit()), place.name)
 
 
-def components(layout: Layout, *, per_block: bool = False) -> dict[str, tuple[Place, ...]]:
+def find_components(layout: Layout, *, per_block: bool = False) -> dict[str, tuple[Place, ...]]:
     """Name -> attentions and feed-forwards: `cond/attn1` for all of that name in the branch, or one for each module."""
     found: dict[str, tuple[Place, ...]] = {}
     for place in layout.of("attention", "cross_attention", "feed_forward"):
-        joint = f"{place.branch}/{leaf(place)}" if place.branch else leaf(place)
+        joint = f"{place.branch}/{leaf_name(place)}" if place.branch else leaf_name(place)
         name = place.site if per_block else joint
         found[name] = (*found.get(name, ()), place)
     return found
 
 
-def chosen(cache: SmoothCache, layout: Layout) -> dict[str, tuple[Place, ...]]:
+def choose_components(cache: SmoothCache, layout: Layout) -> dict[str, tuple[Place, ...]]:
     """The components that the recipe names. Raises ExportError for a name that no module has."""
-    names = list(dict.fromkeys(leaf(p) for group in components(layout).values() for p in group))
+    names = list(dict.fromkeys(leaf_name(p) for group in find_components(layout).values() for p in group))
     asked = names if cache.components_to_wrap is None else cache.components_to_wrap
     if missing := [name for name in asked if name not in names] or ([] if names else ["attn1"]):
         raise ExportError(
             f"cache.components_to_wrap: no attention or feed-forward of the model is called {', '.join(map(repr, missing))}; "
             f"it has {', '.join(names) or 'none'}"
         )
-    found = components(layout, per_block=cache.per_block)
-    return {name: places for name, places in found.items() if leaf(places[0]) in asked}
+    found = find_components(layout, per_block=cache.per_block)
+    return {name: places for name, places in found.items() if leaf_name(places[0]) in asked}
 
 
 def schedule(cache: SmoothCache, layout: Layout, trajectory: Trajectory, calibration: Calibration | None) -> Schedule:
@@ -71,9 +71,9 @@ def schedule(cache: SmoothCache, layout: Layout, trajectory: Trajectory, calibra
         raise RecipeError(
             f"cache.schedule_length = {cache.schedule_length}, and this plan has {count} evaluations; leave the key out"
         )
-    groups = chosen(cache, layout)
-    calibration = required(calibration, cache, trajectory.timesteps, "errors")
-    computes = {name: scan(cache, errors_of(cache, calibration.errors, name)) for name in groups}
+    groups = choose_components(cache, layout)
+    calibration = require_calibration(calibration, cache, trajectory.timesteps, "errors")
+    computes = {name: scan_errors(cache, find_errors(cache, calibration.errors, name)) for name in groups}
     marks = {name: tuple(p.mark() for p in places) for name, places in groups.items()}
     decisions = (
         Decision.reuse(*(m for name in groups if not computes[name][e] for m in marks[name])) for e in range(count)
@@ -81,7 +81,7 @@ def schedule(cache: SmoothCache, layout: Layout, trajectory: Trajectory, calibra
     return Schedule(tuple(m for group in marks.values() for m in group), tuple(decisions))
 
 
-def errors_of(
+def find_errors(
     cache: SmoothCache, errors: Mapping[str, Sequence[Sequence[float]]], name: str
 ) -> Sequence[Sequence[float]]:
     """The component's errors. Raises ExportError where there are none, or none as far apart as the lookahead asks."""
@@ -89,12 +89,12 @@ def errors_of(
     if reach < min(cache.calibration_lookahead, len(errors.get(name, ())) - 1) or name not in errors:
         raise ExportError(
             f"cache.calibration: its errors of {name!r} reach {reach} evaluations back, and calibration_lookahead is "
-            f"{cache.calibration_lookahead}; run `{COMMAND}` again with this recipe"
+            f"{cache.calibration_lookahead}; run `{CALIBRATE_COMMAND}` again with this recipe"
         )
     return errors[name]
 
 
-def scan(cache: SmoothCache, errors: Sequence[Sequence[float]]) -> tuple[bool, ...]:
+def scan_errors(cache: SmoothCache, errors: Sequence[Sequence[float]]) -> tuple[bool, ...]:
     """Whether each evaluation computes: from i on, the longest run of reuse that the threshold allows; first and last
     always compute."""
     count = len(errors)

@@ -20,22 +20,22 @@ from pydantic import Field, model_validator
 from ...runtime.errors import ExportError
 from ..sites.layout import Layout, Place
 from ..sites.marks import Action
-from ..tables import Conflicts, Regex, Table
+from ..tables import ConflictError, RecipeTable, Regex
 from .common.schedule import Decision, Schedule, Trajectory
 
-ATTENTIONS = (
+ATTENTION_PATTERNS = (
     "^blocks.*attn",
     "^transformer_blocks.*attn",
     "^single_transformer_blocks.*attn",
     "^temporal_transformer_blocks.*attn",
 )
-LITE_PREDICTED = ("^proj_out$",)
-LITE_ZERO = (r"^[^.]*block[^.]*\.[^.]+$",)
+LITE_PREDICT_PATTERNS = ("^proj_out$",)
+LITE_ZERO_PATTERNS = (r"^[^.]*block[^.]*\.[^.]+$",)
 
-Patterns = Annotated[tuple[Regex, ...], Field(strict=False)]
+ModulePatterns = Annotated[tuple[Regex, ...], Field(strict=False)]
 
 
-class TaylorSeer(Table):
+class TaylorSeer(RecipeTable):
     """Outputs are predicted by a Taylor series over steps; names and meaning of diffusers' `TaylorSeerCacheConfig`.
 
     Identifiers are regular expressions for *whole* module names. Without `cache_identifiers`, diffusers' four defaults
@@ -50,14 +50,14 @@ class TaylorSeer(Table):
     disable_cache_after_step: Annotated[int, Field(ge=0)] | None = None
     max_order: int = Field(default=1, ge=0)
     taylor_factors_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    skip_predict_identifiers: Patterns | None = None
-    cache_identifiers: Patterns | None = None
+    skip_predict_identifiers: ModulePatterns | None = None
+    cache_identifiers: ModulePatterns | None = None
     use_lite_mode: bool = False
 
     @model_validator(mode="after")
     def _computes_first(self) -> TaylorSeer:
         if not self.computes(0):
-            raise Conflicts(
+            raise ConflictError(
                 (
                     ("disable_cache_before_step",),
                     "disable_cache_before_step = 0 predicts the first step from nothing; set it to 1 or more",
@@ -73,13 +73,13 @@ class TaylorSeer(Table):
     def patterns(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """What is predicted, and what is zero."""
         if self.use_lite_mode:
-            return LITE_PREDICTED, LITE_ZERO
-        return self.cache_identifiers or ATTENTIONS, self.skip_predict_identifiers or ()
+            return LITE_PREDICT_PATTERNS, LITE_ZERO_PATTERNS
+        return self.cache_identifiers or ATTENTION_PATTERNS, self.skip_predict_identifiers or ()
 
 
 def schedule(cache: TaylorSeer, layout: Layout, trajectory: Trajectory, calibration: Any) -> Schedule:
     """One site for each module whose whole name an identifier matches. Raises ExportError for identifiers without a site."""
-    predicted, zero = modules(cache, layout)
+    predicted, zero = find_modules(cache, layout)
     chosen = predicted + zero
     slots = cache.max_order + 1
     marks = tuple(p.mark(slots=slots, dtype=cache.taylor_factors_dtype) if p in predicted else p.mark() for p in chosen)
@@ -90,16 +90,16 @@ def schedule(cache: TaylorSeer, layout: Layout, trajectory: Trajectory, calibrat
     last, decisions = 0, []
     for step in range(len(trajectory.timesteps)):
         if cache.computes(step):
-            factors = advanced(factors, step - last, cache.max_order)
+            factors = advance_factors(factors, step - last, cache.max_order)
             last = step
             decisions.append(Decision())
         else:
-            weights = prediction(factors, step - last, slots)
+            weights = prediction_weights(factors, step - last, slots)
             decisions.append(Decision(actions, {m.name: weights for m in marks if actions[m.name] == "combine"}))
     return Schedule(marks, tuple(decisions))
 
 
-def advanced(factors: Sequence[Sequence[float]], gap: int, max_order: int) -> list[list[float]]:
+def advance_factors(factors: Sequence[Sequence[float]], gap: int, max_order: int) -> list[list[float]]:
     """f_0, f_1, ... after one more computed output, `gap` steps after the one before; each as its coefficients of the
     computed outputs, newest first."""
     new = [[1.0]]
@@ -109,7 +109,7 @@ def advanced(factors: Sequence[Sequence[float]], gap: int, max_order: int) -> li
     return new
 
 
-def prediction(factors: Sequence[Sequence[float]], distance: int, slots: int) -> tuple[float, ...]:
+def prediction_weights(factors: Sequence[Sequence[float]], distance: int, slots: int) -> tuple[float, ...]:
     """Coefficients of the stored outputs, newest first, `distance` steps after the newest."""
     weights = [0.0] * slots
     for order, factor in enumerate(factors):
@@ -118,13 +118,13 @@ def prediction(factors: Sequence[Sequence[float]], distance: int, slots: int) ->
     return tuple(weights)
 
 
-def modules(cache: TaylorSeer, layout: Layout) -> tuple[list[Place], list[Place]]:
+def find_modules(cache: TaylorSeer, layout: Layout) -> tuple[list[Place], list[Place]]:
     """The places that are predicted, and those that are zero. A module that both name is zero, as in diffusers."""
     cached, skipped = cache.patterns()
     every = layout.places + layout.others
-    zero = matching(skipped, every)
-    predicted = [p for p in matching(cached, every) if p not in zero]
-    check(cache, layout, predicted)
+    zero = match_places(skipped, every)
+    predicted = [p for p in match_places(cached, every) if p not in zero]
+    check_patterns(cache, layout, predicted)
     chosen = predicted + zero
     for inner in chosen:
         outer = next((p for p in chosen if p.branch == inner.branch and inner.name.startswith(f"{p.name}.")), None)
@@ -136,20 +136,20 @@ def modules(cache: TaylorSeer, layout: Layout) -> tuple[list[Place], list[Place]
     return predicted, zero
 
 
-def matching(patterns: Sequence[str], places: Sequence[Place]) -> list[Place]:
+def match_places(patterns: Sequence[str], places: Sequence[Place]) -> list[Place]:
     return [p for p in places if any(re.fullmatch(pattern, p.name) for pattern in patterns)]
 
 
-def check(cache: TaylorSeer, layout: Layout, predicted: Sequence[Place]) -> None:
+def check_patterns(cache: TaylorSeer, layout: Layout, predicted: Sequence[Place]) -> None:
     """ExportError where patterns match no whole name: the defaults together, those of a recipe or of lite mode each."""
     cached, skipped = cache.patterns()
-    if not predicted and cached == ATTENTIONS:
+    if not predicted and cached == ATTENTION_PATTERNS:
         raise ExportError(
             f"the default cache.cache_identifiers {list(cached)} match no whole module name; the model's attentions are "
             f"{layout.names(layout.attentions)}: name them, such as cache_identifiers = ['.*attn1']"
         )
-    keys = [("cache_identifiers", p) for p in cached if cached != ATTENTIONS]
+    keys = [("cache_identifiers", p) for p in cached if cached != ATTENTION_PATTERNS]
     for key, pattern in [*keys, *(("skip_predict_identifiers", p) for p in skipped)]:
-        if not matching([pattern], layout.places + layout.others):
+        if not match_places([pattern], layout.places + layout.others):
             asked = f"cache.use_lite_mode: {pattern!r}" if cache.use_lite_mode else f"cache.{key} {pattern!r}"
             raise ExportError(f"{asked} matches no whole module name; the model has {layout.names(layout.places)}")

@@ -5,7 +5,7 @@ the blocks run when the sum reaches `rel_l1_thresh`, which sets it back to 0. A 
 the stack last added. Per branch (ali-vilab/TeaCache, `TeaCache4FLUX/teacache_flux.py` and its siblings).
 
 A modulated input is data: its decisions are calibrated and frozen. The timestep's embedding is not: what TeaCache decides
-from it follows from the weights and the timesteps alone, is computed at export, and needs no calibration (`Exact`).
+from it follows from the weights and the timesteps alone, is computed at export, and needs no calibration (`ExactDecisions`).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from pydantic import Field, model_validator
 from ...runtime.errors import ExportError
 from ..sites.layout import Layout
 from ..sites.marks import Mark
-from ..tables import Conflicts
-from .common.calibration import Frozen, frozen
+from ..tables import ConflictError
+from .common.calibration import FrozenCache, freeze_decisions
 from .common.schedule import Decision, Schedule, Trajectory
 
 POLYNOMIALS: Mapping[str, tuple[float, ...]] = {
@@ -47,7 +47,7 @@ POLYNOMIALS: Mapping[str, tuple[float, ...]] = {
 """Highest power first, as the authors fitted them. Those of Wan named `-ret` are for the output of its time projection."""
 
 
-class TeaCache(Frozen):
+class TeaCache(FrozenCache):
     """The block stack runs when the polynomial of the signal's change, summed up, reaches `rel_l1_thresh`. arXiv:2411.19108.
 
     `signal` "modulated" is the first block's modulated input, "time_embedding" the embedding of the timestep alone.
@@ -68,7 +68,7 @@ class TeaCache(Frozen):
     @model_validator(mode="after")
     def _name_exists(self) -> TeaCache:
         if isinstance(self.coefficients, str) and self.coefficients not in POLYNOMIALS:
-            raise Conflicts(
+            raise ConflictError(
                 (
                     ("coefficients",),
                     f"key 'coefficients': no polynomial is called {self.coefficients!r}; give numbers, or one of "
@@ -88,7 +88,7 @@ class TeaCache(Frozen):
 
 
 @dataclass(frozen=True)
-class Exact:
+class ExactDecisions:
     """Decisions that no data can change, by the timesteps of the trajectory that they are for."""
 
     computed: Mapping[tuple[float, ...], tuple[bool, ...]]
@@ -110,19 +110,21 @@ def decision(cache: TeaCache, layout: Layout, history: Sequence[Mapping[str, boo
 
 
 def schedule(cache: TeaCache, layout: Layout, trajectory: Trajectory, calibration: Any) -> Schedule:
-    """What was decided exactly, or by at least `cache.quorum` of the calibration's runs.
+    """The decisions made exactly, or by at least `cache.quorum` of the calibration's runs.
 
     Raises ExportError where neither is there for these timesteps.
     """
-    history = decided(cache, layout, trajectory, calibration)
+    history = decision_history(cache, layout, trajectory, calibration)
     decisions = tuple(decision(cache, layout, history[: e + 1]) for e in range(len(history)))
     return Schedule(marks(cache, layout), decisions)
 
 
-def decided(cache: TeaCache, layout: Layout, trajectory: Trajectory, calibration: Any) -> tuple[dict[str, bool], ...]:
-    """Evaluation by evaluation, which branches compute."""
-    if not isinstance(calibration, Exact):
-        return frozen(calibration, cache, layout.branches, trajectory.timesteps)
+def decision_history(
+    cache: TeaCache, layout: Layout, trajectory: Trajectory, calibration: Any
+) -> tuple[dict[str, bool], ...]:
+    """The branches that compute, evaluation by evaluation."""
+    if not isinstance(calibration, ExactDecisions):
+        return freeze_decisions(calibration, cache, layout.branches, trajectory.timesteps)
     if trajectory.timesteps not in calibration.computed:
         raise ExportError(
             f"cache.signal 'time_embedding': decided from the model's weights at export, for other timesteps than these "

@@ -10,38 +10,38 @@ from torch import Tensor
 
 from ...runtime.manifest import Cost, Graph, Site
 from ...runtime.plan import Plan
-from ...runtime.replay import Variant as RuntimeVariant
-from ...runtime.replay import replay, tables_on
-from ..capture.capture import specs
-from ..plan import Planned
+from ...runtime.replay import DenoiserVariant as RuntimeVariant
+from ...runtime.replay import replay, tabulate_plan
+from ..capture.capture import tensor_specs
+from ..plan import PlanSet
 from ..sites.actions import VariantModule
 from ..sites.component import Component
 from ..sites.marks import Variant
 
-UNCOUNTED = Cost(flops=0, ops=0, constants=0, constants_bytes=0)
+ZERO_COST = Cost(flops=0, ops=0, constants=0, constants_bytes=0)
 
 
-def sites_of(planned: Planned) -> dict[str, Site]:
+def describe_sites(planned: PlanSet) -> dict[str, Site]:
     """The sites as `replay` takes them: those of which something is stored."""
     return {m.name: Site(name=m.name, slots=m.slots, tensors=m.tensors) for m in planned.marks if m.tensors}
 
 
-def eager_variants(denoiser: Component, planned: Planned) -> dict[str, RuntimeVariant]:
+def eager_variants(denoiser: Component, planned: PlanSet) -> dict[str, RuntimeVariant]:
     """Variant name -> something `replay` can call, as the artifact's variants are."""
     return {v.name: eager_variant(denoiser, planned, v) for v in planned.variants}
 
 
-def eager_variant(denoiser: Component, planned: Planned, variant: Variant) -> RuntimeVariant:
+def eager_variant(denoiser: Component, planned: PlanSet, variant: Variant) -> RuntimeVariant:
     module = VariantModule(denoiser.module, planned.marks, variant, denoiser.inputs)
     graph = Graph(
         name=variant.name,
         package="eager",
-        inputs=specs(denoiser.inputs, denoiser.args),
+        inputs=tensor_specs(denoiser.inputs, denoiser.args),
         outputs=(),
-        stores=tuple(m.name for m in variant.storing(planned.marks)),
-        combines=variant.combining(planned.marks),
+        stores=tuple(m.name for m in variant.stored_marks(planned.marks)),
+        combines=variant.combined_sites(planned.marks),
         constants={},
-        cost=UNCOUNTED,
+        cost=ZERO_COST,
     )
 
     def call(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -53,7 +53,7 @@ def eager_variant(denoiser: Component, planned: Planned, variant: Variant) -> Ru
 
 def eager_replay(
     denoiser: Component,
-    planned: Planned,
+    planned: PlanSet,
     plan: Plan,
     inputs: Mapping[str, Tensor],
     latents: Tensor,
@@ -63,9 +63,9 @@ def eager_replay(
 ) -> Tensor:
     """The final latents of `plan`; `kwargs` are `replay`'s own."""
     return replay(
-        tables_on(plan, latents.device, timestep_scale),
+        tabulate_plan(plan, latents.device, timestep_scale),
         eager_variants(denoiser, planned),
-        sites_of(planned),
+        describe_sites(planned),
         inputs,
         latents,
         **kwargs,

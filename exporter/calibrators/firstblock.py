@@ -8,29 +8,30 @@ from torch import Tensor
 
 from ...runtime.errors import ExportError
 from ..caches.firstblock import FirstBlockCache
-from ..plan.sampler import Table
+from ..plan.sampler import SchedulerTable
 from ..sites.layout import Layout
 from ..sites.marks import Mark
 
-IMAGE = "hidden_states"
+IMAGE_STREAM = "hidden_states"
 """The stream that is compared."""
 
 
 def probes(cache: FirstBlockCache, layout: Layout) -> tuple[Mark, ...]:
-    """What the first block adds to the hidden states, in each branch."""
+    """The sites of what the first block adds to the hidden states, in each branch."""
     return tuple(layout.residual(branch, 0, 1) for branch in layout.branches)
 
 
-class Online:
+class OnlineRule:
     """A branch computes where its first block's residual moved by more than `threshold` since it last computed, as a share
     of that earlier residual's size (means of absolute values); and at its first evaluation."""
 
     rounds = 1
 
-    def __init__(self, cache: FirstBlockCache, layout: Layout, table: Table) -> None:
+    def __init__(self, cache: FirstBlockCache, layout: Layout, table: SchedulerTable) -> None:
         self.threshold = cache.threshold
         self.signals = {
-            b: hidden(mark, cache.method) for b, mark in zip(layout.branches, probes(cache, layout), strict=True)
+            b: find_hidden_tensor(mark, cache.method)
+            for b, mark in zip(layout.branches, probes(cache, layout), strict=True)
         }
         self.computed: dict[str, Tensor] = {}
 
@@ -48,14 +49,14 @@ class Online:
         return moved
 
 
-def hidden(mark: Mark, method: str) -> str:
+def find_hidden_tensor(mark: Mark, method: str) -> str:
     """The tensor of a residual that belongs to the hidden states (FLUX's blocks return the text's states first).
 
     Raises ExportError where the blocks continue no stream of that name.
     """
-    if IMAGE not in mark.streams:
+    if IMAGE_STREAM not in mark.streams:
         raise ExportError(
-            f"cache.method {method!r} looks at what blocks add to their input {IMAGE!r}, and what {mark.modules[-1]} returns "
+            f"cache.method {method!r} looks at what blocks add to their input {IMAGE_STREAM!r}, and what {mark.modules[-1]} returns "
             f"continues {', '.join(filter(None, mark.streams)) or 'no input'}; take method 'mask'"
         )
-    return mark.tensor(mark.streams.index(IMAGE))
+    return mark.tensor(mark.streams.index(IMAGE_STREAM))

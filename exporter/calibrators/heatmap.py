@@ -11,10 +11,10 @@ from matplotlib.ticker import MaxNLocator
 
 from ..caches.common.calibration import Calibration
 
-MOST_LABELS = 64  # sites that are named; of more, every n-th
+MAX_LABELS = 64  # sites that are named; of more, every n-th
 
 
-def draw(calibration: Calibration, path: Path) -> bool:
+def draw_heatmap(calibration: Calibration, path: Path) -> bool:
     """Writes a PNG of `changes`, colours on a logarithmic scale; evaluation 0 changes from nothing and is left out.
 
     The file comes in one move. Of a single evaluation there is nothing to draw: no file, none from before, and False.
@@ -25,12 +25,12 @@ def draw(calibration: Calibration, path: Path) -> bool:
     sites = list(calibration.changes)
     rows = [[math.nan if v is None else v for v in calibration.changes[site]][1:] for site in sites]
     figure = Figure(
-        figsize=(3.5 + 0.22 * len(calibration.timesteps), 1.6 + 0.17 * min(len(sites), MOST_LABELS)), dpi=120
+        figsize=(3.5 + 0.22 * len(calibration.timesteps), 1.6 + 0.17 * min(len(sites), MAX_LABELS)), dpi=120
     )
     axes = figure.add_subplot()
     span = (0.5, len(calibration.timesteps) - 0.5, len(sites) - 0.5, -0.5)  # a column is centred on its evaluation
-    image = axes.imshow(rows, aspect="auto", interpolation="nearest", extent=span, norm=scale(rows), cmap="viridis")
-    every = math.ceil(len(sites) / MOST_LABELS)
+    image = axes.imshow(rows, aspect="auto", interpolation="nearest", extent=span, norm=log_norm(rows), cmap="viridis")
+    every = math.ceil(len(sites) / MAX_LABELS)
     axes.set_yticks(range(0, len(sites), every), sites[::every], fontsize=7)
     axes.set_xlabel("evaluation")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -49,7 +49,7 @@ def draw(calibration: Calibration, path: Path) -> bool:
     return True
 
 
-def scale(rows: list[list[float]]) -> LogNorm:
+def log_norm(rows: list[list[float]]) -> LogNorm:
     """Logarithmic between the smallest and the largest change there is."""
     positive = [v for row in rows for v in row if v > 0] or [1.0]
     low, high = min(positive), max(positive)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def ratio(previous: Tensor, current: Tensor) -> float:
+def magnitude_ratio(previous: Tensor, current: Tensor) -> float:
     """The mean over tokens of |current| / |previous|, residuals [..., N, D] of two evaluations in a row, in float32.
 
     What diffusers' `MagCacheConfig(calibrate=True)` prints (hooks/mag_cache.py, 0.42.1); the first evaluation, which has

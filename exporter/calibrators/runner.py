@@ -19,31 +19,31 @@ from torch import Tensor
 from ...runtime.errors import RecipeError
 from .. import shapes
 from ..caches.auto import Auto, skip_marks
-from ..caches.common.calibration import Calibration, Decisions, Fitted, Frozen, parameters
+from ..caches.common.calibration import Calibration, DecisionShares, FittedPlan, FrozenCache, decision_parameters
 from ..caches.smoothcache import SmoothCache
-from ..families.registry import family_of
+from ..families.registry import find_family
 from ..load import source
-from ..plan.sampler import Table
+from ..plan.sampler import SchedulerTable
 from ..progress import Progress
 from ..recipe.resolve import Recipe
 from ..recipe.schema import GUIDANCE, Guidance
-from ..settle import sampler_table, settle, with_scheduler
-from ..sites.discover import discover
+from ..settle import sampler_table, set_scheduler, settle
+from ..sites.discover import discover_layout
 from ..sites.layout import Layout
-from .dynamic import Replayed, dynamic_replay
-from .observe import Observed, joined, mean_rows, observe
-from .search import search
-from .subject import Run, Subject
+from .dynamic_replay import DynamicTrace, dynamic_replay
+from .observe import SiteFigures, average_components, mean_rows, observe_trajectory
+from .search import search_plans
+from .subject import CalibrationRun, CalibrationSubject
 
-LOOKAHEAD = 3  # evaluations that SmoothCache's errors reach back at least
+MIN_LOOKAHEAD = 3  # evaluations that SmoothCache's errors reach back at least
 
 
-def prompts_of(model: str, given: Sequence[str] | None) -> tuple[str, ...]:
+def choose_prompts(model: str, given: Sequence[str] | None) -> tuple[str, ...]:
     """The given prompts, or the set that an embedded model brings. Raises RecipeError where there is neither."""
     if given:
         return tuple(given)
-    if model in source.EMBEDDED:
-        return tuple(shapes.prompts("underspecified"))
+    if model in source.EMBEDDED_MODELS:
+        return tuple(shapes.read_prompt_set("underspecified"))
     raise RecipeError(f"model {model!r} brings no prompts; give some with --prompts FILE, one a line")
 
 
@@ -56,32 +56,34 @@ def calibrate(
     steps: int | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Calibration:
-    """What `seeds` runs of every prompt showed, at `steps` steps or the recipe's first number of them.
+    """The calibration from `seeds` runs of every prompt, at `steps` steps or the recipe's first number of them.
 
     Raises ExportError, before the first run, where the recipe's cache names what the model does not have.
     """
     with progress.stage("load"):
-        progress.doing(recipe.model.id)
-        loaded = source.load(recipe.model.id, recipe.model.revision, {"default": dtype}, recipe.model.config)
-        family = family_of(loaded.pipe)
+        progress.announce(recipe.model.id)
+        loaded = source.load_model(recipe.model.id, recipe.model.revision, {"default": dtype}, recipe.model.config)
+        family = find_family(loaded.pipe)
         defaults, size, usual = settle(recipe, family, loaded)
-        pipe = with_scheduler(loaded.pipe, recipe.sampler.scheduler)
+        pipe = set_scheduler(loaded.pipe, recipe.sampler.scheduler)
         table = sampler_table(family, pipe, size, steps or usual[0], progress)
         denoiser = family.denoiser(pipe, size, recipe.guidance)
         scale = family.facts(pipe, size)["timestep_scale"]
-        subject = Subject(denoiser, discover(denoiser), table, scale)
-        check(subject, recipe.cache)
+        subject = CalibrationSubject(denoiser, discover_layout(denoiser), table, scale)
+        check_cache(subject, recipe.cache)
     with progress.stage("runs", len(prompts) * seeds):
-        runs = list(drawn(family, pipe, size, table, prompts, seeds, defaults.guidance_scale, guidance=recipe.guidance))
-        halves = parted(runs, seeds, recipe.cache) if isinstance(recipe.cache, Auto) else None
-        observed, decided = watch(subject, recipe.cache, iter(runs), progress)
-    plans: tuple[Fitted, ...] = ()
+        runs = list(
+            draw_runs(family, pipe, size, table, prompts, seeds, defaults.guidance_scale, guidance=recipe.guidance)
+        )
+        halves = split_runs(runs, seeds, recipe.cache) if isinstance(recipe.cache, Auto) else None
+        observed, decided = observe_runs(subject, recipe.cache, iter(runs), progress)
+    plans: tuple[FittedPlan, ...] = ()
     if isinstance(recipe.cache, Auto) and halves:
 
-        def plain(n: int) -> Table:
+        def plain(n: int) -> SchedulerTable:
             return sampler_table(family, pipe, size, n, progress)
 
-        plans = search(subject, recipe.cache, *halves, decoder(family, pipe, size), plain, progress)
+        plans = search_plans(subject, recipe.cache, *halves, build_decoder(family, pipe, size), plain, progress)
     return Calibration(
         model=loaded.source.model,
         sha256=loaded.source.sha256,
@@ -94,24 +96,26 @@ def calibrate(
         prompts=len(prompts),
         prompts_sha256=hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
         seeds=seeds,
-        decisions={recipe.cache.method: shares(recipe.cache, decided)} if decided else {},
+        decisions={recipe.cache.method: count_decisions(recipe.cache, decided)} if decided else {},
         auto=plans,
-        **means(subject.layout, observed),
+        **average_figures(subject.layout, observed),
     )
 
 
-def check(subject: Subject, cache: Any) -> None:
+def check_cache(subject: CalibrationSubject, cache: Any) -> None:
     """Raises ExportError where the cache asks for sites that the model lacks."""
     if isinstance(cache, Auto):
         for candidate in cache.candidates:
             skip_marks(candidate, subject.layout, cache.slots)
-    elif decides := deciding(cache):
+    elif decides := find_rule_modules(cache):
         policy, rule = decides
         policy.marks(cache, subject.layout)
-        rule.Online(cache, subject.layout, subject.table)
+        rule.OnlineRule(cache, subject.layout, subject.table)
 
 
-def parted(runs: Sequence[Run], seeds: int, cache: Auto) -> tuple[Sequence[Run], Sequence[Run]]:
+def split_runs(
+    runs: Sequence[CalibrationRun], seeds: int, cache: Auto
+) -> tuple[Sequence[CalibrationRun], Sequence[CalibrationRun]]:
     """The runs to fit plans on, of every third prompt, and those of the other prompts to judge them by.
 
     Raises RecipeError where there are no others.
@@ -126,23 +130,23 @@ def parted(runs: Sequence[Run], seeds: int, cache: Auto) -> tuple[Sequence[Run],
     return fit[: cache.fit_runs], judge[: cache.judge_runs]
 
 
-def decoder(family: Any, pipe: Any, size: Any) -> Callable[[Tensor], Tensor]:
+def build_decoder(family: Any, pipe: Any, size: Any) -> Callable[[Tensor], Tensor]:
     """Latents [P, ...] to pictures [P, 3, H, W] in 0..1, or videos [P, T, 3, H, W], one after the other."""
     module = family.others(pipe, size, channels_last=False)[-1].module
     return lambda latents: torch.cat([module(one)[0] for one in latents.split(1)])
 
 
-def drawn(
+def draw_runs(
     family: Any,
     pipe: Any,
     size: Any,
-    table: Table,
+    table: SchedulerTable,
     prompts: Sequence[str],
     seeds: int,
     guidance_scale: float,
     first_seed: int = 0,
     guidance: Guidance = GUIDANCE,
-) -> Iterator[Run]:
+) -> Iterator[CalibrationRun]:
     """Every prompt with each of its seeds: the noise that diffusers draws from them, latents first."""
     for i, prompt in enumerate(prompts):
         with torch.no_grad():
@@ -155,20 +159,20 @@ def drawn(
                 [torch.randn(latents.shape, generator=generator) for _ in range(u.unused_draws + 1)] for u in updates
             ]
             noise = tuple(drawn[-1] for drawn in draws)
-            yield Run(f"{prompt!r}, seed {seed}", inputs, latents, noise)
+            yield CalibrationRun(f"{prompt!r}, seed {seed}", inputs, latents, noise)
 
 
-def watch(
-    subject: Subject, cache: Any, runs: Iterator[Run], progress: Progress
-) -> tuple[list[Observed], list[list[dict[str, bool]]]]:
+def observe_runs(
+    subject: CalibrationSubject, cache: Any, runs: Iterator[CalibrationRun], progress: Progress
+) -> tuple[list[SiteFigures], list[list[dict[str, bool]]]]:
     """Each run's figures, and what the recipe's method decides in it if it decides as it goes."""
-    lookahead = max(LOOKAHEAD, cache.calibration_lookahead if isinstance(cache, SmoothCache) else 0)
-    decides = online(cache)
+    lookahead = max(MIN_LOOKAHEAD, cache.calibration_lookahead if isinstance(cache, SmoothCache) else 0)
+    decides = build_rule_replay(cache)
     observed, decided = [], []
     for run in runs:
-        progress.doing(run.label)
+        progress.announce(run.label)
         observed.append(
-            observe(
+            observe_trajectory(
                 subject.denoiser,
                 subject.layout,
                 subject.table,
@@ -184,28 +188,28 @@ def watch(
     return observed, decided
 
 
-def deciding(cache: Any) -> tuple[Any, Any] | None:
+def find_rule_modules(cache: Any) -> tuple[Any, Any] | None:
     """The policy of a data-dependent method and its own rule, two modules, or None for one that does not look at data."""
-    if not isinstance(cache, Frozen) or getattr(cache, "exact", False):
+    if not isinstance(cache, FrozenCache) or getattr(cache, "exact", False):
         return None
     method: str = cache.model_dump()["method"]
     return importlib.import_module(f"...caches.{method}", __name__), importlib.import_module(f"..{method}", __name__)
 
 
-def online(cache: Any) -> Callable[[Subject, Run], Replayed] | None:
+def build_rule_replay(cache: Any) -> Callable[[CalibrationSubject, CalibrationRun], DynamicTrace] | None:
     """The replay of a data-dependent method by its own rule, or None for a method that does not look at the data."""
-    decides = deciding(cache)
+    decides = find_rule_modules(cache)
     if decides is None:
         return None
     policy, rule = decides
 
-    def replayed(subject: Subject, run: Run) -> Replayed:
+    def replayed(subject: CalibrationSubject, run: CalibrationRun) -> DynamicTrace:
         layout = subject.layout
         return dynamic_replay(
             subject.denoiser,
             policy.marks(cache, layout),
             rule.probes(cache, layout),
-            rule.Online(cache, layout, subject.table),
+            rule.OnlineRule(cache, layout, subject.table),
             lambda history: policy.decision(cache, layout, history),
             subject.table,
             run.inputs,
@@ -217,27 +221,29 @@ def online(cache: Any) -> Callable[[Subject, Run], Replayed] | None:
     return replayed
 
 
-def shares(cache: Any, runs: Sequence[Sequence[Mapping[str, bool]]]) -> Decisions:
+def count_decisions(cache: Any, runs: Sequence[Sequence[Mapping[str, bool]]]) -> DecisionShares:
     """The share of runs that computed, for each key and evaluation."""
     computed = {
         key: tuple(fmean(decisions[e][key] for decisions in runs) for e in range(len(runs[0]))) for key in runs[0][0]
     }
-    return Decisions(parameters=parameters(cache), computed=computed)
+    return DecisionShares(parameters=decision_parameters(cache), computed=computed)
 
 
-def means(layout: Layout, observed: Sequence[Observed]) -> dict[str, Any]:
+def average_figures(layout: Layout, observed: Sequence[SiteFigures]) -> dict[str, Any]:
     """`changes`, `magnitudes` and `errors` of a `Calibration`: means over the runs."""
     first = observed[0]
-    changes = {site: tuple(map(mean, zip(*(o.changes[site] for o in observed), strict=True))) for site in first.changes}
+    changes = {
+        site: tuple(map(mean_or_none, zip(*(o.changes[site] for o in observed), strict=True))) for site in first.changes
+    }
     magnitudes = {
         branch: tuple(map(fmean, zip(*(o.magnitudes[branch] for o in observed), strict=True)))
         for branch in first.magnitudes
     }
-    errors = joined(layout, {site: mean_rows([o.errors[site] for o in observed]) for site in first.errors})
+    errors = average_components(layout, {site: mean_rows([o.errors[site] for o in observed]) for site in first.errors})
     return {"changes": changes, "magnitudes": magnitudes, "errors": {k: tuple(rows) for k, rows in errors.items()}}
 
 
-def mean(values: Sequence[float | None]) -> float | None:
+def mean_or_none(values: Sequence[float | None]) -> float | None:
     """The mean, None where the first evaluation has nothing before it."""
     known = [v for v in values if v is not None]
     return fmean(known) if known else None

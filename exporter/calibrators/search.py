@@ -1,6 +1,6 @@
 """Search: the plans that come nearest to the final picture, one for each cost, with the weights of what they predict.
 
-In: a denoiser, some trajectories to fit on and others to judge by. Out: `Fitted` plans, cheapest first, each better than
+In: a denoiser, some trajectories to fit on and others to judge by. Out: `FittedPlan` plans, cheapest first, each better than
 all cheaper ones on prompts that it was not fitted on.
 
 All candidate plans walk together, evaluation by evaluation: a beam for each cost so far and each time since the last
@@ -26,12 +26,12 @@ from torch import Tensor
 
 from ...runtime.errors import ExportError
 from ...runtime.plan import Update
-from ...runtime.replay import Tensors, Variant, scaled, updated
+from ...runtime.replay import DenoiserVariant, Tensors, apply_update, scale_tensor
 from ..caches.auto import Auto, skip_actions, skip_marks
-from ..caches.common.calibration import Fitted
+from ..caches.common.calibration import FittedPlan
 from ..cost.count import module_flops
-from ..plan import Planned
-from ..plan.sampler import Table
+from ..plan import PlanSet
+from ..plan.sampler import SchedulerTable
 from ..progress import Progress
 from ..sites.component import Component
 from ..sites.layout import Layout
@@ -40,13 +40,15 @@ from ..sites.marks import Variant as Actions
 from .eager_replay import eager_variants
 
 if TYPE_CHECKING:
-    from .subject import Run, Subject
+    from .subject import CalibrationRun, CalibrationSubject
 
 RIDGE = 0.01  # stored values are trusted to 1 %, so that weights stay small: int8's and bfloat16's rounding pass through them
-STALE = 4
-OUTPUT = "output"  # the skip, and its site
-Weights = Mapping[str, tuple[float, ...]]
-Step = tuple[str, Weights]  # what an evaluation skips ("" where it computes), and the weights of what it predicts
+MAX_AGE = 4
+OUTPUT_SITE = "output"  # the skip, and its site
+SiteWeights = Mapping[str, tuple[float, ...]]
+PathStep = tuple[
+    str, SiteWeights
+]  # what an evaluation skips ("" where it computes), and the weights of what it predicts
 
 
 @dataclass(frozen=True)
@@ -61,19 +63,19 @@ class Examples:
 
 
 @dataclass(frozen=True)
-class State:
+class BeamState:
     """A candidate on its way: its latents and stored values after `len(path)` evaluations, and what they cost so far."""
 
     latents: Tensor
     starts: tuple[Tensor, ...]  # newest first, as an Update reads them
     outputs: tuple[Tensor, ...]
     stored: Mapping[str, tuple[Tensor, ...]]  # tensor of a site -> values, newest first
-    path: tuple[Step, ...] = ()
+    path: tuple[PathStep, ...] = ()
     cost: float = 0.0
 
 
 @dataclass(frozen=True)
-class Skip:
+class SkipCandidate:
     """A candidate: the sites that it predicts, and what it still costs, as a share of computing."""
 
     name: str
@@ -81,25 +83,27 @@ class Skip:
     share: float
 
 
-class Walk:
+class SearchWalk:
     """The denoiser as the search drives it: a variant for computing and one for each skip, and the sampler's updates."""
 
-    def __init__(self, denoiser: Component, layout: Layout, table: Table, cache: Auto, timestep_scale: float) -> None:
+    def __init__(
+        self, denoiser: Component, layout: Layout, table: SchedulerTable, cache: Auto, timestep_scale: float
+    ) -> None:
         self.table, self.slots, self.timestep_scale = table, cache.slots, timestep_scale
-        self.skips = skips(denoiser, layout, cache)
+        self.skips = list_skips(denoiser, layout, cache)
         marks = tuple({m.name: m for skip in self.skips for m in skip.marks}.values())
         variants = [
             Actions("full", ()),
             *(Actions(s.name, tuple(skip_actions(marks, s.marks).items())) for s in self.skips),
         ]
         self.tensors = {m.name: m.tensors for m in marks}
-        self.variants = eager_variants(denoiser, Planned(marks, tuple(variants), ()))
+        self.variants = eager_variants(denoiser, PlanSet(marks, tuple(variants), ()))
         self.history = max(len(part) for u in table.updates for part in (u.latents, u.outputs))
 
-    def start(self, examples: Examples) -> State:
-        return State(examples.latents, (), (), {})
+    def start(self, examples: Examples) -> BeamState:
+        return BeamState(examples.latents, (), (), {})
 
-    def evaluated(self, state: State, examples: Examples, step: Step) -> State:
+    def evaluate_step(self, state: BeamState, examples: Examples, step: PathStep) -> BeamState:
         """The state after one more evaluation, which computes or takes this step's predictions."""
         skip, weights = step
         call = self.call(state, examples)
@@ -107,36 +111,42 @@ class Walk:
             result = self.variants["full"].call(call)
             fresh = {t: result[t] for tensors in self.tensors.values() for t in tensors}
             stored = {t: (v, *state.stored.get(t, ())[: self.slots - 1]) for t, v in fresh.items()}
-            return self.moved(replace(state, stored=stored), examples, result["sample"], step, 1.0)
+            return self.apply_output(replace(state, stored=stored), examples, result["sample"], step, 1.0)
         share = next(s.share for s in self.skips if s.name == skip)
-        if skip == OUTPUT:  # in eager the variant would run the whole model and throw its output away
-            return self.moved(state, examples, weighted(weights[OUTPUT], state.stored["output:0"]), step, share)
+        if skip == OUTPUT_SITE:  # in eager the variant would run the whole model and throw its output away
+            return self.apply_output(
+                state, examples, weighted_sum(weights[OUTPUT_SITE], state.stored["output:0"]), step, share
+            )
         variant = self.variants[skip]
         result = variant.call({**call, **self.predictions(variant, state, weights)})
-        return self.moved(state, examples, result["sample"], step, share)
+        return self.apply_output(state, examples, result["sample"], step, share)
 
-    def call(self, state: State, examples: Examples) -> Tensors:
+    def call(self, state: BeamState, examples: Examples) -> Tensors:
         e = len(state.path)
         timestep = torch.full((len(state.latents),), self.table.timesteps[e] * self.timestep_scale)
-        latents = scaled(state.latents, self.table.input_scales[e])
+        latents = scale_tensor(state.latents, self.table.input_scales[e])
         return {**examples.inputs, "hidden_states": latents, "timestep": timestep}
 
-    def predictions(self, variant: Variant, state: State, weights: Weights) -> Tensors:
+    def predictions(self, variant: DenoiserVariant, state: BeamState, weights: SiteWeights) -> Tensors:
         """The inputs that a skipping variant has besides the denoiser's own: weights, and the values that they weigh."""
         sites = variant.graph.combines
         values = {
-            f"{tensor}@{k}": filled(state.stored[tensor], self.slots)[k]
+            f"{tensor}@{k}": fill_slots(state.stored[tensor], self.slots)[k]
             for site in sites
             for tensor in self.tensors[site]
             for k in range(self.slots)
         }
         return {"coefficients": torch.tensor([w for site in sites for w in weights[site]]), **values}
 
-    def moved(self, state: State, examples: Examples, output: Tensor, step: Step, share: float) -> State:
+    def apply_output(
+        self, state: BeamState, examples: Examples, output: Tensor, step: PathStep, share: float
+    ) -> BeamState:
         e = len(state.path)
         starts = (state.latents, *state.starts)[: self.history]
         outputs = (output, *state.outputs)[: self.history]
-        latents = updated(self.table.updates[e], starts, outputs, iter(drawn(self.table.updates, examples.noise, e)))
+        latents = apply_update(
+            self.table.updates[e], starts, outputs, iter(select_noise(self.table.updates, examples.noise, e))
+        )
         return replace(
             state, latents=latents, starts=starts, outputs=outputs, path=(*state.path, step), cost=state.cost + share
         )
@@ -145,17 +155,17 @@ class Walk:
         """The examples with their uncached trajectories."""
         states = [self.start(examples)]
         for _ in self.table.updates:
-            states.append(self.evaluated(states[-1], examples, ("", {})))
+            states.append(self.evaluate_step(states[-1], examples, ("", {})))
         return replace(examples, uncached=tuple(s.latents for s in states))
 
-    def followed(self, examples: Examples, path: Iterable[Step]) -> Tensor:
+    def follow_path(self, examples: Examples, path: Iterable[PathStep]) -> Tensor:
         """The final latents [P, ...] of a plan."""
         state = self.start(examples)
         for step in path:
-            state = self.evaluated(state, examples, step)
+            state = self.evaluate_step(state, examples, step)
         return state.latents
 
-    def aim(self, state: State, examples: Examples) -> Tensor | None:
+    def target_output(self, state: BeamState, examples: Examples) -> Tensor | None:
         """The output [P, ...] that leads from the state's latents to the uncached run's next; None where none can."""
         e = len(state.path)
         update = self.table.updates[e]
@@ -163,15 +173,17 @@ class Walk:
             return None
         nothing = torch.zeros_like(state.latents)
         starts, outputs = (state.latents, *state.starts), (nothing, *state.outputs)
-        rest = updated(update, starts, outputs, iter(drawn(self.table.updates, examples.noise, e)))
+        rest = apply_update(update, starts, outputs, iter(select_noise(self.table.updates, examples.noise, e)))
         return (examples.uncached[e + 1] - rest) / update.outputs[0]
 
-    def fitted(self, state: State, computed: State, examples: Examples, skip: Skip) -> Weights | None:
+    def fit_weights(
+        self, state: BeamState, computed: BeamState, examples: Examples, skip: SkipCandidate
+    ) -> SiteWeights | None:
         """The weights of this skip's sites; `computed` is the state after computing. None where nothing can be fitted."""
         weights = {}
         for mark in skip.marks:
-            if mark.name == OUTPUT:
-                aim = self.aim(state, examples)
+            if mark.name == OUTPUT_SITE:
+                aim = self.target_output(state, examples)
                 aims = None if aim is None else [aim]
             else:
                 aims = [computed.stored[t][0] for t in mark.tensors]
@@ -181,7 +193,7 @@ class Walk:
         return weights
 
 
-def skips(denoiser: Component, layout: Layout, cache: Auto) -> tuple[Skip, ...]:
+def list_skips(denoiser: Component, layout: Layout, cache: Auto) -> tuple[SkipCandidate, ...]:
     """The recipe's candidates on this model, with what is left to compute of each by FLOPs."""
     inside = module_flops(denoiser.module, denoiser.args)
     total = max(inside.values())
@@ -189,8 +201,8 @@ def skips(denoiser: Component, layout: Layout, cache: Auto) -> tuple[Skip, ...]:
     for name in dict.fromkeys(cache.candidates):
         marks = skip_marks(name, layout, cache.slots)
         paths = {path for m in marks for path in m.modules}
-        left = 0.0 if name == OUTPUT else 1 - sum(inside.get(path, 0) for path in paths) / total
-        found.append(Skip(name, marks, left))
+        left = 0.0 if name == OUTPUT_SITE else 1 - sum(inside.get(path, 0) for path in paths) / total
+        found.append(SkipCandidate(name, marks, left))
     return tuple(found)
 
 
@@ -208,37 +220,37 @@ def least_squares(aims: Sequence[Tensor], values: Sequence[Sequence[Tensor]], sl
     return (*solution.tolist(), *([0.0] * (slots - count)))
 
 
-def search(
-    subject: Subject,
+def search_plans(
+    subject: CalibrationSubject,
     cache: Auto,
-    fit: Sequence[Run],
-    judge: Sequence[Run],
+    fit: Sequence[CalibrationRun],
+    judge: Sequence[CalibrationRun],
     decode: Callable[[Tensor], Tensor],
-    plain: Callable[[int], Table],
+    plain: Callable[[int], SchedulerTable],
     progress: Progress,
-) -> tuple[Fitted, ...]:
+) -> tuple[FittedPlan, ...]:
     """The best plan for each cost up to the cache's `search_budget`, cheapest first.
 
     `decode` makes pictures [P, 3, H, W] in 0..1 of latents, `plain(n)` is the table of n steps, and `judge` holds the runs
     that nothing is fitted on. Raises ExportError where no plan was found.
     """
     with torch.no_grad():
-        walk = Walk(subject.denoiser, subject.layout, subject.table, cache, subject.timestep_scale)
+        walk = SearchWalk(subject.denoiser, subject.layout, subject.table, cache, subject.timestep_scale)
         with progress.stage("search", len(subject.table.updates)):
-            examples = walk.computed(stacked(fit, subject.denoiser))
-            finals = walked(walk, examples, cache, progress)
+            examples = walk.computed(stack_runs(fit, subject.denoiser))
+            finals = walk_beam(walk, examples, cache, progress)
             truth = decode(examples.uncached[-1])
-            best = finalists(finals, decode, truth)
+            best = choose_finalists(finals, decode, truth)
         with progress.stage("refine", len(best)):
             for i, (_, state) in enumerate(best):
-                progress.doing(f"{state.cost:.1f} of {len(state.path)} evaluations")
-                better = refined(walk, state, examples)
+                progress.announce(f"{state.cost:.1f} of {len(state.path)} evaluations")
+                better = refine_state(walk, state, examples)
                 best[i] = (psnr_db(decode(better.latents), truth), better)
         with progress.stage("judge", len(best)):
-            return judged(walk, subject, best, judge, decode, plain, progress)
+            return judge_plans(walk, subject, best, judge, decode, plain, progress)
 
 
-def walked(walk: Walk, examples: Examples, cache: Auto, progress: Progress) -> list[State]:
+def walk_beam(walk: SearchWalk, examples: Examples, cache: Auto, progress: Progress) -> list[BeamState]:
     """The beam's states after the last evaluation."""
     count = len(walk.table.updates)
     most = cache.search_budget * count + 1e-9
@@ -246,9 +258,9 @@ def walked(walk: Walk, examples: Examples, cache: Auto, progress: Progress) -> l
     for e in range(count):
         following = []
         for state in beam:
-            following += expanded(walk, state, examples, cache, most)
-        beam = kept(following, examples.uncached[e + 1], cache.beam)
-        progress.doing(f"evaluation {e + 1} of {count}: {len(beam)} candidates")
+            following += expand_state(walk, state, examples, cache, most)
+        beam = prune_beam(following, examples.uncached[e + 1], cache.beam)
+        progress.announce(f"evaluation {e + 1} of {count}: {len(beam)} candidates")
     if not beam:
         raise ExportError(
             f"cache.search_budget {cache.search_budget:g}: no plan of {count} evaluations costs so little; raise it, take more "
@@ -257,108 +269,110 @@ def walked(walk: Walk, examples: Examples, cache: Auto, progress: Progress) -> l
     return beam
 
 
-def expanded(walk: Walk, state: State, examples: Examples, cache: Auto, most: float) -> list[State]:
-    """What may follow a state within the cost `most`: computing, and each skip with its fitted weights."""
-    needs_values = any(m.name != OUTPUT for s in walk.skips for m in s.marks) and bool(state.stored)
+def expand_state(walk: SearchWalk, state: BeamState, examples: Examples, cache: Auto, most: float) -> list[BeamState]:
+    """The states that may follow one within the cost `most`: computing, and each skip with its fitted weights."""
+    needs_values = any(m.name != OUTPUT_SITE for s in walk.skips for m in s.marks) and bool(state.stored)
     affordable = state.cost + 1 <= most
-    computed = walk.evaluated(state, examples, ("", {})) if affordable or needs_values else state
+    computed = walk.evaluate_step(state, examples, ("", {})) if affordable or needs_values else state
     following = [computed] if affordable else []
     used = {skip for skip, _ in state.path if skip}
     for skip in walk.skips if state.stored else ():
         within = len(used | {skip.name}) < cache.max_variants and state.cost + skip.share <= most
-        weights = walk.fitted(state, computed, examples, skip) if within else None
+        weights = walk.fit_weights(state, computed, examples, skip) if within else None
         if weights is not None:
-            following.append(walk.evaluated(state, examples, (skip.name, weights)))
+            following.append(walk.evaluate_step(state, examples, (skip.name, weights)))
     return following
 
 
-def kept(states: Iterable[State], uncached: Tensor, beam: int) -> list[State]:
+def prune_beam(states: Iterable[BeamState], uncached: Tensor, beam: int) -> list[BeamState]:
     """The `beam` states nearest to the uncached run's latents in each group of equal cost and freshness.
 
     Nearest now is not best in the end: of two plans that have cost the same, the one that computed last is nearer, and
     the one that has yet to compute may have chosen the better place. So states are compared with those that computed as
-    long ago, up to `STALE` evaluations.
+    long ago, up to `MAX_AGE` evaluations.
     """
-    groups: dict[tuple[int, int], list[tuple[float, State]]] = {}
+    groups: dict[tuple[int, int], list[tuple[float, BeamState]]] = {}
     for s in states:
         age = next((k for k, (skip, _) in enumerate(reversed(s.path)) if not skip), 0)
         distance = float((s.latents - uncached).double().pow(2).mean())
-        groups.setdefault((round(2 * s.cost), min(age, STALE)), []).append((distance, s))
+        groups.setdefault((round(2 * s.cost), min(age, MAX_AGE)), []).append((distance, s))
     return [s for _, group in sorted(groups.items()) for _, s in sorted(group, key=lambda pair: pair[0])[:beam]]
 
 
-def finalists(finals: Sequence[State], decode: Callable[[Tensor], Tensor], truth: Tensor) -> list[tuple[float, State]]:
-    """Of each cost the state whose pictures are nearest to `truth`, with their PSNR, cheapest first."""
-    best: dict[int, tuple[float, State]] = {}
+def choose_finalists(
+    finals: Sequence[BeamState], decode: Callable[[Tensor], Tensor], truth: Tensor
+) -> list[tuple[float, BeamState]]:
+    """The state of each cost whose pictures are nearest to `truth`, with their PSNR, cheapest first."""
+    best: dict[int, tuple[float, BeamState]] = {}
     for state in finals:
         found = (psnr_db(decode(state.latents), truth), state)
         best[round(2 * state.cost)] = max(best.get(round(2 * state.cost), found), found, key=lambda pair: pair[0])
     return [best[cost] for cost in sorted(best)]
 
 
-def refined(walk: Walk, state: State, examples: Examples) -> State:
+def refine_state(walk: SearchWalk, state: BeamState, examples: Examples) -> BeamState:
     """The state after as many exchanges of a computed evaluation with its skipped neighbour as bring it nearer to the end of
     the uncached run, the best exchange each time, with the weights of all later predictions fitted again."""
 
-    def distance(s: State) -> float:
+    def distance(s: BeamState) -> float:
         return float((s.latents - examples.uncached[-1]).double().pow(2).mean())
 
     while True:
         trail = [walk.start(examples)]
         for step in state.path:
-            trail.append(walk.evaluated(trail[-1], examples, step))
+            trail.append(walk.evaluate_step(trail[-1], examples, step))
         skips = [skip for skip, _ in state.path]
         places = [e for e in range(1, len(skips) - 1) if (skips[e] == "") != (skips[e + 1] == "")]
-        tried = [resumed(walk, trail[e], examples, [skips[e + 1], skips[e], *skips[e + 2 :]]) for e in places]
+        tried = [resume_path(walk, trail[e], examples, [skips[e + 1], skips[e], *skips[e + 2 :]]) for e in places]
         best = min((s for s in tried if s), key=distance, default=state)
         if distance(best) >= distance(state):
             return state
         state = best
 
 
-def resumed(walk: Walk, state: State, examples: Examples, skips: Sequence[str]) -> State | None:
+def resume_path(walk: SearchWalk, state: BeamState, examples: Examples, skips: Sequence[str]) -> BeamState | None:
     """The state after evaluations that compute ("") or skip as named, with fitted weights; None where none can be."""
     by_name = {skip.name: skip for skip in walk.skips}
     for name in skips:
-        weights: Weights | None = {}
+        weights: SiteWeights | None = {}
         if name:
-            computed = state if name == OUTPUT else walk.evaluated(state, examples, ("", {}))
-            weights = walk.fitted(state, computed, examples, by_name[name])
+            computed = state if name == OUTPUT_SITE else walk.evaluate_step(state, examples, ("", {}))
+            weights = walk.fit_weights(state, computed, examples, by_name[name])
         if weights is None:
             return None
-        state = walk.evaluated(state, examples, (name, weights))
+        state = walk.evaluate_step(state, examples, (name, weights))
     return state
 
 
-def judged(
-    walk: Walk,
-    subject: Subject,
-    best: Sequence[tuple[float, State]],
-    judge: Sequence[Run],
+def judge_plans(
+    walk: SearchWalk,
+    subject: CalibrationSubject,
+    best: Sequence[tuple[float, BeamState]],
+    judge: Sequence[CalibrationRun],
     decode: Callable[[Tensor], Tensor],
-    plain: Callable[[int], Table],
+    plain: Callable[[int], SchedulerTable],
     progress: Progress,
-) -> tuple[Fitted, ...]:
-    """The plans as `Fitted`, measured on the runs to judge by; one that a cheaper one beats there is left out."""
+) -> tuple[FittedPlan, ...]:
+    """The plans as `FittedPlan`, measured on the runs to judge by; one that a cheaper one beats there is left out."""
     count = len(walk.table.updates)
-    examples = walk.computed(stacked(judge, subject.denoiser))
+    examples = walk.computed(stack_runs(judge, subject.denoiser))
     truth = decode(examples.uncached[-1])
     fewer: dict[int, float] = {}
-    plans: list[Fitted] = []
+    plans: list[FittedPlan] = []
     for fit_psnr_db, state in best:
-        progress.doing(f"{state.cost:.1f} of {count} evaluations")
+        progress.announce(f"{state.cost:.1f} of {count} evaluations")
         steps = max(1, int(state.cost + 1e-9))
         if steps not in fewer:
             table = plain(steps)
-            shorter = Walk(
+            shorter = SearchWalk(
                 subject.denoiser, subject.layout, table, Auto(candidates=("output",)), subject.timestep_scale
             )
-            again = with_table(examples, table, walk.table.init_noise_sigma)
+            again = restart_examples(examples, table, walk.table.init_noise_sigma)
             fewer[steps] = psnr_db(decode(shorter.computed(again).uncached[-1]), truth)
-        held_out = psnr_db(decode(walk.followed(examples, state.path)), truth)
+        held_out = psnr_db(decode(walk.follow_path(examples, state.path)), truth)
         if all(p.held_out_psnr_db < held_out for p in plans):
             plans.append(
-                Fitted(
+                FittedPlan(
                     cost=state.cost / count,
                     skips=tuple(skip for skip, _ in state.path),
                     weights=tuple(dict(weights) for _, weights in state.path),
@@ -371,7 +385,7 @@ def judged(
     return tuple(plans)
 
 
-def stacked(runs: Sequence[Run], denoiser: Component) -> Examples:
+def stack_runs(runs: Sequence[CalibrationRun], denoiser: Component) -> Examples:
     """Runs of one prompt each as one batch; an input that holds both branches keeps all unconditional halves first."""
     doubled: tuple[str, ...] = getattr(denoiser.module, "doubled", ())
     inputs: dict[str, Any] = {}
@@ -387,7 +401,7 @@ def stacked(runs: Sequence[Run], denoiser: Component) -> Examples:
     return Examples(inputs, torch.cat([run.latents for run in runs]), noise)
 
 
-def with_table(examples: Examples, table: Table, init_noise_sigma: float) -> Examples:
+def restart_examples(examples: Examples, table: SchedulerTable, init_noise_sigma: float) -> Examples:
     """The examples started for another table, whose noise, if it takes any, is drawn anew."""
     latents = examples.latents * (table.init_noise_sigma / init_noise_sigma)
     generator = torch.Generator().manual_seed(0)
@@ -395,18 +409,18 @@ def with_table(examples: Examples, table: Table, init_noise_sigma: float) -> Exa
     return Examples(examples.inputs, latents, noise)
 
 
-def weighted(weights: Sequence[float], values: Sequence[Tensor]) -> Tensor:
+def weighted_sum(weights: Sequence[float], values: Sequence[Tensor]) -> Tensor:
     """The sum of values times weights, in float32; what there are more weights than values for is left out."""
     first, *rest = (w * v.float() for w, v in zip(weights, values, strict=False))
     return sum(rest, first)
 
 
-def filled(values: Sequence[Tensor], slots: int) -> tuple[Tensor, ...]:
+def fill_slots(values: Sequence[Tensor], slots: int) -> tuple[Tensor, ...]:
     """All slots; those that hold nothing yet repeat the oldest value, whose weight there is 0."""
     return (*values, *([values[-1]] * (slots - len(values))))
 
 
-def drawn(updates: Sequence[Update], noise: Sequence[Tensor], e: int) -> Sequence[Tensor]:
+def select_noise(updates: Sequence[Update], noise: Sequence[Tensor], e: int) -> Sequence[Tensor]:
     """The noise of evaluation e, if its update takes any."""
     taken = sum(u.noise != 0 for u in updates[:e])
     return noise[taken : taken + 1] if updates[e].noise else ()

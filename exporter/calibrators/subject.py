@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..plan.sampler import Table
+from ..plan.sampler import SchedulerTable
 from ..sites.component import Component
 from ..sites.layout import Layout
 
 
 @dataclass(frozen=True)
-class Run:
+class CalibrationRun:
     """One trajectory to watch: what to draw and from which noise. `inputs` are the denoiser's constant ones."""
 
     label: str
@@ -23,10 +23,10 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Subject:
+class CalibrationSubject:
     """The model as it is run: the denoiser, what it offers, the sampler's table, and how timesteps reach the denoiser."""
 
     denoiser: Component
     layout: Layout
-    table: Table
+    table: SchedulerTable
     timestep_scale: float

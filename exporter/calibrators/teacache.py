@@ -1,6 +1,6 @@
 """TeaCache's rule as it runs: one signal, its change since the evaluation before, a sum, a threshold.
 
-`Online` is for `dynamic_replay`; `exact` decides whole trajectories at once where the signal is the timestep's embedding,
+`OnlineRule` is for `dynamic_replay`; `decide_by_timesteps` decides whole trajectories at once where the signal is the timestep's embedding,
 by running the denoiser up to that module and no further.
 """
 
@@ -13,28 +13,28 @@ import torch
 from torch import Tensor
 
 from ...runtime.errors import ExportError
-from ..caches.teacache import Exact, TeaCache, marks
-from ..plan.sampler import Table
+from ..caches.teacache import ExactDecisions, TeaCache, marks
+from ..plan.sampler import SchedulerTable
 from ..sites.actions import flat_outputs, submodule
 from ..sites.component import Component
 from ..sites.layout import Layout
-from ..sites.marks import REST, Mark
+from ..sites.marks import REST_STREAM, Mark
 
 
 def probes(cache: TeaCache, layout: Layout) -> tuple[Mark, ...]:
     """One for each branch: the first output of the module that gives the signal."""
-    return tuple(probe(cache, layout, branch) for branch in layout.branches)
+    return tuple(mark_probe(cache, layout, branch) for branch in layout.branches)
 
 
-def probe(cache: TeaCache, layout: Layout, branch: str) -> Mark:
+def mark_probe(cache: TeaCache, layout: Layout, branch: str) -> Mark:
     first = layout.blocks(branch)[0]
     name = cache.module or ("time_embedding" if cache.exact else f"{first.name}.norm1")
     path = first.path.removesuffix(first.name) + name
-    return Mark(f"{branch}/{name}" if branch else name, (path,), ("hidden_states", REST), kept=(0,))
+    return Mark(f"{branch}/{name}" if branch else name, (path,), ("hidden_states", REST_STREAM), stored_streams=(0,))
 
 
 @dataclass
-class Sum:
+class TeaCacheRule:
     """The rule for one branch of one trajectory of `evaluations`."""
 
     cache: TeaCache
@@ -48,7 +48,7 @@ class Sum:
         if before is None or e < self.cache.ret_steps or e >= self.evaluations - self.cache.cutoff:
             self.total = 0.0
             return True
-        self.total += horner(self.cache.polynomial, relative_l1(signal, before))
+        self.total += evaluate_polynomial(self.cache.polynomial, relative_l1(signal, before))
         if self.total < self.cache.rel_l1_thresh:
             return False
         self.total = 0.0
@@ -60,7 +60,7 @@ def relative_l1(x: Tensor, before: Tensor) -> float:
     return ((x - before).abs().mean() / before.abs().mean()).item()
 
 
-def horner(polynomial: tuple[float, ...], x: float) -> float:
+def evaluate_polynomial(polynomial: tuple[float, ...], x: float) -> float:
     """The polynomial at x, highest power first."""
     value = 0.0
     for c in polynomial:
@@ -68,52 +68,59 @@ def horner(polynomial: tuple[float, ...], x: float) -> float:
     return value
 
 
-class Online:
+class OnlineRule:
     """TeaCache's decisions, branch by branch."""
 
     rounds = 1
 
-    def __init__(self, cache: TeaCache, layout: Layout, table: Table) -> None:
+    def __init__(self, cache: TeaCache, layout: Layout, table: SchedulerTable) -> None:
         self.tensors = dict(zip(layout.branches, (p.tensor(0) for p in probes(cache, layout)), strict=True))
-        self.sums = {branch: Sum(cache, len(table.updates)) for branch in layout.branches}
+        self.sums = {branch: TeaCacheRule(cache, len(table.updates)) for branch in layout.branches}
 
     def decide(self, e: int, timestep: float, signals: Mapping[str, Tensor]) -> Mapping[str, bool]:
         return {branch: self.sums[branch].computes(e, signals[t]) for branch, t in self.tensors.items()}
 
 
-def exact(
-    cache: TeaCache, component: Component, layout: Layout, tables: Mapping[int, Table], *, timestep_scale: float
-) -> Exact:
+def decide_by_timesteps(
+    cache: TeaCache,
+    component: Component,
+    layout: Layout,
+    tables: Mapping[int, SchedulerTable],
+    *,
+    timestep_scale: float,
+) -> ExactDecisions:
     """TeaCache's decisions at every step count, from the embedding of the timesteps alone.
 
     Raises ExportError for a signal that depends on anything but the timestep, and for a model without blocks.
     """
     marks(cache, layout)
-    path = probe(cache, layout, layout.branches[-1]).modules[0]
+    path = mark_probe(cache, layout, layout.branches[-1]).modules[0]
     computed = {}
     for table in tables.values():
-        rule = Sum(cache, len(table.timesteps))
-        signals = [signal(component, path, t * timestep_scale) for t in table.timesteps]
-        if not torch.equal(signals[0], signal(component, path, table.timesteps[0] * timestep_scale, disturbed=True)):
+        rule = TeaCacheRule(cache, len(table.timesteps))
+        signals = [read_signal(component, path, t * timestep_scale) for t in table.timesteps]
+        if not torch.equal(
+            signals[0], read_signal(component, path, table.timesteps[0] * timestep_scale, disturbed=True)
+        ):
             raise ExportError(
                 f"cache.module {path!r}: its output depends on more than the timestep; set signal = 'modulated' and calibrate, "
                 "or name the module that embeds the timestep alone"
             )
         computed[table.timesteps] = tuple(rule.computes(e, s) for e, s in enumerate(signals))
-    return Exact(computed)
+    return ExactDecisions(computed)
 
 
-class Seen(Exception):
+class SignalReached(Exception):
     """The signal was computed; the rest of the denoiser need not run."""
 
 
-def signal(component: Component, path: str, timestep: float, *, disturbed: bool = False) -> Tensor:
-    """What the module at `path` returns first at this timestep, for the component's example inputs or for others."""
+def read_signal(component: Component, path: str, timestep: float, *, disturbed: bool = False) -> Tensor:
+    """The module's first output at this timestep, for the component's example inputs or for others."""
     seen: list[Tensor] = []
 
     def stop(module, args, output):
         seen.append(flat_outputs(output)[0])
-        raise Seen
+        raise SignalReached
 
     given = [
         torch.full_like(t, timestep) if name == "timestep" else (1 - t if disturbed else t)
@@ -123,7 +130,7 @@ def signal(component: Component, path: str, timestep: float, *, disturbed: bool 
     try:
         with torch.no_grad():
             component.module(*given)
-    except Seen:
+    except SignalReached:
         return seen[0]
     finally:
         handle.remove()

@@ -15,28 +15,28 @@ from torch import Tensor, fx, nn
 
 from ...runtime.errors import ExportError
 from ...runtime.manifest import TensorSpec
-from ..passes.captured_graph import Captured, output_nodes
+from ..passes.captured_graph import CapturedGraph, output_nodes
 from ..passes.fold import fold_constants
-from ..passes.functional import functionalize
-from ..passes.prune import prune
+from ..passes.functionalize import functionalize_graph
+from ..passes.prune import prune_dead_code
 
 PASSES: tuple[Callable[[fx.GraphModule], fx.GraphModule], ...] = (
-    prune,  # first: a variant's skipped modules must not be folded
+    prune_dead_code,  # first: a variant's skipped modules must not be folded
     fold_constants,
-    prune,  # what only fed a folded value
+    prune_dead_code,  # what only fed a folded value
 )
 
 
-def capture(
+def capture_graph(
     name: str, module: nn.Module, args: tuple[Tensor, ...], inputs: tuple[str, ...], outputs: tuple[str, ...]
-) -> Captured:
+) -> CapturedGraph:
     """`module(*args)` as a graph. Raises ExportError naming the graph when torch.export cannot trace it."""
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             program = torch.export.export(module, args, strict=False)
             gm = program.module()
-            if not functionalize(gm):
+            if not functionalize_graph(gm):
                 gm = program.run_decompositions({}).module()
         except Exception as e:
             first = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
@@ -49,7 +49,7 @@ def capture(
         register_constants(gm)
         for rewrite in PASSES:
             gm = rewrite(gm)
-    return Captured(name, gm, args, specs(inputs, args), specs(outputs, results))
+    return CapturedGraph(name, gm, args, tensor_specs(inputs, args), tensor_specs(outputs, results))
 
 
 def register_constants(gm: fx.GraphModule) -> None:
@@ -64,7 +64,7 @@ def register_constants(gm: fx.GraphModule) -> None:
             owner.register_buffer(name, value)
 
 
-def specs(names: tuple[str, ...], tensors) -> tuple[TensorSpec, ...]:
+def tensor_specs(names: tuple[str, ...], tensors) -> tuple[TensorSpec, ...]:
     """Names, shapes and dtypes side by side; both lists must be of one length."""
     return tuple(
         TensorSpec(name=n, shape=tuple(t.shape), dtype=str(t.dtype).removeprefix("torch."))

@@ -7,44 +7,46 @@ from typing import Any
 
 import torch
 
-from ..passes.attention_dtype import attention_in
-from ..passes.captured_graph import Captured
-from ..plan import Planned, without_dead
+from ..passes.attention_dtype import cast_attention
+from ..passes.captured_graph import CapturedGraph
+from ..plan import PlanSet, drop_dead_tensors
 from ..progress import Progress
 from ..sites.actions import VariantModule
 from ..sites.marks import Mark, Variant
-from .capture import capture
+from .capture import capture_graph
 
 
 def capture_variants(
-    denoiser: Any, planned: Planned, progress: Progress, attention: str | None = None
-) -> tuple[Planned, tuple[Captured, ...]]:
+    denoiser: Any, planned: PlanSet, progress: Progress, attention: str | None = None
+) -> tuple[PlanSet, tuple[CapturedGraph, ...]]:
     """Every variant as a graph, its attention in the dtype of that name, None = as it is. Variants that read stored values go first: what none of them reads is not stored."""
 
-    def captured(variant: Variant, marks: tuple[Mark, ...]) -> Captured:
+    def captured(variant: Variant, marks: tuple[Mark, ...]) -> CapturedGraph:
         module = VariantModule(denoiser.module, marks, variant, denoiser.inputs)
-        graph = capture(variant.name, module, module.examples(denoiser.args), module.inputs, module.outputs)
-        return attention_in(graph, getattr(torch, attention)) if attention else graph
+        graph = capture_graph(variant.name, module, module.examples(denoiser.args), module.inputs, module.outputs)
+        return cast_attention(graph, getattr(torch, attention)) if attention else graph
 
-    readers = [v for v in planned.variants if v.having("combine")]
+    readers = [v for v in planned.variants if v.sites_with("combine")]
     for variant in readers:
-        progress.doing(f"denoiser: {variant.name}, reads")
+        progress.announce(f"denoiser: {variant.name}, reads")
     read = [captured(v, planned.marks) for v in readers]
     stored = {s.name for g in read for s in g.inputs if "@" in s.name}
     used = {s.name for g in read for s in g.live_inputs()}
     dead = {name.partition("@")[0] for name in stored} - {name.partition("@")[0] for name in used}
-    planned = replace(planned, marks=without_dead(planned.marks, frozenset(dead)))
+    planned = replace(planned, marks=drop_dead_tensors(planned.marks, frozenset(dead)))
     graphs = []
     for variant in planned.variants:
-        progress.doing(f"denoiser: {variant.name}")
+        progress.announce(f"denoiser: {variant.name}")
         again = dead or variant not in readers
         graphs.append(captured(variant, planned.marks) if again else read[readers.index(variant)])
     return planned, tuple(graphs)
 
 
-def capture_others(components: tuple[Any, ...], progress: Progress) -> tuple[Captured, ...]:
+def capture_components(components: tuple[Any, ...], progress: Progress) -> tuple[CapturedGraph, ...]:
     graphs = []
     for component in components:
-        progress.doing(component.name)
-        graphs.append(capture(component.name, component.module, component.args, component.inputs, component.outputs))
+        progress.announce(component.name)
+        graphs.append(
+            capture_graph(component.name, component.module, component.args, component.inputs, component.outputs)
+        )
     return tuple(graphs)

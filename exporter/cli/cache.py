@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from .options import print_json
 
 if TYPE_CHECKING:
-    from ..export_cache.store import Entry
+    from ..export_cache.store import StoreEntry
 
 GIB = 1 << 30
 
@@ -25,7 +25,7 @@ def add_cache(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument(
         "--prune",
-        type=gib,
+        type=parse_gib,
         metavar="GIB",
         help="remove what was used longest ago, until at most so many GiB are left; 0 removes all",
     )
@@ -36,7 +36,7 @@ def add_cache(commands: argparse._SubParsersAction) -> None:
     parser.set_defaults(run=_cache)
 
 
-def gib(text: str) -> float:
+def parse_gib(text: str) -> float:
     number = float(text)
     if not (number >= 0 and math.isfinite(number)):
         raise argparse.ArgumentTypeError(f"expected 0 or more, got {text}")
@@ -44,49 +44,53 @@ def gib(text: str) -> float:
 
 
 def _cache(args: argparse.Namespace) -> int:
-    from ..export_cache.store import Store, default_folder
+    from ..export_cache.store import Store, default_store_folder
 
-    store = Store(args.cache_dir or default_folder())
+    store = Store(args.cache_dir or default_store_folder())
     removed = [] if args.prune is None else store.prune(int(args.prune * GIB))
     entries = store.entries()
     if args.json:
-        described = {"folder": str(store.folder), "bytes": size(entries), "graphs": [as_json(e) for e in entries]}
-        print_json(described if args.prune is None else {**described, "removed": [as_json(e) for e in removed]})
+        described = {
+            "folder": str(store.folder),
+            "bytes": entries_bytes(entries),
+            "graphs": [entry_json(e) for e in entries],
+        }
+        print_json(described if args.prune is None else {**described, "removed": [entry_json(e) for e in removed]})
         return 0
     if args.prune is not None:
-        print(f"removed: {len(removed)} graphs, {size(removed) / GIB:.2f} GiB")
-    print(*lines(store.folder, entries), sep="\n")
+        print(f"removed: {len(removed)} graphs, {entries_bytes(removed) / GIB:.2f} GiB")
+    print(*cache_lines(store.folder, entries), sep="\n")
     return 0
 
 
-def size(entries: list[Entry]) -> int:
+def entries_bytes(entries: list[StoreEntry]) -> int:
     return sum(entry.size for entry in entries)
 
 
-def as_json(entry: Entry) -> dict[str, Any]:
+def entry_json(entry: StoreEntry) -> dict[str, Any]:
     """`used_s`: seconds since 1970."""
     return {"key": entry.path.stem, "bytes": entry.size, "used_s": round(entry.used), **entry.about}
 
 
-def lines(folder: Path, entries: list[Entry]) -> list[str]:
+def cache_lines(folder: Path, entries: list[StoreEntry]) -> list[str]:
     """A table of the entries, and how much they are in all."""
-    from ...runtime.text import table
+    from ...runtime.text import align_columns
 
-    total = f"{folder}: {len(entries)} graphs, {size(entries) / GIB:.2f} GiB"
+    total = f"{folder}: {len(entries)} graphs, {entries_bytes(entries) / GIB:.2f} GiB"
     if not entries:
         return [total]
     head = ("model", "graph", "backend", "MB", "compiled in", "used")
-    return [*table([head, *map(row, entries)], right=(3, 4, 5)), total]
+    return [*align_columns([head, *map(entry_cells, entries)], right=(3, 4, 5)), total]
 
 
-def row(entry: Entry) -> tuple[str, ...]:
+def entry_cells(entry: StoreEntry) -> tuple[str, ...]:
     """The compiler's time is what a hit saves."""
     names = (str(entry.about.get(name, "?")) for name in ("model", "graph", "backend"))
     took = f"{entry.about['seconds']:.1f} s" if "seconds" in entry.about else "?"
-    return (*names, f"{entry.size / 1e6:.1f}", took, f"{ago(time.time() - entry.used)} ago")
+    return (*names, f"{entry.size / 1e6:.1f}", took, f"{age_text(time.time() - entry.used)} ago")
 
 
-def ago(seconds: float) -> str:
+def age_text(seconds: float) -> str:
     for unit, length in (("days", 86400), ("hours", 3600), ("min", 60)):
         if seconds >= 2 * length:
             return f"{seconds / length:.0f} {unit}"

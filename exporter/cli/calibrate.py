@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from tempfile import TemporaryFile
 
-from .options import add_how, add_overrides, mode, positive, print_json
+from .options import add_output_modes, add_overrides, parse_positive, print_json, progress_mode
 
 
 def add_calibrate(commands: argparse._SubParsersAction) -> None:
@@ -24,8 +24,10 @@ def add_calibrate(commands: argparse._SubParsersAction) -> None:
         metavar="FILE",
         help="prompts, one a line (default: the set that an embedded model brings)",
     )
-    parser.add_argument("--seeds", type=positive, default=1, metavar="N", help="runs of each prompt (default: 1)")
-    parser.add_argument("--steps", type=positive, metavar="N", help="number of steps (default: the recipe's first)")
+    parser.add_argument("--seeds", type=parse_positive, default=1, metavar="N", help="runs of each prompt (default: 1)")
+    parser.add_argument(
+        "--steps", type=parse_positive, metavar="N", help="number of steps (default: the recipe's first)"
+    )
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
@@ -39,7 +41,7 @@ def add_calibrate(commands: argparse._SubParsersAction) -> None:
         help="where to (default: cache.calibration or RECIPE.calibration.json, beside the recipe's file or else here)",
     )
     parser.add_argument("--force", action="store_true", help="replace a file that exists")
-    add_how(parser)
+    add_output_modes(parser)
     parser.set_defaults(run=_calibrate)
 
 
@@ -48,23 +50,23 @@ def _calibrate(args: argparse.Namespace) -> int:
 
     from ..caches.common import calibration
     from ..calibrators import heatmap, runner
-    from ..progress import progress
-    from ..recipe.resolve import check_scheduler, folder_of, resolve
+    from ..progress import open_progress
+    from ..recipe.resolve import check_scheduler, recipe_folder, resolve
     from ..verify.verify import read_prompts
-    from .quiet import hush
+    from .quiet import silence_libraries
 
     recipe = resolve(args.recipe, args.overrides, args.model)
-    hush()
+    silence_libraries()
     check_scheduler(recipe.sampler.scheduler)
-    prompts = runner.prompts_of(recipe.model.id, read_prompts(args.prompts) if args.prompts else None)
+    prompts = runner.choose_prompts(recipe.model.id, read_prompts(args.prompts) if args.prompts else None)
     name = getattr(recipe.cache, "calibration", None) or f"{recipe.name}.calibration.json"
-    output = args.output or (folder_of(args.recipe) or Path()) / name
-    picture = picture_beside(output, force=args.force)
-    with progress(mode(args)) as shown:
+    output = args.output or (recipe_folder(args.recipe) or Path()) / name
+    picture = heatmap_path(output, force=args.force)
+    with open_progress(progress_mode(args)) as shown:
         dtype = getattr(torch, args.dtype)
         made = runner.calibrate(recipe, prompts, args.seeds, shown, steps=args.steps, dtype=dtype)
-    calibration.write(output, made)
-    written = [output, picture] if heatmap.draw(made, picture) else [output]
+    calibration.write_calibration(output, made)
+    written = [output, picture] if heatmap.draw_heatmap(made, picture) else [output]
     if args.json:
         files = dict(zip(("calibration", "picture"), map(str, written), strict=False))
         print_json({**files, "seconds": shown.seconds})
@@ -73,8 +75,8 @@ def _calibrate(args: argparse.Namespace) -> int:
     return 0
 
 
-def picture_beside(output: Path, *, force: bool) -> Path:
-    """Where the picture of the calibration `output` goes; its folder is there afterwards.
+def heatmap_path(output: Path, *, force: bool) -> Path:
+    """The path of the heatmap that goes with the calibration `output`; its folder is there afterwards.
 
     Raises RecipeError where either file exists, unless `force`, or cannot be written: before the model is run, not after.
     """

@@ -10,11 +10,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .options import add_how, add_overrides, mode, print_json
+from .options import add_output_modes, add_overrides, print_json, progress_mode
 
 if TYPE_CHECKING:
     from ..recipe.resolve import Recipe
-    from .matrix import Row, Tried
+    from .matrix import ExportRow, RowOutcome
 
 
 def add_export(commands: argparse._SubParsersAction) -> None:
@@ -68,76 +68,78 @@ def add_export(commands: argparse._SubParsersAction) -> None:
         help="where compiled graphs are kept for further exports (default: $XDG_CACHE_HOME/prebake/compiled)",
     )
     cache.add_argument("--no-cache", action="store_true", help="compile every graph, and keep none")
-    add_how(parser)
+    add_output_modes(parser)
     parser.set_defaults(run=_export)
 
 
 def _export(args: argparse.Namespace) -> int:
-    """One recipe alone raises what is wrong with it; of several, each is caught and told in the report."""
-    rows = _rows(args)
+    """Runs `prebake export`: one recipe alone raises what is wrong with it, of several each error is in the report."""
+    rows = _read_rows(args)
     if args.matrix or args.junit or len(rows) > 1:
-        return _several(rows, args)
-    _tell(_run(rows[0], args), args)
+        return _export_rows(rows, args)
+    _print_result(_export_row(rows[0], args), args)
     return 0
 
 
-def _rows(args: argparse.Namespace) -> Sequence[Row]:
-    """What is asked for: one row or more. Raises RecipeError for a matrix file that is none."""
-    from .matrix import Row, read_matrix
+def _read_rows(args: argparse.Namespace) -> Sequence[ExportRow]:
+    """The exports of the command line, one or more. Raises RecipeError for a matrix file that is none."""
+    from .matrix import ExportRow, read_matrix
 
     if args.matrix:
         return read_matrix(args.matrix, args.model, args.overrides)
-    return [Row(name, args.model, tuple(args.overrides), args.output) for name in args.recipe]
+    return [ExportRow(name, args.model, tuple(args.overrides), args.output) for name in args.recipe]
 
 
-def _run(row: Row, args: argparse.Namespace) -> dict[str, Any]:
+def _export_row(row: ExportRow, args: argparse.Namespace) -> dict[str, Any]:
     """Exports one row; what `--json` prints of it. Raises RecipeError, ExportError or ArtifactError."""
     from ..recipe.resolve import check_inductor_flags, check_scheduler, resolve
-    from .quiet import hush
+    from .quiet import silence_libraries
 
     recipe = resolve(row.recipe, row.overrides, row.model)
-    hush()
+    silence_libraries()
     check_inductor_flags(recipe.compile.inductor)
     check_scheduler(recipe.sampler.scheduler)
-    return _exported(recipe, row, args)
+    return _export_recipe(recipe, row, args)
 
 
-def _exported(recipe: Recipe, row: Row, args: argparse.Namespace) -> dict[str, Any]:
+def _export_recipe(recipe: Recipe, row: ExportRow, args: argparse.Namespace) -> dict[str, Any]:
     from ..cost import forecast
-    from ..export_cache.store import Store, default_folder
-    from ..pipeline import Options, export, prepare
-    from ..progress import progress
-    from ..recipe.resolve import folder_of
+    from ..export_cache.store import Store, default_store_folder
+    from ..pipeline import ExportOptions, export, prepare
+    from ..progress import open_progress
+    from ..recipe.resolve import recipe_folder
 
-    near = folder_of(row.recipe)
-    store = None if args.no_cache else Store(args.cache_dir or default_folder())
-    options = Options(force=args.force, keep_failed=args.keep_failed, verify=not args.no_verify, near=near, store=store)
-    with progress(mode(args)) as shown:
+    near = recipe_folder(row.recipe)
+    store = None if args.no_cache else Store(args.cache_dir or default_store_folder())
+    options = ExportOptions(
+        force=args.force, keep_failed=args.keep_failed, verify=not args.no_verify, near=near, store=store
+    )
+    with open_progress(progress_mode(args)) as shown:
         if args.dry_run:
             prepared = prepare(recipe, shown, near=near)
             with shown.stage("forecast"):
-                result = forecast.describe(prepared, forecast.forecasts(prepared))
+                result = forecast.describe_forecast(prepared, forecast.forecast_graphs(prepared))
         else:
             artifact = export(recipe, row.output or default_output(recipe), options, shown)
             result = {"artifact": str(artifact), "graphs": shown.graphs}
     return {**result, "seconds": shown.seconds}
 
 
-def _tell(result: dict[str, Any], args: argparse.Namespace) -> None:
+def _print_result(result: dict[str, Any], args: argparse.Namespace) -> None:
     if args.json:
         print_json(result)
     elif not args.quiet:
-        print(*_lines(result), sep="\n")
+        print(*_result_lines(result), sep="\n")
 
 
-def _lines(result: dict[str, Any]) -> Iterator[str]:
+def _result_lines(result: dict[str, Any]) -> Iterator[str]:
     """The result for people: where the artifact is, or what `--dry-run` found, in aligned columns."""
-    from ..cost.forecast import lines
+    from ..cost.forecast import format_forecast
 
     if "artifact" in result:
         yield result["artifact"]
     if "plans" in result:
-        yield from lines(result, sys.stdout.encoding)
+        yield from format_forecast(result, sys.stdout.encoding)
 
 
 def default_output(recipe: Recipe) -> Path:
@@ -150,41 +152,41 @@ def default_output(recipe: Recipe) -> Path:
 # several
 
 
-def _several(rows: Sequence[Row], args: argparse.Namespace) -> int:
+def _export_rows(rows: Sequence[ExportRow], args: argparse.Namespace) -> int:
     """Tries every row, prints the summary or the JSON report, writes `--junit`; the worst exit code.
 
     Raises RecipeError for what makes the run as a whole impossible, before the first export.
     """
     from . import matrix
 
-    _check(rows, args)
-    tried: list[Tried] = []
+    _check_paths(rows, args)
+    tried: list[RowOutcome] = []
     code = 0
     try:
         for row in rows:
-            _announce(len(tried) + 1, len(rows), row, args)
-            tried.append(_try(row, args))
+            _print_row(len(tried) + 1, len(rows), row, args)
+            tried.append(_try_row(row, args))
             if args.dry_run and tried[-1].code == 0 and not args.json:
-                _tell(tried[-1].result, args)
+                _print_result(tried[-1].result, args)
     except KeyboardInterrupt:
         print("prebake: interrupted; what was exported before is in place", file=sys.stderr)
         code = 130
-    code = code or matrix.worst(one.code for one in tried)
+    code = code or matrix.worst_code(one.code for one in tried)
     if args.json:
-        print_json(matrix.as_json(tried, code))
+        print_json(matrix.matrix_json(tried, code))
     elif not args.quiet:
-        print(*matrix.summary(tried), sep="\n")
+        print(*matrix.summary_lines(tried), sep="\n")
     if args.junit:
-        args.junit.write_text(matrix.junit(tried), "utf-8")
+        args.junit.write_text(matrix.junit_xml(tried), "utf-8")
     return code
 
 
-def _announce(n: int, count: int, row: Row, args: argparse.Namespace) -> None:
+def _print_row(n: int, count: int, row: ExportRow, args: argparse.Namespace) -> None:
     if not (args.quiet or args.json):
         print(f"[{n}/{count}] {' '.join(filter(None, (row.recipe, row.model, *row.overrides)))}", flush=True)
 
 
-def _check(rows: Sequence[Row], args: argparse.Namespace) -> None:
+def _check_paths(rows: Sequence[ExportRow], args: argparse.Namespace) -> None:
     """A report that could not be written, and folders that two rows would write, are refused before hours of compiling."""
     from ...runtime.errors import RecipeError
     from . import matrix
@@ -198,11 +200,11 @@ def _check(rows: Sequence[Row], args: argparse.Namespace) -> None:
             args.junit.open("a").close()
         except OSError as e:
             raise RecipeError(f"--junit {args.junit}: cannot be written ({e.strerror}); choose another file") from e
-    matrix.check_outputs(output for row in rows if (output := _output_of(row)) is not None)
+    matrix.check_outputs(output for row in rows if (output := _row_output(row)) is not None)
 
 
-def _output_of(row: Row) -> Path | None:
-    """Where it would go; None where its recipe does not resolve, which is told when it is tried."""
+def _row_output(row: ExportRow) -> Path | None:
+    """The row's output folder; None where its recipe does not resolve, which is reported when it is tried."""
     from ...runtime.errors import PrebakeError
     from ..recipe.resolve import resolve
 
@@ -214,15 +216,15 @@ def _output_of(row: Row) -> Path | None:
         return None
 
 
-def _try(row: Row, args: argparse.Namespace) -> Tried:
-    """What became of it. A bug is told with its traceback, and the rows after it are still tried."""
+def _try_row(row: ExportRow, args: argparse.Namespace) -> RowOutcome:
+    """The outcome of one row. A bug is printed with its traceback, and the rows after it are still tried."""
     from ...runtime.errors import PrebakeError
     from .errors import missing_extra, print_errors
-    from .matrix import Tried
+    from .matrix import RowOutcome
 
     begun = time.perf_counter()
     try:
-        return Tried(row, 0, result=_run(row, args), seconds=time.perf_counter() - begun)
+        return RowOutcome(row, 0, result=_export_row(row, args), seconds=time.perf_counter() - begun)
     except PrebakeError as e:
         code, message = e.exit_code, str(e)
         print_errors(message)
@@ -233,4 +235,4 @@ def _try(row: Row, args: argparse.Namespace) -> Tried:
         else:
             code, message = 1, f"{type(e).__name__}: {e}"
             traceback.print_exc()
-    return Tried(row, code, time.perf_counter() - begun, errors=tuple(message.splitlines()))
+    return RowOutcome(row, code, time.perf_counter() - begun, errors=tuple(message.splitlines()))

@@ -12,18 +12,18 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from ...runtime.cli.streams import print_anything
+from ...runtime.cli.streams import escape_unprintable
 from .bench import add_bench
 from .cache import add_cache
 from .calibrate import add_calibrate
 from .errors import missing_extra, print_errors
 from .export import add_export
-from .options import add_how, add_overrides, mode, positive, print_json
+from .options import add_output_modes, add_overrides, parse_positive, print_json, progress_mode
 from .plan import add_plan
 from .report import add_report
 from .sign import add_sign, add_signature, refuse_signature_choices, verify_signature
 
-LEFT = {  # by a command that is interrupted
+INTERRUPT_NOTES = {  # by a command that is interrupted
     "export": "; nothing was written",
     "plan": "; nothing was written",
     "push": "; what has arrived there is not sent again",
@@ -33,12 +33,12 @@ LEFT = {  # by a command that is interrupted
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. What prebake refuses goes to stderr, a line per problem; anything else is a bug and keeps its traceback."""
-    print_anything()
+    escape_unprintable()
     args = _parser().parse_args(argv)
     try:
         return args.run(args)
     except KeyboardInterrupt:
-        print("prebake: interrupted" + LEFT.get(args.command, ""), file=sys.stderr)
+        print("prebake: interrupted" + INTERRUPT_NOTES.get(args.command, ""), file=sys.stderr)
         return 130
     except Exception as e:
         from ...runtime.errors import PrebakeError
@@ -103,25 +103,25 @@ def _recipes(args: argparse.Namespace) -> int:
     from ..recipe import resolve as recipe
 
     if args.schema:
-        print_json(recipe.schema())
+        print_json(recipe.recipe_schema())
     elif args.name is not None:
-        _show(args)
+        _show_recipe(args)
     elif args.overrides or args.model:
         raise RecipeError(
             "`prebake recipes` with --set or --model needs the name of a recipe: prebake recipes flux-fast --set cache.method=none"
         )
     else:
-        _list(as_json=args.json)
+        _list_recipes(as_json=args.json)
     return 0
 
 
-def _show(args: argparse.Namespace) -> None:
-    from ..recipe.resolve import read, resolve, to_toml
+def _show_recipe(args: argparse.Namespace) -> None:
+    from ..recipe.resolve import read_recipe_file, resolve, to_toml
 
     resolved = resolve(args.name, args.overrides, args.model)
     if args.json:
         return print_json(resolved.model_dump(mode="json"))
-    file = read(args.name)
+    file = read_recipe_file(args.name)
     print(f"# {file.label}:", "#", *(f"# {line}".rstrip() for line in file.text.splitlines()), "#", sep="\n")
     print(
         "# resolved, with every default:"
@@ -132,18 +132,18 @@ def _show(args: argparse.Namespace) -> None:
     return None
 
 
-def _list(*, as_json: bool) -> None:
-    from ..recipe.resolve import names, read
+def _list_recipes(*, as_json: bool) -> None:
+    from ..recipe.resolve import read_recipe_file, recipe_names
 
-    rows = [(name, str(read(name).data["description"])) for name in names()]
+    rows = [(name, str(read_recipe_file(name).data["description"])) for name in recipe_names()]
     if as_json:
         print_json([{"name": name, "description": description} for name, description in rows])
-    elif not (sys.stdout.isatty() and _table(rows)):
+    elif not (sys.stdout.isatty() and _print_table(rows)):
         for name, description in rows:
             print(f"{name}\t{description}")
 
 
-def _table(rows: list[tuple[str, str]]) -> bool:
+def _print_table(rows: list[tuple[str, str]]) -> bool:
     """Draws the rows with rich; False where rich is not installed (it comes with the `export` extra)."""
     try:
         from rich import box
@@ -186,9 +186,12 @@ def _add_verify(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="prompts in place of the recipe's, one a line")
     parser.add_argument(
-        "--seeds", type=positive, metavar="N", help="seeds 0 to N - 1 for each prompt, in place of the recipe's number"
+        "--seeds",
+        type=parse_positive,
+        metavar="N",
+        help="seeds 0 to N - 1 for each prompt, in place of the recipe's number",
     )
-    parser.add_argument("--limit", type=positive, metavar="N", help="at most N prompts of each set")
+    parser.add_argument("--limit", type=parse_positive, metavar="N", help="at most N prompts of each set")
     parser.add_argument(
         "--output",
         type=Path,
@@ -196,7 +199,7 @@ def _add_verify(commands: argparse._SubParsersAction) -> None:
         help="where the report goes (default with --source: ARTIFACT/reports; else nowhere)",
     )
     add_signature(parser)
-    add_how(parser, json_result="the report as JSON")
+    add_output_modes(parser, json_result="the report as JSON")
     parser.set_defaults(run=_verify)
 
 
@@ -205,21 +208,21 @@ def _verify(args: argparse.Namespace) -> int:
         return verify_signature(args)
     refuse_signature_choices(args)
     from ...runtime.errors import QualityError
-    from ..progress import progress
+    from ..progress import open_progress
     from ..verify import report
-    from ..verify.verify import Choices, verify_artifact
-    from .quiet import hush
+    from ..verify.verify import VerifyOptions, verify_artifact
+    from .quiet import silence_libraries
 
-    hush()
-    choices = Choices(args.source, args.model, args.prompts, args.prompt_set, args.seeds, args.limit)
-    with progress(mode(args)) as shown:
+    silence_libraries()
+    choices = VerifyOptions(args.source, args.model, args.prompts, args.prompt_set, args.seeds, args.limit)
+    with open_progress(progress_mode(args)) as shown:
         manifest, outcome = verify_artifact(args.artifact, choices, shown)
     if args.json:
-        print(report.to_json(report.describe(manifest, outcome)), end="")
+        print(report.format_json(report.describe_outcome(manifest, outcome)), end="")
     elif args.quiet:
         print(*outcome.missed, sep="\n", end="\n" if outcome.missed else "", file=sys.stderr)
     else:
-        report.show(manifest, outcome, sys.stdout)
+        report.print_outcome(manifest, outcome, sys.stdout)
     if args.output or args.source:  # last, so that a folder that cannot be written costs no result
-        report.write(args.output or args.artifact / "reports", manifest, outcome)
+        report.write_verify_report(args.output or args.artifact / "reports", manifest, outcome)
     return QualityError.exit_code if outcome.missed else 0

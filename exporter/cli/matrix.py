@@ -15,15 +15,15 @@ from typing import Any
 from xml.etree import ElementTree
 
 from ...runtime.errors import RecipeError
-from ...runtime.text import table
+from ...runtime.text import align_columns
 
-KEYS = {"recipe": str, "model": str, "set": list, "output": str}
+ENTRY_KEYS = {"recipe": str, "model": str, "set": list, "output": str}
 WORST_FIRST = (1, 2, 3, 5, 4, 0)  # from what nobody foresaw to what may be tolerated: a missed threshold alone is 4
-WORDS = {0: "done", 1: "bug", 2: "bad input", 3: "cannot export", 4: "misses", 5: "refused"}
+EXIT_WORDS = {0: "done", 1: "bug", 2: "bad input", 3: "cannot export", 4: "misses", 5: "refused"}
 
 
 @dataclass(frozen=True)
-class Row:
+class ExportRow:
     """One export that is asked for. `model` and `output` are None where the recipe says."""
 
     recipe: str
@@ -33,17 +33,17 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Tried:
-    """What became of a row: `result` is that of one `prebake export --json`, `errors` are its lines on stderr."""
+class RowOutcome:
+    """The outcome of a row: `result` is that of one `prebake export --json`, `errors` are its lines on stderr."""
 
-    row: Row
+    row: ExportRow
     code: int
     seconds: float
     result: dict[str, Any] = field(default_factory=dict)
     errors: tuple[str, ...] = ()
 
 
-def read_matrix(path: Path, model: str | None, overrides: Sequence[str]) -> tuple[Row, ...]:
+def read_matrix(path: Path, model: str | None, overrides: Sequence[str]) -> tuple[ExportRow, ...]:
     """The rows of a matrix file, with the command line's `--model` where a row has none and its `--set` before a row's own.
 
     Raises RecipeError with every problem of the file.
@@ -57,13 +57,15 @@ def read_matrix(path: Path, model: str | None, overrides: Sequence[str]) -> tupl
     entries = data.get("export")
     if set(data) != {"export"} or not isinstance(entries, list) or not entries:
         raise RecipeError(
-            f"--matrix {path}: expected one [[export]] table or more, and nothing else; it has {_has(data)}"
+            f"--matrix {path}: expected one [[export]] table or more, and nothing else; it has {_keys_text(data)}"
         )
-    problems = [f"--matrix {path} [export.{i}]: {said}" for i, entry in enumerate(entries) for said in _problems(entry)]
+    problems = [
+        f"--matrix {path} [export.{i}]: {said}" for i, entry in enumerate(entries) for said in _entry_problems(entry)
+    ]
     if problems:
         raise RecipeError("\n".join(problems))
     return tuple(
-        Row(
+        ExportRow(
             entry["recipe"],
             entry.get("model", model),
             (*overrides, *entry.get("set", ())),
@@ -73,19 +75,19 @@ def read_matrix(path: Path, model: str | None, overrides: Sequence[str]) -> tupl
     )
 
 
-def _has(data: dict[str, Any]) -> str:
+def _keys_text(data: dict[str, Any]) -> str:
     return ", ".join(map(repr, data)) or "none"
 
 
-def _problems(entry: Any) -> Iterator[str]:
+def _entry_problems(entry: Any) -> Iterator[str]:
     if not isinstance(entry, dict):
         yield f"expected a table, got {entry!r}"
         return
-    for key in sorted(entry.keys() - KEYS.keys()):
-        yield f"unknown key {key!r}; known keys: {', '.join(KEYS)}"
+    for key in sorted(entry.keys() - ENTRY_KEYS.keys()):
+        yield f"unknown key {key!r}; known keys: {', '.join(ENTRY_KEYS)}"
     if "recipe" not in entry:
         yield "expected a recipe, found none"
-    for key, kind in KEYS.items():
+    for key, kind in ENTRY_KEYS.items():
         value = entry.get(key)
         if value is not None and not isinstance(value, kind):
             yield f"expected {'a list of texts' if kind is list else 'a text'} for {key}, got {value!r}"
@@ -104,21 +106,21 @@ def check_outputs(outputs: Iterable[Path]) -> None:
         seen.add(output.resolve())
 
 
-def worst(codes: Iterable[int]) -> int:
+def worst_code(codes: Iterable[int]) -> int:
     """The exit code of a run: the first of `WORST_FIRST` that occurs."""
     return min(codes, key=WORST_FIRST.index)
 
 
-def summary(tried: Sequence[Tried]) -> list[str]:
+def summary_lines(tried: Sequence[RowOutcome]) -> list[str]:
     """The lines of the table at the end: a row each, with where the artifact is, or the first line of what is wrong."""
     rows = [("recipe", "model", "result", "seconds", "")]
     for one in tried:
         said = one.errors[0] if one.errors else one.result.get("artifact", "")
-        rows.append((one.row.recipe, one.row.model or "", WORDS[one.code], f"{one.seconds:.1f}", said))
-    return table(rows, right=(3,))
+        rows.append((one.row.recipe, one.row.model or "", EXIT_WORDS[one.code], f"{one.seconds:.1f}", said))
+    return align_columns(rows, right=(3,))
 
 
-def as_json(tried: Sequence[Tried], code: int) -> dict[str, Any]:
+def matrix_json(tried: Sequence[RowOutcome], code: int) -> dict[str, Any]:
     """The report: the run's exit code, and for each row what was asked for, its own exit code, and its result or errors."""
     return {
         "exit_code": code,
@@ -137,9 +139,9 @@ def as_json(tried: Sequence[Tried], code: int) -> dict[str, Any]:
     }
 
 
-def junit(tried: Sequence[Tried]) -> str:
+def junit_xml(tried: Sequence[RowOutcome]) -> str:
     """The report as JUnit XML: a missed threshold is a failure, anything else that is wrong an error."""
-    failures, errors = (sum(kind(one) == word for one in tried) for word in ("failure", "error"))
+    failures, errors = (sum(failure_kind(one) == word for one in tried) for word in ("failure", "error"))
     counts = {"tests": str(len(tried)), "failures": str(failures), "errors": str(errors)}
     seconds = f"{sum(one.seconds for one in tried):.2f}"
     root = ElementTree.Element("testsuites", counts | {"time": seconds})
@@ -149,21 +151,21 @@ def junit(tried: Sequence[Tried]) -> str:
         case = ElementTree.SubElement(
             suite,
             "testcase",
-            {"classname": "prebake.export", "name": printable(name), "time": f"{one.seconds:.2f}"},
+            {"classname": "prebake.export", "name": printable_text(name), "time": f"{one.seconds:.2f}"},
         )
-        if said := kind(one):
-            attributes = {"type": WORDS[one.code], "message": printable(one.errors[0])}
-            ElementTree.SubElement(case, said, attributes).text = printable("\n".join(one.errors))
+        if said := failure_kind(one):
+            attributes = {"type": EXIT_WORDS[one.code], "message": printable_text(one.errors[0])}
+            ElementTree.SubElement(case, said, attributes).text = printable_text("\n".join(one.errors))
         elif one.result:
-            ElementTree.SubElement(case, "system-out").text = printable(json.dumps(one.result, ensure_ascii=False))
+            ElementTree.SubElement(case, "system-out").text = printable_text(json.dumps(one.result, ensure_ascii=False))
     ElementTree.indent(root)
     return ElementTree.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
 
 
-def kind(one: Tried) -> str | None:
+def failure_kind(one: RowOutcome) -> str | None:
     return None if one.code == 0 else "failure" if one.code == 4 else "error"
 
 
-def printable(text: str) -> str:
+def printable_text(text: str) -> str:
     """The text without what XML 1.0 cannot hold, such as terminal control codes."""
     return "".join(c if c.isprintable() or c in "\n\t" else "�" for c in text)

@@ -23,7 +23,7 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_how(parser: argparse.ArgumentParser, *, json_result: str = "one JSON result") -> None:
+def add_output_modes(parser: argparse.ArgumentParser, *, json_result: str = "one JSON result") -> None:
     """--quiet and --json, which exclude each other."""
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--quiet", action="store_true", help="print nothing but errors")
@@ -32,11 +32,11 @@ def add_how(parser: argparse.ArgumentParser, *, json_result: str = "one JSON res
     )
 
 
-def mode(args: argparse.Namespace) -> Literal["rich", "json", "quiet"]:
+def progress_mode(args: argparse.Namespace) -> Literal["rich", "json", "quiet"]:
     return "json" if args.json else "quiet" if args.quiet else "rich"
 
 
-def positive(text: str) -> int:
+def parse_positive(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"expected 1 or more, got {number}")

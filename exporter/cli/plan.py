@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .options import add_how, mode, positive, print_json
+from .options import add_output_modes, parse_positive, print_json, progress_mode
 
 if TYPE_CHECKING:
     from ...runtime.manifest import Manifest
@@ -24,7 +24,7 @@ def add_plan(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("artifact", type=Path, metavar="ARTIFACT", help="an artifact folder")
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--steps", type=positive, metavar="N", help="the number of steps, and the plan's name")
+    what.add_argument("--steps", type=parse_positive, metavar="N", help="the number of steps, and the plan's name")
     what.add_argument("--remove", metavar="NAME", help="take the plan of that name out")
     parser.add_argument("--scheduler", metavar="CLASS", help="a diffusers scheduler (default: the artifact's)")
     parser.add_argument("--cache", metavar="METHOD", help="another cache method, or none (default: the artifact's)")
@@ -46,41 +46,43 @@ def add_plan(commands: argparse._SubParsersAction) -> None:
         metavar="ID|FOLDER|FILE|shapes|tiny:FAMILY",
         help="where the pipeline is, if not where the manifest says; with --verify",
     )
-    add_how(parser)
+    add_output_modes(parser)
     parser.set_defaults(run=_plan)
 
 
 def _plan(args: argparse.Namespace) -> int:
     from .. import add_plan as replan
-    from ..cost.forecast import lines
-    from ..progress import progress
-    from .quiet import hush
+    from ..cost.forecast import format_forecast
+    from ..progress import open_progress
+    from .quiet import silence_libraries
 
-    hush()
+    silence_libraries()
     folder = args.artifact.resolve()
-    with progress(mode(args)) as shown:
+    with open_progress(progress_mode(args)) as shown:
         if args.remove is not None:
-            result = {"removed": args.remove, "plans_left": list(replan.remove(folder, args.remove).plans)}
+            result = {"removed": args.remove, "plans_left": list(replan.remove_plan(folder, args.remove).plans)}
         else:
-            choices = replan.Choices(args.force, args.verify, args.dry_run, args.model)
-            result = _added(*replan.add(folder, _asked(folder, args), args.steps, choices, shown))
+            choices = replan.PlanOptions(args.force, args.verify, args.dry_run, args.model)
+            result = _describe_plans(
+                *replan.add_plans(folder, _change_recipe(folder, args), args.steps, choices, shown)
+            )
     if args.json:
         print_json({**result, "seconds": shown.seconds})
     elif not args.quiet and args.remove is not None:
         print(f"removed {args.remove}; {args.artifact} has the plans {', '.join(result['plans_left'])}")
     elif not args.quiet:
-        print(*lines(result, sys.stdout.encoding), sep="\n")
+        print(*format_forecast(result, sys.stdout.encoding), sep="\n")
         if result["unverified"] and not args.dry_run:
             print(f"not compared with the pipeline; `prebake verify {args.artifact} --source` does that")
     return 0
 
 
-def _asked(folder: Path, args: argparse.Namespace) -> Recipe:
+def _change_recipe(folder: Path, args: argparse.Namespace) -> Recipe:
     """The artifact's recipe with what the command line changes in it."""
     from ...runtime.errors import RecipeError
     from ...runtime.manifest import read_manifest
-    from ..recipe.resolve import changed, check_scheduler
-    from ..verify.verify import recipe_of
+    from ..recipe.resolve import change_recipe, check_scheduler
+    from ..verify.verify import manifest_recipe
 
     if foreign := [o for o in args.overrides if not o.strip().startswith(("cache", "sampler.", "verify."))]:
         raise RecipeError(
@@ -89,20 +91,20 @@ def _asked(folder: Path, args: argparse.Namespace) -> Recipe:
     overrides = [f"sampler.steps={args.steps}"]
     overrides += [f"sampler.scheduler={args.scheduler}"] if args.scheduler else []
     overrides += [f"cache.method={args.cache}"] if args.cache else []
-    recipe = changed(
-        recipe_of(folder, read_manifest(folder)), f"{args.artifact}: its recipe", [*overrides, *args.overrides]
+    recipe = change_recipe(
+        manifest_recipe(folder, read_manifest(folder)), f"{args.artifact}: its recipe", [*overrides, *args.overrides]
     )
     check_scheduler(recipe.sampler.scheduler)
     return recipe
 
 
-def _added(manifest: Manifest, plans: dict[str, Plan]) -> dict[str, Any]:
-    """What was added, as `--dry-run` of an export tells of its plans, without times."""
-    from ...runtime.text import letters
+def _describe_plans(manifest: Manifest, plans: dict[str, Plan]) -> dict[str, Any]:
+    """The new plans as `--dry-run` of an export describes its plans, without times."""
+    from ...runtime.text import variant_signs
     from ..cost.forecast import plan_figures
 
     flops = {g.name: g.cost.flops for g in manifest.graphs}
-    names = letters(manifest, plans.values())
+    names = variant_signs(manifest, plans.values())
     shares = {name: flops[name] / flops["full"] for name in names}
     return {
         "plans": {name: plan_figures(plan, names, shares) for name, plan in plans.items()},

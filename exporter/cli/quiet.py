@@ -9,15 +9,15 @@ import logging
 import os
 import warnings
 
-CHATTY = ("torchao", "torch.utils._pytree", "diffusers", "transformers", "torch._inductor", "torch.export")
+CHATTY_LIBRARIES = ("torchao", "torch.utils._pytree", "diffusers", "transformers", "torch._inductor", "torch.export")
 
 
-def hush() -> None:
+def silence_libraries() -> None:
     """Errors alone from the libraries underneath; their exceptions are untouched."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    for name in CHATTY:
+    for name in CHATTY_LIBRARIES:
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)

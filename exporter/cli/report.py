@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .bench import several
-from .options import add_how, mode, print_json
+from .bench import parse_runs
+from .options import add_output_modes, print_json, progress_mode
 
-RUNS = 5
+DEFAULT_RUNS = 5
 
 
 def add_report(commands: argparse._SubParsersAction) -> None:
@@ -30,36 +30,40 @@ def add_report(commands: argparse._SubParsersAction) -> None:
     )
     how_long = parser.add_mutually_exclusive_group()
     how_long.add_argument(
-        "--runs", type=several, default=RUNS, metavar="N", help=f"timed pictures of each plan (default: {RUNS})"
+        "--runs",
+        type=parse_runs,
+        default=DEFAULT_RUNS,
+        metavar="N",
+        help=f"timed pictures of each plan (default: {DEFAULT_RUNS})",
     )
     how_long.add_argument("--no-timing", action="store_true", help="measure no times, and say so on the page")
     parser.add_argument(
         "--output", type=Path, metavar="FILE", help="where the page goes (default: ARTIFACT/reports/report.html)"
     )
-    add_how(parser, json_result="the written files as JSON")
+    add_output_modes(parser, json_result="the written files as JSON")
     parser.set_defaults(run=_report)
 
 
 def _report(args: argparse.Namespace) -> int:
     from ...runtime.errors import RecipeError
-    from ...runtime.manifest import FAMILY, read_manifest
-    from ..html_report.build import write
-    from ..html_report.facts import Choices, gather
-    from ..progress import progress
-    from .quiet import hush
+    from ...runtime.manifest import ATTACH_FAMILY, read_manifest
+    from ..html_report.build import write_page
+    from ..html_report.facts import ReportOptions, gather_facts
+    from ..progress import open_progress
+    from .quiet import silence_libraries
 
-    attached = read_manifest(args.artifact).family == FAMILY
+    attached = read_manifest(args.artifact).family == ATTACH_FAMILY
     if args.model and not args.source and (args.no_timing or not attached):
         raise RecipeError("--model: says where the pipeline is; add --source, or leave it out")
     target = args.output or args.artifact / "reports" / "report.html"
     if target.suffix.lower() not in (".html", ".htm"):
         raise RecipeError(f"--output {target}: expected the name of a page; end it in .html")
-    hush()
-    choices = Choices(args.source, args.model, 0 if args.no_timing else args.runs)
-    with progress(mode(args)) as shown:
-        gathered = gather(args.artifact, choices, shown)
+    silence_libraries()
+    choices = ReportOptions(args.source, args.model, 0 if args.no_timing else args.runs)
+    with open_progress(progress_mode(args)) as shown:
+        gathered = gather_facts(args.artifact, choices, shown)
         with shown.stage("page"):
-            written = write(target, gathered)
+            written = write_page(target, gathered)
     if args.json:
         print_json({"page": str(written[0]), "parts": [str(path) for path in written[1:]]})
     elif not args.quiet:

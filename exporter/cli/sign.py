@@ -12,7 +12,7 @@ from .options import print_json
 if TYPE_CHECKING:
     from ...runtime.check.signature import Identity
 
-TOKEN = "SIGSTORE_ID_TOKEN"
+TOKEN_VARIABLE = "SIGSTORE_ID_TOKEN"
 
 
 def add_sign(commands: argparse._SubParsersAction) -> None:
@@ -30,21 +30,21 @@ def add_sign(commands: argparse._SubParsersAction) -> None:
     who.add_argument(
         "--sigstore",
         action="store_true",
-        help=f"sign as the person or workflow that you are to sigstore: ${TOKEN}, or what the CI gives, or a browser",
+        help=f"sign as the person or workflow that you are to sigstore: ${TOKEN_VARIABLE}, or what the CI gives, or a browser",
     )
     parser.add_argument("--json", action="store_true", help="print JSON in place of text")
     parser.set_defaults(run=_sign)
 
 
 def _sign(args: argparse.Namespace) -> int:
-    from ...runtime.check.signature import FILE
-    from ..package.sign import Sigstore, sign
+    from ...runtime.check.signature import SIGNATURE_FILE
+    from ..package.sign import SigstoreSigner, sign_artifact
 
-    files = sign(args.artifact, Sigstore(os.environ.get(TOKEN)) if args.sigstore else args.key)
+    files = sign_artifact(args.artifact, SigstoreSigner(os.environ.get(TOKEN_VARIABLE)) if args.sigstore else args.key)
     if args.json:
-        print_json({"signature": str(args.artifact / FILE), "files": files})
+        print_json({"signature": str(args.artifact / SIGNATURE_FILE), "files": files})
     else:
-        print(f"{args.artifact / FILE}: {files} files signed")
+        print(f"{args.artifact / SIGNATURE_FILE}: {files} files signed")
     return 0
 
 
@@ -71,10 +71,10 @@ def add_signature(parser: argparse.ArgumentParser) -> None:
 
 def verify_signature(args: argparse.Namespace) -> int:
     """Raises ArtifactError with what is wrong, and RecipeError for options that do not fit."""
-    from ..package.sign import verify
+    from ..package.sign import verify_signed_artifact
 
-    whose = _whose(args)
-    files = verify(args.artifact, whose)
+    whose = _expected_signer(args)
+    files = verify_signed_artifact(args.artifact, whose)
     if args.json:
         print_json({"artifact": str(args.artifact), "signed_by": str(whose), "files": files})
     elif not args.quiet:
@@ -93,7 +93,7 @@ def refuse_signature_choices(args: argparse.Namespace) -> None:
             )
 
 
-def _whose(args: argparse.Namespace) -> Path | Identity:
+def _expected_signer(args: argparse.Namespace) -> Path | Identity:
     from ...runtime.check.signature import Identity
     from ...runtime.errors import RecipeError
 

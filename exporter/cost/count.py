@@ -22,15 +22,15 @@ from ...runtime.errors import ExportError
 from ...runtime.manifest import Cost
 from ...runtime.plan import Plan
 from ..lower import w8a8
-from ..passes.captured_graph import Captured
+from ..passes.captured_graph import CapturedGraph
 
 FLOP_FORMULAS = {
     torch.ops.aten._int_mm: lambda a, b, *rest, **kwargs: mm_flop(a, b),
     **dict.fromkeys(
-        (w8a8.OPERATOR, w8a8.FP8_OPERATOR),
+        (w8a8.INT8_OPERATOR, w8a8.FP8_OPERATOR),
         lambda x, weight, *rest, **kwargs: mm_flop((math.prod(x[:-1]), x[-1]), weight),
     ),
-    w8a8.CONV2D: lambda x, weight, scale, bias, kernel, stride, padding, out_shape: mm_flop(
+    w8a8.CONV2D_OPERATOR: lambda x, weight, scale, bias, kernel, stride, padding, out_shape: mm_flop(
         (math.prod(out_shape) // out_shape[1], weight[0]), weight
     ),
     # torch counts the attention of every device but this one, which it silently takes for free
@@ -39,7 +39,7 @@ FLOP_FORMULAS = {
     ),
 }
 ATTENTION_OPS = ("scaled_dot_product_attention", "_scaled_dot_product")
-Class = Literal["matmul", "convolution", "attention"]
+OperatorClass = Literal["matmul", "convolution", "attention"]
 
 
 @dataclass(frozen=True)
@@ -53,13 +53,13 @@ class Operand:
 
     @property
     def bytes(self) -> int:
-        """Of the memory it spans."""
+        """Size of the memory that the tensor spans."""
         reach = sum((n - 1) * s for n, s in zip(self.shape, self.stride, strict=True))
         return (reach + 1) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
-class Heavy:
+class HeavyCall:
     """One call of a matrix product, a convolution or an attention. Equal calls compare equal, so each is timed once.
 
     `arguments` are the call's positional ones, with an `Operand` in place of each tensor; `keywords` are pairs.
@@ -71,7 +71,7 @@ class Heavy:
     flops: int
 
     @property
-    def kind(self) -> Class:
+    def kind(self) -> OperatorClass:
         name = str(self.op)
         if any(op in name for op in ATTENTION_OPS):
             return "attention"
@@ -89,7 +89,7 @@ class Heavy:
 
 
 @dataclass(frozen=True)
-class Loop:
+class FusedLoop:
     """One fused loop of everything else: what it reads from memory and writes to it, in bytes, and how many values it
     computes on the way."""
 
@@ -102,8 +102,8 @@ class Loop:
 class Census:
     """All work of one run of a graph: heavy calls with how often each occurs, and the loops between them."""
 
-    heavy: Mapping[Heavy, int]
-    loops: tuple[Loop, ...]
+    heavy: Mapping[HeavyCall, int]
+    loops: tuple[FusedLoop, ...]
 
     @property
     def flops(self) -> int:
@@ -121,11 +121,11 @@ class Census:
         return dict(sorted(counted.items()))
 
 
-def cost(graph: Captured) -> Cost:
+def count_cost(graph: CapturedGraph) -> Cost:
     """FLOPs (2 per multiply-add) in all and by class, ATen calls, bytes that the other operators move, and the constants
     that the graph reads, each once."""
     constants = {t.data_ptr(): t.nbytes for t in graph.constants().values()}
-    counted = census(graph)
+    counted = take_census(graph)
     return Cost(
         flops=counted.flops,
         flops_by_class=counted.flops_by_class(),
@@ -144,16 +144,16 @@ def plan_share(plan: Plan, shares: Mapping[str, float]) -> float:
 # --- the census -----------------------------------------------------------------------------------------------------
 
 
-def census(graph: Captured) -> Census:
+def take_census(graph: CapturedGraph) -> Census:
     """Every operator of the graph, by one run on fake tensors."""
     counter = FlopCounterMode(display=False, custom_mapping=FLOP_FORMULAS)
     with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as fake, counter:
-        walk = Walk(graph.gm, fake, counter)
+        walk = CensusWalk(graph.gm, fake, counter)
         walk.run(*(fake.from_tensor(t) for t in graph.args))
-    return Census(dict(Counter(walk.heavy.values())), tuple(loops(walk)))
+    return Census(dict(Counter(walk.heavy.values())), tuple(fuse_loops(walk)))
 
 
-class Walk(fx.Interpreter):
+class CensusWalk(fx.Interpreter):
     """One run that notes, for every node, its FLOPs, its bytes, and whose memory its value is.
 
     `root` is the node that made that memory (a view has its base's), `depth` how many heavy calls must come before.
@@ -162,7 +162,7 @@ class Walk(fx.Interpreter):
     def __init__(self, gm: fx.GraphModule, fake: FakeTensorMode, counter: FlopCounterMode) -> None:
         super().__init__(gm)
         self.fake, self.counter = fake, counter
-        self.heavy: dict[fx.Node, Heavy] = {}
+        self.heavy: dict[fx.Node, HeavyCall] = {}
         self.ends: list[fx.Node] = []
         self.root: dict[fx.Node, fx.Node] = {}
         self.depth: dict[fx.Node, int] = {}
@@ -190,10 +190,10 @@ class Walk(fx.Interpreter):
         below = max((self.depth[a] for a in n.all_input_nodes), default=0)
         self.depth[n] = below + (flops > 0)
         if flops:
-            self.heavy[n] = self.described(n, flops)
+            self.heavy[n] = self.describe_call(n, flops)
         return value
 
-    def described(self, n: fx.Node, flops: int) -> Heavy:
+    def describe_call(self, n: fx.Node, flops: int) -> HeavyCall:
         constants = {t for a in n.all_input_nodes if self.root[a].op == "get_attr" for t in self.memory[a]}
 
         def operand(t: Tensor) -> Operand:
@@ -201,17 +201,17 @@ class Walk(fx.Interpreter):
 
         args, kwargs = tree_map_only(Tensor, operand, self.fetch_args_kwargs_from_env(n))
         frozen = tuple(tuple(a) if isinstance(a, list) else a for a in args)
-        return Heavy(n.target, frozen, tuple(sorted(kwargs.items())), flops)
+        return HeavyCall(n.target, frozen, tuple(sorted(kwargs.items())), flops)
 
 
-def loops(walk: Walk) -> Iterator[Loop]:
+def fuse_loops(walk: CensusWalk) -> Iterator[FusedLoop]:
     """The light operators as the compiler fuses them: a loop is everything at one depth that hangs together.
 
     Inside a loop values stay in registers or the nearest cache. A loop reads what heavy calls, inputs and earlier loops
     left in memory, each once, and writes what later ones read.
     """
     light = [n for n in walk.root if is_light(walk, n)]
-    group = grouped(walk, light)
+    group = group_nodes(walk, light)
     reads: defaultdict[Any, dict[fx.Node, int]] = defaultdict(dict)
     writes: defaultdict[Any, dict[fx.Node, int]] = defaultdict(dict)
     for n in light:
@@ -230,15 +230,15 @@ def loops(walk: Walk) -> Iterator[Loop]:
     for n in light:
         values[group[n]] += walk.values[n]
     for name in dict.fromkeys(group.values()):
-        yield Loop(sum(reads[name].values()), sum(writes[name].values()), values[name])
+        yield FusedLoop(sum(reads[name].values()), sum(writes[name].values()), values[name])
 
 
-def is_light(walk: Walk, n: fx.Node) -> bool:
+def is_light(walk: CensusWalk, n: fx.Node) -> bool:
     """Whether the node computes something new that is no heavy call."""
     return n.op == "call_function" and n not in walk.heavy and walk.root[n] is n and walk.bytes[n] > 0
 
 
-def grouped(walk: Walk, light: Iterable[fx.Node]) -> dict[fx.Node, fx.Node]:
+def group_nodes(walk: CensusWalk, light: Iterable[fx.Node]) -> dict[fx.Node, fx.Node]:
     """Light node -> the first node of its loop: those of one depth that are joined by what they pass on or share."""
     first: dict[fx.Node, fx.Node] = {}
 
@@ -269,7 +269,7 @@ def module_flops(module: nn.Module, args: tuple[Tensor, ...]) -> dict[str, int]:
     return {path.removeprefix(root): sum(ops.values()) for path, ops in counter.get_flop_counts().items()}
 
 
-def attention_ops(graph: Captured) -> int:
+def count_attention_ops(graph: CapturedGraph) -> int:
     """How many attention calls the graph has."""
     return sum(
         n.op == "call_function" and any(op in str(n.target) for op in ATTENTION_OPS) for n in graph.gm.graph.nodes

@@ -12,33 +12,33 @@ from itertools import chain, repeat
 from typing import TYPE_CHECKING, Any
 
 from ...runtime.plan import Plan
-from ...runtime.text import SIGNS, drawn, in_bytes, short, strip, table
+from ...runtime.text import VARIANT_SIGNS, align_columns, block_signs, format_bytes, format_count, step_strip
 
 if TYPE_CHECKING:
-    from ..prepared import Prepared
+    from ..prepared_export import PreparedExport
     from ..recipe.resolve import Compile
-    from .machine_rates import Forecast, Speed
+    from .machine_rates import GraphForecast, MachineRates
 
 
-def forecasts(prepared: Prepared) -> dict[str, Forecast]:
+def forecast_graphs(prepared: PreparedExport) -> dict[str, GraphForecast]:
     """Graph -> its predicted time, measured from this machine's own kernels at the graph's shapes."""
-    from .count import census
+    from .count import take_census
 
-    speed = speed_of(prepared.recipe.compile)
+    speed = build_rates(prepared.recipe.compile)
     graphs = [g for group in prepared.graphs.values() for g in group]
-    return {g.name: speed.forecast(census(g), prepared.costs[g.name].constants_bytes) for g in graphs}
+    return {g.name: speed.forecast(take_census(g), prepared.costs[g.name].constants_bytes) for g in graphs}
 
 
-def speed_of(config: Compile) -> Speed:
+def build_rates(config: Compile) -> MachineRates:
     """This machine's rates, for code that is compiled so."""
-    from ..lower import backend
-    from .machine_rates import Speed
+    from ..lower import load_backend
+    from .machine_rates import MachineRates
 
-    stand_in = getattr(backend(config.backend), "stand_in", None)
-    return Speed(stand_in(config) if stand_in else None)
+    stand_in = getattr(load_backend(config.backend), "stand_in", None)
+    return MachineRates(stand_in(config) if stand_in else None)
 
 
-def describe(prepared: Prepared, predicted: Mapping[str, Forecast]) -> dict[str, Any]:
+def describe_forecast(prepared: PreparedExport, predicted: Mapping[str, GraphForecast]) -> dict[str, Any]:
     """`share` is of the variant that computes everything, in time; `flops_share` and `time_share` of a plan are of the
     same evaluations all computed; `speedup` is the denoiser's, `image_speedup` counts encoders and decoder too."""
     variants = [v.name for v in prepared.planned.variants]
@@ -58,7 +58,7 @@ def describe(prepared: Prepared, predicted: Mapping[str, Forecast]) -> dict[str,
     }
     plans = {}
     for p in prepared.planned.plans:
-        figures = plan_figures(p, signs(variants), flops_shares)
+        figures = plan_figures(p, assign_signs(variants), flops_shares)
         loop, whole = sum(ms[e.variant] for e in p.evaluations), len(p.evaluations) * ms[full]
         plans[p.name] = {
             **figures,
@@ -67,11 +67,11 @@ def describe(prepared: Prepared, predicted: Mapping[str, Forecast]) -> dict[str,
             "image_speedup": (whole + once) / (loop + once),
             "image_ms": loop + once,
         }
-    return {"graphs": graphs, "plans": plans, "variants": signs(variants)}
+    return {"graphs": graphs, "plans": plans, "variants": assign_signs(variants)}
 
 
 def plan_figures(plan: Plan, letters: Mapping[str, str], flops_shares: Mapping[str, float]) -> dict[str, Any]:
-    """What a plan does, and its share of the FLOPs of the same evaluations all computed."""
+    """The plan's calls and strip, and its share of the FLOPs of the same evaluations all computed."""
     from .count import plan_share
 
     return {
@@ -80,23 +80,23 @@ def plan_figures(plan: Plan, letters: Mapping[str, str], flops_shares: Mapping[s
         "evaluations": len(plan.evaluations),
         "calls": dict(Counter(e.variant for e in plan.evaluations)),
         "flops_share": plan_share(plan, flops_shares),
-        "strip": strip(plan, letters),
+        "strip": step_strip(plan, letters),
     }
 
 
-def signs(variants: Iterable[str]) -> dict[str, str]:
+def assign_signs(variants: Iterable[str]) -> dict[str, str]:
     """Variant -> its sign in a strip; the first computes everything, and those beyond the alphabet are all `?`."""
-    return dict(zip(variants, chain(SIGNS, repeat("?")), strict=False))
+    return dict(zip(variants, chain(VARIANT_SIGNS, repeat("?")), strict=False))
 
 
-def lines(described: Mapping[str, Any], encoding: str | None) -> Iterator[str]:
-    """The same for people."""
+def format_forecast(described: Mapping[str, Any], encoding: str | None) -> Iterator[str]:
+    """The forecast as lines of text."""
     if graphs := described.get("graphs"):
-        yield from table(list(graph_rows(graphs)), right=range(1, 7))
+        yield from align_columns(list(graph_rows(graphs)), right=range(1, 7))
         yield ""
-    blocks = drawn(described["variants"], encoding)
+    blocks = block_signs(described["variants"], encoding)
     redrawn = {letter: blocks[name] for name, letter in described["variants"].items()}
-    yield from table(list(plan_rows(described["plans"], redrawn)), right=range(1, 5))
+    yield from align_columns(list(plan_rows(described["plans"], redrawn)), right=range(1, 5))
     yield ", ".join(f"{sign} = {name}" for name, sign in blocks.items())
 
 
@@ -104,9 +104,17 @@ def graph_rows(graphs: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
     yield "graph", "FLOPs", "moved", "ops", "weights", "ms", "share"
     for name, g in graphs.items():
         share = f"{g['share']:.1%}" if "share" in g else ""
-        moved, weights = in_bytes(g["moved_bytes"]), in_bytes(g["constants_bytes"])
+        moved, weights = format_bytes(g["moved_bytes"]), format_bytes(g["constants_bytes"])
         ms = g["predicted_ms"]
-        yield name, short(g["flops"]), moved, str(g["ops"]), weights, f"{ms:.0f}" if ms >= 100 else f"{ms:.3g}", share
+        yield (
+            name,
+            format_count(g["flops"]),
+            moved,
+            str(g["ops"]),
+            weights,
+            f"{ms:.0f}" if ms >= 100 else f"{ms:.3g}",
+            share,
+        )
 
 
 def plan_rows(plans: Mapping[str, Any], redrawn: Mapping[str, str]) -> Iterator[tuple[str, ...]]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from ...runtime.manifest import Cost
-from ..plan import Planned
+from ..plan import PlanSet
 from .count import check_skips, module_flops
 
 
-def check_variants(denoiser: Any, planned: Planned, costs: dict[str, Cost]) -> None:
+def check_variant_costs(denoiser: Any, planned: PlanSet, costs: dict[str, Cost]) -> None:
     """Holds each variant's counted FLOPs against those of the modules that it should skip."""
     if len(planned.variants) == 1:
         return

@@ -17,18 +17,18 @@ from torch._subclasses import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ...runtime.attachment.arguments import Empty, leaves, rebuilt
+from ...runtime.attachment.arguments import EmptyContainer, map_leaves, named_leaves
 from ...runtime.errors import ExportError
 from ..sites.component import Component
-from .call_kinds import Kind
+from .call_kinds import CallKind
 
 BAKED_NUMBERS = 1 << 16  # of one argument that may be compiled in
 
 
-class Recorded(nn.Module):
+class FlatDenoiser(nn.Module):
     """The denoiser as a function of flat tensors, everything else as it was recorded; returns its one tensor."""
 
-    def __init__(self, name: str, denoiser: nn.Module, kind: Kind) -> None:
+    def __init__(self, name: str, denoiser: nn.Module, kind: CallKind) -> None:
         super().__init__()
         self.add_module(name, denoiser)
         self.name, self.inputs, self.given = name, kind.inputs, kind.example.arguments
@@ -37,18 +37,18 @@ class Recorded(nn.Module):
 
     def forward(self, *tensors: Tensor) -> Tensor:
         named = {**self.baked, **dict(zip(self.inputs, tensors, strict=True))}
-        arguments = rebuilt(self.given, lambda name, leaf: named.get(name, empty(leaf)))
+        arguments = map_leaves(self.given, lambda name, leaf: named.get(name, rebuild_empty(leaf)))
         call = inspect.BoundArguments(self.signature, arguments)  # pyright: ignore[reportArgumentType]
-        with Known(self.baked.values()) if self.baked else contextlib.nullcontext():
+        with TraceTimeConstants(self.baked.values()) if self.baked else contextlib.nullcontext():
             output = self.get_submodule(self.name)(*call.args, **call.kwargs)
-        return next(leaf for _, leaf in leaves(output) if isinstance(leaf, Tensor))
+        return next(leaf for _, leaf in named_leaves(output) if isinstance(leaf, Tensor))
 
 
-def empty(leaf: Any) -> Any:
-    return leaf if not isinstance(leaf, Empty) else {} if leaf.empty == "mapping" else []
+def rebuild_empty(leaf: Any) -> Any:
+    return leaf if not isinstance(leaf, EmptyContainer) else {} if leaf.empty == "mapping" else []
 
 
-class Known(TorchFunctionMode):
+class TraceTimeConstants(TorchFunctionMode):
     """What is computed of `tensors` alone is computed while tracing, as Python numbers are: it may be read in Python."""
 
     def __init__(self, tensors: Any) -> None:
@@ -56,31 +56,31 @@ class Known(TorchFunctionMode):
         self.known = {id(t): t for t in tensors}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = [leaf for _, leaf in leaves([args, kwargs or {}]) if isinstance(leaf, Tensor)]
+        given = [leaf for _, leaf in named_leaves([args, kwargs or {}]) if isinstance(leaf, Tensor)]
         if not given or not all(id(t) in self.known for t in given):
             return func(*args, **(kwargs or {}))
         with _disable_current_modes():
             result = func(*args, **(kwargs or {}))
-        self.known.update((id(leaf), leaf) for _, leaf in leaves(result) if isinstance(leaf, Tensor))
+        self.known.update((id(leaf), leaf) for _, leaf in named_leaves(result) if isinstance(leaf, Tensor))
         return result
 
 
-def component(name: str, denoiser: nn.Module, kind: Kind, i: int) -> Component:
+def call_component(name: str, denoiser: nn.Module, kind: CallKind, i: int) -> Component:
     """One kind of call as something to capture. Examples are copies: torch.export would merge two names of one tensor."""
     args = tuple(kind.example.flat[n].contiguous().clone() for n in kind.inputs)
-    module = Recorded(name, denoiser, kind).eval()
+    module = FlatDenoiser(name, denoiser, kind).eval()
     title = f"denoiser.call{i + 1}" if i else "denoiser"
     return Component(title, module, kind.inputs, ("sample",), args, {"": f"{name}."})
 
 
-def baked(
-    name: str, denoiser: nn.Module, kinds: tuple[Kind, ...], again: Callable[[frozenset[str]], tuple[Kind, ...]]
-) -> tuple[Kind, ...]:
+def bake_arguments(
+    name: str, denoiser: nn.Module, kinds: tuple[CallKind, ...], again: Callable[[frozenset[str]], tuple[CallKind, ...]]
+) -> tuple[CallKind, ...]:
     """The kinds, with those integer and boolean arguments compiled in that the model reads in Python: as few as do.
 
     Raises ExportError where it reads others.
     """
-    if traces(name, denoiser, kinds) is None:
+    if tracing_error(name, denoiser, kinds) is None:
         return kinds
     candidates = {
         a.name
@@ -90,21 +90,21 @@ def baked(
         and not getattr(torch, a.dtype).is_floating_point
         and kind.example.flat[a.name].numel() <= BAKED_NUMBERS
     }
-    if problem := traces(name, denoiser, again(frozenset(candidates))):
+    if problem := tracing_error(name, denoiser, again(frozenset(candidates))):
         raise ExportError(
             f"{type(denoiser).__name__}: cannot be traced ({type(problem).__name__}: {str(problem).strip().splitlines()[0]}); "
             "a model that reads latents or timesteps in Python cannot be exported"
         ) from problem
     for candidate in sorted(candidates):
-        if traces(name, denoiser, again(frozenset(candidates - {candidate}))) is None:
+        if tracing_error(name, denoiser, again(frozenset(candidates - {candidate}))) is None:
             candidates.discard(candidate)
     return again(frozenset(candidates))
 
 
-def traces(name: str, denoiser: nn.Module, kinds: tuple[Kind, ...]) -> Exception | None:
+def tracing_error(name: str, denoiser: nn.Module, kinds: tuple[CallKind, ...]) -> Exception | None:
     """Why the denoiser cannot run on fake tensors, None if it can."""
     for i, kind in enumerate(kinds):
-        made = component(name, denoiser, kind, i)
+        made = call_component(name, denoiser, kind, i)
         try:
             with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as fake:
                 made.module(*(fake.from_tensor(t) for t in made.args))

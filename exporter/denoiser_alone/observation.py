@@ -1,6 +1,6 @@
 """Watch: one run of a diffusers pipeline, and every call that its denoiser gets in it.
 
-In: a loaded pipeline and the arguments of its call. Out: a `Watched`, evaluation by evaluation. The denoiser may be answered
+In: a loaded pipeline and the arguments of its call. Out: a `PipelineRun`, evaluation by evaluation. The denoiser may be answered
 for, so that the schedule of many steps costs a prompt's encoding. The pipeline is left as it was. `record.py` compares runs.
 """
 
@@ -16,17 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...runtime.attachment.arguments import Empty, Output, bound, leaves, rebuilt
-from ...runtime.attachment.follow import Followed, steps_of
+from ...runtime.attachment.arguments import EmptyContainer, OutputStructure, bind_call, map_leaves, named_leaves
+from ...runtime.attachment.scheduler_observer import SchedulerObserver, schedule_steps
 from ...runtime.errors import ExportError, RecipeError
 from ..plan.sampler import floats
 
-DENOISERS = ("transformer", "unet", "prior", "dit")
+DENOISER_COMPONENTS = ("transformer", "unet", "prior", "dit")
 """What diffusers' pipelines call the part that is run at every step."""
 
 
 @dataclass(frozen=True)
-class Seen:
+class ObservedCall:
     """One call of the denoiser: its bound arguments (tensors copied), flat and as they were."""
 
     arguments: Mapping[str, Any]
@@ -34,11 +34,11 @@ class Seen:
 
 
 @dataclass
-class Watched:
+class PipelineRun:
     """One run of a pipeline: the denoiser's calls evaluation by evaluation, what it returned first in each branch, and what
     the scheduler's `step` got and gave."""
 
-    evaluations: list[tuple[Seen, ...]] = field(default_factory=list)
+    evaluations: list[tuple[ObservedCall, ...]] = field(default_factory=list)
     outputs: list[Any] = field(default_factory=list)
     timesteps: list[float] = field(default_factory=list)
     latents: Tensor | None = None
@@ -48,21 +48,21 @@ class Watched:
     result: Any = None
 
 
-Request = Callable[[int, int], dict[str, Any]]  # (steps, seed) -> the arguments of the pipeline's call
+PipelineRequest = Callable[[int, int], dict[str, Any]]  # (steps, seed) -> the arguments of the pipeline's call
 
 
 def denoiser_name(pipe: Any) -> str:
     """The name of the part that the pipeline runs at every step. Raises ExportError where none has a known name."""
-    for name in DENOISERS:
+    for name in DENOISER_COMPONENTS:
         if isinstance(pipe.components.get(name), nn.Module):
             return name
     raise ExportError(
-        f"{type(pipe).__name__}: expected a denoiser called {', '.join(DENOISERS)}, it has {', '.join(pipe.components)}; "
+        f"{type(pipe).__name__}: expected a denoiser called {', '.join(DENOISER_COMPONENTS)}, it has {', '.join(pipe.components)}; "
         "only such pipelines can be exported"
     )
 
 
-def requested(pipe: Any, prompt: str, chosen: Mapping[str, Any], further: Mapping[str, Any]) -> Request:
+def pipeline_request(pipe: Any, prompt: str, chosen: Mapping[str, Any], further: Mapping[str, Any]) -> PipelineRequest:
     """Calls of the pipeline for the prompt. `chosen` are passed on as far as the pipeline takes them and they are not None,
     `further` (the recipe's `attach.arguments`) always. Raises RecipeError for one of these that it does not take."""
     takes = inspect.signature(type(pipe).__call__).parameters
@@ -86,21 +86,23 @@ def requested(pipe: Any, prompt: str, chosen: Mapping[str, Any], further: Mappin
 # --- running --------------------------------------------------------------------------------------------------------
 
 
-def watched(pipe: Any, name: str, arguments: Mapping[str, Any], answers: Sequence[Any] | None = None) -> Watched:
+def watch_pipeline(
+    pipe: Any, name: str, arguments: Mapping[str, Any], answers: Sequence[Any] | None = None
+) -> PipelineRun:
     """One call of the pipeline. The denoiser's k-th call of an evaluation is answered with `answers[k]`, where given.
 
     Raises ExportError where the loop is not a scheduler's, or more than the denoiser runs in it.
     """
-    run = Watched()
-    pending: list[Seen] = []
+    run = PipelineRun()
+    pending: list[ObservedCall] = []
     others: list[tuple[str, int]] = []
     denoiser, scheduler = pipe.components[name], pipe.scheduler
     original, signature = denoiser.forward, inspect.signature(denoiser.forward)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        given = bound(signature, args, kwargs).arguments
-        given = rebuilt(given, lambda _, leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf)
-        pending.append(Seen(given, dict(leaves(given))))
+        given = bind_call(signature, args, kwargs).arguments
+        given = map_leaves(given, lambda _, leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf)
+        pending.append(ObservedCall(given, dict(named_leaves(given))))
         if answers is not None:
             return copy.deepcopy(answers[min(len(pending), len(answers)) - 1])
         output = original(*args, **kwargs)
@@ -113,7 +115,7 @@ def watched(pipe: Any, name: str, arguments: Mapping[str, Any], answers: Sequenc
             raise ExportError(
                 f"{type(pipe).__name__}: sets its schedule again inside its loop, which no plan can follow"
             )
-        run.steps, run.order = steps_of(scheduler), int(getattr(scheduler, "order", 1))
+        run.steps, run.order = schedule_steps(scheduler), int(getattr(scheduler, "order", 1))
         run.sigmas = floats(getattr(scheduler, "sigmas", ()))
 
     def stepped(result: Any, *args: Any, **kwargs: Any) -> None:
@@ -133,15 +135,15 @@ def watched(pipe: Any, name: str, arguments: Mapping[str, Any], answers: Sequenc
         denoiser.forward = forward
         for method, then in (("set_timesteps", begun), ("step", stepped)):
             stack.callback(vars(scheduler).pop, method, None)
-            setattr(scheduler, method, Followed(scheduler, method, then))
-        with torch.no_grad(), quiet(pipe):
+            setattr(scheduler, method, SchedulerObserver(scheduler, method, then))
+        with torch.no_grad(), hide_progress_bar(pipe):
             run.result = pipe(**arguments)
     check_loop(type(pipe).__name__, name, run, pending, others)
     return run
 
 
 @contextlib.contextmanager
-def quiet(pipe: Any) -> Iterator[None]:
+def hide_progress_bar(pipe: Any) -> Iterator[None]:
     """The pipeline without its progress bar."""
     before = getattr(pipe, "_progress_bar_config", {})
     pipe.set_progress_bar_config(disable=True)
@@ -152,7 +154,7 @@ def quiet(pipe: Any) -> Iterator[None]:
 
 
 def check_loop(
-    pipeline: str, name: str, run: Watched, pending: Sequence[Seen], others: Sequence[tuple[str, int]]
+    pipeline: str, name: str, run: PipelineRun, pending: Sequence[ObservedCall], others: Sequence[tuple[str, int]]
 ) -> None:
     """Raises ExportError unless every evaluation is some calls of the denoiser alone, and one step of the scheduler."""
     inside = [other for other, e in others if e < len(run.evaluations)]
@@ -168,38 +170,40 @@ def check_loop(
         )
 
 
-def zeroed(output: Any) -> Any:
-    """The same structure, its tensors all zeros."""
+def zero_output(output: Any) -> Any:
+    """A copy of the output whose tensors are all zeros."""
     answer = copy.deepcopy(output)
-    for _, leaf in leaves(answer):
+    for _, leaf in named_leaves(answer):
         if isinstance(leaf, Tensor):
             leaf.zero_()
     return answer
 
 
-def described(output: Any, name: str = "") -> Output:
+def describe_output(output: Any, name: str = "") -> OutputStructure:
     """What is around the denoiser's one tensor. Raises ExportError where it returns another number of tensors."""
     if not name:
-        tensors = [n for n, leaf in leaves(output) if isinstance(leaf, Tensor)]
+        tensors = [n for n, leaf in named_leaves(output) if isinstance(leaf, Tensor)]
         if len(tensors) != 1:
             raise ExportError(
                 f"the denoiser returns {len(tensors)} tensors ({', '.join(tensors[:4])}), expected one; it cannot be exported"
             )
     if isinstance(output, Tensor):
-        return Output(kind="tensor")
+        return OutputStructure(kind="tensor")
     if isinstance(output, Mapping):
         cls = type(output)
-        items = {str(key): described(item, f"{name}.{key}") for key, item in output.items()}
-        return Output(kind="dict", cls="" if cls is dict else f"{cls.__module__}.{cls.__qualname__}", items=items)
+        items = {str(key): describe_output(item, f"{name}.{key}") for key, item in output.items()}
+        return OutputStructure(
+            kind="dict", cls="" if cls is dict else f"{cls.__module__}.{cls.__qualname__}", items=items
+        )
     if isinstance(output, tuple | list):
-        items = {str(i): described(item, f"{name}.{i}") for i, item in enumerate(output)}
-        return Output(kind="tuple" if isinstance(output, tuple) else "list", items=items)
-    check_plain(f"output {name}", output)
-    return Output(kind="constant", value=output)
+        items = {str(i): describe_output(item, f"{name}.{i}") for i, item in enumerate(output)}
+        return OutputStructure(kind="tuple" if isinstance(output, tuple) else "list", items=items)
+    check_plain_value(f"output {name}", output)
+    return OutputStructure(kind="constant", value=output)
 
 
-def check_plain(name: str, value: Any) -> None:
-    if not isinstance(value, bool | int | float | str | Empty | None):
+def check_plain_value(name: str, value: Any) -> None:
+    if not isinstance(value, bool | int | float | str | EmptyContainer | None):
         raise ExportError(
             f"{name}: expected tensors and plain values, got a {type(value).__name__}, which an artifact cannot hold"
         )

@@ -12,19 +12,19 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..lower import Files
-from ..passes.captured_graph import Captured
+from ..lower import CodeFiles
+from ..passes.captured_graph import CapturedGraph
 from ..progress import Progress
 from ..recipe.resolve import Recipe
-from .fingerprint import fingerprint, toolchain
-from .store import Damaged, Store
+from .fingerprint import describe_toolchain, graph_fingerprint
+from .store import DamagedEntryError, Store
 
 COMPILED, FROM_CACHE = "compiled", "from the cache"
 
 
 @dataclass
-class Making:
-    """A `lower.Made`: from the store, where there is one, else compiled. Which it was is told to `progress`."""
+class CompileOrReuse:
+    """A `lower.GraphCompiler`: from the store, where there is one, else compiled. Which it was is told to `progress`."""
 
     progress: Progress
     store: Store | None = None
@@ -33,38 +33,40 @@ class Making:
     digests: dict[int, str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, recipe: Recipe, model: str, store: Store | None, progress: Progress) -> Making:
-        """For the graphs of a recipe. `model` is told by `prebake cache`, and is no part of a fingerprint."""
+    def of(cls, recipe: Recipe, model: str, store: Store | None, progress: Progress) -> CompileOrReuse:
+        """One for a recipe's graphs. `model` is shown by `prebake cache`, and is no part of a fingerprint."""
         if store is None:
             return cls(progress)
-        return cls(progress, store, toolchain(recipe), {"model": model, "backend": recipe.compile.backend})
+        return cls(progress, store, describe_toolchain(recipe), {"model": model, "backend": recipe.compile.backend})
 
-    def __call__(self, component: str, graph: Captured, compiled: Callable[[Captured], Files]) -> Files:
+    def __call__(
+        self, component: str, graph: CapturedGraph, compiled: Callable[[CapturedGraph], CodeFiles]
+    ) -> CodeFiles:
         title = f"{component}: {graph.name}" if component != graph.name else component
-        key = fingerprint(graph, self.tools, self.digests) if self.store else None
-        if key and (files := self.kept(key)):
-            self.progress.doing(f"{title}, {FROM_CACHE}")
+        key = graph_fingerprint(graph, self.tools, self.digests) if self.store else None
+        if key and (files := self.fetch(key)):
+            self.progress.announce(f"{title}, {FROM_CACHE}")
             self.progress.graphs[graph.name] = FROM_CACHE
             return files
-        self.progress.doing(title)
+        self.progress.announce(title)
         begun = time.perf_counter()
         files = compiled(graph)
         self.progress.graphs[graph.name] = COMPILED
         if key:
-            self.keep(key, files, {**self.about, "graph": graph.name, "seconds": round(time.perf_counter() - begun, 2)})
+            self.put(key, files, {**self.about, "graph": graph.name, "seconds": round(time.perf_counter() - begun, 2)})
         return files
 
-    def kept(self, key: str) -> Files | None:
+    def fetch(self, key: str) -> CodeFiles | None:
         assert self.store
         try:
             return self.store.get(key)
-        except (Damaged, OSError) as e:
+        except (DamagedEntryError, OSError) as e:
             self.progress.note(f"{self.store.path(key)}: cannot be used ({e}), so the graph is compiled anew")
             with suppress(OSError):
                 self.store.remove(key)
         return None
 
-    def keep(self, key: str, files: Files, about: Mapping[str, Any]) -> None:
+    def put(self, key: str, files: CodeFiles, about: Mapping[str, Any]) -> None:
         assert self.store
         try:
             self.store.put(key, files, about)

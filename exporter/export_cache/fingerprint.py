@@ -20,101 +20,101 @@ from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 
 from .. import lower
-from ..lower.toolchain import versions
-from ..package.folder import digest
-from ..passes.captured_graph import Captured
+from ..lower.toolchain import toolchain_versions
+from ..package.folder import tensor_digest
+from ..passes.captured_graph import CapturedGraph
 from ..recipe.resolve import Recipe
 
-FORMAT = 1
+FORMAT_VERSION = 1
 """Of the key and of what is kept under it."""
-EXACT = (str, int, float, complex, torch.dtype, torch.device, torch.layout, torch.memory_format, type(None))
+EXACT_TYPES = (str, int, float, complex, torch.dtype, torch.device, torch.layout, torch.memory_format, type(None))
 """Arguments of operators whose `repr` leaves nothing out."""
-PACKAGES = ("sympy", "onnx", "onnx-ir", "onnxscript")
+HASHED_PACKAGES = ("sympy", "onnx", "onnx-ir", "onnxscript")
 """What writes code, besides those packages that a manifest names."""
 
 
-class Unwritable(Exception):
+class InexactValueError(Exception):
     """What the graph holds that has no exact description."""
 
 
-def fingerprint(graph: Captured, tools: str, digests: dict[int, str]) -> str | None:
-    """The key in hexadecimal; None for a graph that cannot be described exactly. `tools` is that of `toolchain`.
+def graph_fingerprint(graph: CapturedGraph, tools: str, digests: dict[int, str]) -> str | None:
+    """The key in hexadecimal; None for a graph that cannot be described exactly. `tools` is that of `describe_toolchain`.
 
     `digests` keeps hashes of constants by the tensors' `id`, for as long as the graphs are alive: variants share theirs.
     """
     whole = hashlib.sha256(tools.encode())
     try:
-        for line in lines(graph, digests):
+        for line in graph_lines(graph, digests):
             whole.update(line.encode() + b"\n")
-    except Unwritable:
+    except InexactValueError:
         return None
     return whole.hexdigest()
 
 
-def lines(graph: Captured, digests: dict[int, str]) -> Iterator[str]:
+def graph_lines(graph: CapturedGraph, digests: dict[int, str]) -> Iterator[str]:
     """The graph as text. Its own name is no part of it."""
     gm, constants = graph.gm, graph.constants()
-    yield f"inputs {[s.model_dump() for s in graph.inputs]!r} {[said(t) for t in graph.args]!r}"
+    yield f"inputs {[s.model_dump() for s in graph.inputs]!r} {[value_text(t) for t in graph.args]!r}"
     yield f"outputs {[s.model_dump() for s in graph.outputs]!r}"
     yield f"structure {getattr(gm, '_in_spec', None)!r} {getattr(gm, '_out_spec', None)!r}"
     for node in gm.graph.nodes:
         if node.op == "get_attr" and node.target not in constants:
-            raise Unwritable(f"{node.target} is no tensor")
-        given = f"{exact(node.args)!r} {sorted(exact(node.kwargs).items())!r}"
-        yield f"{node.op} {node.name} {target(node)} {given} {said(node.meta.get('val'))}"
+            raise InexactValueError(f"{node.target} is no tensor")
+        given = f"{exact_text(node.args)!r} {sorted(exact_text(node.kwargs).items())!r}"
+        yield f"{node.op} {node.name} {operator_name(node)} {given} {value_text(node.meta.get('val'))}"
     for name, tensor in sorted(constants.items()):
         if id(tensor) not in digests:
-            digests[id(tensor)] = digest(tensor)
+            digests[id(tensor)] = tensor_digest(tensor)
         yield f"constant {name} {type(tensor).__name__} {digests[id(tensor)]}"
 
 
-def exact(given: Any) -> Any:
+def exact_text(given: Any) -> Any:
     """The arguments, nodes by their names. Raises Unwritable for what has no exact `repr`."""
 
     def leaf(value: Any) -> Any:
-        if isinstance(value, (*EXACT, fx.Node)):
+        if isinstance(value, (*EXACT_TYPES, fx.Node)):
             return value
-        raise Unwritable(f"an argument is a {type(value).__name__}")
+        raise InexactValueError(f"an argument is a {type(value).__name__}")
 
     return map_aggregate(given, leaf)
 
 
-def target(node: fx.Node) -> str:
-    """Which operator it is. Raises Unwritable for a function without a name of its own."""
+def operator_name(node: fx.Node) -> str:
+    """The name of a node's operator. Raises InexactValueError for a function without a name of its own."""
     if isinstance(node.target, str | torch._ops.OpOverload):
         return str(node.target)
     module, name = getattr(node.target, "__module__", None), getattr(node.target, "__qualname__", "<")
     if module is None or "<" in name:
-        raise Unwritable(f"{node.target} has no name")
+        raise InexactValueError(f"{node.target} has no name")
     return f"{module}.{name}"
 
 
-def said(value: Any) -> str:
-    """What is known of a value: of tensors all but their numbers."""
+def value_text(value: Any) -> str:
+    """The text that identifies a value: of tensors all but their numbers."""
     if isinstance(value, Tensor):
         return f"{value.dtype} {tuple(value.shape)} {value.stride()} {value.storage_offset()} {value.device}"
     if isinstance(value, tuple | list):
-        return f"[{', '.join(map(said, value))}]"
+        return f"[{', '.join(map(value_text, value))}]"
     return repr(value)
 
 
-def toolchain(recipe: Recipe) -> str:
+def describe_toolchain(recipe: Recipe) -> str:
     """What else went into the code of all the graphs of a recipe: its `compile` table, versions, sources and settings."""
-    config, lowering = recipe.compile, lower.backend(recipe.compile.backend)
+    config, lowering = recipe.compile, lower.load_backend(recipe.compile.backend)
     depends = getattr(lowering, "depends", None)
     described = {
-        "format": FORMAT,
+        "format": FORMAT_VERSION,
         "compile": config.model_dump(mode="json"),
         "requires": lowering.requires(recipe),
         "toolchain": lowering.toolchain(config),
-        "versions": versions() | {name: installed(name) for name in PACKAGES},
-        "sources": sources(),
+        "versions": toolchain_versions() | {name: package_version(name) for name in HASHED_PACKAGES},
+        "sources": hash_backend_sources(),
         "depends": depends(config) if depends else {},
     }
     return json.dumps(described, sort_keys=True)
 
 
-def installed(package: str) -> str | None:
+def package_version(package: str) -> str | None:
     try:
         return version(package)
     except PackageNotFoundError:
@@ -122,7 +122,7 @@ def installed(package: str) -> str | None:
 
 
 @functools.cache
-def sources() -> str:
+def hash_backend_sources() -> str:
     """A hash of the backends themselves: their versions do not tell what somebody has changed in them."""
     whole = hashlib.sha256()
     for path in sorted(

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from ...runtime.errors import ExportError
 from ..recipe.schema import GUIDANCE, Guidance
 from ..sites.component import Component
-from ..sites.guidance import guided
-from .picture import Size, check_multiples, drawn, size_of
-from .text import TextStates, prompt_entry, text_component, tokenizers_of
+from ..sites.guidance import add_guidance
+from .picture import Size, call_pipeline, check_multiples, size_of
+from .text import TextStates, find_tokenizers, prompt_entry, text_component
 
 __all__ = [
     "Size",
@@ -44,7 +44,7 @@ class Denoiser(nn.Module):
     """`CogVideoXTransformer3DModel` of one branch: float32 latents [1, t, C, h, w] in, float32 velocity (or noise) out.
 
     `rotary` is the cosines and sines of all positions, both [N, D], where the model turns its queries and keys;
-    `positions` [1, L + N, D] is added to text and frames, where the model's own are for another size. The sinusoids are of
+    `position_embeddings` [1, L + N, D] is added to text and frames, where the model's own are for another size. The sinusoids are of
     float32 timesteps in any dtype: diffusers casts behind them.
     """
 
@@ -68,7 +68,7 @@ class Denoiser(nn.Module):
         self.register_buffer("sin", sin)
 
     def forward(self, hidden_states: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
-        with positioned(self.transformer.get_submodule("patch_embed"), self.positions):
+        with replace_positions(self.transformer.get_submodule("patch_embed"), self.positions):
             sample = self.transformer(
                 hidden_states=hidden_states.to(self.dtype),
                 encoder_hidden_states=encoder_hidden_states.to(self.dtype),
@@ -80,7 +80,7 @@ class Denoiser(nn.Module):
 
 
 @contextlib.contextmanager
-def positioned(embed: Any, positions: Tensor | None) -> Iterator[None]:
+def replace_positions(embed: Any, positions: Tensor | None) -> Iterator[None]:
     """Inside, `CogVideoXPatchEmbed` takes these positions for another size than the model's, and does not compute them
     anew, which torch.export cannot trace (seen with torch 2.13)."""
     if positions is None:
@@ -147,7 +147,7 @@ def check_size(pipe: Any, size: Size) -> None:
 
 
 def check_tokens(size: Size, tokens: int) -> None:
-    """The positions that are added to text and frames begin behind that many tokens."""
+    """Raises ExportError unless there are `tokens` of text: the positions added to text and frames begin behind them."""
     if size.tokens != tokens:
         raise ExportError(
             f"shapes.max_sequence_length: expected {tokens} tokens, as many as the model's positions leave for the text, "
@@ -156,7 +156,7 @@ def check_tokens(size: Size, tokens: int) -> None:
 
 
 def check_frames(size: Size, factor: int) -> None:
-    """Of other numbers of frames diffusers gives back fewer or more: 10 become 9, and 13 become 16."""
+    """Raises ExportError for a number of frames that diffusers would change: 10 become 9, and 13 become 16."""
     pair = 2 * factor
     if size.frames % pair > 1:
         lower = size.frames // pair * pair + 1
@@ -167,19 +167,19 @@ def check_frames(size: Size, factor: int) -> None:
 
 
 def latent_frames(pipe: Any, size: Size) -> tuple[int, int]:
-    """How many there are of a video, and how many come before them because the model takes `patch_size_t` at a time."""
+    """Latent frames of a video, and how many come before them because the model takes `patch_size_t` at a time."""
     shown = (size.frames - 1) // pipe.vae_scale_factor_temporal + 1
     return shown, -shown % (pipe.transformer.config.patch_size_t or 1)
 
 
 def latents_shape(pipe: Any, size: Size) -> tuple[int, int, int, int]:
-    """[t, C, h, w]."""
+    """Shape of a video's latents: [t, C, h, w]."""
     factor = pipe.vae_scale_factor_spatial
     channels = pipe.transformer.config.in_channels
     return sum(latent_frames(pipe, size)), channels, size.height // factor, size.width // factor
 
 
-def positions(pipe: Any, size: Size) -> Tensor | None:
+def position_embeddings(pipe: Any, size: Size) -> Tensor | None:
     """[1, L + N, D] to add to L text tokens and the N of this size; None where the model adds none, or has them itself."""
     config, embed = pipe.transformer.config, pipe.transformer.patch_embed
     t, _, h, w = latents_shape(pipe, size)
@@ -202,13 +202,13 @@ def denoiser(pipe: Any, size: Size, guidance: Guidance = GUIDANCE) -> Component:
         "timestep": torch.tensor([500.0]),
         "encoder_hidden_states": states.to(pipe.text_encoder.dtype),
     }
-    module = Denoiser(pipe.transformer, pipe.transformer.dtype, rotary, positions(pipe, size)).eval()
+    module = Denoiser(pipe.transformer, pipe.transformer.dtype, rotary, position_embeddings(pipe, size)).eval()
     branch = Component("denoiser", module, tuple(named), ("sample",), tuple(named.values()), {"": "transformer."})
-    return guided(branch, tuple(EMBEDS.values()), batched=guidance.batched)
+    return add_guidance(branch, tuple(EMBEDS.values()), batched=guidance.batched)
 
 
-def prompts(pipe: Any, size: Size) -> list[dict[str, Any]]:
-    """T5's."""
+def prompt_entries(pipe: Any, size: Size) -> list[dict[str, Any]]:
+    """The manifest's prompt entry for T5."""
     return [prompt_entry("tokenizer", pipe.tokenizer, size.tokens)]
 
 
@@ -221,7 +221,7 @@ def others(pipe: Any, size: Size, *, channels_last: bool, picture: bool = False)
     decoder = Decoder(pipe.vae, latent_frames(pipe, size)[1]).eval()
     latents = torch.zeros(1, *latents_shape(pipe, size))
     return (
-        text_component(TextStates(pipe.text_encoder), prompts(pipe, size), EMBEDS),
+        text_component(TextStates(pipe.text_encoder), prompt_entries(pipe, size), EMBEDS),
         Component("vae_decoder", decoder, ("latents",), ("frames",), (latents,)),
     )
 
@@ -233,7 +233,7 @@ def scheduler_arguments(scheduler: Any, latents_shape: Sequence[int], steps: int
 
 def tokenizers(pipe: Any, size: Size) -> dict[str, Any]:
     """Artifact path -> fast tokenizer, whose `tokenizer.json` is stored there."""
-    return tokenizers_of(pipe, prompts(pipe, size))
+    return find_tokenizers(pipe, prompt_entries(pipe, size))
 
 
 def facts(pipe: Any, size: Size) -> dict[str, Any]:
@@ -241,7 +241,7 @@ def facts(pipe: Any, size: Size) -> dict[str, Any]:
     return {
         "latents_shape": list(latents_shape(pipe, size)),
         "timestep_scale": 1.0,
-        "text": {"prompts": prompts(pipe, size), "embeds": EMBEDS},
+        "text": {"prompts": prompt_entries(pipe, size), "embeds": EMBEDS},
     }
 
 
@@ -268,7 +268,7 @@ def noise(pipe: Any, size: Size, generator: torch.Generator) -> Tensor:
 def draw(pipe: Any, prompt: str, seed: int, steps: int, guidance_scale: float, size: Size) -> tuple[Tensor, Tensor]:
     """Final latents [1, t, C, h, w] and frames [1, T, 3, H, W] in 0..1 of the plain diffusers call: what an artifact is
     held against."""
-    return drawn(
+    return call_pipeline(
         pipe,
         prompt,
         seed,

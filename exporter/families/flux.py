@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from ...runtime.errors import ExportError
-from ...runtime.families.flux import pack
+from ...runtime.families.flux import pack_latents
 from ..recipe.schema import GUIDANCE, Guidance
 from ..sites.component import Component
-from ..sites.guidance import guided
-from .picture import Decoder, Encoder, Size, check_multiples, drawn, encoder_component, size_of
-from .text import prompt_entry, refuse_masked, text_component, tokenizers_of
+from ..sites.guidance import add_guidance
+from .picture import Decoder, Encoder, Size, call_pipeline, check_multiples, encoder_component, size_of
+from .text import find_tokenizers, prompt_entry, refuse_attention_masks, text_component
 
 __all__ = [
     "PICTURE",
@@ -65,7 +65,7 @@ class Denoiser(nn.Module):
         timestep: Tensor,
         guidance: Tensor | None = None,
     ) -> Tensor:
-        with exact_times(self.transformer, timestep, guidance):
+        with embed_exact_times(self.transformer, timestep, guidance):
             sample = self.transformer(
                 hidden_states=hidden_states.to(self.dtype),
                 encoder_hidden_states=encoder_hidden_states.to(self.dtype),
@@ -79,7 +79,7 @@ class Denoiser(nn.Module):
         return sample.float()
 
 
-class Text(nn.Module):
+class TextEncoders(nn.Module):
     """CLIP's and T5's ids [1, L] and [1, T] -> encoder_hidden_states [1, T, D] of T5, pooled_projections [1, P] of CLIP."""
 
     def __init__(self, clip: nn.Module, t5: nn.Module) -> None:
@@ -93,7 +93,7 @@ class Text(nn.Module):
 
 
 @contextlib.contextmanager
-def exact_times(transformer: nn.Module, timestep: Tensor, guidance: Tensor | None) -> Iterator[None]:
+def embed_exact_times(transformer: nn.Module, timestep: Tensor, guidance: Tensor | None) -> Iterator[None]:
     """Inside, the sinusoids of timestep and guidance are taken of float32 values.
 
     `FluxTransformer2DModel.forward` rounds both to the model's dtype first. In bfloat16 guidance 3.5 becomes 3504 of 3500
@@ -108,7 +108,7 @@ def exact_times(transformer: nn.Module, timestep: Tensor, guidance: Tensor | Non
         handle.remove()
 
 
-def unpacked(latents: Tensor, rows: int, columns: int) -> Tensor:
+def unpack_latents(latents: Tensor, rows: int, columns: int) -> Tensor:
     """Packed latents [B, N, C] as [B, C/4, h, w], N = rows x columns: `FluxPipeline._unpack_latents`."""
     batch, _, channels = latents.shape
     x = latents.view(batch, rows, columns, channels // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
@@ -127,10 +127,10 @@ def check_size(pipe: Any, size: Size) -> None:
         raise ExportError(
             f"shapes.max_sequence_length: expected 1 to 512 tokens as FLUX's pipelines do, got {size.tokens}"
         )
-    refuse_masked(pipe, "text_encoder")
+    refuse_attention_masks(pipe, "text_encoder")
 
 
-def grid(pipe: Any, size: Size) -> tuple[int, int]:
+def token_grid(pipe: Any, size: Size) -> tuple[int, int]:
     """Rows and columns of image tokens."""
     patch = pipe.vae_scale_factor * 2
     return size.height // patch, size.width // patch
@@ -139,18 +139,20 @@ def grid(pipe: Any, size: Size) -> tuple[int, int]:
 def denoiser(pipe: Any, size: Size, guidance: Guidance = GUIDANCE) -> Component:
     """The transformer behind named flat inputs, with example tensors of the export's shapes; with `true_cfg`, both
     branches of it."""
-    module = Denoiser(pipe.transformer, pipe.transformer.dtype, positions(pipe, size), torch.zeros(size.tokens, 3))
-    return component(module, examples(pipe, size), guidance)
+    module = Denoiser(
+        pipe.transformer, pipe.transformer.dtype, token_positions(pipe, size), torch.zeros(size.tokens, 3)
+    )
+    return denoiser_component(module, example_inputs(pipe, size), guidance)
 
 
-def positions(pipe: Any, size: Size) -> Tensor:
+def token_positions(pipe: Any, size: Size) -> Tensor:
     """The latents' tokens as [N, 3] of (0, row, column)."""
-    return pipe._prepare_latent_image_ids(1, *grid(pipe, size), "cpu", torch.float32)
+    return pipe._prepare_latent_image_ids(1, *token_grid(pipe, size), "cpu", torch.float32)
 
 
-def examples(pipe: Any, size: Size) -> dict[str, Tensor]:
+def example_inputs(pipe: Any, size: Size) -> dict[str, Tensor]:
     """The denoiser's inputs by name, in the order of its `forward`."""
-    rows, columns = grid(pipe, size)
+    rows, columns = token_grid(pipe, size)
     config = pipe.transformer.config
     seeded = torch.Generator().manual_seed(0)
     named = {
@@ -168,18 +170,18 @@ def examples(pipe: Any, size: Size) -> dict[str, Tensor]:
     return named
 
 
-def component(
+def denoiser_component(
     module: nn.Module, named: dict[str, Tensor], guidance: Guidance, transformer: str = "transformer."
 ) -> Component:
     """The module with these inputs, once or as the two branches of true guidance; `transformer` is where that lies in it."""
     branch = Component("denoiser", module.eval(), tuple(named), ("sample",), tuple(named.values()), {"": transformer})
     if not guidance.true_cfg:
         return branch
-    return guided(branch, tuple(EMBEDS.values()), batched=guidance.batched)
+    return add_guidance(branch, tuple(EMBEDS.values()), batched=guidance.batched)
 
 
-def prompts(pipe: Any, size: Size) -> list[dict[str, Any]]:
-    """CLIP's, then T5's."""
+def prompt_entries(pipe: Any, size: Size) -> list[dict[str, Any]]:
+    """The manifest's prompt entries for CLIP, then T5."""
     return [
         prompt_entry("tokenizer", pipe.tokenizer, pipe.tokenizer_max_length),
         prompt_entry("tokenizer_2", pipe.tokenizer_2, size.tokens),
@@ -188,17 +190,17 @@ def prompts(pipe: Any, size: Size) -> list[dict[str, Any]]:
 
 def others(pipe: Any, size: Size, *, channels_last: bool, picture: bool = False) -> tuple[Component, ...]:
     """The two text encoders in one graph, with `picture` the VAE's encoder, and its decoder last."""
-    rows, columns = grid(pipe, size)
+    rows, columns = token_grid(pipe, size)
     if channels_last:
         pipe.vae.to(memory_format=torch.channels_last)
     latents = torch.zeros(1, rows * columns, pipe.transformer.config.in_channels)
     shift = pipe.vae.config.shift_factor
     decoder = Decoder(
-        pipe.vae, channels_last=channels_last, shift=shift, arranged=partial(unpacked, rows=rows, columns=columns)
+        pipe.vae, channels_last=channels_last, shift=shift, arranged=partial(unpack_latents, rows=rows, columns=columns)
     )
     encoder = Encoder(pipe.vae, channels_last=channels_last, shift=shift)
     return (
-        text_component(Text(pipe.text_encoder, pipe.text_encoder_2), prompts(pipe, size), EMBEDS),
+        text_component(TextEncoders(pipe.text_encoder, pipe.text_encoder_2), prompt_entries(pipe, size), EMBEDS),
         *((encoder_component(encoder, size.height, size.width),) if picture else ()),
         Component("vae_decoder", decoder.eval(), ("latents",), ("image",), (latents,)),
     )
@@ -232,16 +234,16 @@ def scheduler_arguments(scheduler: Any, latents_shape: Sequence[int], steps: int
 
 def tokenizers(pipe: Any, size: Size) -> dict[str, Any]:
     """Artifact path -> fast tokenizer, whose `tokenizer.json` is stored there."""
-    return tokenizers_of(pipe, prompts(pipe, size))
+    return find_tokenizers(pipe, prompt_entries(pipe, size))
 
 
 def facts(pipe: Any, size: Size) -> dict[str, Any]:
     """The manifest's `pipeline` table, which `runtime/families` validates and drives."""
-    rows, columns = grid(pipe, size)
+    rows, columns = token_grid(pipe, size)
     return {
         "latents_shape": [pipe.transformer.config.in_channels // 4, rows * 2, columns * 2],
         "timestep_scale": 0.001,
-        "text": {"prompts": prompts(pipe, size), "embeds": EMBEDS},
+        "text": {"prompts": prompt_entries(pipe, size), "embeds": EMBEDS},
     }
 
 
@@ -260,14 +262,14 @@ def encode(
 
 def noise(pipe: Any, size: Size, generator: torch.Generator) -> Tensor:
     """Packed standard normal latents [1, N, C], the numbers that the pipeline draws."""
-    rows, columns = grid(pipe, size)
+    rows, columns = token_grid(pipe, size)
     shape = (1, pipe.transformer.config.in_channels // 4, 2 * rows, 2 * columns)
-    return pack(torch.randn(shape, generator=generator))
+    return pack_latents(torch.randn(shape, generator=generator))
 
 
 def draw(pipe: Any, prompt: str, seed: int, steps: int, guidance_scale: float, size: Size) -> tuple[Tensor, Tensor]:
     """Final latents [1, N, C] and image [1, 3, H, W] in 0..1 of the plain diffusers call: what an artifact is held against."""
-    return drawn(
+    return call_pipeline(
         pipe,
         prompt,
         seed,

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...runtime.families.flux import pack
-from ...runtime.pictures import pictures_in
+from ...runtime.families.flux import pack_latents
+from ...runtime.pictures import preprocess_pictures
 from ..recipe.schema import GUIDANCE, Guidance
 from ..sites.component import Component
 from . import flux
 from .flux import Size, check_size, defaults, facts, noise, scheduler_arguments, size_of, tokenizers
-from .picture import Encoder, drawn, example
+from .picture import Encoder, call_pipeline, example_picture
 
 __all__ = [
     "PICTURE",
@@ -58,14 +58,14 @@ class Denoiser(nn.Module):
 
 def denoiser(pipe: Any, size: Size, guidance: Guidance = GUIDANCE) -> Component:
     """The transformer behind named flat inputs. Both branches of true guidance see the same picture."""
-    own = flux.positions(pipe, size)
+    own = flux.token_positions(pipe, size)
     pictures = own.clone()
     pictures[:, 0] = 1
     ids = torch.cat((own, pictures)), torch.zeros(size.tokens, 3)
-    latents, *rest = flux.examples(pipe, size).items()
+    latents, *rest = flux.example_inputs(pipe, size).items()
     image = ("image_latents", torch.randn(latents[1].shape, generator=torch.Generator().manual_seed(1)))
     module = Denoiser(flux.Denoiser(pipe.transformer, pipe.transformer.dtype, *ids))
-    return flux.component(module, dict((latents, image, *rest)), guidance, "flux.transformer.")
+    return flux.denoiser_component(module, dict((latents, image, *rest)), guidance, "flux.transformer.")
 
 
 def encode(
@@ -73,18 +73,18 @@ def encode(
 ) -> dict[str, Tensor]:
     """The denoiser's inputs that are equal at every step, of the prompt and an example picture."""
     encoder = Encoder(pipe.vae, channels_last=False, shift=pipe.vae.config.shift_factor)
-    image, _ = encoder(pictures_in(example(size, 0), size.height, size.width))
-    return {**flux.encode(pipe, size, prompt, guidance_scale, guidance), "image_latents": pack(image)}
+    image, _ = encoder(preprocess_pictures(example_picture(size, 0), size.height, size.width))
+    return {**flux.encode(pipe, size, prompt, guidance_scale, guidance), "image_latents": pack_latents(image)}
 
 
 def draw(pipe: Any, prompt: str, seed: int, steps: int, guidance_scale: float, size: Size) -> tuple[Tensor, Tensor]:
     """Final latents [1, N, C] and image [1, 3, H, W] in 0..1 of the diffusers call at the export's size, for the seed's
     example picture."""
-    return drawn(
+    return call_pipeline(
         pipe,
         prompt,
         seed,
-        image=example(size, seed),
+        image=example_picture(size, seed),
         height=size.height,
         width=size.width,
         max_area=size.height * size.width,

@@ -103,7 +103,7 @@ def encoder_component(encoder: nn.Module, height: int, width: int) -> Component:
     return Component(VAE_ENCODER, encoder.eval(), ("image",), ("mean", "std"), (example,))
 
 
-def example(size: Size, seed: int) -> Image.Image:
+def example_picture(size: Size, seed: int) -> Image.Image:
     """A picture to start from where one is needed and none is at hand: smooth blots of colour, other ones for each seed."""
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.rand(1, 3, 4, 4, generator=generator)
@@ -111,7 +111,7 @@ def example(size: Size, seed: int) -> Image.Image:
     return Image.fromarray((smooth[0].permute(1, 2, 0) * 255).round().byte().numpy())
 
 
-def drawn(pipe: Any, prompt: str, seed: int, **call: Any) -> tuple[Tensor, Tensor]:
+def call_pipeline(pipe: Any, prompt: str, seed: int, **call: Any) -> tuple[Tensor, Tensor]:
     """Final latents and image [1, 3, H, W] in 0..1, or frames [1, T, 3, H, W], of one plain diffusers call, with noise of a
     generator of that seed."""
     last: dict[str, Tensor] = {}

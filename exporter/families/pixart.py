@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from ...runtime.errors import ExportError
 from ..recipe.schema import GUIDANCE, Guidance
 from ..sites.component import Component
-from ..sites.guidance import guided
+from ..sites.guidance import add_guidance
 from .picture import Decoder, Size, check_multiples, size_of
-from .text import prompt_entry, text_component, tokenizers_of
+from .text import find_tokenizers, prompt_entry, text_component
 
 __all__ = [
     "Size",
@@ -77,7 +77,7 @@ class Denoiser(nn.Module):
         return sample[:, : self.channels].float().contiguous()
 
 
-class Text(nn.Module):
+class MaskedTextEncoder(nn.Module):
     """T5's ids and their mask, int64 [1, T] -> encoder_hidden_states [1, T, D], and the mask as float32 [1, T]."""
 
     def __init__(self, encoder: nn.Module) -> None:
@@ -115,7 +115,7 @@ def check_size(pipe: Any, size: Size) -> None:
 
 
 def latents_shape(pipe: Any, size: Size) -> tuple[int, int, int]:
-    """Of one image: channels, height, width."""
+    """Shape of one image's latents: [C, h, w]."""
     factor = pipe.vae_scale_factor
     return pipe.transformer.config.in_channels, size.height // factor, size.width // factor
 
@@ -144,11 +144,11 @@ def denoiser(pipe: Any, size: Size, guidance: Guidance = GUIDANCE) -> Component:
     }
     module = Denoiser(pipe.transformer, pipe.transformer.dtype, config.in_channels, micro_conditions(pipe, size)).eval()
     branch = Component("denoiser", module, tuple(named), ("sample",), tuple(named.values()), {"": "transformer."})
-    return guided(branch, tuple(EMBEDS.values()), batched=guidance.batched)
+    return add_guidance(branch, tuple(EMBEDS.values()), batched=guidance.batched)
 
 
-def prompts(pipe: Any, size: Size) -> list[dict[str, Any]]:
-    """T5's."""
+def prompt_entries(pipe: Any, size: Size) -> list[dict[str, Any]]:
+    """The manifest's prompt entry for T5."""
     return [prompt_entry("tokenizer", pipe.tokenizer, size.tokens, mask=True, lower=True)]
 
 
@@ -159,7 +159,7 @@ def others(pipe: Any, size: Size, *, channels_last: bool, picture: bool = False)
         pipe.vae.to(memory_format=torch.channels_last)
     latents = torch.zeros(1, *latents_shape(pipe, size))
     return (
-        text_component(Text(pipe.text_encoder), prompts(pipe, size), EMBEDS),
+        text_component(MaskedTextEncoder(pipe.text_encoder), prompt_entries(pipe, size), EMBEDS),
         Component(
             "vae_decoder", Decoder(pipe.vae, channels_last=channels_last).eval(), ("latents",), ("image",), (latents,)
         ),
@@ -180,7 +180,7 @@ def check_steps(pipe: Any, steps: int) -> None:
 
 def tokenizers(pipe: Any, size: Size) -> dict[str, Any]:
     """Artifact path -> fast tokenizer, whose `tokenizer.json` is stored there."""
-    return tokenizers_of(pipe, prompts(pipe, size))
+    return find_tokenizers(pipe, prompt_entries(pipe, size))
 
 
 def facts(pipe: Any, size: Size) -> dict[str, Any]:
@@ -188,7 +188,7 @@ def facts(pipe: Any, size: Size) -> dict[str, Any]:
     return {
         "latents_shape": list(latents_shape(pipe, size)),
         "timestep_scale": 1.0,
-        "text": {"prompts": prompts(pipe, size), "embeds": EMBEDS},
+        "text": {"prompts": prompt_entries(pipe, size), "embeds": EMBEDS},
     }
 
 

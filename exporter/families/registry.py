@@ -20,7 +20,7 @@ FAMILIES = {
 }
 
 
-def family_of(pipe: Any) -> Any:
+def find_family(pipe: Any) -> Any:
     """The family module of a pipeline. Raises ExportError with those that exist."""
     name = type(pipe).__name__
     if name not in FAMILIES:

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from ...runtime.errors import ExportError
 from ..recipe.schema import GUIDANCE, Guidance
 from ..sites.component import Component
-from ..sites.guidance import guided
-from .picture import Decoder, Encoder, Size, check_multiples, drawn, encoder_component, size_of
-from .text import TextStates, prompt_entry, refuse_masked, text_component, tokenizers_of
+from ..sites.guidance import add_guidance
+from .picture import Decoder, Encoder, Size, call_pipeline, check_multiples, encoder_component, size_of
+from .text import TextStates, find_tokenizers, prompt_entry, refuse_attention_masks, text_component
 
 __all__ = [
     "PICTURE",
@@ -95,11 +95,11 @@ def check_size(pipe: Any, size: Size) -> None:
             f"unet.config.in_channels: expected {latents} as the VAE's latents have, got {channels}: UNets that see a picture "
             "beside the latents cannot be exported; inpainting works with the model for text to image"
         )
-    refuse_masked(pipe, "text_encoder")
+    refuse_attention_masks(pipe, "text_encoder")
 
 
 def latents_shape(pipe: Any, size: Size) -> tuple[int, int, int]:
-    """[C, h, w]."""
+    """Shape of one image's latents: [C, h, w]."""
     return (
         pipe.unet.config.in_channels,
         size.height // pipe.vae_scale_factor,
@@ -118,11 +118,11 @@ def denoiser(pipe: Any, size: Size, guidance: Guidance = GUIDANCE) -> Component:
     }
     module = Denoiser(pipe.unet, pipe.unet.dtype).eval()
     branch = Component("denoiser", module, tuple(named), ("sample",), tuple(named.values()), {"": "unet."})
-    return guided(branch, tuple(EMBEDS.values()), batched=guidance.batched, rescale=True)
+    return add_guidance(branch, tuple(EMBEDS.values()), batched=guidance.batched, rescale=True)
 
 
-def prompts(pipe: Any, size: Size) -> list[dict[str, Any]]:
-    """CLIP's."""
+def prompt_entries(pipe: Any, size: Size) -> list[dict[str, Any]]:
+    """The manifest's prompt entry for CLIP."""
     return [prompt_entry("tokenizer", pipe.tokenizer, size.tokens)]
 
 
@@ -135,7 +135,7 @@ def others(pipe: Any, size: Size, *, channels_last: bool, picture: bool = False)
     decoder = Decoder(pipe.vae, channels_last=channels_last).eval()
     encoder = Encoder(pipe.vae, channels_last=channels_last)
     return (
-        text_component(TextStates(pipe.text_encoder), prompts(pipe, size), EMBEDS),
+        text_component(TextStates(pipe.text_encoder), prompt_entries(pipe, size), EMBEDS),
         *((encoder_component(encoder, size.height, size.width),) if picture else ()),
         Component("vae_decoder", decoder, ("latents",), ("image",), (latents,)),
     )
@@ -148,7 +148,7 @@ def scheduler_arguments(scheduler: Any, latents_shape: Sequence[int], steps: int
 
 def tokenizers(pipe: Any, size: Size) -> dict[str, Any]:
     """Artifact path -> fast tokenizer, whose `tokenizer.json` is stored there."""
-    return tokenizers_of(pipe, prompts(pipe, size))
+    return find_tokenizers(pipe, prompt_entries(pipe, size))
 
 
 def facts(pipe: Any, size: Size) -> dict[str, Any]:
@@ -156,7 +156,7 @@ def facts(pipe: Any, size: Size) -> dict[str, Any]:
     return {
         "latents_shape": list(latents_shape(pipe, size)),
         "timestep_scale": 1.0,
-        "text": {"prompts": prompts(pipe, size), "embeds": EMBEDS},
+        "text": {"prompts": prompt_entries(pipe, size), "embeds": EMBEDS},
     }
 
 
@@ -167,10 +167,10 @@ def encode(
     [2, L, D]. At a guidance of 1 or less both are the prompt's, as in `runtime/families`."""
     states, negative = pipe.encode_prompt(prompt, "cpu", 1, guidance_scale > 1)
     other = states if negative is None else negative
-    return {"encoder_hidden_states": torch.cat((other, states)), **scalars(guidance_scale)}
+    return {"encoder_hidden_states": torch.cat((other, states)), **guidance_inputs(guidance_scale)}
 
 
-def scalars(guidance_scale: float) -> dict[str, Tensor]:
+def guidance_inputs(guidance_scale: float) -> dict[str, Tensor]:
     """Guidance as the graph takes it, not rescaled."""
     return {"guidance_scale": torch.tensor([max(guidance_scale, 1.0)]), "guidance_rescale": torch.tensor([0.0])}
 
@@ -183,8 +183,8 @@ def noise(pipe: Any, size: Size, generator: torch.Generator) -> Tensor:
 def draw(pipe: Any, prompt: str, seed: int, steps: int, guidance_scale: float, size: Size) -> tuple[Tensor, Tensor]:
     """Final latents [1, 4, h, w] and image [1, 3, H, W] in 0..1 of the plain diffusers call: what an artifact is held
     against. Without the safety checker, which would paint some of them black."""
-    with unchecked(pipe):
-        return drawn(
+    with disable_safety_checker(pipe):
+        return call_pipeline(
             pipe,
             prompt,
             seed,
@@ -196,7 +196,7 @@ def draw(pipe: Any, prompt: str, seed: int, steps: int, guidance_scale: float, s
 
 
 @contextlib.contextmanager
-def unchecked(pipe: Any) -> Iterator[None]:
+def disable_safety_checker(pipe: Any) -> Iterator[None]:
     """The pipeline without its safety checker."""
     checker, pipe.safety_checker = pipe.safety_checker, None
     try:

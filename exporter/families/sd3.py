@@ -20,9 +20,9 @@ from ...runtime.errors import ExportError
 from ...runtime.manifest import Manifest
 from ..recipe.schema import GUIDANCE, Guidance
 from ..sites.component import Component
-from ..sites.guidance import guided
-from .picture import Decoder, Encoder, Size, check_multiples, drawn, encoder_component
-from .text import prompt_entry, refuse_masked, text_component, tokenizers_of
+from ..sites.guidance import add_guidance
+from .picture import Decoder, Encoder, Size, call_pipeline, check_multiples, encoder_component
+from .text import find_tokenizers, prompt_entry, refuse_attention_masks, text_component
 
 __all__ = [
     "PICTURE",
@@ -70,7 +70,7 @@ class Denoiser(nn.Module):
         )[0].float()
 
 
-class Text(nn.Module):
+class TextEncoders(nn.Module):
     """Two CLIPs' ids [1, L] and T5's [1, T] -> encoder_hidden_states [1, L + T, D], pooled_projections [1, P].
 
     The CLIPs' states of the last layer but one lie side by side, padded with zeros to T5's width, and T5's follow them;
@@ -127,7 +127,7 @@ def check_size(pipe: Any, size: Size) -> None:
         raise ExportError(
             f"shapes.max_sequence_length: expected 1 to 512 tokens as StableDiffusion3Pipeline does, got {size.tokens}"
         )
-    refuse_masked(pipe, "text_encoder", "text_encoder_2")
+    refuse_attention_masks(pipe, "text_encoder", "text_encoder_2")
     channels, latents = pipe.transformer.config.in_channels, pipe.vae.config.latent_channels
     if channels != latents:
         raise ExportError(
@@ -137,7 +137,7 @@ def check_size(pipe: Any, size: Size) -> None:
 
 
 def latents_shape(pipe: Any, size: Size) -> tuple[int, int, int]:
-    """Of one image: channels, height, width."""
+    """Shape of one image's latents: [C, h, w]."""
     factor = pipe.vae_scale_factor
     return pipe.transformer.config.in_channels, size.height // factor, size.width // factor
 
@@ -155,11 +155,11 @@ def denoiser(pipe: Any, size: Size, guidance: Guidance = GUIDANCE) -> Component:
     }
     module = Denoiser(pipe.transformer, pipe.transformer.dtype).eval()
     branch = Component("denoiser", module, tuple(named), ("sample",), tuple(named.values()), {"": "transformer."})
-    return guided(branch, tuple(EMBEDS.values()), batched=guidance.batched)
+    return add_guidance(branch, tuple(EMBEDS.values()), batched=guidance.batched)
 
 
-def prompts(pipe: Any, size: Size) -> list[dict[str, Any]]:
-    """The two CLIPs', and T5's where the pipeline has it."""
+def prompt_entries(pipe: Any, size: Size) -> list[dict[str, Any]]:
+    """The manifest's prompt entries for the two CLIPs, and for T5 where the pipeline has it."""
     length = pipe.tokenizer_max_length
     clips = [prompt_entry("tokenizer", pipe.tokenizer, length), prompt_entry("tokenizer_2", pipe.tokenizer_2, length)]
     if pipe.text_encoder_3 is None:
@@ -176,7 +176,7 @@ def others(pipe: Any, size: Size, *, channels_last: bool, picture: bool = False)
     encoder = Encoder(pipe.vae, channels_last=channels_last, shift=shift)
     latents = torch.zeros(1, *latents_shape(pipe, size))
     return (
-        text_component(Text(pipe, size.tokens), prompts(pipe, size), EMBEDS),
+        text_component(TextEncoders(pipe, size.tokens), prompt_entries(pipe, size), EMBEDS),
         *((encoder_component(encoder, size.height, size.width),) if picture else ()),
         Component("vae_decoder", decoder, ("latents",), ("image",), (latents,)),
     )
@@ -211,7 +211,7 @@ def scheduler_arguments(scheduler: Any, latents_shape: Sequence[int], steps: int
 
 def tokenizers(pipe: Any, size: Size) -> dict[str, Any]:
     """Artifact path -> fast tokenizer, whose `tokenizer.json` is stored there."""
-    return tokenizers_of(pipe, prompts(pipe, size))
+    return find_tokenizers(pipe, prompt_entries(pipe, size))
 
 
 def facts(pipe: Any, size: Size) -> dict[str, Any]:
@@ -220,7 +220,7 @@ def facts(pipe: Any, size: Size) -> dict[str, Any]:
         "latents_shape": list(latents_shape(pipe, size)),
         "timestep_scale": 1.0,
         "max_sequence_length": size.tokens,
-        "text": {"prompts": prompts(pipe, size), "embeds": EMBEDS},
+        "text": {"prompts": prompt_entries(pipe, size), "embeds": EMBEDS},
     }
 
 
@@ -258,7 +258,7 @@ def noise(pipe: Any, size: Size, generator: torch.Generator) -> Tensor:
 def draw(pipe: Any, prompt: str, seed: int, steps: int, guidance_scale: float, size: Size) -> tuple[Tensor, Tensor]:
     """Final latents [1, C, h, w] and image [1, 3, H, W] in 0..1 of the plain diffusers call: what an artifact is held
     against."""
-    return drawn(
+    return call_pipeline(
         pipe,
         prompt,
         seed,

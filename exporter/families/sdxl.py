@@ -21,10 +21,10 @@ from ...runtime.errors import ExportError
 from ...runtime.families.sdxl import size_numbers
 from ..recipe.schema import GUIDANCE, Guidance
 from ..sites.component import Component
-from ..sites.guidance import guided
-from .picture import Decoder, Encoder, Size, check_multiples, drawn, encoder_component, example, size_of
-from .sd import latents_shape, noise, scalars, scheduler_arguments
-from .text import prompt_entry, refuse_masked, text_component, tokenizers_of
+from ..sites.guidance import add_guidance
+from .picture import Decoder, Encoder, Size, call_pipeline, check_multiples, encoder_component, example_picture, size_of
+from .sd import guidance_inputs, latents_shape, noise, scheduler_arguments
+from .text import find_tokenizers, prompt_entry, refuse_attention_masks, text_component
 
 __all__ = [
     "PICTURE",
@@ -45,7 +45,7 @@ __all__ = [
 PICTURE = {"strength": 0.3, "inpaint_strength": 0.9999, "rounded": "up"}
 """What `runtime/families`' `PictureInput` says besides its size: the defaults of diffusers' image-to-image pipelines."""
 EMBEDS = {"prompt_embeds": "encoder_hidden_states", "pooled_prompt_embeds": "text_embeds"}
-DOUBLED = (*EMBEDS.values(), "time_ids")
+DOUBLED_INPUTS = (*EMBEDS.values(), "time_ids")
 
 
 class Denoiser(nn.Module):
@@ -77,7 +77,7 @@ class Denoiser(nn.Module):
         )[0].float()
 
 
-class Text(nn.Module):
+class TextEncoders(nn.Module):
     """Ids [1, L] of each encoder there is -> encoder_hidden_states [1, L, D], text_embeds [1, P].
 
     The states of the last layer but one lie side by side; what is pooled is the last encoder's, projected.
@@ -93,7 +93,7 @@ class Text(nn.Module):
         return states.to(encoded[-1].text_embeds.dtype).contiguous(), encoded[-1].text_embeds.contiguous()
 
 
-class Whitened(nn.Module):
+class WhitenedEncoder(nn.Module):
     """`Encoder` of a VAE whose configuration gives mean and deviation of its latents: [1, C, h, w] as the loop has them."""
 
     def __init__(self, encoder: Encoder, mean: Tensor, std: Tensor) -> None:
@@ -108,12 +108,12 @@ class Whitened(nn.Module):
         return (mean - shift) / scale, std / scale
 
 
-def from_picture(pipe: Any) -> bool:
+def is_from_picture(pipe: Any) -> bool:
     """Whether the pipeline draws nothing without a picture."""
     return type(pipe).__name__ == "StableDiffusionXLImg2ImgPipeline"
 
 
-def scored(pipe: Any) -> bool:
+def has_aesthetic_score(pipe: Any) -> bool:
     """Whether the UNet is told an aesthetic score in place of the target size."""
     return bool(pipe.config.get("requires_aesthetics_score", False))
 
@@ -141,7 +141,7 @@ def check_size(pipe: Any, size: Size) -> None:
             f"shapes.max_sequence_length: expected {' and '.join(map(str, sorted(lengths)))}, to which {name} pads, got {size.tokens}"
         )
     check_unet(pipe)
-    refuse_masked(pipe, "text_encoder", "text_encoder_2")
+    refuse_attention_masks(pipe, "text_encoder", "text_encoder_2")
     if pipe.vae.config.force_upcast and pipe.vae.dtype == torch.float16:
         raise ExportError(
             'precision.vae: expected "float32" or "bfloat16", got "float16", in which this VAE overflows (its config says '
@@ -167,7 +167,7 @@ def check_unet(pipe: Any) -> None:
             f"unet.config.in_channels: expected the VAE's {pipe.vae.config.latent_channels}, got {config.in_channels}: this UNet "
             "takes a mask or a picture beside the latents; take one without, which paints into pictures too"
         )
-    numbers = size_numbers({}, (1, 1), scored(pipe))[1]
+    numbers = size_numbers({}, (1, 1), has_aesthetic_score(pipe))[1]
     wanted = pipe.unet.add_embedding.linear_1.in_features
     made = config.addition_time_embed_dim * len(numbers) + pipe.text_encoder_2.config.projection_dim
     if wanted != made:
@@ -190,15 +190,15 @@ def denoiser(pipe: Any, size: Size, guidance: Guidance = GUIDANCE) -> Component:
     }
     module = Denoiser(pipe.unet, pipe.unet.dtype).eval()
     branch = Component("denoiser", module, tuple(named), ("sample",), tuple(named.values()), {"": "unet."})
-    return guided(branch, DOUBLED, batched=guidance.batched, rescale=True)
+    return add_guidance(branch, DOUBLED_INPUTS, batched=guidance.batched, rescale=True)
 
 
 def time_ids(pipe: Any, size: Size) -> Tensor:
     """The sizes of both branches where a caller says nothing of them, float32 [2, 6], or [2, 5] with a score."""
-    return torch.tensor(size_numbers({}, (size.height, size.width), scored(pipe)), dtype=torch.float32)
+    return torch.tensor(size_numbers({}, (size.height, size.width), has_aesthetic_score(pipe)), dtype=torch.float32)
 
 
-def prompts(pipe: Any, size: Size) -> list[dict[str, Any]]:
+def prompt_entries(pipe: Any, size: Size) -> list[dict[str, Any]]:
     """The two CLIPs', or where the first is left out the second's alone, which then reads `prompt` as in diffusers."""
     second = prompt_entry("tokenizer_2", pipe.tokenizer_2, size.tokens)
     if pipe.text_encoder is None:
@@ -211,22 +211,22 @@ def others(pipe: Any, size: Size, *, channels_last: bool, picture: bool = False)
 
     Raises ExportError for a refiner without `picture`: it would have nothing to begin from.
     """
-    if from_picture(pipe) and not picture:
+    if is_from_picture(pipe) and not picture:
         raise ExportError(
             f"sampler.image_to_image: expected true, got false: {type(pipe).__name__} begins from a picture, and its plans in the middle"
         )
     if channels_last:
         pipe.vae.to(memory_format=torch.channels_last)
     latents = torch.zeros(1, *latents_shape(pipe, size))
-    decoder, encoder = halves(pipe.vae, channels_last)
+    decoder, encoder = vae_halves(pipe.vae, channels_last)
     return (
-        text_component(Text(pipe), prompts(pipe, size), EMBEDS),
+        text_component(TextEncoders(pipe), prompt_entries(pipe, size), EMBEDS),
         *((encoder_component(encoder, size.height, size.width),) if picture else ()),
         Component("vae_decoder", decoder, ("latents",), ("image",), (latents,)),
     )
 
 
-def halves(vae: Any, channels_last: bool) -> tuple[nn.Module, nn.Module]:
+def vae_halves(vae: Any, channels_last: bool) -> tuple[nn.Module, nn.Module]:
     """Decoder and encoder. A VAE whose configuration has `latents_mean` and `latents_std` (Playground 2.5) is scaled with
     these too, by the pipelines for pictures; their painting into pictures leaves them out, and not so here."""
     encoder = Encoder(vae, channels_last=channels_last)
@@ -236,12 +236,12 @@ def halves(vae: Any, channels_last: bool) -> tuple[nn.Module, nn.Module]:
     mean, std = (torch.tensor(n, dtype=torch.float32).view(1, -1, 1, 1) for n in numbers)
     shift = mean * vae.config.scaling_factor
     decoder = Decoder(vae, channels_last=channels_last, arranged=lambda latents: latents * std + shift)
-    return decoder.eval(), Whitened(encoder, mean, std).eval()
+    return decoder.eval(), WhitenedEncoder(encoder, mean, std).eval()
 
 
 def tokenizers(pipe: Any, size: Size) -> dict[str, Any]:
     """Artifact path -> fast tokenizer, whose `tokenizer.json` is stored there."""
-    return tokenizers_of(pipe, prompts(pipe, size))
+    return find_tokenizers(pipe, prompt_entries(pipe, size))
 
 
 def facts(pipe: Any, size: Size) -> dict[str, Any]:
@@ -251,13 +251,13 @@ def facts(pipe: Any, size: Size) -> dict[str, Any]:
         "latents_shape": list(latents_shape(pipe, size)),
         "timestep_scale": 1.0,
         "text": {
-            "prompts": prompts(pipe, size),
+            "prompts": prompt_entries(pipe, size),
             "embeds": EMBEDS,
             "zero_negative": bool(pipe.config.force_zeros_for_empty_prompt),
         },
-        "scored": scored(pipe),
+        "scored": has_aesthetic_score(pipe),
         "num_train_timesteps": pipe.scheduler.config.num_train_timesteps,
-        **(needed if from_picture(pipe) else {}),
+        **(needed if is_from_picture(pipe) else {}),
     }
 
 
@@ -274,7 +274,7 @@ def encode(
     return {
         **dict(zip(EMBEDS.values(), both, strict=True)),
         "time_ids": ids if guidance_scale > 1 else ids[[1, 1]],
-        **scalars(guidance_scale),
+        **guidance_inputs(guidance_scale),
     }
 
 
@@ -282,14 +282,14 @@ def draw(pipe: Any, prompt: str, seed: int, steps: int, guidance_scale: float, s
     """Final latents [1, 4, h, w] and image [1, 3, H, W] in 0..1 of the plain diffusers call: what an artifact is held
     against. Without the watermark. The refiner gets the seed's example picture, and takes all steps from there."""
     start: dict[str, Any] = {"height": size.height, "width": size.width}
-    if from_picture(pipe):
-        start = {"image": example(size, seed), "strength": 1.0}
-    with unmarked(pipe):
-        return drawn(pipe, prompt, seed, num_inference_steps=steps, guidance_scale=guidance_scale, **start)
+    if is_from_picture(pipe):
+        start = {"image": example_picture(size, seed), "strength": 1.0}
+    with disable_watermark(pipe):
+        return call_pipeline(pipe, prompt, seed, num_inference_steps=steps, guidance_scale=guidance_scale, **start)
 
 
 @contextlib.contextmanager
-def unmarked(pipe: Any) -> Iterator[None]:
+def disable_watermark(pipe: Any) -> Iterator[None]:
     """The pipeline without its watermark, which it has where invisible-watermark is installed."""
     watermark, pipe.watermark = pipe.watermark, None
     try:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ...runtime.errors import ExportError
 from ..sites.component import Component
 
-ENCODER = "text_encoder"
+TEXT_ENCODER = "text_encoder"
 """The graph's name."""
 
 
@@ -55,16 +55,16 @@ def text_component(module: nn.Module, prompts: Sequence[Mapping[str, Any]], embe
         inputs[prompt["input"]] = torch.zeros(1, prompt["max_length"], dtype=torch.int64)
         if prompt["mask"]:
             inputs[prompt["mask"]] = torch.ones(1, prompt["max_length"], dtype=torch.int64)
-    return Component(ENCODER, module.eval(), tuple(inputs), tuple(embeds.values()), tuple(inputs.values()))
+    return Component(TEXT_ENCODER, module.eval(), tuple(inputs), tuple(embeds.values()), tuple(inputs.values()))
 
 
-def tokenizers_of(pipe: Any, prompts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def find_tokenizers(pipe: Any, prompts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Artifact path -> fast tokenizer, whose `tokenizer.json` is stored there."""
     folders = [prompt["tokenizer"].removesuffix("/tokenizer.json") for prompt in prompts]
     return {folder: getattr(pipe, folder.removeprefix("tokenizers/")) for folder in folders}
 
 
-def refuse_masked(pipe: Any, *names: str) -> None:
+def refuse_attention_masks(pipe: Any, *names: str) -> None:
     """Raises ExportError for a CLIP encoder whose configuration asks for attention masks, which few have."""
     for name in names:
         encoder = getattr(pipe, name, None)

@@ -13,20 +13,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...runtime.artifact import read_plans
-from ...runtime.check.artifact import file_problems, hash_problems, name_problems, reference_problems
-from ...runtime.errors import ArtifactError, raise_all
+from ...runtime.check.artifact import file_name_problems, file_problems, hash_problems, reference_problems
+from ...runtime.errors import ArtifactError, raise_problems
 from ...runtime.manifest import Manifest, read_manifest
 from ...runtime.plan import Plan
 from ..progress import Progress
-from ..rewrite.quantize import kind
-from ..verify.picture_sheet import shown_plans
-from . import plan_strip, timing, verification
+from ..rewrite.quantize import layer_role
+from ..verify.picture_sheet import sheet_plans
+from . import plan_strip, timing
+from .verification import SavedVerification, outcome_verification, read_verification
 
-FEWEST_RUNS = 2
+MIN_RUNS = 2
 
 
 @dataclass(frozen=True)
-class Choices:
+class ReportOptions:
     """`source`: draw anew with the pipeline, which `model` names if the manifest does not. `runs` 0 leaves times out."""
 
     source: bool = False
@@ -35,7 +36,7 @@ class Choices:
 
 
 @dataclass(frozen=True)
-class Gathered:
+class PageFacts:
     """What the page is made of. `plans` are all of the artifact's, `shown` those that are drawn and timed: of the default
     number of steps, uncached first. `weights` are bytes by layer kind and treatment."""
 
@@ -45,64 +46,68 @@ class Gathered:
     signed: bool
     plans: Mapping[str, Plan]
     shown: tuple[Plan, ...]
-    strips: Mapping[str, tuple[plan_strip.Row, ...]]
+    strips: Mapping[str, tuple[plan_strip.StripRow, ...]]
     weights: Mapping[tuple[str, str], int]
-    kept: verification.Kept | None
-    drawn_anew: bool
-    times: timing.Times | None
+    verification: SavedVerification | None
+    has_new_pictures: bool
+    times: timing.ReportTimes | None
 
 
-def gather(folder: Path, choices: Choices, progress: Progress) -> Gathered:
+def gather_facts(folder: Path, choices: ReportOptions, progress: Progress) -> PageFacts:
     """Reads, and draws and times as chosen. Raises ArtifactError for a folder that is damaged, or that cannot run here
     where it has to, and RecipeError for a source that is not its own."""
     manifest = read_manifest(folder)
     with progress.stage("read", 2):
-        progress.doing("hashes")
+        progress.announce("hashes")
         refuse_damaged(folder, manifest)
         plans = read_plans(folder, manifest)
-        actions = plan_strip.actions(folder, manifest)
-    shown = shown_plans(manifest, plans)
-    kept = drawn(folder, choices.model, progress) if choices.source else verification.read_kept(folder, manifest, plans)
+        actions = plan_strip.variant_actions(folder, manifest)
+    shown = sheet_plans(manifest, plans)
+    saved = (
+        redraw_pictures(folder, choices.model, progress)
+        if choices.source
+        else read_verification(folder, manifest, plans)
+    )
     times = None
     if choices.runs:
         with progress.stage("time", choices.runs + 1):
-            times = timed(folder, manifest, shown, choices, progress)
-    return Gathered(
+            times = measure_times(folder, manifest, shown, choices, progress)
+    return PageFacts(
         name=folder.resolve().name,
         manifest=manifest,
         manifest_sha256=hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest(),
         signed=(folder / "signature.json").is_file(),
         plans=plans,
         shown=shown,
-        strips={name: plan_strip.rows(plan, manifest, actions) for name, plan in plans.items()},
+        strips={name: plan_strip.strip_rows(plan, manifest, actions) for name, plan in plans.items()},
         weights=weights_by_kind(folder, manifest),
-        kept=kept,
-        drawn_anew=choices.source,
+        verification=saved,
+        has_new_pictures=choices.source,
         times=times,
     )
 
 
 def refuse_damaged(folder: Path, manifest: Manifest) -> None:
     """Raises ArtifactError unless every file is what the manifest says, on whatever machine this is."""
-    raise_all(folder, [*name_problems(manifest), *reference_problems(manifest)])
-    raise_all(folder, file_problems(folder, manifest))
-    raise_all(folder, hash_problems(folder, manifest))
+    raise_problems(folder, [*file_name_problems(manifest), *reference_problems(manifest)])
+    raise_problems(folder, file_problems(folder, manifest))
+    raise_problems(folder, hash_problems(folder, manifest))
 
 
-def drawn(folder: Path, model: str | None, progress: Progress) -> verification.Kept:
+def redraw_pictures(folder: Path, model: str | None, progress: Progress) -> SavedVerification:
     """The recipe's prompts with seed 0, drawn with the artifact and with its pipeline now. The artifact stays as it is."""
-    from ..verify.verify import Choices as Comparing
+    from ..verify.verify import VerifyOptions as Comparing
     from ..verify.verify import verify_artifact
 
     comparing = Comparing(with_source=True, model=model, prompt_set="recipe", seeds=1)
-    return verification.of_outcome(*verify_artifact(folder, comparing, progress))
+    return outcome_verification(*verify_artifact(folder, comparing, progress))
 
 
-def timed(
-    folder: Path, manifest: Manifest, shown: tuple[Plan, ...], choices: Choices, progress: Progress
-) -> timing.Times:
+def measure_times(
+    folder: Path, manifest: Manifest, shown: tuple[Plan, ...], choices: ReportOptions, progress: Progress
+) -> timing.ReportTimes:
     try:
-        return timing.measure(folder, manifest, shown, choices.runs, choices.model, progress)
+        return timing.time_plans(folder, manifest, shown, choices.runs, choices.model, progress)
     except ArtifactError as e:
         raise ArtifactError(f"{e}\nthe page needs no machine that can run the artifact with --no-timing") from e
 
@@ -116,15 +121,15 @@ def weights_by_kind(folder: Path, manifest: Manifest) -> dict[tuple[str, str], i
             continue
         component = Path(entry.path).stem
         for key, size in tensor_bytes(folder / entry.path).items():
-            layer = layer_of(key, manifest) if component == "denoiser" else None
+            layer = find_layer(key, manifest) if component == "denoiser" else None
             told = (component, "") if component != "denoiser" else ("denoiser: norms, tables and others", "")
             if layer is not None:
-                told = (f"denoiser: {kind(layer)}", manifest.layers[layer][0])
+                told = (f"denoiser: {layer_role(layer)}", manifest.layers[layer][0])
             found[told] = found.get(told, 0) + size
     return dict(sorted(found.items(), key=lambda item: (-item[1], item[0])))
 
 
-def layer_of(key: str, manifest: Manifest) -> str | None:
+def find_layer(key: str, manifest: Manifest) -> str | None:
     """The layer of `manifest.layers` whose tensor this is: the longest whose path is in the key."""
     parts = key.split(".")
     paths = (".".join(parts[i:j]) for n in range(len(parts), 0, -1) for i, j in _windows(len(parts), n))

@@ -6,40 +6,40 @@ import json
 from collections import Counter
 from typing import Any
 
-from ...runtime.manifest import FAMILY
-from ...runtime.text import in_bytes, short, sizes
-from ..rewrite.quantize import kind
-from .elements import Table, bars
-from .facts import Gathered
+from ...runtime.manifest import ATTACH_FAMILY
+from ...runtime.text import folder_bytes, format_bytes, format_count
+from ..rewrite.quantize import layer_role
+from .elements import HtmlTable, bar_table
+from .facts import PageFacts
 
 
-def cost_section(g: Gathered) -> dict[str, Any]:
+def cost_section(g: PageFacts) -> dict[str, Any]:
     m = g.manifest
     rows = [
         (
             graph.name,
-            short(graph.cost.flops),
-            in_bytes(graph.cost.moved_bytes),
+            format_count(graph.cost.flops),
+            format_bytes(graph.cost.moved_bytes),
             str(graph.cost.ops),
             str(graph.cost.constants),
-            in_bytes(graph.cost.constants_bytes),
+            format_bytes(graph.cost.constants_bytes),
         )
         for graph in m.graphs
     ]
     heads = ("graph", "FLOPs", "bytes moved besides", "operators", "constants", "their bytes")
-    weights = [((name, treatment or "-", in_bytes(n)), n) for (name, treatment), n in g.weights.items()]
-    counted = Counter((kind(name), *said) for name, said in m.layers.items())
+    weights = [((name, treatment or "-", format_bytes(n)), n) for (name, treatment), n in g.weights.items()]
+    counted = Counter((layer_role(name), *said) for name, said in m.layers.items())
     layers = [(role, what, why, str(n)) for (role, what, why), n in sorted(counted.items())]
     return {
         "said": "Counted on the compiled graphs, 2 FLOPs for a multiplication and its addition. All that is in no class here "
         "(norms, activations, quantizing) moves bytes and counts as no FLOP.",
-        "weights": bars("Weights by kind of layer", ("weights of", "kept as", "bytes"), weights),
-        "graphs": Table("Graphs", heads, rows, numbers=range(1, 6)),
-        "layers": Table("Layers", ("role", "treatment", "why", "layers"), layers, numbers=(3,)) if layers else None,
+        "weights": bar_table("Weights by kind of layer", ("weights of", "kept as", "bytes"), weights),
+        "graphs": HtmlTable("Graphs", heads, rows, numbers=range(1, 6)),
+        "layers": HtmlTable("Layers", ("role", "treatment", "why", "layers"), layers, numbers=(3,)) if layers else None,
     }
 
 
-def use_section(g: Gathered) -> dict[str, Any]:
+def use_section(g: PageFacts) -> dict[str, Any]:
     m, needs = g.manifest, g.manifest.requires
     terms = [
         ("system", f"{needs.system} {needs.machine}"),
@@ -51,20 +51,22 @@ def use_section(g: Gathered) -> dict[str, Any]:
     ]
     return {
         "said": "Replaying takes prebake's runtime: no diffusers and no compiler."
-        if m.family != FAMILY
+        if m.family != ATTACH_FAMILY
         else "It holds the denoiser alone; diffusers runs the rest of the pipeline.",
-        "code": loading(g),
+        "code": loading_code(g),
         "needs": terms,
         "trust": "An artifact holds machine code, and opening one runs its author's program: take it only from someone you "
         "trust. `prebake check ARTIFACT` compares everything with the manifest and with your machine, and opens no code.",
     }
 
 
-def loading(g: Gathered) -> str:
+def loading_code(g: PageFacts) -> str:
     m = g.manifest
     folder = json.dumps(g.name, ensure_ascii=False)
-    prompt = json.dumps(g.kept.shown[0].prompt if g.kept and g.kept.shown else "a prompt", ensure_ascii=False)
-    if m.family == FAMILY:
+    prompt = json.dumps(
+        g.verification.shown[0].prompt if g.verification and g.verification.shown else "a prompt", ensure_ascii=False
+    )
+    if m.family == ATTACH_FAMILY:
         return (
             f"from diffusers import {m.source.pipeline}\n\nfrom prebake.runtime import attach\n\n"
             f"pipe = {m.source.pipeline}.from_pretrained({json.dumps(m.source.model)})\nattach(pipe, {folder})"
@@ -77,21 +79,21 @@ def loading(g: Gathered) -> str:
     return f"{opened}from prebake.runtime import load\n\npipe = load({folder})\n{made}"
 
 
-def contents_section(g: Gathered) -> dict[str, Any]:
+def contents_section(g: PageFacts) -> dict[str, Any]:
     m = g.manifest
-    by_folder = [((name, in_bytes(n)), n) for name, n in sizes(m).items() if name != "total"]
+    by_folder = [((name, format_bytes(n)), n) for name, n in folder_bytes(m).items() if name != "total"]
     by_folder.sort(key=lambda row: -row[1])
-    files = [(e.path, in_bytes(e.size), e.sha256) for e in m.files]
+    files = [(e.path, format_bytes(e.size), e.sha256) for e in m.files]
     again = "yes, of the same recipe, weights and toolchain" if m.reproducible else "no: kernels were chosen by times"
     return {
-        "sizes": bars("Sizes", ("folder or file", "bytes"), by_folder),
+        "sizes": bar_table("Sizes", ("folder or file", "bytes"), by_folder),
         "origin": [
             ("model", f"{m.source.model} ({m.source.pipeline})"),
             ("sha256 of it", m.source.sha256),
             ("sha256 of manifest.json", g.manifest_sha256),
             ("same bytes again", again),
         ],
-        "versions": Table("Toolchain", ("", "version"), sorted(m.toolchain.items())),
-        "files": Table("Files", ("file", "bytes", "SHA-256"), files, numbers=(1,), hashes=(2,)),
+        "versions": HtmlTable("Toolchain", ("", "version"), sorted(m.toolchain.items())),
+        "files": HtmlTable("Files", ("file", "bytes", "SHA-256"), files, numbers=(1,), hashes=(2,)),
         "recipe": json.dumps(m.recipe, indent=2, sort_keys=True, ensure_ascii=False),
     }

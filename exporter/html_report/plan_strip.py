@@ -11,8 +11,8 @@ from ...runtime.plan import Plan
 from .. import add_plan as replan
 from ..sites.marks import Action
 
-WHOLE = "the whole denoiser"
-SAID: Mapping[Action, str] = {
+WHOLE_DENOISER = "the whole denoiser"
+ACTION_WORDS: Mapping[Action, str] = {
     "compute": "computed",
     "combine": "predicted from kept values",
     "pass": "run on predicted inputs",
@@ -22,7 +22,7 @@ SAID: Mapping[Action, str] = {
 
 
 @dataclass(frozen=True)
-class Row:
+class StripRow:
     """Sites, and the action that all of them take at each evaluation."""
 
     sites: tuple[str, ...]
@@ -38,11 +38,11 @@ class Row:
         return f"{len(self.sites)} sites, {what}"
 
 
-def actions(folder: Path, manifest: Manifest) -> dict[str, dict[str, Action]]:
+def variant_actions(folder: Path, manifest: Manifest) -> dict[str, dict[str, Action]]:
     """Variant -> site -> action, for sites that do not compute. An artifact that gets no further plans says it less finely:
     there it is what the graphs combine and leave out."""
-    if any(entry.path == replan.FILE for entry in manifest.files):
-        return replan.read_kept(folder, manifest).variants
+    if any(entry.path == replan.PLAN_INPUTS_FILE for entry in manifest.files):
+        return replan.read_plan_inputs(folder, manifest).variants
     found: dict[str, dict[str, Action]] = {}
     for graph in manifest.graphs:
         named: dict[str, Action] = dict.fromkeys(graph.combines, "combine")
@@ -52,12 +52,12 @@ def actions(folder: Path, manifest: Manifest) -> dict[str, dict[str, Action]]:
     return found
 
 
-def rows(plan: Plan, manifest: Manifest, actions: Mapping[str, Mapping[str, Action]]) -> tuple[Row, ...]:
+def strip_rows(plan: Plan, manifest: Manifest, actions: Mapping[str, Mapping[str, Action]]) -> tuple[StripRow, ...]:
     """The plan's rows, in the order of the sites; without any site, one row that computes."""
     named = (site for variant in plan.variants() for site in actions.get(variant, {}))
-    sites = tuple(dict.fromkeys([*(s.name for s in manifest.sites), *named])) or (WHOLE,)
+    sites = tuple(dict.fromkeys([*(s.name for s in manifest.sites), *named])) or (WHOLE_DENOISER,)
     by_actions: dict[tuple[Action, ...], list[str]] = {}
     for site in sites:
         taken: tuple[Action, ...] = tuple(actions.get(e.variant, {}).get(site, "compute") for e in plan.evaluations)
         by_actions.setdefault(taken, []).append(site)
-    return tuple(Row(tuple(names), taken) for taken, names in by_actions.items())
+    return tuple(StripRow(tuple(names), taken) for taken, names in by_actions.items())

@@ -14,54 +14,62 @@ from ...runtime.attachment.facts import graph_name
 from ...runtime.manifest import Manifest
 from ...runtime.plan import Plan
 from ..sites.marks import Action
-from .plan_strip import SAID, Row
+from .plan_strip import ACTION_WORDS, StripRow
 from .svg import Palette
-from .timing import DENOISER, REST, Times
+from .timing import DENOISER_STAGE, REST_STAGE, ReportTimes
 from .verification import PlanFigures
 
 DPI = 72  # so that a point is a pixel
-MOST_ROWS = 24  # of a strip
-ACTIONS: Mapping[Action, tuple[str, float]] = {  # colour, and the height of its cell
+MAX_STRIP_ROWS = 24  # of a strip
+ACTION_STYLES: Mapping[Action, tuple[str, float]] = {  # colour, and the height of its cell
     "compute": ("blue", 1.0),
     "combine": ("orange", 0.5),
     "pass": ("sky", 0.8),
     "zero": ("grey", 0.16),
     "identity": ("green", 0.28),
 }
-SERIES = (("blue", "o"), ("orange", "s"), ("green", "^"), ("pink", "D"), ("red", "v"), ("sky", "P"), ("grey", "X"))
+SERIES_STYLES = (
+    ("blue", "o"),
+    ("orange", "s"),
+    ("green", "^"),
+    ("pink", "D"),
+    ("red", "v"),
+    ("sky", "P"),
+    ("grey", "X"),
+)
 HATCHES = ("", "//", "", "\\\\", "", "--", "||")  # no dots: each would be a path of its own
 
 
-def figure(width: float, height: float) -> Any:
+def make_figure(width: float, height: float) -> Any:
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
 
 
-def axes(fig: Any, *, left: float, right: float, top: float, bottom: float) -> Any:
+def make_axes(fig: Any, *, left: float, right: float, top: float, bottom: float) -> Any:
     """One pair of axes, with margins in pixels."""
     width, height = fig.get_size_inches() * DPI
     return fig.add_axes((left / width, bottom / height, 1 - (left + right) / width, 1 - (top + bottom) / height))
 
 
-def titled(plan: Plan) -> str:
+def plan_title(plan: Plan) -> str:
     return f"plan {plan.name}, " + ("every step computed" if plan.cache == "none" else f"cache {plan.cache}")
 
 
 # --- the strip ------------------------------------------------------------------------------------------------------
 
 
-def plan_strip(palette: Palette, width: float, plan: Plan, rows: Sequence[Row]) -> Any:
+def plot_plan_strip(palette: Palette, width: float, plan: Plan, rows: Sequence[StripRow]) -> Any:
     """A line of cells for each row; a cell is an evaluation, and its height says its action as its colour does."""
-    shown, tall, label, top, bottom = rows[:MOST_ROWS], 22, 17, 6, 36
-    fig = figure(width, top + len(shown) * (tall + label) + bottom)
-    ax = axes(fig, left=2, right=2, top=top, bottom=bottom)
+    shown, tall, label, top, bottom = rows[:MAX_STRIP_ROWS], 22, 17, 6, 36
+    fig = make_figure(width, top + len(shown) * (tall + label) + bottom)
+    ax = make_axes(fig, left=2, right=2, top=top, bottom=bottom)
     count = len(plan.evaluations)
     ax.set(xlim=(-0.5, count - 0.5), ylim=(len(shown) * (tall + label), 0), yticks=[])
     for i, row in enumerate(shown):
         y = i * (tall + label)
-        ax.text(-0.5, y + 12, shortened(row.label, int(width / 6.6)), fontsize=10.5, color=palette["muted"])
-        for action, (color, height) in ACTIONS.items():
+        ax.text(-0.5, y + 12, shorten_text(row.label, int(width / 6.6)), fontsize=10.5, color=palette["muted"])
+        for action, (color, height) in ACTION_STYLES.items():
             at = [e for e, taken in enumerate(row.actions) if taken == action]
             ax.bar(at, -tall * height, 0.84, bottom=y + label + tall, color=palette[color], linewidth=0)
     ax.spines[:].set_visible(False)
@@ -75,62 +83,62 @@ def plan_strip(palette: Palette, width: float, plan: Plan, rows: Sequence[Row]) 
     return fig
 
 
-def strip_text(plan: Plan, rows: Sequence[Row]) -> str:
+def strip_text(plan: Plan, rows: Sequence[StripRow]) -> str:
     """The strip in words."""
     lines = []
-    for row in rows[:MOST_ROWS]:
-        counts = [f"{n} {SAID[a]}" for a in ACTIONS if (n := row.actions.count(a))]
+    for row in rows[:MAX_STRIP_ROWS]:
+        counts = [f"{n} {ACTION_WORDS[a]}" for a in ACTION_STYLES if (n := row.actions.count(a))]
         lines.append(f"{row.label}: {', '.join(counts)}")
-    return f"Strip of {titled(plan)}, {len(plan.evaluations)} evaluations. " + "; ".join(lines) + "."
+    return f"Strip of {plan_title(plan)}, {len(plan.evaluations)} evaluations. " + "; ".join(lines) + "."
 
 
-def shortened(text: str, most: int) -> str:
+def shorten_text(text: str, most: int) -> str:
     return text if len(text) <= most else "…" + text[-most + 1 :]
 
 
 # --- error per step -------------------------------------------------------------------------------------------------
 
 
-def whole(manifest: Manifest) -> frozenset[str]:
+def full_variants(manifest: Manifest) -> frozenset[str]:
     """Graphs that compute everything."""
     return frozenset(g.name for g in manifest.graphs if not (g.combines or g.zeros or g.identities))
 
 
-def errors(
+def plot_errors(
     palette: Palette,
     width: float,
     plans: Sequence[tuple[Plan, PlanFigures]],
     whole: frozenset[str],
     threshold: float | None,
 ) -> Any:
-    """The largest error of each evaluation over the pictures, on a log axis; marks are hollow where it is not `whole`."""
+    """The largest error of each evaluation over the pictures, on a log axis; marks are hollow where it is not `full_variants`."""
     columns = 1 if width < 500 else 3
     top = 30 + 16 * math.ceil((len(plans) + bool(threshold)) / columns)
-    fig = figure(width, top + 210)
-    ax = axes(fig, left=46, right=8, top=top, bottom=40)
+    fig = make_figure(width, top + 210)
+    ax = make_axes(fig, left=46, right=8, top=top, bottom=40)
     values = []
-    for (plan, figures), (color, marker) in zip(plans, SERIES, strict=False):
+    for (plan, figures), (color, marker) in zip(plans, SERIES_STYLES, strict=False):
         assert figures.relative_error is not None
         ys = figures.relative_error.max_per_evaluation
         values += ys
         xs = range(1, len(ys) + 1)
         style = {"marker": marker, "ms": 5, "color": palette[color]}
-        ax.plot(xs, ys, **style, lw=1.4, label=titled(plan).removeprefix("plan "))
+        ax.plot(xs, ys, **style, lw=1.4, label=plan_title(plan).removeprefix("plan "))
         hollow = [e for e, evaluation in enumerate(plan.evaluations) if evaluation.variant not in whole]
         ax.plot([e + 1 for e in hollow], [ys[e] for e in hollow], **style, ls="none", mfc=palette["card"])
     if threshold:
         ax.axhline(threshold, color=palette["red"], lw=1.2, ls=(0, (5, 4)), label="threshold where all is computed")
     if all(0 < v < math.inf for v in values):
-        logarithmic(ax)
+        set_log_axis(ax)
     ax.grid(axis="y")
     ax.set_xlabel("evaluation", fontsize=10.5)
-    whole_numbers(ax, max((len(f.evaluations) for _, f in plans), default=1), width)
-    legend(ax, columns, "relative error")
+    set_integer_ticks(ax, max((len(f.evaluations) for _, f in plans), default=1), width)
+    add_legend(ax, columns, "relative error")
     return fig
 
 
-def logarithmic(ax: Any) -> None:
-    """With plain numbers at the ticks: 0.01, 0.02, 0.05."""
+def set_log_axis(ax: Any) -> None:
+    """Makes the y axis logarithmic, with plain numbers at the ticks: 0.01, 0.02, 0.05."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     ax.set_yscale("log")
@@ -140,8 +148,8 @@ def logarithmic(ax: Any) -> None:
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}" if value >= 1e-4 else f"{value:.0e}"))
 
 
-def legend(ax: Any, columns: int, title: str | None = None) -> None:
-    """Above the axes, where it hides nothing; none where nothing has a name."""
+def add_legend(ax: Any, columns: int, title: str | None = None) -> None:
+    """Puts a legend above the axes, where it hides nothing; none where nothing has a name."""
     if not ax.get_legend_handles_labels()[1]:
         return
     place = {"loc": "lower left", "bbox_to_anchor": (0, 1.0), "borderaxespad": 0.3, "borderpad": 0.1}
@@ -149,7 +157,7 @@ def legend(ax: Any, columns: int, title: str | None = None) -> None:
     ax.legend(**place, **rows, title=title, alignment="left")
 
 
-def whole_numbers(ax: Any, count: int, width: float) -> None:
+def set_integer_ticks(ax: Any, count: int, width: float) -> None:
     every = max(1, math.ceil(count * 26 / width))
     every = next(n for n in (1, 2, 4, 5, 10, 20, 50, 100, 200, 500, every) if n >= every)
     ax.set_xticks([1, *range(every, count + 1, every)] if every > 1 else range(1, count + 1))
@@ -159,10 +167,12 @@ def whole_numbers(ax: Any, count: int, width: float) -> None:
 # --- times ----------------------------------------------------------------------------------------------------------
 
 
-def step_times(palette: Palette, width: float, plans: Sequence[Plan], whole: frozenset[str], times: Times) -> Any:
-    """A panel for each plan: the median time of each evaluation, and its quartiles as a line. Blue where it is `whole`."""
+def plot_step_times(
+    palette: Palette, width: float, plans: Sequence[Plan], whole: frozenset[str], times: ReportTimes
+) -> Any:
+    """A panel for each plan: the median time of each evaluation, and its quartiles as a line. Blue where it is `full_variants`."""
     top, panel, bottom = 4, 118, 38
-    fig = figure(width, top + panel * len(plans) + bottom)
+    fig = make_figure(width, top + panel * len(plans) + bottom)
     height = fig.get_size_inches()[1] * DPI
     tallest = max(quartiles(s)[2] for p in plans for s in zip(*times.plans[p.name].evaluations_ms, strict=True))
     for i, plan in enumerate(plans):
@@ -178,7 +188,7 @@ def step_times(palette: Palette, width: float, plans: Sequence[Plan], whole: fro
         ax.set_ylim(0, tallest * 1.05)
         ax.set_title(f"plan {plan.name}, milliseconds", pad=6)
         ax.grid(axis="y")
-        whole_numbers(ax, len(samples), width)
+        set_integer_ticks(ax, len(samples), width)
         if i + 1 < len(plans):
             ax.set_xticklabels([])
         else:
@@ -191,28 +201,28 @@ def quartiles(samples: Sequence[float]) -> tuple[float, float, float]:
     return low, middle, high
 
 
-def stage_names(times: Times) -> list[str]:
-    """In the order in which a call comes to them."""
+def stage_names(times: ReportTimes) -> list[str]:
+    """The stages in the order in which a call comes to them."""
     names = list(dict.fromkeys(n for t in times.plans.values() for s in t.stages_ms for n in s))
-    return sorted(names, key=lambda n: (n == REST, n == "vae_decoder", n == DENOISER))
+    return sorted(names, key=lambda n: (n == REST_STAGE, n == "vae_decoder", n == DENOISER_STAGE))
 
 
-def stage_times(palette: Palette, width: float, plans: Sequence[Plan], times: Times) -> Any:
+def plot_stage_times(palette: Palette, width: float, plans: Sequence[Plan], times: ReportTimes) -> Any:
     """A bar for each plan: median milliseconds of the stages of a picture, one after the other."""
     rows = {
-        titled(p): {
+        plan_title(p): {
             stage.replace("_", " "): statistics.median(s.get(stage, 0.0) for s in times.plans[p.name].stages_ms)
             for stage in stage_names(times)
         }
         for p in plans
     }
-    return stacked(palette, width, rows, "ms")
+    return plot_stacked_bars(palette, width, rows, "ms")
 
 
 # --- cost -----------------------------------------------------------------------------------------------------------
 
 
-def flops(manifest: Manifest, plans: Sequence[Plan]) -> dict[str, dict[str, float]]:
+def picture_gflops(manifest: Manifest, plans: Sequence[Plan]) -> dict[str, dict[str, float]]:
     """Bar -> class of operator -> GFLOPs of one picture: the denoiser with each plan, and what is around it."""
     named = {graph.name: graph for graph in manifest.graphs}
     found = {}
@@ -228,31 +238,33 @@ def flops(manifest: Manifest, plans: Sequence[Plan]) -> dict[str, dict[str, floa
     return found
 
 
-def three_digits(value: float) -> str:
+def format_three_digits(value: float) -> str:
     """`3,210`, `32.1`, `0.321`: three of them at least, and never an exponent for what people write out."""
     return f"{value:,.0f}" if abs(value) >= 999.5 else f"{value:.3g}"
 
 
-def stacked(palette: Palette, width: float, rows: Mapping[str, Mapping[str, float]], unit: str) -> Any:
+def plot_stacked_bars(palette: Palette, width: float, rows: Mapping[str, Mapping[str, float]], unit: str) -> Any:
     """A bar for each row, made of its parts, and its name above it. Parts have hatches besides colours."""
     parts = list(dict.fromkeys(part for row in rows.values() for part in row))
     columns = max(1, int(width / 165))
     top, tall, label, bottom = 8 + 17 * math.ceil(len(parts) / columns), 22, 19, 4
-    fig = figure(width, top + len(rows) * (tall + label) + bottom)
-    ax = axes(fig, left=2, right=2, top=top, bottom=bottom)
+    fig = make_figure(width, top + len(rows) * (tall + label) + bottom)
+    ax = make_axes(fig, left=2, right=2, top=top, bottom=bottom)
     longest = max((sum(row.values()) for row in rows.values()), default=0) or 1
     ax.set(xlim=(0, longest), ylim=(len(rows) * (tall + label), 0), xticks=[], yticks=[])
     for i, (name, row) in enumerate(rows.items()):
         y, x = i * (tall + label), 0.0
         total = sum(row.values())
-        ax.text(0, y + 13, shortened(name, int(width / 8.5)), fontsize=10.5)
-        ax.text(longest, y + 13, f"{three_digits(total)} {unit}", fontsize=10.5, ha="right", color=palette["muted"])
+        ax.text(0, y + 13, shorten_text(name, int(width / 8.5)), fontsize=10.5)
+        ax.text(
+            longest, y + 13, f"{format_three_digits(total)} {unit}", fontsize=10.5, ha="right", color=palette["muted"]
+        )
         for k, part in enumerate(parts):
-            (color, _), hatch = SERIES[k % len(SERIES)], HATCHES[k % len(HATCHES)]
+            (color, _), hatch = SERIES_STYLES[k % len(SERIES_STYLES)], HATCHES[k % len(HATCHES)]
             style = {"facecolor": palette[color], "edgecolor": palette["card"], "hatch": hatch, "lw": 1}
             size = row.get(part, 0.0)
             ax.barh(y + label + tall / 2, size, tall, left=x, label=part if i == 0 else None, **style)
             x += size
     ax.spines[:].set_visible(False)
-    legend(ax, columns)
+    add_legend(ax, columns)
     return fig

@@ -27,16 +27,16 @@ LIGHT = {  # as :root in style.css
     "red": "#d55e00",
     "grey": "#9aa5b1",
 }
-NAMED = {name: f"#0a0b{i:02x}" for i, name in enumerate(LIGHT)}
+PALETTE_MARKERS = {name: f"#0a0b{i:02x}" for i, name in enumerate(LIGHT)}
 """What stands for each in an SVG until it is a CSS variable."""
 
 Palette = Mapping[str, str]
-Draw = Callable[[Palette, float], Any]
+DrawFigure = Callable[[Palette, float], Any]
 """(colours, width in pixels) -> a matplotlib figure of 72 dots per inch."""
 
 
 @contextmanager
-def settings(palette: Palette) -> Iterator[None]:
+def matplotlib_settings(palette: Palette) -> Iterator[None]:
     """Matplotlib as the page has it, whatever the user's own settings are."""
     import matplotlib
     import matplotlib.style
@@ -70,15 +70,17 @@ def settings(palette: Palette) -> Iterator[None]:
         yield
 
 
-def svg(draw: Draw, width: float, name: str) -> str:
+def render_svg(draw: DrawFigure, width: float, name: str) -> str:
     """The figure as an `<svg>` element for a page of HTML. Its ids begin with `name`, which is unique on the page."""
     file = io.StringIO()
-    with settings(NAMED):
-        draw(NAMED, width).savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return inlined(file.getvalue(), name)
+    with matplotlib_settings(PALETTE_MARKERS):
+        draw(PALETTE_MARKERS, width).savefig(
+            file, format="svg", transparent=True, metadata={"Date": None, "Creator": None}
+        )
+    return inline_svg(file.getvalue(), name)
 
 
-def inlined(text: str, name: str) -> str:
+def inline_svg(text: str, name: str) -> str:
     """The element alone, with the page's colours, font and ids."""
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", text, flags=re.DOTALL)
@@ -86,14 +88,14 @@ def inlined(text: str, name: str) -> str:
     text = re.sub(r'<g id="[^"]*"', "<g", text)
     text = re.sub(r'(id="|url\(#|xlink:href="#)', rf"\g<1>{name}-", text)
     text = re.sub(r"; font-family: [^;\"]*|font-family: [^;\"]*; ?", "", text)
-    for color, value in NAMED.items():
+    for color, value in PALETTE_MARKERS.items():
         text = text.replace(value, f"var(--{color})")
     return re.sub(r"\s*\n\s*", "\n", text).strip()
 
 
-def png(draw: Draw, width: float) -> bytes:
-    """The same on white."""
+def render_png(draw: DrawFigure, width: float) -> bytes:
+    """The figure as a PNG on white."""
     file = io.BytesIO()
-    with settings(LIGHT):
+    with matplotlib_settings(LIGHT):
         draw(LIGHT, width).savefig(file, format="png", dpi=PNG_DPI, facecolor="white", metadata={"Software": None})
     return file.getvalue()

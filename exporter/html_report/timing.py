@@ -15,15 +15,15 @@ import torch
 
 from ...runtime.artifact import open_artifact
 from ...runtime.attachment.facts import variant_name
-from ...runtime.manifest import FAMILY, Manifest
+from ...runtime.manifest import ATTACH_FAMILY, Manifest
 from ...runtime.plan import Plan
-from ..bench.report import machine
+from ..bench.report import bench_machine_facts
 from ..progress import Progress
 from ..prompts import picture_prompts
-from ..verify.measure import Drawn, Replays
-from ..verify.verify import model_of, recipe_of, replayer_of
+from ..verify.measure import ArtifactReplayer, DrawnPicture
+from ..verify.verify import manifest_recipe, open_replayer, source_model
 
-DENOISER, REST = "denoiser", "the rest"
+DENOISER_STAGE, REST_STAGE = "denoiser", "the rest"
 
 
 @dataclass
@@ -36,7 +36,7 @@ class PlanTimes:
 
 
 @dataclass(frozen=True)
-class Times:
+class ReportTimes:
     """`plans` by name, in order; `load_s` is one sample, of files whose hashes had just been compared."""
 
     prompt: str
@@ -46,37 +46,39 @@ class Times:
     machine: Mapping[str, str | int]
 
 
-def measure(
+def time_plans(
     folder: Path, manifest: Manifest, plans: Sequence[Plan], runs: int, model: str | None, progress: Progress
-) -> Times:
+) -> ReportTimes:
     """`runs` rounds, after one that warms up. Raises ArtifactError where the artifact cannot run here."""
-    recipe = recipe_of(folder, manifest)
+    recipe = manifest_recipe(folder, manifest)
     # only a denoiser alone has its pipeline in diffusers
-    where = (model or model_of(manifest)) if manifest.family == FAMILY else ""
+    where = (model or source_model(manifest)) if manifest.family == ATTACH_FAMILY else ""
     began = time.perf_counter()
-    replayer = replayer_of(open_artifact(folder, trust="size"), recipe, where)
+    replayer = open_replayer(open_artifact(folder, trust="size"), recipe, where)
     load_s = time.perf_counter() - began
     prompt, times = picture_prompts(recipe)[0], {plan.name: PlanTimes() for plan in plans}
-    progress.doing("warm-up")
+    progress.announce("warm-up")
     for plan in plans:
         replayer.draw(prompt, 0, plan)
     for seed in range(runs):
-        progress.doing(f"round {seed + 1} of {runs}")
+        progress.announce(f"round {seed + 1} of {runs}")
         for plan in plans:
-            add(times[plan.name], replayer, replayer.draw(prompt, seed, plan))
-    named = {name: value for name, value in machine().items() if name in ("cpu", "threads", "python", "torch")}
+            add_samples(times[plan.name], replayer, replayer.draw(prompt, seed, plan))
+    named = {
+        name: value for name, value in bench_machine_facts().items() if name in ("cpu", "threads", "python", "torch")
+    }
     if replayer.artifact.device.type == "cuda":
         named["gpu"] = torch.cuda.get_device_name()
-    return Times(prompt, runs, load_s, times, named)
+    return ReportTimes(prompt, runs, load_s, times, named)
 
 
-def add(times: PlanTimes, replayer: Replays, drawn: Drawn) -> None:
-    """One picture's samples."""
+def add_samples(times: PlanTimes, replayer: ArtifactReplayer, drawn: DrawnPicture) -> None:
+    """Adds one picture's samples to the plan's times."""
     evaluations = tuple(call.ms for call in replayer.evaluations(drawn))
     stages: dict[str, float] = {}
     for call in drawn.calls:
-        name = DENOISER if variant_name(call.graph) in replayer.artifact.variants else call.graph
+        name = DENOISER_STAGE if variant_name(call.graph) in replayer.artifact.variants else call.graph
         stages[name] = stages.get(name, 0.0) + call.ms
     times.image_s.append(drawn.seconds)
     times.evaluations_ms.append(evaluations)
-    times.stages_ms.append({**stages, REST: drawn.seconds * 1e3 - sum(stages.values())})
+    times.stages_ms.append({**stages, REST_STAGE: drawn.seconds * 1e3 - sum(stages.values())})

@@ -15,26 +15,26 @@ from typing import Any
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from ...runtime.errors import ArtifactError, misfit
+from ...runtime.errors import ArtifactError, describe_schema_error
 from ...runtime.manifest import Manifest, Source
 from ...runtime.plan import Plan
 from ..verify import picture_sheet as sheet
 from ..verify import report
 
-AGAIN = "write it anew with `prebake verify ARTIFACT --source`"
-LOOSE = ConfigDict(extra="ignore", frozen=True)
+VERIFY_HINT = "write it anew with `prebake verify ARTIFACT --source`"
+LOOSE_CONFIG = ConfigDict(extra="ignore", frozen=True)
 
 
 class Closeness(BaseModel):
-    model_config = LOOSE
+    model_config = LOOSE_CONFIG
     pictures: int
     psnr_db: float
     psnr_db_min: float
     ssim: float
 
 
-class Errors(BaseModel):
-    model_config = LOOSE
+class ErrorFigures(BaseModel):
+    model_config = LOOSE_CONFIG
     pictures: int
     max: float
     mean: float
@@ -42,12 +42,12 @@ class Errors(BaseModel):
 
 
 class PlanFigures(BaseModel):
-    model_config = LOOSE
+    model_config = LOOSE_CONFIG
     evaluations: tuple[str, ...]
     flops_share_percent: float
     pictures: Closeness | None
     checked_pictures: Closeness | None
-    relative_error: Errors | None
+    relative_error: ErrorFigures | None
     accuracy_percent: float | None
     image_s: float | None
     speedup: float | None
@@ -58,13 +58,13 @@ class PlanFigures(BaseModel):
 
 
 class EagerFigures(BaseModel):
-    model_config = LOOSE
+    model_config = LOOSE_CONFIG
     accuracy_percent: float | None
     image_s: float | None
 
 
 class Threshold(BaseModel):
-    model_config = LOOSE
+    model_config = LOOSE_CONFIG
     plan: str
     figure: str
     value: float
@@ -73,10 +73,10 @@ class Threshold(BaseModel):
     over: str
 
 
-class Verified(BaseModel):
+class VerifyReport(BaseModel):
     """`verify.json`, as far as it is shown. `plans`, `eager` and `verdicts` are empty where eager was not run."""
 
-    model_config = LOOSE
+    model_config = LOOSE_CONFIG
     passed: bool
     missed: tuple[str, ...]
     not_measured: tuple[str, ...]
@@ -89,15 +89,15 @@ class Verified(BaseModel):
 
 
 @dataclass(frozen=True)
-class Kept:
+class SavedVerification:
     """A verification, and the pictures of its sheet: none where it drew none."""
 
-    verified: Verified
-    shown: tuple[sheet.Shown, ...]
+    verified: VerifyReport
+    shown: tuple[sheet.SheetRow, ...]
     png: bytes | None
 
 
-def read_kept(folder: Path, manifest: Manifest, plans: Mapping[str, Plan]) -> Kept | None:
+def read_verification(folder: Path, manifest: Manifest, plans: Mapping[str, Plan]) -> SavedVerification | None:
     """What the artifact's `reports/` hold, None where it was never verified.
 
     Raises ArtifactError for files that are damaged, or that are about another artifact.
@@ -106,35 +106,37 @@ def read_kept(folder: Path, manifest: Manifest, plans: Mapping[str, Plan]) -> Ke
     if not path.is_file():
         return None
     try:
-        verified = Verified.model_validate_json(path.read_bytes())
+        verified = VerifyReport.model_validate_json(path.read_bytes())
     except ValidationError as e:
-        raise ArtifactError(f"{misfit(path, e)}; {AGAIN}") from e
-    refuse_other(path, verified, manifest, plans)
+        raise ArtifactError(f"{describe_schema_error(path, e)}; {VERIFY_HINT}") from e
+    refuse_other_verification(path, verified, manifest, plans)
     if not picture.is_file():
-        return Kept(verified, (), None)
+        return SavedVerification(verified, (), None)
     try:
-        return Kept(verified, sheet.read_shown(picture), picture.read_bytes())
+        return SavedVerification(verified, sheet.read_sheet(picture), picture.read_bytes())
     except (ValueError, OSError, SyntaxError, Image.DecompressionBombError) as e:  # Pillow's for what is no good PNG
-        raise ArtifactError(f"{picture}: expected a sheet of pictures, but {e}; {AGAIN}") from e
+        raise ArtifactError(f"{picture}: expected a sheet of pictures, but {e}; {VERIFY_HINT}") from e
 
 
-def of_outcome(manifest: Manifest, outcome: Any) -> Kept:
-    """The same of a verification that was just run, by way of what it would write."""
-    verified = Verified.model_validate_json(report.to_json(report.describe(manifest, outcome)))
+def outcome_verification(manifest: Manifest, outcome: Any) -> SavedVerification:
+    """The verification of an outcome that was just found, by way of what it would write."""
+    verified = VerifyReport.model_validate_json(report.format_json(report.describe_outcome(manifest, outcome)))
     if not (outcome.comparison and outcome.comparison.rows):
-        return Kept(verified, (), None)
+        return SavedVerification(verified, (), None)
     file = io.BytesIO()
-    sheet.save(outcome.comparison.rows, sheet.shown_plans(manifest, outcome.plans), file)
-    return Kept(verified, sheet.read_shown(file), file.getvalue())
+    sheet.save_sheet(outcome.comparison.rows, sheet.sheet_plans(manifest, outcome.plans), file)
+    return SavedVerification(verified, sheet.read_sheet(file), file.getvalue())
 
 
-def refuse_other(path: Path, verified: Verified, manifest: Manifest, plans: Mapping[str, Plan]) -> None:
+def refuse_other_verification(
+    path: Path, verified: VerifyReport, manifest: Manifest, plans: Mapping[str, Plan]
+) -> None:
     """Raises ArtifactError for a verification of another model, or of plans that have changed since."""
     if verified.model.sha256 != manifest.source.sha256:
         raise ArtifactError(
             f"{path}: is about model {verified.model.model!r} with sha256 {verified.model.sha256[:12]}.., the artifact was made "
-            f"of {manifest.source.model!r} with {manifest.source.sha256[:12]}..; {AGAIN}"
+            f"of {manifest.source.model!r} with {manifest.source.sha256[:12]}..; {VERIFY_HINT}"
         )
     for name, figures in verified.plans.items():
         if name in plans and figures.evaluations != tuple(e.variant for e in plans[name].evaluations):
-            raise ArtifactError(f"{path}: plan {name!r} is another one there than in the artifact; {AGAIN}")
+            raise ArtifactError(f"{path}: plan {name!r} is another one there than in the artifact; {VERIFY_HINT}")

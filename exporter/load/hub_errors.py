@@ -6,21 +6,21 @@ import socket
 from pathlib import Path
 
 from ...runtime.errors import ExportError
-from ...runtime.transfer.hub import chain, first_line
+from ...runtime.transfer.hub import error_chain, error_summary
 
 
-def download(model: str, revision: str | None) -> Path:
+def download_model(model: str, revision: str | None) -> Path:
     """The folder of the hub's `model`, downloaded or from the cache. Raises ExportError with the way out."""
     from diffusers import DiffusionPipeline
 
     try:
         return Path(DiffusionPipeline.download(model, revision=revision))
     except Exception as e:
-        raise ExportError(f"model {model!r}: {reason(model, revision, e)}") from e
+        raise ExportError(f"model {model!r}: {download_failure(model, revision, e)}") from e
 
 
-def reason(model: str, revision: str | None, error: BaseException) -> str:
-    """In one clause, why the hub gave no `model`, and the way out."""
+def download_failure(model: str, revision: str | None, error: BaseException) -> str:
+    """One clause on why the hub gave no `model`, and the way out."""
     from huggingface_hub.errors import (
         GatedRepoError,
         LocalEntryNotFoundError,
@@ -28,7 +28,7 @@ def reason(model: str, revision: str | None, error: BaseException) -> str:
         RevisionNotFoundError,
     )
 
-    causes = tuple(chain(error))
+    causes = tuple(error_chain(error))
 
     def among(*types: type[BaseException]) -> bool:
         return any(isinstance(cause, types) for cause in causes)
@@ -46,6 +46,6 @@ def reason(model: str, revision: str | None, error: BaseException) -> str:
     if among(LocalEntryNotFoundError, ConnectionError, TimeoutError, socket.gaierror):
         return (
             "it is not in the hub's cache and the hub cannot be reached; export once with a network (and without "
-            f"HF_HUB_OFFLINE), or give the folder of a pipeline; the cause: {first_line(error)}"
+            f"HF_HUB_OFFLINE), or give the folder of a pipeline; the cause: {error_summary(error)}"
         )
-    return f"the hub says {first_line(error)}"
+    return f"the hub says {error_summary(error)}"

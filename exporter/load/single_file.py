@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from ...runtime.errors import ExportError
-from .hub_errors import first_line, reason
+from .hub_errors import download_failure, error_summary
 
-PIPELINES = {
+PIPELINE_CLASSES = {
     "v1": "StableDiffusionPipeline",
     "v2": "StableDiffusionPipeline",
     "xl_base": "StableDiffusionXLPipeline",
@@ -30,16 +30,16 @@ PIPELINES = {
 SUFFIX = ".safetensors"
 
 
-def load(file: Path, config: Path | None, dtypes: dict[str, torch.dtype]) -> Any:
-    """The pipeline of `file`; `config` is a pipeline folder, None = the hub's. `dtypes` as `source.load` takes them.
+def load_single_file(file: Path, config: Path | None, dtypes: dict[str, torch.dtype]) -> Any:
+    """The pipeline of `file`; `config` is a pipeline folder, None = the hub's. `dtypes` as `source.load_model` takes them.
 
     Raises ExportError for a file that diffusers does not read, and for a configuration that cannot be had.
     """
     import diffusers
 
-    name, repository = class_in(config), None
+    name, repository = read_pipeline_class(config), None
     if config is None:
-        name, repository = inferred(file)
+        name, repository = infer_pipeline(file)
     shared = {dtype for component, dtype in dtypes.items() if component != "default"}
     try:
         pipe = getattr(diffusers, name).from_single_file(
@@ -51,10 +51,10 @@ def load(file: Path, config: Path | None, dtypes: dict[str, torch.dtype]) -> Any
     except Exception as e:
         if repository and not isinstance(e, ValueError | KeyError):
             raise ExportError(
-                f"model {file.name!r}: its configuration is that of {repository}, and {reason(repository, None, e)}; or "
+                f"model {file.name!r}: its configuration is that of {repository}, and {download_failure(repository, None, e)}; or "
                 "set model.config to the folder of such a pipeline, of which only what the file lacks is read"
             ) from e
-        raise ExportError(f"model {file.name!r}: {name} could not read {file} ({first_line(e)})") from e
+        raise ExportError(f"model {file.name!r}: {name} could not read {file} ({error_summary(e)})") from e
     for component, module in pipe.components.items():
         dtype = dtypes.get(component, dtypes["default"])
         if isinstance(module, torch.nn.Module) and module.dtype != dtype:
@@ -62,7 +62,7 @@ def load(file: Path, config: Path | None, dtypes: dict[str, torch.dtype]) -> Any
     return pipe
 
 
-def class_in(config: Path | None) -> str:
+def read_pipeline_class(config: Path | None) -> str:
     """The pipeline class that the folder's model_index.json names. Raises ExportError where there is none."""
     if config is None:
         return ""
@@ -71,11 +71,11 @@ def class_in(config: Path | None) -> str:
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise ExportError(
             f"model.config {str(config)!r}: expected a folder with a pipeline's model_index.json and its components' "
-            f"config.json ({first_line(e)})"
+            f"config.json ({error_summary(e)})"
         ) from e
 
 
-def inferred(file: Path) -> tuple[str, str]:
+def infer_pipeline(file: Path) -> tuple[str, str]:
     """Pipeline class and the hub's repository with its configuration. Raises ExportError for models of other kinds."""
     from diffusers.loaders.single_file_utils import (
         DIFFUSERS_DEFAULT_PIPELINE_PATHS,
@@ -86,10 +86,10 @@ def inferred(file: Path) -> tuple[str, str]:
     try:
         kind = infer_diffusers_model_type(load_single_file_checkpoint(str(file)))
     except Exception as e:
-        raise ExportError(f"model {file.name!r}: diffusers could not read {file} ({first_line(e)})") from e
-    if kind not in PIPELINES:
+        raise ExportError(f"model {file.name!r}: diffusers could not read {file} ({error_summary(e)})") from e
+    if kind not in PIPELINE_CLASSES:
         raise ExportError(
-            f"model {file.name!r}: diffusers takes its weights for {kind!r}, expected one of {', '.join(PIPELINES)}; "
+            f"model {file.name!r}: diffusers takes its weights for {kind!r}, expected one of {', '.join(PIPELINE_CLASSES)}; "
             "set model.config to the folder of its pipeline, of which only what the file lacks is read"
         )
-    return PIPELINES[kind], DIFFUSERS_DEFAULT_PIPELINE_PATHS[kind]["pretrained_model_name_or_path"]
+    return PIPELINE_CLASSES[kind], DIFFUSERS_DEFAULT_PIPELINE_PATHS[kind]["pretrained_model_name_or_path"]

@@ -21,17 +21,17 @@ from .. import tiny
 from . import hub_errors as hub
 from . import single_file
 
-EMBEDDED = {
+EMBEDDED_MODELS = {
     "shapes": Path(__file__).parents[1] / "shapes" / "model",
     "shapes-sd": Path(__file__).parents[1] / "shapes" / "model_sd",
 }
 SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".toml", ".bin")
-WEIGHTS = re.compile(
+WEIGHTS_PATTERN = re.compile(
     r"(diffusion_pytorch_model|model|pytorch_model)(-\d+-of-\d+)?(\.(?P<variant>[a-z]\w*))?(-\d+-of-\d+)?\.(safetensors|bin)"
 )
 
 
-DEFAULTS = {
+DEFAULT_TYPES = {
     "height": int,
     "width": int,
     "max_sequence_length": int,
@@ -42,7 +42,7 @@ DEFAULTS = {
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedPipeline:
     """A pipeline as loaded, where it came from, and the defaults that it brings (`prebake.toml` beside its weights)."""
 
     pipe: Any
@@ -50,74 +50,76 @@ class Loaded:
     defaults: dict[str, Any]
 
 
-def load(model: str, revision: str | None, dtypes: dict[str, torch.dtype], config: str | None = None) -> Loaded:
+def load_model(
+    model: str, revision: str | None, dtypes: dict[str, torch.dtype], config: str | None = None
+) -> LoadedPipeline:
     """The pipeline on the CPU in eval mode, weights frozen; `dtypes` maps component -> dtype (`default` for the rest).
 
-    `config` is the folder of a pipeline whose configuration a single file takes: see `config_folder`.
+    `config` is the folder of a pipeline whose configuration a single file takes: see `find_config_folder`.
     Raises ExportError when nothing of that name can be read.
     """
-    if is_file(model):
+    if is_single_file(model):
         file = Path(model).expanduser()
-        folder = config_folder(config, file)
-        pipe, sha256 = single_file.load(file, folder, dtypes), fingerprint(folder, file)
-        defaults = own_defaults(folder) if folder else {}
+        folder = find_config_folder(config, file)
+        pipe, sha256 = single_file.load_single_file(file, folder, dtypes), model_fingerprint(folder, file)
+        defaults = read_model_defaults(folder) if folder else {}
     elif config is not None:
         raise ExportError(
             f"model.config goes with one safetensors file, and model {model!r} brings its own; leave it out"
         )
     else:
-        folder = find(model, revision)
-        pipe, sha256 = read(model, folder, dtypes), fingerprint(folder)
-        defaults = own_defaults(folder)
+        folder = find_model(model, revision)
+        pipe, sha256 = read_pipeline(model, folder, dtypes), model_fingerprint(folder)
+        defaults = read_model_defaults(folder)
     for component in pipe.components.values():
         if isinstance(component, torch.nn.Module):
             component.eval().requires_grad_(False)
-    return Loaded(pipe, Source(model=name_of(model), pipeline=type(pipe).__name__, sha256=sha256), defaults)
+    return LoadedPipeline(pipe, Source(model=model_name(model), pipeline=type(pipe).__name__, sha256=sha256), defaults)
 
 
-def read(model: str, folder: Path, dtypes: dict[str, torch.dtype]) -> Any:
+def read_pipeline(model: str, folder: Path, dtypes: dict[str, torch.dtype]) -> Any:
     """The pipeline in `folder`. Raises ExportError with diffusers' words."""
     from diffusers import DiffusionPipeline
 
-    variant = only_variant(folder)
+    variant = weights_variant(folder)
     if variant:
         warnings.warn(
             f"model {model!r}: it has no weights but the variant {variant!r}, so these are read", stacklevel=3
         )
     try:
         return DiffusionPipeline.from_pretrained(
-            folder, dtype=dtypes, local_files_only=True, variant=variant, **absent(folder)
+            folder, dtype=dtypes, local_files_only=True, variant=variant, **absent_components(folder)
         )
     except Exception as e:
-        raise ExportError(f"model {model!r}: diffusers could not read {folder} ({hub.first_line(e)})") from e
+        raise ExportError(f"model {model!r}: diffusers could not read {folder} ({hub.error_summary(e)})") from e
 
 
-def absent(folder: Path) -> dict[str, None]:
+def absent_components(folder: Path) -> dict[str, None]:
     """The components that a pipeline was saved without, such as SD3's T5. diffusers writes them as null, and reads them back
     only where its caller says so."""
     index = json.loads((folder / "model_index.json").read_text("utf-8"))
     return {name: None for name, entry in index.items() if entry == [None, None]}
 
 
-def only_variant(folder: Path) -> str | None:
+def weights_variant(folder: Path) -> str | None:
     """`fp16` where a component has weights named `*.fp16.safetensors` and none without; None where all have plain ones.
 
     Of several such variants, the first by name that is in all those components.
     """
     shared: set[str] | None = None
     for component in sorted(p for p in folder.iterdir() if p.is_dir()):
-        found = {m["variant"] for p in component.iterdir() if (m := WEIGHTS.fullmatch(p.name))}
+        found = {m["variant"] for p in component.iterdir() if (m := WEIGHTS_PATTERN.fullmatch(p.name))}
         if found and None not in found:
             shared = found if shared is None else shared & found
     return min(shared) if shared else None
 
 
-def find(model: str, revision: str | None = None) -> Path:
+def find_model(model: str, revision: str | None = None) -> Path:
     """The folder of an embedded model, a tiny one, a local folder, or a hub id (downloaded, or from the hub's cache)."""
-    if model in EMBEDDED:
-        return EMBEDDED[model]
-    if model.startswith(tiny.PREFIX):
-        return Path(tiny_folder(model.removeprefix(tiny.PREFIX)).name)
+    if model in EMBEDDED_MODELS:
+        return EMBEDDED_MODELS[model]
+    if model.startswith(tiny.TINY_PREFIX):
+        return Path(tiny_folder(model.removeprefix(tiny.TINY_PREFIX)).name)
     folder = Path(model).expanduser()
     if folder.is_dir():
         if not (folder / "model_index.json").is_file():
@@ -127,17 +129,17 @@ def find(model: str, revision: str | None = None) -> Path:
         return folder
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model) or model.endswith(single_file.SUFFIX):
         raise ExportError(
-            f"model {model!r}: there is no such file or folder; expected {', '.join(EMBEDDED)}, {tiny.PREFIX}NAME, a "
+            f"model {model!r}: there is no such file or folder; expected {', '.join(EMBEDDED_MODELS)}, {tiny.TINY_PREFIX}NAME, a "
             "folder, a safetensors file, or a hub id such as black-forest-labs/FLUX.1-dev"
         )
-    return hub.download(model, revision)
+    return hub.download_model(model, revision)
 
 
-def is_file(model: str) -> bool:
+def is_single_file(model: str) -> bool:
     return model.endswith(single_file.SUFFIX) and Path(model).expanduser().is_file()
 
 
-def config_folder(config: str | None, file: Path) -> Path | None:
+def find_config_folder(config: str | None, file: Path) -> Path | None:
     """The folder `config`, or the one of that name beside `file`. Raises ExportError where there is neither."""
     if config is None:
         return None
@@ -154,26 +156,26 @@ def tiny_folder(name: str) -> tempfile.TemporaryDirectory[str]:
 
     Raises ExportError with the names that exist.
     """
-    if name not in tiny.NAMES:
-        known = ", ".join(tiny.PREFIX + known for known in tiny.NAMES)
-        raise ExportError(f"model '{tiny.PREFIX}{name}': expected one of {known}")
+    if name not in tiny.TINY_MODELS:
+        known = ", ".join(tiny.TINY_PREFIX + known for known in tiny.TINY_MODELS)
+        raise ExportError(f"model '{tiny.TINY_PREFIX}{name}': expected one of {known}")
     folder = tempfile.TemporaryDirectory(prefix="prebake-tiny-")
-    tiny.save(name, Path(folder.name))
+    tiny.save_tiny_pipeline(name, Path(folder.name))
     return folder
 
 
-def is_known(name: str) -> bool:
-    """Whether `name`, as a manifest has it, says where the model is: an embedded or tiny one, or a hub id."""
-    return name in EMBEDDED or name.startswith(tiny.PREFIX) or "/" in name
+def is_known_model(name: str) -> bool:
+    """True if `name`, as a manifest has it, says where the model is: an embedded or tiny one, or a hub id."""
+    return name in EMBEDDED_MODELS or name.startswith(tiny.TINY_PREFIX) or "/" in name
 
 
-def name_of(model: str) -> str:
+def model_name(model: str) -> str:
     """The id, or the last part of a folder or file: no absolute path reaches the manifest."""
     path = Path(model).expanduser()
-    return path.resolve().name if model not in EMBEDDED and (path.is_dir() or is_file(model)) else model
+    return path.resolve().name if model not in EMBEDDED_MODELS and (path.is_dir() or is_single_file(model)) else model
 
 
-def fingerprint(folder: Path | None, file: Path | None = None) -> str:
+def model_fingerprint(folder: Path | None, file: Path | None = None) -> str:
     """sha256 over the relative names and the sha256 of every configuration, tokenizer and weight file of `folder`, and
     over that of `file`, whose name does not count."""
     named = {} if file is None else {"": file}
@@ -188,7 +190,7 @@ def fingerprint(folder: Path | None, file: Path | None = None) -> str:
     return whole.hexdigest()
 
 
-def own_defaults(folder: Path) -> dict[str, Any]:
+def read_model_defaults(folder: Path) -> dict[str, Any]:
     """The `[defaults]` table of the folder's `prebake.toml`, or nothing: sizes and steps that the model was made for.
 
     Raises ExportError for a file that is not TOML, and for keys and values that no export could use.
@@ -200,9 +202,9 @@ def own_defaults(folder: Path) -> dict[str, Any]:
         table = tomllib.loads(path.read_text("utf-8")).get("defaults", {})
     except ValueError as e:
         raise ExportError(f"{path}: not valid TOML: {e}; repair or remove it") from e
-    if not isinstance(table, dict) or set(table) - set(DEFAULTS):
-        raise ExportError(f"{path} [defaults]: expected a table of {', '.join(DEFAULTS)}, got {table!r}")
+    if not isinstance(table, dict) or set(table) - set(DEFAULT_TYPES):
+        raise ExportError(f"{path} [defaults]: expected a table of {', '.join(DEFAULT_TYPES)}, got {table!r}")
     for key, value in table.items():
-        if isinstance(value, bool) or not isinstance(value, DEFAULTS[key]):
+        if isinstance(value, bool) or not isinstance(value, DEFAULT_TYPES[key]):
             raise ExportError(f"{path} [defaults]: expected a number for {key}, got {value!r}")
     return table

@@ -12,21 +12,21 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from ...runtime.backends import names as opened_names
+from ...runtime.backends import backend_names as opened_names
 from ...runtime.errors import ExportError
-from ...runtime.extras import way_to
+from ...runtime.extras import install_command
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..passes.captured_graph import Captured
+    from ..passes.captured_graph import CapturedGraph
     from ..recipe.schema import Recipe
 
-Groups = Mapping[str, Sequence["Captured"]]
+GraphGroups = Mapping[str, Sequence["CapturedGraph"]]
 """Component -> its graphs: several variants of the denoiser, one of every other component."""
-Files = Mapping[str, bytes]
+CodeFiles = Mapping[str, bytes]
 """What a graph is compiled into: file name -> content."""
-Made = Callable[[str, "Captured", Callable[["Captured"], Files]], Files]
+GraphCompiler = Callable[[str, "CapturedGraph", Callable[["CapturedGraph"], CodeFiles]], CodeFiles]
 """`made(component, graph, compiled)` is `compiled(graph)`, or what that gave before; it says which (`exporter/store.py`)."""
 
 
@@ -39,21 +39,21 @@ class Backend(Protocol):
 
     CHANNELS_LAST: bool
 
-    def adapted(self, recipe: Recipe) -> tuple[Recipe, tuple[str, ...]]:
+    def adapt_recipe(self, recipe: Recipe) -> tuple[Recipe, tuple[str, ...]]:
         """The recipe as this backend can do it, asked before the model is loaded, and a sentence for each change. Raises
         RecipeError for what it cannot, and for options that it has not."""
         ...
 
-    def quantized(self, model: nn.Module, names: set[str], recipe: Recipe) -> None:
+    def quantize_layers(self, model: nn.Module, names: set[str], recipe: Recipe) -> None:
         """Makes the Linears of these names what the recipe's `quantize.method` says, in place: weights by row, activations
         by token as they come."""
         ...
 
-    def rewritten(self, graph: Captured, config: Any) -> Captured:
+    def rewrite_graph(self, graph: CapturedGraph, config: Any) -> CapturedGraph:
         """The graph as it is lowered. Its constants are what the artifact stores, and what the graph is bound to."""
         ...
 
-    def lower(self, folder: Path, groups: Groups, config: Any, made: Made) -> dict[str, str]:
+    def lower(self, folder: Path, groups: GraphGroups, config: Any, made: GraphCompiler) -> dict[str, str]:
         """Writes the code of every graph under `folder`, and returns graph -> path there. What is compiled of one graph, of
         itself and `config` alone, is asked of `made`, which may know it already.
 
@@ -74,20 +74,22 @@ class Backend(Protocol):
         ...
 
 
-def names() -> tuple[str, ...]:
+def list_backends() -> tuple[str, ...]:
     """The backends that can be exported and opened, sorted; found by their files, none of them imported."""
     return tuple(sorted({m.name for m in pkgutil.iter_modules(__path__)} & set(opened_names())))
 
 
-def backend(name: str) -> Backend:
+def load_backend(name: str) -> Backend:
     """The module of that name. Raises ExportError where a package that it needs is not installed."""
-    if name not in names():
-        raise ExportError(f"compile.backend {name!r}: there is none of that name; there are {', '.join(names())}")
+    if name not in list_backends():
+        raise ExportError(
+            f"compile.backend {name!r}: there is none of that name; there are {', '.join(list_backends())}"
+        )
     try:
         return cast(Backend, importlib.import_module(f".{name}", __name__))
     except ModuleNotFoundError as e:
         if e.name is None:
             raise
         raise ExportError(
-            f"compile.backend {name!r}: needs the package {e.name}, which is not installed; {way_to(e.name)}"
+            f"compile.backend {name!r}: needs the package {e.name}, which is not installed; {install_command(e.name)}"
         ) from e

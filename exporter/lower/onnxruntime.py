@@ -17,43 +17,43 @@ import onnxscript
 import torch
 
 from ...runtime.errors import RecipeError
-from ..passes.captured_graph import Captured
-from . import Files, Groups, Made
+from ..passes.captured_graph import CapturedGraph
+from . import CodeFiles, GraphCompiler, GraphGroups
 from .aoti.isa import int8_flags
 from .onnx import rewrite
-from .onnx.graph import located, onnx_model, places
-from .options import OnnxOptions, options
-from .w8a8 import quantized, refuse_convolutions
+from .onnx.graph import find_weight_data, locate_data, onnx_model
+from .options import OnnxOptions, read_options
+from .w8a8 import quantize_layers, refuse_convolutions
 
 __all__ = [
     "CHANNELS_LAST",
-    "adapted",
+    "adapt_recipe",
     "bind",
     "lower",
-    "quantized",
+    "quantize_layers",
     "reproducible",
     "requires",
-    "rewritten",
+    "rewrite_graph",
     "toolchain",
 ]
 
 CHANNELS_LAST = False
-MODEL = "model.onnx"
+MODEL_FILE = "model.onnx"
 
 
-class Options(OnnxOptions):
+class OnnxRuntimeOptions(OnnxOptions):
     """`compile.options`. `prepack`: whether each session keeps its weights once more, in the order in which its kernels read
     them; None = where one session alone reads them, for variants of a denoiser would each keep their copy."""
 
     prepack: bool | None = None
 
 
-def adapted(recipe: Any) -> tuple[Any, tuple[str, ...]]:
-    """On the CPU float32 where it says bfloat16, for which ONNX Runtime 1.31 has next to no kernels there: not one for MatMul.
+def adapt_recipe(recipe: Any) -> tuple[Any, tuple[str, ...]]:
+    """The recipe, on the CPU with float32 for bfloat16, for which ONNX Runtime 1.31 has next to no kernels there: not one for MatMul.
 
     Raises RecipeError for options that there are not, for int8 convolutions, and for fp8: its optimizer makes products of int8 of such.
     """
-    options(recipe.compile, Options)
+    read_options(recipe.compile, OnnxRuntimeOptions)
     refuse_convolutions(recipe)
     if recipe.quantize.method == "fp8_dynamic":
         raise RecipeError(
@@ -68,24 +68,24 @@ def adapted(recipe: Any) -> tuple[Any, tuple[str, ...]]:
     return recipe.model_copy(update={"precision": precision}), (said,)
 
 
-def rewritten(graph: Captured, config: Any) -> Captured:
+def rewrite_graph(graph: CapturedGraph, config: Any) -> CapturedGraph:
     """The graph as ONNX can say it."""
-    return rewrite.rewritten(graph)
+    return rewrite.rewrite_graph(graph)
 
 
-def lower(folder: Path, groups: Groups, config: Any, made: Made) -> dict[str, str]:
+def lower(folder: Path, groups: GraphGroups, config: Any, made: GraphCompiler) -> dict[str, str]:
     """A model for each graph."""
-    opset = options(config, Options).opset
+    opset = read_options(config, OnnxRuntimeOptions).opset
 
-    def translated(graph: Captured) -> Files:
-        return {MODEL: onnx_model(graph, opset).SerializeToString(deterministic=True)}
+    def translated(graph: CapturedGraph) -> CodeFiles:
+        return {MODEL_FILE: onnx_model(graph, opset).SerializeToString(deterministic=True)}
 
     (folder / "graphs").mkdir(exist_ok=True)
     paths = {}
     for component, graphs in groups.items():
         for graph in graphs:
             paths[graph.name] = f"graphs/{graph.name}.onnx"
-            (folder / paths[graph.name]).write_bytes(made(component, graph, translated)[MODEL])
+            (folder / paths[graph.name]).write_bytes(made(component, graph, translated)[MODEL_FILE])
     return paths
 
 
@@ -96,10 +96,10 @@ def reproducible(config: Any) -> bool:
 
 def bind(folder: Path, paths: Mapping[str, str], bound: Mapping[str, Mapping[str, str]]) -> None:
     """Writes into each graph where its constants lie: ONNX Runtime reads some of them when it optimizes the graph."""
-    lie = places(folder)
+    lie = find_weight_data(folder)
     for name, path in paths.items():
         model = onnx.load(folder / path, load_external_data=False)
-        located(model, {constant: lie[key] for constant, key in bound[name].items()})
+        locate_data(model, {constant: lie[key] for constant, key in bound[name].items()})
         (folder / path).write_bytes(model.SerializeToString(deterministic=True))
 
 

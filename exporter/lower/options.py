@@ -6,27 +6,27 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import ValidationError
 
-from ...runtime.errors import RecipeError, misfit
-from ..tables import Table
+from ...runtime.errors import RecipeError, describe_schema_error
+from ..tables import RecipeTable
 
-Chosen = TypeVar("Chosen", bound=Table)
+OptionsT = TypeVar("OptionsT", bound=RecipeTable)
 
 
-OPSET = 21
+DEFAULT_OPSET = 21
 """Of ONNX's operators, by default. From 23 on there is an `Attention`, which fails in TensorRT-RTX 1.7 inside an `If`."""
 
 
-class OnnxOptions(Table):
-    """Of every backend that goes by `onnx_graph.py`. `opset` is the ONNX operator set: 23 has attention as one operator, 21
+class OnnxOptions(RecipeTable):
+    """Options of every backend that goes by `onnx/graph.py`. `opset` is the ONNX operator set: 23 has attention as one operator, 21
     writes it as products and a softmax, for the backend to find again."""
 
-    opset: Literal[21, 23] = OPSET
+    opset: Literal[21, 23] = DEFAULT_OPSET
 
 
-def options(config: Any, table: type[Chosen]) -> Chosen:
-    """Those of the recipe's `compile` table. Raises RecipeError, naming those that the backend has, for what is not one."""
+def read_options(config: Any, table: type[OptionsT]) -> OptionsT:
+    """The recipe's `compile.options` as a backend's table. Raises RecipeError, naming those that the backend has, for what is not one."""
     try:
         return table.model_validate(config.options)
     except ValidationError as e:
         known = ", ".join(table.model_fields) or "none"
-        raise RecipeError(f"{misfit('compile.options', e)}; options of this backend: {known}") from e
+        raise RecipeError(f"{describe_schema_error('compile.options', e)}; options of this backend: {known}") from e

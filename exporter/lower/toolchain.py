@@ -6,13 +6,13 @@ import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 
-PACKAGES = ("prebake", "torch", "diffusers", "transformers", "torchao", "tokenizers", "safetensors")
+TOOLCHAIN_PACKAGES = ("prebake", "torch", "diffusers", "transformers", "torchao", "tokenizers", "safetensors")
 
 
-def versions() -> dict[str, str]:
+def toolchain_versions() -> dict[str, str]:
     """Package -> version, with Python and the C++ compiler; only what is installed."""
     found = {"python": platform.python_version(), "g++": compiler_version()}
-    for name in PACKAGES:
+    for name in TOOLCHAIN_PACKAGES:
         try:
             found[name] = version(name)
         except PackageNotFoundError:

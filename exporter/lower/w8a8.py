@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ...runtime.errors import RecipeError
 
-LEVELS = 127.5
+INT8_LEVELS = 127.5
 """Where the largest magnitude of a token, or of a weight's row, lies among the integers -128 .. 127."""
 FP8 = torch.float8_e4m3fn
 FP8_LEVELS = torch.finfo(FP8).max
@@ -30,9 +30,9 @@ TINY = torch.finfo(torch.float32).tiny
 def w8a8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     """x [..., K] times int8 `weight` [K, N]: [..., N] in x's dtype. `scale` is float32 [N], `bias` [N] in any float dtype."""
     tokens = x.reshape(-1, x.shape[-1]).float()
-    a = largest(tokens)
-    q = (tokens / a / (1 / LEVELS)).round().clamp(-128, 127).to(torch.int8)
-    y = torch._int_mm(q, weight).float() * (scale / LEVELS) * a
+    a = token_maxima(tokens)
+    q = (tokens / a / (1 / INT8_LEVELS)).round().clamp(-128, 127).to(torch.int8)
+    y = torch._int_mm(q, weight).float() * (scale / INT8_LEVELS) * a
     y = y if bias is None else y + bias
     return y.to(x.dtype).reshape(*x.shape[:-1], -1)
 
@@ -41,7 +41,7 @@ def w8a8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tenso
 def w8a8_fp8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     """x [..., K] times `weight` [K, N] of float8_e4m3fn, else as `w8a8`. Products of two such numbers are exact in float32."""
     tokens = x.reshape(-1, x.shape[-1]).float()
-    a = largest(tokens)
+    a = token_maxima(tokens)
     q = (tokens / a / (1 / FP8_LEVELS)).clamp(-FP8_LEVELS, FP8_LEVELS).to(FP8)
     y = q.float() @ weight.float() * (scale / FP8_LEVELS) * a
     y = y if bias is None else y + bias
@@ -62,8 +62,8 @@ def w8a8_conv2d(
     last in memory. `weight` is int8 [kernel * kernel * C, N], by rows of the kernel; steps and padding are those of both sides."""
     b, c, h, w = x.shape
     pixels = x.permute(0, 2, 3, 1).float()
-    a = largest(pixels)
-    q = (pixels / a / (1 / LEVELS)).round().clamp(-128, 127).to(torch.int8)
+    a = token_maxima(pixels)
+    q = (pixels / a / (1 / INT8_LEVELS)).round().clamp(-128, 127).to(torch.int8)
     border = (0, 0, padding, padding, padding, padding)
     q, a = torch.nn.functional.pad(q, border), torch.nn.functional.pad(a, border)
     high, wide = ((n + 2 * padding - kernel) // stride + 1 for n in (h, w))
@@ -72,7 +72,7 @@ def w8a8_conv2d(
         i, j = divmod(tap, kernel)
         under = (slice(None), slice(i, i + stride * high, stride), slice(j, j + stride * wide, stride))
         y += torch._int_mm(q[under].reshape(-1, c), columns).reshape(y.shape) * a[under]
-    y = y * (scale / LEVELS)
+    y = y * (scale / INT8_LEVELS)
     y = y if bias is None else y + bias
     return y.to(x.dtype).permute(0, 3, 1, 2)
 
@@ -83,16 +83,20 @@ def _(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, kernel: int
     return x.new_empty(x.shape[0], high, wide, weight.shape[1]).permute(0, 3, 1, 2)
 
 
-OPERATOR, FP8_OPERATOR, CONV2D = torch.ops.prebake.w8a8, torch.ops.prebake.w8a8_fp8, torch.ops.prebake.w8a8_conv2d
+INT8_OPERATOR, FP8_OPERATOR, CONV2D_OPERATOR = (
+    torch.ops.prebake.w8a8,
+    torch.ops.prebake.w8a8_fp8,
+    torch.ops.prebake.w8a8_conv2d,
+)
 
 
-def largest(tokens: Tensor) -> Tensor:
+def token_maxima(tokens: Tensor) -> Tensor:
     """max |x| of each token, [T, 1], above 0."""
     return tokens.abs().amax(-1, keepdim=True).clamp_min(TINY)
 
 
 class W8A8Linear(nn.Module):
-    """What stands for a Linear: its weights quantized by `by_row`, as [in, out], for the operator that multiplies them."""
+    """What stands for a Linear: its weights quantized by `quantize_rows_int8`, as [in, out], for the operator that multiplies them."""
 
     weight: Tensor
     scale: Tensor
@@ -110,44 +114,47 @@ class W8A8Linear(nn.Module):
 
 
 class W8A8Conv2d(nn.Module):
-    """What stands for a Conv2d that `convolves`, its weights quantized by `by_row`."""
+    """What stands for a Conv2d that `is_square_conv`, its weights quantized by `quantize_rows_int8`."""
 
     weight: Tensor
     scale: Tensor
 
     def __init__(self, conv: nn.Conv2d):
         super().__init__()
-        weight, scale = by_row(conv.weight.detach().permute(0, 2, 3, 1).flatten(1))
+        weight, scale = quantize_rows_int8(conv.weight.detach().permute(0, 2, 3, 1).flatten(1))
         self.register_buffer("weight", weight.t().contiguous())
         self.register_buffer("scale", scale)
         self.bias = conv.bias
         self.kernel, self.stride, self.padding = conv.kernel_size[0], conv.stride[0], int(conv.padding[0])
 
     def forward(self, x: Tensor) -> Tensor:
-        return CONV2D(x, self.weight, self.scale, self.bias, self.kernel, self.stride, self.padding)
+        return CONV2D_OPERATOR(x, self.weight, self.scale, self.bias, self.kernel, self.stride, self.padding)
 
 
-def convolves(conv: nn.Conv2d) -> bool:
+def is_square_conv(conv: nn.Conv2d) -> bool:
     """Whether it is as `w8a8_conv2d` has them: one group, and the same kernel, step and padding of zeros on all sides."""
     square = all(isinstance(n, tuple) and len(set(n)) == 1 for n in (conv.kernel_size, conv.stride, conv.padding))
     return square and conv.groups == 1 and conv.padding_mode == "zeros" and set(conv.dilation) == {1}
 
 
-def by_row(weight: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_rows_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     """[N, K] as int8 in -128 .. 127, rounded to nearest, and its scales, float32 [N]: as in torchao."""
     rows = weight.float()
-    scale = (rows.abs().amax(1) / LEVELS).clamp_min(torch.finfo(torch.float32).eps)
+    scale = (rows.abs().amax(1) / INT8_LEVELS).clamp_min(torch.finfo(torch.float32).eps)
     return (rows * (1 / scale)[:, None]).round().clamp(-128, 127).to(torch.int8), scale
 
 
-def by_row_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_rows_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
     """[N, K] as float8_e4m3fn, and its scales, float32 [N]: as in torchao, which makes NaN of a row of zeros."""
     rows = weight.float()
     scale = (rows.abs().amax(1) / FP8_LEVELS).clamp_min(TINY)
     return (rows / scale[:, None]).clamp(-FP8_LEVELS, FP8_LEVELS).to(FP8), scale
 
 
-METHODS = {"int8_dynamic": (by_row, OPERATOR), "fp8_dynamic": (by_row_fp8, FP8_OPERATOR)}
+QUANTIZE_METHODS = {
+    "int8_dynamic": (quantize_rows_int8, INT8_OPERATOR),
+    "fp8_dynamic": (quantize_rows_fp8, FP8_OPERATOR),
+}
 """`quantize.method` of a recipe -> how weights are quantized, and what multiplies them."""
 
 
@@ -160,12 +167,12 @@ def refuse_convolutions(recipe: Any) -> None:
         )
 
 
-def quantized(model: nn.Module, names: set[str], recipe: Any) -> None:
-    """A backend's `quantized`, by these operators."""
-    to_8_bits(model, names, recipe.quantize.method)
+def quantize_layers(model: nn.Module, names: set[str], recipe: Any) -> None:
+    """Quantizes layers as a backend that knows these operators does."""
+    replace_layers(model, names, recipe.quantize.method)
 
 
-def to_8_bits(model: nn.Module, names: set[str], method: str) -> None:
+def replace_layers(model: nn.Module, names: set[str], method: str) -> None:
     """Replaces the Linears and convolutions of these names in place."""
     for name in sorted(names):
         path, _, leaf = name.rpartition(".")
@@ -174,4 +181,4 @@ def to_8_bits(model: nn.Module, names: set[str], method: str) -> None:
             setattr(parent, leaf, W8A8Conv2d(layer))
         else:
             assert isinstance(layer, nn.Linear)
-            setattr(parent, leaf, W8A8Linear(layer, *METHODS[method]))
+            setattr(parent, leaf, W8A8Linear(layer, *QUANTIZE_METHODS[method]))

@@ -11,16 +11,16 @@ from pathlib import Path
 
 from ...runtime.errors import ExportError
 
-REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 @contextlib.contextmanager
-def disk_for(output: Path) -> Iterator[None]:
+def explain_disk_errors(output: Path) -> Iterator[None]:
     """Raises ExportError in place of an error that comes of a disk with no room, or of one that cannot be written."""
     try:
         yield
     except Exception as e:
-        if reason := disk_problem(e):
+        if reason := find_disk_problem(e):
             where = getattr(e, "filename", None) or output.parent
             raise ExportError(
                 f"{output}: cannot be written, since {where} says {reason!r}; make room, or choose another --output or TMPDIR"
@@ -28,12 +28,12 @@ def disk_for(output: Path) -> Iterator[None]:
         raise
 
 
-def disk_problem(error: BaseException | None) -> str | None:
+def find_disk_problem(error: BaseException | None) -> str | None:
     """What the system said, where the error or its cause is about a disk: as an OSError, in Rust's words, or a compiler's."""
     while error is not None:
         said = [int(number) for number in re.findall(r"os error (\d+)", str(error))]
         for code in (getattr(error, "errno", None), *said):
-            if code in REFUSED:
+            if code in DISK_ERRNOS:
                 return os.strerror(code)
         if os.strerror(errno.ENOSPC) in str(error):
             return os.strerror(errno.ENOSPC)

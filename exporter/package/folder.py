@@ -22,17 +22,17 @@ from safetensors.torch import save_file
 from ...runtime.errors import ExportError
 from ...runtime.manifest import FileEntry, Manifest
 from ...runtime.plan import Plan
-from ...runtime.storage.rename import is_artifact, make_readable, put, recover, replace
-from ...runtime.storage.scratch import scratch, sweep
-from ..passes.captured_graph import Captured
-from .disk import disk_for
+from ...runtime.storage.rename import is_artifact, make_readable, recover_artifact, rename_if_free, replace_folder
+from ...runtime.storage.scratch import remove_abandoned, scratch_folder
+from ..passes.captured_graph import CapturedGraph
+from .disk import explain_disk_errors
 
-PARTIAL = ".partial"
-UNLISTED = ("manifest.json", "signature.json", "reports")
+PARTIAL_SUFFIX = ".partial"
+UNLISTED_PATHS = ("manifest.json", "signature.json", "reports")
 
 
 @contextlib.contextmanager
-def staged(output: Path, *, force: bool) -> Iterator[Path]:
+def stage_folder(output: Path, *, force: bool) -> Iterator[Path]:
     """A temporary sibling of `output` that takes its place on success and is removed on any failure; what an export
     that was killed has left is removed by the next one.
 
@@ -40,8 +40,8 @@ def staged(output: Path, *, force: bool) -> Iterator[Path]:
     the disk is full or cannot be written.
     """
     output = output.absolute()
-    with disk_for(output):
-        made_ready(output)
+    with explain_disk_errors(output):
+        prepare_output(output)
     if output.exists():
         if not force:
             raise ExportError(f"{output}: already exists; choose another --output, or replace it with --force")
@@ -49,18 +49,18 @@ def staged(output: Path, *, force: bool) -> Iterator[Path]:
             raise ExportError(
                 f"{output}: --force replaces artifacts only, and this has no manifest.json of one; choose another --output"
             )
-    with disk_for(output), scratch(output.parent, f".{output.name}.", PARTIAL) as folder:
+    with explain_disk_errors(output), scratch_folder(output.parent, f".{output.name}.", PARTIAL_SUFFIX) as folder:
         yield folder
         make_readable(folder)
         if force:
-            replace(folder, output)
-        elif not put(folder, output):
+            replace_folder(folder, output)
+        elif not rename_if_free(folder, output):
             raise ExportError(
                 f"{output}: already exists since this export began; choose another --output, or replace it with --force"
             )
 
 
-def made_ready(output: Path) -> None:
+def prepare_output(output: Path) -> None:
     """There is a folder to write into, and nothing in it that an export has left which was killed. Raises ExportError."""
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -68,12 +68,12 @@ def made_ready(output: Path) -> None:
         raise ExportError(f"{output.parent}: cannot be made a folder ({e.strerror}); choose another --output") from e
     if not os.access(output.parent, os.W_OK | os.X_OK):
         raise ExportError(f"{output.parent}: cannot be written by this user; choose another --output")
-    recover(output)
-    sweep(output.parent, f".{output.name}.", PARTIAL)
+    recover_artifact(output)
+    remove_abandoned(output.parent, f".{output.name}.", PARTIAL_SUFFIX)
 
 
 @dataclass(frozen=True)
-class Weights:
+class StoredWeights:
     """What was stored: graph name -> {constant name: key}, the keys whose tensors are stored as N H W C, and those of
     complex numbers, stored as [..., 2] of real and imaginary parts: safetensors has no complex128."""
 
@@ -82,7 +82,7 @@ class Weights:
     complex: tuple[str, ...] = ()
 
 
-def write_weights(folder: Path, groups: Mapping[str, Sequence[Captured]]) -> Weights:
+def write_weights(folder: Path, groups: Mapping[str, Sequence[CapturedGraph]]) -> StoredWeights:
     """Writes `weights/<component>.safetensors`, each distinct tensor once: in the first component that reads it, under
     `<component>.<its name there>`."""
     stored: dict[str, str] = {}
@@ -95,20 +95,20 @@ def write_weights(folder: Path, groups: Mapping[str, Sequence[Captured]]) -> Wei
         for graph in graphs:
             names = bound.setdefault(graph.name, {})
             for name, tensor in sorted(graph.constants().items()):
-                content = digest(tensor)
+                content = tensor_digest(tensor)
                 if content not in stored:
-                    stored[content] = unique(f"{component}.{name.removeprefix('denoiser.')}", fresh)
+                    stored[content] = unique_key(f"{component}.{name.removeprefix('denoiser.')}", fresh)
                     if tensor.is_complex():
                         pairs.append(stored[content])
-                    fresh[stored[content]] = parts(in_memory_order(tensor.detach()))
+                    fresh[stored[content]] = real_parts(to_memory_order(tensor.detach()))
                     if is_channels_last(tensor):
                         permuted.append(stored[content])
                 names[name] = stored[content]
         save_file(fresh, folder / "weights" / f"{component}.safetensors")
-    return Weights(bound, tuple(sorted(permuted)), tuple(sorted(pairs)))
+    return StoredWeights(bound, tuple(sorted(permuted)), tuple(sorted(pairs)))
 
 
-def parts(tensor: torch.Tensor) -> torch.Tensor:
+def real_parts(tensor: torch.Tensor) -> torch.Tensor:
     """Complex numbers as [..., 2], real and imaginary; anything else as it is."""
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
@@ -118,7 +118,7 @@ def is_channels_last(tensor: torch.Tensor) -> bool:
     return tensor.dim() == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
 
 
-def in_memory_order(tensor: torch.Tensor) -> torch.Tensor:
+def to_memory_order(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor with its dimensions in the order of its memory: compiled code reads constants by their strides."""
     if is_channels_last(tensor):
         return tensor.permute(0, 2, 3, 1)
@@ -129,13 +129,13 @@ def in_memory_order(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def digest(tensor: torch.Tensor) -> str:
+def tensor_digest(tensor: torch.Tensor) -> str:
     """A hash of dtype, shape, strides and bytes."""
-    data = in_memory_order(tensor.detach()).reshape(-1).view(torch.uint8)
+    data = to_memory_order(tensor.detach()).reshape(-1).view(torch.uint8)
     return f"{tensor.dtype} {tuple(tensor.shape)} {tensor.stride()} {hashlib.sha256(data.numpy().data).hexdigest()}"
 
 
-def unique(key: str, taken: Mapping[str, torch.Tensor]) -> str:
+def unique_key(key: str, taken: Mapping[str, torch.Tensor]) -> str:
     """`key`, or `key.1`, `key.2`, ...: folded values of two variants may share a name and not a value."""
     n = 0
     candidate = key
@@ -171,7 +171,7 @@ def write_tokenizers(folder: Path, tokenizers: Mapping[str, Any]) -> None:
 
 def file_entries(folder: Path, known: Mapping[str, FileEntry] | None = None) -> tuple[FileEntry, ...]:
     """Path, size and sha256 of every file that the manifest answers for, sorted by path; those in `known` are not read."""
-    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.relative_to(folder).parts[0] not in UNLISTED)
+    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.relative_to(folder).parts[0] not in UNLISTED_PATHS)
     entries = []
     for path in paths:
         if known and (entry := known.get(path.relative_to(folder).as_posix())):
@@ -187,17 +187,17 @@ def file_entries(folder: Path, known: Mapping[str, FileEntry] | None = None) -> 
 
 
 @contextlib.contextmanager
-def linked(folder: Path) -> Iterator[Path]:
+def stage_linked_copy(folder: Path) -> Iterator[Path]:
     """A copy of the artifact whose files are links to its own, which takes its place on success.
 
     What is to change in it must be unlinked first. A run that is killed leaves the artifact as it was.
     """
-    with staged(folder, force=True) as fresh:
-        shutil.copytree(folder, fresh, copy_function=link, dirs_exist_ok=True)
+    with stage_folder(folder, force=True) as fresh:
+        shutil.copytree(folder, fresh, copy_function=link_or_copy, dirs_exist_ok=True)
         yield fresh
 
 
-def link(source: str, target: str) -> None:
+def link_or_copy(source: str, target: str) -> None:
     """A hard link, or a copy where the file system has none."""
     try:
         os.link(source, target)
@@ -205,7 +205,7 @@ def link(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
-def written(folder: Path, manifest: Manifest, known: Manifest) -> Manifest:
+def update_manifest(folder: Path, manifest: Manifest, known: Manifest) -> Manifest:
     """The manifest with the folder's files, written. Weights and graphs are as in `known`, and not read again."""
     same = {e.path: e for e in known.files if e.path.startswith(("weights/", "graphs/"))}
     manifest = manifest.model_copy(update={"files": file_entries(folder, same)})

@@ -7,25 +7,27 @@ from pathlib import Path
 from typing import Any
 
 from ...runtime.attachment.facts import variant_name
-from ...runtime.manifest import FAMILY, Graph, Manifest, Requires, Site
+from ...runtime.manifest import ATTACH_FAMILY, Graph, Manifest, Requires, Site
 from ..caches.common import calibration as calibrations
 from ..families.picture import VAE_ENCODER
 from ..families.registry import FAMILIES
 from ..load import source
-from ..lower import backend
-from ..lower.toolchain import versions
-from ..prepared import Prepared
+from ..lower import load_backend
+from ..lower.toolchain import toolchain_versions
+from ..prepared_export import PreparedExport
 from ..recipe.resolve import Recipe
 from ..sites.marks import Variant
 from . import folder as package
-from .folder import Weights
+from .folder import StoredWeights
 
 
-def describe(folder: Path, prepared: Prepared, weights: Weights, paths: Mapping[str, str]) -> Manifest:
+def describe_artifact(
+    folder: Path, prepared: PreparedExport, weights: StoredWeights, paths: Mapping[str, str]
+) -> Manifest:
     """The manifest, still unverified."""
-    lowering = backend(prepared.recipe.compile.backend)
+    lowering = load_backend(prepared.recipe.compile.backend)
     planned = prepared.planned
-    combined = {site for v in planned.variants for site in v.having("combine")}
+    combined = {site for v in planned.variants for site in v.sites_with("combine")}
     marks = tuple(m for m in planned.marks if m.name in combined)
     variants = {v.name: v for v in planned.variants}
     graphs = []
@@ -38,24 +40,24 @@ def describe(folder: Path, prepared: Prepared, weights: Weights, paths: Mapping[
                     package=paths[g.name],
                     inputs=g.inputs,
                     outputs=g.outputs,
-                    stores=tuple(m.name for m in variant.storing(marks)) if variant.name in variants else (),
-                    combines=variant.combining(marks),
-                    zeros=variant.having("zero"),
-                    identities=variant.having("identity"),
+                    stores=tuple(m.name for m in variant.stored_marks(marks)) if variant.name in variants else (),
+                    combines=variant.combined_sites(marks),
+                    zeros=variant.sites_with("zero"),
+                    identities=variant.sites_with("identity"),
                     constants=weights.bound[g.name],
                     cost=prepared.costs[g.name],
                 )
             )
     return Manifest(
-        family=FAMILY if prepared.recording else FAMILIES[type(prepared.pipe).__name__],
+        family=ATTACH_FAMILY if prepared.recording else FAMILIES[type(prepared.pipe).__name__],
         backend=prepared.recipe.compile.backend,
         reproducible=lowering.reproducible(prepared.recipe.compile),
-        requires=Requires(**machine(prepared.recipe), **lowering.requires(prepared.recipe)),
+        requires=Requires(**target_machine(prepared.recipe), **lowering.requires(prepared.recipe)),
         source=prepared.source,
-        toolchain={**versions(), **lowering.toolchain(prepared.recipe.compile)},
-        recipe=own_recipe(prepared).model_dump(mode="json"),
+        toolchain={**toolchain_versions(), **lowering.toolchain(prepared.recipe.compile)},
+        recipe=artifact_recipe(prepared).model_dump(mode="json"),
         defaults=prepared.defaults,
-        pipeline=facts(prepared),
+        pipeline=pipeline_facts(prepared),
         layers=prepared.layers,
         channels_last=weights.channels_last,
         complex=weights.complex,
@@ -66,7 +68,7 @@ def describe(folder: Path, prepared: Prepared, weights: Weights, paths: Mapping[
     )
 
 
-def facts(prepared: Prepared) -> dict[str, Any]:
+def pipeline_facts(prepared: PreparedExport) -> dict[str, Any]:
     """The family's facts, and what pictures it takes; of a denoiser alone what `attach` holds a pipeline to."""
     if prepared.recording:
         return prepared.recording.facts.model_dump(mode="json")
@@ -77,17 +79,17 @@ def facts(prepared: Prepared) -> dict[str, Any]:
     return {**own, "picture": {"height": size.height, "width": size.width, **family.PICTURE}}
 
 
-def own_recipe(prepared: Prepared) -> Recipe:
+def artifact_recipe(prepared: PreparedExport) -> Recipe:
     """The recipe as the artifact has it: the model by its name, the calibration as the artifact's own file."""
     recipe = prepared.recipe
-    names = {"id": prepared.source.model, "config": recipe.model.config and source.name_of(recipe.model.config)}
+    names = {"id": prepared.source.model, "config": recipe.model.config and source.model_name(recipe.model.config)}
     changes: dict[str, Any] = {"model": recipe.model.model_copy(update=names)}
     if prepared.calibration:
-        changes["cache"] = recipe.cache.model_copy(update={"calibration": calibrations.FILE})
+        changes["cache"] = recipe.cache.model_copy(update={"calibration": calibrations.CALIBRATION_FILE})
     return recipe.model_copy(update=changes)
 
 
-def machine(recipe: Recipe) -> dict[str, Any]:
+def target_machine(recipe: Recipe) -> dict[str, Any]:
     """System, processor family and device, as `Requires` names them."""
     import platform
 

@@ -13,83 +13,85 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...runtime.check.artifact import file_problems, hash_problems, name_problems
+from ...runtime.check.artifact import file_name_problems, file_problems, hash_problems
 from ...runtime.check.signature import (
-    FILE,
-    NEEDED,
+    SIGN_EXTRA_HINT,
+    SIGNATURE_FILE,
     Identity,
-    first_line,
-    listed_hashing,
+    error_clause,
+    known_hashing_config,
     signature_problems,
     signed_hashes,
 )
-from ...runtime.errors import ArtifactError, ExportError, RecipeError, raise_all
+from ...runtime.errors import ArtifactError, ExportError, RecipeError, raise_problems
 from ...runtime.manifest import Manifest, read_manifest
 
 
 @dataclass(frozen=True)
-class Sigstore:
+class SigstoreSigner:
     """Signing by sigstore, which needs a network: with a token, else with what the CI gives, else a browser is opened."""
 
     token: str | None = None
 
 
-def sign(folder: Path, signer: Path | Sigstore) -> int:
+def sign_artifact(folder: Path, signer: Path | SigstoreSigner) -> int:
     """Writes `signature.json`, in place of an earlier one, and returns the number of files that it covers.
 
     `signer` is a PEM file of a private elliptic curve key (P-256, P-384 or P-521) without a password, or sigstore. The artifact
     need not be one that this machine can run. Raises ArtifactError for one that is not as its manifest says or that missed its
     thresholds, RecipeError for a key that is none, and ExportError where sigstore or the disk refuses.
     """
-    signing = signing_by(signer)
+    signing = signing_config(signer)
     manifest = read_manifest(folder)
     if manifest.status == "failed":
         raise ArtifactError(f"{folder}: missed its thresholds, and its manifest says so; sign one that holds")
     check_files(folder, manifest)
     hashes = signed_hashes(folder, manifest)
-    signing.set_hashing_config(listed_hashing(hashes))
+    signing.set_hashing_config(known_hashing_config(hashes))
     try:
-        write(signing, folder, signer)
+        write_signature(signing, folder, signer)
     except OSError as e:
-        raise ExportError(f"{folder / FILE}: cannot be written ({e.strerror or e}); make room, or sign a copy") from e
+        raise ExportError(
+            f"{folder / SIGNATURE_FILE}: cannot be written ({e.strerror or e}); make room, or sign a copy"
+        ) from e
     return len(hashes)
 
 
-def verify(folder: Path, whose: Path | Identity) -> int:
+def verify_signed_artifact(folder: Path, whose: Path | Identity) -> int:
     """The number of files that `whose` signed and that are as signed: all. No code is opened, whatever machine it is for.
 
     Raises ArtifactError with everything that is wrong, and RecipeError for a file that is no public key.
     """
     manifest = read_manifest(folder)
     check_names(folder, manifest)
-    raise_all(folder, [*signature_problems(folder, manifest, whose), *hash_problems(folder, manifest, True)])
+    raise_problems(folder, [*signature_problems(folder, manifest, whose), *hash_problems(folder, manifest, True)])
     return len(manifest.files) + 1
 
 
 def check_files(folder: Path, manifest: Manifest) -> None:
     """Raises ArtifactError unless every file is there, listed, and what the manifest says it is."""
     check_names(folder, manifest)
-    raise_all(folder, hash_problems(folder, manifest, True))
+    raise_problems(folder, hash_problems(folder, manifest, True))
 
 
 def check_names(folder: Path, manifest: Manifest) -> None:
-    raise_all(folder, name_problems(manifest))
-    raise_all(folder, file_problems(folder, manifest))
+    raise_problems(folder, file_name_problems(manifest))
+    raise_problems(folder, file_problems(folder, manifest))
 
 
-def signing_by(signer: Path | Sigstore) -> Any:
-    """A `model_signing.signing.Config`. Raises as `sign` does for what is no key, or for sigstore."""
+def signing_config(signer: Path | SigstoreSigner) -> Any:
+    """A `model_signing.signing.Config`. Raises as `sign_artifact` does for what is no key, or for sigstore."""
     try:
         from model_signing import signing
     except ModuleNotFoundError as e:
-        raise RecipeError(NEEDED) from e
-    if isinstance(signer, Sigstore):
+        raise RecipeError(SIGN_EXTRA_HINT) from e
+    if isinstance(signer, SigstoreSigner):
         try:
             return signing.Config().use_sigstore_signer(
                 identity_token=signer.token, use_ambient_credentials=signer.token is None
             )
         except Exception as e:
-            raise unreached(e) from e
+            raise sigstore_error(e) from e
     try:
         return signing.Config().use_elliptic_key_signer(private_key=signer)
     except (OSError, ValueError, TypeError, AttributeError) as e:  # the last two: with a password, or of another kind
@@ -99,21 +101,21 @@ def signing_by(signer: Path | Sigstore) -> Any:
         ) from e
 
 
-def write(signing: Any, folder: Path, signer: Path | Sigstore) -> None:
+def write_signature(signing: Any, folder: Path, signer: Path | SigstoreSigner) -> None:
     """Signs into a file of another name, which then takes the place of `signature.json`: there is never half of one."""
     with tempfile.TemporaryDirectory(prefix=f".{folder.resolve().name}.", dir=folder.resolve().parent) as beside:
-        fresh = Path(beside) / FILE
+        fresh = Path(beside) / SIGNATURE_FILE
         try:
             signing.sign(folder, fresh)
         except Exception as e:
-            if isinstance(signer, Sigstore):  # whose network errors are OSErrors too
-                raise unreached(e) from e
+            if isinstance(signer, SigstoreSigner):  # whose network errors are OSErrors too
+                raise sigstore_error(e) from e
             raise
-        os.replace(fresh, folder / FILE)
+        os.replace(fresh, folder / SIGNATURE_FILE)
 
 
-def unreached(e: Exception) -> ExportError:
-    """Of what sigstore, its network and its browser raise, which is of many kinds."""
+def sigstore_error(e: Exception) -> ExportError:
+    """The ExportError in place of what sigstore, its network and its browser raise, which is of many kinds."""
     return ExportError(
-        f"--sigstore: sigstore did not sign ({first_line(e)}); it needs a network and a token, and --key needs neither"
+        f"--sigstore: sigstore did not sign ({error_clause(e)}); it needs a network and a token, and --key needs neither"
     )

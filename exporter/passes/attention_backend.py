@@ -23,32 +23,32 @@ from torch.backends import cuda
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ...runtime.errors import ExportError
-from .captured_graph import Captured
+from .captured_graph import CapturedGraph
 
 SDPA = torch.ops.aten.scaled_dot_product_attention.default
 
 
 def cudnn(*args: Any, **kwargs: Any) -> Tensor:
     """cuDNN's fused attention: bfloat16 or float16."""
-    return _by(SDPBackend.CUDNN_ATTENTION, args, kwargs)
+    return _call_kernel(SDPBackend.CUDNN_ATTENTION, args, kwargs)
 
 
 def flash(*args: Any, **kwargs: Any) -> Tensor:
     """FlashAttention 2, as it is in torch: bfloat16 or float16, no mask."""
-    return _by(SDPBackend.FLASH_ATTENTION, args, kwargs)
+    return _call_kernel(SDPBackend.FLASH_ATTENTION, args, kwargs)
 
 
 def efficient(*args: Any, **kwargs: Any) -> Tensor:
     """CUTLASS's memory-efficient attention, of any floating dtype."""
-    return _by(SDPBackend.EFFICIENT_ATTENTION, args, kwargs)
+    return _call_kernel(SDPBackend.EFFICIENT_ATTENTION, args, kwargs)
 
 
 def math(*args: Any, **kwargs: Any) -> Tensor:
     """Two matrix products and a softmax, for the compiler."""
-    return _by(SDPBackend.MATH, args, kwargs)
+    return _call_kernel(SDPBackend.MATH, args, kwargs)
 
 
-def _by(kernel: SDPBackend, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+def _call_kernel(kernel: SDPBackend, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     with sdpa_kernel(kernel):
         return SDPA(*args, **kwargs)
 
@@ -56,7 +56,7 @@ def _by(kernel: SDPBackend, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Te
 KERNELS: dict[str, Callable[..., Tensor]] = {k.__name__: k for k in (cudnn, flash, efficient, math)}
 
 
-def attention_by(graph: Captured, backend: str) -> Captured:
+def set_attention_backend(graph: CapturedGraph, backend: str) -> CapturedGraph:
     """The graph with every attention by that kernel; "sdpa" = by the one that torch prefers where it is compiled."""
     if backend == "sdpa":
         return graph
@@ -67,7 +67,7 @@ def attention_by(graph: Captured, backend: str) -> Captured:
     return replace(graph, gm=gm)
 
 
-def refuse_attention(graph: Captured) -> None:
+def refuse_attention(graph: CapturedGraph) -> None:
     """Raises ExportError where the kernel that an attention is to run by cannot run it on this GPU, with torch's reason. The
     graph lies on the GPU."""
     able = {
@@ -79,7 +79,7 @@ def refuse_attention(graph: Captured) -> None:
         if node.target not in able:
             continue
         given = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-        parameters = named(*given[0], **given[1])
+        parameters = sdpa_parameters(*given[0], **given[1])
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             can = able[node.target](parameters, True)
@@ -87,11 +87,11 @@ def refuse_attention(graph: Captured) -> None:
             q = parameters.query
             raise ExportError(
                 f"graph {graph.name!r}: attention.backend {node.target.__name__!r} cannot run {node.name}, {list(q.shape)} in "
-                f"{str(q.dtype).removeprefix('torch.')}: {reason([str(w.message) for w in said])}; set attention.backend=sdpa"
+                f"{str(q.dtype).removeprefix('torch.')}: {find_reason([str(w.message) for w in said])}; set attention.backend=sdpa"
             )
 
 
-def named(
+def sdpa_parameters(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -106,7 +106,7 @@ def named(
     return cuda.SDPAParams(q, k, v, mask, dropout, causal, enable_gqa)
 
 
-def reason(said: list[str]) -> str:
+def find_reason(said: list[str]) -> str:
     """The first of torch's warnings that says why, and not that: `Flash attention kernel not used because:`."""
     whys = (line.partition(" (Triggered internally")[0].strip() for line in said)
     return next(

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from .captured_graph import Captured
+from .captured_graph import CapturedGraph
 
 SDPA = torch.ops.aten.scaled_dot_product_attention.default
 
 
-def attention_in(graph: Captured, dtype: torch.dtype) -> Captured:
+def cast_attention(graph: CapturedGraph, dtype: torch.dtype) -> CapturedGraph:
     """The graph with every attention of another floating dtype in this one; masks that are added become it too."""
     gm = fx.GraphModule(graph.gm, copy.deepcopy(graph.gm.graph))
     for node in gm.graph.find_nodes(op="call_function", target=SDPA):
@@ -29,17 +29,17 @@ def attention_in(graph: Captured, dtype: torch.dtype) -> Captured:
         if given == dtype:
             continue
         with gm.graph.inserting_before(node):
-            node.args = tuple(to(gm, x, dtype) for x in node.args)
-            node.kwargs = {name: to(gm, x, dtype) for name, x in node.kwargs.items()}
+            node.args = tuple(cast_node(gm, x, dtype) for x in node.args)
+            node.kwargs = {name: cast_node(gm, x, dtype) for name, x in node.kwargs.items()}
         node.meta["val"] = node.meta["val"].to(dtype)
         with gm.graph.inserting_after(node):
-            back = to(gm, node, given)
+            back = cast_node(gm, node, given)
         node.replace_all_uses_with(back, delete_user_cb=lambda user, back=back: user is not back)
     gm.recompile()
     return replace(graph, gm=gm)
 
 
-def to(gm: fx.GraphModule, x: Any, dtype: torch.dtype) -> Any:
+def cast_node(gm: fx.GraphModule, x: Any, dtype: torch.dtype) -> Any:
     """x in that dtype, if it is a floating tensor of another."""
     if not isinstance(x, fx.Node) or not x.meta["val"].dtype.is_floating_point or x.meta["val"].dtype == dtype:
         return x

@@ -10,7 +10,7 @@ from ...runtime.manifest import TensorSpec
 
 
 @dataclass(frozen=True)
-class Captured:
+class CapturedGraph:
     """One graph ready to lower: `gm(*args)` returns a tuple. `inputs` and `outputs` name what is passed, in order."""
 
     name: str

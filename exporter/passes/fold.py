@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import fx
 
-SHRINKS = 8
+MIN_SHRINK_FACTOR = 8
 """A value made from weights is folded only if it is at least this many times smaller than they are."""
-TABLE_BYTES = 64 << 20
+MAX_TABLE_BYTES = 64 << 20
 """A value made without weights is folded up to this size."""
 
 
@@ -30,11 +30,11 @@ def fold_constants(gm: fx.GraphModule) -> fx.GraphModule:
         if (
             node.op != "call_function"
             or node not in sources
-            or not on_frontier(node, sources)
-            or not worth_it(gm, node, sources[node])
+            or not is_on_frontier(node, sources)
+            or not is_worth_folding(gm, node, sources[node])
         ):
             continue
-        name = kept(gm, folded, evaluate(gm, node).contiguous().clone())
+        name = store_constant(gm, folded, evaluate_node(gm, node).contiguous().clone())
         with gm.graph.inserting_before(node):
             constant = gm.graph.get_attr(name)
         constant.meta = dict(node.meta)
@@ -44,7 +44,7 @@ def fold_constants(gm: fx.GraphModule) -> fx.GraphModule:
     return gm
 
 
-def kept(gm: fx.GraphModule, folded: dict[str, torch.Tensor], value: torch.Tensor) -> str:
+def store_constant(gm: fx.GraphModule, folded: dict[str, torch.Tensor], value: torch.Tensor) -> str:
     """The buffer that holds `value`: an equal one if there is one (every block folds the same rotary table)."""
     for name, other in folded.items():
         if other.shape == value.shape and other.dtype == value.dtype and torch.equal(other, value):
@@ -61,40 +61,40 @@ def constant_sources(gm: fx.GraphModule) -> dict[fx.Node, frozenset[str]]:
     for node in gm.graph.nodes:
         if node.op == "get_attr":
             sources[node] = frozenset([str(node.target)])
-        elif node.op == "call_function" and all(n in sources for n in node.all_input_nodes) and not random(node):
+        elif node.op == "call_function" and all(n in sources for n in node.all_input_nodes) and not is_random(node):
             sources[node] = frozenset().union(*(sources[n] for n in node.all_input_nodes))
     return sources
 
 
-def random(node: fx.Node) -> bool:
+def is_random(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
 
 
-def on_frontier(node: fx.Node, sources) -> bool:
+def is_on_frontier(node: fx.Node, sources) -> bool:
     """Some user of the node needs more than constants, so the value must exist at run time; and it is one tensor."""
     return isinstance(node.meta.get("val"), torch.Tensor) and any(user not in sources for user in node.users)
 
 
-def worth_it(gm: fx.GraphModule, node: fx.Node, names: frozenset[str]) -> bool:
+def is_worth_folding(gm: fx.GraphModule, node: fx.Node, names: frozenset[str]) -> bool:
     parameters = {n for n, _ in gm.named_parameters(remove_duplicate=False)}
     size = node.meta["val"].nbytes
-    weights = [get_tensor(gm, n).nbytes for n in names if n in parameters]
-    return size * SHRINKS <= sum(weights) if weights else size <= TABLE_BYTES
+    weights = [find_tensor(gm, n).nbytes for n in names if n in parameters]
+    return size * MIN_SHRINK_FACTOR <= sum(weights) if weights else size <= MAX_TABLE_BYTES
 
 
-def get_tensor(gm: fx.GraphModule, name: str) -> torch.Tensor:
+def find_tensor(gm: fx.GraphModule, name: str) -> torch.Tensor:
     path, _, leaf = name.rpartition(".")
     return getattr(gm.get_submodule(path), leaf)
 
 
-def evaluate(gm: fx.GraphModule, node: fx.Node) -> torch.Tensor:
+def evaluate_node(gm: fx.GraphModule, node: fx.Node) -> torch.Tensor:
     """The node's value, computed from the module's tensors."""
     values: dict[fx.Node, Any] = {}
 
     def value(n: fx.Node) -> Any:
         if n not in values:
             if n.op == "get_attr":
-                values[n] = get_tensor(gm, str(n.target))
+                values[n] = find_tensor(gm, str(n.target))
             else:
                 args, kwargs = fx.map_arg((n.args, n.kwargs), value)
                 target: Any = n.target

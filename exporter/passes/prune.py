@@ -13,7 +13,7 @@ from __future__ import annotations
 from torch import fx
 
 
-def prune(gm: fx.GraphModule) -> fx.GraphModule:
+def prune_dead_code(gm: fx.GraphModule) -> fx.GraphModule:
     """`gm` without nodes that no output reads, and without the parameters that these alone read."""
     gm.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
     gm.graph.lint()

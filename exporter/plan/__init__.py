@@ -16,32 +16,32 @@ from ...runtime.plan import Evaluation, Plan, Tail
 from ..caches import Decision, Schedule, Trajectory, schedule
 from ..sites.layout import Layout
 from ..sites.marks import Mark, Variant
-from .sampler import Table
+from .sampler import SchedulerTable
 
 
 @dataclass(frozen=True)
-class Planned:
-    """What the rest of an export needs: marks, distinct variants (the first is `full`) and the plans by name."""
+class PlanSet:
+    """The plans of an export: marks, distinct variants (the first is `full`) and the plans by name."""
 
     marks: tuple[Mark, ...]
     variants: tuple[Variant, ...]
     plans: tuple[Plan, ...]
 
 
-Tails = Mapping[int, Table]  # steps left out -> the table of the loop that begins there
+TailTables = Mapping[int, SchedulerTable]  # steps left out -> the table of the loop that begins there
 
 
-def plan(
+def make_plans(
     cache: Any,
     layout: Layout,
-    tables: dict[int, Table],
+    tables: dict[int, SchedulerTable],
     calibration: Any = None,
     *,
-    tails: Mapping[int, Tails] | None = None,
-) -> Planned:
+    tails: Mapping[int, TailTables] | None = None,
+) -> PlanSet:
     """Plans for every table. Raises ExportError for a cache that skips nothing at any of these step counts.
 
-    `tails` has for a number of steps what `sampler.tail_tables` makes: the later starts of its plans.
+    `tails` has for a number of steps what `sampler.tabulate_tails` makes: the later starts of its plans.
     """
     tails = tails or {}
     schedules = {
@@ -53,49 +53,49 @@ def plan(
             f"cache.method {cache.method!r} stores other values at {', '.join(map(str, tables))} steps each; export these numbers of "
             "sampler.steps one at a time"
         )
-    names = variant_names(schedules, marks)
+    names = name_variants(schedules, marks)
     plans = []
     for n, table in tables.items():
-        plans.append(join(str(n), n, cache.method, table, schedules[n], names, tails.get(n, {})))
+        plans.append(join_plan(str(n), n, cache.method, table, schedules[n], names, tails.get(n, {})))
         if cache.method != "none":
             everything = Schedule(marks, tuple(Decision() for _ in table.updates))
-            plans.append(join(f"{n}-uncached", n, "none", table, everything, names, tails.get(n, {})))
+            plans.append(join_plan(f"{n}-uncached", n, "none", table, everything, names, tails.get(n, {})))
     if cache.method != "none" and len(names) == 1:
         raise ExportError(
             f"cache.method {cache.method!r} skips nothing at {', '.join(map(str, tables))} steps; "
             "widen its range, take more steps, or set cache.method=none"
         )
     variants = tuple(Variant(name, actions) for actions, name in names.items())
-    combined = {site for v in variants for site in v.having("combine")}
-    marks = tuple(m if m.name in combined else replace(m, kept=()) for m in marks)
-    return Planned(marks, variants, tuple(plans))
+    combined = {site for v in variants for site in v.sites_with("combine")}
+    marks = tuple(m if m.name in combined else replace(m, stored_streams=()) for m in marks)
+    return PlanSet(marks, variants, tuple(plans))
 
 
-def actions_of(decision: Decision, marks: tuple[Mark, ...]):
+def list_actions(decision: Decision, marks: tuple[Mark, ...]):
     return tuple((m.name, decision.actions.get(m.name, "compute")) for m in marks)
 
 
-def variant_names(schedules: dict[int, Schedule], marks: tuple[Mark, ...]) -> dict[Any, str]:
+def name_variants(schedules: dict[int, Schedule], marks: tuple[Mark, ...]) -> dict[Any, str]:
     """Distinct sets of actions -> name: `full` where all compute, then `reuse`, `reuse-2`, ... in order of first use."""
     names = {tuple((m.name, "compute") for m in marks): "full"}
     for s in schedules.values():
         for decision in s.decisions:
             n = len(names)
-            names.setdefault(actions_of(decision, marks), "reuse" if n == 1 else f"reuse-{n}")
+            names.setdefault(list_actions(decision, marks), "reuse" if n == 1 else f"reuse-{n}")
     return names
 
 
-def join(
+def join_plan(
     name: str,
     steps: int,
     cache: str,
-    table: Table,
+    table: SchedulerTable,
     schedule: Schedule,
     names: dict[Any, str],
-    tails: Tails | None = None,
+    tails: TailTables | None = None,
 ) -> Plan:
     """The plan of one table and one schedule, with a later start for each table in `tails`."""
-    evaluations = evaluations_of(table, schedule.decisions, schedule.marks, names)
+    evaluations = list_evaluations(table, schedule.decisions, schedule.marks, names)
     return Plan(
         name=name,
         steps=steps,
@@ -104,31 +104,31 @@ def join(
         init_noise_sigma=table.init_noise_sigma,
         sigmas=table.sigmas,
         evaluations=evaluations,
-        tails=tuple(tail(step, t, schedule, names, evaluations) for step, t in sorted((tails or {}).items())),
+        tails=tuple(build_tail(step, t, schedule, names, evaluations) for step, t in sorted((tails or {}).items())),
     )
 
 
-def tail(
-    step: int, table: Table, schedule: Schedule, names: dict[Any, str], evaluations: tuple[Evaluation, ...]
+def build_tail(
+    step: int, table: SchedulerTable, schedule: Schedule, names: dict[Any, str], evaluations: tuple[Evaluation, ...]
 ) -> Tail:
     """A start at the table's first evaluation. The cache decides as in the whole plan, at the timesteps that it was
     calibrated at, but computes everything first: that fills every slot (`runtime/replay.py`) and needs no variant of its own."""
     begin = len(evaluations) - len(table.updates)
     decisions = (Decision(), *schedule.decisions[begin + 1 :])
-    head = evaluations_of(table, decisions, schedule.marks, names)
+    head = list_evaluations(table, decisions, schedule.marks, names)
     while head and head[-1] == evaluations[begin + len(head) - 1]:
         head = head[:-1]
     return Tail(step=step, begin=begin, head=head)
 
 
-def evaluations_of(
-    table: Table, decisions: Sequence[Decision], marks: tuple[Mark, ...], names: dict[Any, str]
+def list_evaluations(
+    table: SchedulerTable, decisions: Sequence[Decision], marks: tuple[Mark, ...], names: dict[Any, str]
 ) -> tuple[Evaluation, ...]:
     """Row by row; coefficients follow the order of the marks."""
     return tuple(
         Evaluation(
             step=table.steps[e],
-            variant=names[actions_of(decision, marks)],
+            variant=names[list_actions(decision, marks)],
             timestep=table.timesteps[e],
             input_scale=table.input_scales[e],
             coefficients=tuple(c for m in marks for c in decision.coefficients.get(m.name, ())),
@@ -139,9 +139,14 @@ def evaluations_of(
     )
 
 
-def without_dead(marks: tuple[Mark, ...], dead: frozenset[str]) -> tuple[Mark, ...]:
+def drop_dead_tensors(marks: tuple[Mark, ...], dead: frozenset[str]) -> tuple[Mark, ...]:
     """The marks, no longer storing the tensors in `dead`, which no variant reads."""
     return tuple(
-        replace(m, kept=tuple(i for i in range(len(m.streams)) if m.tensor(i) in m.tensors and m.tensor(i) not in dead))
+        replace(
+            m,
+            stored_streams=tuple(
+                i for i in range(len(m.streams)) if m.tensor(i) in m.tensors and m.tensor(i) not in dead
+            ),
+        )
         for m in marks
     )

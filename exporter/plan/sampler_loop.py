@@ -16,27 +16,29 @@ from torch.overrides import TorchFunctionMode
 
 from ...runtime.errors import ExportError, RecipeError
 
-Call = dict[str, Any]  # what a pipeline passes to `step` in one evaluation, besides output and sample
+StepCall = dict[str, Any]  # what a pipeline passes to `step` in one evaluation, besides output and sample
 
-TOKENS = "it samples discrete tokens, which is not linear; there is no table for it"
-BROWNIAN = "its noise comes from a Brownian tree; use DPMSolverMultistepScheduler with algorithm_type='sde-dpmsolver++'"
-OWN_LOOP = "it is not driven by step(output, timestep, sample) alone; use EulerDiscreteScheduler"
+TOKENS_REASON = "it samples discrete tokens, which is not linear; there is no table for it"
+BROWNIAN_REASON = (
+    "its noise comes from a Brownian tree; use DPMSolverMultistepScheduler with algorithm_type='sde-dpmsolver++'"
+)
+OWN_LOOP_REASON = "it is not driven by step(output, timestep, sample) alone; use EulerDiscreteScheduler"
 
 REFUSED_CLASSES = {
-    "AmusedScheduler": TOKENS,
-    "BlockRefinementScheduler": TOKENS,
-    "CosineDPMSolverMultistepScheduler": BROWNIAN,
-    "DiscreteDDIMScheduler": TOKENS,
-    "DPMSolverSDEScheduler": BROWNIAN,
-    "EntropyBoundScheduler": TOKENS,
+    "AmusedScheduler": TOKENS_REASON,
+    "BlockRefinementScheduler": TOKENS_REASON,
+    "CosineDPMSolverMultistepScheduler": BROWNIAN_REASON,
+    "DiscreteDDIMScheduler": TOKENS_REASON,
+    "DPMSolverSDEScheduler": BROWNIAN_REASON,
+    "EntropyBoundScheduler": TOKENS_REASON,
     "HeliosDMDScheduler": "its step re-noises with tensors that the pipeline passes in; use HeliosScheduler",
-    "KarrasVeScheduler": OWN_LOOP,
+    "KarrasVeScheduler": OWN_LOOP_REASON,
     "PiflowScheduler": "its model returns a grid of predictions per latent, and an update has one coefficient for them",
     "RePaintScheduler": "its step mixes in the image and the mask; use DDIMScheduler and an inpainting model",
     "RFD4ProteinaScheduler": "its step multiplies with a mask that the pipeline passes in; there is no table for it",
-    "ScoreSdeVeScheduler": OWN_LOOP,
-    "ScoreSdeVpScheduler": OWN_LOOP,
-    "VQDiffusionScheduler": TOKENS,
+    "ScoreSdeVeScheduler": OWN_LOOP_REASON,
+    "ScoreSdeVpScheduler": OWN_LOOP_REASON,
+    "VQDiffusionScheduler": TOKENS_REASON,
 }
 
 REFUSED_CONFIG = {
@@ -47,11 +49,11 @@ REFUSED_CONFIG = {
     "thresholding": (bool, "clips at a quantile of the sample, which is not linear; set thresholding=False"),
     "variance_type": (lambda v: "learned" in (v or ""), "lets the model predict it; use a fixed variance_type"),
 }
-# CogVideoXDPMScheduler needs the last two; `evaluations` and `loop` pass them as its pipeline does.
+# CogVideoXDPMScheduler needs the last two; `list_step_calls` and `run_loop` pass them as its pipeline does.
 STEP_ARGUMENTS = {"model_output", "timestep", "sample", "timestep_back", "old_pred_original_sample"}
 
 
-def refuse(scheduler: Any) -> None:
+def refuse_scheduler(scheduler: Any) -> None:
     """ExportError if the class, its config or the signature of `step` says that there is no table."""
     name = type(scheduler).__name__
     if name in REFUSED_CLASSES:
@@ -66,7 +68,7 @@ def refuse(scheduler: Any) -> None:
         )
 
 
-def scheduled(scheduler: Any, num_inference_steps: int, set_timesteps_kwargs: Mapping[str, Any]) -> Any:
+def prepare_scheduler(scheduler: Any, num_inference_steps: int, set_timesteps_kwargs: Mapping[str, Any]) -> Any:
     """A float64 copy of `scheduler` on the CPU, standing at the first timestep of its schedule.
 
     Calls `set_timesteps` as `retrieve_timesteps` of diffusers' pipelines does: custom sigmas or timesteps replace the
@@ -82,14 +84,14 @@ def scheduled(scheduler: Any, num_inference_steps: int, set_timesteps_kwargs: Ma
     try:
         fresh.set_timesteps(**count, device="cpu", **set_timesteps_kwargs)
     except Exception as error:  # schedulers raise whatever their arithmetic runs into
-        raise RecipeError(f"{name} has no schedule of {num_inference_steps} steps: {describe(error)}") from error
+        raise RecipeError(f"{name} has no schedule of {num_inference_steps} steps: {describe_error(error)}") from error
     made = getattr(fresh, "num_inference_steps", None) or len(fresh.timesteps)
     if custom and made != num_inference_steps:
         raise RecipeError(f"{name}: the given {custom[0]} make {made} steps, not {num_inference_steps}")
-    return begun(widened(fresh), 0)
+    return begin_at(widen_to_float64(fresh), 0)
 
 
-def begun(scheduler: Any, begin: int) -> Any:
+def begin_at(scheduler: Any, begin: int) -> Any:
     """A shallow copy that stands before timestep `begin` of its schedule, as pipelines leave it for a loop from there.
 
     Schedulers without `set_begin_index` find their place by the timestep that the first `step` is given.
@@ -100,7 +102,7 @@ def begun(scheduler: Any, begin: int) -> Any:
     return fresh
 
 
-def widened(scheduler: Any) -> Any:
+def widen_to_float64(scheduler: Any) -> Any:
     """`scheduler` itself, its tensors on the CPU and the floating ones in float64."""
     for key, value in vars(scheduler).items():
         if isinstance(value, torch.Tensor):
@@ -108,10 +110,10 @@ def widened(scheduler: Any) -> Any:
     return scheduler
 
 
-def evaluations(scheduler: Any, begin: int = 0) -> list[Call]:
+def list_step_calls(scheduler: Any, begin: int = 0) -> list[StepCall]:
     """What its diffusers pipelines pass to `step` at each evaluation of a loop that begins at timestep `begin`.
 
-    `loop` adds `old_pred_original_sample`, which only a run can know, where there is a `timestep_back`.
+    `run_loop` adds `old_pred_original_sample`, which only a run can know, where there is a `timestep_back`.
     """
     times = list(scheduler.timesteps)[begin:]
     match type(scheduler).__name__:
@@ -130,7 +132,7 @@ def evaluations(scheduler: Any, begin: int = 0) -> list[Call]:
     return [{"timestep": t} for t in times]
 
 
-class InFloat64(TorchFunctionMode):
+class Float64Mode(TorchFunctionMode):
     """A context in which float32 means float64, and in which normal noise is the next of `draws`.
 
     Many schedulers cast to float32 inside `step`; that rounding belongs to their loop and not to their coefficients.
@@ -150,9 +152,9 @@ class InFloat64(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def loop(
+def run_loop(
     scheduler: Any,
-    calls: Sequence[Call],
+    calls: Sequence[StepCall],
     latents: Sequence[torch.Tensor],
     outputs: Sequence[torch.Tensor],
     noises: Sequence[Sequence[torch.Tensor]],
@@ -169,16 +171,16 @@ def loop(
         x = latents[e] if e < len(latents) else results[-1]
         carried = {"old_pred_original_sample": result[-1]} if "timestep_back" in call else {}
         try:
-            with InFloat64(noises[e]):
+            with Float64Mode(noises[e]):
                 inputs.append(scale(x, call["timestep"]))
                 result = scheduler.step(outputs[e], sample=x, **call, **carried, return_dict=False)
         except Exception as error:
-            raise RecipeError(f"{type(scheduler).__name__} fails in evaluation {e}: {describe(error)}") from error
+            raise RecipeError(f"{type(scheduler).__name__} fails in evaluation {e}: {describe_error(error)}") from error
         results.append(result[0])
     return results, inputs
 
 
-def marginals(scheduler: Any, calls: Sequence[Call]) -> tuple[tuple[float, float], ...] | None:
+def read_marginals(scheduler: Any, calls: Sequence[StepCall]) -> tuple[tuple[float, float], ...] | None:
     """(image, noise) of the forward process before each evaluation: `add_noise`, or `scale_noise` in flow matching.
 
     Called as image-to-image pipelines do before a loop from there. Inpainting asks between two steps, for the timestep
@@ -188,8 +190,8 @@ def marginals(scheduler: Any, calls: Sequence[Call]) -> tuple[tuple[float, float
     image, noise = torch.eye(2, dtype=torch.float64).view(2, 1, 1, 1, 2)  # each [B, C, H, W]
     pairs = []
     for e, call in enumerate(calls):
-        here, at = begun(scheduler, e), call["timestep"].reshape(1)
-        with InFloat64(()):
+        here, at = begin_at(scheduler, e), call["timestep"].reshape(1)
+        with Float64Mode(()):
             if hasattr(here, "add_noise"):
                 noisy = here.add_noise(image, noise, at)
             elif hasattr(here, "scale_noise"):
@@ -201,6 +203,6 @@ def marginals(scheduler: Any, calls: Sequence[Call]) -> tuple[tuple[float, float
     return tuple(pairs)
 
 
-def describe(error: Exception) -> str:
+def describe_error(error: Exception) -> str:
     """The kind and the first line of an error, for the end of a sentence."""
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

@@ -22,7 +22,7 @@ from pydantic import ValidationError
 from ... import recipes as shipped
 from ...runtime.errors import RecipeError
 from ..caches import Cache, Mask, NoCache, PyramidAttentionBroadcast
-from .problems import did_you_mean, sentences, unknown
+from .problems import problem_sentences, suggest_name, unknown_name
 from .schema import (
     Attention,
     Compile,
@@ -38,7 +38,7 @@ from .schema import (
     Shapes,
     Verify,
     table_names,
-    variants,
+    table_types,
 )
 
 __all__ = [
@@ -60,20 +60,20 @@ __all__ = [
     "Sampler",
     "Shapes",
     "Verify",
-    "changed",
+    "change_recipe",
     "check_inductor_flags",
     "check_scheduler",
-    "folder_of",
-    "names",
-    "read",
+    "read_recipe_file",
+    "recipe_folder",
+    "recipe_names",
+    "recipe_schema",
     "resolve",
-    "schema",
     "to_toml",
 ]
 
 # The key that says what the other keys of its table mean: another value for it drops the others that the file gave.
-FLAGS = {("compile", "inductor"), ("compile", "options"), ("attach", "arguments")}  # keys that hold further keys
-LEADING = {"model": "id", "quantize": "method", "cache": "method"}
+FLAG_TABLES = {("compile", "inductor"), ("compile", "options"), ("attach", "arguments")}  # keys that hold further keys
+LEADING_KEYS = {"model": "id", "quantize": "method", "cache": "method"}
 
 
 @dataclass(frozen=True)
@@ -95,42 +95,44 @@ class Override:
     value: Any
 
 
-def names() -> tuple[str, ...]:
+def recipe_names() -> tuple[str, ...]:
     """The recipes that ship with prebake, sorted."""
     return tuple(
         sorted(f.name[: -len(".toml")] for f in resources.files(shipped).iterdir() if f.name.endswith(".toml"))
     )
 
 
-def read(name_or_path: str | Path) -> RecipeFile:
+def read_recipe_file(name_or_path: str | Path) -> RecipeFile:
     """The file of a shipped recipe, or the file at a path: what ends in `.toml` or has a separator is a path.
 
     Raises RecipeError where there is no such recipe or file, or where it is not TOML (with the line).
     """
     given = str(name_or_path)
-    if is_path(name_or_path):
-        return _parsed(given, Path(given))
-    if given not in names():
-        raise RecipeError(f"{unknown('recipe', given, names())}; for a file of your own give its path, ending in .toml")
-    return _parsed(f"recipes/{given}.toml", resources.files(shipped) / f"{given}.toml")
+    if is_recipe_path(name_or_path):
+        return _parse_file(given, Path(given))
+    if given not in recipe_names():
+        raise RecipeError(
+            f"{unknown_name('recipe', given, recipe_names())}; for a file of your own give its path, ending in .toml"
+        )
+    return _parse_file(f"recipes/{given}.toml", resources.files(shipped) / f"{given}.toml")
 
 
-def is_path(name_or_path: str | Path) -> bool:
+def is_recipe_path(name_or_path: str | Path) -> bool:
     """Whether it is a file of the user's, and not the name of a recipe that ships."""
     given = str(name_or_path)
     return isinstance(name_or_path, Path) or given.endswith(".toml") or "/" in given or "\\" in given
 
 
-def folder_of(name_or_path: str | Path) -> Path | None:
+def recipe_folder(name_or_path: str | Path) -> Path | None:
     """Where a file of the user's lies, None for a recipe that ships: other files that it names are looked for there."""
-    return Path(name_or_path).parent if is_path(name_or_path) else None
+    return Path(name_or_path).parent if is_recipe_path(name_or_path) else None
 
 
-def _parsed(label: str, path: Any) -> RecipeFile:
+def _parse_file(label: str, path: Any) -> RecipeFile:
     if not path.is_file():
         found = "a folder" if path.is_dir() else "nothing"
         raise RecipeError(
-            f"{label}: expected a recipe file, found {found}; the recipes that ship: {', '.join(names())}"
+            f"{label}: expected a recipe file, found {found}; the recipes that ship: {', '.join(recipe_names())}"
         )
     try:
         text = path.read_text("utf-8")
@@ -150,28 +152,28 @@ def resolve(name_or_path: str | Path, overrides: Iterable[str] = (), model: str 
     An override that changes a table's leading key (`cache.method`, `quantize.method`, `model.id`) drops the rest of
     what the file says in that table. Raises RecipeError with one line per problem.
     """
-    file = read(name_or_path)
-    return _resolved(file.label, file.data, *_given(overrides, model))
+    file = read_recipe_file(name_or_path)
+    return _resolve_data(file.label, file.data, *_parse_overrides(overrides, model))
 
 
-def changed(recipe: Recipe, label: str, overrides: Iterable[str]) -> Recipe:
+def change_recipe(recipe: Recipe, label: str, overrides: Iterable[str]) -> Recipe:
     """Another recipe, resolved before, with `table.key=value` changed as `resolve` does; `label` says where it stands."""
-    return _resolved(label, recipe.model_dump(mode="json"), *_given(overrides, None))
+    return _resolve_data(label, recipe.model_dump(mode="json"), *_parse_overrides(overrides, None))
 
 
-def _resolved(label: str, data: Mapping[str, Any], given: Sequence[Override], problems: list[str]) -> Recipe:
+def _resolve_data(label: str, data: Mapping[str, Any], given: Sequence[Override], problems: list[str]) -> Recipe:
     cause = None
     try:
-        recipe = Recipe.model_validate(_merged(data, given))
+        recipe = Recipe.model_validate(_merge_overrides(data, given))
     except ValidationError as e:
         cause, recipe = e, None
-        problems += sentences(e, lambda paths: _where(label, paths, given))
+        problems += problem_sentences(e, lambda paths: _value_origin(label, paths, given))
     if problems or recipe is None:
         raise RecipeError("\n".join(problems)) from cause
     return recipe
 
 
-def _given(overrides: Iterable[str], model: str | None) -> tuple[list[Override], list[str]]:
+def _parse_overrides(overrides: Iterable[str], model: str | None) -> tuple[list[Override], list[str]]:
     """The overrides that can be read, and a sentence for each that cannot."""
     given, problems = [], []
     for text in overrides:
@@ -196,20 +198,22 @@ def parse_override(text: str) -> Override:
     path, equals, raw = (part.strip() for part in text.partition("="))
     table, dot, key = path.partition(".")
     if not equals or not dot or not key:
-        way_out = f"; did you mean {table}.method={raw}?" if raw and LEADING.get(table) == "method" and not dot else ""
+        way_out = (
+            f"; did you mean {table}.method={raw}?" if raw and LEADING_KEYS.get(table) == "method" and not dot else ""
+        )
         raise RecipeError(f"{argument}: expected table.key=value, such as cache.method=none{way_out}")
     if table not in table_names():
-        raise RecipeError(f"{argument}: {unknown('table', table, table_names())}")
+        raise RecipeError(f"{argument}: {unknown_name('table', table, table_names())}")
     if not raw:
         raise RecipeError(
             f"{argument}: expected a value after '='; leave the argument out to keep the recipe's, or write '\"\"' for an empty string"
         )
-    return Override(argument, table, key, _override_value(argument, raw, _wanted(table, key)))
+    return Override(argument, table, key, _override_value(argument, raw, _key_kind(table, key)))
 
 
-def _wanted(table: str, key: str) -> Literal["text", "list", "any"]:
+def _key_kind(table: str, key: str) -> Literal["text", "list", "any"]:
     """What a key holds: only strings, a list, or something that TOML's own rules tell apart."""
-    field = next((t.model_fields[key] for t in variants(table).values() if key in t.model_fields), None)
+    field = next((t.model_fields[key] for t in table_types(table).values() if key in t.model_fields), None)
     annotation = field.annotation if field else None
     options = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
     held = [o for o in options if o is not type(None)]
@@ -241,30 +245,30 @@ def _toml_value(raw: str) -> Any:
     return parsed["value"] if set(parsed) == {"value"} else raw
 
 
-def _merged(data: Mapping[str, Any], given: Sequence[Override]) -> dict[str, Any]:
+def _merge_overrides(data: Mapping[str, Any], given: Sequence[Override]) -> dict[str, Any]:
     """The file's data under the overrides, neither of them changed."""
     merged = {name: dict(value) if isinstance(value, dict) else value for name, value in data.items()}
     for o in given:
         table = merged.setdefault(o.table, {})
-        if LEADING.get(o.table) == o.key and isinstance(table, dict) and table.get(o.key) != o.value:
+        if LEADING_KEYS.get(o.table) == o.key and isinstance(table, dict) and table.get(o.key) != o.value:
             table.clear()
     for o in given:
         table = merged[o.table]
         if isinstance(table, dict):  # otherwise validation says that it is not a table
-            _put(table, o)
+            _put_override(table, o)
     return merged
 
 
-def _put(table: dict[str, Any], o: Override) -> None:
+def _put_override(table: dict[str, Any], o: Override) -> None:
     """`compile.inductor.cpp.threads` goes into the flags, as `attach.arguments` do, everything else into its table."""
     name, _, flag = o.key.partition(".")
-    if (o.table, name) in FLAGS and flag and isinstance(table.get(name, {}), dict):
+    if (o.table, name) in FLAG_TABLES and flag and isinstance(table.get(name, {}), dict):
         table[name] = {**table.get(name, {}), flag: o.value}
     else:
         table[o.key] = o.value
 
 
-def _where(label: str, paths: Iterable[tuple[str, ...]], given: Sequence[Override]) -> str:
+def _value_origin(label: str, paths: Iterable[tuple[str, ...]], given: Sequence[Override]) -> str:
     """The last override that set one of `paths`, or the file and the table of the first."""
     paths = list(paths)
     for path in paths:
@@ -275,7 +279,7 @@ def _where(label: str, paths: Iterable[tuple[str, ...]], given: Sequence[Overrid
     return f"{label} [{table}]" if table in table_names() and len(paths[0]) > 1 else label
 
 
-def schema() -> dict[str, Any]:
+def recipe_schema() -> dict[str, Any]:
     """The JSON schema of a recipe file, for editors and other tools."""
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}
 
@@ -283,22 +287,26 @@ def schema() -> dict[str, Any]:
 def to_toml(recipe: Recipe) -> str:
     """The resolved recipe as a TOML file that resolves to itself. None is written by leaving the key out."""
     data = recipe.model_dump(mode="json", exclude_none=True)
-    lines = [f"{key} = {_toml(value)}" for key, value in data.items() if not isinstance(value, dict)]
+    lines = [f"{key} = {_toml_literal(value)}" for key, value in data.items() if not isinstance(value, dict)]
     for name in table_names():
         lines += ["", f"[{name}]"]
-        lines += [f"{key} = {_toml(value)}" for key, value in data[name].items() if not isinstance(value, dict)]
+        lines += [f"{key} = {_toml_literal(value)}" for key, value in data[name].items() if not isinstance(value, dict)]
         for key, flags in ((k, v) for k, v in data[name].items() if isinstance(v, dict) and v):
-            lines += ["", f"[{name}.{key}]", *(f"{_toml_key(flag)} = {_toml(value)}" for flag, value in flags.items())]
+            lines += [
+                "",
+                f"[{name}.{key}]",
+                *(f"{_toml_key(flag)} = {_toml_literal(value)}" for flag, value in flags.items()),
+            ]
     return "\n".join(lines) + "\n"
 
 
-def _toml(value: Any) -> str:
+def _toml_literal(value: Any) -> str:
     """A string, number, bool or list of them; JSON's notation is TOML's for these, but for the character DEL."""
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _toml_key(name: str) -> str:
-    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else _toml(name)
+    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else _toml_literal(name)
 
 
 def check_inductor_flags(flags: Mapping[str, Any]) -> None:
@@ -310,17 +318,17 @@ def check_inductor_flags(flags: Mapping[str, Any]) -> None:
     for name, value in flags.items():
         if name not in known:
             problems.append(
-                f"[compile.inductor]: torch._inductor.config has no flag {name!r}{did_you_mean(name, known).rstrip(';')}"
+                f"[compile.inductor]: torch._inductor.config has no flag {name!r}{suggest_name(name, known).rstrip(';')}"
             )
-        elif known[name] is not None and not _same_kind(value, known[name]):
+        elif known[name] is not None and not _is_same_kind(value, known[name]):
             problems.append(
-                f"[compile.inductor]: flag {name!r} is of type {type(known[name]).__name__} in torch._inductor.config, got {_toml(value)}"
+                f"[compile.inductor]: flag {name!r} is of type {type(known[name]).__name__} in torch._inductor.config, got {_toml_literal(value)}"
             )
     if problems:
         raise RecipeError("\n".join(problems))
 
 
-def _same_kind(value: Any, default: Any) -> bool:
+def _is_same_kind(value: Any, default: Any) -> bool:
     """A bool is no number here; an int may stand for a float, and what is no scalar cannot be judged."""
     if not isinstance(default, bool | int | float | str):
         return True
@@ -336,5 +344,5 @@ def check_scheduler(name: str) -> None:
     known = [n for n in dir(diffusers) if "Scheduler" in n and not n.startswith(("Flax", "_"))]
     if name not in known:
         raise RecipeError(
-            f"[sampler]: diffusers {diffusers.__version__} has no scheduler {name!r}{did_you_mean(name, known)} 'model' takes the model's own"
+            f"[sampler]: diffusers {diffusers.__version__} has no scheduler {name!r}{suggest_name(name, known)} 'model' takes the model's own"
         )

@@ -13,22 +13,22 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from ...runtime.backends import names as backends
+from ...runtime.backends import backend_names as backends
 from ...runtime.errors import RecipeError
 from ..caches import Cache, Mask, NoCache
-from ..tables import Conflicts, Problem, Regexes, Table
+from ..tables import ConflictError, RecipeProblem, RecipeTable, Regexes
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
-def _flat(flags: Any, prefix: str = "") -> Any:
+def _flatten_flags(flags: Any, prefix: str = "") -> Any:
     """`{"cpp": {"threads": 1}}` as `{"cpp.threads": 1}`, so that a TOML author may leave out the quotes."""
     if not isinstance(flags, dict):
         return flags
     flat: dict[str, Any] = {}
     for name, value in flags.items():
         if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{name}.")
+            flat |= _flatten_flags(value, f"{prefix}{name}.")
         elif isinstance(value, bool | int | float | str):
             flat[f"{prefix}{name}"] = value
         else:
@@ -38,10 +38,10 @@ def _flat(flags: Any, prefix: str = "") -> Any:
     return flat
 
 
-Flags = Annotated[dict[str, bool | int | float | str], BeforeValidator(_flat)]
+Flags = Annotated[dict[str, bool | int | float | str], BeforeValidator(_flatten_flags)]
 
 
-class Model(Table):
+class Model(RecipeTable):
     """`id` is a hub id, a folder, one safetensors file, `shapes`, the small model that ships with prebake, or one that is
     made on the spot, such as `tiny:flux`; `revision` pins a hub id. `part` is "pipeline", for the slim runtime, or "denoiser",
     for `prebake.runtime.attach`; None = the pipeline where it has a family, else the denoiser.
@@ -56,7 +56,7 @@ class Model(Table):
     part: Literal["pipeline", "denoiser"] | None = None
 
 
-class Attach(Table):
+class Attach(RecipeTable):
     """Of a denoiser that is exported alone: `arguments` are further ones of its pipeline's call, such as `num_frames`."""
 
     arguments: Flags = Field(default={})
@@ -65,7 +65,7 @@ class Attach(Table):
 ATTACH = Attach()
 
 
-class Precision(Table):
+class Precision(RecipeTable):
     """The dtype of the weights and of the arithmetic, per part."""
 
     denoiser: Dtype = "float32"
@@ -73,20 +73,20 @@ class Precision(Table):
     vae: Dtype = "float32"
 
 
-class Fuse(Table):
+class Fuse(RecipeTable):
     """Query, key and value as one matrix product: the same sums, one pass over the input."""
 
     qkv: bool = True
     vae_qkv: bool = True
 
 
-class NoQuantize(Table):
+class NoQuantize(RecipeTable):
     """Weights keep the denoiser's precision."""
 
     method: Literal["none"] = "none"
 
 
-class Dynamic(Table):
+class DynamicQuantize(RecipeTable):
     """Weights of 8 bits (scaled per channel) and activations of 8 bits (per token, scaled as they come) in the denoiser.
 
     A Linear is quantized if `in_features` and `out_features` are both at least `min_width_ratio` times the model's
@@ -100,7 +100,7 @@ class Dynamic(Table):
     exclude: Regexes = ("embed", r"(^|\.)norm\w*\.linear$")
 
 
-class Int8Dynamic(Dynamic):
+class Int8Dynamic(DynamicQuantize):
     """In integers, as torchao's `Int8DynamicActivationInt8WeightConfig`. With `convolutions` also those of a UNet's residual blocks
     and between its levels, each pixel a token: by prebake's CPU kernels alone."""
 
@@ -108,13 +108,13 @@ class Int8Dynamic(Dynamic):
     convolutions: bool = False
 
 
-class Fp8Dynamic(Dynamic):
+class Fp8Dynamic(DynamicQuantize):
     """In float8_e4m3fn, as torchao's `Float8DynamicActivationFloat8WeightConfig` by rows: for GPUs from compute capability 8.9 on."""
 
     method: Literal["fp8_dynamic"] = "fp8_dynamic"  # pyright: ignore[reportIncompatibleVariableOverride]  (frozen)
 
 
-class Attention(Table):
+class Attention(RecipeTable):
     """The denoiser's. `backend` is `sdpa`, `torch.nn.functional.scaled_dot_product_attention` by the kernel that torch or the
     backend prefers, or on a GPU one of torch's own kernels (`torch.nn.attention.SDPBackend`). `dtype` is what it is computed
     in; None = the denoiser's own."""
@@ -123,7 +123,7 @@ class Attention(Table):
     dtype: Dtype | None = None
 
 
-class Sampler(Table):
+class Sampler(RecipeTable):
     """`scheduler` is the model's own or a diffusers class name; each entry of `steps` becomes one plan. With
     `image_to_image`, plans may also begin in the middle, from a picture, and the VAE's encoder is exported too.
 
@@ -155,11 +155,11 @@ class Sampler(Table):
         for n in sorted({n for n in self.steps or () if self.steps and self.steps.count(n) > 1}):
             problems.append((("steps",), f"key 'steps': {n} is listed twice; each number of steps makes one plan"))
         if problems:
-            raise Conflicts(*problems)
+            raise ConflictError(*problems)
         return self
 
 
-class Guidance(Table):
+class Guidance(RecipeTable):
     """Classifier-free guidance inside the denoiser's graph, where a model has it.
 
     `branches`: "sequential" runs one after the other, each with sites of its own, so that a cache may treat them
@@ -178,7 +178,7 @@ class Guidance(Table):
 GUIDANCE = Guidance()
 
 
-class Shapes(Table):
+class Shapes(RecipeTable):
     """The sizes that the graphs are compiled for, in pixels, tokens and frames of a video; None = the model's default."""
 
     height: int | None = Field(default=None, ge=1)
@@ -188,13 +188,13 @@ class Shapes(Table):
     batch: Literal[1] = 1
 
 
-def _known_backend(name: str) -> str:
+def _check_backend(name: str) -> str:
     if name not in backends():
         raise ValueError(f"expected one of {', '.join(backends())}, got {name!r}")
     return name
 
 
-class Compile(Table):
+class Compile(RecipeTable):
     """How graphs become machine code.
 
     `isa` is the CPU instruction set that the code may use: an x86-64 level runs on every CPU of that level, `host` is
@@ -204,7 +204,7 @@ class Compile(Table):
     torch. `options` are those of the backend, by the names in its documentation.
     """
 
-    backend: Annotated[str, AfterValidator(_known_backend)] = "aoti"
+    backend: Annotated[str, AfterValidator(_check_backend)] = "aoti"
     device: Literal["cpu", "cuda"] = "cpu"
     isa: Literal["host", "native", "x86-64-v3", "x86-64-v4"] = "host"
     threads: int | None = Field(default=None, ge=1)
@@ -213,7 +213,7 @@ class Compile(Table):
     options: Flags = Field(default={})
 
 
-class Verify(Table):
+class Verify(RecipeTable):
     """What the artifact must reach against the eager pipeline, or the export fails.
 
     `psnr_db` is the mean over prompts and seeds of a plan without cache, `cached_psnr_db` of a plan with one;
@@ -235,7 +235,7 @@ class Verify(Table):
 Quantize = Annotated[NoQuantize | Int8Dynamic | Fp8Dynamic, Field(discriminator="method")]
 
 
-class Recipe(Table):
+class Recipe(RecipeTable):
     """What is asked for, complete: every default filled in. `lossless` is a promise that the other tables must keep."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
@@ -256,12 +256,12 @@ class Recipe(Table):
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Recipe:
-        if problems := [*_impossible(self), *_broken_promises(self), *_ungated(self)]:
-            raise Conflicts(*problems)
+        if problems := [*_impossible_combinations(self), *_broken_promises(self), *_ungated_caches(self)]:
+            raise ConflictError(*problems)
         return self
 
 
-def _impossible(r: Recipe) -> Iterator[Problem]:
+def _impossible_combinations(r: Recipe) -> Iterator[RecipeProblem]:
     """Combinations that no machine or schedule can carry out."""
     for part in ("denoiser", "text_encoders", "vae"):
         if r.compile.device == "cpu" and getattr(r.precision, part) == "float16":
@@ -293,7 +293,7 @@ def _impossible(r: Recipe) -> Iterator[Problem]:
             yield ("cache.mask", "sampler.steps", "cache.order"), str(e)
 
 
-def _broken_promises(r: Recipe) -> Iterator[Problem]:
+def _broken_promises(r: Recipe) -> Iterator[RecipeProblem]:
     """A recipe that says `lossless = true` may not quantize or cache; what a dtype loses, `verify` measures."""
     for table, method in (("quantize", r.quantize.method), ("cache", r.cache.method)):
         if r.lossless and method != "none":
@@ -303,7 +303,7 @@ def _broken_promises(r: Recipe) -> Iterator[Problem]:
             )
 
 
-def _ungated(r: Recipe) -> Iterator[Problem]:
+def _ungated_caches(r: Recipe) -> Iterator[RecipeProblem]:
     """A cache whose result nobody would measure, or must beat the plan that it approximates."""
     floor = r.verify.cached_psnr_db
     if r.cache.method != "none" and floor is None:
@@ -318,10 +318,10 @@ def _ungated(r: Recipe) -> Iterator[Problem]:
         )
 
 
-def variants(table: str) -> dict[str, type[Table]]:
+def table_types(table: str) -> dict[str, type[RecipeTable]]:
     """The types that a table can have, by their `method`; a table of one type has it under ''."""
     annotation: Any = Recipe.model_fields[table].annotation
-    types: tuple[type[Table], ...] = get_args(annotation) or (annotation,)
+    types: tuple[type[RecipeTable], ...] = get_args(annotation) or (annotation,)
     return {t.model_fields["method"].default if "method" in t.model_fields else "": t for t in types}
 
 

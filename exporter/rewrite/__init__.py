@@ -12,38 +12,38 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..lower import backend
+from ..lower import load_backend
 from .fuse import fuse_qkv
-from .quantize import quantize
+from .quantize import quantize_model
 from .refuse_hooks import refuse_hooked
 
-DENOISERS = ("transformer", "unet")
+DENOISER_NAMES = ("transformer", "unet")
 """What diffusers' pipelines call the part that is run at every step."""
-Layers = dict[str, tuple[str, str]]
+LayerTreatments = dict[str, tuple[str, str]]
 """Layer name -> (treatment, reason), for `inspect`."""
 
 
-def rewrite(pipe: Any, recipe: Any) -> Layers:
-    """Applies the recipe's `fuse` and `quantize` tables to `pipe` in place; returns what happened to each Linear."""
+def rewrite_pipeline(pipe: Any, recipe: Any) -> LayerTreatments:
+    """Applies the recipe's `fuse` and `quantize_model` tables to `pipe` in place; returns what happened to each Linear."""
     for name, component in pipe.components.items():
         if isinstance(component, nn.Module):
             refuse_hooked(name, component)
     if recipe.fuse.vae_qkv:
         fuse_qkv("vae", pipe.vae, key="fuse.vae_qkv")
-    name, denoiser = next((n, pipe.components[n]) for n in DENOISERS if n in pipe.components)
+    name, denoiser = next((n, pipe.components[n]) for n in DENOISER_NAMES if n in pipe.components)
     return rewrite_denoiser(name, denoiser, recipe)
 
 
-def rewrite_denoiser(name: str, denoiser: Any, recipe: Any) -> Layers:
-    """The same for the denoiser alone, whose name in its pipeline is `name`."""
+def rewrite_denoiser(name: str, denoiser: Any, recipe: Any) -> LayerTreatments:
+    """Applies `fuse` and `quantize` to the denoiser alone, whose name in its pipeline is `name`."""
     refuse_hooked(name, denoiser)
     if recipe.fuse.qkv:
         fuse_qkv(name, denoiser, key="fuse.qkv")
-    lowering = backend(recipe.compile.backend)
+    lowering = load_backend(recipe.compile.backend)
     if name == "unet" and lowering.CHANNELS_LAST:
         denoiser.to(memory_format=torch.channels_last)
-    quantized = partial(lowering.quantized, recipe=recipe)
-    return quantize(denoiser, recipe.quantize, inner_width(denoiser), quantized)
+    quantized = partial(lowering.quantize_layers, recipe=recipe)
+    return quantize_model(denoiser, recipe.quantize, inner_width(denoiser), quantized)
 
 
 def inner_width(denoiser: Any) -> int:

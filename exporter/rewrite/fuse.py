@@ -10,7 +10,7 @@ from typing import Any
 from ...runtime.errors import ExportError
 from .sd3_attention import FusedJointAttention
 
-PARTS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
+PROJECTION_NAMES = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
 
 
 def fuse_qkv(component: str, model: Any, *, key: str) -> int:
@@ -36,7 +36,7 @@ def fuse_qkv(component: str, model: Any, *, key: str) -> int:
         if isinstance(attention.processor, FusedJointAttnProcessor2_0):  # wrong for SD3.5: see joint.py
             attention.set_processor(FusedJointAttention())
         whole = ["to_q"] if not hasattr(attention, "to_qkv") else []
-        for part in PARTS:
+        for part in PROJECTION_NAMES:
             if hasattr(attention, part) and part not in whole:
                 delattr(attention, part)
     return len(fused)

@@ -15,9 +15,9 @@ from typing import Any
 from torch import nn
 
 from ...runtime.errors import ExportError
-from ..lower.w8a8 import convolves
+from ..lower.w8a8 import is_square_conv
 
-KINDS = (
+ROLE_PATTERNS = (
     (re.compile(r"(^|\.)norm\w*\.linear(_\d)?$|(^|\.)norm_out\.|\.time_emb_proj$"), "modulation"),
     (re.compile(r"embed"), "embedding"),
     (re.compile(r"^conv_in$"), "embedding"),
@@ -29,21 +29,21 @@ KINDS = (
     ),
     (re.compile(r"\.ff\w*\.|\.proj_mlp$|_blocks\.\d+\.proj_out$"), "feed-forward"),
 )
-QUANTIZED_KINDS = ("attention", "feed-forward", "convolution")
+QUANTIZED_ROLES = ("attention", "feed-forward", "convolution")
 TREATMENTS = {"int8_dynamic": "int8", "fp8_dynamic": "fp8"}
 """`quantize.method` -> what a layer is said to be."""
 
 
-def kind(name: str) -> str:
+def layer_role(name: str) -> str:
     """A layer's role in the model, by its place: modulation, embedding, final projection, convolution, attention, feed-forward,
     other."""
-    return next((k for pattern, k in KINDS if pattern.search(name)), "other")
+    return next((k for pattern, k in ROLE_PATTERNS if pattern.search(name)), "other")
 
 
-def treatment(name: str, layer: nn.Linear | nn.Conv2d, config: Any, width: int) -> tuple[str, str]:
+def choose_treatment(name: str, layer: nn.Linear | nn.Conv2d, config: Any, width: int) -> tuple[str, str]:
     """("int8", "fp8" or "kept", the reason in a few words) for one layer of a model of inner width `width`."""
-    role = kind(name)
-    if role not in QUANTIZED_KINDS:
+    role = layer_role(name)
+    if role not in QUANTIZED_ROLES:
         return "kept", role
     if any(re.search(p, name) for p in config.exclude):
         return "kept", "quantize.exclude"
@@ -51,7 +51,7 @@ def treatment(name: str, layer: nn.Linear | nn.Conv2d, config: Any, width: int) 
         return "kept", "not in quantize.include"
     if isinstance(layer, nn.Conv2d):
         sizes = layer.in_channels, layer.out_channels
-        if not convolves(layer):
+        if not is_square_conv(layer):
             return "kept", f"{role}, not square or in groups"
     else:
         sizes = layer.in_features, layer.out_features
@@ -61,7 +61,7 @@ def treatment(name: str, layer: nn.Linear | nn.Conv2d, config: Any, width: int) 
     return TREATMENTS[config.method], said
 
 
-def quantize(
+def quantize_model(
     model: nn.Module, config: Any, width: int, quantized: Callable[[nn.Module, set[str]], None]
 ) -> dict[str, tuple[str, str]]:
     """Quantizes `model` in place; returns every Linear's treatment, and every convolution's where the recipe asks for them.
@@ -70,7 +70,7 @@ def quantize(
     found: dict[str, Any] = {name: m for name, m in model.named_modules() if isinstance(m, types)}
     if config.method == "none":
         return dict.fromkeys(found, ("kept", "quantize.method is none"))
-    layers = {name: treatment(name, m, config, width) for name, m in found.items()}
+    layers = {name: choose_treatment(name, m, config, width) for name, m in found.items()}
     chosen = {name for name, (what, _) in layers.items() if what != "kept"}
     if not chosen:
         reasons = sorted({why for _, why in layers.values()})

@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-FOLDER = Path(__file__).parent
-MODEL = FOLDER / "model"
-SD_MODEL = FOLDER / "model_sd"
-PROMPTS = FOLDER / "prompts"
+SHAPES_FOLDER = Path(__file__).parent
+MODEL_FOLDER = SHAPES_FOLDER / "model"
+SD_MODEL_FOLDER = SHAPES_FOLDER / "model_sd"
+PROMPTS_FOLDER = SHAPES_FOLDER / "prompts"
 
 
-def prompts(name: str) -> list[str]:
+def read_prompt_set(name: str) -> list[str]:
     """The lines of a committed prompt set, `full` (256) or `underspecified` (64); a line's seed is its index."""
-    return (PROMPTS / f"{name}.txt").read_text(encoding="utf-8").splitlines()
+    return (PROMPTS_FOLDER / f"{name}.txt").read_text(encoding="utf-8").splitlines()

@@ -16,20 +16,20 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 
-from . import FOLDER, MODEL, prompts
-from .checker import accuracy, parse
-from .world import Caption, loosen, place_scene, render, sample_caption
+from . import MODEL_FOLDER, SHAPES_FOLDER, read_prompt_set
+from .checker import accuracy, parse_prompt
+from .world import Caption, loosen_caption, place_scene, render_scene, sample_caption
 
-SHORTER = {"FluxPipeline": (20, 14, 8, 4), "StableDiffusionPipeline": (21, 14, 10, 8)}  # than the default's steps
-SCALES = {"FluxPipeline": (), "StableDiffusionPipeline": (1.0, 2.0, 5.0)}  # of guidance, beside the default's
+SHORTER_STEPS = {"FluxPipeline": (20, 14, 8, 4), "StableDiffusionPipeline": (21, 14, 10, 8)}  # than the default's steps
+GUIDANCE_SCALES = {"FluxPipeline": (), "StableDiffusionPipeline": (1.0, 2.0, 5.0)}  # of guidance, beside the default's
 
 
-def defaults(model: Path) -> dict:
+def read_call_defaults(model: Path) -> dict:
     """The pipeline's call arguments from `model`/prebake.toml."""
     return tomllib.loads((model / "prebake.toml").read_text(encoding="utf-8"))["defaults"]
 
 
-def draw(pipeline: DiffusionPipeline, texts: list[str], call: dict, batch: int = 32) -> np.ndarray:
+def draw_prompts(pipeline: DiffusionPipeline, texts: list[str], call: dict, batch: int = 32) -> np.ndarray:
     """Pictures of the prompts, [N, 64, 64, 3] float32 in 0..1; the seed of a picture is its prompt's index."""
     pictures = []
     for start in range(0, len(texts), batch):
@@ -39,12 +39,12 @@ def draw(pipeline: DiffusionPipeline, texts: list[str], call: dict, batch: int =
     return np.concatenate(pictures)
 
 
-def psnr(a: np.ndarray, b: np.ndarray) -> float:
+def mean_psnr_db(a: np.ndarray, b: np.ndarray) -> float:
     """Mean over pictures of the peak signal-to-noise ratio in dB, peak 1."""
     return float(np.mean(-10 * np.log10(np.maximum(((a - b) ** 2).mean((1, 2, 3)), 1e-12))))
 
 
-def prompt_sets() -> dict[str, list[str]]:
+def draw_prompt_sets() -> dict[str, list[str]]:
     """The two committed sets, drawn anew: 256 full prompts, and 64 in which at least three attributes are open."""
     rng = np.random.default_rng(20261122)
     full: list[str] = []
@@ -54,57 +54,57 @@ def prompt_sets() -> dict[str, list[str]]:
             full.append(prompt)
     loose: list[str] = []
     while len(loose) < 64:
-        caption = loosen(sample_caption(rng), rng, keep=0.4)
-        if str(caption) not in loose and open_attributes(caption) >= 3:
+        caption = loosen_caption(sample_caption(rng), rng, keep=0.4)
+        if str(caption) not in loose and count_open_attributes(caption) >= 3:
             loose.append(str(caption))
     return {"full": full, "underspecified": loose}
 
 
-def open_attributes(caption: Caption) -> int:
+def count_open_attributes(caption: Caption) -> int:
     """How many attributes the caption leaves open, of 5 for one object and 8 for two."""
     values = [v for t in caption.things for v in (t.shape, t.size, t.colour)]
     values += [caption.ground, caption.relation if len(caption.things) == 2 else caption.place]
     return sum(v is None for v in values)
 
 
-def evaluate(model: Path) -> dict[str, float]:
+def evaluate_model(model: Path) -> dict[str, float]:
     """The figures by name: shares in 0..1, PSNR in dB."""
     pipeline = DiffusionPipeline.from_pretrained(model)
     pipeline.set_progress_bar_config(disable=True)
-    call = defaults(model)
-    full, open_ = prompts("full"), prompts("underspecified")
+    call = read_call_defaults(model)
+    full, open_ = read_prompt_set("full"), read_prompt_set("underspecified")
     figures = {}
 
     rng = np.random.default_rng(0)
-    true = np.stack([render(place_scene(parse(p), rng)) for p in full])
-    figures |= _named("ground_truth", accuracy(true, full))
-    rebuilt = _rebuild(pipeline.vae, true)
-    figures["vae_psnr_db"] = psnr(rebuilt, true)
-    figures |= _named("vae", accuracy(rebuilt, full))
+    true = np.stack([render_scene(place_scene(parse_prompt(p), rng)) for p in full])
+    figures |= _prefix_shares("ground_truth", accuracy(true, full))
+    rebuilt = _rebuild_pictures(pipeline.vae, true)
+    figures["vae_psnr_db"] = mean_psnr_db(rebuilt, true)
+    figures |= _prefix_shares("vae", accuracy(rebuilt, full))
 
-    reference = draw(pipeline, full, call)
-    figures |= _named(f"full_{call['num_inference_steps']}_steps", accuracy(reference, full))
+    reference = draw_prompts(pipeline, full, call)
+    figures |= _prefix_shares(f"full_{call['num_inference_steps']}_steps", accuracy(reference, full))
     for steps in (14, 8):
-        pictures = draw(pipeline, full, call | {"num_inference_steps": steps})
-        figures |= _named(f"full_{steps}_steps", accuracy(pictures, full))
-        figures[f"full_{steps}_steps_psnr_db"] = psnr(pictures, reference)
+        pictures = draw_prompts(pipeline, full, call | {"num_inference_steps": steps})
+        figures |= _prefix_shares(f"full_{steps}_steps", accuracy(pictures, full))
+        figures[f"full_{steps}_steps_psnr_db"] = mean_psnr_db(pictures, reference)
 
-    reference = draw(pipeline, open_, call)
-    figures |= _named("underspecified", accuracy(reference, open_))
-    for steps in SHORTER[type(pipeline).__name__]:
-        pictures = draw(pipeline, open_, call | {"num_inference_steps": steps})
-        figures[f"underspecified_{steps}_steps_psnr_db"] = psnr(pictures, reference)
-    for scale in SCALES[type(pipeline).__name__]:
-        pictures = draw(pipeline, full, call | {"guidance_scale": scale, "num_inference_steps": 14})
+    reference = draw_prompts(pipeline, open_, call)
+    figures |= _prefix_shares("underspecified", accuracy(reference, open_))
+    for steps in SHORTER_STEPS[type(pipeline).__name__]:
+        pictures = draw_prompts(pipeline, open_, call | {"num_inference_steps": steps})
+        figures[f"underspecified_{steps}_steps_psnr_db"] = mean_psnr_db(pictures, reference)
+    for scale in GUIDANCE_SCALES[type(pipeline).__name__]:
+        pictures = draw_prompts(pipeline, full, call | {"guidance_scale": scale, "num_inference_steps": 14})
         figures[f"full_14_steps_guidance_{scale}_exact"] = accuracy(pictures, full)["exact"]
     return figures
 
 
-def _named(prefix: str, shares: dict[str, float]) -> dict[str, float]:
+def _prefix_shares(prefix: str, shares: dict[str, float]) -> dict[str, float]:
     return {f"{prefix}_{name}": share for name, share in shares.items()}
 
 
-def _rebuild(vae, pictures: np.ndarray) -> np.ndarray:
+def _rebuild_pictures(vae, pictures: np.ndarray) -> np.ndarray:
     x = torch.from_numpy(pictures).permute(0, 3, 1, 2) * 2 - 1
     with torch.inference_mode():
         y = torch.cat([vae.decode(vae.encode(part).latent_dist.mean).sample for part in x.split(32)])
@@ -113,11 +113,11 @@ def _rebuild(vae, pictures: np.ndarray) -> np.ndarray:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, default=MODEL)
-    parser.add_argument("--out", type=Path, default=FOLDER / "figures.json")
+    parser.add_argument("--model", type=Path, default=MODEL_FOLDER)
+    parser.add_argument("--out", type=Path, default=SHAPES_FOLDER / "figures.json")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    figures = {name: round(value, 4) for name, value in evaluate(args.model).items()}
+    figures = {name: round(value, 4) for name, value in evaluate_model(args.model).items()}
     args.out.write_text(json.dumps(figures, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     print(json.dumps(figures, indent=2, sort_keys=True))
 

@@ -17,7 +17,7 @@ import torch
 SEED = 20261121
 
 
-class Ema:
+class ParameterEma:
     """Exponential moving average of a module's parameters, with a warm-up."""
 
     def __init__(self, module: torch.nn.Module, decay: float) -> None:
@@ -34,7 +34,7 @@ class Ema:
             p.data.copy_(m)
 
 
-def run(
+def run_stage(
     path: Path,
     module: torch.nn.Module,
     step: Callable[[int, np.random.Generator], torch.Tensor],
@@ -51,7 +51,7 @@ def run(
     Learning rates warm up for 100 steps, hold until the fraction `hold`, then fall linearly to 2%. `path` is the
     checkpoint, written whole or not at all; `stop_at` ends early, to look at a model that is half trained.
     """
-    mean = Ema(module, ema) if ema else None
+    mean = ParameterEma(module, ema) if ema else None
     tops = [[group["lr"] for group in o.param_groups] for o in optimisers]
     first, spent = 0, 0.0
     if path.exists():

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
 from . import stage
-from .world import COLOURS, GROUNDS, PLACES, RELATIONS, SHAPES, SIZES, Caption, loosen, sample_caption
+from .world import COLOURS, GROUNDS, PLACES, RELATIONS, SHAPES, SIZES, Caption, loosen_caption, sample_caption
 
 STEPS = 1000
 WIDTH = 128
@@ -25,7 +25,7 @@ T5_TOKENS = 16
 BATCH = 96
 
 
-def words() -> list[str]:
+def grammar_words() -> list[str]:
     """Every word of the grammar, sorted."""
     phrases = [*SHAPES, *SIZES, *COLOURS, *GROUNDS, *PLACES, *RELATIONS, "a an and shape on background"]
     return sorted({word for phrase in phrases for word in phrase.split()})
@@ -38,7 +38,7 @@ def clip_tokenizer() -> CLIPTokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=2000, min_frequency=1, end_of_word_suffix="</w>", show_progress=False, special_tokens=[]
     )
-    tokenizer.train_from_iterator([" ".join(words())] * 4, trainer)
+    tokenizer.train_from_iterator([" ".join(grammar_words())] * 4, trainer)
     merges = [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = [*letters, *(letter + "</w>" for letter in letters), *dict.fromkeys(a + b for a, b in merges)]
@@ -50,7 +50,7 @@ def t5_tokenizer() -> T5Tokenizer:
     """A unigram vocabulary of whole words, with single letters for whatever else is typed."""
     letters = "abcdefghijklmnopqrstuvwxyz"
     vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -4.0)]
-    vocab += [("▁" + word, -1.0) for word in words()] + [(letter, -6.0) for letter in letters]
+    vocab += [("▁" + word, -1.0) for word in grammar_words()] + [(letter, -6.0) for letter in letters]
     return T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=T5_TOKENS)
 
 
@@ -101,7 +101,7 @@ class Encoders(torch.nn.Module):
         return self.clip(clip).pooler_output, self.t5(t5).last_hidden_state
 
 
-def train(folder: Path) -> Encoders:
+def train_encoders(folder: Path) -> Encoders:
     """The trained encoders. Checkpoint: `text.pt`."""
     torch.manual_seed(stage.SEED)
     encoders = Encoders()
@@ -110,7 +110,7 @@ def train(folder: Path) -> Encoders:
 
     def step(i: int, rng: np.random.Generator) -> torch.Tensor:
         captions = [sample_caption(rng) for _ in range(BATCH)]
-        captions = [Caption(), *(c if k % 2 else loosen(c, rng) for k, c in enumerate(captions))]
+        captions = [Caption(), *(c if k % 2 else loosen_caption(c, rng) for k, c in enumerate(captions))]
         pooled, tokens = encoders([str(c) for c in captions])
         owner, thing, scene, whole = (torch.from_numpy(np.stack(x)) for x in zip(*map(_labels, captions), strict=True))
         owned = owner >= 0
@@ -123,7 +123,7 @@ def train(folder: Path) -> Encoders:
         )
 
     adam = torch.optim.AdamW(both.parameters(), 2e-3, betas=(0.9, 0.98), weight_decay=1e-2, fused=True)
-    stage.run(folder / "text.pt", both, step, steps=STEPS, optimisers=[adam], hold=0.4)
+    stage.run_stage(folder / "text.pt", both, step, steps=STEPS, optimisers=[adam], hold=0.4)
     return encoders.eval().requires_grad_(False)
 
 

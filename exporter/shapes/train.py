@@ -26,20 +26,20 @@ guidance_scale = 3.5
 """
 
 
-def train(out: Path) -> FluxPipeline:
+def train_flux_pipeline(out: Path) -> FluxPipeline:
     """The trained pipeline in float32; also saved to `out`/model in bfloat16."""
     work = out / "work"
     work.mkdir(parents=True, exist_ok=True)
-    codec = vae.train(work)
-    encoders = text.train(work)
-    pool = flow.make_pool(work, codec, encoders)
-    flux = flow.train(work, pool)
-    pipeline = assemble(codec, encoders, flux)
-    save(pipeline, out / "model")
+    codec = vae.train_vae(work)
+    encoders = text.train_encoders(work)
+    pool = flow.make_flux_pool(work, codec, encoders)
+    flux = flow.train_transformer(work, pool)
+    pipeline = assemble_flux_pipeline(codec, encoders, flux)
+    save_flux_pipeline(pipeline, out / "model")
     return pipeline
 
 
-def assemble(codec, encoders, flux) -> FluxPipeline:
+def assemble_flux_pipeline(codec, encoders, flux) -> FluxPipeline:
     """The parts as an ordinary pipeline; the scheduler is FLUX.1-dev's, with dynamic shifting."""
     scheduler = FlowMatchEulerDiscreteScheduler(
         use_dynamic_shifting=True,
@@ -60,7 +60,7 @@ def assemble(codec, encoders, flux) -> FluxPipeline:
     )
 
 
-def save(pipeline: FluxPipeline, folder: Path) -> None:
+def save_flux_pipeline(pipeline: FluxPipeline, folder: Path) -> None:
     """Writes the folder that `FluxPipeline.from_pretrained` reads: transformer and VAE in bfloat16.
 
     The text encoders stay in float32: transformers loads what is stored, diffusers loads float32, and they must agree.
@@ -76,7 +76,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints and the finished model")
     torch.set_num_threads(1)
-    train(parser.parse_args().out)
+    train_flux_pipeline(parser.parse_args().out)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from . import MODEL, unet
+from . import MODEL_FOLDER, unet
 
 DEFAULTS = """\
 # What this pipeline is called with unless the caller says otherwise.
@@ -28,28 +28,28 @@ guidance_scale = 3.0
 """
 
 
-def train(out: Path, *, stop_at: int | None = None) -> StableDiffusionPipeline:
+def train_sd_pipeline(out: Path, *, stop_at: int | None = None) -> StableDiffusionPipeline:
     """The trained pipeline in float32; also saved to `out`/model_sd in bfloat16. `stop_at` ends early, without decay."""
     work = out / "work"
     work.mkdir(parents=True, exist_ok=True)
-    codec = AutoencoderKL.from_pretrained(MODEL / "vae").eval().requires_grad_(False)
-    clip = CLIPTextModel.from_pretrained(MODEL / "text_encoder").eval().requires_grad_(False)
-    tokenizer = CLIPTokenizer.from_pretrained(MODEL / "tokenizer")
-    pool = unet.make_pool(work, codec, tokenizer)
-    denoiser = unet.train(work, pool, clip, stop_at=stop_at)
-    pipeline = assemble(codec, clip, tokenizer, denoiser)
-    save(pipeline, out / "model_sd")
+    codec = AutoencoderKL.from_pretrained(MODEL_FOLDER / "vae").eval().requires_grad_(False)
+    clip = CLIPTextModel.from_pretrained(MODEL_FOLDER / "text_encoder").eval().requires_grad_(False)
+    tokenizer = CLIPTokenizer.from_pretrained(MODEL_FOLDER / "tokenizer")
+    pool = unet.make_unet_pool(work, codec, tokenizer)
+    denoiser = unet.train_unet(work, pool, clip, stop_at=stop_at)
+    pipeline = assemble_sd_pipeline(codec, clip, tokenizer, denoiser)
+    save_sd_pipeline(pipeline, out / "model_sd")
     return pipeline
 
 
-def assemble(codec, clip, tokenizer, denoiser) -> StableDiffusionPipeline:
+def assemble_sd_pipeline(codec, clip, tokenizer, denoiser) -> StableDiffusionPipeline:
     """The parts as an ordinary pipeline, without a safety checker."""
     return StableDiffusionPipeline(
         vae=fold_shift(codec),
         text_encoder=clip,
         tokenizer=tokenizer,
         unet=denoiser,
-        scheduler=unet.scheduler(),
+        scheduler=unet.build_scheduler(),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -76,13 +76,15 @@ def fold_shift(codec: AutoencoderKL) -> AutoencoderKL:
     return folded.eval().requires_grad_(False)
 
 
-def save(pipeline: StableDiffusionPipeline, folder: Path) -> None:
+def save_sd_pipeline(pipeline: StableDiffusionPipeline, folder: Path) -> None:
     """Writes the folder that `StableDiffusionPipeline.from_pretrained` reads: UNet and VAE in bfloat16, CLIP in float32."""
     halved = {name: copy.deepcopy(part) for name, part in pipeline.components.items()}
     for name in ("unet", "vae"):
         halved[name].to(torch.bfloat16)
     StableDiffusionPipeline(**halved, requires_safety_checker=False).save_pretrained(folder)
-    shutil.copytree(MODEL / "tokenizer", folder / "tokenizer", dirs_exist_ok=True)  # without how it was loaded here
+    shutil.copytree(
+        MODEL_FOLDER / "tokenizer", folder / "tokenizer", dirs_exist_ok=True
+    )  # without how it was loaded here
     (folder / "prebake.toml").write_text(DEFAULTS, encoding="utf-8")
 
 
@@ -94,7 +96,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     torch.set_num_threads(1)
-    train(args.out, stop_at=args.stop_at)
+    train_sd_pipeline(args.out, stop_at=args.stop_at)
 
 
 if __name__ == "__main__":

@@ -18,16 +18,16 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from . import stage
-from .flow import EMPTY, LOOSER, POOL, attention, draw_pictures
+from .flow import EMPTY_SHARE, FLUX_POOL_SIZE, LOOSER_SHARE, attend_unfused, draw_pictures
 from .text import WIDTH
-from .world import Caption, loosen
+from .world import Caption, loosen_caption
 
 STEPS = 3250
 BATCH = 32
 TIMESTEPS = 840
 
 
-def build() -> UNet2DConditionModel:
+def build_unet() -> UNet2DConditionModel:
     """Three levels of two layers, heads of 32; what adds to the skip connections starts at zero."""
     unet = UNet2DConditionModel(
         sample_size=16,
@@ -48,7 +48,7 @@ def build() -> UNet2DConditionModel:
     return unet
 
 
-def scheduler() -> DDIMScheduler:
+def build_scheduler() -> DDIMScheduler:
     """Cosine noise levels, v prediction, from pure noise to none.
 
     There are 840 training steps because DDIMScheduler goes back by `840 // steps` while its trailing timesteps lie
@@ -66,7 +66,7 @@ def scheduler() -> DDIMScheduler:
 
 
 @dataclass
-class Pool:
+class UNetPool:
     """Latents [N, 4, 16, 16] of pictures, ids [N, 2, 32] of two captions true of each (the second looser), ids of ""."""
 
     latents: torch.Tensor
@@ -76,44 +76,52 @@ class Pool:
     def batch(self, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         """Latents [B, 4, 16, 16] float32 and token ids [B, 32] of BATCH pictures."""
         rows = torch.from_numpy(rng.integers(len(self.latents), size=BATCH))
-        looser = torch.from_numpy((rng.random(BATCH) < LOOSER).astype(np.int64))
-        empty = torch.from_numpy(rng.random(BATCH) < EMPTY)
+        looser = torch.from_numpy((rng.random(BATCH) < LOOSER_SHARE).astype(np.int64))
+        empty = torch.from_numpy(rng.random(BATCH) < EMPTY_SHARE)
         ids = self.ids[rows, looser].long()
         ids[empty] = self.empty.long()
         return self.latents[rows].float(), ids
 
 
-def make_pool(folder: Path, vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> Pool:
-    """The pictures and captions of `flow.make_pool`. Checkpoint: `unet_pool.pt`."""
+def make_unet_pool(folder: Path, vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> UNetPool:
+    """The pictures and captions of `flow.make_flux_pool`. Checkpoint: `unet_pool.pt`."""
     path = folder / "unet_pool.pt"
     if path.exists():
         return torch.load(path, weights_only=False)
     rng = np.random.default_rng((stage.SEED, 2))
     latents, ids = [], []
-    for _ in range(POOL // 100):
+    for _ in range(FLUX_POOL_SIZE // 100):
         captions, z = draw_pictures(100, rng, vae)
         latents.append(z.half())
-        ids.append(tokenize(tokenizer, [str(c) for pair in ((c, loosen(c, rng)) for c in captions) for c in pair]))
+        ids.append(
+            tokenize_prompts(
+                tokenizer, [str(c) for pair in ((c, loosen_caption(c, rng)) for c in captions) for c in pair]
+            )
+        )
         if len(latents) % 100 == 0:
-            print(f"pool {len(latents) * 100}/{POOL}", flush=True)
-    pool = Pool(torch.cat(latents), torch.cat(ids).unflatten(0, (-1, 2)), tokenize(tokenizer, [str(Caption())])[0])
+            print(f"pool {len(latents) * 100}/{FLUX_POOL_SIZE}", flush=True)
+    pool = UNetPool(
+        torch.cat(latents), torch.cat(ids).unflatten(0, (-1, 2)), tokenize_prompts(tokenizer, [str(Caption())])[0]
+    )
     torch.save(pool, path.with_suffix(".tmp"))
     os.replace(path.with_suffix(".tmp"), path)
     return pool
 
 
-def tokenize(tokenizer: CLIPTokenizer, prompts: list[str]) -> torch.Tensor:
+def tokenize_prompts(tokenizer: CLIPTokenizer, prompts: list[str]) -> torch.Tensor:
     """Token ids [B, 32] int16, padded and cut as StableDiffusionPipeline does it."""
     length = tokenizer.model_max_length
     ids = tokenizer(prompts, padding="max_length", max_length=length, truncation=True)["input_ids"]
     return torch.tensor(ids, dtype=torch.int16)
 
 
-def train(folder: Path, pool: Pool, clip: CLIPTextModel, *, stop_at: int | None = None) -> UNet2DConditionModel:
+def train_unet(
+    folder: Path, pool: UNetPool, clip: CLIPTextModel, *, stop_at: int | None = None
+) -> UNet2DConditionModel:
     """The trained UNet, float32. Checkpoint: `unet.pt`; `stop_at` ends early."""
     torch.manual_seed(stage.SEED)
-    unet = build()
-    signal = scheduler().alphas_cumprod
+    unet = build_unet()
+    signal = build_scheduler().alphas_cumprod
 
     def step(i: int, rng: np.random.Generator) -> torch.Tensor:
         latents, ids = pool.batch(rng)
@@ -123,9 +131,9 @@ def train(folder: Path, pool: Pool, clip: CLIPTextModel, *, stop_at: int | None 
         t = t.long().clamp(max=TIMESTEPS - 1)
         a, b = signal[t].sqrt().view(-1, 1, 1, 1), (1 - signal[t]).sqrt().view(-1, 1, 1, 1)
         noise = torch.randn_like(latents)
-        return (evaluate(unet, a * latents + b * noise, t, states) - (a * noise - b * latents)).square().mean()
+        return (predict_v(unet, a * latents + b * noise, t, states) - (a * noise - b * latents)).square().mean()
 
-    stage.run(
+    stage.run_stage(
         folder / "unet.pt",
         unet,
         step,
@@ -139,9 +147,9 @@ def train(folder: Path, pool: Pool, clip: CLIPTextModel, *, stop_at: int | None 
     return unet.eval().requires_grad_(False)
 
 
-def evaluate(unet: UNet2DConditionModel, noisy, t, states) -> torch.Tensor:
+def predict_v(unet: UNet2DConditionModel, noisy, t, states) -> torch.Tensor:
     """v, [B, 4, 16, 16] float32; matrix products in bf16."""
-    plain = mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", attention)
+    plain = mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", attend_unfused)
     with plain, torch.autocast("cpu", torch.bfloat16):
         return unet(noisy, t, states, return_dict=False)[0].float()
 

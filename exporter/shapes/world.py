@@ -42,7 +42,7 @@ PLACES = {
 }
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}  # first as seen from second
 REACH = 1.08  # of a shape beyond its centre, in radii
-GAP = 1.5  # least distance between two objects
+OBJECT_GAP = 1.5  # least distance between two objects
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Caption:
 
 
 @dataclass(frozen=True)
-class Placed:
+class PlacedObject:
     """One object as it is drawn."""
 
     shape: str
@@ -96,7 +96,7 @@ class Placed:
 class Scene:
     """Every number of one picture."""
 
-    things: tuple[Placed, ...]
+    things: tuple[PlacedObject, ...]
     ground: float
     light: float  # angle that the light comes from; bends shading and shadow, named by no caption
 
@@ -105,15 +105,15 @@ def sample_caption(rng: np.random.Generator) -> Caption:
     """A fully specified caption: one object (2 in 5) or two."""
 
     def thing() -> Thing:
-        return Thing(pick(rng, SHAPES), pick(rng, SIZES), pick(rng, COLOURS))
+        return Thing(pick_name(rng, SHAPES), pick_name(rng, SIZES), pick_name(rng, COLOURS))
 
-    ground = pick(rng, GROUNDS)
+    ground = pick_name(rng, GROUNDS)
     if rng.random() < 0.4:
-        return Caption((thing(),), place=pick(rng, PLACES), ground=ground)
-    return Caption((thing(), thing()), relation=pick(rng, RELATIONS), ground=ground)
+        return Caption((thing(),), place=pick_name(rng, PLACES), ground=ground)
+    return Caption((thing(), thing()), relation=pick_name(rng, RELATIONS), ground=ground)
 
 
-def loosen(caption: Caption, rng: np.random.Generator, keep: float | None = None) -> Caption:
+def loosen_caption(caption: Caption, rng: np.random.Generator, keep: float | None = None) -> Caption:
     """The caption with each attribute kept with probability `keep` (None: a new one for each caption)."""
     if keep is None:
         keep = rng.random()
@@ -133,14 +133,16 @@ def loosen(caption: Caption, rng: np.random.Generator, keep: float | None = None
 def place_scene(caption: Caption, rng: np.random.Generator) -> Scene:
     """A scene that satisfies the caption; what it does not name is drawn from all there is, positions continuously."""
     if not caption.things:
-        caption = loosen(sample_caption(rng), rng, 0.0)
+        caption = loosen_caption(sample_caption(rng), rng, 0.0)
     radii = [rng.uniform(*(SIZES[t.size] if t.size else (8.2, 13.0))) for t in caption.things]
     if len(radii) == 1:
         centres = [_place_one(radii[0], caption.place, rng)]
     else:
-        centres = _place_two(radii, caption.relation or pick(rng, RELATIONS), rng)
+        centres = _place_two(radii, caption.relation or pick_name(rng, RELATIONS), rng)
     things = tuple(
-        Placed(t.shape or pick(rng, SHAPES), t.colour or pick(rng, COLOURS), r, x, y, rng.uniform(0.86, 1.0))
+        PlacedObject(
+            t.shape or pick_name(rng, SHAPES), t.colour or pick_name(rng, COLOURS), r, x, y, rng.uniform(0.86, 1.0)
+        )
         for t, r, (x, y) in zip(caption.things, radii, centres, strict=True)
     )
     ground = rng.uniform(*(GROUNDS[caption.ground] if caption.ground else (0.03, 1.0)))
@@ -165,47 +167,47 @@ def _place_one(radius: float, place: str | None, rng: np.random.Generator) -> tu
 def _place_two(radii: list[float], relation: str, rng: np.random.Generator) -> list[tuple[float, float]]:
     side = RELATIONS[relation]
     first, second = (REACH * r for r in (radii if sum(side) < 0 else radii[::-1]))  # in reading order along the axis
-    spare = SIDE - 2 * first - 2 * second - GAP
+    spare = SIDE - 2 * first - 2 * second - OBJECT_GAP
     margin, gap = np.sort(rng.uniform(0, spare, 2)) * (1, 1)
     gap -= margin
     ahead = margin + first
-    behind = ahead + first + GAP + gap + second
+    behind = ahead + first + OBJECT_GAP + gap + second
     axis = [ahead, behind] if sum(side) < 0 else [behind, ahead]
     across = [SIDE / 2 + rng.uniform(-7, 7) for _ in radii]
     return list(zip(axis, across, strict=True)) if side[0] else list(zip(across, axis, strict=True))
 
 
-def pick(rng: np.random.Generator, options) -> str:
+def pick_name(rng: np.random.Generator, options) -> str:
     """One of the names, all equally likely."""
     names = list(options)
     return names[rng.integers(len(names))]
 
 
-def render(scene: Scene) -> np.ndarray:
+def render_scene(scene: Scene) -> np.ndarray:
     """The picture, [64, 64, 3] float32 in 0..1: grey ground, soft shadow, shaded objects, anti-aliased edges."""
     lx, ly = math.cos(scene.light), math.sin(scene.light)
     ys, xs = np.mgrid[:SIDE, :SIDE].astype(np.float32) + 0.5
     picture = np.full((SIDE, SIDE, 3), scene.ground, np.float32)
     for thing in scene.things:
         shadow = np.clip(
-            0.5 - distance(thing.shape, thing.radius, xs - thing.x + 2 * lx, ys - thing.y + 2 * ly) / 4, 0, 1
+            0.5 - outline_distance(thing.shape, thing.radius, xs - thing.x + 2 * lx, ys - thing.y + 2 * ly) / 4, 0, 1
         )
         picture *= 1 - 0.35 * shadow[..., None]
     for thing in scene.things:
         dx, dy = xs - thing.x, ys - thing.y
-        alpha = np.clip(0.5 - distance(thing.shape, thing.radius, dx, dy), 0, 1)[..., None]
+        alpha = np.clip(0.5 - outline_distance(thing.shape, thing.radius, dx, dy), 0, 1)[..., None]
         shade = thing.value * (1 + 0.12 * np.clip((dx * lx + dy * ly) / thing.radius, -1, 1))
         picture += alpha * (np.asarray(COLOURS[thing.colour], np.float32) * shade[..., None] - picture)
     return np.clip(picture, 0, 1, dtype=np.float32)
 
 
-def distance(shape: str, radius: float, dx: np.ndarray, dy: np.ndarray) -> np.ndarray:
+def outline_distance(shape: str, radius: float, dx: np.ndarray, dy: np.ndarray) -> np.ndarray:
     """Signed distance in pixels to the outline of a shape of this radius round the origin, negative inside."""
     if shape == "circle":
         return np.hypot(dx, dy) - radius
-    table, scale = _table(shape), (TABLE - 1) / 4
-    u = np.clip((dx / radius + 2) * scale, 0, TABLE - 1.001)
-    v = np.clip((dy / radius + 2) * scale, 0, TABLE - 1.001)
+    table, scale = _distance_table(shape), (TABLE_SIDE - 1) / 4
+    u = np.clip((dx / radius + 2) * scale, 0, TABLE_SIDE - 1.001)
+    v = np.clip((dy / radius + 2) * scale, 0, TABLE_SIDE - 1.001)
     i, j = u.astype(np.int32), v.astype(np.int32)
     fu, fv = u - i, v - j
     top = table[j, i] * (1 - fu) + table[j, i + 1] * fu
@@ -213,14 +215,14 @@ def distance(shape: str, radius: float, dx: np.ndarray, dy: np.ndarray) -> np.nd
     return (top * (1 - fv) + low * fv) * radius
 
 
-TABLE = 193  # samples along a side of a distance table over -2..2
+TABLE_SIDE = 193  # samples along a side of a distance table over -2..2
 
 
 @cache
-def _table(shape: str) -> np.ndarray:
-    axis = np.linspace(-2, 2, TABLE)
+def _distance_table(shape: str) -> np.ndarray:
+    axis = np.linspace(-2, 2, TABLE_SIDE)
     x, y = np.meshgrid(axis, axis)
-    corners = _outline(shape)
+    corners = _outline_corners(shape)
     best, inside = np.full(x.shape, np.inf), np.zeros(x.shape, bool)
     for (ax, ay), (bx, by) in zip(corners, np.roll(corners, -1, 0), strict=True):
         ex, ey = bx - ax, by - ay
@@ -231,7 +233,7 @@ def _table(shape: str) -> np.ndarray:
     return np.where(inside, -best, best).astype(np.float32)
 
 
-def _outline(shape: str) -> np.ndarray:
+def _outline_corners(shape: str) -> np.ndarray:
     """Corners of a shape of radius 1, [K, 2]."""
     if shape == "square":
         return 0.88 * np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)])

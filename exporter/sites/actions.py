@@ -1,6 +1,6 @@
 """Sites: named values inside the denoiser that may outlive a step, and what a variant does with each of them.
 
-In: a denoiser and the `Mark`s a policy chose. Out: `applied`, a context in which one forward of the *unchanged* model
+In: a denoiser and the `Mark`s a policy chose. Out: `apply_variant`, a context in which one forward of the *unchanged* model
 carries out one action per site by forward hooks, and hands back the values to store. Nothing is removed here: the
 skipped modules still run while being captured, and `capture.prune` drops them because nothing reads their output.
 Tensor names (`site:0`, slot `site:0@1`) agree with `runtime/manifest.py` and `runtime/replay.py`.
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 from ...runtime.errors import ExportError
-from .marks import REST, Action, Mark, Variant
+from .marks import REST_STREAM, Action, Mark, Variant
 
 
 def submodule(model: nn.Module, path: str) -> nn.Module:
@@ -34,7 +34,7 @@ def submodule(model: nn.Module, path: str) -> nn.Module:
 
 
 @contextmanager
-def applied(
+def apply_variant(
     model: nn.Module,
     marks: tuple[Mark, ...],
     variant: Variant,
@@ -57,22 +57,22 @@ def applied(
                 assert coefficients is not None
                 weights = tuple(coefficients[offset + k] for k in range(mark.slots))
                 offset += mark.slots
-            for handle in _hook(model, mark, action, slots, weights, fresh):
+            for handle in _hook_site(model, mark, action, slots, weights, fresh):
                 stack.callback(handle.remove)
         yield fresh
 
 
-def _hook(model, mark: Mark, action: Action, slots, weights, fresh) -> list[Any]:
+def _hook_site(model, mark: Mark, action: Action, slots, weights, fresh) -> list[Any]:
     if action == "pass":
         return []
     if mark.part == "scores":
-        return _without_scores(submodule(model, mark.modules[0])) if action == "identity" else []
+        return _hook_scores(submodule(model, mark.modules[0])) if action == "identity" else []
     head: dict[str, Tensor] = {}
-    streams = tuple(s for s in mark.streams if s != REST)
+    streams = tuple(s for s in mark.streams if s != REST_STREAM)
     first, last = (submodule(model, path) for path in (mark.modules[0], mark.modules[-1]))
 
     def remember(module, args, kwargs):
-        given = arguments(module, args, kwargs)
+        given = bind_arguments(module, args, kwargs)
         if missing := [s for s in streams if s and s not in given]:
             raise ExportError(
                 f"site {mark.name!r}: expected {mark.modules[0]} to be called with {', '.join(filter(None, streams))}, "
@@ -82,7 +82,7 @@ def _hook(model, mark: Mark, action: Action, slots, weights, fresh) -> list[Any]
 
     def act(module, args, kwargs, output):
         outputs = flat_outputs(output)
-        passed = outputs[len(streams) :] if REST in mark.streams else ()
+        passed = outputs[len(streams) :] if REST_STREAM in mark.streams else ()
         outputs = outputs[: len(outputs) - len(passed)]
         if len(outputs) != len(streams):
             raise ExportError(
@@ -100,7 +100,7 @@ def _hook(model, mark: Mark, action: Action, slots, weights, fresh) -> list[Any]
                 replaced.append(o)
             else:
                 stored = [slots[f"{mark.tensor(i)}@{k}"] for k in range(mark.slots)] if weights and kept else []
-                o = _value(action, base, head.get(streams[i]), o, stored, weights)
+                o = _replacement_value(action, base, head.get(streams[i]), o, stored, weights)
                 value = o - base if base is not None and mark.emitted else o
                 replaced.append(o)
             if kept and (action == "compute" or (mark.emitted and action == "combine")):
@@ -116,7 +116,7 @@ def _hook(model, mark: Mark, action: Action, slots, weights, fresh) -> list[Any]
     return handles
 
 
-class Values(torch.overrides.TorchFunctionMode):
+class IdentityAttention(torch.overrides.TorchFunctionMode):
     """Attention weights are the identity: attention returns its values, where there are as many as queries."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -127,16 +127,16 @@ class Values(torch.overrides.TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _without_scores(module: nn.Module) -> list[Any]:
+def _hook_scores(module: nn.Module) -> list[Any]:
     stack = ExitStack()
     return [
-        module.register_forward_pre_hook(lambda *_: (stack.enter_context(Values()), None)[1]),
+        module.register_forward_pre_hook(lambda *_: (stack.enter_context(IdentityAttention()), None)[1]),
         module.register_forward_hook(lambda *_: stack.close(), always_call=True),
     ]
 
 
-def arguments(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """What a call passes, by the names of the module's own `forward`."""
+def bind_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by the names of the module's own `forward`."""
     bound = inspect.signature(type(module).forward).bind(module, *args, **kwargs).arguments
     return dict(list(bound.items())[1:])
 
@@ -148,8 +148,10 @@ def flat_outputs(output: Any) -> tuple[Any, ...]:
     return output if isinstance(output, tuple) else tuple(output.values())
 
 
-def _value(action: Action, base: Tensor | None, stream: Tensor | None, output: Tensor, slots, weights) -> Tensor:
-    """What stands in for a site's output: `[base +] sum w_k slot_k`, zeros (a residual of zero), or the input itself."""
+def _replacement_value(
+    action: Action, base: Tensor | None, stream: Tensor | None, output: Tensor, slots, weights
+) -> Tensor:
+    """The replacement of a site's output: `[base +] sum w_k slot_k`, zeros (a residual of zero), or the input itself."""
     if action == "identity":
         assert stream is not None
         return stream
@@ -174,9 +176,9 @@ class VariantModule(nn.Module):
         super().__init__()
         self.denoiser = denoiser
         self.marks, self.variant, self.own_inputs = marks, variant, inputs
-        combined = [m for m in marks if m.name in variant.having("combine")]
+        combined = [m for m in marks if m.name in variant.sites_with("combine")]
         self.inputs = inputs + (("coefficients", *(s for m in combined for s in m.slot_names())) if combined else ())
-        self.outputs = ("sample", *(t for m in variant.storing(marks) for t in m.tensors))
+        self.outputs = ("sample", *(t for m in variant.stored_marks(marks) for t in m.tensors))
         self.coefficients = sum(m.slots for m in combined)
 
     def examples(self, own: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -200,6 +202,6 @@ class VariantModule(nn.Module):
         named = dict(zip(self.inputs, tensors, strict=True))
         own = [named.pop(n) for n in self.own_inputs]
         coefficients = named.pop("coefficients", None)
-        with applied(self.denoiser, self.marks, self.variant, named, coefficients) as fresh:
+        with apply_variant(self.denoiser, self.marks, self.variant, named, coefficients) as fresh:
             sample = self.denoiser(*own)
         return (sample.contiguous(), *(fresh[t].contiguous() for t in self.outputs[1:]))

@@ -8,30 +8,32 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
-from .actions import arguments, flat_outputs, submodule
+from .actions import bind_arguments, flat_outputs, submodule
 from .component import Component
 from .guidance import LOW
-from .layout import Kind, Layout, Place
+from .layout import Layout, Place, PlaceKind
 
 
-def discover(component: Component) -> Layout:
+def discover_layout(component: Component) -> Layout:
     """The attentions, feed-forwards, blocks, layers and other modules of each branch, in the order in which they return."""
     places: dict[str, Place] = {}
     handles = []
     for branch, prefix in component.branches.items():
         root = submodule(component.module, prefix.removesuffix("."))
         for name, module in root.named_modules():
-            kind = kind_of(root, name, module)
+            kind = classify_module(root, name, module)
             if kind is None:
                 continue
 
-            def returned(module, args, kwargs, output, name=name, branch=branch, path=prefix + name, kind: Kind = kind):
+            def returned(
+                module, args, kwargs, output, name=name, branch=branch, path=prefix + name, kind: PlaceKind = kind
+            ):
                 if path in places:  # once, also where a module is called twice
                     return
                 parts = output if isinstance(output, tuple) else (output,)
                 if kind == "module" and not all(isinstance(o, Tensor) for o in parts):
                     return  # answers with something else than tensors, which no site can store
-                streams = streams_of(module, kind, args, kwargs, flat_outputs(output))
+                streams = find_streams(module, kind, args, kwargs, flat_outputs(output))
                 places[path] = Place(name, branch, path, kind, streams)
 
             handles.append(module.register_forward_hook(returned, with_kwargs=True))
@@ -46,8 +48,8 @@ def discover(component: Component) -> Layout:
     return Layout(known, tuple(component.branches), hasattr(component.module, LOW), others)
 
 
-def kind_of(root: nn.Module, name: str, module: nn.Module) -> Kind | None:
-    """What a module is to a cache policy; the classes and list names are those of diffusers' own hooks. None: no site."""
+def classify_module(root: nn.Module, name: str, module: nn.Module) -> PlaceKind | None:
+    """The kind of a module to a cache policy; the classes and list names are those of diffusers' own hooks. None: no site."""
     from diffusers.hooks._common import _ALL_TRANSFORMER_BLOCK_IDENTIFIERS, _ATTENTION_CLASSES, _FEEDFORWARD_CLASSES
 
     if not name or isinstance(module, (nn.ModuleList, nn.ModuleDict)):
@@ -61,24 +63,26 @@ def kind_of(root: nn.Module, name: str, module: nn.Module) -> Kind | None:
         return "block"
     inside = name.split(".")
     above = [".".join(inside[:i]) for i in range(1, len(inside))]
-    if any(kind_of(root, a, root.get_submodule(a)) not in (None, "layer", "module") for a in above):
+    if any(classify_module(root, a, root.get_submodule(a)) not in (None, "layer", "module") for a in above):
         return "module"
     return "layer" if not parent or isinstance(root.get_submodule(parent), nn.ModuleList) else "module"
 
 
-def streams_of(module: nn.Module, kind: Kind, args: Any, kwargs: Any, outputs: tuple[Any, ...]) -> tuple[str, ...]:
+def find_streams(
+    module: nn.Module, kind: PlaceKind, args: Any, kwargs: Any, outputs: tuple[Any, ...]
+) -> tuple[str, ...]:
     """Output by output, the argument that it continues: what diffusers says of a block, else what has its shape."""
-    given = arguments(module, args, kwargs)
+    given = bind_arguments(module, args, kwargs)
     if kind in ("attention", "cross_attention"):
         names = ("hidden_states", "encoder_hidden_states")[: len(outputs)]
     elif len(outputs) == 1:
         names = ("hidden_states" if "hidden_states" in given else next(iter(given), "hidden_states"),)
     else:
-        names = registered(module, len(outputs)) or by_shape(given, outputs)
+        names = find_registry_streams(module, len(outputs)) or match_streams_by_shape(given, outputs)
     return tuple(n if isinstance(o, Tensor) else "" for n, o in zip(names, outputs, strict=True))
 
 
-def registered(module: nn.Module, count: int) -> tuple[str, ...] | None:
+def find_registry_streams(module: nn.Module, count: int) -> tuple[str, ...] | None:
     """The streams by diffusers' TransformerBlockRegistry, or None where it does not know the class."""
     from diffusers.hooks._helpers import TransformerBlockRegistry
 
@@ -94,7 +98,7 @@ def registered(module: nn.Module, count: int) -> tuple[str, ...] | None:
     return tuple(names) if all(names) else None
 
 
-def by_shape(given: dict[str, Any], outputs: tuple[Any, ...]) -> tuple[str, ...]:
+def match_streams_by_shape(given: dict[str, Any], outputs: tuple[Any, ...]) -> tuple[str, ...]:
     """For each output the first argument of its shape that no output before it took; `output` where there is none."""
     left = [(n, t.shape) for n, t in given.items() if isinstance(t, Tensor)]
     names = []

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from .component import Component
 
 LOW, HIGH = "low", "high"
-"""The modules in `Guided` through which the difference between the branches passes: FasterCache's two sites."""
+"""The modules in `GuidedDenoiser` through which the difference between the branches passes: FasterCache's two sites."""
 
 
-class Guided(nn.Module):
+class GuidedDenoiser(nn.Module):
     """`uncond + guidance (cond - uncond)`, as diffusers' pipelines compute it, one branch after the other.
 
     Inputs are those of one branch; the ones in `doubled` hold both, [2, ...], the unconditional first. Then comes
@@ -38,10 +38,10 @@ class Guided(nn.Module):
     ) -> None:
         super().__init__()
         self.cond = cond
-        self.uncond = twin(cond)
+        self.uncond = copy_sharing_weights(cond)
         self.inputs, self.doubled = inputs, doubled
         if planes:
-            self.low, self.high = LowPass(*planes), Passed()
+            self.low, self.high = LowPass(*planes), PassThrough()
 
     def forward(self, *tensors: Tensor) -> Tensor:
         own, scalars = tensors[: len(self.inputs)], tensors[len(self.inputs) :]
@@ -56,11 +56,11 @@ class Guided(nn.Module):
             low = self.low(difference)
             high = self.high(difference - low)
             uncond = cond + low + high
-        return joined(uncond, cond, *scalars)
+        return join_branches(uncond, cond, *scalars)
 
 
-class BatchGuided(nn.Module):
-    """The same in one run on a batch of two: fewer and larger products, and sites that hold both branches."""
+class BatchGuidedDenoiser(nn.Module):
+    """`GuidedDenoiser` in one run on a batch of two: fewer and larger products, and sites that hold both branches."""
 
     def __init__(self, both: nn.Module, inputs: tuple[str, ...], doubled: tuple[str, ...]) -> None:
         super().__init__()
@@ -73,10 +73,10 @@ class BatchGuided(nn.Module):
             t if name in self.doubled else t.expand(2, *t.shape[1:]) for name, t in zip(self.inputs, own, strict=True)
         ]
         uncond, cond = self.both(*pairs).chunk(2)
-        return joined(uncond, cond, *scalars).contiguous()
+        return join_branches(uncond, cond, *scalars).contiguous()
 
 
-def joined(uncond: Tensor, cond: Tensor, scale: Tensor, rescale: Tensor | None = None) -> Tensor:
+def join_branches(uncond: Tensor, cond: Tensor, scale: Tensor, rescale: Tensor | None = None) -> Tensor:
     """Both branches as one. `rescale` mixes in the result with the deviation of `cond`, against overexposure: 0 leaves
     it as it is (Lin et al. 2023, arXiv:2305.08891, section 3.4; diffusers' `rescale_noise_cfg`)."""
     guided = uncond + scale * (cond - uncond)
@@ -87,8 +87,8 @@ def joined(uncond: Tensor, cond: Tensor, scale: Tensor, rescale: Tensor | None =
     return rescale * (guided * ratio) + (1 - rescale) * guided
 
 
-class Passed(nn.Module):
-    """Its input: a module only so that a site can name the value."""
+class PassThrough(nn.Module):
+    """The identity: a module only so that a site can name the value."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.clone()
@@ -125,13 +125,13 @@ class LowPass(nn.Module):
         return left @ columns_cos.T + right @ columns_sin.T
 
 
-def twin(module: nn.Module) -> nn.Module:
+def copy_sharing_weights(module: nn.Module) -> nn.Module:
     """A copy of the module tree that shares every parameter and buffer."""
     shared = [*module.parameters(), *module.buffers()]
     return copy.deepcopy(module, {id(t): t for t in shared})
 
 
-def guided(
+def add_guidance(
     component: Component,
     doubled: tuple[str, ...],
     *,
@@ -140,12 +140,12 @@ def guided(
     rescale: bool = False,
 ) -> Component:
     """The component of one branch with guidance around it: inputs in `doubled` become [2, ...], `guidance_scale` is
-    added, and `guidance_rescale` if asked for. `batched` is `BatchGuided`, which has no planes."""
+    added, and `guidance_rescale` if asked for. `batched` is `BatchGuidedDenoiser`, which has no planes."""
     prefix = component.branches[""]
     if batched:
-        module, branches = BatchGuided(component.module, component.inputs, doubled), {"": f"both.{prefix}"}
+        module, branches = BatchGuidedDenoiser(component.module, component.inputs, doubled), {"": f"both.{prefix}"}
     else:
-        module = Guided(component.module, component.inputs, doubled, planes)
+        module = GuidedDenoiser(component.module, component.inputs, doubled, planes)
         branches = {name: f"{name}.{prefix}" for name in ("uncond", "cond")}
     args = tuple(
         torch.cat((-t, t) if t.is_floating_point() else (t, t)) if n in doubled else t
@@ -162,10 +162,10 @@ def guided(
     )
 
 
-def with_planes(component: Component) -> Component:
+def add_planes(component: Component) -> Component:
     """A guided component whose unconditional branch passes through `low` and `high`; one without guidance as it is."""
     module = component.module
-    if isinstance(module, Guided) and not hasattr(module, LOW):
+    if isinstance(module, GuidedDenoiser) and not hasattr(module, LOW):
         module.low = LowPass(*component.args[0].shape[-2:])
-        module.high = Passed()
+        module.high = PassThrough()
     return component

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from .marks import Mark
 
-Kind = Literal["attention", "cross_attention", "feed_forward", "block", "layer", "module"]
+PlaceKind = Literal["attention", "cross_attention", "feed_forward", "block", "layer", "module"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Place:
     name: str
     branch: str
     path: str
-    kind: Kind
+    kind: PlaceKind
     streams: tuple[str, ...]
 
     @property
@@ -51,7 +51,7 @@ class Layout:
     planes: bool = False
     others: tuple[Place, ...] = ()
 
-    def of(self, *kinds: Kind, branch: str | None = None) -> tuple[Place, ...]:
+    def of(self, *kinds: PlaceKind, branch: str | None = None) -> tuple[Place, ...]:
         """The places of these kinds, of one branch or of all."""
         return tuple(p for p in self.places if p.kind in kinds and branch in (None, p.branch))
 

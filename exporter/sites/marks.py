@@ -13,20 +13,20 @@ from typing import Literal
 Action = Literal["compute", "combine", "pass", "zero", "identity"]
 """`compute` stores what the site gives; `pass` lets it run and stores nothing, since what it is given is a prediction."""
 
-REST = "..."
+REST_STREAM = "..."
 """As the last of a mark's streams: the outputs from here on, however many, are passed on as they are and never kept."""
 
 
 @dataclass(frozen=True)
 class Mark:
-    """Where a site lives: the output of one module, or, if `residual`, what a run of blocks adds to its input.
+    """A site: the output of one module, or, if `residual`, what a run of blocks adds to its input.
 
     `modules` are the paths of the modules whose work the site stands for, in the order in which they run. `streams` names,
     output by output, the forward argument that a module's output continues (FLUX blocks return
     `(encoder_hidden_states, hidden_states)`), "" for an output that is None; it is what IDENTITY passes on and what a
     residual is taken against.
 
-    `slots` generations are kept of the outputs in `kept` (None: all), the ones that some variant reads. A generation is
+    `slots` generations are kept of the outputs in `stored_streams` (None: all), the ones that some variant reads. A generation is
     what was computed; if `emitted`, what was combined is a generation too. `dtype` is what slots are stored in (None: as
     computed). `part` "scores" stands for the attention weights inside the module: their only action is IDENTITY, by
     which every token attends to itself.
@@ -37,7 +37,7 @@ class Mark:
     streams: tuple[str, ...]
     residual: bool = False
     slots: int = 1
-    kept: tuple[int, ...] | None = None
+    stored_streams: tuple[int, ...] | None = None
     emitted: bool = False
     dtype: str | None = None
     part: Literal["output", "scores"] = "output"
@@ -45,8 +45,8 @@ class Mark:
     @property
     def tensors(self) -> tuple[str, ...]:
         """The values to store, by graph output name."""
-        every = (i for i, stream in enumerate(self.streams) if stream and stream != REST)
-        return tuple(self.tensor(i) for i in every if self.kept is None or i in self.kept)
+        every = (i for i, stream in enumerate(self.streams) if stream and stream != REST_STREAM)
+        return tuple(self.tensor(i) for i in every if self.stored_streams is None or i in self.stored_streams)
 
     def tensor(self, i: int) -> str:
         return f"{self.name}:{i}"
@@ -63,16 +63,16 @@ class Variant:
     name: str
     actions: tuple[tuple[str, Action], ...]
 
-    def having(self, action: Action) -> tuple[str, ...]:
+    def sites_with(self, action: Action) -> tuple[str, ...]:
         return tuple(site for site, a in self.actions if a == action)
 
-    def storing(self, marks: Iterable[Mark]) -> tuple[Mark, ...]:
+    def stored_marks(self, marks: Iterable[Mark]) -> tuple[Mark, ...]:
         """The marks of which this variant returns a new generation."""
         actions = dict(self.actions)
         acted = ((m, actions.get(m.name, "compute")) for m in marks if m.tensors)
         return tuple(m for m, action in acted if action == "compute" or (m.emitted and action == "combine"))
 
-    def combining(self, marks: Iterable[Mark]) -> tuple[str, ...]:
+    def combined_sites(self, marks: Iterable[Mark]) -> tuple[str, ...]:
         """The sites of which this variant reads stored values: what it combines, but for what nothing in it reads."""
-        combined = self.having("combine")
+        combined = self.sites_with("combine")
         return tuple(m.name for m in marks if m.name in combined and m.tensors)

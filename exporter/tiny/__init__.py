@@ -12,36 +12,44 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-PREFIX = "tiny:"
+TINY_PREFIX = "tiny:"
 
 
 @dataclass(frozen=True)
-class Tiny:
-    """`module` of this package has `build(seed, **arguments)`; `defaults` are what its pipeline is called with."""
+class TinyModel:
+    """`module` of this package has `build_tiny_pipeline(seed, **arguments)`; `defaults` are what its pipeline is called with."""
 
     module: str
     defaults: Mapping[str, int | float]
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
-PICTURE = {"height": 32, "width": 32}
-NAMES = {
-    "flux": Tiny("flux", {**PICTURE, "max_sequence_length": 16, "num_inference_steps": 8, "guidance_scale": 3.5}),
-    "flux-schnell": Tiny(
+PICTURE_SIZE = {"height": 32, "width": 32}
+TINY_MODELS = {
+    "flux": TinyModel(
+        "flux", {**PICTURE_SIZE, "max_sequence_length": 16, "num_inference_steps": 8, "guidance_scale": 3.5}
+    ),
+    "flux-schnell": TinyModel(
         "flux",
-        {**PICTURE, "max_sequence_length": 16, "num_inference_steps": 4, "guidance_scale": 0.0},
+        {**PICTURE_SIZE, "max_sequence_length": 16, "num_inference_steps": 4, "guidance_scale": 0.0},
         {"guidance": False},
     ),
-    "flux-kontext": Tiny(
-        "flux_kontext", {**PICTURE, "max_sequence_length": 16, "num_inference_steps": 8, "guidance_scale": 3.5}
+    "flux-kontext": TinyModel(
+        "flux_kontext", {**PICTURE_SIZE, "max_sequence_length": 16, "num_inference_steps": 8, "guidance_scale": 3.5}
     ),
-    "sd": Tiny("sd", {**PICTURE, "num_inference_steps": 8, "guidance_scale": 5.0}),
-    "sd2": Tiny("sd", {**PICTURE, "num_inference_steps": 8, "guidance_scale": 5.0}, {"prediction": "v_prediction"}),
-    "sdxl": Tiny("sdxl", {**PICTURE, "num_inference_steps": 8, "guidance_scale": 5.0}),
-    "sdxl-refiner": Tiny("sdxl_refiner", {**PICTURE, "num_inference_steps": 8, "guidance_scale": 5.0}),
-    "sd3": Tiny("sd3", {**PICTURE, "max_sequence_length": 16, "num_inference_steps": 8, "guidance_scale": 5.0}),
-    "pixart": Tiny("pixart", {**PICTURE, "max_sequence_length": 16, "num_inference_steps": 8, "guidance_scale": 4.5}),
-    "cogvideox": Tiny(
+    "sd": TinyModel("sd", {**PICTURE_SIZE, "num_inference_steps": 8, "guidance_scale": 5.0}),
+    "sd2": TinyModel(
+        "sd", {**PICTURE_SIZE, "num_inference_steps": 8, "guidance_scale": 5.0}, {"prediction": "v_prediction"}
+    ),
+    "sdxl": TinyModel("sdxl", {**PICTURE_SIZE, "num_inference_steps": 8, "guidance_scale": 5.0}),
+    "sdxl-refiner": TinyModel("sdxl_refiner", {**PICTURE_SIZE, "num_inference_steps": 8, "guidance_scale": 5.0}),
+    "sd3": TinyModel(
+        "sd3", {**PICTURE_SIZE, "max_sequence_length": 16, "num_inference_steps": 8, "guidance_scale": 5.0}
+    ),
+    "pixart": TinyModel(
+        "pixart", {**PICTURE_SIZE, "max_sequence_length": 16, "num_inference_steps": 8, "guidance_scale": 4.5}
+    ),
+    "cogvideox": TinyModel(
         "cogvideox",
         {
             "height": 64,
@@ -55,15 +63,15 @@ NAMES = {
 }
 
 
-def build(name: str, seed: int = 0) -> Any:
-    """The pipeline `name` of `NAMES`, on the CPU in float32 and eval mode. Raises KeyError for a name that is not there."""
-    tiny = NAMES[name]
+def build_tiny_pipeline(name: str, seed: int = 0) -> Any:
+    """The pipeline `name` of `TINY_MODELS`, on the CPU in float32 and eval mode. Raises KeyError for a name that is not there."""
+    tiny = TINY_MODELS[name]
     return importlib.import_module(f".{tiny.module}", __name__).build(seed, **tiny.arguments)
 
 
-def save(name: str, folder: Path, seed: int = 0) -> Path:
+def save_tiny_pipeline(name: str, folder: Path, seed: int = 0) -> Path:
     """Writes that pipeline and its defaults as a folder that `--model` accepts, and returns it."""
-    return save_pipeline(build(name, seed), folder, NAMES[name].defaults)
+    return save_pipeline(build_tiny_pipeline(name, seed), folder, TINY_MODELS[name].defaults)
 
 
 def save_pipeline(pipe: Any, folder: Path, defaults: Mapping[str, int | float]) -> Path:

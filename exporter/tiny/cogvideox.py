@@ -50,9 +50,9 @@ def transformer(seed: int) -> CogVideoXTransformer3DModel:
         temporal_compression_ratio=4,
         max_text_seq_length=16,
     )
-    parts.seeded(model, seed)
+    parts.seed_weights(model, seed)
     for block in model.transformer_blocks:
-        parts.scaled(block.get_submodule("attn1.to_out.0"), 3.0)  # one token in twelve is text
+        parts.scale_layer(block.get_submodule("attn1.to_out.0"), 3.0)  # one token in twelve is text
     return model
 
 
@@ -71,7 +71,7 @@ def vae(seed: int) -> AutoencoderKLCogVideoX:
         sample_height=64,
         sample_width=64,
     )
-    parts.seeded(model, seed)
-    parts.scaled(model.decoder.conv_out.conv, 0.12)
-    parts.posterior(model.encoder.conv_out.conv, 4, 1 / scaling)
+    parts.seed_weights(model, seed)
+    parts.scale_layer(model.decoder.conv_out.conv, 0.12)
+    parts.set_posterior(model.encoder.conv_out.conv, 4, 1 / scaling)
     return model

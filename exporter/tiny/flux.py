@@ -35,7 +35,7 @@ def transformer(seed: int, *, guidance: bool = True, heads: int = 2) -> FluxTran
         guidance_embeds=guidance,
         axes_dims_rope=(4, 14, 14),
     )
-    return parts.seeded(model, seed)
+    return parts.seed_weights(model, seed)
 
 
 def scheduler(*, dynamic: bool) -> FlowMatchEulerDiscreteScheduler:

@@ -25,7 +25,7 @@ from transformers import (
     T5Tokenizer,
 )
 
-WORDS = tuple(
+TOKEN_WORDS = tuple(
     """
 a an the of on in at with and by under above left right next to from for is
 large small big tiny red blue green yellow white black orange purple pink brown grey golden dark bright
@@ -40,7 +40,7 @@ CLIP_TOKENS = 16
 Module = TypeVar("Module", bound=nn.Module)
 
 
-def seeded(module: Module, seed: int, gain: float = 1.0) -> Module:
+def seed_weights(module: Module, seed: int, gain: float = 1.0) -> Module:
     """`module` in eval mode with drawn weights: a layer of it gives its input's variance times `gain` squared.
 
     Norms keep 1 and 0. Other biases are small, so that zeros do not stay zeros.
@@ -60,11 +60,11 @@ def seeded(module: Module, seed: int, gain: float = 1.0) -> Module:
                 parameter.copy_(torch.from_numpy(bound * draw.uniform(-1.0, 1.0, shape)))
         for part in module.modules():
             if isinstance(part, TimestepEmbedding):
-                part.linear_1.weight.mul_(slow(part.linear_1.in_features))
+                part.linear_1.weight.mul_(slow_factors(part.linear_1.in_features))
     return module.eval()
 
 
-def slow(channels: int) -> torch.Tensor:
+def slow_factors(channels: int) -> torch.Tensor:
     """Factors [channels] for the sinusoids of a time, both halves alike: the fast ones are weak, as in trained models.
 
     Else what bfloat16 makes of a time (guidance 3.5 is 3504 in place of 3500 thousandths) would be another model.
@@ -78,7 +78,7 @@ def is_norm(part: nn.Module) -> bool:
     return "Norm" in type(part).__name__
 
 
-def scaled(layer: Any, factor: float) -> None:
+def scale_layer(layer: Any, factor: float) -> None:
     """Multiplies weight and bias, so that the layer's output is `factor` times what it was."""
     with torch.no_grad():
         for parameter in layer.parameters():
@@ -86,14 +86,14 @@ def scaled(layer: Any, factor: float) -> None:
 
 
 def clip_tokenizer(*, max_length: int = CLIP_TOKENS, pad: str = "<|endoftext|>") -> CLIPTokenizer:
-    """CLIP's byte-level BPE: bytes, bytes that end a word, merges that make each of `WORDS` one token, two specials.
+    """CLIP's byte-level BPE: bytes, bytes that end a word, merges that make each of `TOKEN_WORDS` one token, two specials.
 
     `pad="!"` is the second tokenizer of SDXL and SD3: the token with id 0.
     """
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges: list[tuple[str, str]] = []
-    for word in WORDS:
-        pieces = merged([*word[:-1], word[-1] + "</w>"], merges)
+    for word in TOKEN_WORDS:
+        pieces = merge_pieces([*word[:-1], word[-1] + "</w>"], merges)
         for piece in pieces[1:]:
             merges.append((pieces[0], piece))
             pieces[0] += piece
@@ -102,7 +102,7 @@ def clip_tokenizer(*, max_length: int = CLIP_TOKENS, pad: str = "<|endoftext|>")
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=max_length, pad_token=pad)
 
 
-def merged(pieces: list[str], merges: list[tuple[str, str]]) -> list[str]:
+def merge_pieces(pieces: list[str], merges: list[tuple[str, str]]) -> list[str]:
     """What byte pair encoding makes of `pieces` with `merges`, the first of which go first."""
     ranks = {pair: rank for rank, pair in enumerate(merges)}
     while known := [pair for pair in pairwise(pieces) if pair in ranks]:
@@ -118,9 +118,9 @@ def merged(pieces: list[str], merges: list[tuple[str, str]]) -> list[str]:
 
 
 def t5_tokenizer(*, max_length: int) -> T5Tokenizer:
-    """T5's unigram pieces: `WORDS`, and the printable ASCII characters for whatever else is typed; ends with </s>."""
+    """T5's unigram pieces: `TOKEN_WORDS`, and the printable ASCII characters for whatever else is typed; ends with </s>."""
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -4.0)]
-    pieces += [("▁" + word, -1.0) for word in WORDS] + [(chr(code), -6.0) for code in range(33, 127)]
+    pieces += [("▁" + word, -1.0) for word in TOKEN_WORDS] + [(chr(code), -6.0) for code in range(33, 127)]
     return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=max_length)
 
 
@@ -141,7 +141,7 @@ def clip(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return seeded((CLIPTextModelWithProjection if projected else CLIPTextModel)(config), seed)
+    return seed_weights((CLIPTextModelWithProjection if projected else CLIPTextModel)(config), seed)
 
 
 def t5(tokenizer: T5Tokenizer, seed: int, *, width: int = 32) -> T5EncoderModel:
@@ -156,10 +156,10 @@ def t5(tokenizer: T5Tokenizer, seed: int, *, width: int = 32) -> T5EncoderModel:
         feed_forward_proj="gated-gelu",
         dropout_rate=0.0,
     )
-    model = seeded(T5EncoderModel(config), seed)
+    model = seed_weights(T5EncoderModel(config), seed)
     for name, part in model.named_modules():
         if name.endswith("SelfAttention.q"):
-            scaled(part, config.d_kv**-0.5)  # T5 has no other scale in its attention
+            scale_layer(part, config.d_kv**-0.5)  # T5 has no other scale in its attention
     return model
 
 
@@ -178,15 +178,15 @@ def vae(seed: int, *, scaling: float, shift: float | None = None, quant: bool = 
         shift_factor=shift,
         **config,
     )
-    seeded(model, seed)
-    scaled(model.decoder.conv_out, 0.3)
-    posterior(model.encoder.conv_out, 4, 1 / scaling)
+    seed_weights(model, seed)
+    scale_layer(model.decoder.conv_out, 0.3)
+    set_posterior(model.encoder.conv_out, 4, 1 / scaling)
     if quant:
-        pass_on(model.quant_conv)
+        set_identity(model.quant_conv)
     return model
 
 
-def posterior(layer: Any, channels: int, spread: float) -> None:
+def set_posterior(layer: Any, channels: int, spread: float) -> None:
     """Makes of an encoder's last layer one that gives means of about `spread`, and a standard deviation 0.05 of that."""
     with torch.no_grad():
         layer.weight[:channels] *= spread
@@ -195,7 +195,7 @@ def posterior(layer: Any, channels: int, spread: float) -> None:
         layer.bias[channels:] = 2 * float(np.log(0.05 * spread))
 
 
-def pass_on(layer: Any) -> None:
+def set_identity(layer: Any) -> None:
     """Makes a convolution of one pixel give what it gets."""
     with torch.no_grad():
         layer.weight.copy_(torch.eye(len(layer.weight))[:, :, None, None])

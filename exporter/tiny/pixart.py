@@ -36,11 +36,11 @@ def transformer(seed: int) -> PixArtTransformer2DModel:
         caption_channels=32,
         use_additional_conditions=False,
     )
-    parts.seeded(model, seed)
+    parts.seed_weights(model, seed)
     for block in model.transformer_blocks:
         for layer in ("attn1.to_out.0", "attn2.to_out.0", "ff.net.2"):
-            parts.scaled(block.get_submodule(layer), 0.4)
-    parts.scaled(model.adaln_single.emb.timestep_embedder.linear_2, 0.3)
+            parts.scale_layer(block.get_submodule(layer), 0.4)
+    parts.scale_layer(model.adaln_single.emb.timestep_embedder.linear_2, 0.3)
     pass_noise(model)
     return model
 

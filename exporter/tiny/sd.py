@@ -41,4 +41,4 @@ def unet(seed: int, *, linear: bool) -> UNet2DConditionModel:
         use_linear_projection=linear,
         norm_num_groups=4,
     )
-    return parts.seeded(model, seed)
+    return parts.seed_weights(model, seed)

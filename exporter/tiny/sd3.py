@@ -41,4 +41,4 @@ def transformer(seed: int) -> SD3Transformer2DModel:
         dual_attention_layers=(0,),
         qk_norm="rms_norm",
     )
-    return parts.seeded(model, seed)
+    return parts.seed_weights(model, seed)

@@ -43,7 +43,7 @@ def unet(seed: int, *, text: int, added: int) -> UNet2DConditionModel:
         addition_time_embed_dim=8,
         projection_class_embeddings_input_dim=added,
     )
-    return parts.seeded(model, seed)
+    return parts.seed_weights(model, seed)
 
 
 def scheduler() -> EulerDiscreteScheduler:

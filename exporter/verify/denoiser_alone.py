@@ -20,28 +20,28 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ...runtime.artifact import Artifact, open_artifact
-from ...runtime.attachment.attach import Run, computed, placed
+from ...runtime.attachment.attach import PlanCursor, attach_opened, run_denoiser
 from ...runtime.attachment.facts import graph_name, read_facts
-from ...runtime.attachment.follow import Followed
+from ...runtime.attachment.scheduler_observer import SchedulerObserver
 from ...runtime.errors import ArtifactError, ExportError
 from ...runtime.manifest import Manifest
 from ...runtime.plan import Plan
-from ..denoiser_alone.prepare import requested_by
-from ..denoiser_alone.recording import record
+from ..denoiser_alone.prepare import recipe_request
+from ..denoiser_alone.recording import record_pipeline
 from ..load import source
 from ..package.folder import file_entries
 from ..prompts import picture_prompts
 from ..recipe.resolve import Recipe
 from ..sites.component import Component
-from .golden import GOLDEN_BYTES, Replayed, golden_path, tolerance_of
-from .measure import Call, Drawn, Tap, relative_error
+from .golden import GOLDEN_BYTES, GoldenReplay, golden_path, tolerance_of
+from .measure import DrawnPicture, GraphCall, GraphTap, relative_error
 
 
 @dataclass(frozen=True)
-class Joined(Call):
+class EvaluationCall(GraphCall):
     """The denoiser's calls of one evaluation as one: outputs flat, one after the other, and their times added."""
 
-    parts: tuple[Call, ...] = ()
+    parts: tuple[GraphCall, ...] = ()
 
 
 class AttachedReplayer:
@@ -52,58 +52,58 @@ class AttachedReplayer:
 
     def __init__(self, artifact: Artifact, recipe: Recipe, model: str) -> None:
         self.artifact, self.recipe, self.model = artifact, recipe, model
-        self._calls: list[Call] = []
+        self._calls: list[GraphCall] = []
         sites = {tensor for site in artifact.manifest.sites for tensor in site.tensors}
-        taps = {name: Tap(bound, sites, self._calls) for name, bound in artifact.graphs.items()}
+        taps = {name: GraphTap(bound, sites, self._calls) for name, bound in artifact.graphs.items()}
         self._tapped = replace(artifact, graphs=taps)
 
     @cached_property
-    def loaded(self) -> source.Loaded:
+    def loaded(self) -> source.LoadedPipeline:
         """The pipeline that the artifact is attached to, on its device. Noise is drawn on the CPU all the same."""
-        loaded = load(self.recipe, self.model, None)
+        loaded = load_recipe_pipeline(self.recipe, self.model, None)
         loaded.pipe.to(self.artifact.device)
         return loaded
 
-    def draw(self, prompt: str, seed: int, plan: Plan) -> Drawn:
+    def draw(self, prompt: str, seed: int, plan: Plan) -> DrawnPicture:
         """One picture, by that plan. Raises ExportError for a prompt that the artifact does not cover."""
         self._calls.clear()
-        with placed(self.loaded.pipe, self._tapped, plan.cache != "none"):
+        with attach_opened(self.loaded.pipe, self._tapped, plan.cache != "none"):
             try:
-                return drawn(self.recipe, self.loaded, prompt, seed, plan.steps, self._calls)
+                return draw_picture(self.recipe, self.loaded, prompt, seed, plan.steps, self._calls)
             except ArtifactError as e:
                 raise ExportError(f"prompt {prompt!r}: {e}; or set verify.prompts to prompts that it covers") from e
 
     def only(self, plans: Mapping[str, Plan]) -> AttachedReplayer:
-        """The same with these plans alone."""
+        """A replayer of the same artifact with these plans alone."""
         fewer = AttachedReplayer(replace(self.artifact, plans=plans), self.recipe, self.model)
         if "loaded" in vars(self):
             fewer.loaded = self.loaded
         return fewer
 
-    def evaluations(self, drawn: Drawn) -> tuple[Joined, ...]:
-        """One for each of the plan's evaluations."""
+    def evaluations(self, drawn: DrawnPicture) -> tuple[EvaluationCall, ...]:
+        """The denoiser's calls joined evaluation by evaluation, in the plan's order."""
         calls = iter(drawn.calls)
-        plan = next(p for p in self.artifact.plans.values() if fits(p, drawn.calls))
-        return tuple(joined(e.variant, [next(calls) for _ in e.calls]) for e in plan.evaluations)
+        plan = next(p for p in self.artifact.plans.values() if has_plan_calls(p, drawn.calls))
+        return tuple(join_calls(e.variant, [next(calls) for _ in e.calls]) for e in plan.evaluations)
 
 
-def fits(plan: Plan, calls: Sequence[Call]) -> bool:
-    """Whether these are the graphs that the plan calls."""
+def has_plan_calls(plan: Plan, calls: Sequence[GraphCall]) -> bool:
+    """True if these are the graphs that the plan calls, in its order."""
     return [graph_name(e.variant, c.of) for e in plan.evaluations for c in e.calls] == [c.graph for c in calls]
 
 
-def joined(variant: str, parts: Sequence[Call]) -> Joined:
+def join_calls(variant: str, parts: Sequence[GraphCall]) -> EvaluationCall:
     sample = torch.cat([c.outputs["sample"].reshape(-1) for c in parts])
-    return Joined(variant, parts[0].inputs, {"sample": sample}, sum(c.ms for c in parts), tuple(parts))
+    return EvaluationCall(variant, parts[0].inputs, {"sample": sample}, sum(c.ms for c in parts), tuple(parts))
 
 
 class AttachedReference:
     """The pipeline as diffusers runs it, in float32."""
 
-    def __init__(self, recipe: Recipe, loaded: source.Loaded) -> None:
+    def __init__(self, recipe: Recipe, loaded: source.LoadedPipeline) -> None:
         self._recipe, self._loaded = recipe, loaded
-        request = requested_by(recipe, loaded, picture_prompts(recipe)[0])
-        self._denoisers = record(loaded.pipe, request, ()).components()
+        request = recipe_request(recipe, loaded, picture_prompts(recipe)[0])
+        self._denoisers = record_pipeline(loaded.pipe, request, ()).components()
 
     @property
     def scheduler(self) -> str:
@@ -111,59 +111,63 @@ class AttachedReference:
         return type(self._loaded.pipe.scheduler).__name__
 
     @torch.no_grad()
-    def draw(self, prompt: str, seed: int, steps: int) -> Drawn:
-        return drawn(self._recipe, self._loaded, prompt, seed, steps, ())
+    def draw(self, prompt: str, seed: int, steps: int) -> DrawnPicture:
+        return draw_picture(self._recipe, self._loaded, prompt, seed, steps, ())
 
     @torch.no_grad()
-    def evaluate(self, call: Call) -> tuple[Tensor, float]:
+    def evaluate(self, call: GraphCall) -> tuple[Tensor, float]:
         """What the denoiser returns at the inputs of one evaluation, flat, and its milliseconds."""
-        assert isinstance(call, Joined)
+        assert isinstance(call, EvaluationCall)
         start = time.perf_counter()
         samples = [self._denoiser(part).module(*self._given(part)) for part in call.parts]
         return torch.cat([s.reshape(-1) for s in samples]), (time.perf_counter() - start) * 1e3
 
-    def _denoiser(self, part: Call) -> Component:
+    def _denoiser(self, part: GraphCall) -> Component:
         _, _, number = part.graph.partition(".call")
         return self._denoisers[int(number) - 1 if number else 0]
 
-    def _given(self, part: Call) -> list[Tensor]:
+    def _given(self, part: GraphCall) -> list[Tensor]:
         tensors = (part.inputs[name] for name in self._denoiser(part).inputs)
         return [t.float() if t.is_floating_point() else t for t in tensors]
 
 
-def load(recipe: Recipe, model: str, dtypes: dict[str, torch.dtype] | None) -> source.Loaded:
+def load_recipe_pipeline(recipe: Recipe, model: str, dtypes: dict[str, torch.dtype] | None) -> source.LoadedPipeline:
     """The pipeline with the recipe's scheduler, in these dtypes or the recipe's own."""
-    from ..settle import dtypes as dtypes_of
-    from ..settle import with_scheduler
+    from ..settle import component_dtypes as dtypes_of
+    from ..settle import set_scheduler
 
-    loaded = source.load(model, recipe.model.revision, dtypes or dtypes_of(recipe), recipe.model.config)
+    loaded = source.load_model(model, recipe.model.revision, dtypes or dtypes_of(recipe), recipe.model.config)
     loaded.pipe.set_progress_bar_config(disable=True)
-    with_scheduler(loaded.pipe, recipe.sampler.scheduler)
+    set_scheduler(loaded.pipe, recipe.sampler.scheduler)
     return loaded
 
 
-def drawn(recipe: Recipe, loaded: source.Loaded, prompt: str, seed: int, steps: int, calls: Sequence[Call]) -> Drawn:
+def draw_picture(
+    recipe: Recipe, loaded: source.LoadedPipeline, prompt: str, seed: int, steps: int, calls: Sequence[GraphCall]
+) -> DrawnPicture:
     """One call of the pipeline as it is now, in the CPU's memory. `calls` are what was on record when it is done."""
     pipe = loaded.pipe
-    with stepping(pipe.scheduler) as last:
+    with watch_last_step(pipe.scheduler) as last:
         start = time.perf_counter()
-        result = pipe(**requested_by(recipe, loaded, prompt, output_type="pt")(steps, seed))
+        result = pipe(**recipe_request(recipe, loaded, prompt, output_type="pt")(steps, seed))
         seconds = time.perf_counter() - start
-    return Drawn(picture(type(pipe).__name__, result).cpu(), last[-1].cpu(), seconds, tuple(calls))
+    return DrawnPicture(picture_tensor(type(pipe).__name__, result).cpu(), last[-1].cpu(), seconds, tuple(calls))
 
 
 @contextlib.contextmanager
-def stepping(scheduler: Any) -> Iterator[list[Tensor]]:
+def watch_last_step(scheduler: Any) -> Iterator[list[Tensor]]:
     """A list that holds what the scheduler's `step` returned last."""
     last: list[Tensor] = []
-    scheduler.step = Followed(scheduler, "step", lambda result, *_, **__: last.__setitem__(slice(None), [result[0]]))
+    scheduler.step = SchedulerObserver(
+        scheduler, "step", lambda result, *_, **__: last.__setitem__(slice(None), [result[0]])
+    )
     try:
         yield last
     finally:
         del scheduler.step
 
 
-def picture(pipeline: str, result: Any) -> Tensor:
+def picture_tensor(pipeline: str, result: Any) -> Tensor:
     """The pipeline's picture [1, 3, H, W], or its video [1, T, 3, H, W], in 0..1. Raises ExportError for anything else."""
     value = next(iter(result.values()))
     if isinstance(value, Tensor) and value.dim() in (4, 5) and value.shape[-3] == 3:
@@ -176,20 +180,20 @@ def picture(pipeline: str, result: Any) -> Tensor:
 # --- golden vectors -------------------------------------------------------------------------------------------------
 
 
-def write_golden(folder: Path, manifest: Manifest, recipe: Recipe, model: str) -> Manifest:
+def write_attached_golden(folder: Path, manifest: Manifest, recipe: Recipe, model: str) -> Manifest:
     """The manifest with `golden/<plan>.safetensors` among its files: the calls of one picture, as many as fit.
 
     Raises ExportError where the denoiser gives NaN or infinity.
     """
     replayer = AttachedReplayer(open_artifact(folder), recipe, model)
     for name in replayer.artifact.plans:
-        write_plan_golden(replayer, recipe, name)
+        write_attached_plan_golden(replayer, recipe, name)
     manifest = manifest.model_copy(update={"files": file_entries(folder)})
     (folder / "manifest.json").write_text(manifest.to_json(), "utf-8")
     return manifest
 
 
-def write_plan_golden(replayer: AttachedReplayer, recipe: Recipe, name: str) -> None:
+def write_attached_plan_golden(replayer: AttachedReplayer, recipe: Recipe, name: str) -> None:
     """The golden vectors of one plan, in the folder of the replayer's artifact.
 
     `input.<e>.<b>.<name>` and `output.<e>.<b>` are of the b-th call of evaluation e; an input that is equal at every
@@ -205,10 +209,10 @@ def write_plan_golden(replayer: AttachedReplayer, recipe: Recipe, name: str) -> 
             )
     path = artifact.folder / golden_path(name)
     path.parent.mkdir(exist_ok=True)
-    save_file(golden_tensors(evaluations), path)
+    save_file(attached_golden_tensors(evaluations), path)
 
 
-def golden_tensors(evaluations: Sequence[Joined]) -> dict[str, Tensor]:
+def attached_golden_tensors(evaluations: Sequence[EvaluationCall]) -> dict[str, Tensor]:
     """The first evaluations, as many as are within the bytes of a golden file, and at least one."""
     tensors: dict[str, Tensor] = {}
     for e, evaluation in enumerate(evaluations):
@@ -229,22 +233,24 @@ def golden_tensors(evaluations: Sequence[Joined]) -> dict[str, Tensor]:
     return {name: t.contiguous().clone() for name, t in tensors.items()}
 
 
-def replay_golden(artifact: Artifact, plan: Plan) -> Replayed:
+def replay_attached_golden(artifact: Artifact, plan: Plan) -> GoldenReplay:
     """The stored calls made again."""
     stored = load_file(artifact.folder / golden_path(plan.name))
-    facts, run = read_facts(artifact), Run(plan)
+    facts, run = read_facts(artifact), PlanCursor(plan)
     errors: list[list[float]] = []
     bitwise = True
     while (call := run.call) and f"output.{run.evaluation}.{run.branch}" in stored:
         e, b = run.evaluation, run.branch
         names = (a.name for a in facts.calls[call.of] if a.is_input)
         given = {n: stored.get(f"input.{b}.{n}", stored.get(f"input.{e}.{b}.{n}")) for n in names}
-        sample = computed(artifact, run, call, {n: t.to(artifact.device) for n, t in given.items() if t is not None})
+        sample = run_denoiser(
+            artifact, run, call, {n: t.to(artifact.device) for n, t in given.items() if t is not None}
+        )
         reference = stored[f"output.{e}.{b}"].to(artifact.device)
         errors += [[]] if b == 0 else []
         errors[e].append(relative_error(sample, reference))
         bitwise = bitwise and torch.equal(sample, reference)
-    return Replayed(
+    return GoldenReplay(
         plan=plan.name,
         evaluations=tuple(range(len(errors))),
         evaluation_errors=tuple(max(of_one) for of_one in errors),

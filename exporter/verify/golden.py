@@ -1,7 +1,7 @@
 """Golden vectors: one picture for each plan, tensor by tensor, so that any machine can see whether it computes the same.
 
 In: a staged artifact; out: `golden/<plan>.safetensors` and the manifest that lists them. Later, in: an artifact; out: a
-`Replayed` for each plan, which fails where the difference is more than other kernels explain. Equal is not good: that
+`GoldenReplay` for each plan, which fails where the difference is more than other kernels explain. Equal is not good: that
 is for `verify.py` to say.
 """
 
@@ -21,11 +21,11 @@ from ...runtime.errors import ExportError
 from ...runtime.manifest import Manifest
 from ...runtime.plan import Plan
 from ..families.picture import VAE_ENCODER
-from ..families.text import ENCODER
+from ..families.text import TEXT_ENCODER
 from ..package.folder import file_entries
 from ..prompts import picture_prompts
 from ..recipe.resolve import Recipe
-from .measure import Drawn, Replayer, as_array, largest, psnr_db, relative_error
+from .measure import DrawnPicture, Replayer, image_array, largest_error, psnr_db, relative_error
 
 GOLDEN_BYTES = 64 << 20  # of one plan's denoiser outputs
 
@@ -50,7 +50,7 @@ TOLERANCES = {
 }
 # Seen with torch 2.13, oneDNN held to AVX-512 without VNNI: float32 model, int8 layers, error 0.001 against eager
 # becomes 0.02. There, pairs of 8-bit products are added in 16 bits.
-NO_VNNI = "this CPU has no VNNI, so sums of int8 products saturate at 16 bits; take a CPU that has it, or export with quantize.method=none"
+NO_VNNI_HINT = "this CPU has no VNNI, so sums of int8 products saturate at 16 bits; take a CPU that has it, or export with quantize.method=none"
 
 
 def write_golden(folder: Path, manifest: Manifest, recipe: Recipe) -> Manifest:
@@ -71,7 +71,7 @@ def write_plan_golden(replayer: Replayer, recipe: Recipe, name: str) -> None:
     plan, prompt = replayer.artifact.plans[name], picture_prompts(recipe)[0]
     drawn = replayer.draw(prompt, 0, plan)
     check_finite(replayer, drawn, name)
-    kept, dtype = evaluations_kept(replayer, drawn)
+    kept, dtype = golden_evaluations(replayer, drawn)
     path = replayer.artifact.folder / golden_path(name)
     path.parent.mkdir(exist_ok=True)
     save_file(golden_tensors(replayer, drawn, prompt, 0, kept, dtype), path)
@@ -81,12 +81,12 @@ def golden_path(plan: str) -> str:
     return f"golden/{plan}.safetensors"
 
 
-def lacking_golden(folder: Path, plans: Iterable[str]) -> tuple[str, ...]:
-    """Which of an artifact's plans have no golden vectors: all, where it was exported on a machine that cannot run it."""
+def plans_without_golden(folder: Path, plans: Iterable[str]) -> tuple[str, ...]:
+    """The plans without golden vectors: all, where the artifact was exported on a machine that cannot run it."""
     return tuple(name for name in plans if not (folder / golden_path(name)).is_file())
 
 
-def check_finite(replayer: Replayer, drawn: Drawn, plan: str) -> None:
+def check_finite(replayer: Replayer, drawn: DrawnPicture, plan: str) -> None:
     for e, call in enumerate(replayer.evaluations(drawn)):
         if not all(t.isfinite().all() for t in call.outputs.values()):
             raise ExportError(
@@ -95,7 +95,7 @@ def check_finite(replayer: Replayer, drawn: Drawn, plan: str) -> None:
             )
 
 
-def evaluations_kept(replayer: Replayer, drawn: Drawn) -> tuple[list[int], torch.dtype]:
+def golden_evaluations(replayer: Replayer, drawn: DrawnPicture) -> tuple[list[int], torch.dtype]:
     """Which evaluations' outputs a golden file keeps, and in what: all in float32 or float16 if they fit, else as many as do."""
     outputs = [c.outputs["sample"] for c in replayer.evaluations(drawn)]
     n, one = len(outputs), outputs[0].numel()
@@ -106,7 +106,7 @@ def evaluations_kept(replayer: Replayer, drawn: Drawn) -> tuple[list[int], torch
 
 
 def golden_tensors(
-    replayer: Replayer, drawn: Drawn, prompt: str, seed: int, kept: Sequence[int], dtype: torch.dtype
+    replayer: Replayer, drawn: DrawnPicture, prompt: str, seed: int, kept: Sequence[int], dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """What is kept of one picture. Not safetensors' metadata, which it writes in any order: prompt and seed are tensors too.
 
@@ -121,11 +121,11 @@ def golden_tensors(
         "initial_latents": evaluations[0].inputs["hidden_states"],
         "outputs": torch.cat([evaluations[e].outputs["sample"] for e in kept]).to(dtype),
         "final_latents": drawn.latents,
-        "image": torch.from_numpy((as_array(drawn.image) * 255).round().astype("uint8")),
+        "image": torch.from_numpy((image_array(drawn.image) * 255).round().astype("uint8")),
     }
     encoded = 0  # how often the text encoder was called: a negative prompt is a call more
     for call in drawn.calls:
-        if call.graph == ENCODER:
+        if call.graph == TEXT_ENCODER:
             tensors |= {f"input_ids.{encoded}.{name}": t for name, t in call.inputs.items()}
             tensors |= {f"embeddings.{encoded}.{name}": t for name, t in call.outputs.items()}
             encoded += 1
@@ -135,7 +135,7 @@ def golden_tensors(
 
 
 @dataclass(frozen=True)
-class Replayed:
+class GoldenReplay:
     """One plan's golden vectors against their replay here. `bitwise` is whether every tensor is the same to the bit. Latents
     and picture are None of a denoiser alone."""
 
@@ -165,7 +165,7 @@ class Replayed:
             )
         for what, error in (
             ("embeddings", self.embeddings_relative_error),
-            ("denoiser outputs", largest(self.evaluation_errors)),
+            ("denoiser outputs", largest_error(self.evaluation_errors)),
             ("final latents", self.final_latents_relative_error),
         ):
             if error is not None and not error <= allowed:
@@ -179,7 +179,7 @@ class Replayed:
         return tuple(f"golden replay of plan {self.plan!r}: {sentence}" for sentence in found)
 
 
-def replay_golden(replayer: Replayer, plan: Plan) -> Replayed:
+def replay_golden(replayer: Replayer, plan: Plan) -> GoldenReplay:
     """The stored prompt and seed drawn again."""
     artifact = replayer.artifact
     stored = load_file(artifact.folder / golden_path(plan.name))
@@ -191,11 +191,11 @@ def replay_golden(replayer: Replayer, plan: Plan) -> Replayed:
     # latents that begin from a picture went through a graph, and are as close as graphs are
     encoded = any(name.startswith("embeddings.image.") for name in stored)
     room = tolerance.relative_error if encoded else 0.0
-    return Replayed(
+    return GoldenReplay(
         plan=plan.name,
         evaluations=tuple(kept),
         evaluation_errors=tuple(map(relative_error, fresh["outputs"], stored["outputs"])),
-        embeddings_relative_error=largest(relative_error(fresh[name], stored[name]) for name in embeddings),
+        embeddings_relative_error=largest_error(relative_error(fresh[name], stored[name]) for name in embeddings),
         initial_latents_equal=relative_error(*starts) <= room,
         input_ids_equal=all(torch.equal(fresh[name], stored[name]) for name in stored if name.startswith("input_ids.")),
         final_latents_relative_error=relative_error(fresh["final_latents"], stored["final_latents"]),
@@ -206,12 +206,12 @@ def replay_golden(replayer: Replayer, plan: Plan) -> Replayed:
 
 
 def tolerance_of(manifest: Manifest) -> Tolerance:
-    """That of the coarsest arithmetic in the graphs."""
+    """The tolerance of the coarsest arithmetic in the graphs."""
     treatments = {treatment for treatment, _ in manifest.layers.values()}
     if "fp8" in treatments:
         return TOLERANCES["fp8"]
     if "int8" in treatments:
         lacking = manifest.requires.machine == "x86_64" and not {"avx512_vnni", "avx_vnni"} & cpu_flags()
-        return replace(TOLERANCES["int8"], way_out=NO_VNNI) if lacking else TOLERANCES["int8"]
+        return replace(TOLERANCES["int8"], way_out=NO_VNNI_HINT) if lacking else TOLERANCES["int8"]
     used = set(manifest.recipe.get("precision", {}).values())
     return next(t for dtype, t in TOLERANCES.items() if dtype in used or dtype == "float32")

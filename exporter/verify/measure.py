@@ -1,6 +1,6 @@
 """Quality: an artifact and the eager pipeline draw the same prompts and seeds, and figures say how far apart they are.
 
-In: an open artifact, and optionally the float32 diffusers pipeline that it was made of. Out: `Drawn` pictures, and
+In: an open artifact, and optionally the float32 diffusers pipeline that it was made of. Out: `DrawnPicture` pictures, and
 one `Sample` of figures for each picture and plan. The artifact is called as its user calls it, through the runtime's `Pipeline`; its
 graphs are tapped, so that every evaluation's inputs, outputs and time are seen and no loop is written twice.
 Times are wall times on the CPU.
@@ -23,13 +23,13 @@ from ...runtime.artifact import Artifact, BoundGraph
 from ...runtime.manifest import Graph
 from ...runtime.pipeline import Pipeline
 from ...runtime.plan import Plan
-from ..families.picture import Size, example
-from ..load.source import EMBEDDED
+from ..families.picture import Size, example_picture
+from ..load.source import EMBEDDED_MODELS
 from ..progress import Progress
 
-ROWS = 6  # that a report shows
-LEAST_MSE = 1e-12  # pictures closer than this are equal: 120 dB
-Job = tuple[str, int]
+REPORT_ROWS = 6  # that a report shows
+MIN_MSE = 1e-12  # pictures closer than this are equal: 120 dB
+PictureJob = tuple[str, int]
 """A prompt and the seed of its noise."""
 
 
@@ -37,7 +37,7 @@ def psnr_db(a: Tensor, b: Tensor) -> float:
     """Peak signal-to-noise ratio of two pictures in 0..1, or of all frames of two videos, in dB, 120 at most. Not rounded to
     8 bits, which would end at 59."""
     mse = (a.double() - b.double()).square().mean().item()
-    return mse if math.isnan(mse) else -10 * math.log10(max(mse, LEAST_MSE))
+    return mse if math.isnan(mse) else -10 * math.log10(max(mse, MIN_MSE))
 
 
 def ssim(a: Tensor, b: Tensor) -> float:
@@ -61,7 +61,7 @@ def relative_error(value: Tensor, reference: Tensor) -> float:
     return difference / size if size else math.inf
 
 
-def largest(errors: Iterable[float]) -> float:
+def largest_error(errors: Iterable[float]) -> float:
     """The largest, and NaN is larger than any: `max` would pass over it."""
     return max(errors, key=lambda error: (math.isnan(error), error))
 
@@ -70,7 +70,7 @@ def largest(errors: Iterable[float]) -> float:
 
 
 @dataclass(frozen=True)
-class Call:
+class GraphCall:
     """One call of one graph. What it read from and stored to sites is left out: it can be larger than the latents by far."""
 
     graph: str
@@ -80,20 +80,20 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Drawn:
+class DrawnPicture:
     """A picture [1, 3, H, W] in 0..1, or a video [1, T, 3, H, W], the final latents it was decoded from, and the wall time
     of the whole call."""
 
     image: Tensor
     latents: Tensor
     seconds: float
-    calls: tuple[Call, ...] = ()
+    calls: tuple[GraphCall, ...] = ()
 
 
-class Tap(BoundGraph):
+class GraphTap(BoundGraph):
     """A bound graph that puts every call on record, in the CPU's memory: the pipeline that it is compared with is there."""
 
-    def __init__(self, bound: BoundGraph, sites: Iterable[str], calls: list[Call]) -> None:
+    def __init__(self, bound: BoundGraph, sites: Iterable[str], calls: list[GraphCall]) -> None:
         self.graph: Graph = bound.graph
         self._bound, self._sites, self._calls = bound, frozenset(sites), calls
 
@@ -105,27 +105,27 @@ class Tap(BoundGraph):
         ms = (time.perf_counter() - start) * 1e3
         given = {name: t.cpu() for name, t in inputs.items() if "@" not in name}
         came = {name: t.cpu() for name, t in outputs.items() if name not in self._sites}
-        self._calls.append(Call(self.graph.name, given, came, ms))
+        self._calls.append(GraphCall(self.graph.name, given, came, ms))
         return outputs
 
 
-class Replays(Protocol):
+class ArtifactReplayer(Protocol):
     """What draws with an artifact: `Replayer`, or of a denoiser alone `AttachedReplayer`."""
 
     artifact: Artifact
 
-    def draw(self, prompt: str, seed: int, plan: Plan) -> Drawn: ...
-    def only(self, plans: Mapping[str, Plan]) -> Replays: ...
-    def evaluations(self, drawn: Drawn) -> Sequence[Call]: ...
+    def draw(self, prompt: str, seed: int, plan: Plan) -> DrawnPicture: ...
+    def only(self, plans: Mapping[str, Plan]) -> ArtifactReplayer: ...
+    def evaluations(self, drawn: DrawnPicture) -> Sequence[GraphCall]: ...
 
 
-class References(Protocol):
+class EagerReference(Protocol):
     """What an artifact is held against: `Reference`, or `AttachedReference`."""
 
     @property
     def scheduler(self) -> str: ...
-    def draw(self, prompt: str, seed: int, steps: int) -> Drawn: ...
-    def evaluate(self, call: Call) -> tuple[Tensor, float]: ...
+    def draw(self, prompt: str, seed: int, steps: int) -> DrawnPicture: ...
+    def evaluate(self, call: GraphCall) -> tuple[Tensor, float]: ...
 
 
 class Replayer:
@@ -137,12 +137,12 @@ class Replayer:
     def __init__(self, artifact: Artifact) -> None:
         self.artifact = artifact
         self.variants = frozenset(artifact.variants)
-        self._calls: list[Call] = []
+        self._calls: list[GraphCall] = []
         sites = {tensor for site in artifact.manifest.sites for tensor in site.tensors}
-        taps = {name: Tap(bound, sites, self._calls) for name, bound in artifact.graphs.items()}
+        taps = {name: GraphTap(bound, sites, self._calls) for name, bound in artifact.graphs.items()}
         self._pipe = Pipeline(replace(artifact, graphs=taps))
 
-    def draw(self, prompt: str, seed: int, plan: Plan) -> Drawn:
+    def draw(self, prompt: str, seed: int, plan: Plan) -> DrawnPicture:
         self._calls.clear()
         arguments = call_arguments(self._pipe, seed, plan)
         start = time.perf_counter()
@@ -150,13 +150,13 @@ class Replayer:
         seconds = time.perf_counter() - start
         calls = tuple(self._calls)
         latents = next(c.inputs["latents"] for c in calls if c.graph == "vae_decoder")
-        return Drawn(output[0].cpu(), latents, seconds, calls)
+        return DrawnPicture(output[0].cpu(), latents, seconds, calls)
 
     def only(self, plans: Mapping[str, Plan]) -> Replayer:
-        """The same with these plans alone."""
+        """A replayer of the same artifact with these plans alone."""
         return Replayer(replace(self.artifact, plans=plans))
 
-    def evaluations(self, drawn: Drawn) -> tuple[Call, ...]:
+    def evaluations(self, drawn: DrawnPicture) -> tuple[GraphCall, ...]:
         """The denoiser's calls, in the order of the plan's evaluations."""
         return tuple(c for c in drawn.calls if c.graph in self.variants)
 
@@ -174,7 +174,7 @@ def example_arguments(pipe: Pipeline, seed: int) -> dict[str, Any]:
     if picture is None or not picture.required:
         return {}
     whole = {"strength": 1.0} if picture.role == "start" else {}
-    return {"image": example(Size(picture.height, picture.width, 0), seed), **whole}
+    return {"image": example_picture(Size(picture.height, picture.width, 0), seed), **whole}
 
 
 class Reference:
@@ -192,13 +192,13 @@ class Reference:
         return type(self._pipe.scheduler).__name__
 
     @torch.no_grad()
-    def draw(self, prompt: str, seed: int, steps: int) -> Drawn:
+    def draw(self, prompt: str, seed: int, steps: int) -> DrawnPicture:
         start = time.perf_counter()
         latents, image = self._family.draw(self._pipe, prompt, seed, steps, self._guidance_scale, self._size)
-        return Drawn(image, latents, time.perf_counter() - start)
+        return DrawnPicture(image, latents, time.perf_counter() - start)
 
     @torch.no_grad()
-    def evaluate(self, call: Call) -> tuple[Tensor, float]:
+    def evaluate(self, call: GraphCall) -> tuple[Tensor, float]:
         """The denoiser's output at this call's inputs (the artifact's own, so errors do not add up), and its milliseconds."""
         given = (call.inputs[name] for name in self._denoiser.inputs)
         args = [t.float() if t.is_floating_point() else t for t in given]
@@ -211,16 +211,16 @@ class Reference:
 
 
 @dataclass(frozen=True)
-class Row:
+class PictureRow:
     """One prompt and seed: drawn in eager at each number of steps, and by the artifact with each plan."""
 
     prompt: str
     seed: int
-    eager: Mapping[int, Drawn]
-    plans: Mapping[str, Drawn]
+    eager: Mapping[int, DrawnPicture]
+    plans: Mapping[str, DrawnPicture]
 
-    def bare(self) -> Row:
-        """The same without the graphs' calls, whose tensors are large."""
+    def drop_calls(self) -> PictureRow:
+        """A copy of the row without the graphs' calls, whose tensors are large."""
         return replace(self, plans={name: replace(drawn, calls=()) for name, drawn in self.plans.items()})
 
 
@@ -243,7 +243,9 @@ class Sample:
     eager_seconds: float
 
 
-def draw_rows(replayer: Replays, reference: References, jobs: Sequence[Job]) -> Iterator[Row]:
+def draw_rows(
+    replayer: ArtifactReplayer, reference: EagerReference, jobs: Sequence[PictureJob]
+) -> Iterator[PictureRow]:
     """Draws every job; eager and plans take turns, so that what slows this machine down slows all of them down.
 
     The first job is drawn once more before, unseen: the first call of anything is slow.
@@ -255,10 +257,12 @@ def draw_rows(replayer: Replays, reference: References, jobs: Sequence[Job]) -> 
             replayer.draw(prompt, seed, plan)
     for prompt, seed in jobs:
         eager = {steps: reference.draw(prompt, seed, steps) for steps in sorted({p.steps for p in plans.values()})}
-        yield Row(prompt, seed, eager, {name: replayer.draw(prompt, seed, p) for name, p in plans.items()})
+        yield PictureRow(prompt, seed, eager, {name: replayer.draw(prompt, seed, p) for name, p in plans.items()})
 
 
-def compare(replayer: Replays, reference: References, row: Row, *, teacher_forced: bool) -> tuple[Sample, ...]:
+def compare_row(
+    replayer: ArtifactReplayer, reference: EagerReference, row: PictureRow, *, teacher_forced: bool
+) -> tuple[Sample, ...]:
     """The figures of a row, plan by plan."""
     samples = []
     for name, drawn in row.plans.items():
@@ -291,42 +295,48 @@ class Comparison:
 
     pictures: tuple[Sample, ...] = ()
     checked: tuple[Sample, ...] = ()
-    rows: tuple[Row, ...] = ()
+    rows: tuple[PictureRow, ...] = ()
     exact_eager: Mapping[int, float] = field(default_factory=dict)
     exact: Mapping[str, float] = field(default_factory=dict)
     checked_pictures: int = 0
 
 
-def measure(
-    replayer: Replays, reference: References, pictures: Sequence[Job], checked: Checked | None, progress: Progress
+def measure_pictures(
+    replayer: ArtifactReplayer,
+    reference: EagerReference,
+    pictures: Sequence[PictureJob],
+    checked: CheckedPrompts | None,
+    progress: Progress,
 ) -> Comparison:
     """Draws all `pictures` and, if there are any, the `checked` prompts.
 
     The evaluations of seed 0 are compared one by one as well, which costs eager another run of the denoiser each.
     """
     samples: list[Sample] = []
-    rows: list[Row] = []
-    progress.doing(f"{len(pictures)} pictures with eager and {len(replayer.artifact.plans)} plans")
+    rows: list[PictureRow] = []
+    progress.announce(f"{len(pictures)} pictures with eager and {len(replayer.artifact.plans)} plans")
     for row in draw_rows(replayer, reference, pictures):
-        samples += compare(replayer, reference, row, teacher_forced=row.seed == 0)
+        samples += compare_row(replayer, reference, row, teacher_forced=row.seed == 0)
         if row.seed == 0:
-            rows.append(row.bare())
+            rows.append(row.drop_calls())
     if checked is None:
-        return Comparison(tuple(samples), rows=tuple(rows[:ROWS]))
-    progress.doing(f"prompt accuracy on {len(checked.prompts)} prompts")
+        return Comparison(tuple(samples), rows=tuple(rows[:REPORT_ROWS]))
+    progress.announce(f"prompt accuracy on {len(checked.prompts)} prompts")
     others: list[Sample] = []
-    more: list[Row] = []
+    more: list[PictureRow] = []
     for row in draw_rows(replayer, reference, [(prompt, i) for i, prompt in enumerate(checked.prompts)]):
-        others += compare(replayer, reference, row, teacher_forced=False)
-        more.append(row.bare())
-    return Comparison(tuple(samples), tuple(others), tuple((rows or more)[:ROWS]), *shares(more, checked), len(more))
+        others += compare_row(replayer, reference, row, teacher_forced=False)
+        more.append(row.drop_calls())
+    return Comparison(
+        tuple(samples), tuple(others), tuple((rows or more)[:REPORT_ROWS]), *exact_shares(more, checked), len(more)
+    )
 
 
-def shares(rows: Sequence[Row], checked: Checked) -> tuple[dict[int, float], dict[str, float]]:
-    """How many pictures are right, of eager by number of steps and of the artifact by plan."""
+def exact_shares(rows: Sequence[PictureRow], checked: CheckedPrompts) -> tuple[dict[int, float], dict[str, float]]:
+    """Shares of pictures that are right, 0..1: of eager by number of steps, and of the artifact by plan."""
 
-    def share(drawn: Sequence[Drawn]) -> float:
-        return checked.exact([as_array(d.image) for d in drawn], [row.prompt for row in rows])
+    def share(drawn: Sequence[DrawnPicture]) -> float:
+        return checked.exact([image_array(d.image) for d in drawn], [row.prompt for row in rows])
 
     eager = {steps: share([row.eager[steps] for row in rows]) for steps in rows[0].eager}
     return eager, {plan: share([row.plans[plan] for row in rows]) for plan in rows[0].plans}
@@ -336,7 +346,7 @@ def shares(rows: Sequence[Row], checked: Checked) -> tuple[dict[int, float], dic
 
 
 @dataclass(frozen=True)
-class Checked:
+class CheckedPrompts:
     """Prompts whose pictures can be judged, each drawn with its index as the seed. `exact` gives the share, 0..1, of the
     images [H, W, 3] that show all that their prompt says."""
 
@@ -344,16 +354,16 @@ class Checked:
     exact: Callable[[list[np.ndarray], list[str]], float]
 
 
-def checked_prompts(model: str) -> Checked | None:
+def checked_prompts(model: str) -> CheckedPrompts | None:
     """The accuracy prompts and the checker that come with a model, or None."""
-    if model not in EMBEDDED:
+    if model not in EMBEDDED_MODELS:
         return None
-    from ..shapes import prompts
+    from ..shapes import read_prompt_set
     from ..shapes.checker import accuracy
 
-    return Checked(tuple(prompts("full")), lambda images, texts: accuracy(images, texts)["exact"])
+    return CheckedPrompts(tuple(read_prompt_set("full")), lambda images, texts: accuracy(images, texts)["exact"])
 
 
-def as_array(image: Tensor) -> np.ndarray:
+def image_array(image: Tensor) -> np.ndarray:
     """[1, 3, H, W] in 0..1 as float32 [H, W, 3], a video [1, T, 3, H, W] as [T, H, W, 3]; NaN is black."""
     return image[0].movedim(-3, -1).float().nan_to_num().cpu().numpy()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ...runtime.plan import Plan
 from ..recipe.resolve import Recipe
-from .golden import Replayed
+from .golden import GoldenReplay
 from .measure import (
     Comparison,
 )
@@ -41,7 +41,7 @@ class Outcome:
 
     recipe: Recipe
     plans: Mapping[str, Plan]
-    golden: tuple[Replayed, ...]
+    golden: tuple[GoldenReplay, ...]
     comparison: Comparison | None = None
     verdicts: tuple[Verdict, ...] = ()
     not_measured: tuple[str, ...] = (

@@ -21,13 +21,13 @@ from ...runtime.errors import RecipeError
 from ...runtime.manifest import Manifest
 from ...runtime.plan import Plan
 from . import picture_sheet as sheet
-from .measure import Comparison, Sample, largest
+from .measure import Comparison, Sample, largest_error
 
 if TYPE_CHECKING:
     from .outcome import Outcome
 
 SCHEMA_VERSION = 1
-METHOD = {
+VERIFY_METHOD_NOTES = {
     "psnr_db": "mean over pictures of each picture's PSNR against eager float32, same prompt, seed and steps, before rounding to 8 bits; of a video over all its frames; 120 = equal",
     "ssim": "mean over pictures of scikit-image's structural_similarity, per colour channel, 7 x 7 windows; of a video the mean over its frames",
     "relative_error": "L2 norm of the difference over L2 norm of eager's output; eager's denoiser is given the artifact's own inputs, on the pictures of seed 0",
@@ -37,38 +37,38 @@ METHOD = {
 }
 
 
-def write(folder: Path, manifest: Manifest, outcome: Outcome) -> None:
+def write_verify_report(folder: Path, manifest: Manifest, outcome: Outcome) -> None:
     """`verify.json` and, if pictures were drawn, `verify.png`. Raises RecipeError where the folder cannot be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "verify.json").write_text(to_json(describe(manifest, outcome)), "utf-8")
+        (folder / "verify.json").write_text(format_json(describe_outcome(manifest, outcome)), "utf-8")
         if outcome.comparison and outcome.comparison.rows:
-            plans = sheet.shown_plans(manifest, outcome.plans)
-            sheet.save(outcome.comparison.rows, plans, folder / "verify.png")
+            plans = sheet.sheet_plans(manifest, outcome.plans)
+            sheet.save_sheet(outcome.comparison.rows, plans, folder / "verify.png")
     except OSError as e:
         raise RecipeError(
             f"{folder}: the report cannot be written ({e.strerror}); choose another folder with --output"
         ) from e
 
 
-def to_json(described: dict[str, Any]) -> str:
+def format_json(described: dict[str, Any]) -> str:
     """Sorted keys, two spaces, a final newline; numbers that JSON does not have become the strings "nan", "inf", "-inf"."""
-    return json.dumps(finite(described), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    return json.dumps(replace_nonfinite(described), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
 
-def finite(value: Any) -> Any:
+def replace_nonfinite(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key: finite(v) for key, v in value.items()}
+        return {key: replace_nonfinite(v) for key, v in value.items()}
     if isinstance(value, list | tuple):
-        return [finite(v) for v in value]
+        return [replace_nonfinite(v) for v in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # --- as JSON --------------------------------------------------------------------------------------------------------
 
 
-def describe(manifest: Manifest, outcome: Outcome) -> dict[str, Any]:
-    """The report as plain values. `eager`, `variants` and most of `plans` are absent where eager was not run."""
+def describe_outcome(manifest: Manifest, outcome: Outcome) -> dict[str, Any]:
+    """The report as plain values. `eager_figures`, `variant_figures` and most of `plans` are absent where eager was not run."""
     described: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "passed": not outcome.missed,
@@ -78,15 +78,17 @@ def describe(manifest: Manifest, outcome: Outcome) -> dict[str, Any]:
         "recipe": outcome.recipe.name,
         "thresholds": outcome.recipe.verify.model_dump(mode="json", exclude={"prompts"}),
         "exported_with": manifest.toolchain,
-        "machine": machine(),
-        "golden": {g.plan: golden(g) for g in outcome.golden},
+        "machine": machine_facts(),
+        "golden": {g.plan: golden_figures(g) for g in outcome.golden},
     }
     if comparison := outcome.comparison:
         shares = flops_shares(manifest, outcome.plans)
-        described["method"] = METHOD
-        described["eager"] = eager(outcome.plans, comparison)
-        described["plans"] = {name: plan_figures(plan, shares, comparison) for name, plan in outcome.plans.items()}
-        described["variants"] = variants(shares, comparison)
+        described["method"] = VERIFY_METHOD_NOTES
+        described["eager"] = eager_figures(outcome.plans, comparison)
+        described["plans"] = {
+            name: verified_plan_figures(plan, shares, comparison) for name, plan in outcome.plans.items()
+        }
+        described["variants"] = variant_figures(shares, comparison)
         described["verdicts"] = [
             {
                 "plan": v.plan,
@@ -101,7 +103,7 @@ def describe(manifest: Manifest, outcome: Outcome) -> dict[str, Any]:
     return described
 
 
-def machine() -> dict[str, Any]:
+def machine_facts() -> dict[str, Any]:
     """What measured times depend on, and the versions that drew."""
     names = ("torch", "diffusers", "transformers", "torchao", "prebake")
     return {
@@ -122,7 +124,7 @@ def cpu_name() -> str:
     return next(named, platform.processor() or platform.machine())
 
 
-def golden(replayed: Any) -> dict[str, Any]:
+def golden_figures(replayed: Any) -> dict[str, Any]:
     return {
         "passed": not replayed.problems,
         "bitwise": replayed.bitwise,
@@ -139,20 +141,20 @@ def golden(replayed: Any) -> dict[str, Any]:
     }
 
 
-def eager(plans: Mapping[str, Plan], comparison: Comparison) -> dict[str, Any]:
+def eager_figures(plans: Mapping[str, Plan], comparison: Comparison) -> dict[str, Any]:
     """By number of steps: accuracy, and the time of a picture and of an evaluation of the float32 pipeline."""
     found = {}
     for steps in sorted({p.steps for p in plans.values()}):
-        samples = [s for s in every(comparison) if plans[s.plan].steps == steps]
+        samples = [s for s in all_samples(comparison) if plans[s.plan].steps == steps]
         found[str(steps)] = {
-            "image_s": median([s.eager_seconds for s in samples]),
-            "evaluation_ms": median([statistics.fmean(s.eager_ms) for s in samples if s.eager_ms]),
-            "accuracy_percent": percent(comparison.exact_eager.get(steps)),
+            "image_s": median_or_none([s.eager_seconds for s in samples]),
+            "evaluation_ms": median_or_none([statistics.fmean(s.eager_ms) for s in samples if s.eager_ms]),
+            "accuracy_percent": to_percent(comparison.exact_eager.get(steps)),
         }
     return found
 
 
-def plan_figures(plan: Plan, shares: Mapping[str, float], comparison: Comparison) -> dict[str, Any]:
+def verified_plan_figures(plan: Plan, shares: Mapping[str, float], comparison: Comparison) -> dict[str, Any]:
     """Every figure of one plan."""
     pictures = [s for s in comparison.pictures if s.plan == plan.name]
     checked = [s for s in comparison.checked if s.plan == plan.name]
@@ -162,13 +164,15 @@ def plan_figures(plan: Plan, shares: Mapping[str, float], comparison: Comparison
         "steps": plan.steps,
         "evaluations": [e.variant for e in plan.evaluations],
         "flops_share_percent": statistics.fmean(shares[e.variant] for e in plan.evaluations),
-        "pictures": closeness(pictures),
-        "checked_pictures": closeness(checked),
-        "relative_error": evaluation_errors(plan, pictures),
-        "accuracy_percent": percent(comparison.exact.get(plan.name)),
-        "image_s": median([s.seconds for s in samples]),
-        "evaluation_ms": median([statistics.fmean(ms for _, ms in s.variant_ms) for s in samples]),
-        "speedup": ratio(median([s.eager_seconds for s in samples]), median([s.seconds for s in samples])),
+        "pictures": closeness_figures(pictures),
+        "checked_pictures": closeness_figures(checked),
+        "relative_error": evaluation_error_figures(plan, pictures),
+        "accuracy_percent": to_percent(comparison.exact.get(plan.name)),
+        "image_s": median_or_none([s.seconds for s in samples]),
+        "evaluation_ms": median_or_none([statistics.fmean(ms for _, ms in s.variant_ms) for s in samples]),
+        "speedup": ratio_or_none(
+            median_or_none([s.eager_seconds for s in samples]), median_or_none([s.seconds for s in samples])
+        ),
     }
 
 
@@ -178,10 +182,10 @@ def flops_shares(manifest: Manifest, plans: Mapping[str, Plan]) -> dict[str, flo
     return {name: 100 * n / max(flops.values()) for name, n in flops.items()}
 
 
-def variants(shares: Mapping[str, float], comparison: Comparison) -> dict[str, Any]:
+def variant_figures(shares: Mapping[str, float], comparison: Comparison) -> dict[str, Any]:
     """Each variant's measured time beside its FLOP share: where time is the larger one, the skip is not worth its promise."""
     ms = {
-        name: median([t for s in every(comparison) for variant, t in s.variant_ms if variant == name])
+        name: median_or_none([t for s in all_samples(comparison) for variant, t in s.variant_ms if variant == name])
         for name in shares
     }
     whole = next(ms[name] for name, share in shares.items() if share == 100)
@@ -189,13 +193,13 @@ def variants(shares: Mapping[str, float], comparison: Comparison) -> dict[str, A
         name: {
             "evaluation_ms": ms[name],
             "flops_share_percent": share,
-            "time_share_percent": percent(ratio(ms[name], whole)),
+            "time_share_percent": to_percent(ratio_or_none(ms[name], whole)),
         }
         for name, share in shares.items()
     }
 
 
-def closeness(samples: Sequence[Sample]) -> dict[str, Any] | None:
+def closeness_figures(samples: Sequence[Sample]) -> dict[str, Any] | None:
     """How close pictures are to eager's, or None without pictures."""
     if not samples:
         return None
@@ -206,11 +210,11 @@ def closeness(samples: Sequence[Sample]) -> dict[str, Any] | None:
         "ssim": statistics.fmean(s.ssim for s in samples),
         "ssim_min": min(s.ssim for s in samples),
         "latents_relative_error": statistics.fmean(s.latents_relative_error for s in samples),
-        "latents_relative_error_max": largest(s.latents_relative_error for s in samples),
+        "latents_relative_error_max": largest_error(s.latents_relative_error for s in samples),
     }
 
 
-def evaluation_errors(plan: Plan, samples: Sequence[Sample]) -> dict[str, Any] | None:
+def evaluation_error_figures(plan: Plan, samples: Sequence[Sample]) -> dict[str, Any] | None:
     """Teacher-forced errors of the plan's evaluations over the pictures of seed 0, or None without any."""
     table = [s.evaluation_errors for s in samples if s.evaluation_errors]
     if not table:
@@ -222,26 +226,26 @@ def evaluation_errors(plan: Plan, samples: Sequence[Sample]) -> dict[str, Any] |
     }
     return {
         "pictures": len(table),
-        "max": largest(x for column in columns for x in column),
+        "max": largest_error(x for column in columns for x in column),
         "mean": statistics.fmean(x for column in columns for x in column),
-        "max_per_evaluation": [largest(column) for column in columns],
-        "max_per_variant": {name: largest(errors) for name, errors in by_variant.items()},
+        "max_per_evaluation": [largest_error(column) for column in columns],
+        "max_per_variant": {name: largest_error(errors) for name, errors in by_variant.items()},
     }
 
 
-def every(comparison: Comparison) -> tuple[Sample, ...]:
+def all_samples(comparison: Comparison) -> tuple[Sample, ...]:
     return comparison.pictures + comparison.checked
 
 
-def median(values: Sequence[float]) -> float | None:
+def median_or_none(values: Sequence[float]) -> float | None:
     return statistics.median(values) if values else None
 
 
-def ratio(a: float | None, b: float | None) -> float | None:
+def ratio_or_none(a: float | None, b: float | None) -> float | None:
     return a / b if a is not None and b else None
 
 
-def percent(share: float | None) -> float | None:
+def to_percent(share: float | None) -> float | None:
     return None if share is None else 100 * share
 
 
@@ -250,9 +254,9 @@ def percent(share: float | None) -> float | None:
 Cells = list[tuple[str, ...]]
 
 
-def show(manifest: Manifest, outcome: Outcome, file: TextIO) -> None:
+def print_outcome(manifest: Manifest, outcome: Outcome, file: TextIO) -> None:
     """Tables on `file`: drawn by rich where it is installed, columns of plain text where it is not."""
-    described = describe(manifest, outcome)
+    described = describe_outcome(manifest, outcome)
     tables = [("golden vectors, replayed here", golden_cells(described["golden"]))]
     if outcome.comparison:
         tables.append((f"against eager float32, {described['machine']['threads']} threads", plan_cells(described)))
@@ -275,7 +279,9 @@ def golden_cells(replays: Mapping[str, Any]) -> Cells:
         )
         figures = (g["relative_error_per_evaluation"], g["final_latents_relative_error"], g["image_psnr_db"])
         picture = f"{figures[2]:.1f} dB" if figures[2] is not None else ""
-        cells.append((plan, f"{largest(figures[0]):.2g}", number(figures[1], ".2g"), picture, allowed, how))
+        cells.append(
+            (plan, f"{largest_error(figures[0]):.2g}", format_number(figures[1], ".2g"), picture, allowed, how)
+        )
     return cells
 
 
@@ -285,25 +291,36 @@ def plan_cells(described: Mapping[str, Any]) -> Cells:
         ("", "PSNR dB", "SSIM", "error: max", "mean", "latents", "accuracy %", "s/image", "ms/step", "speed", "FLOPs %")
     ]
     for steps, e in described["eager"].items():
-        times = (number(e["image_s"], ".3f"), number(e["evaluation_ms"], ".2f"))
+        times = (format_number(e["image_s"], ".3f"), format_number(e["evaluation_ms"], ".2f"))
         cells.append(
-            (f"eager, {steps} steps", "", "", "", "", "", number(e["accuracy_percent"], ".1f"), *times, "1.00x", "")
+            (
+                f"eager, {steps} steps",
+                "",
+                "",
+                "",
+                "",
+                "",
+                format_number(e["accuracy_percent"], ".1f"),
+                *times,
+                "1.00x",
+                "",
+            )
         )
     for name, plan in described["plans"].items():
         near, errors = plan["pictures"] or plan["checked_pictures"] or {}, plan["relative_error"] or {}
         cells.append(
             (
                 f"plan {name}" + ("" if plan["cache"] == "none" else f", cache {plan['cache']}"),
-                number(near.get("psnr_db"), ".1f"),
-                number(near.get("ssim"), ".4f"),
-                number(errors.get("max"), ".2g"),
-                number(errors.get("mean"), ".2g"),
-                number(near.get("latents_relative_error"), ".2g"),
-                number(plan["accuracy_percent"], ".1f"),
-                number(plan["image_s"], ".3f"),
-                number(plan["evaluation_ms"], ".2f"),
-                number(plan["speedup"], ".2f", "x"),
-                number(plan["flops_share_percent"], ".0f"),
+                format_number(near.get("psnr_db"), ".1f"),
+                format_number(near.get("ssim"), ".4f"),
+                format_number(errors.get("max"), ".2g"),
+                format_number(errors.get("mean"), ".2g"),
+                format_number(near.get("latents_relative_error"), ".2g"),
+                format_number(plan["accuracy_percent"], ".1f"),
+                format_number(plan["image_s"], ".3f"),
+                format_number(plan["evaluation_ms"], ".2f"),
+                format_number(plan["speedup"], ".2f", "x"),
+                format_number(plan["flops_share_percent"], ".0f"),
             )
         )
     return cells
@@ -315,9 +332,9 @@ def variant_cells(measured: Mapping[str, Any]) -> Cells:
         cells.append(
             (
                 name,
-                number(v["evaluation_ms"], ".2f"),
-                number(v["time_share_percent"], ".1f"),
-                number(v["flops_share_percent"], ".1f"),
+                format_number(v["evaluation_ms"], ".2f"),
+                format_number(v["time_share_percent"], ".1f"),
+                format_number(v["flops_share_percent"], ".1f"),
             )
         )
     return cells
@@ -339,7 +356,7 @@ def verdict_cells(verdicts: Sequence[Mapping[str, Any]]) -> Cells:
     return cells
 
 
-def number(value: float | None, form: str, unit: str = "") -> str:
+def format_number(value: float | None, form: str, unit: str = "") -> str:
     return "-" if value is None else f"{value:{form}}{unit}"
 
 
@@ -349,7 +366,7 @@ def print_cells(title: str, cells: Cells, file: TextIO) -> None:
         from rich.console import Console
         from rich.table import Table
     except ImportError:
-        return print_plain(title, cells, file)
+        return print_plain_cells(title, cells, file)
     table = Table(*cells[0], title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for row in cells[1:]:
         table.add_row(*row)
@@ -360,7 +377,7 @@ def print_cells(title: str, cells: Cells, file: TextIO) -> None:
     return None
 
 
-def print_plain(title: str, cells: Cells, file: TextIO) -> None:
+def print_plain_cells(title: str, cells: Cells, file: TextIO) -> None:
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     print(title, file=file)
     for row in cells:

@@ -19,38 +19,38 @@ import torch
 from pydantic import ValidationError
 
 from ...runtime.artifact import Artifact, open_artifact
-from ...runtime.check.artifact import check
-from ...runtime.errors import ArtifactError, QualityError, RecipeError, misfit
-from ...runtime.manifest import FAMILY, Manifest, read_manifest
+from ...runtime.check.artifact import check_artifact
+from ...runtime.errors import ArtifactError, QualityError, RecipeError, describe_schema_error
+from ...runtime.manifest import ATTACH_FAMILY, Manifest, read_manifest
 from ...runtime.plan import Plan
 from ..load import source
-from ..package.folder import linked, written
+from ..package.folder import stage_linked_copy, update_manifest
 from ..progress import Progress
 from ..prompts import picture_prompts
 from ..recipe.resolve import Recipe
 from . import denoiser_alone as attached
 from . import report
-from .golden import Replayed, lacking_golden, replay_golden, write_golden, write_plan_golden
+from .golden import GoldenReplay, plans_without_golden, replay_golden, write_golden, write_plan_golden
 from .measure import (
-    Checked,
+    ArtifactReplayer,
+    CheckedPrompts,
     Comparison,
-    Job,
+    EagerReference,
+    PictureJob,
     Reference,
-    References,
     Replayer,
-    Replays,
     Sample,
     checked_prompts,
-    largest,
-    measure,
+    largest_error,
+    measure_pictures,
 )
 from .outcome import Outcome, Verdict
 
-__all__ = ["Choices", "Verdict", "settle_verdict", "verify_artifact", "write_golden"]
+__all__ = ["Verdict", "VerifyOptions", "settle_verdict", "verify_artifact", "write_golden"]
 
 
 @dataclass(frozen=True)
-class Choices:
+class VerifyOptions:
     """What one `prebake verify` draws. Without `with_source`, only the golden vectors are replayed.
 
     `model` says where the pipeline is, if not where the manifest says. `prompts` and `seeds` stand in for the recipe's;
@@ -66,7 +66,7 @@ class Choices:
     limit: int | None = None
 
     @property
-    def everything(self) -> bool:
+    def is_complete(self) -> bool:
         """Whether the recipe's prompts and seeds, and all checked prompts, are drawn."""
         return self.with_source and self.prompt_set == "all" and (self.prompts, self.seeds, self.limit) == (None,) * 3
 
@@ -76,17 +76,19 @@ def settle_verdict(folder: Path, manifest: Manifest, recipe: Recipe, keep_failed
 
     Raises QualityError with every threshold that is missed, unless `keep_failed`.
     """
-    replayer = replayer_of(open_artifact(folder), recipe, recipe.model.id)
-    outcome = settled(replayer, recipe, recipe.model.id, picture_jobs(recipe), gate_prompts(recipe, manifest), progress)
+    replayer = open_replayer(open_artifact(folder), recipe, recipe.model.id)
+    outcome = compare_with_source(
+        replayer, recipe, recipe.model.id, picture_jobs(recipe), threshold_prompts(recipe, manifest), progress
+    )
     if outcome.missed and not keep_failed:
         way_out = "the artifact is not written; --keep-failed writes it all the same, marked as failed"
         raise QualityError("\n".join([*outcome.missed, way_out]))
     manifest = manifest.model_copy(update={"status": "failed" if outcome.missed else "verified"})
     (folder / "manifest.json").write_text(manifest.to_json(), "utf-8")
-    report.write(folder / "reports", manifest, outcome)
+    report.write_verify_report(folder / "reports", manifest, outcome)
 
 
-def verify_artifact(folder: Path, choices: Choices, progress: Progress) -> tuple[Manifest, Outcome]:
+def verify_artifact(folder: Path, choices: VerifyOptions, progress: Progress) -> tuple[Manifest, Outcome]:
     """The manifest, and what was found: the golden vectors replayed here and, `with_source`, the chosen comparison. If that
     is of everything and passes, what the artifact has unverified is marked as verified.
 
@@ -94,44 +96,46 @@ def verify_artifact(folder: Path, choices: Choices, progress: Progress) -> tuple
     that has nothing to replay, and RecipeError for choices that do not fit it.
     """
     manifest = read_manifest(folder)
-    check(folder, manifest)
-    recipe = recipe_of(folder, manifest)
+    check_artifact(folder, manifest)
+    recipe = manifest_recipe(folder, manifest)
     if not choices.with_source:
-        refuse_source_choices(choices)
+        refuse_source_options(choices)
         refuse_nothing_to_replay(folder, manifest)
-        replayer = replayer_of(open_artifact(folder, trust="size"), recipe, "")
+        replayer = open_replayer(open_artifact(folder, trust="size"), recipe, "")
         with progress.stage("verify", len(replayer.artifact.plans)):
-            return manifest, Outcome(recipe, replayer.artifact.plans, replay_all(replayer, progress))
-    recipe = asked(recipe, choices)
+            return manifest, Outcome(recipe, replayer.artifact.plans, replay_golden_vectors(replayer, progress))
+    recipe = override_prompts(recipe, choices)
     jobs = () if choices.prompt_set == "accuracy" else picture_jobs(recipe, choices.limit)
-    checked = None if choices.prompt_set == "recipe" else first(checked_prompts(manifest.source.model), choices.limit)
+    checked = (
+        None if choices.prompt_set == "recipe" else limit_prompts(checked_prompts(manifest.source.model), choices.limit)
+    )
     if not jobs and checked is None:
         raise RecipeError(
             f"--prompt-set accuracy: model {manifest.source.model!r} has no checker; leave the option out"
         )
-    model = choices.model or model_of(manifest)
-    lacking = lacking_golden(folder, manifest.plans)
-    if choices.everything and (lacking or manifest.unverified or manifest.status == "unverified"):
-        return settle(folder.resolve(), manifest, recipe, model, jobs, checked, progress)
-    replayer = replayer_of(open_artifact(folder, trust="size"), recipe, model)
+    model = choices.model or source_model(manifest)
+    lacking = plans_without_golden(folder, manifest.plans)
+    if choices.is_complete and (lacking or manifest.unverified or manifest.status == "unverified"):
+        return complete_verification(folder.resolve(), manifest, recipe, model, jobs, checked, progress)
+    replayer = open_replayer(open_artifact(folder, trust="size"), recipe, model)
     with progress.stage("verify", len(replayer.artifact.plans) + 2):
-        return manifest, settled(replayer, recipe, model, jobs, checked, progress)
+        return manifest, compare_with_source(replayer, recipe, model, jobs, checked, progress)
 
 
-class Unsettled(Exception):
+class MissedThreshold(Exception):
     """A threshold was missed, and the artifact stays as it was."""
 
     def __init__(self, outcome: Outcome) -> None:
         self.outcome = outcome
 
 
-def settle(
+def complete_verification(
     folder: Path,
     manifest: Manifest,
     recipe: Recipe,
     model: str,
-    jobs: Sequence[Job],
-    checked: Checked | None,
+    jobs: Sequence[PictureJob],
+    checked: CheckedPrompts | None,
     progress: Progress,
 ) -> tuple[Manifest, Outcome]:
     """The golden vectors that the artifact lacks, and the verdict, in one move; if the verdict is not clean, neither.
@@ -139,19 +143,19 @@ def settle(
     A status "failed" stays, and so do plans that were not compared.
     """
     try:
-        with linked(folder) as fresh:
-            replayer = replayer_of(open_artifact(fresh, trust="size"), recipe, model)
+        with stage_linked_copy(folder) as fresh:
+            replayer = open_replayer(open_artifact(fresh, trust="size"), recipe, model)
             with progress.stage("verify", len(manifest.plans) + 3):
-                progress.doing("golden vectors")
-                write_lacking_golden(replayer, recipe)
-                outcome = settled(replayer, recipe, model, jobs, checked, progress)
+                progress.announce("golden vectors")
+                write_missing_golden(replayer, recipe)
+                outcome = compare_with_source(replayer, recipe, model, jobs, checked, progress)
             if outcome.missed:
-                raise Unsettled(outcome)
+                raise MissedThreshold(outcome)
             status = "failed" if manifest.status == "failed" else "verified"
             left = tuple(name for name in manifest.unverified if name not in outcome.plans)
             changed = manifest.model_copy(update={"status": status, "unverified": left})
-            manifest = written(fresh, changed, manifest)
-    except Unsettled as e:
+            manifest = update_manifest(fresh, changed, manifest)
+    except MissedThreshold as e:
         return manifest, e.outcome
     progress.note(f"{folder.name} has golden vectors of all plans, and is marked {manifest.status}")
     return manifest, outcome
@@ -159,14 +163,14 @@ def settle(
 
 def refuse_nothing_to_replay(folder: Path, manifest: Manifest) -> None:
     """Raises ArtifactError for plans without golden vectors."""
-    if lacking := lacking_golden(folder, manifest.plans):
+    if lacking := plans_without_golden(folder, manifest.plans):
         raise ArtifactError(
             f"{folder}: there are no golden vectors to replay (plan {', '.join(lacking)}); "
             f"`prebake verify {folder} --source` compares the artifact with its pipeline, and writes them"
         )
 
 
-def refuse_source_choices(choices: Choices) -> None:
+def refuse_source_options(choices: VerifyOptions) -> None:
     """Raises RecipeError for choices that would have no effect."""
     chosen = {
         "--model": choices.model,
@@ -183,15 +187,20 @@ def refuse_source_choices(choices: Choices) -> None:
         )
 
 
-def settled(
-    replayer: Replays, recipe: Recipe, model: str, jobs: Sequence[Job], checked: Checked | None, progress: Progress
+def compare_with_source(
+    replayer: ArtifactReplayer,
+    recipe: Recipe,
+    model: str,
+    jobs: Sequence[PictureJob],
+    checked: CheckedPrompts | None,
+    progress: Progress,
 ) -> Outcome:
     """Golden vectors, then the comparison, then the verdicts. Plans of another scheduler than the recipe's (`prebake plan
     --scheduler` adds such) draw other pictures, and are replayed only."""
     artifact, manifest = replayer.artifact, replayer.artifact.manifest
     reference = load_reference(manifest, recipe, model)
-    golden = replay_all(replayer, progress)
-    lacking = lacking_golden(artifact.folder, artifact.plans)
+    golden = replay_golden_vectors(replayer, progress)
+    lacking = plans_without_golden(artifact.folder, artifact.plans)
     not_replayed = tuple(f"plan {name} has no golden vectors to replay" for name in lacking)
     plans = {name: p for name, p in artifact.plans.items() if p.scheduler == reference.scheduler}
     others = tuple(
@@ -199,36 +208,41 @@ def settled(
         for name, p in artifact.plans.items()
         if name not in plans
     )
-    comparison = measure(replayer.only(plans), reference, jobs, checked, progress)
-    verdicts = judge(manifest, recipe, plans, comparison)
+    comparison = measure_pictures(replayer.only(plans), reference, jobs, checked, progress)
+    verdicts = judge_comparison(manifest, recipe, plans, comparison)
     return Outcome(
-        recipe, plans, golden, comparison, verdicts, (*gaps(recipe, plans, comparison), *others, *not_replayed)
+        recipe,
+        plans,
+        golden,
+        comparison,
+        verdicts,
+        (*comparison_gaps(recipe, plans, comparison), *others, *not_replayed),
     )
 
 
-def replay_all(replayer: Replays, progress: Progress) -> tuple[Replayed, ...]:
+def replay_golden_vectors(replayer: ArtifactReplayer, progress: Progress) -> tuple[GoldenReplay, ...]:
     """The golden vectors that there are, against their replay."""
     artifact, replayed = replayer.artifact, []
-    lacking = lacking_golden(artifact.folder, artifact.plans)
+    lacking = plans_without_golden(artifact.folder, artifact.plans)
     for plan in (plan for name, plan in artifact.plans.items() if name not in lacking):
-        progress.doing(f"golden vectors of plan {plan.name}")
+        progress.announce(f"golden vectors of plan {plan.name}")
         whole = isinstance(replayer, Replayer)
-        replayed.append(replay_golden(replayer, plan) if whole else attached.replay_golden(artifact, plan))
+        replayed.append(replay_golden(replayer, plan) if whole else attached.replay_attached_golden(artifact, plan))
     return tuple(replayed)
 
 
-def write_lacking_golden(replayer: Replayer | attached.AttachedReplayer, recipe: Recipe) -> None:
+def write_missing_golden(replayer: Replayer | attached.AttachedReplayer, recipe: Recipe) -> None:
     """Golden vectors of the plans that have none, in the folder of the replayer's artifact."""
-    for name in lacking_golden(replayer.artifact.folder, replayer.artifact.plans):
+    for name in plans_without_golden(replayer.artifact.folder, replayer.artifact.plans):
         if isinstance(replayer, attached.AttachedReplayer):
-            attached.write_plan_golden(replayer, recipe, name)
+            attached.write_attached_plan_golden(replayer, recipe, name)
         else:
             write_plan_golden(replayer, recipe, name)
 
 
-def replayer_of(artifact: Artifact, recipe: Recipe, model: str) -> Replayer | attached.AttachedReplayer:
+def open_replayer(artifact: Artifact, recipe: Recipe, model: str) -> Replayer | attached.AttachedReplayer:
     """What draws with the artifact: the artifact itself, or of a denoiser alone its pipeline, loaded from `model` if it draws."""
-    if artifact.manifest.family == FAMILY:
+    if artifact.manifest.family == ATTACH_FAMILY:
         return attached.AttachedReplayer(artifact, recipe, model)
     return Replayer(artifact)
 
@@ -236,21 +250,21 @@ def replayer_of(artifact: Artifact, recipe: Recipe, model: str) -> Replayer | at
 # --- what is drawn, and with which pipeline -------------------------------------------------------------------------
 
 
-def load_reference(manifest: Manifest, recipe: Recipe, model: str) -> References:
+def load_reference(manifest: Manifest, recipe: Recipe, model: str) -> EagerReference:
     """The manifest's pipeline, loaded again in float32 and left as it is, with the recipe's scheduler.
 
     Raises RecipeError when `model` is not the one that the artifact was made of.
     """
-    loaded = load_pipeline(manifest, recipe, model, torch.float32)
-    if manifest.family == FAMILY:
+    loaded = load_source_pipeline(manifest, recipe, model, torch.float32)
+    if manifest.family == ATTACH_FAMILY:
         return attached.AttachedReference(recipe, loaded)
     family = importlib.import_module(f"...families.{manifest.family}", __name__)
     return Reference(loaded.pipe, family, manifest, recipe.guidance)
 
 
-def load_pipeline(manifest: Manifest, recipe: Recipe, model: str, dtype: torch.dtype) -> source.Loaded:
-    """The same, all of it in `dtype`, as it was loaded."""
-    loaded = source.load(model, recipe.model.revision, {"default": dtype}, recipe.model.config)
+def load_source_pipeline(manifest: Manifest, recipe: Recipe, model: str, dtype: torch.dtype) -> source.LoadedPipeline:
+    """The manifest's pipeline with all its weights in `dtype`, and the recipe's scheduler."""
+    loaded = source.load_model(model, recipe.model.revision, {"default": dtype}, recipe.model.config)
     if loaded.source.sha256 != manifest.source.sha256:
         raise RecipeError(
             f"model {model!r}: sha256 over its files is {loaded.source.sha256}, the artifact was made of "
@@ -265,24 +279,24 @@ def load_pipeline(manifest: Manifest, recipe: Recipe, model: str, dtype: torch.d
     return loaded
 
 
-def model_of(manifest: Manifest) -> str:
-    """What to load where the caller is silent. Raises RecipeError for a folder or file, of which the manifest has only the name."""
+def source_model(manifest: Manifest) -> str:
+    """The model to load where the caller names none. Raises RecipeError for a folder or file of the exporter's."""
     model = manifest.source.model
-    if source.is_known(model):
+    if source.is_known_model(model):
         return model
     raise RecipeError(
         f"the artifact was made of a folder or file named {model!r}, and does not say where it lies; add --model FOLDER"
     )
 
 
-def recipe_of(folder: Path, manifest: Manifest) -> Recipe:
+def manifest_recipe(folder: Path, manifest: Manifest) -> Recipe:
     try:
         return Recipe.model_validate(manifest.recipe)
     except ValidationError as e:
-        raise ArtifactError(f"{misfit(folder / 'manifest.json', e, 'recipe')}; export again") from e
+        raise ArtifactError(f"{describe_schema_error(folder / 'manifest.json', e, 'recipe')}; export again") from e
 
 
-def asked(recipe: Recipe, choices: Choices) -> Recipe:
+def override_prompts(recipe: Recipe, choices: VerifyOptions) -> Recipe:
     """The recipe with the prompts and seeds of the command line. Raises RecipeError for a file without prompts."""
     changes: dict[str, Any] = {} if choices.seeds is None else {"seeds": choices.seeds}
     if choices.prompts is not None:
@@ -301,26 +315,28 @@ def read_prompts(path: Path) -> tuple[str, ...]:
     return prompts
 
 
-def picture_jobs(recipe: Recipe, limit: int | None = None) -> tuple[Job, ...]:
+def picture_jobs(recipe: Recipe, limit: int | None = None) -> tuple[PictureJob, ...]:
     """The recipe's prompts with each of its seeds."""
     return tuple((prompt, seed) for seed in range(recipe.verify.seeds) for prompt in picture_prompts(recipe)[:limit])
 
 
-def gate_prompts(recipe: Recipe, manifest: Manifest) -> Checked | None:
+def threshold_prompts(recipe: Recipe, manifest: Manifest) -> CheckedPrompts | None:
     """The checked prompts of an export: only as many as the recipe says, since all of them take minutes."""
     if recipe.verify.prompt_accuracy_drop is None:
         return None
-    return first(checked_prompts(manifest.source.model), recipe.verify.accuracy_prompts)
+    return limit_prompts(checked_prompts(manifest.source.model), recipe.verify.accuracy_prompts)
 
 
-def first(checked: Checked | None, limit: int | None) -> Checked | None:
+def limit_prompts(checked: CheckedPrompts | None, limit: int | None) -> CheckedPrompts | None:
     return checked and replace(checked, prompts=checked.prompts[:limit])
 
 
 # --- verdicts -------------------------------------------------------------------------------------------------------
 
 
-def judge(manifest: Manifest, recipe: Recipe, plans: Mapping[str, Plan], comparison: Comparison) -> tuple[Verdict, ...]:
+def judge_comparison(
+    manifest: Manifest, recipe: Recipe, plans: Mapping[str, Plan], comparison: Comparison
+) -> tuple[Verdict, ...]:
     """Every threshold of the recipe that this comparison can be held to."""
     verdicts = []
     for name, plan in plans.items():
@@ -353,7 +369,7 @@ def judge_evaluations(manifest: Manifest, recipe: Recipe, plan: Plan, samples: S
         for error, (variant, _) in zip(s.evaluation_errors, s.variant_ms, strict=False)
         if variant in whole
     ]
-    value = largest(errors)
+    value = largest_error(errors)
     way_out = "quantize fewer layers (quantize.exclude), take a wider precision, or raise verify.relative_error"
     over = f"largest of {len(errors)} evaluations that compute everything"
     return Verdict(plan.name, "relative_error", value, recipe.verify.relative_error, False, over, way_out)
@@ -374,8 +390,8 @@ def whole_variants(manifest: Manifest) -> frozenset[str]:
     return frozenset(g.name for g in manifest.graphs if not (g.combines or g.zeros or g.identities))
 
 
-def gaps(recipe: Recipe, plans: Mapping[str, Plan], comparison: Comparison) -> tuple[str, ...]:
-    """What the recipe asks for and this comparison cannot say, a sentence each."""
+def comparison_gaps(recipe: Recipe, plans: Mapping[str, Plan], comparison: Comparison) -> tuple[str, ...]:
+    """Sentences on what the recipe asks for and this comparison cannot say."""
     found = []
     if not comparison.pictures:
         found.append(

@@ -21,16 +21,16 @@ import torch
 from torch import Tensor, nn
 
 from ..artifact import Artifact, open_artifact
-from ..check.artifact import Key, Trust, status_problems
-from ..errors import ArtifactError, raise_all
-from ..gpu.memory import gpu_memory_for
-from ..plan import Call, Plan
-from ..replay import Tensors, slots, store
-from .arguments import bound, diffusers_class, leaves, name_problems
-from .facts import Facts, graph_name, read_facts
-from .follow import Followed, steps_of
+from ..check.artifact import PublicKey, Trust, status_problems
+from ..errors import ArtifactError, raise_problems
+from ..gpu.memory import explain_gpu_memory
+from ..plan import DenoiserCall, Plan
+from ..replay import Tensors, slot_inputs, store_sites
+from .arguments import argument_name_problems, bind_call, diffusers_class, named_leaves
+from .facts import AttachmentFacts, graph_name, read_facts
+from .scheduler_observer import SchedulerObserver, schedule_steps
 
-SAMPLES = 16  # numbers of each weight that are compared
+WEIGHT_SAMPLES = 16  # numbers of each weight that are compared
 
 
 def attach(
@@ -40,8 +40,8 @@ def attach(
     cache: bool = True,
     cache_dir: str | Path | None = None,
     trust: Trust = "hash",
-    public_key: Key | None = None,
-) -> Attached:
+    public_key: PublicKey | None = None,
+) -> Attachment:
     """Puts the artifact's denoiser into `pipeline`, until `detach(pipeline)` or the end of a `with` block.
 
     From then on the pipeline's own call runs the plan for its number of steps, with the cache or, if `cache` is False,
@@ -51,22 +51,22 @@ def attach(
     """
     if not isinstance(artifact, Artifact):
         artifact = open_artifact(artifact, cache_dir=cache_dir, trust=trust, public_key=public_key)
-    raise_all(artifact.folder, status_problems(artifact.manifest))
-    return placed(pipeline, artifact, cache)
+    raise_problems(artifact.folder, status_problems(artifact.manifest))
+    return attach_opened(pipeline, artifact, cache)
 
 
-def placed(pipeline: Any, artifact: Artifact, cache: bool) -> Attached:
-    """`attach` for an open artifact, whatever its verification said."""
+def attach_opened(pipeline: Any, artifact: Artifact, cache: bool) -> Attachment:
+    """Attaches an open artifact to the pipeline, whatever its verification said."""
     facts = read_facts(artifact)
-    denoiser = fitting_denoiser(pipeline, artifact, facts)
-    attached = Attached(pipeline, denoiser, artifact, facts, cache)
+    denoiser = match_denoiser(pipeline, artifact, facts)
+    attached = Attachment(pipeline, denoiser, artifact, facts, cache)
     attached.install()
     return attached
 
 
 def detach(pipeline: Any) -> None:
     """Gives the pipeline its own denoiser back. Raises ArtifactError where none is attached."""
-    found = [a for part in components(pipeline).values() if (a := attached_to(part))]
+    found = [a for part in pipeline_components(pipeline).values() if (a := attachment_of(part))]
     if not found:
         raise ArtifactError(f"{type(pipeline).__name__}: nothing is attached to it, so there is nothing to detach")
     for attached in found:
@@ -74,7 +74,7 @@ def detach(pipeline: Any) -> None:
 
 
 @dataclass
-class Run:
+class PlanCursor:
     """One call of the pipeline: where in the plan it is, and what each branch has stored."""
 
     plan: Plan
@@ -83,20 +83,20 @@ class Run:
     stored: dict[int, dict[str, deque[Tensors]]] = field(default_factory=dict)
 
     @property
-    def call(self) -> Call | None:
+    def call(self) -> DenoiserCall | None:
         """What the denoiser should be asked next, None after the last evaluation."""
         if self.evaluation == len(self.plan.evaluations):
             return None
         return self.plan.evaluations[self.evaluation].calls[self.branch]
 
     def advance(self) -> None:
-        """To the next call: the evaluation's next branch, or the next evaluation's first."""
+        """Moves to the next call: the evaluation's next branch, or the next evaluation's first."""
         self.branch += 1
         if self.branch == len(self.plan.evaluations[self.evaluation].calls):
             self.evaluation, self.branch = self.evaluation + 1, 0
 
 
-def computed(artifact: Artifact, run: Run, call: Call, given: Tensors) -> Tensor:
+def run_denoiser(artifact: Artifact, run: PlanCursor, call: DenoiserCall, given: Tensors) -> Tensor:
     """The denoiser's output at the run's present call, from the tensors of that call; the run moves on."""
     evaluation = run.plan.evaluations[run.evaluation]
     bound_graph = artifact.graph(graph_name(evaluation.variant, call.of))
@@ -105,57 +105,59 @@ def computed(artifact: Artifact, run: Run, call: Call, given: Tensors) -> Tensor
         given = {
             **given,
             "coefficients": artifact.tables[run.plan.name].coefficients[run.evaluation],
-            **slots(bound_graph.graph, stored),
+            **slot_inputs(bound_graph.graph, stored),
         }
-    with gpu_memory_for(artifact.folder, "the denoiser ran", artifact.manifest, artifact.device):
+    with explain_gpu_memory(artifact.folder, "the denoiser ran", artifact.manifest, artifact.device):
         result = bound_graph(given)
-    store(bound_graph.graph, artifact.sites, stored, result)
+    store_sites(bound_graph.graph, artifact.sites, stored, result)
     run.advance()
     return result["sample"]
 
 
-class Attached:
+class Attachment:
     """An artifact in a pipeline: the denoiser's `forward` for as long as it is attached. Leaving a `with` detaches it."""
 
-    def __init__(self, pipeline: Any, denoiser: nn.Module, artifact: Artifact, facts: Facts, cache: bool) -> None:
+    def __init__(
+        self, pipeline: Any, denoiser: nn.Module, artifact: Artifact, facts: AttachmentFacts, cache: bool
+    ) -> None:
         self.pipeline, self.denoiser, self.artifact, self.facts, self.cache = pipeline, denoiser, artifact, facts, cache
         self._scheduler = pipeline.scheduler
-        self._classes = {name: diffusers_class(name) for name in sorted(facts.output.named_classes())}
-        self._run: Run | None = None
+        self._classes = {name: diffusers_class(name) for name in sorted(facts.output.class_names())}
+        self._run: PlanCursor | None = None
         functools.update_wrapper(self, denoiser.forward)
         self._signature = inspect.signature(denoiser.forward)
 
-    def __enter__(self) -> Attached:
+    def __enter__(self) -> Attachment:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if attached_to(self.denoiser) is self:
+        if attachment_of(self.denoiser) is self:
             self.remove()
 
     def install(self) -> None:
         """Takes the place of the denoiser's forward, and follows the scheduler: a run begins where a schedule is set."""
         self.denoiser.forward = self
-        self._scheduler.set_timesteps = Followed(self._scheduler, "set_timesteps", self.begin)
+        self._scheduler.set_timesteps = SchedulerObserver(self._scheduler, "set_timesteps", self.begin)
 
     def remove(self) -> None:
         """Leaves denoiser and scheduler as they were."""
         del self.denoiser.forward
-        if isinstance(vars(self._scheduler).get("set_timesteps"), Followed):
+        if isinstance(vars(self._scheduler).get("set_timesteps"), SchedulerObserver):
             del self._scheduler.set_timesteps
         self._run = None
 
     def begin(self, *_: Any, **__: Any) -> None:
         """A new run, at the plan's first evaluation. What an interrupted one had stored is dropped."""
         self._run = None
-        self._run = Run(self._plan(steps_of(self._scheduler)))
+        self._run = PlanCursor(self._plan(schedule_steps(self._scheduler)))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """One forward of the denoiser. Raises ArtifactError, before anything runs, for a call that the plan does not have."""
-        run, call = self._next()
-        given = self._checked(call, args, kwargs, f"evaluation {run.evaluation} of plan {run.plan.name!r}")
-        return self.facts.output.around(computed(self.artifact, run, call, given), self._classes)
+        run, call = self._next_call()
+        given = self._graph_inputs(call, args, kwargs, f"evaluation {run.evaluation} of plan {run.plan.name!r}")
+        return self.facts.output.wrap_tensor(run_denoiser(self.artifact, run, call, given), self._classes)
 
-    def _next(self) -> tuple[Run, Call]:
+    def _next_call(self) -> tuple[PlanCursor, DenoiserCall]:
         """The run that the pipeline is in, and the call that it should make now."""
         if self.pipeline.scheduler is not self._scheduler:
             raise ArtifactError(
@@ -187,16 +189,18 @@ class Attached:
             )
         return plans[name]
 
-    def _checked(self, call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any], where: str) -> Tensors:
+    def _graph_inputs(
+        self, call: DenoiserCall, args: tuple[Any, ...], kwargs: Mapping[str, Any], where: str
+    ) -> Tensors:
         """The graph's inputs by name. Raises ArtifactError naming the first argument that is not as recorded."""
         try:
-            given = dict(leaves(bound(self._signature, args, kwargs).arguments))
+            given = dict(named_leaves(bind_call(self._signature, args, kwargs).arguments))
         except TypeError as e:
             raise ArtifactError(
                 f"{where}: {self.facts.denoiser_class} does not take this call ({e}); correct the call"
             ) from e
         expected = self.facts.calls[call.of]
-        problem = name_problems(expected, given)
+        problem = argument_name_problems(expected, given)
         for argument in () if problem else expected:
             recorded = call.values.get(argument.name, ())
             if problem := argument.problem(given[argument.name], self.artifact.device, recorded):
@@ -209,21 +213,27 @@ class Attached:
 # --- what is compared when an artifact is attached ------------------------------------------------------------------
 
 
-def fitting_denoiser(pipeline: Any, artifact: Artifact, facts: Facts) -> nn.Module:
+def match_denoiser(pipeline: Any, artifact: Artifact, facts: AttachmentFacts) -> nn.Module:
     """The pipeline's denoiser. Raises ArtifactError for the first thing that is not as at export."""
-    parts = components(pipeline)
-    expect("pipeline", artifact.manifest.source.pipeline, type(pipeline).__name__, "attach to a pipeline of this class")
+    parts = pipeline_components(pipeline)
+    refuse_mismatch(
+        "pipeline", artifact.manifest.source.pipeline, type(pipeline).__name__, "attach to a pipeline of this class"
+    )
     denoiser = parts.get(facts.denoiser)
-    expect(facts.denoiser, facts.denoiser_class, type(denoiser).__name__, "load the pipeline as it was at export")
+    refuse_mismatch(
+        facts.denoiser, facts.denoiser_class, type(denoiser).__name__, "load the pipeline as it was at export"
+    )
     assert isinstance(denoiser, nn.Module)
-    refuse_hooked(facts.denoiser, denoiser)
+    refuse_denoiser_hooks(facts.denoiser, denoiser)
     scheduler = next(iter(artifact.plans.values())).scheduler
-    expect("scheduler", scheduler, type(pipeline.scheduler).__name__, "set the export's scheduler, or export again")
+    refuse_mismatch(
+        "scheduler", scheduler, type(pipeline.scheduler).__name__, "set the export's scheduler, or export again"
+    )
     if "set_timesteps" in vars(pipeline.scheduler):
         raise ArtifactError(
             "scheduler: its set_timesteps is replaced already, so it cannot be followed; load a fresh one"
         )
-    expect(
+    refuse_mismatch(
         facts.denoiser,
         artifact.device,
         next(denoiser.parameters()).device,
@@ -231,24 +241,26 @@ def fitting_denoiser(pipeline: Any, artifact: Artifact, facts: Facts) -> nn.Modu
     )
     config = config_of(denoiser)
     for key in sorted(facts.config.keys() | config.keys()):
-        expect(f"{facts.denoiser}.config.{key}", facts.config.get(key), config.get(key), "load the export's model")
+        refuse_mismatch(
+            f"{facts.denoiser}.config.{key}", facts.config.get(key), config.get(key), "load the export's model"
+        )
     if weights_digest(denoiser) != facts.weights:
         raise ArtifactError(
-            f"{facts.denoiser}: its weights are not the ones of the export (names, shapes, dtypes, and {SAMPLES} numbers of "
+            f"{facts.denoiser}: its weights are not the ones of the export (names, shapes, dtypes, and {WEIGHT_SAMPLES} numbers of "
             "each are compared); load the export's model in its precision and without LoRA, or export again"
         )
     return denoiser
 
 
-def expect(what: str, expected: Any, came: Any, way_out: str) -> None:
+def refuse_mismatch(what: str, expected: Any, came: Any, way_out: str) -> None:
     """Raises ArtifactError unless both are equal."""
     if expected != came:
         raise ArtifactError(f"{what}: the artifact was exported for {expected}, got {came}; {way_out}")
 
 
-def refuse_hooked(name: str, denoiser: nn.Module) -> None:
+def refuse_denoiser_hooks(name: str, denoiser: nn.Module) -> None:
     """Raises ArtifactError for what would run beside the replaced forward, or in place of it."""
-    if attached_to(denoiser):
+    if attachment_of(denoiser):
         raise ArtifactError(f"{name}: an artifact is attached to it already; detach(pipeline) first")
     if getattr(denoiser, "_compiled_call_impl", None) is not None:
         raise ArtifactError(f"{name}: is compiled by torch.compile; load a fresh pipeline and attach to that")
@@ -268,7 +280,7 @@ def refuse_hooked(name: str, denoiser: nn.Module) -> None:
         )
 
 
-def components(pipeline: Any) -> Mapping[str, Any]:
+def pipeline_components(pipeline: Any) -> Mapping[str, Any]:
     """A diffusers pipeline's parts by name. Raises ArtifactError for anything else."""
     parts = getattr(pipeline, "components", None)
     if not isinstance(parts, Mapping):
@@ -278,30 +290,30 @@ def components(pipeline: Any) -> Mapping[str, Any]:
     return parts
 
 
-def attached_to(denoiser: Any) -> Attached | None:
+def attachment_of(denoiser: Any) -> Attachment | None:
     """What is attached to a denoiser."""
     forward = vars(denoiser).get("forward") if isinstance(denoiser, nn.Module) else None
-    return forward if isinstance(forward, Attached) else None
+    return forward if isinstance(forward, Attachment) else None
 
 
 def config_of(denoiser: Any) -> dict[str, Any]:
     """The model's config as JSON has it, without what starts with `_`."""
-    return {key: plain(value) for key, value in dict(denoiser.config).items() if not key.startswith("_")}
+    return {key: json_value(value) for key, value in dict(denoiser.config).items() if not key.startswith("_")}
 
 
-def plain(value: Any) -> Any:
+def json_value(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {str(key): plain(v) for key, v in value.items()}
+        return {str(key): json_value(v) for key, v in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return [plain(v) for v in value]
+        return [json_value(v) for v in value]
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
 def weights_digest(denoiser: nn.Module) -> str:
-    """sha256 over name, shape, dtype and `SAMPLES` evenly spaced numbers of every parameter and stored buffer."""
+    """sha256 over name, shape, dtype and `WEIGHT_SAMPLES` evenly spaced numbers of every parameter and stored buffer."""
     whole = hashlib.sha256()
     for name, tensor in sorted(denoiser.state_dict().items()):
         flat = tensor.detach().reshape(-1)
-        few = flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES].cpu().contiguous()
+        few = flat[:: max(1, flat.numel() // WEIGHT_SAMPLES)][:WEIGHT_SAMPLES].cpu().contiguous()
         whole.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode() + few.view(torch.uint8).numpy().tobytes())
     return whole.hexdigest()

@@ -7,23 +7,23 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from ..artifact import Artifact
-from ..errors import ArtifactError, misfit
-from ..manifest import FAMILY
-from ..plan import FROZEN
-from .arguments import Argument, Output
+from ..errors import ArtifactError, describe_schema_error
+from ..manifest import ATTACH_FAMILY
+from ..plan import FROZEN_CONFIG
+from .arguments import Argument, OutputStructure
 
 
-class Facts(BaseModel):
+class AttachmentFacts(BaseModel):
     """`manifest.pipeline` of such an artifact. `calls` are the distinct calls that the pipeline makes, each the arguments
     of one; a plan's evaluations name them by position. `config` is the denoiser's, without what starts with `_`."""
 
-    model_config = FROZEN
+    model_config = FROZEN_CONFIG
     denoiser: str
     denoiser_class: str
     config: dict[str, Any]
     weights: str
     calls: tuple[tuple[Argument, ...], ...]
-    output: Output
+    output: OutputStructure
 
 
 def graph_name(variant: str, call: int) -> str:
@@ -36,18 +36,18 @@ def variant_name(graph: str) -> str:
     return graph.partition(".call")[0]
 
 
-def read_facts(artifact: Artifact) -> Facts:
+def read_facts(artifact: Artifact) -> AttachmentFacts:
     """`manifest.pipeline`. Raises ArtifactError for an artifact of a whole pipeline, and for plans that do not fit it."""
     manifest, folder = artifact.manifest, artifact.folder
-    if manifest.family != FAMILY:
+    if manifest.family != ATTACH_FAMILY:
         raise ArtifactError(
             f"{folder}: expected an artifact that holds a denoiser alone, this one holds all of {manifest.source.pipeline}; "
             "open it with prebake.runtime.load, or export with model.part=denoiser"
         )
     try:
-        facts = Facts.model_validate(manifest.pipeline)
+        facts = AttachmentFacts.model_validate(manifest.pipeline)
     except ValidationError as e:
-        raise ArtifactError(f"{misfit(folder / 'manifest.json', e, 'pipeline')}; export again") from e
+        raise ArtifactError(f"{describe_schema_error(folder / 'manifest.json', e, 'pipeline')}; export again") from e
     graphs = {graph.name for graph in manifest.graphs}
     for name, plan in artifact.plans.items():
         for e, evaluation in enumerate(plan.evaluations):

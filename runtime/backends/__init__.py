@@ -1,6 +1,6 @@
 """Backends: a module each that opens what the module of the same name in `exporter/lower` has written.
 
-The manifest's `backend` names it, and no other file knows it. What a module here has to offer is `Backend`.
+The manifest's `backend_module` names it, and no other file knows it. What a module here has to offer is `Backend`.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast
 
 from ..errors import ArtifactError
-from ..extras import way_to
-from ..storage.files import read_listed
+from ..extras import install_command
+from ..storage.files import read_listed_file
 
 if TYPE_CHECKING:
     import torch
 
     from ..manifest import Manifest, Requires
 
-Model = Callable[[Sequence["torch.Tensor"]], list["torch.Tensor"]]
+GraphModel = Callable[[Sequence["torch.Tensor"]], list["torch.Tensor"]]
 """A graph as machine code: flat inputs, which the caller has checked, to flat outputs."""
 
 
 @dataclass(frozen=True)
-class Opening:
+class OpenContext:
     """What an artifact's graphs are opened from. `constants` are each graph's own, tensors on `device` that several graphs
     share and that outlive the models; `cache_dir` is where machine code may be kept, None = where it usually is. No more than
     `runners` threads call at once. Constants of the graphs in `later` have no memory yet: they are compared, and bound by
@@ -38,11 +38,11 @@ class Opening:
     device: torch.device
     cache_dir: Path | None = None
     runners: int = 1
-    later: Collection[str] = ()
+    deferred_graphs: Collection[str] = ()
 
     def code(self, path: str) -> bytes:
         """A listed file, read once: what was hashed is what is opened. Raises ArtifactError where it is another."""
-        return read_listed(self.folder, self.manifest, path)
+        return read_listed_file(self.folder, self.manifest, path)
 
 
 class Backend(Protocol):
@@ -57,21 +57,21 @@ class Backend(Protocol):
         been compared with the manifest. Opening refuses the same."""
         ...
 
-    def open_models(self, opening: Opening) -> Mapping[str, Model]:
+    def open_models(self, opening: OpenContext) -> Mapping[str, GraphModel]:
         """Every graph by name, ready to be called. Raises ArtifactError for files that are not what they should be."""
         ...
 
 
-def names() -> tuple[str, ...]:
+def backend_names() -> tuple[str, ...]:
     """The backends there are, sorted; found by their files, none of them imported."""
     return tuple(sorted(m.name for m in pkgutil.iter_modules(__path__)))
 
 
-def backend(name: str) -> Backend:
+def backend_module(name: str) -> Backend:
     """The module of that name. Raises ArtifactError where there is none, or where what it needs is not installed."""
-    if name not in names():
+    if name not in backend_names():
         raise ArtifactError(
-            f"manifest.json [backend]: {name!r} is not one that this runtime opens: {', '.join(names())}; "
+            f"manifest.json [backend]: {name!r} is not one that this runtime opens: {', '.join(backend_names())}; "
             "install the prebake that wrote it, or export again with this one"
         )
     try:
@@ -80,11 +80,11 @@ def backend(name: str) -> Backend:
         if e.name is None:
             raise
         raise ArtifactError(
-            f"is for the backend {name!r}, which needs the package {e.name}, which is not installed; {way_to(e.name)}"
+            f"is for the backend {name!r}, which needs the package {e.name}, which is not installed; {install_command(e.name)}"
         ) from e
 
 
-def refuse_unbound(graph: str, wanted: Collection[str], given: Collection[str]) -> None:
+def refuse_unbound_constants(graph: str, wanted: Collection[str], given: Collection[str]) -> None:
     """Raises ArtifactError where a graph's code has constants that the manifest gives no tensor."""
     if missing := sorted(set(wanted) - set(given)):
         raise ArtifactError(

@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch._C import _aoti  # pyright: ignore[reportAttributeAccessIssue]  (private, so not in the stubs)
 
-from ..container import ALIGNMENT, Container, container
-from ..errors import ArtifactError, raise_all
+from ..container import CONSTANT_ALIGNMENT_BYTES, Container, open_container
+from ..errors import ArtifactError, raise_problems
 from ..gpu.capability import capability_problems, cuda_of_driver, driver_problems
 from ..libraries import library_problems
 from ..manifest import Manifest, Requires
-from ..storage.files import read_listed
-from ..storage.unpack import read_members, unpacked
-from . import Opening, refuse_unbound
+from ..storage.files import read_listed_file
+from ..storage.unpack import read_members, unpack_members
+from . import OpenContext, refuse_unbound_constants
 
 REBINDS = True
 
@@ -36,41 +36,41 @@ def problems(requires: Requires) -> Iterator[str]:
         yield from capability_problems(requires.packages, torch.cuda.get_device_capability())
 
 
-def open_models(opening: Opening) -> dict[str, NativeModel]:
+def open_models(opening: OpenContext) -> dict[str, NativeModel]:
     """Every graph by name, its constants bound, or compared where that is for later. From its second half on, the artifact's
     code runs."""
     models: dict[str, NativeModel] = {}
-    for package, wanted in packages(opening.manifest).items():
+    for package, wanted in models_by_package(opening.manifest).items():
         models.update(open_package(opening, package, wanted))
     for graph in opening.manifest.graphs:
         models[graph.name].check_counts(len(graph.inputs), len(graph.outputs))
-        taken = models[graph.name].check if graph.name in opening.later else models[graph.name].bind
+        taken = models[graph.name].check if graph.name in opening.deferred_graphs else models[graph.name].bind
         taken(opening.constants[graph.name])
     return models
 
 
-def open_package(opening: Opening, package: str, wanted: list[str]) -> dict[str, NativeModel]:
+def open_package(opening: OpenContext, package: str, wanted: list[str]) -> dict[str, NativeModel]:
     """The models of one `.pt2`, opened."""
     data = opening.code(package)
     sha256 = next(entry.sha256 for entry in opening.manifest.files if entry.path == package)
     members = read_members(f"{opening.folder / package}", data)
-    raise_all(opening.folder, member_problems(package, members, wanted))
-    with unpacked(members, sha256, opening.cache_dir) as libraries:
+    raise_problems(opening.folder, member_problems(package, members, wanted))
+    with unpack_members(members, sha256, opening.cache_dir) as libraries:
         return {name: open_model(so, opening.device, opening.runners) for name, so in libraries.items()}
 
 
 def package_problems(folder: Path, manifest: Manifest) -> Iterator[str]:
     """What is wrong with packages whose files are right, or what their libraries need and this machine lacks."""
-    for package, wanted in packages(manifest).items():
+    for package, wanted in models_by_package(manifest).items():
         try:
-            members = read_members(package, read_listed(folder, manifest, package))
+            members = read_members(package, read_listed_file(folder, manifest, package))
         except ArtifactError as e:
             yield str(e).removeprefix(f"{folder}: ")
         else:
             yield from member_problems(package, members, wanted)
 
 
-def packages(manifest: Manifest) -> dict[str, list[str]]:
+def models_by_package(manifest: Manifest) -> dict[str, list[str]]:
     """Path of a package -> the models that the manifest names for it."""
     names: dict[str, list[str]] = {}
     for graph in manifest.graphs:
@@ -97,15 +97,17 @@ def open_model(so: Path, device: torch.device, runners: int = 1) -> NativeModel:
     """
     try:
         # One instance: its `run` holds Python's lock, so a second one would never be used.
-        runner = cuda_runner(so, device) if device.type == "cuda" else _aoti.AOTIModelContainerRunnerCpu(str(so), 1)
-        return NativeModel(so.parent.name, runner, container(so.parent.name, so, runners, device))
+        runner = (
+            open_cuda_runner(so, device) if device.type == "cuda" else _aoti.AOTIModelContainerRunnerCpu(str(so), 1)
+        )
+        return NativeModel(so.parent.name, runner, open_container(so.parent.name, so, runners, device))
     except RuntimeError as e:
         raise ArtifactError(
-            f"{so}: expected a model compiled by AOTInductor, but {_first_line(e)}; {_way_out(so, e)}"
+            f"{so}: expected a model compiled by AOTInductor, but {_first_line(e)}; {_open_failure_way_out(so, e)}"
         ) from e
 
 
-def cuda_runner(so: Path, device: torch.device) -> Any:
+def open_cuda_runner(so: Path, device: torch.device) -> Any:
     """torch's own runner, by the library's single-threaded entry, where this torch lets Python ask for that: a CUDA graph
     cannot record the other."""
     try:
@@ -114,7 +116,7 @@ def cuda_runner(so: Path, device: torch.device) -> Any:
         return _aoti.AOTIModelContainerRunnerCuda(str(so), 1, str(device))
 
 
-def _way_out(so: Path, error: RuntimeError) -> str:
+def _open_failure_way_out(so: Path, error: RuntimeError) -> str:
     """The linker says the same of a disk that allows no execution and of memory that ran out. Raises MemoryError for the latter."""
     if os.statvfs(so).f_flag & os.ST_NOEXEC:
         return "its disk allows no execution, so give load() a cache_dir on one that does"
@@ -167,7 +169,7 @@ class NativeModel:
 
     def check(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Raises ArtifactError for what `bind` would not take. Their memory is not looked at."""
-        refuse_unbound(self.name, self.constants, tensors)
+        refuse_unbound_constants(self.name, self.constants, tensors)
         if unknown := sorted(tensors.keys() - self.constants):
             raise ArtifactError(
                 f"graph {self.name!r}: has no constant {unknown[0]!r} ({len(unknown)} in all); export again"
@@ -176,13 +178,16 @@ class NativeModel:
         for fqn, tensor in tensors.items():
             if _DTYPE_CODES.get(tensor.dtype) not in (None, codes[self._internal[fqn]]):
                 raise ArtifactError(
-                    f"graph {self.name!r}: constant {fqn!r} was compiled for {_dtype_named(codes[self._internal[fqn]])}, "
+                    f"graph {self.name!r}: constant {fqn!r} was compiled for {_dtype_of_code(codes[self._internal[fqn]])}, "
                     f"the weight file holds {tensor.dtype}; export again"
                 )
         for fqn, size in (self._container.constant_bytes() if self._container else {}).items():
-            if size not in (tensors[fqn].nbytes, -(-tensors[fqn].nbytes // ALIGNMENT) * ALIGNMENT):
+            if size not in (
+                tensors[fqn].nbytes,
+                -(-tensors[fqn].nbytes // CONSTANT_ALIGNMENT_BYTES) * CONSTANT_ALIGNMENT_BYTES,
+            ):
                 raise ArtifactError(
-                    f"graph {self.name!r}: constant {fqn!r} was compiled for {size} bytes (to the next {ALIGNMENT}), "
+                    f"graph {self.name!r}: constant {fqn!r} was compiled for {size} bytes (to the next {CONSTANT_ALIGNMENT_BYTES}), "
                     f"the weight file holds {tensors[fqn].nbytes} in the shape {list(tensors[fqn].shape)}; export again"
                 )
 
@@ -202,7 +207,7 @@ _DTYPE_CODES = {
 }
 
 
-def _dtype_named(code: int) -> str:
+def _dtype_of_code(code: int) -> str:
     return next((str(dtype) for dtype, c in _DTYPE_CODES.items() if c == code), f"dtype {code}")
 
 

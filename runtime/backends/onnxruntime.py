@@ -17,35 +17,35 @@ import torch
 
 from ..contract import torch_dtype
 from ..errors import ArtifactError
-from ..extras import way_to
+from ..extras import install_command
 from ..manifest import Graph, Manifest, Requires
-from . import Opening
+from . import OpenContext
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-PACKAGES = {"cpu": "onnxruntime", "cuda": "onnxruntime-gpu"}
+ONNXRUNTIME_PACKAGES = {"cpu": "onnxruntime", "cuda": "onnxruntime-gpu"}
 """Builds of one package: only one of them can be installed at a time."""
-SAMPLE = "sample"
+DENOISER_OUTPUT = "sample"
 """The output that a graph of the denoiser has, and no other graph."""
-MERGES = "CommonSubexpressionElimination"
+MERGING_OPTIMIZER = "CommonSubexpressionElimination"
 """It would make one of the quantizing nodes that each int8 product has to itself, and then not all products are int8."""
 
 
 def problems(requires: Requires) -> Iterator[str]:
     """An ONNX Runtime that is older than the one the artifact was exported and verified with, or without its provider."""
     needed = requires.packages.get("onnxruntime", "0")
-    if version_of(onnxruntime.__version__) < version_of(needed):
+    if parse_version(onnxruntime.__version__) < parse_version(needed):
         yield (
             f"was exported with onnxruntime {needed}, this is {onnxruntime.__version__}; "
-            f"pip install '{PACKAGES[requires.device]}>={needed}', or export again"
+            f"pip install '{ONNXRUNTIME_PACKAGES[requires.device]}>={needed}', or export again"
         )
     if PROVIDERS[requires.device] not in onnxruntime.get_available_providers():
         yield (
             f"runs on {PROVIDERS[requires.device]}, this onnxruntime has {', '.join(onnxruntime.get_available_providers())}; "
-            f"pip uninstall onnxruntime, then {way_to('onnxruntime-gpu')}; or export for the cpu"
+            f"pip uninstall onnxruntime, then {install_command('onnxruntime-gpu')}; or export for the cpu"
         )
 
 
-def version_of(text: str) -> tuple[int, ...]:
+def parse_version(text: str) -> tuple[int, ...]:
     return tuple(map(int, re.findall(r"\d+", text)[:3]))
 
 
@@ -54,15 +54,15 @@ def package_problems(folder: Path, manifest: Manifest) -> Iterator[str]:
     return iter(())
 
 
-def open_models(opening: Opening) -> dict[str, SessionModel]:
+def open_models(opening: OpenContext) -> dict[str, SessionModel]:
     """A session for every graph. All sessions read the same weights; what they pack them into is their own."""
     compiled = opening.manifest.recipe.get("compile", {})
     threads = compiled.get("threads") or torch.get_num_threads()
-    packs = packed(opening.manifest, compiled.get("options", {}).get("prepack"))
+    packs = graphs_to_prepack(opening.manifest, compiled.get("options", {}).get("prepack"))
     models = {}
     for graph in opening.manifest.graphs:
         data, file = opening.code(graph.package), opening.folder / graph.package
-        values = {name: value_of(tensor) for name, tensor in opening.constants[graph.name].items()}
+        values = {name: ort_value(tensor) for name, tensor in opening.constants[graph.name].items()}
         try:
             session = open_session(data, opening.folder, values, opening.device, threads, prepack=graph.name in packs)
         except Exception as e:
@@ -73,13 +73,13 @@ def open_models(opening: Opening) -> dict[str, SessionModel]:
     return models
 
 
-def packed(manifest: Manifest, asked: bool | None) -> set[str]:
+def graphs_to_prepack(manifest: Manifest, asked: bool | None) -> set[str]:
     """The graphs whose sessions keep their weights once more, in the order in which kernels read them: as the recipe asks,
     and where it does not, all but variants of one denoiser, of which each would hold the same weights."""
     graphs = {graph.name for graph in manifest.graphs}
     if asked is not None:
         return graphs if asked else set()
-    variants = {graph.name for graph in manifest.graphs if any(spec.name == SAMPLE for spec in graph.outputs)}
+    variants = {graph.name for graph in manifest.graphs if any(spec.name == DENOISER_OUTPUT for spec in graph.outputs)}
     return graphs if len(variants) == 1 else graphs - variants
 
 
@@ -113,18 +113,18 @@ def open_session(
     for name, value in constants.items():
         options.add_initializer(name, value)
     provider = PROVIDERS[device.type]
-    session = onnxruntime.InferenceSession(model, options, [provider], disabled_optimizers=[MERGES])
+    session = onnxruntime.InferenceSession(model, options, [provider], disabled_optimizers=[MERGING_OPTIMIZER])
     if session.get_providers()[0] != provider:
         raise ArtifactError(f"it would run on {session.get_providers()[0]}, not on {provider}")
     return session
 
 
-def value_of(tensor: torch.Tensor) -> Any:
+def ort_value(tensor: torch.Tensor) -> Any:
     """The tensor's memory as ONNX Runtime names it."""
-    return onnxruntime.OrtValue.from_dlpack(Booleans(tensor) if tensor.dtype is torch.bool else tensor.detach())
+    return onnxruntime.OrtValue.from_dlpack(BooleanTensor(tensor) if tensor.dtype is torch.bool else tensor.detach())
 
 
-class Booleans:
+class BooleanTensor:
     """A tensor of booleans as ONNX Runtime imports them: DLPack's bytes, under the name of their dtype."""
 
     dtype = "bool"
@@ -159,8 +159,8 @@ class SessionModel:
         outputs = [torch.empty(shape, dtype=dtype, device=self._device) for _, shape, dtype in self._outputs]
         binding = self._session.io_binding()
         for name, tensor in zip(self._inputs, inputs, strict=True):
-            binding.bind_ortvalue_input(name, value_of(tensor))
+            binding.bind_ortvalue_input(name, ort_value(tensor))
         for (name, _, _), tensor in zip(self._outputs, outputs, strict=True):
-            binding.bind_ortvalue_output(name, value_of(tensor))
+            binding.bind_ortvalue_output(name, ort_value(tensor))
         self._session.run_with_iobinding(binding)
         return outputs

@@ -21,23 +21,23 @@ from typing import Any
 import torch
 
 from ..errors import ArtifactError
-from ..extras import way_to
-from ..gpu.capability import CAPABILITY, cuda_of_driver, driver_problems, named
+from ..extras import install_command
+from ..gpu.capability import CAPABILITY_KEY, capability_name, cuda_of_driver, driver_problems
 from ..manifest import Graph, Manifest, Requires
-from ..storage.user_cache import keep, kept
-from . import Opening, refuse_unbound
+from ..storage.user_cache import read_private, write_private
+from . import OpenContext, refuse_unbound_constants
 
-PACKAGES = {"rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
+TENSORRT_PACKAGES = {"rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
 """Flavour -> what is imported, and stands with its version in the manifest's `requires.packages`."""
-COMPILED = "tensorrt-rtx"
+CACHE_FOLDER = "tensorrt-rtx"
 """The folder of the cache with what TensorRT-RTX has compiled here, a file for each engine and kind of GPU."""
-ALIGNED = 256
+ALIGNMENT_BYTES = 256
 """Bytes at whose multiples TensorRT wants tensors and scratch to begin; torch's allocations on a GPU do."""
 
 
 def problems(requires: Requires) -> Iterator[str]:
     """The library and its exact version, which is an engine's format; then, where there is a GPU, its driver and its kind."""
-    names = sorted(set(PACKAGES.values()) & requires.packages.keys())
+    names = sorted(set(TENSORRT_PACKAGES.values()) & requires.packages.keys())
     if len(names) != 1:
         yield "manifest.json [requires.packages]: names no flavour of TensorRT; export again"
         return
@@ -45,7 +45,7 @@ def problems(requires: Requires) -> Iterator[str]:
     try:
         version = importlib.import_module(name).__version__
     except ImportError as e:
-        yield f"was built with {name} {wanted}, which cannot be imported here ({e}); {way_to(name)}"
+        yield f"was built with {name} {wanted}, which cannot be imported here ({e}); {install_command(name)}"
     else:
         if version != wanted:
             yield (
@@ -59,10 +59,10 @@ def problems(requires: Requires) -> Iterator[str]:
 def gpu_problems(packages: Mapping[str, str], cuda: int, capability: tuple[int, int]) -> Iterator[str]:
     """What the driver, for CUDA `cuda`, and a GPU of that compute capability lack."""
     yield from driver_problems(packages, cuda)
-    here = named(capability)
-    if here not in packages.get(CAPABILITY, "").split():
+    here = capability_name(capability)
+    if here not in packages.get(CAPABILITY_KEY, "").split():
         yield (
-            f"was built for GPUs of compute capability {packages.get(CAPABILITY, 'unknown')}, this one has {here}; "
+            f"was built for GPUs of compute capability {packages.get(CAPABILITY_KEY, 'unknown')}, this one has {here}; "
             f"export again with {here} among compile.options.compute_capabilities, if TensorRT has it"
         )
 
@@ -72,25 +72,28 @@ def package_problems(folder: Path, manifest: Manifest) -> Iterator[str]:
     return iter(())
 
 
-def open_models(opening: Opening) -> Mapping[str, BoundEngine | Recorded]:
+def open_models(opening: OpenContext) -> Mapping[str, BoundEngine | CudaGraphEngine]:
     """Every graph by name, bound to its constants and to the scratch memory that all of them share."""
-    trt = importlib.import_module(next(iter(set(PACKAGES.values()) & opening.manifest.requires.packages.keys())))
-    turn = Turn(opening.device)
+    trt = importlib.import_module(
+        next(iter(set(TENSORRT_PACKAGES.values()) & opening.manifest.requires.packages.keys()))
+    )
+    turn = SharedStream(opening.device)
     models = {
-        graph.name: BoundEngine(trt, graph, turn, *opened(trt, opening, graph)) for graph in opening.manifest.graphs
+        graph.name: BoundEngine(trt, graph, turn, *open_engine(trt, opening, graph))
+        for graph in opening.manifest.graphs
     }
     for name, model in models.items():
         model.bind(opening.constants[name])
     turn.share_scratch(models.values())
     if opening.manifest.recipe.get("compile", {}).get("options", {}).get("cuda_graphs"):
-        return {name: Recorded(model) for name, model in models.items()}
+        return {name: CudaGraphEngine(model) for name, model in models.items()}
     return models
 
 
-def opened(trt: Any, opening: Opening, graph: Graph) -> tuple[Any, Compiled | None]:
+def open_engine(trt: Any, opening: OpenContext, graph: Graph) -> tuple[Any, EngineCache | None]:
     """The engine in a graph's file, and of TensorRT-RTX what it has compiled of it for this GPU before."""
     data, file = opening.code(graph.package), opening.folder / graph.package
-    log = logger(trt)
+    log = engine_logger(trt)
     log.errors.clear()
     engine = trt.Runtime(log).deserialize_cuda_engine(data)
     if engine is None:
@@ -98,15 +101,15 @@ def opened(trt: Any, opening: Opening, graph: Graph) -> tuple[Any, Compiled | No
         raise ArtifactError(
             f"{file}: {trt.__name__} {trt.__version__} refuses the engine: {why}; export again for this GPU"
         )
-    if trt.__name__ != PACKAGES["rtx"]:
+    if trt.__name__ != TENSORRT_PACKAGES["rtx"]:
         return engine, None
     gpu = torch.cuda.get_device_properties(opening.device)
     name = hashlib.sha256(f"{trt.__version__} {gpu.name} {hashlib.sha256(data).hexdigest()}".encode()).hexdigest()
-    return engine, Compiled.of(trt, engine, opening.cache_dir, f"{COMPILED}/{name}")
+    return engine, EngineCache.of(trt, engine, opening.cache_dir, f"{CACHE_FOLDER}/{name}")
 
 
 @dataclass
-class Compiled:
+class EngineCache:
     """What TensorRT-RTX compiles of an engine for the GPU at hand, which takes it seconds, from one process to the next.
 
     The library itself compares what it is given with GPU, driver and its own version, and compiles anew where they differ.
@@ -120,11 +123,11 @@ class Compiled:
     saved: bool = False
 
     @classmethod
-    def of(cls, trt: Any, engine: Any, folder: Path | None, path: str) -> Compiled:
+    def of(cls, trt: Any, engine: Any, folder: Path | None, path: str) -> EngineCache:
         config = engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         cache = config.create_runtime_cache()
-        before = kept(folder, path)
+        before = read_private(folder, path)
         if before and not cache.deserialize(before):
             before = b""
         config.set_runtime_cache(cache)
@@ -136,11 +139,11 @@ class Compiled:
             self.saved = True
             data = bytes(self.cache.serialize())
             if data != self.before:
-                keep(*self.place, data)
+                write_private(*self.place, data)
 
 
 @functools.cache
-def logger(trt: Any) -> Any:
+def engine_logger(trt: Any) -> Any:
     """What keeps the library's errors, and all that it says in `lines` where that is a list. The library holds on to the
     first logger that it is given, so a process has one, which the exporter uses too."""
 
@@ -159,8 +162,8 @@ def logger(trt: Any) -> Any:
     return Log()
 
 
-class Turn:
-    """What an artifact's graphs take turns with: a stream, scratch memory, and a lock around using them."""
+class SharedStream:
+    """The stream, scratch memory and lock that an artifact's graphs share."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -179,7 +182,7 @@ class Turn:
 class BoundEngine:
     """An engine with a context, ready to be called with flat tensors once its constants are bound."""
 
-    def __init__(self, trt: Any, graph: Graph, turn: Turn, engine: Any, compiled: Compiled | None):
+    def __init__(self, trt: Any, graph: Graph, turn: SharedStream, engine: Any, compiled: EngineCache | None):
         self.graph, self.engine, self.turn, self.compiled = graph, engine, turn, compiled
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
         given = {n for n in names if engine.get_tensor_mode(n) == trt.TensorIOMode.INPUT}
@@ -203,29 +206,29 @@ class BoundEngine:
 
     def bind(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Points every constant at the caller's tensor. Raises ArtifactError for one that is missing or that does not fit."""
-        refuse_unbound(self.graph.name, self.constants, tensors)
+        refuse_unbound_constants(self.graph.name, self.constants, tensors)
         for name in sorted(self.constants):
-            tensor = seen_as(tensors[name], tuple(self.engine.get_tensor_shape(name)))
+            tensor = weight_view(tensors[name], tuple(self.engine.get_tensor_shape(name)))
             self._check(name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
-            self._kept[name] = aligned(tensor.contiguous())
-            self.point(name, self._kept[name])
+            self._kept[name] = align_tensor(tensor.contiguous())
+            self.set_address(name, self._kept[name])
 
     def __call__(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The outputs, freshly allocated, once the work before them on torch's current stream is done. The caller has
         checked the inputs: nothing below this line does."""
         turn, caller = self.turn, torch.cuda.current_stream(self.turn.device)
-        read = [(n, aligned(t)) for n, t in zip(self.inputs, inputs, strict=True) if n is not None]
-        made = self.fresh_outputs()
+        read = [(n, align_tensor(t)) for n, t in zip(self.inputs, inputs, strict=True) if n is not None]
+        made = self.allocate_outputs()
         with turn.lock:
             for name, tensor in (*read, *zip((n for n, _, _ in self.outputs), made, strict=True)):
-                self.point(name, tensor)
+                self.set_address(name, tensor)
             turn.stream.wait_stream(caller)
             self.enqueue()
             # what is freed after this belongs to the caller's stream, and is used again behind the engine's work
             caller.wait_stream(turn.stream)
         return made
 
-    def fresh_outputs(self) -> list[torch.Tensor]:
+    def allocate_outputs(self) -> list[torch.Tensor]:
         return [torch.empty(shape, dtype=dtype, device=self.turn.device) for _, shape, dtype in self.outputs]
 
     def enqueue(self) -> None:
@@ -235,12 +238,12 @@ class BoundEngine:
         if self.compiled:
             self.compiled.save()
 
-    def can_be_recorded(self) -> bool:
+    def is_recordable(self) -> bool:
         """Whether the engine's work can be a CUDA graph. TensorRT has no such question, only TensorRT-RTX."""
         asked = getattr(self.context, "is_stream_capturable", None)
         return asked is None or asked(self.turn.stream.cuda_stream)
 
-    def point(self, name: str, tensor: torch.Tensor) -> None:
+    def set_address(self, name: str, tensor: torch.Tensor) -> None:
         if not self.context.set_tensor_address(name, tensor.data_ptr()):
             raise ArtifactError(f"graph {self.graph.name!r}: TensorRT refuses the address of {name!r}")
 
@@ -248,7 +251,7 @@ class BoundEngine:
         """Raises ArtifactError unless the engine's tensor of that name is on the GPU, and of that shape and dtype: it would
         read beyond another one's end."""
         built = tuple(self.engine.get_tensor_shape(name))
-        wanted = DTYPES.get(self.dtypes[name], self.dtypes[name])
+        wanted = DTYPE_NAMES.get(self.dtypes[name], self.dtypes[name])
         if (built, wanted) != (shape, dtype) or self.engine.get_tensor_location(name).name != "DEVICE":
             raise ArtifactError(
                 f"graph {self.graph.name!r}: {name!r} was built as {wanted} {list(built)}, the artifact has {dtype} "
@@ -256,7 +259,7 @@ class BoundEngine:
             )
 
 
-class Recorded:
+class CudaGraphEngine:
     """An engine whose work is a CUDA graph from its second call on: recorded once, then launched as a whole.
 
     What is recorded are addresses, so the engine reads and writes tensors of its own, and inputs are copied into them and
@@ -268,32 +271,32 @@ class Recorded:
         given = [spec for spec, name in zip(model.graph.inputs, model.inputs, strict=True) if name is not None]
         device = model.turn.device
         self.inputs = [torch.empty(s.shape, dtype=getattr(torch, s.dtype), device=device) for s in given]
-        self.outputs = model.fresh_outputs()
+        self.outputs = model.allocate_outputs()
         for name, tensor in (
             *zip((s.name for s in given), self.inputs, strict=True),
             *zip((n for n, _, _ in model.outputs), self.outputs, strict=True),
         ):
-            model.point(name, tensor)
+            model.set_address(name, tensor)
         self.graph: Any = None
         self.calls = 0
 
     def __call__(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """As of a `BoundEngine`."""
+        """The outputs, freshly allocated, once the work before them on torch's current stream is done, as `BoundEngine` gives them."""
         turn, caller = self.model.turn, torch.cuda.current_stream(self.model.turn.device)
         read = [t for n, t in zip(self.model.inputs, inputs, strict=True) if n is not None]
-        made = self.model.fresh_outputs()
+        made = self.model.allocate_outputs()
         with turn.lock:
             turn.stream.wait_stream(caller)
             with torch.cuda.stream(turn.stream):
-                copy_all(read, self.inputs)
+                copy_tensors(read, self.inputs)
                 self._run()
-                copy_all(self.outputs, made)
+                copy_tensors(self.outputs, made)
             caller.wait_stream(turn.stream)
         return made
 
     def _run(self) -> None:
         """The first call allocates and compiles, which cannot be recorded; the second is recorded, where that is possible."""
-        if self.calls == 1 and self.model.can_be_recorded():
+        if self.calls == 1 and self.model.is_recordable():
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph, stream=self.model.turn.stream, capture_error_mode="thread_local"):
                 self.model.enqueue()
@@ -304,22 +307,22 @@ class Recorded:
             self.graph.replay()
 
 
-def copy_all(source: Sequence[torch.Tensor], target: Sequence[torch.Tensor]) -> None:
+def copy_tensors(source: Sequence[torch.Tensor], target: Sequence[torch.Tensor]) -> None:
     for a, b in zip(source, target, strict=True):
         b.copy_(a, non_blocking=True)
 
 
-DTYPES = {"float": "float32", "half": "float16", "bf16": "bfloat16", "fp8": "float8_e4m3fn"}
+DTYPE_NAMES = {"float": "float32", "half": "float16", "bf16": "bfloat16", "fp8": "float8_e4m3fn"}
 """TensorRT's names, in small letters, of the dtypes that torch calls otherwise."""
 
 
-def seen_as(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+def weight_view(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     """A weight [N, C, H, W] that lies as [N, H, W, C] seen so where the engine takes it so; any other as it is."""
     if tensor.dim() == 4 and (turned := tensor.permute(0, 2, 3, 1)).is_contiguous() and turned.shape == shape:
         return turned
     return tensor
 
 
-def aligned(tensor: torch.Tensor) -> torch.Tensor:
+def align_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor, or a copy where it begins in the middle of an allocation, as a row of a table does."""
-    return tensor if tensor.data_ptr() % ALIGNED == 0 else tensor.clone()
+    return tensor if tensor.data_ptr() % ALIGNMENT_BYTES == 0 else tensor.clone()

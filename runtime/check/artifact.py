@@ -16,62 +16,62 @@ from itertools import groupby
 from pathlib import Path, PurePosixPath
 from typing import Literal, get_args
 
-from ..errors import ArtifactError, raise_all, unreadable
+from ..errors import ArtifactError, describe_read_error, raise_problems
 from ..manifest import FileEntry, Graph, Manifest
 from ..plan import Evaluation, Plan
-from ..storage.files import TRUST, hash_problem, hashes_of, opened
-from ..storage.hash_marker import Marker
-from ..storage.private import default_cache
+from ..storage.files import TRUST_WARNING, file_hashes, hash_problem, open_files
+from ..storage.hash_marker import HashMarker
+from ..storage.private_folder import default_cache_folder
 from .machine import machine_problems
 from .signature import Identity, signature_problems
 
-FREE = "reports"  # anything may lie in this folder; nothing in it is ever opened
-UNLISTED = {"manifest.json", "signature.json"}  # neither can hold its own hash; see signature.py
-MANY = 5  # unlisted files of one folder that are named one by one
+UNCHECKED_FOLDER = "reports"  # anything may lie in this folder; nothing in it is ever opened
+UNLISTED_FILES = {"manifest.json", "signature.json"}  # neither can hold its own hash; see signature.py
+MAX_NAMED_FILES = 5  # unlisted files of one folder that are named one by one
 LFS_BYTES = 1024  # a pointer of Git LFS is smaller
 Trust = Literal["hash", "signature", "size"]
 """`hash`: every file is what the manifest says. `signature`: so, and the holder of a key says that of the manifest. `size`:
 of the weights, which hold no code, only the sizes are compared."""
-Key = Path | str | Identity
+PublicKey = Path | str | Identity
 
 
-def check(folder: Path, manifest: Manifest, *, trust: Trust = "hash") -> None:
+def check_artifact(folder: Path, manifest: Manifest, *, trust: Trust = "hash") -> None:
     """Raises ArtifactError with every problem of the folder, or of this machine, that the manifest lets one see."""
-    with checked(folder, manifest, trust=trust):
+    with open_checked_files(folder, manifest, trust=trust):
         pass
 
 
 @contextmanager
-def checked(
+def open_checked_files(
     folder: Path,
     manifest: Manifest,
     *,
     trust: Trust = "hash",
-    public_key: Key | None = None,
+    public_key: PublicKey | None = None,
     cache_dir: Path | None = None,
 ) -> Iterator[dict[str, int]]:
     """Path -> descriptor of every listed file, compared with the manifest, for the length of the block.
 
     Files that this user has found right before, and that nobody has touched since, are not hashed again: see verified.py.
-    Raises ArtifactError as `check` does, and as `signature_problems` does for `trust="signature"`.
+    Raises ArtifactError as `check_artifact` does, and as `signature_problems` does for `trust="signature"`.
     """
     check_trust(trust, public_key)
-    raise_all(folder, [*name_problems(manifest), *machine_problems(manifest), *reference_problems(manifest)])
-    raise_all(folder, file_problems(folder, manifest))
+    raise_problems(folder, [*file_name_problems(manifest), *machine_problems(manifest), *reference_problems(manifest)])
+    raise_problems(folder, file_problems(folder, manifest))
     if public_key is not None:
-        raise_all(folder, signature_problems(folder, manifest, public_key))
-    with opened(folder, [entry.path for entry in manifest.files]) as files:
+        raise_problems(folder, signature_problems(folder, manifest, public_key))
+    with open_files(folder, [entry.path for entry in manifest.files]) as files:
         if trust == "size":
-            raise_all(folder, content_problems(manifest, files, hash_weights=False))
+            raise_problems(folder, content_problems(manifest, files, hash_weights=False))
         else:
-            marker = Marker(cache_dir or default_cache(), folder, manifest, files)
-            if not marker.holds():
-                raise_all(folder, content_problems(manifest, files))
+            marker = HashMarker(cache_dir or default_cache_folder(), folder, manifest, files)
+            if not marker.is_valid():
+                raise_problems(folder, content_problems(manifest, files))
                 marker.write()
         yield files
 
 
-def check_trust(trust: str, public_key: Key | None) -> None:
+def check_trust(trust: str, public_key: PublicKey | None) -> None:
     """Raises ArtifactError for a policy that does not exist, or whose key is missing or of no use."""
     if trust not in get_args(Trust):
         raise ArtifactError(f"trust={trust!r}: expected one of {', '.join(get_args(Trust))}")
@@ -83,12 +83,12 @@ def check_trust(trust: str, public_key: Key | None) -> None:
         raise ArtifactError(f"public_key: trust={trust!r} does not ask for a signature; give trust='signature' with it")
 
 
-def name_problems(manifest: Manifest) -> Iterator[str]:
+def file_name_problems(manifest: Manifest) -> Iterator[str]:
     """Listed files whose names could lead out of the folder, or that are listed twice."""
     for path, count in Counter(entry.path for entry in manifest.files).items():
         if not is_plain_name(path):
-            yield f"manifest.json [files]: {path!r} is not a plain name inside the folder; {TRUST}"
-        elif path in UNLISTED or path.split("/")[0] == FREE:
+            yield f"manifest.json [files]: {path!r} is not a plain name inside the folder; {TRUST_WARNING}"
+        elif path in UNLISTED_FILES or path.split("/")[0] == UNCHECKED_FOLDER:
             yield f"manifest.json [files]: {path!r} cannot be listed; export again"
         elif count > 1:
             yield f"manifest.json [files]: {path!r} is listed {count} times; export again"
@@ -105,24 +105,27 @@ def is_plain_name(path: str) -> bool:
 
 def file_problems(folder: Path, manifest: Manifest) -> Iterator[str]:
     """Files that are missing, of another size, links, or not listed."""
-    present = set(_walk(folder))
+    present = set(_walk_files(folder))
     for path in sorted(path for path in present if (folder / path).is_symlink()):
         yield f"{path} is a symbolic link, an artifact holds plain files only; copy the file in its place"
     listed = {entry.path: entry for entry in manifest.files}
     for entry in listed.values():
         yield from file_problem(folder, entry)
-    yield from unlisted_problems(present - listed.keys() - UNLISTED)
+    yield from unlisted_problems(present - listed.keys() - UNLISTED_FILES)
 
 
 def unlisted_problems(paths: Collection[str]) -> Iterator[str]:
     """A line for each, and one for all of a folder where there are many: the rest of another artifact, or a `.git`."""
     for top, names in groupby(sorted(paths), key=lambda path: path.partition("/")[0]):
         several = list(names)
-        if len(several) > MANY:
+        if len(several) > MAX_NAMED_FILES:
             count = f"{top}/ has {len(several)} files that are not in the manifest, such as {several[0]}"
-            yield f"{count}; remove them, or put them under {FREE}/ ({TRUST})"
+            yield f"{count}; remove them, or put them under {UNCHECKED_FOLDER}/ ({TRUST_WARNING})"
         else:
-            yield from (f"{p} is not in the manifest; remove it, or put it under {FREE}/ ({TRUST})" for p in several)
+            yield from (
+                f"{p} is not in the manifest; remove it, or put it under {UNCHECKED_FOLDER}/ ({TRUST_WARNING})"
+                for p in several
+            )
 
 
 def file_problem(folder: Path, entry: FileEntry) -> Iterator[str]:
@@ -130,7 +133,7 @@ def file_problem(folder: Path, entry: FileEntry) -> Iterator[str]:
     try:
         info = (folder / entry.path).stat()
     except PermissionError as e:
-        yield f"{entry.path}: {unreadable(e, folder)}"
+        yield f"{entry.path}: {describe_read_error(e, folder)}"
         return
     except OSError:
         yield f"{entry.path} is missing, the manifest lists it; restore the file or export again"
@@ -152,8 +155,8 @@ def is_lfs_pointer(path: Path, size: int) -> bool:
 
 
 def hash_problems(folder: Path, manifest: Manifest, hash_weights: bool = True) -> Iterator[str]:
-    """As `content_problems`, of a folder whose files have the right names."""
-    with opened(folder, [entry.path for entry in manifest.files]) as files:
+    """Opens the listed files of a folder whose names are right, and yields their `content_problems`."""
+    with open_files(folder, [entry.path for entry in manifest.files]) as files:
         yield from content_problems(manifest, files, hash_weights=hash_weights)
 
 
@@ -161,9 +164,9 @@ def content_problems(manifest: Manifest, files: Mapping[str, int], *, hash_weigh
     """Open files whose content is not what the exporter wrote; weights without their hash by size."""
     hashed = {path: d for path, d in files.items() if hash_weights or not path.startswith("weights/")}
     try:
-        came = hashes_of(hashed)
+        came = file_hashes(hashed)
     except OSError as e:
-        yield f"{e.filename}: {unreadable(e, 'FOLDER')}"
+        yield f"{e.filename}: {describe_read_error(e, 'FOLDER')}"
         return
     for entry in manifest.files:
         if entry.path in hashed and came[entry.path] != entry.sha256:
@@ -172,11 +175,11 @@ def content_problems(manifest: Manifest, files: Mapping[str, int], *, hash_weigh
             yield f"{entry.path} has {size} bytes, the manifest says {entry.size}; restore the file or export again"
 
 
-def _walk(folder: Path) -> Iterator[str]:
+def _walk_files(folder: Path) -> Iterator[str]:
     """Names of all files and links, relative to the folder, without what lies in `reports/`."""
     for path in folder.rglob("*"):
         name = path.relative_to(folder)
-        if path.is_symlink() or (not path.is_dir() and name.parts[0] != FREE):
+        if path.is_symlink() or (not path.is_dir() and name.parts[0] != UNCHECKED_FOLDER):
             yield name.as_posix()
 
 

@@ -9,10 +9,10 @@ import platform
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..backends import backend
+from ..backends import backend_module
 from ..errors import ArtifactError
 from ..libraries import (
-    _numbers,
+    version_numbers,
 )
 from ..manifest import Manifest
 
@@ -40,14 +40,14 @@ def machine_problems(manifest: Manifest) -> Iterator[str]:
     if requires.device == "cuda" and not torch.cuda.is_available():
         yield "was compiled for cuda, this torch sees no GPU; use a CUDA build of torch, or export for the cpu"
     try:
-        yield from backend(manifest.backend).problems(requires)
+        yield from backend_module(manifest.backend).problems(requires)
     except ArtifactError as e:
         yield str(e)
 
 
 def glibc_problems(needed: str | None) -> Iterator[str]:
     name, version = platform.libc_ver()
-    if needed is None or (name == "glibc" and _numbers(version) >= _numbers(needed)):
+    if needed is None or (name == "glibc" and version_numbers(version) >= version_numbers(needed)):
         return
     yield (
         f"needs glibc {needed}, this system has {name or 'another libc'} {version}".rstrip()

@@ -17,10 +17,13 @@ from typing import Any
 from ..errors import ArtifactError, RecipeError
 from ..manifest import Manifest
 
-FILE = "signature.json"
-UNSIGNED = (FILE, "reports")  # named in the signature, so that model-signing's own verifier leaves them out too
-LARGEST = 64 << 20  # bytes: some 400,000 files; reading a signature must not be a way to fill memory
-NEEDED = "a signature needs model-signing: pip install 'prebake[sign]'"
+SIGNATURE_FILE = "signature.json"
+UNSIGNED_PATHS = (
+    SIGNATURE_FILE,
+    "reports",
+)  # named in the signature, so that model-signing's own verifier leaves them out too
+MAX_SIGNATURE_BYTES = 64 << 20  # bytes: some 400,000 files; reading a signature must not be a way to fill memory
+SIGN_EXTRA_HINT = "a signature needs model-signing: pip install 'prebake[sign]'"
 
 
 @dataclass(frozen=True)
@@ -43,11 +46,11 @@ def signature_problems(folder: Path, manifest: Manifest, public_key: Path | str 
     servers are not reached, or the manifest is no longer what was read.
     """
     verifying = verifier_of(public_key)
-    file = folder / FILE
+    file = folder / SIGNATURE_FILE
     if not file.is_file():
-        yield f'{FILE} is missing, so nobody has signed the artifact; sign it with `prebake sign`, or load it with trust="hash"'
-    elif file.stat().st_size > LARGEST:
-        yield f"{FILE} has {file.stat().st_size} bytes, {LARGEST} at most are expected; sign the artifact again"
+        yield f'{SIGNATURE_FILE} is missing, so nobody has signed the artifact; sign it with `prebake sign`, or load it with trust="hash"'
+    elif file.stat().st_size > MAX_SIGNATURE_BYTES:
+        yield f"{SIGNATURE_FILE} has {file.stat().st_size} bytes, {MAX_SIGNATURE_BYTES} at most are expected; sign the artifact again"
     else:
         yield from _statement_problems(folder, file, manifest, verifying, public_key)
 
@@ -56,17 +59,17 @@ def _statement_problems(
     folder: Path, file: Path, manifest: Manifest, verifying: Any, public_key: Path | str | Identity
 ) -> Iterator[str]:
     hashes = signed_hashes(folder, manifest)
-    listed = listed_hashing(hashes)
+    listed = known_hashing_config(hashes)
     try:
         verifying.set_hashing_config(listed).verify(folder, file)
     except Exception as e:  # it is a stranger's file, and the package's parsers raise many kinds
         if not listed.reached:  # it compares files last
-            yield f"{FILE} is no signature by {public_key} ({first_line(e)}); ask for the signer's key, or do not open the artifact"
+            yield f"{SIGNATURE_FILE} is no signature by {public_key} ({error_clause(e)}); ask for the signer's key, or do not open the artifact"
         else:
             yield f"manifest.json is not the one that was signed by {public_key}; restore the file, or sign the artifact again"
 
 
-def first_line(e: Exception) -> str:
+def error_clause(e: Exception) -> str:
     """What it says, as a part of a sentence; its name, where it says nothing."""
     return str(e).strip().partition("\n")[0].rstrip(". ") or type(e).__name__
 
@@ -76,13 +79,13 @@ def verifier_of(public_key: Path | str | Identity) -> Any:
     try:
         from model_signing import verifying
     except ModuleNotFoundError as e:
-        raise RecipeError(NEEDED) from e
+        raise RecipeError(SIGN_EXTRA_HINT) from e
     if isinstance(public_key, Identity):
         try:
             return verifying.Config().use_sigstore_verifier(identity=public_key.name, oidc_issuer=public_key.issuer)
         except Exception as e:  # of many kinds: sigstore's servers are asked for their own keys here
             raise ArtifactError(
-                f"{FILE} cannot be held against {public_key}: sigstore was not reached ({first_line(e)}); it needs a network, "
+                f"{SIGNATURE_FILE} cannot be held against {public_key}: sigstore was not reached ({error_clause(e)}); it needs a network, "
                 "and a public key needs none"
             ) from e
     try:
@@ -110,7 +113,7 @@ def signed_hashes(folder: Path, manifest: Manifest) -> dict[str, str]:
     return {entry.path: entry.sha256 for entry in manifest.files} | {"manifest.json": hashlib.sha256(raw).hexdigest()}
 
 
-def listed_hashing(hashes: Mapping[str, str]) -> Any:
+def known_hashing_config(hashes: Mapping[str, str]) -> Any:
     """What stands in for model-signing's hashing: the hashes that are known. `reached` says whether they were asked for,
     which the package does once the signature itself holds."""
     from model_signing import hashing, manifest
@@ -122,7 +125,7 @@ def listed_hashing(hashes: Mapping[str, str]) -> Any:
         def hash(self, model_path: Any, *, files_to_hash: Any = None) -> manifest.Manifest:
             self.reached = True
             kind = manifest.SerializationType.from_args(
-                {"method": "files", "hash_type": "sha256", "allow_symlinks": False, "ignore_paths": UNSIGNED}
+                {"method": "files", "hash_type": "sha256", "allow_symlinks": False, "ignore_paths": UNSIGNED_PATHS}
             )
             items = [
                 manifest.FileManifestItem(path=PurePosixPath(path), digest=Digest("sha256", bytes.fromhex(sha256)))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ArtifactError
-from ..problems import pipeline_problems, problems
+from ..problems import artifact_problems, pipeline_problems
 
 
 def add_check(subparsers: Any) -> None:
@@ -31,7 +31,8 @@ def check(args: argparse.Namespace) -> int:
     """Prints what is wrong, a line each, or that nothing is. The exit code is that of a refused artifact where something is."""
     folder = Path(args.artifact)
     found = [
-        {"kind": kind, "problem": problem} for kind, problem in [*problems(folder)] or [*pipeline_problems(folder)]
+        {"kind": kind, "problem": problem}
+        for kind, problem in [*artifact_problems(folder)] or [*pipeline_problems(folder)]
     ]
     if args.json:
         print(json.dumps({"artifact": str(folder), "ok": not found, "problems": found}, indent=2, ensure_ascii=False))

@@ -18,13 +18,13 @@ from typing import Any
 from ..errors import ArtifactError
 from ..manifest import Manifest, read_manifest
 from ..plan import Plan
-from ..text import drawn, in_bytes, letters, short, sizes, strip, table
+from ..text import align_columns, block_signs, folder_bytes, format_bytes, format_count, step_strip, variant_signs
 from .check import add_check
-from .streams import text
+from .streams import utf8_argument
 from .transfer import add_pull, add_push
 
-FPS = 8  # what CogVideoX was trained on
-UNVERIFIED = "added since, and not compared with the pipeline: {}; `prebake verify --source` does that"
+DEFAULT_FPS = 8  # what CogVideoX was trained on
+UNVERIFIED_NOTE = "added since, and not compared with the pipeline: {}; `prebake verify --source` does that"
 
 
 def add_commands(subparsers: Any) -> None:
@@ -45,7 +45,7 @@ def _add_run(subparsers: Any) -> None:
     )
     parser.add_argument("artifact", metavar="ARTIFACT", help="an artifact's folder")
     parser.add_argument(
-        "prompts", nargs="+", type=text, metavar="PROMPT", help="what to draw; one image or more for each"
+        "prompts", nargs="+", type=utf8_argument, metavar="PROMPT", help="what to draw; one image or more for each"
     )
     parser.add_argument("--image", metavar="FILE", help="a picture to begin with, where a model takes one")
     parser.add_argument(
@@ -60,13 +60,13 @@ def _add_run(subparsers: Any) -> None:
         metavar="FILE",
         help="where to write; several are numbered (default: image.png; of videos video.mp4, or video.gif without PyAV)",
     )
-    parser.add_argument("--fps", type=int, metavar="N", help=f"frames per second of a video (default: {FPS})")
+    parser.add_argument("--fps", type=int, metavar="N", help=f"frames per second of a video (default: {DEFAULT_FPS})")
     parser.add_argument("--seed", type=int, help="makes the images reproducible")
     parser.add_argument("--steps", type=int, help="one of the artifact's plans (default: the artifact's own)")
     parser.add_argument("--guidance-scale", type=float, metavar="SCALE", help="default: the artifact's own")
     parser.add_argument(
         "--negative-prompt",
-        type=text,
+        type=utf8_argument,
         metavar="TEXT",
         help="what to guide away from, where a model takes it (default: nothing)",
     )
@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
 
     What the command line alone can get wrong is found before anything is loaded.
     """
-    target = _target(args, read_manifest(Path(args.artifact)))
+    target = _output_path(args, read_manifest(Path(args.artifact)))
     started = time.perf_counter()
     from ..pictures import open_picture
     from ..pipeline import VideoOutput, load
@@ -110,19 +110,19 @@ def run(args: argparse.Namespace) -> int:
     )
     seconds = (loaded - started, time.perf_counter() - loaded)
     kind, made = ("video", output.frames) if isinstance(output, VideoOutput) else ("image", output.images)
-    paths = _write(made, target, args.fps or FPS)
-    _tell(kind, paths, seconds, in_json=args.json)
+    paths = _write_outputs(made, target, args.fps or DEFAULT_FPS)
+    _print_outputs(kind, paths, seconds, in_json=args.json)
     return 0
 
 
-def _target(args: argparse.Namespace, manifest: Manifest) -> Path:
+def _output_path(args: argparse.Namespace, manifest: Manifest) -> Path:
     """Where to write. Raises ArtifactError where what the artifact makes cannot be written there."""
-    from ..video import check_target, default_path
+    from ..video import check_video_path, default_video_path
 
     video = manifest.defaults.num_frames is not None
-    target = Path(args.output) if args.output else default_path() if video else Path("image.png")
+    target = Path(args.output) if args.output else default_video_path() if video else Path("image.png")
     if video:
-        check_target(target, FPS if args.fps is None else args.fps)
+        check_video_path(target, DEFAULT_FPS if args.fps is None else args.fps)
     elif args.fps is not None:
         raise ArtifactError("--fps: the artifact makes images, which have no frames; leave it out")
     elif target.suffix.lower() not in _image_suffixes():
@@ -140,20 +140,20 @@ def _image_suffixes() -> set[str]:
     return {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.SAVE}
 
 
-def _write(made: Sequence[Any], target: Path, fps: int) -> list[Path]:
+def _write_outputs(made: Sequence[Any], target: Path, fps: int) -> list[Path]:
     """Writes images, or videos as lists of frames; where."""
     from ..video import write_video
 
-    paths = numbered(target, len(made))
+    paths = numbered_paths(target, len(made))
     for each, path in zip(made, paths, strict=True):
         if isinstance(each, list):
             write_video(each, path, fps)
         else:
-            save(each, path)
+            save_image(each, path)
     return paths
 
 
-def _tell(kind: str, paths: Sequence[Path], seconds: tuple[float, float], *, in_json: bool) -> None:
+def _print_outputs(kind: str, paths: Sequence[Path], seconds: tuple[float, float], *, in_json: bool) -> None:
     """Prints what was written, and the seconds that loading and making it took."""
     load_seconds, made_seconds = (round(s, 3) for s in seconds)
     if in_json:
@@ -165,12 +165,12 @@ def _tell(kind: str, paths: Sequence[Path], seconds: tuple[float, float], *, in_
         print(f"loaded in {load_seconds:.2f} s, {count} in {made_seconds:.2f} s")
 
 
-def numbered(path: Path, count: int) -> list[Path]:
+def numbered_paths(path: Path, count: int) -> list[Path]:
     """`x.png` alone, or `x-0.png`, `x-1.png` and so on."""
     return [path] if count == 1 else [path.with_stem(f"{path.stem}-{i}") for i in range(count)]
 
 
-def save(image: Any, path: Path) -> None:
+def save_image(image: Any, path: Path) -> None:
     try:
         image.save(path)
     except (OSError, ValueError) as e:
@@ -200,9 +200,9 @@ def inspect(args: argparse.Namespace) -> int:
     manifest = read_manifest(folder)
     plans = {name: _read_plan(folder, path) for name, path in manifest.plans.items()}
     if args.json:
-        print(json.dumps(as_json(manifest, plans), indent=2, ensure_ascii=False))
+        print(json.dumps(inspection_json(manifest, plans), indent=2, ensure_ascii=False))
     else:
-        print("\n".join(as_text(folder, manifest, plans, layers=args.layers)))
+        print("\n".join(inspection_lines(folder, manifest, plans, layers=args.layers)))
     return 0
 
 
@@ -217,10 +217,11 @@ def _read_plan(folder: Path, path: str) -> Plan:
         raise ArtifactError(f"{folder / path}: expected a plan, but {e}; restore the file or export again") from e
 
 
-def as_json(manifest: Manifest, plans: Mapping[str, Plan]) -> dict[str, Any]:
+def inspection_json(manifest: Manifest, plans: Mapping[str, Plan]) -> dict[str, Any]:
     """The manifest without its list of constants, and the plans as step strips, with sizes and shares."""
     graphs = [
-        g.model_dump(mode="json", exclude={"constants"}) | {"share": share} for g, share in _shares(manifest, plans)
+        g.model_dump(mode="json", exclude={"constants"}) | {"share": share}
+        for g, share in _flops_shares(manifest, plans)
     ]
     rest = manifest.model_dump(mode="json", exclude={"graphs", "plans", "files"})
     strips = {
@@ -228,7 +229,7 @@ def as_json(manifest: Manifest, plans: Mapping[str, Plan]) -> dict[str, Any]:
             "steps": plan.steps,
             "cache": plan.cache,
             "scheduler": plan.scheduler,
-            "strip": strip(plan, letters(manifest, plans.values())),
+            "strip": step_strip(plan, variant_signs(manifest, plans.values())),
             "verified": manifest.status == "verified" and name not in manifest.unverified,
         }
         for name, plan in plans.items()
@@ -236,18 +237,18 @@ def as_json(manifest: Manifest, plans: Mapping[str, Plan]) -> dict[str, Any]:
     return rest | {
         "graphs": graphs,
         "plans": strips,
-        "variants": letters(manifest, plans.values()),
-        "sizes": sizes(manifest),
+        "variants": variant_signs(manifest, plans.values()),
+        "sizes": folder_bytes(manifest),
     }
 
 
-def as_text(folder: Path, manifest: Manifest, plans: Mapping[str, Plan], *, layers: bool) -> list[str]:
+def inspection_lines(folder: Path, manifest: Manifest, plans: Mapping[str, Plan], *, layers: bool) -> list[str]:
     """The lines of `prebake inspect`."""
     needs, defaults = manifest.requires, manifest.defaults
     versions = {"torch": needs.torch, "glibc": needs.glibc, **needs.packages}
     packages = "".join(f", {name} {version}" for name, version in versions.items() if version)
     frames = "" if defaults.num_frames is None else f"{defaults.num_frames} frames of "
-    lines = table(
+    lines = align_columns(
         [
             ("artifact", f"{folder} ({manifest.family}, {manifest.status})"),
             ("source", f"{manifest.source.model} ({manifest.source.pipeline}, sha256 {manifest.source.sha256[:12]}..)"),
@@ -256,50 +257,52 @@ def as_text(folder: Path, manifest: Manifest, plans: Mapping[str, Plan], *, laye
                 "defaults",
                 f"{defaults.num_inference_steps} steps, guidance {defaults.guidance_scale:g}, {frames}{defaults.width} x {defaults.height} pixels",
             ),
-            ("sizes", ", ".join(f"{name} {in_bytes(size)}" for name, size in sizes(manifest).items())),
+            ("sizes", ", ".join(f"{name} {format_bytes(size)}" for name, size in folder_bytes(manifest).items())),
         ]
     )
     rows = [("graph", "FLOPs", "of an image", "ops", "constants", "bytes", "package")]
-    for graph, share in _shares(manifest, plans):
+    for graph, share in _flops_shares(manifest, plans):
         cost = graph.cost
         rows.append(
             (
                 graph.name,
-                short(cost.flops),
+                format_count(cost.flops),
                 f"{share:.1%}",
                 str(cost.ops),
                 str(cost.constants),
-                in_bytes(cost.constants_bytes),
+                format_bytes(cost.constants_bytes),
                 graph.package,
             )
         )
-    lines += ["", *table(rows, right=range(1, 6)), "", *_plan_lines(manifest, plans), ""]
+    lines += ["", *align_columns(rows, right=range(1, 6)), "", *_plan_lines(manifest, plans), ""]
     return [*lines, *_layer_lines(manifest, layers)]
 
 
 def _plan_lines(manifest: Manifest, plans: Mapping[str, Plan]) -> list[str]:
     """Every plan as a step strip, what the signs mean, and which plans nobody has verified."""
-    signs = drawn(letters(manifest, plans.values()), sys.stdout.encoding)
+    signs = block_signs(variant_signs(manifest, plans.values()), sys.stdout.encoding)
     width = max(map(len, plans), default=0)
     lines = ["plan"]
     for name, plan in plans.items():
         note = ", unverified" if name in manifest.unverified else ""
-        lines.append(f"{name:<{width}}  {strip(plan, signs)}  cache {plan.cache}, {plan.scheduler}{note}")
+        lines.append(f"{name:<{width}}  {step_strip(plan, signs)}  cache {plan.cache}, {plan.scheduler}{note}")
     lines.append(f"{'':<{width}}  {', '.join(f'{sign} = {name}' for name, sign in signs.items())}")
     if manifest.unverified:
-        lines.append(UNVERIFIED.format(", ".join(manifest.unverified)))
+        lines.append(UNVERIFIED_NOTE.format(", ".join(manifest.unverified)))
     return lines
 
 
 def _layer_lines(manifest: Manifest, every: bool) -> list[str]:
     if every:
-        return table([("layer", "treatment", "reason"), *((name, *said) for name, said in manifest.layers.items())])
+        return align_columns(
+            [("layer", "treatment", "reason"), *((name, *said) for name, said in manifest.layers.items())]
+        )
     counts = Counter(said[0] for said in manifest.layers.values())
     summary = ", ".join(f"{count} {treatment}" for treatment, count in sorted(counts.items())) or "none listed"
     return [f"layers  {summary} (--layers says why)" if counts else f"layers  {summary}"]
 
 
-def _shares(manifest: Manifest, plans: Mapping[str, Plan]) -> list[tuple[Any, float]]:
+def _flops_shares(manifest: Manifest, plans: Mapping[str, Plan]) -> list[tuple[Any, float]]:
     """(graph, its share of one image's FLOPs): every graph once, denoiser variants as often as the default plan says."""
     calls = Counter({graph.name: 1 for graph in manifest.graphs})
     for name in {variant for plan in plans.values() for variant in plan.variants()}:

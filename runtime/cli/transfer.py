@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ..transfer.progress import Mode
-    from ..transfer.pull import Moved
+    from ..transfer.progress import TransferProgressMode
+    from ..transfer.pull import TransferResult
 
-PLACE = "FOLDER|hf://OWNER/NAME[@REVISION]"
+PLACE_METAVAR = "FOLDER|hf://OWNER/NAME[@REVISION]"
 
 
 def add_push(subparsers: Any) -> None:
@@ -25,9 +25,9 @@ def add_push(subparsers: Any) -> None:
         "hf:// needs pip install 'prebake[hub]'.",
     )
     parser.add_argument("artifact", type=Path, metavar="ARTIFACT", help="an artifact's folder")
-    parser.add_argument("destination", metavar=PLACE, help="where it goes")
+    parser.add_argument("destination", metavar=PLACE_METAVAR, help="where it goes")
     parser.add_argument("--force", action="store_true", help="replace another artifact that is there")
-    add_how(parser)
+    add_progress_options(parser)
     parser.set_defaults(run=push)
 
 
@@ -39,16 +39,16 @@ def add_pull(subparsers: Any) -> None:
         "puts it in place under its name. Opens none of its code. Pull again where it was interrupted: what has arrived is not "
         "fetched again.",
     )
-    parser.add_argument("source", metavar=PLACE, help="where it lies")
+    parser.add_argument("source", metavar=PLACE_METAVAR, help="where it lies")
     parser.add_argument("folder", type=Path, metavar="ARTIFACT", help="the artifact's folder, which is made")
     parser.add_argument("--public-key", type=Path, metavar="FILE", help="of whoever must have signed it, in PEM")
     parser.add_argument("--any-machine", action="store_true", help="fetch also what this machine could not run")
     parser.add_argument("--force", action="store_true", help="replace another artifact that is there")
-    add_how(parser)
+    add_progress_options(parser)
     parser.set_defaults(run=pull)
 
 
-def add_how(parser: argparse.ArgumentParser) -> None:
+def add_progress_options(parser: argparse.ArgumentParser) -> None:
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--quiet", action="store_true", help="print nothing but errors")
     how.add_argument(
@@ -57,40 +57,40 @@ def add_how(parser: argparse.ArgumentParser) -> None:
 
 
 def push(args: argparse.Namespace) -> int:
-    """Raises as `push.push` does."""
+    """Runs the command `push`. Raises as `push.push` does."""
     from ..transfer import push as stage
-    from ..transfer.progress import bar
+    from ..transfer.progress import open_transfer_progress
 
-    with bar(mode(args)) as shown:
+    with open_transfer_progress(progress_mode(args)) as shown:
         moved = stage.push(args.artifact, args.destination, force=args.force, bar=shown)
-    tell(moved, args)
+    print_transfer(moved, args)
     return 0
 
 
 def pull(args: argparse.Namespace) -> int:
-    """Raises as `pull.pull` does."""
-    from ..transfer.progress import bar
-    from ..transfer.pull import Choices
+    """Runs the command `pull`. Raises as `pull.pull` does."""
+    from ..transfer.progress import open_transfer_progress
+    from ..transfer.pull import PullOptions
     from ..transfer.pull import pull as fetch
     from ..transfer.push import origin_of
 
-    choices = Choices(args.public_key, args.any_machine, args.force)
-    with bar(mode(args)) as shown:
+    choices = PullOptions(args.public_key, args.any_machine, args.force)
+    with open_transfer_progress(progress_mode(args)) as shown:
         moved = fetch(origin_of(args.source), args.folder, choices, shown)
-    tell(moved, args)
+    print_transfer(moved, args)
     return 0
 
 
-def mode(args: argparse.Namespace) -> Mode:
+def progress_mode(args: argparse.Namespace) -> TransferProgressMode:
     return "json" if args.json else "quiet" if args.quiet else "rich"
 
 
-def tell(moved: Moved, args: argparse.Namespace) -> None:
+def print_transfer(moved: TransferResult, args: argparse.Namespace) -> None:
     """Prints where the artifact is, how large it is, and at which commit."""
-    from ..text import in_bytes
+    from ..text import format_bytes
 
     if args.json:
         print(json.dumps(asdict(moved), indent=2))
     elif not args.quiet:
         at = f", commit {moved.revision}" if moved.revision else ""
-        print(f"{moved.place}: {moved.files} files, {in_bytes(moved.size)}, all as the manifest says{at}")
+        print(f"{moved.place}: {moved.files} files, {format_bytes(moved.size)}, all as the manifest says{at}")

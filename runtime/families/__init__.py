@@ -14,13 +14,13 @@ import torch
 from pydantic import BaseModel, Field, ValidationError
 
 from ..artifact import Artifact
-from ..errors import ArtifactError, misfit
-from ..noise import Generators, draw
-from ..plan import FROZEN
-from ..prompts import Text, TextEncoder
+from ..errors import ArtifactError, describe_schema_error
+from ..noise import Generators, draw_noise
+from ..plan import FROZEN_CONFIG
+from ..prompts import TextEncoder, TextSettings
 from ..replay import Tensors
 
-FAMILIES = {
+FAMILY_CLASSES = {
     "cogvideox": "CogVideoX",
     "flux": "Flux",
     "flux_kontext": "FluxKontext",
@@ -43,7 +43,7 @@ class PictureInput(BaseModel):
     leaves out the first S - S s, rounded `down` (FLUX) or `up` (Stable Diffusion).
     """
 
-    model_config = FROZEN
+    model_config = FROZEN_CONFIG
     role: Literal["start", "reference"] = "start"
     height: int
     width: int
@@ -59,14 +59,14 @@ class Settings(BaseModel):
     """`manifest.pipeline`. `latents_shape` is that of one image's noise, without the batch; `timestep_scale` times a
     plan's timestep is the denoiser's. Families with facts of their own extend it."""
 
-    model_config = FROZEN
+    model_config = FROZEN_CONFIG
     latents_shape: tuple[int, ...] = Field(min_length=3, max_length=4)
     timestep_scale: float
-    text: Text
+    text: TextSettings
     picture: PictureInput | None = None
 
 
-class Window(NamedTuple):
+class ScheduleWindow(NamedTuple):
     """The part of a schedule that a call takes, in the scheduler's timesteps: those below `begin` and not below `end`. None =
     from where the picture's strength says, and to the end."""
 
@@ -74,7 +74,7 @@ class Window(NamedTuple):
     end: float | None = None
 
 
-WHOLE = Window()
+WHOLE_SCHEDULE = ScheduleWindow()
 
 
 class Family:
@@ -87,11 +87,11 @@ class Family:
 
     settings_type: ClassVar[type[Settings]] = Settings
     latents_name: ClassVar[str] = "latents"
-    makes: ClassVar[Literal["images", "frames"]] = "images"
+    output_kind: ClassVar[Literal["images", "frames"]] = "images"
 
     def __init__(self, artifact: Artifact):
         self.settings = read_settings(self.settings_type, artifact)
-        self.latents_shape = self.arranged_shape()
+        self.latents_shape = self.loop_shape()
         self.inputs = denoiser_inputs(artifact)
         self._device = artifact.device
         self._text = TextEncoder(artifact, self.settings.text)
@@ -109,20 +109,20 @@ class Family:
 
     @property
     def max_sequence_length(self) -> int:
-        """In tokens."""
+        """Tokens of the longest prompt that the artifact takes."""
         return self._text.max_sequence_length
 
     def arranged(self, latents: torch.Tensor) -> torch.Tensor:
-        """[B, *settings.latents_shape] as the loop has it."""
+        """Latents [B, *settings.latents_shape] in the layout of the loop."""
         return latents
 
-    def arranged_shape(self) -> tuple[int, ...]:
-        """Of one image in the loop."""
+    def loop_shape(self) -> tuple[int, ...]:
+        """Shape of one image's latents in the loop, without the batch."""
         return self.settings.latents_shape
 
     def draw_latents(self, batch: int, generator: Generators) -> torch.Tensor:
         """Standard normal noise, float32 [B, *latents_shape] on the CPU, the numbers that diffusers draws."""
-        return self.arranged(draw((batch, *self.settings.latents_shape), generator))
+        return self.arranged(draw_noise((batch, *self.settings.latents_shape), generator))
 
     def conditions(self, given: Mapping[str, Any], guidance_scale: float) -> list[Tensors]:
         """The denoiser's inputs that are equal at every step, one dict for each prompt. `given` are the arguments that
@@ -143,9 +143,9 @@ class Family:
             for negative, prompt in zip(negatives, prompts, strict=True)
         ]
 
-    def window(self, given: Mapping[str, Any]) -> Window:
+    def window(self, given: Mapping[str, Any]) -> ScheduleWindow:
         """Which part of the schedule the caller asked for."""
-        return WHOLE
+        return WHOLE_SCHEDULE
 
     def branch_guidance(self, given: Mapping[str, Any], guidance_scale: float) -> float:
         """The scale of the difference between the branches; 1 or less is none."""
@@ -170,15 +170,15 @@ class Family:
         return negatives * (count // len(negatives))
 
 
-def family_of(artifact: Artifact) -> Family:
+def artifact_family(artifact: Artifact) -> Family:
     """The artifact's family. Raises ArtifactError for one that is not known, or settings that are not to its schema."""
     name = artifact.manifest.family
-    if name not in FAMILIES:
+    if name not in FAMILY_CLASSES:
         raise ArtifactError(
-            f"{artifact.folder}: manifest.json [family]: {name!r} is not one that this runtime replays: {', '.join(FAMILIES)}; "
+            f"{artifact.folder}: manifest.json [family]: {name!r} is not one that this runtime replays: {', '.join(FAMILY_CLASSES)}; "
             "install the prebake that wrote it, or export again with this one"
         )
-    return getattr(importlib.import_module(f".{name}", __name__), FAMILIES[name])(artifact)
+    return getattr(importlib.import_module(f".{name}", __name__), FAMILY_CLASSES[name])(artifact)
 
 
 def denoiser_inputs(artifact: Artifact) -> frozenset[str]:
@@ -191,4 +191,6 @@ def read_settings(kind: type[SettingsT], artifact: Artifact) -> SettingsT:
     try:
         return kind.model_validate(artifact.manifest.pipeline)
     except ValidationError as e:
-        raise ArtifactError(f"{misfit(artifact.folder / 'manifest.json', e, 'pipeline')}; export again") from e
+        raise ArtifactError(
+            f"{describe_schema_error(artifact.folder / 'manifest.json', e, 'pipeline')}; export again"
+        ) from e

@@ -28,9 +28,9 @@ class Flux(Family):
 
     def arranged(self, latents: torch.Tensor) -> torch.Tensor:
         """[B, C4, h, w] as [B, N, C]."""
-        return pack(latents)
+        return pack_latents(latents)
 
-    def arranged_shape(self) -> tuple[int, ...]:
+    def loop_shape(self) -> tuple[int, ...]:
         """(N, C)."""
         C, h, w = self.settings.latents_shape
         return math.prod((h // 2, w // 2)), C * 4
@@ -46,7 +46,7 @@ class Flux(Family):
         return {**super().scalars(given, guidance_scale), **embedded}
 
 
-def pack(latents: torch.Tensor) -> torch.Tensor:
+def pack_latents(latents: torch.Tensor) -> torch.Tensor:
     """[B, C4, h, w] to [B, hw/4, 4 C4]: each 2 x 2 patch becomes one token (FluxPipeline._pack_latents)."""
     B, C, h, w = latents.shape
     patches = latents.view(B, C, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5)  # [B, h/2, w/2, C4, 2, 2]

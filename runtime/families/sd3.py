@@ -24,5 +24,5 @@ class StableDiffusion3(Family):
 
     @property
     def max_sequence_length(self) -> int:
-        """In tokens, of T5."""
+        """Tokens of T5's longest prompt."""
         return self.settings.max_sequence_length

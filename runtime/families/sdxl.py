@@ -13,12 +13,12 @@ import torch
 from ..artifact import Artifact
 from ..errors import ArtifactError
 from ..replay import Tensors
-from . import Family, Settings, Window
+from . import Family, ScheduleWindow, Settings
 
-SIZES = ("original_size", "crops_coords_top_left", "target_size")
-SCORES = ("aesthetic_score", "negative_aesthetic_score")
-USUAL_SCORE, USUAL_NEGATIVE_SCORE = 6.0, 2.5
-Numbers = tuple[float, ...]
+SIZE_ARGUMENTS = ("original_size", "crops_coords_top_left", "target_size")
+SCORE_ARGUMENTS = ("aesthetic_score", "negative_aesthetic_score")
+DEFAULT_SCORE, DEFAULT_NEGATIVE_SCORE = 6.0, 2.5
+SizeNumbers = tuple[float, ...]
 
 
 class SDXLSettings(Settings):
@@ -43,8 +43,8 @@ class StableDiffusionXL(Family):
     def arguments(self) -> tuple[str, ...]:
         """The arguments of diffusers' `__call__` that say what to draw, how large it is said to be, and which part of the
         schedule is taken."""
-        sizes = [f"{prefix}{name}" for prefix in ("", "negative_") for name in sizes_of(self.settings.scored)]
-        scores = SCORES if self.settings.scored else ()
+        sizes = [f"{prefix}{name}" for prefix in ("", "negative_") for name in size_arguments(self.settings.scored)]
+        scores = SCORE_ARGUMENTS if self.settings.scored else ()
         start = ("denoising_start",) if self.settings.picture else ()
         return (*super().arguments, *sizes, *scores, *start, "denoising_end")
 
@@ -58,7 +58,7 @@ class StableDiffusionXL(Family):
         ids = torch.tensor(rows, dtype=torch.float32, device=self._device)
         return [{**condition, "time_ids": ids} for condition in super().conditions(given, guidance_scale)]
 
-    def window(self, given: Mapping[str, Any]) -> Window:
+    def window(self, given: Mapping[str, Any]) -> ScheduleWindow:
         """From `denoising_start` and to `denoising_end`, fractions of the schedule: base and refiner share one so."""
         start, end = (given.get(name) for name in ("denoising_start", "denoising_end"))
         for name, value in (("denoising_start", start), ("denoising_end", end)):
@@ -66,7 +66,7 @@ class StableDiffusionXL(Family):
                 raise ArtifactError(f"{name}: expected a number between 0 and 1, a part of the schedule, got {value!r}")
         if start is not None and end is not None and start >= end:
             raise ArtifactError(f"denoising_start: expected less than denoising_end, which is {end}, got {start}")
-        return Window(*(None if part is None else self._timestep(part) for part in (start, end)))
+        return ScheduleWindow(*(None if part is None else self._timestep(part) for part in (start, end)))
 
     def _timestep(self, part: float) -> int:
         """Where that part of the schedule is done, as diffusers rounds it."""
@@ -74,38 +74,38 @@ class StableDiffusionXL(Family):
         return round(steps - part * steps)
 
 
-def sizes_of(scored: bool) -> tuple[str, ...]:
+def size_arguments(scored: bool) -> tuple[str, ...]:
     """The sizes that the denoiser takes, by diffusers' arguments."""
-    return SIZES[:2] if scored else SIZES
+    return SIZE_ARGUMENTS[:2] if scored else SIZE_ARGUMENTS
 
 
-def size_numbers(given: Mapping[str, Any], usual: tuple[int, int], scored: bool) -> tuple[Numbers, Numbers]:
-    """What the denoiser is told of sizes, in pixels, of the negative branch and the other: (height, width, top, left, and
+def size_numbers(given: Mapping[str, Any], usual: tuple[int, int], scored: bool) -> tuple[SizeNumbers, SizeNumbers]:
+    """The numbers of `time_ids`, in pixels, for the negative branch and the other: (height, width, top, left, and
     height and width of the target, or the score). `usual` is the picture's own size.
 
     The negative branch is told the same as the other one unless the negative sizes are given, both of them, as in
     `StableDiffusionXLPipeline`; the crop of those is (0, 0) where it is not given. With a score each negative number
     stands for itself, as in `StableDiffusionXLImg2ImgPipeline`. Raises ArtifactError for what is no size.
     """
-    original, crop = pair(given, "original_size", usual), pair(given, "crops_coords_top_left", (0, 0))
-    negative_crop = pair(given, "negative_crops_coords_top_left", (0, 0))
+    original, crop = read_pair(given, "original_size", usual), read_pair(given, "crops_coords_top_left", (0, 0))
+    negative_crop = read_pair(given, "negative_crops_coords_top_left", (0, 0))
     if scored:
-        negative = pair(given, "negative_original_size", original)
-        score = number(given, "aesthetic_score", USUAL_SCORE)
-        negative_score = number(given, "negative_aesthetic_score", USUAL_NEGATIVE_SCORE)
+        negative = read_pair(given, "negative_original_size", original)
+        score = read_number(given, "aesthetic_score", DEFAULT_SCORE)
+        negative_score = read_number(given, "negative_aesthetic_score", DEFAULT_NEGATIVE_SCORE)
         return (*negative, *negative_crop, negative_score), (*original, *crop, score)
-    positive = (*original, *crop, *pair(given, "target_size", usual))
+    positive = (*original, *crop, *read_pair(given, "target_size", usual))
     names = ("negative_original_size", "negative_target_size")
-    if not any(f"negative_{name}" in given for name in SIZES):
+    if not any(f"negative_{name}" in given for name in SIZE_ARGUMENTS):
         return positive, positive
     if lacking := [name for name in names if name not in given]:
         raise ArtifactError(
             f"{lacking[0]}: expected with the other negative sizes, got none; they have an effect together only"
         )
-    return (*pair(given, names[0], usual), *negative_crop, *pair(given, names[1], usual)), positive
+    return (*read_pair(given, names[0], usual), *negative_crop, *read_pair(given, names[1], usual)), positive
 
 
-def pair(given: Mapping[str, Any], name: str, usual: tuple[float, ...]) -> tuple[float, ...]:
+def read_pair(given: Mapping[str, Any], name: str, usual: tuple[float, ...]) -> tuple[float, ...]:
     """The argument as two numbers, `usual` where it is not given."""
     value = given.get(name, usual)
     if not isinstance(value, (tuple, list)) or len(value) != 2 or not all(isinstance(x, (int, float)) for x in value):
@@ -113,7 +113,7 @@ def pair(given: Mapping[str, Any], name: str, usual: tuple[float, ...]) -> tuple
     return tuple(map(float, value))
 
 
-def number(given: Mapping[str, Any], name: str, usual: float) -> float:
+def read_number(given: Mapping[str, Any], name: str, usual: float) -> float:
     """The argument as a number, `usual` where it is not given."""
     value = given.get(name, usual)
     if not isinstance(value, (int, float)):

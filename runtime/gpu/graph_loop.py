@@ -19,19 +19,19 @@ import torch
 
 from ..errors import ArtifactError
 from ..manifest import Manifest, Site
-from ..replay import Tables, Variant, replay
-from .memory import ran_out_there
+from ..replay import DenoiserVariant, PlanTables, replay
+from .memory import is_gpu_out_of_memory
 
-OPTION = "cuda_graphs"
+CUDA_GRAPHS_OPTION = "cuda_graphs"
 """Of `compile.options`, which the manifest's recipe keeps."""
-KEPT = 4
+MAX_RECORDINGS = 4
 """Recordings that are kept; each holds a trajectory's memory. Those used longest ago are let go of."""
-Work = Callable[[], torch.Tensor]
-Record = Callable[[Work], tuple[torch.Tensor, Callable[[], Any]]]
+DeviceWork = Callable[[], torch.Tensor]
+Recorder = Callable[[DeviceWork], tuple[torch.Tensor, Callable[[], Any]]]
 """`record(work)` calls `work` once, which queues and does not compute, and returns the tensor that it will be in, and what launches it."""
 
 
-def on_cuda(work: Work) -> tuple[torch.Tensor, Callable[[], Any]]:
+def record_cuda_graph(work: DeviceWork) -> tuple[torch.Tensor, Callable[[], Any]]:
     """A CUDA graph. What other threads do meanwhile is none of its business."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
@@ -42,17 +42,17 @@ def on_cuda(work: Work) -> tuple[torch.Tensor, Callable[[], Any]]:
 def loop_of(manifest: Manifest) -> Callable[..., torch.Tensor]:
     """The loop that the artifact's calls go through: recorded where its recipe asks for it. Engines of TensorRT are recorded
     one by one (`backends/tensorrt.py`), so their loop is not."""
-    asked = manifest.recipe.get("compile", {}).get("options", {}).get(OPTION)
+    asked = manifest.recipe.get("compile", {}).get("options", {}).get(CUDA_GRAPHS_OPTION)
     if asked and manifest.backend == "aoti" and manifest.requires.device == "cuda":
-        return RecordedLoop(on_cuda)
+        return RecordedLoop(record_cuda_graph)
     return replay
 
 
 @dataclass
-class Recording:
+class LoopRecording:
     """What is copied into, what comes out, and `launch`; before anything was recorded, nothing. `tables` stay alive in it."""
 
-    tables: Tables
+    tables: PlanTables
     given: tuple[torch.Tensor, ...] = ()
     made: torch.Tensor | None = None
     launch: Callable[[], Any] | None = None
@@ -62,15 +62,15 @@ class RecordedLoop:
     """`replay.replay`, recorded at the second call of a plan: in the first, libraries load their code and take their memory, which
     cannot be recorded. A call that looks at each step (`on_evaluation`) is not recorded, nor is what it sees."""
 
-    def __init__(self, record: Record) -> None:
+    def __init__(self, record: Recorder) -> None:
         self._record = record
-        self._recordings: OrderedDict[Any, Recording] = OrderedDict()
+        self._recordings: OrderedDict[Any, LoopRecording] = OrderedDict()
         self._lock = threading.Lock()
 
     def __call__(
         self,
-        tables: Tables,
-        variants: Mapping[str, Variant],
+        tables: PlanTables,
+        variants: Mapping[str, DenoiserVariant],
         sites: Mapping[str, Site],
         inputs: Mapping[str, torch.Tensor],
         latents: torch.Tensor,
@@ -78,21 +78,21 @@ class RecordedLoop:
         noise: Iterable[torch.Tensor] = (),
         on_evaluation: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor | None] | None = None,
     ) -> torch.Tensor:
-        """As `replay`; the tensor that is returned is the caller's own. Raises ArtifactError where the device cannot record it."""
+        """The final latents, like those of `replay`, in a tensor of the caller's own. Raises ArtifactError where the device cannot record."""
         noise = tuple(noise)
         if on_evaluation is not None:
             return replay(tables, variants, sites, inputs, latents, noise=noise, on_evaluation=on_evaluation)
         with self._lock:
             key = (tables.plan, tuple(inputs))
             if key not in self._recordings:
-                self._recordings[key] = Recording(tables)
-                self._let_go()
+                self._recordings[key] = LoopRecording(tables)
+                self._evict_recordings()
                 return replay(tables, variants, sites, inputs, latents, noise=noise)
             self._recordings.move_to_end(key)
             recording = self._recordings[key]
             given = (latents, *inputs.values(), *noise)
             if recording.launch is None:
-                self._recorded(recording, variants, sites, tuple(inputs), given)
+                self._record_loop(recording, variants, sites, tuple(inputs), given)
             for source, target in zip(given, recording.given, strict=True):
                 target.copy_(source, non_blocking=True)
             assert recording.launch is not None
@@ -100,10 +100,10 @@ class RecordedLoop:
             recording.launch()
             return recording.made.clone()
 
-    def _recorded(
+    def _record_loop(
         self,
-        recording: Recording,
-        variants: Mapping[str, Variant],
+        recording: LoopRecording,
+        variants: Mapping[str, DenoiserVariant],
         sites: Mapping[str, Site],
         names: tuple[str, ...],
         given: tuple[torch.Tensor, ...],
@@ -113,15 +113,15 @@ class RecordedLoop:
         try:
             made, launch = self._record(lambda: replay(recording.tables, variants, sites, inputs, latents, noise=noise))
         except RuntimeError as e:
-            if ran_out_there(e):
+            if is_gpu_out_of_memory(e):
                 raise
             why = str(e).strip().splitlines()[0]
             raise ArtifactError(
-                f"manifest.json [recipe.compile.options.{OPTION}]: this torch could not record plan {recording.tables.plan.name!r} "
+                f"manifest.json [recipe.compile.options.{CUDA_GRAPHS_OPTION}]: this torch could not record plan {recording.tables.plan.name!r} "
                 f"({why}); export again without that option"
             ) from e
         recording.given, recording.made, recording.launch = own, made, launch
 
-    def _let_go(self) -> None:
-        while len(self._recordings) > KEPT:
+    def _evict_recordings(self) -> None:
+        while len(self._recordings) > MAX_RECORDINGS:
             self._recordings.popitem(last=False)

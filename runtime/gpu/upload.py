@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 PIECE_BYTES = 64 << 20
-BUFFERS = 2
+BUFFER_COUNT = 2
 
 
-class Lane(Protocol):
+class UploadLane(Protocol):
     """What pieces travel on. `send` returns at once, `wait` when what was sent under that ticket has arrived."""
 
     def buffer(self, count: int) -> Tensor: ...
@@ -27,7 +27,7 @@ class Lane(Protocol):
     def wait(self, ticket: Any) -> None: ...
 
 
-class CudaLane:
+class CudaUploadLane:
     """A stream of its own, behind all that the caller's stream has been asked for so far: its memory may have been in use."""
 
     def __init__(self, device: torch.device) -> None:
@@ -46,18 +46,18 @@ class CudaLane:
         ticket.synchronize()
 
 
-def uploaded(
-    tensors: Mapping[str, Tensor], device: torch.device, lane: Lane | None = None, piece_bytes: int = PIECE_BYTES
+def upload_tensors(
+    tensors: Mapping[str, Tensor], device: torch.device, lane: UploadLane | None = None, piece_bytes: int = PIECE_BYTES
 ) -> dict[str, Tensor]:
     """The contiguous tensors by the same keys, on the device."""
-    lane = lane or CudaLane(device)
-    free = [lane.buffer(piece_bytes) for _ in range(BUFFERS)]
+    lane = lane or CudaUploadLane(device)
+    free = [lane.buffer(piece_bytes) for _ in range(BUFFER_COUNT)]
     travelling: deque[tuple[Any, Tensor]] = deque()
     there = {key: torch.empty_like(tensor, device=device) for key, tensor in tensors.items()}
     for key, tensor in tensors.items():
         if not tensor.numel():
             continue
-        pieces = zip(as_bytes(tensor).split(piece_bytes), as_bytes(there[key]).split(piece_bytes), strict=True)
+        pieces = zip(byte_view(tensor).split(piece_bytes), byte_view(there[key]).split(piece_bytes), strict=True)
         for source, target in pieces:
             if not free:
                 ticket, buffer = travelling.popleft()
@@ -71,11 +71,11 @@ def uploaded(
     return there
 
 
-def on_device(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """As they are on the CPU, and copies on any other device."""
-    return dict(tensors) if device.type == "cpu" else uploaded(tensors, device)
+def move_to_device(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """The same tensors where the device is the CPU, and copies on any other device."""
+    return dict(tensors) if device.type == "cpu" else upload_tensors(tensors, device)
 
 
-def as_bytes(tensor: Tensor) -> Tensor:
+def byte_view(tensor: Tensor) -> Tensor:
     """The tensor's own memory, [nbytes]."""
     return tensor.reshape(-1).view(torch.uint8)

@@ -15,16 +15,16 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from ..errors import ArtifactError, unreadable
+from ..errors import ArtifactError, describe_read_error
 from ..manifest import Manifest
 
-TRUST = "an artifact holds machine code, so take it only from someone you trust"
-BLOCK = 1 << 20  # bytes read at a time: no file is ever whole in memory to be hashed
-FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # a pipe in a file's place is not waited for
+TRUST_WARNING = "an artifact holds machine code, so take it only from someone you trust"
+BLOCK_BYTES = 1 << 20  # bytes read at a time: no file is ever whole in memory to be hashed
+FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+FILE_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # a pipe in a file's place is not waited for
 
 
-def open_plain(folder: Path, path: str) -> int:
+def open_plain_file(folder: Path, path: str) -> int:
     """A descriptor of the plain file of that plain name. Below `folder` no link is followed, neither a file nor a folder.
 
     Raises ArtifactError for what is no such file (any more).
@@ -32,13 +32,13 @@ def open_plain(folder: Path, path: str) -> int:
     *parents, name = path.split("/")
     try:
         with ExitStack() as stack:
-            at = _kept(stack, os.open(folder, FOLDER))
+            at = _close_with(stack, os.open(folder, FOLDER_FLAGS))
             for parent in parents:
-                at = _kept(stack, os.open(parent, FOLDER | os.O_NOFOLLOW, dir_fd=at))
-            file = os.open(name, FILE, dir_fd=at)
+                at = _close_with(stack, os.open(parent, FOLDER_FLAGS | os.O_NOFOLLOW, dir_fd=at))
+            file = os.open(name, FILE_FLAGS, dir_fd=at)
     except OSError as e:
         if isinstance(e, PermissionError):
-            raise ArtifactError(f"{folder}: {path}: {unreadable(e, folder)}") from e
+            raise ArtifactError(f"{folder}: {path}: {describe_read_error(e, folder)}") from e
         raise ArtifactError(
             f"{folder}: {path} cannot be opened as a plain file ({e.strerror}); restore the file or export again"
         ) from e
@@ -48,31 +48,31 @@ def open_plain(folder: Path, path: str) -> int:
     return file
 
 
-def _kept(stack: ExitStack, descriptor: int) -> int:
+def _close_with(stack: ExitStack, descriptor: int) -> int:
     stack.callback(os.close, descriptor)
     return descriptor
 
 
 @contextmanager
-def opened(folder: Path, paths: Iterable[str]) -> Iterator[dict[str, int]]:
-    """Path -> descriptor, for the length of the block. Raises ArtifactError, see `open_plain`."""
+def open_files(folder: Path, paths: Iterable[str]) -> Iterator[dict[str, int]]:
+    """Path -> descriptor, for the length of the block. Raises ArtifactError, see `open_plain_file`."""
     with ExitStack() as stack:
-        yield {path: _kept(stack, open_plain(folder, path)) for path in paths}
+        yield {path: _close_with(stack, open_plain_file(folder, path)) for path in paths}
 
 
-def by_descriptor(descriptor: int) -> Path:
+def descriptor_path(descriptor: int) -> Path:
     """A name of exactly the open file, for libraries that want a name."""
     return Path(f"/proc/self/fd/{descriptor}")
 
 
-def read_listed(folder: Path, manifest: Manifest, path: str) -> bytes:
+def read_listed_file(folder: Path, manifest: Manifest, path: str) -> bytes:
     """The bytes of a listed file, read once: what was hashed is what comes back. Raises ArtifactError where they are others."""
     expected = next(entry for entry in manifest.files if entry.path == path)
-    with opened(folder, [path]) as files, open(files[path], "rb", closefd=False) as file:
+    with open_files(folder, [path]) as files, open(files[path], "rb", closefd=False) as file:
         try:
             data = file.read(expected.size + 1)
         except OSError as e:
-            raise ArtifactError(f"{folder}: {path}: {unreadable(e, folder)}") from e
+            raise ArtifactError(f"{folder}: {path}: {describe_read_error(e, folder)}") from e
     came = hashlib.sha256(data).hexdigest()
     if came != expected.sha256:
         raise ArtifactError(f"{folder}: {hash_problem(path, came, expected.sha256)}")
@@ -80,12 +80,12 @@ def read_listed(folder: Path, manifest: Manifest, path: str) -> bytes:
 
 
 def hash_problem(path: str, came: str, expected: str) -> str:
-    return f"{path}: sha256 is {came[:12]}.., the manifest says {expected[:12]}..; restore the file or export again ({TRUST})"
+    return f"{path}: sha256 is {came[:12]}.., the manifest says {expected[:12]}..; restore the file or export again ({TRUST_WARNING})"
 
 
 def sha256_of(descriptor: int) -> str:
-    """In hexadecimal. Several threads may hash at once: hashlib and the system call both release Python's lock."""
-    digest, block, at = hashlib.sha256(), memoryview(bytearray(BLOCK)), 0
+    """The file's sha256 in hexadecimal. Several threads may hash at once: hashlib and the system call both release Python's lock."""
+    digest, block, at = hashlib.sha256(), memoryview(bytearray(BLOCK_BYTES)), 0
     os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
     while count := os.preadv(descriptor, [block], at):
         digest.update(block[:count])
@@ -93,7 +93,7 @@ def sha256_of(descriptor: int) -> str:
     return digest.hexdigest()
 
 
-def hashes_of(files: Mapping[str, int]) -> dict[str, str]:
+def file_hashes(files: Mapping[str, int]) -> dict[str, str]:
     """Path -> sha256 of all these files, largest first, in as many threads as there are cores for this process.
 
     One file is the work of one thread, for SHA-256 goes through it in order. The caller's thread works too, and does what

@@ -22,26 +22,30 @@ from pathlib import Path
 from typing import Any
 
 from ..manifest import Manifest
-from .private import is_private
-from .scratch import scratch, sweep
+from .private_folder import is_private_folder
+from .scratch import remove_abandoned, scratch_folder
 
-FOLDER = "verified"
-PREFIX = ".fresh."  # of what is not yet a marker
-RECENT = 2_000_000_000  # ns: clocks of file systems tick up to this slowly, so a later change might show the same time
-LARGEST = 1 << 20  # bytes of a marker
+MARKER_FOLDER = "verified"
+SCRATCH_PREFIX = ".fresh."  # of what is not yet a marker
+RECENT_NS = (
+    2_000_000_000  # ns: clocks of file systems tick up to this slowly, so a later change might show the same time
+)
+MAX_MARKER_BYTES = 1 << 20  # bytes of a marker
 
 
-class Marker:
+class HashMarker:
     """The marker of these open files, whose states are taken now, before anything is hashed."""
 
     def __init__(self, cache: Path, folder: Path, manifest: Manifest, files: Mapping[str, int]):
         self._files, self._cache = files, cache
         info = folder.stat()
-        self._path = cache / FOLDER / f"{info.st_dev:x}-{info.st_ino:x}.json"  # one for each folder, so they stay few
+        self._path = (
+            cache / MARKER_FOLDER / f"{info.st_dev:x}-{info.st_ino:x}.json"
+        )  # one for each folder, so they stay few
         content = manifest.to_json().encode("utf-8", "surrogatepass")
-        self._said: dict[str, Any] = {"manifest": hashlib.sha256(content).hexdigest(), "files": states(files)}
+        self._said: dict[str, Any] = {"manifest": hashlib.sha256(content).hexdigest(), "files": file_states(files)}
 
-    def holds(self) -> bool:
+    def is_valid(self) -> bool:
         """Whether exactly these files, in this state, were found right before."""
         try:
             return self._is_ours() and json.loads(self._read()) == self._said
@@ -53,21 +57,23 @@ class Marker:
 
         Where nothing private can be written, nothing is: the next load hashes again.
         """
-        since = time.time_ns() - RECENT
-        if states(self._files) != self._said["files"] or any(max(s[3:]) > since for s in self._said["files"].values()):
+        since = time.time_ns() - RECENT_NS
+        if file_states(self._files) != self._said["files"] or any(
+            max(s[3:]) > since for s in self._said["files"].values()
+        ):
             return
         with suppress(OSError):
             for folder in (self._cache, self._path.parent):  # the mode is not for parents
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             if self._is_ours():
-                sweep(self._path.parent, PREFIX)
-                with scratch(self._path.parent, PREFIX) as fresh:  # mode 0700
+                remove_abandoned(self._path.parent, SCRATCH_PREFIX)
+                with scratch_folder(self._path.parent, SCRATCH_PREFIX) as fresh:  # mode 0700
                     (fresh / "marker").touch(mode=0o600)
                     (fresh / "marker").write_text(json.dumps(self._said), "ascii")
                     (fresh / "marker").replace(self._path)
 
     def _is_ours(self) -> bool:
-        return is_private(self._cache) and is_private(self._path.parent)
+        return is_private_folder(self._cache) and is_private_folder(self._path.parent)
 
     def _read(self) -> bytes:
         descriptor = os.open(self._path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -75,10 +81,10 @@ class Marker:
             info = os.fstat(descriptor)
             if info.st_uid != os.geteuid() or info.st_mode & 0o022:
                 raise PermissionError(f"{self._path} can be written by other users")
-            return file.read(LARGEST)
+            return file.read(MAX_MARKER_BYTES)
 
 
-def states(files: Mapping[str, int]) -> dict[str, list[int]]:
+def file_states(files: Mapping[str, int]) -> dict[str, list[int]]:
     """Path -> [device, inode, size, mtime, ctime] of the open file."""
     infos = {path: os.fstat(descriptor) for path, descriptor in files.items()}
     return {p: [i.st_dev, i.st_ino, i.st_size, i.st_mtime_ns, i.st_ctime_ns] for p, i in infos.items()}

@@ -8,9 +8,9 @@ import json
 import os
 from pathlib import Path
 
-from .scratch import abandoned, removed, scratch
+from .scratch import abandoned_folders, remove_path, scratch_folder
 
-ASIDE = ".old"
+ASIDE_SUFFIX = ".old"
 
 
 def is_artifact(folder: Path) -> bool:
@@ -28,7 +28,7 @@ def make_readable(folder: Path) -> None:
         path.chmod(0o755 if path.is_dir() else 0o644)
 
 
-def put(folder: Path, output: Path) -> bool:
+def rename_if_free(folder: Path, output: Path) -> bool:
     """Whether `folder` has got that name, which nothing had, or an empty folder."""
     try:
         folder.rename(output)
@@ -39,12 +39,12 @@ def put(folder: Path, output: Path) -> bool:
     return True
 
 
-def replace(folder: Path, output: Path) -> None:
+def replace_folder(folder: Path, output: Path) -> None:
     """Renames `folder` to `output`. With an earlier artifact there it changes places, which leaves no moment without one;
-    where the file system cannot do that, the earlier one is moved aside first and removed last, see `recover`."""
-    if put(folder, output) or exchanged(folder, output):
+    where the file system cannot do that, the earlier one is moved aside first and removed last, see `recover_artifact`."""
+    if rename_if_free(folder, output) or exchange_folders(folder, output):
         return
-    with scratch(output.parent, f".{output.name}.", ASIDE) as aside:
+    with scratch_folder(output.parent, f".{output.name}.", ASIDE_SUFFIX) as aside:
         output.rename(aside / "old")
         try:
             folder.rename(output)
@@ -53,15 +53,15 @@ def replace(folder: Path, output: Path) -> None:
             raise
 
 
-def recover(output: Path) -> None:
+def recover_artifact(output: Path) -> None:
     """Puts an earlier artifact back that a process had moved aside when it was killed."""
-    for aside in abandoned(output.parent, f".{output.name}.", ASIDE):
+    for aside in abandoned_folders(output.parent, f".{output.name}.", ASIDE_SUFFIX):
         if not output.exists() and (aside / "old").exists():
             (aside / "old").rename(output)
-        removed(aside)
+        remove_path(aside)
 
 
-def exchanged(a: Path, b: Path) -> bool:
+def exchange_folders(a: Path, b: Path) -> bool:
     """Whether two folders now have each other's name: renameat2 with RENAME_EXCHANGE, which Linux has and Python lacks."""
     renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
     if renameat2 is None:

@@ -15,16 +15,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+SCRATCH_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 @contextmanager
-def scratch(parent: Path, prefix: str, suffix: str = "") -> Iterator[Path]:
+def scratch_folder(parent: Path, prefix: str, suffix: str = "") -> Iterator[Path]:
     """A fresh folder in `parent` that this user alone can open. What has its name at the end is removed. Raises OSError."""
     while True:
         folder = Path(tempfile.mkdtemp(prefix=prefix, suffix=suffix, dir=parent))
         try:
-            descriptor = os.open(folder, FOLDER)
+            descriptor = os.open(folder, SCRATCH_FLAGS)
         except FileNotFoundError:  # swept before it could be locked
             continue
         with suppress(OSError):  # without locks; then nobody sweeps
@@ -35,15 +35,15 @@ def scratch(parent: Path, prefix: str, suffix: str = "") -> Iterator[Path]:
     try:
         yield folder
     finally:
-        removed(folder)
+        remove_path(folder)
         os.close(descriptor)
 
 
-def abandoned(parent: Path, prefix: str, suffix: str = "") -> Iterator[Path]:
-    """The folders of `scratch` whose process is gone, each held until the next is asked for."""
+def abandoned_folders(parent: Path, prefix: str, suffix: str = "") -> Iterator[Path]:
+    """The folders of `scratch_folder` whose process is gone, each held until the next is asked for."""
     for folder in sorted(parent.glob(f"{glob.escape(prefix)}*{glob.escape(suffix)}")):
         try:
-            descriptor = os.open(folder, FOLDER)
+            descriptor = os.open(folder, SCRATCH_FLAGS)
         except OSError:
             continue
         try:
@@ -55,13 +55,13 @@ def abandoned(parent: Path, prefix: str, suffix: str = "") -> Iterator[Path]:
             os.close(descriptor)
 
 
-def sweep(parent: Path, prefix: str, suffix: str = "") -> None:
-    """Removes the folders of `scratch` whose process is gone."""
-    for folder in abandoned(parent, prefix, suffix):
-        removed(folder)
+def remove_abandoned(parent: Path, prefix: str, suffix: str = "") -> None:
+    """Removes the folders of `scratch_folder` whose process is gone."""
+    for folder in abandoned_folders(parent, prefix, suffix):
+        remove_path(folder)
 
 
-def removed(path: Path) -> None:
+def remove_path(path: Path) -> None:
     """Takes away a folder, file or link, if it is there and can be."""
     if path.is_symlink() or path.is_file():
         with suppress(OSError):

@@ -18,18 +18,18 @@ from io import BytesIO
 from pathlib import Path
 
 from ..errors import ArtifactError
-from .private import default_cache, is_private
-from .rename import put, replace
-from .scratch import scratch, sweep
+from .private_folder import default_cache_folder, is_private_folder
+from .rename import rename_if_free, replace_folder
+from .scratch import remove_abandoned, scratch_folder
 
-SUFFIXES = (".so", ".json", ".cubin")
-VERSION = b"0"  # of torch's archive format
-UNREADABLE = (zipfile.BadZipFile, EOFError, NotImplementedError, OSError, RuntimeError, ValueError, struct.error)
+MEMBER_SUFFIXES = (".so", ".json", ".cubin")
+ARCHIVE_VERSION = b"0"  # of torch's archive format
+ARCHIVE_ERRORS = (zipfile.BadZipFile, EOFError, NotImplementedError, OSError, RuntimeError, ValueError, struct.error)
 """What zipfile raises of an archive whose tables say nonsense."""
 
 
 @contextmanager
-def unpacked(
+def unpack_members(
     members: Mapping[str, Mapping[str, bytes]], sha256: str, cache_dir: Path | None = None
 ) -> Iterator[dict[str, Path]]:
     """Model name -> its `.so`, for the length of the block (a mapped file outlives its name on Linux).
@@ -37,7 +37,7 @@ def unpacked(
     `members` are those of `read_members`. Files go to `<cache_dir>/<sha256>/<model>/`; when that place cannot be written or
     does not belong to this user, to a temporary folder that is removed at the end. Raises ArtifactError where neither can be.
     """
-    with _folder(members, sha256, cache_dir or default_cache()) as folder:
+    with _members_folder(members, sha256, cache_dir or default_cache_folder()) as folder:
         yield {model: folder / model / _so_name(files) for model, files in members.items()}
 
 
@@ -51,7 +51,7 @@ def read_members(package: str, data: bytes) -> dict[str, dict[str, bytes]]:
     try:
         with zipfile.ZipFile(BytesIO(data)) as archive:
             infos = archive.infolist()
-            _refuse_hostile(package, infos)
+            _refuse_hostile_members(package, infos)
             if sum(info.file_size for info in infos) > len(data):  # much could be read out of little
                 raise zipfile.BadZipFile("its members overlap")
             found: dict[str, dict[str, bytes]] = {}
@@ -60,7 +60,7 @@ def read_members(package: str, data: bytes) -> dict[str, dict[str, bytes]]:
                     _refuse_other_version(package, archive.read(info))
                 if model_file := _model_file(info.filename):
                     found.setdefault(model_file[0], {})[model_file[1]] = archive.read(info)
-    except UNREADABLE as e:
+    except ARCHIVE_ERRORS as e:
         raise ArtifactError(f"{package}: expected a .pt2 package, but {e}; restore the file or export again") from e
     for model, files in found.items():
         libraries = sum(name.endswith(".so") for name in files)
@@ -69,23 +69,23 @@ def read_members(package: str, data: bytes) -> dict[str, dict[str, bytes]]:
     return found
 
 
-def _refuse_hostile(package: str, infos: list[zipfile.ZipInfo]) -> None:
+def _refuse_hostile_members(package: str, infos: list[zipfile.ZipInfo]) -> None:
     seen: set[str] = set()
     for info in infos:
-        if reason := _why_refused(info, seen):
+        if reason := _refusal_reason(info, seen):
             raise ArtifactError(f"{package}: member {info.orig_filename!r} {reason}; do not open this package")
         seen.add(info.filename)
 
 
 def _refuse_other_version(package: str, version: bytes) -> None:
-    if version != VERSION:
+    if version != ARCHIVE_VERSION:
         raise ArtifactError(
-            f"{package}: archive_version is {version.decode(errors='replace')!r:.40}, this runtime reads {VERSION.decode()!r}; "
+            f"{package}: archive_version is {version.decode(errors='replace')!r:.40}, this runtime reads {ARCHIVE_VERSION.decode()!r}; "
             "export again with this prebake, or install the one that wrote it"
         )
 
 
-def _why_refused(info: zipfile.ZipInfo, seen: set[str]) -> str | None:
+def _refusal_reason(info: zipfile.ZipInfo, seen: set[str]) -> str | None:
     name = info.orig_filename
     parts = name.split("/")
     if name != info.filename or "\\" in name or name.startswith("/") or ".." in parts or "" in parts[:-1]:
@@ -98,8 +98,8 @@ def _why_refused(info: zipfile.ZipInfo, seen: set[str]) -> str | None:
         return "is compressed or encrypted; torch's packages are stored plainly"
     if name.endswith((".cpp", "compile_flags.json")):
         return "is source code or compile flags, which a loader would compile and run"
-    if _model_file(name) and not name.endswith(SUFFIXES):
-        return f"is not one of {', '.join(SUFFIXES)}"
+    if _model_file(name) and not name.endswith(MEMBER_SUFFIXES):
+        return f"is not one of {', '.join(MEMBER_SUFFIXES)}"
     return None
 
 
@@ -116,38 +116,38 @@ def _so_name(files: Mapping[str, bytes]) -> str:
 
 
 @contextmanager
-def _folder(members: Mapping[str, Mapping[str, bytes]], sha256: str, cache: Path) -> Iterator[Path]:
+def _members_folder(members: Mapping[str, Mapping[str, bytes]], sha256: str, cache: Path) -> Iterator[Path]:
     with ExitStack() as stack:
         try:
-            folder = _cached(members, cache / sha256)
+            folder = _shared_folder(members, cache / sha256)
         except OSError as e:
-            folder = stack.enter_context(_temporary(members, cache, e))
+            folder = stack.enter_context(_temporary_folder(members, cache, e))
         yield folder
 
 
-def _cached(members: Mapping[str, Mapping[str, bytes]], folder: Path) -> Path:
+def _shared_folder(members: Mapping[str, Mapping[str, bytes]], folder: Path) -> Path:
     """The folder, holding these files, and nothing beside it that a killed process has left of its own.
 
     Raises OSError where its parent is no place for that.
     """
     folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if not is_private(folder.parent):
+    if not is_private_folder(folder.parent):
         raise PermissionError(errno.EPERM, "other users can write there", str(folder.parent))
-    sweep(folder.parent, f".{folder.name}.")
-    if not _holds(folder, members):
-        _replace(folder, members)
+    remove_abandoned(folder.parent, f".{folder.name}.")
+    if not _has_members(folder, members):
+        _replace_members(folder, members)
     return folder
 
 
 @contextmanager
-def _temporary(members: Mapping[str, Mapping[str, bytes]], cache: Path, why: OSError) -> Iterator[Path]:
+def _temporary_folder(members: Mapping[str, Mapping[str, bytes]], cache: Path, why: OSError) -> Iterator[Path]:
     """A folder that is removed at the end. Raises ArtifactError where there is no place for that either."""
     with ExitStack() as stack:
         try:
             folder = Path(
                 stack.enter_context(tempfile.TemporaryDirectory(prefix="prebake-", ignore_cleanup_errors=True))
             )
-            _write(folder, members)
+            _write_members(folder, members)
         except OSError as e:
             raise ArtifactError(
                 f"{cache}: machine code cannot be unpacked there ({why.strerror}), nor into a temporary folder ({e.strerror}); "
@@ -156,27 +156,27 @@ def _temporary(members: Mapping[str, Mapping[str, bytes]], cache: Path, why: OSE
         yield folder
 
 
-def _holds(folder: Path, members: Mapping[str, Mapping[str, bytes]]) -> bool:
+def _has_members(folder: Path, members: Mapping[str, Mapping[str, bytes]]) -> bool:
     """Whether the folder holds these files, byte for byte, and nothing else."""
-    if not folder.is_dir() or not is_private(folder):
+    if not folder.is_dir() or not is_private_folder(folder):
         return False
     want = {folder / model / name: content for model, files in members.items() for name, content in files.items()}
     have = {path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()}
     return have == want.keys() and all(not p.is_symlink() and p.read_bytes() == content for p, content in want.items())
 
 
-def _replace(folder: Path, members: Mapping[str, Mapping[str, bytes]]) -> None:
+def _replace_members(folder: Path, members: Mapping[str, Mapping[str, bytes]]) -> None:
     """Puts a fresh folder in place by one rename.
 
     Where another process was faster its equal folder stays untouched, for that process is about to open it.
     """
-    with scratch(folder.parent, f".{folder.name}.") as fresh:  # mode 0700
-        _write(fresh, members)
-        if not put(fresh, folder) and not _holds(folder, members):
-            replace(fresh, folder)
+    with scratch_folder(folder.parent, f".{folder.name}.") as fresh:  # mode 0700
+        _write_members(fresh, members)
+        if not rename_if_free(fresh, folder) and not _has_members(folder, members):
+            replace_folder(fresh, folder)
 
 
-def _write(folder: Path, members: Mapping[str, Mapping[str, bytes]]) -> None:
+def _write_members(folder: Path, members: Mapping[str, Mapping[str, bytes]]) -> None:
     for model, files in members.items():
         (folder / model).mkdir(mode=0o700)
         for name, content in files.items():

@@ -10,16 +10,16 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-from .private import default_cache, is_private
+from .private_folder import default_cache_folder, is_private_folder
 
 
-def keep(cache: Path | None, path: str, data: bytes) -> None:
+def write_private(cache: Path | None, path: str, data: bytes) -> None:
     """Puts `data` at `<cache>/<folder>/<name>`, by one rename; `cache` is None for the usual place."""
-    where = (cache or default_cache()) / path
+    where = (cache or default_cache_folder()) / path
     with suppress(OSError):
         for folder in (where.parent.parent, where.parent):  # the mode is not for parents
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if _is_ours(where):
+        if _is_private_path(where):
             descriptor, fresh = tempfile.mkstemp(prefix=".", dir=where.parent)  # mode 0600
             try:
                 with open(descriptor, "wb") as file:
@@ -30,11 +30,11 @@ def keep(cache: Path | None, path: str, data: bytes) -> None:
                 raise
 
 
-def kept(cache: Path | None, path: str) -> bytes:
+def read_private(cache: Path | None, path: str) -> bytes:
     """What was put there, or nothing: where there is no such file, or where others could have written it."""
-    where = (cache or default_cache()) / path
+    where = (cache or default_cache_folder()) / path
     try:
-        if not _is_ours(where):
+        if not _is_private_path(where):
             return b""
         descriptor = os.open(where, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         with open(descriptor, "rb") as file:
@@ -44,5 +44,5 @@ def kept(cache: Path | None, path: str) -> bytes:
         return b""
 
 
-def _is_ours(where: Path) -> bool:
-    return is_private(where.parent.parent) and is_private(where.parent)
+def _is_private_path(where: Path) -> bool:
+    return is_private_folder(where.parent.parent) and is_private_folder(where.parent)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..check.artifact import FREE, UNLISTED
+from ..check.artifact import UNCHECKED_FOLDER, UNLISTED_FILES
 from ..errors import ArtifactError
-from ..storage.files import BLOCK, open_plain
-from .progress import Bar
+from ..storage.files import BLOCK_BYTES, open_plain_file
+from .progress import TransferProgress
 
 
 class FolderOrigin:
@@ -23,24 +23,24 @@ class FolderOrigin:
         return str(self.folder)
 
     def sizes(self) -> dict[str, int]:
-        """Of the files that no manifest lists. Links count, so that they are refused when they are fetched.
+        """Path -> bytes of the files that no manifest lists. Links count, so that they are refused when they are fetched.
 
         Raises ArtifactError where there is no such folder.
         """
         if not self.folder.is_dir():
             found = "a file" if self.folder.exists() else "nothing"
             raise ArtifactError(f"{self.folder}: expected an artifact folder, found {found}")
-        free = [path for path in (self.folder / FREE).rglob("*") if path.is_symlink() or not path.is_dir()]
-        named = [path for name in sorted(UNLISTED) if (path := self.folder / name).is_file()]
+        free = [path for path in (self.folder / UNCHECKED_FOLDER).rglob("*") if path.is_symlink() or not path.is_dir()]
+        named = [path for name in sorted(UNLISTED_FILES) if (path := self.folder / name).is_file()]
         return {p.relative_to(self.folder).as_posix(): p.lstat().st_size for p in (*named, *sorted(free))}
 
-    def fetch(self, files: Mapping[str, int], into: Path, bar: Bar) -> None:
+    def fetch(self, files: Mapping[str, int], into: Path, bar: TransferProgress) -> None:
         """Copies them. Raises ArtifactError for what is no plain file (any more), and OSError where the disk refuses."""
         bar.begin("copy", sum(files.values()))
         for path, size in files.items():
             bar.file(path, size)
             (into / path).parent.mkdir(parents=True, exist_ok=True)
-            with open(open_plain(self.folder, path), "rb") as source, open(into / path, "xb") as target:
-                while block := source.read(BLOCK):
+            with open(open_plain_file(self.folder, path), "rb") as source, open(into / path, "xb") as target:
+                while block := source.read(BLOCK_BYTES):
                     target.write(block)
                     bar.advance(len(block))

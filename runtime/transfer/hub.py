@@ -20,13 +20,13 @@ from typing import Any
 
 from ..errors import ArtifactError, RecipeError
 from ..storage.files import sha256_of
-from .progress import Bar
+from .progress import TransferProgress
 
-SCHEME = "hf://"
-NEEDED = f"{SCHEME} needs huggingface_hub: pip install 'prebake[hub]'"
+HUB_SCHEME = "hf://"
+HUB_EXTRA_HINT = f"{HUB_SCHEME} needs huggingface_hub: pip install 'prebake[hub]'"
 
 
-class Hub:
+class HubRepository:
     """One revision of one repository. It is asked for once, and the commit that it was then is what is read."""
 
     def __init__(self, uri: str):
@@ -35,15 +35,17 @@ class Hub:
             from huggingface_hub import HfApi, parse_hf_uri
             from huggingface_hub.errors import HfUriError
         except ImportError as e:
-            raise RecipeError(NEEDED) from e
+            raise RecipeError(HUB_EXTRA_HINT) from e
         try:
             parsed = parse_hf_uri(uri)
         except HfUriError as e:
-            raise RecipeError(f"{uri}: expected {SCHEME}owner/name or {SCHEME}owner/name@revision ({e.msg})") from e
+            raise RecipeError(
+                f"{uri}: expected {HUB_SCHEME}owner/name or {HUB_SCHEME}owner/name@revision ({e.msg})"
+            ) from e
         if parsed.type != "model" or parsed.path_in_repo:
             what = f"the folder {parsed.path_in_repo!r}" if parsed.path_in_repo else f"a {parsed.type}"
             raise RecipeError(
-                f"{uri}: an artifact is a whole model repository, and this names {what}; give {SCHEME}owner/name@revision"
+                f"{uri}: an artifact is a whole model repository, and this names {what}; give {HUB_SCHEME}owner/name@revision"
             )
         self.uri, self.repo, self.branch = uri, parsed.id, parsed.revision
         self.api = HfApi(library_name="prebake")
@@ -53,13 +55,13 @@ class Hub:
 
     @property
     def revision(self) -> str:
-        """The commit, as `head`."""
+        """The commit that is read, equal to `head`."""
         return self.head
 
     @cached_property
     def head(self) -> str:
         """The commit. Raises ArtifactError where there is none, or the Hub does not say."""
-        with asked(self):
+        with explain_hub_errors(self):
             return str(self.api.repo_info(self.repo, revision=self.branch).sha)
 
     @cached_property
@@ -70,14 +72,14 @@ class Hub:
     def tree_of(self, commit: str) -> dict[str, Any]:
         from huggingface_hub import RepoFile
 
-        with asked(self):
+        with explain_hub_errors(self):
             found = self.api.list_repo_tree(self.repo, recursive=True, revision=commit)
             return {entry.path: entry for entry in found if isinstance(entry, RepoFile)}
 
     def sizes(self) -> dict[str, int]:
         return {path: entry.size for path, entry in self.tree.items()}
 
-    def fetch(self, files: Mapping[str, int], into: Path, bar: Bar) -> None:
+    def fetch(self, files: Mapping[str, int], into: Path, bar: TransferProgress) -> None:
         """Downloads them. Raises ArtifactError for what the repository lacks, and where the Hub is not reached."""
         bar.begin(f"download {len(files)} files")
         for path, size in files.items():
@@ -86,7 +88,7 @@ class Hub:
             bar.file(path, size)
         commit = self.head
         try:
-            with asked(self), telling(bar.library):
+            with explain_hub_errors(self), show_library_progress(bar.library):
                 self.api.snapshot_download(
                     self.repo, revision=commit, local_dir=into, allow_patterns=[glob.escape(path) for path in files]
                 )
@@ -106,18 +108,20 @@ class Hub:
         except RevisionNotFoundError:  # a repository without a commit of that name
             pass
         except RepositoryNotFoundError:
-            with asked(self):
+            with explain_hub_errors(self):
                 self.api.create_repo(self.repo, private=True, exist_ok=True)
         except Exception as e:
-            raise ArtifactError(f"{self}: {reason(e)}") from e
+            raise ArtifactError(f"{self}: {hub_error_reason(e)}") from e
         else:
             return True
         if self.branch is not None:
-            with asked(self):
+            with explain_hub_errors(self):
                 self.api.create_branch(self.repo, branch=self.branch, exist_ok=True)
         return False
 
-    def commit(self, folder: Path, paths: Sequence[str], gone: Sequence[str], message: str, bar: Bar) -> str:
+    def commit(
+        self, folder: Path, paths: Sequence[str], gone: Sequence[str], message: str, bar: TransferProgress
+    ) -> str:
         """Uploads the folder's files, removes those in `gone`, all in one commit after `head`; its name.
 
         Files that a push before this one has brought to the Hub, and that no commit has yet, are not sent again.
@@ -127,7 +131,7 @@ class Hub:
         bar.begin(f"upload {len(paths)} files")
         for path in paths:
             bar.file(path, (folder / path).stat().st_size)
-        with asked(self), telling(bar.library):
+        with explain_hub_errors(self), show_library_progress(bar.library):
             operations = [
                 *(CommitOperationAdd(path_in_repo=path, path_or_fileobj=folder / path) for path in paths),
                 *(CommitOperationDelete(path_in_repo=path, is_folder=False) for path in gone),
@@ -137,10 +141,10 @@ class Hub:
             )
         return made.oid
 
-    def listed(self) -> set[str]:
+    def artifact_paths(self) -> set[str]:
         """The files of the artifact that the repository holds, as its manifest says; none, where that cannot be read."""
         with tempfile.TemporaryDirectory(prefix="prebake-") as temporary:
-            self.fetch({"manifest.json": 0}, Path(temporary), Bar())
+            self.fetch({"manifest.json": 0}, Path(temporary), TransferProgress())
             try:
                 files = json.loads((Path(temporary) / "manifest.json").read_bytes())["files"]
                 return {entry["path"] for entry in files}
@@ -148,7 +152,7 @@ class Hub:
                 return set()
 
 
-def differences(
+def hub_differences(
     folder: Path, paths: Sequence[str], hashes: Mapping[str, str], tree: Mapping[str, Any]
 ) -> Iterator[str]:
     """Files of the folder that the Hub has not, or not so. `hashes` are their sha256, where these are known."""
@@ -156,11 +160,11 @@ def differences(
         file = tree.get(path)
         if file is None:
             yield f"{path} is not there"
-        elif file.size != (folder / path).stat().st_size or not is_content(file, folder / path, hashes.get(path)):
+        elif file.size != (folder / path).stat().st_size or not has_content(file, folder / path, hashes.get(path)):
             yield f"{path} is there with another content"
 
 
-def is_content(file: Any, path: Path, sha256: str | None) -> bool:
+def has_content(file: Any, path: Path, sha256: str | None) -> bool:
     """Whether the Hub's file, which is named by its hash, has the content of the one at `path`, whose `sha256` may be known."""
     if file.lfs is None:  # git's own name for a file
         data = path.read_bytes()
@@ -172,7 +176,7 @@ def is_content(file: Any, path: Path, sha256: str | None) -> bool:
 
 
 @contextmanager
-def telling(shown: bool) -> Iterator[None]:
+def show_library_progress(shown: bool) -> Iterator[None]:
     """huggingface_hub's own bars and warnings (such as that a connection broke and is taken up), or none, in the block."""
     from huggingface_hub.utils import (
         are_progress_bars_disabled,
@@ -204,18 +208,18 @@ def telling(shown: bool) -> Iterator[None]:
 
 
 @contextmanager
-def asked(hub: Hub) -> Iterator[None]:
+def explain_hub_errors(hub: HubRepository) -> Iterator[None]:
     """Raises ArtifactError for whatever the Hub, its library or the network raises in the block."""
     try:
         yield
     except ArtifactError:
         raise
     except Exception as e:
-        raise ArtifactError(f"{hub}: {reason(e)}") from e
+        raise ArtifactError(f"{hub}: {hub_error_reason(e)}") from e
 
 
-def reason(error: BaseException) -> str:
-    """In one clause, why the Hub did not do as it was asked, and the way out."""
+def hub_error_reason(error: BaseException) -> str:
+    """One clause that says why the Hub did not do as it was asked, and the way out."""
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -225,7 +229,7 @@ def reason(error: BaseException) -> str:
         RevisionNotFoundError,
     )
 
-    causes = tuple(chain(error))
+    causes = tuple(error_chain(error))
 
     def among(*types: type[BaseException]) -> bool:
         return any(isinstance(cause, types) for cause in causes)
@@ -240,20 +244,20 @@ def reason(error: BaseException) -> str:
     if among(RepositoryNotFoundError):
         return "there is no such repository, or it is private; check the name, or log in with `hf auth login`"
     if status in (401, 403):
-        return f"the Hub refuses ({first_line(error)}); log in with a token that may do this, with `hf auth login`"
+        return f"the Hub refuses ({error_summary(error)}); log in with a token that may do this, with `hf auth login`"
     # whatever library speaks HTTP, a network that is not there ends in one of Python's own errors
     if among(LocalEntryNotFoundError, ConnectionError, TimeoutError, socket.gaierror):
-        return f"the Hub cannot be reached ({first_line(error)}); try again, and what has arrived is not sent again"
-    return f"the Hub or the way to it fails ({first_line(error)}); try again, and what has arrived is not sent again"
+        return f"the Hub cannot be reached ({error_summary(error)}); try again, and what has arrived is not sent again"
+    return f"the Hub or the way to it fails ({error_summary(error)}); try again, and what has arrived is not sent again"
 
 
-def chain(error: BaseException | None) -> Iterator[BaseException]:
+def error_chain(error: BaseException | None) -> Iterator[BaseException]:
     """The error and what led to it, the latest first."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
 
 
-def first_line(error: BaseException) -> str:
-    """`Type: its first line`."""
+def error_summary(error: BaseException) -> str:
+    """The error as one line, `Type: first line of its message`."""
     return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])

@@ -1,5 +1,5 @@
 """What `push` and `pull` say while bytes move: a bar on a terminal, plain lines where there is none, JSON lines for programs,
-or nothing. Whoever moves bytes knows only `Bar`."""
+or nothing. Whoever moves bytes knows only `TransferProgress`."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import sys
 import time
 from typing import Any, Literal
 
-from ..text import in_bytes
+from ..text import format_bytes
 
-Mode = Literal["rich", "json", "quiet"]
+TransferProgressMode = Literal["rich", "json", "quiet"]
 
 
-class Bar:
+class TransferProgress:
     """The base is the quiet one. `library` says whether a library that moves bytes itself may draw its own bars."""
 
     library = False
 
-    def __enter__(self) -> Bar:
+    def __enter__(self) -> TransferProgress:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -37,7 +37,7 @@ class Bar:
         """Something that the user should know, and that stays to be read."""
 
 
-class Lines(Bar):
+class LineTransferProgress(TransferProgress):
     """One line on stderr for what begins, with the seconds so far: for logs, which cannot move the cursor."""
 
     def __init__(self) -> None:
@@ -45,10 +45,10 @@ class Lines(Bar):
 
     def begin(self, stage: str, total: int = 0) -> None:
         self.stage = stage
-        self.say("begin", in_bytes(total) if total else "")
+        self.say("begin", format_bytes(total) if total else "")
 
     def file(self, path: str, size: int) -> None:
-        self.say("file", f"{path} ({in_bytes(size)})")
+        self.say("file", f"{path} ({format_bytes(size)})")
 
     def note(self, text: str) -> None:
         self.say("note", text)
@@ -62,7 +62,7 @@ class Lines(Bar):
         return time.perf_counter() - self.start
 
 
-class JsonLines(Lines):
+class JsonTransferProgress(LineTransferProgress):
     """One object per event on stderr: {"stage": ..., "event": ..., "what": ..., "elapsed_s": ...}."""
 
     def say(self, event: str, what: str) -> None:
@@ -70,7 +70,7 @@ class JsonLines(Lines):
         print(json.dumps(said), file=sys.stderr, flush=True)
 
 
-class Rich(Bar):
+class RichTransferProgress(TransferProgress):
     """A bar of bytes by rich, for each stage. Finished stages stay as lines."""
 
     library = True
@@ -97,7 +97,7 @@ class Rich(Bar):
         self.rich = Progress(*columns, console=Console(stderr=True))
         self.task: Any = None
 
-    def __enter__(self) -> Rich:
+    def __enter__(self) -> RichTransferProgress:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -123,11 +123,11 @@ class Rich(Bar):
         self.rich.console.print(f"note: {text}", markup=False, highlight=False, soft_wrap=True)
 
 
-def bar(mode: Mode) -> Bar:
+def open_transfer_progress(mode: TransferProgressMode) -> TransferProgress:
     """What to say for that mode. A terminal gets lines, too, where rich is not installed: it comes with `prebake[export]`."""
     if mode != "rich":
-        return {"json": JsonLines, "quiet": Bar}[mode]()
+        return {"json": JsonTransferProgress, "quiet": TransferProgress}[mode]()
     try:
-        return Rich() if sys.stderr.isatty() else Lines()
+        return RichTransferProgress() if sys.stderr.isatty() else LineTransferProgress()
     except ModuleNotFoundError:
-        return Lines()
+        return LineTransferProgress()

@@ -10,80 +10,82 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from ..check.artifact import FREE
-from ..check.signature import FILE as SIGNATURE
-from ..errors import ArtifactError, RecipeError, raise_all
+from ..check.artifact import UNCHECKED_FOLDER
+from ..check.signature import SIGNATURE_FILE as SIGNATURE
+from ..errors import ArtifactError, RecipeError, raise_problems
 from ..manifest import Manifest, read_manifest
-from ..problems import problems
+from ..problems import artifact_problems
 from .folder import FolderOrigin
-from .hub import SCHEME, Hub, differences
-from .progress import Bar
-from .pull import MANIFEST, Choices, Moved, Origin, pull, reports
+from .hub import HUB_SCHEME, HubRepository, hub_differences
+from .progress import TransferProgress
+from .pull import MANIFEST_FILE, Origin, PullOptions, TransferResult, pull, report_sizes
 
 
 def origin_of(place: str) -> Origin:
     """What is at `hf://owner/name[@revision]`, a path or `file://` and a path. Raises RecipeError for any other place."""
-    return Hub(place) if place.startswith(SCHEME) else FolderOrigin(path_of(place))
+    return HubRepository(place) if place.startswith(HUB_SCHEME) else FolderOrigin(place_path(place))
 
 
-def path_of(place: str) -> Path:
+def place_path(place: str) -> Path:
     url = urlsplit(place)
     if "://" not in place:
         return Path(place)
     if url.scheme != "file" or url.netloc not in ("", "localhost"):
-        raise RecipeError(f"{place}: expected a folder, file:///folder, or {SCHEME}owner/name@revision")
+        raise RecipeError(f"{place}: expected a folder, file:///folder, or {HUB_SCHEME}owner/name@revision")
     return Path(unquote(url.path))
 
 
-def push(folder: Path, destination: str, *, force: bool, bar: Bar) -> Moved:
-    """Raises ArtifactError for an artifact that is not right, or a place that does not take it, and RecipeError for a place
+def push(folder: Path, destination: str, *, force: bool, bar: TransferProgress) -> TransferResult:
+    """Checks the artifact and sends it. Raises ArtifactError for an artifact that is not right, or a place that does not take it, and RecipeError for a place
     that is none, or holds something else and `force` is not given."""
-    target = Hub(destination) if destination.startswith(SCHEME) else path_of(destination)
+    target = HubRepository(destination) if destination.startswith(HUB_SCHEME) else place_path(destination)
     bar.begin("check")
     manifest = read_manifest(folder)
-    raise_all(folder, unfit(folder, manifest))
-    if isinstance(target, Hub):
+    raise_problems(folder, push_problems(folder, manifest))
+    if isinstance(target, HubRepository):
         return push_to_hub(folder, manifest, target, force, bar)
     if target.resolve() == folder.resolve():
         raise RecipeError(f"{destination}: is the artifact itself; give another folder")
-    return pull(FolderOrigin(folder), target, Choices(any_machine=True, force=force), bar)
+    return pull(FolderOrigin(folder), target, PullOptions(any_machine=True, force=force), bar)
 
 
-def unfit(folder: Path, manifest: Manifest) -> Iterator[str]:
+def push_problems(folder: Path, manifest: Manifest) -> Iterator[str]:
     """Why the artifact should reach nobody. That this machine cannot run it is no reason; its code is then not looked at."""
     if manifest.status == "failed":
         yield "missed its thresholds, and its manifest says so; push one that holds"
-    found = list(problems(folder))
+    found = list(artifact_problems(folder))
     elsewhere = {"machine", "code"} if any(kind == "machine" for kind, _ in found) else set()
     yield from (problem for kind, problem in found if kind not in elsewhere)
 
 
-def push_to_hub(folder: Path, manifest: Manifest, hub: Hub, force: bool, bar: Bar) -> Moved:
-    """In one commit; in none, where the same artifact is there already. What was sent of it, the Hub's library does not tell."""
+def push_to_hub(
+    folder: Path, manifest: Manifest, hub: HubRepository, force: bool, bar: TransferProgress
+) -> TransferResult:
+    """Sends the artifact in one commit, in none where it is there already. What was sent of it, the Hub's library does not tell."""
     free = FolderOrigin(folder)
     entries = {entry.path: entry for entry in manifest.files}
     signature = [SIGNATURE] if (folder / SIGNATURE).is_file() else []
-    paths = [*entries, MANIFEST, *signature, *reports(free, bar)]
+    paths = [*entries, MANIFEST_FILE, *signature, *report_sizes(free, bar)]
     hashes = {path: entry.sha256 for path, entry in entries.items()}
 
     there = hub.prepare()
-    if any(differences(folder, paths, hashes, hub.tree)):
-        if there and MANIFEST in hub.tree and not force:
+    if any(hub_differences(folder, paths, hashes, hub.tree)):
+        if there and MANIFEST_FILE in hub.tree and not force:
             raise RecipeError(f"{hub}: holds another artifact; replace it with --force, or give another revision")
-        gone = sorted(path for path in earlier(hub) if path not in paths)
+        gone = sorted(path for path in earlier_files(hub) if path not in paths)
         commit = hub.commit(folder, paths, gone, f"Artifact of {manifest.source.model}", bar)
     else:
         commit = hub.revision
     bar.begin("verify")
-    if lost := list(differences(folder, paths, hashes, hub.tree_of(commit))):
+    if lost := list(hub_differences(folder, paths, hashes, hub.tree_of(commit))):
         raise ArtifactError("\n".join(f"{hub}: {line} after the push; push again with --force" for line in lost))
     size = sum(entry.size for entry in manifest.files)
-    return Moved(str(hub), commit, len(entries), size, None, None)
+    return TransferResult(str(hub), commit, len(entries), size, None, None)
 
 
-def earlier(hub: Hub) -> set[str]:
+def earlier_files(hub: HubRepository) -> set[str]:
     """The files in the repository that are of an earlier artifact, and not of the repository, such as its README.md."""
-    if MANIFEST not in hub.tree:
+    if MANIFEST_FILE not in hub.tree:
         return set()
-    listed = hub.listed() | {SIGNATURE}
-    return {path for path in hub.tree if path in listed or path.startswith(f"{FREE}/")}
+    listed = hub.artifact_paths() | {SIGNATURE}
+    return {path for path in hub.tree if path in listed or path.startswith(f"{UNCHECKED_FOLDER}/")}

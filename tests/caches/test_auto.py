@@ -14,14 +14,14 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerAncestral
 from pydantic import ValidationError
 
 from prebake.exporter.caches import Auto, NoCache
-from prebake.exporter.caches.auto import Floor, choose
-from prebake.exporter.caches.common.calibration import Calibration, Fitted, find, read
-from prebake.exporter.calibrators.runner import parted
-from prebake.exporter.calibrators.search import RIDGE, Walk, least_squares, search, stacked
-from prebake.exporter.plan import plan
-from prebake.exporter.progress import progress
-from prebake.exporter.recipe.resolve import names, resolve
-from prebake.exporter.sites.discover import discover
+from prebake.exporter.caches.auto import Floor, choose_plan
+from prebake.exporter.caches.common.calibration import Calibration, FittedPlan, find_calibration, read_calibration
+from prebake.exporter.calibrators.runner import split_runs
+from prebake.exporter.calibrators.search import RIDGE, SearchWalk, least_squares, search_plans, stack_runs
+from prebake.exporter.plan import make_plans
+from prebake.exporter.progress import open_progress
+from prebake.exporter.recipe.resolve import recipe_names, resolve
+from prebake.exporter.sites.discover import discover_layout
 from prebake.runtime.errors import ExportError, RecipeError
 
 STEPS = 8
@@ -58,16 +58,16 @@ def component_of(name: str):
 
 
 @cache
-def found(name: str, scheduler: str, candidates: tuple[str, ...]) -> tuple[Fitted, ...]:
+def found(name: str, scheduler: str, candidates: tuple[str, ...]) -> tuple[FittedPlan, ...]:
     component, table = component_of(name), table_of(scheduler)
-    subject = SimpleNamespace(denoiser=component, layout=discover(component), table=table, timestep_scale=1.0)
+    subject = SimpleNamespace(denoiser=component, layout=discover_layout(component), table=table, timestep_scale=1.0)
     runs = [run_of(component, table, seed) for seed in range(6)]
-    with progress("quiet") as quiet:
+    with open_progress("quiet") as quiet:
         settings = Auto(candidates=candidates, beam=2, search_budget=0.8)
-        return search(subject, settings, runs[:3], runs[3:], picture, lambda n: table_of(scheduler, n), quiet)
+        return search_plans(subject, settings, runs[:3], runs[3:], picture, lambda n: table_of(scheduler, n), quiet)
 
 
-def calibration_of(table, plans: tuple[Fitted, ...]) -> Calibration:
+def calibration_of(table, plans: tuple[FittedPlan, ...]) -> Calibration:
     return Calibration(
         model="", sha256="", scheduler=table.scheduler, steps=STEPS, timesteps=table.timesteps, guidance_scale=1.0,
         prompts=1, prompts_sha256="", seeds=1, auto=plans,
@@ -86,14 +86,16 @@ CASES = [
 def test_a_found_plan_replays_to_the_latents_that_were_judged(case):
     name, scheduler, candidates = case
     component, table = component_of(name), table_of(scheduler)
-    layout = discover(component)
-    subject_walk = Walk(component, layout, table, Auto(candidates=candidates), 1.0)
+    layout = discover_layout(component)
+    subject_walk = SearchWalk(component, layout, table, Auto(candidates=candidates), 1.0)
     run = run_of(component, table, 4)
     for fitted in found(*case):
         settings = Auto(budget=min(fitted.cost + 1e-6, 0.99))
         one = calibration_of(table, (fitted.model_copy(update={"fewer_steps_psnr_db": 0.0}),))
-        planned = plan(settings, layout, {STEPS: table}, one)
-        followed = subject_walk.followed(stacked([run], component), zip(fitted.skips, fitted.weights, strict=True))
+        planned = make_plans(settings, layout, {STEPS: table}, one)
+        followed = subject_walk.follow_path(
+            stack_runs([run], component), zip(fitted.skips, fitted.weights, strict=True)
+        )
         sites_and_inputs = (component, planned, planned.plans[0], run.latents)
         replayed = peers.ours(*sites_and_inputs, inputs=run.inputs, noise=run.noise)
         # the same variants in the same order; weights pass through float32 in both
@@ -118,12 +120,12 @@ def test_plans_rise_in_cost_and_in_quality_and_skip_as_they_say(case):
 
 def test_fitted_weights_beat_reuse_of_the_same_steps_on_other_prompts():
     component, table = component_of("flux"), table_of("ddim")
-    walk = Walk(component, discover(component), table, Auto(candidates=("output",)), 1.0)
-    others = walk.computed(stacked([run_of(component, table, seed) for seed in (7, 8)], component))
+    walk = SearchWalk(component, discover_layout(component), table, Auto(candidates=("output",)), 1.0)
+    others = walk.computed(stack_runs([run_of(component, table, seed) for seed in (7, 8)], component))
     for fitted in found("flux", "ddim", ("output",))[1:]:
         path = list(zip(fitted.skips, fitted.weights, strict=True))
         reuse = [(skip, dict.fromkeys(weights, (1.0, 0.0, 0.0))) for skip, weights in path]
-        error, reused = ((walk.followed(others, p) - others.uncached[-1]).norm() for p in (path, reuse))
+        error, reused = ((walk.follow_path(others, p) - others.uncached[-1]).norm() for p in (path, reuse))
         assert error < reused
 
 
@@ -131,9 +133,9 @@ def test_fitted_weights_beat_reuse_of_the_same_steps_on_other_prompts():
 def test_runs_that_are_walked_together_end_where_each_ends_alone(name):
     component, table = component_of(name), table_of("ddim", 2)
     runs = [run_of(component, table, seed) for seed in (7, 8)]
-    walk = Walk(component, discover(component), table, Auto(candidates=("output",)), 1.0)
-    together = walk.computed(stacked(runs, component)).uncached[-1]
-    apart = torch.cat([walk.computed(stacked([run], component)).uncached[-1] for run in runs])
+    walk = SearchWalk(component, discover_layout(component), table, Auto(candidates=("output",)), 1.0)
+    together = walk.computed(stack_runs(runs, component)).uncached[-1]
+    apart = torch.cat([walk.computed(stack_runs([run], component)).uncached[-1] for run in runs])
     # a batch of two against two of one: float32 sums in another order
     torch.testing.assert_close(together, apart, rtol=0, atol=1e-5 * float(apart.abs().max()))
     assert (apart[0] - apart[1]).norm() > 0.1 * apart[0].norm()  # the canary
@@ -150,11 +152,11 @@ def test_a_trajectory_that_is_linear_in_its_slots_is_fitted_exactly():
 
 def test_the_aim_leads_back_to_the_uncached_run():
     component, table = component_of("flux"), table_of("dpm")
-    walk = Walk(component, discover(component), table, Auto(candidates=("output",)), 1.0)
-    examples = walk.computed(stacked([run_of(component, table, 0)], component))
-    state = walk.evaluated(walk.start(examples), examples, ("", {}))
-    astray = walk.evaluated(state, examples, ("output", {"output": (0.7, 0.0, 0.0)}))
-    moved = walk.moved(astray, examples, walk.aim(astray, examples), ("", {}), 1.0)
+    walk = SearchWalk(component, discover_layout(component), table, Auto(candidates=("output",)), 1.0)
+    examples = walk.computed(stack_runs([run_of(component, table, 0)], component))
+    state = walk.evaluate_step(walk.start(examples), examples, ("", {}))
+    astray = walk.evaluate_step(state, examples, ("output", {"output": (0.7, 0.0, 0.0)}))
+    moved = walk.apply_output(astray, examples, walk.target_output(astray, examples), ("", {}), 1.0)
     assert torch.allclose(moved.latents, examples.uncached[3], rtol=0, atol=1e-4)  # divided by an update of about 0.1
     assert not torch.allclose(astray.latents, examples.uncached[2], rtol=0, atol=1e-4)
 
@@ -162,20 +164,20 @@ def test_the_aim_leads_back_to_the_uncached_run():
 def test_a_found_plan_compiles_to_itself():
     component, table = component_of("flux"), table_of("ddim")
     fitted = found("flux", "ddim", ("output",))[-1].model_copy(update={"fewer_steps_psnr_db": 0.0})
-    planned = plan(Auto(budget=0.9), discover(component), {STEPS: table}, calibration_of(table, (fitted,)))
+    planned = make_plans(Auto(budget=0.9), discover_layout(component), {STEPS: table}, calibration_of(table, (fitted,)))
     latents = run_of(component, table, 4).latents
     eager = peers.ours(component, planned, planned.plans[0], latents)
     assert (
         compiled_run("flux", component, planned, planned.plans[0], latents).error(eager) < 2e-5
     )  # sums in another order
-    everything = plan(NoCache(), discover(component), {STEPS: table})
+    everything = make_plans(NoCache(), discover_layout(component), {STEPS: table})
     plain = peers.ours(component, everything, everything.plans[0], latents)
     assert peers.ours(component, planned, planned.plans[1], latents).error(plain) == 0
     assert plain.error(eager) > 1e-4
 
 
 PLANS = tuple(
-    Fitted(
+    FittedPlan(
         cost=cost,
         skips=(),
         weights=(),
@@ -192,7 +194,7 @@ PLANS = tuple(
     ("budget", "cost"), [(0.45, 0.4), (0.4, 0.4), (0.9, 0.5), (Floor(psnr=35), 0.4), (Floor(psnr=40), 0.5)]
 )
 def test_a_budget_takes_the_best_and_a_floor_the_cheapest(budget, cost):
-    assert choose(Auto(budget=budget), PLANS).cost == cost
+    assert choose_plan(Auto(budget=budget), PLANS).cost == cost
 
 
 @pytest.mark.parametrize(
@@ -205,13 +207,13 @@ def test_a_budget_takes_the_best_and_a_floor_the_cheapest(budget, cost):
 )
 def test_a_budget_without_a_worthy_plan_is_refused(budget, message):
     with pytest.raises(ExportError, match=message):
-        choose(Auto(budget=budget), PLANS)
+        choose_plan(Auto(budget=budget), PLANS)
 
 
 def test_a_model_without_a_calibration_is_told_the_command():
     component, table = component_of("flux"), table_of("ddim")
     with pytest.raises(ExportError, match="run `prebake calibrate"):
-        plan(Auto(), discover(component), {STEPS: table})
+        make_plans(Auto(), discover_layout(component), {STEPS: table})
 
 
 @pytest.mark.parametrize(
@@ -224,7 +226,7 @@ def test_a_model_without_a_calibration_is_told_the_command():
 def test_a_candidate_that_the_model_lacks_is_refused(candidate, message):
     component = component_of("flux")
     with pytest.raises(ExportError, match=message):
-        Walk(component, discover(component), table_of("ddim"), Auto(candidates=(candidate,)), 1.0)
+        SearchWalk(component, discover_layout(component), table_of("ddim"), Auto(candidates=(candidate,)), 1.0)
 
 
 def test_both_kinds_of_budget_are_read():
@@ -236,22 +238,22 @@ def test_both_kinds_of_budget_are_read():
 
 def test_seeds_of_one_prompt_are_never_on_both_sides():
     runs = [(prompt, seed) for prompt in range(7) for seed in range(3)]
-    fit, judge = parted(runs, 3, Auto())
+    fit, judge = split_runs(runs, 3, Auto())
     assert {prompt for prompt, _ in fit} == {0, 3, 6}
     assert not {prompt for prompt, _ in fit} & {prompt for prompt, _ in judge}
     with pytest.raises(RecipeError, match="judged by others, and there is 1; give more"):
-        parted(runs[:3], 3, Auto())
+        split_runs(runs[:3], 3, Auto())
 
 
 def test_a_floor_takes_a_dearer_plan_where_the_cheapest_loses_to_plain_steps():
     losing = PLANS[1].model_copy(update={"cost": 0.3, "fewer_steps_psnr_db": 40.0})
-    assert choose(Auto(budget=Floor(psnr=35)), (losing, PLANS[2])).cost == 0.5
+    assert choose_plan(Auto(budget=Floor(psnr=35)), (losing, PLANS[2])).cost == 0.5
 
 
 def test_a_shipped_recipe_finds_the_calibration_that_it_names():
-    for name in names():
+    for name in recipe_names():
         if file := getattr(resolve(name).cache, "calibration", None):
-            assert read(find(file, None)).auto
+            assert read_calibration(find_calibration(file, None)).auto
 
 
 def test_otherwise_must_be_a_mask():

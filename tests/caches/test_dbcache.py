@@ -28,14 +28,14 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from prebake.exporter.caches import Trajectory
-from prebake.exporter.caches.common.calibration import Calibration, Decisions, parameters
-from prebake.exporter.caches.dbcache import DBCache, decision, forecast, lists, marks, schedule
+from prebake.exporter.caches.common.calibration import Calibration, DecisionShares, decision_parameters
+from prebake.exporter.caches.dbcache import DBCache, decision, find_block_lists, forecast_weights, marks, schedule
 from prebake.exporter.calibrators import dbcache
-from prebake.exporter.calibrators.dynamic import Replayed, dynamic_replay
-from prebake.exporter.plan import plan
-from prebake.exporter.plan.sampler import Table
+from prebake.exporter.calibrators.dynamic_replay import DynamicTrace, dynamic_replay
+from prebake.exporter.plan import make_plans
+from prebake.exporter.plan.sampler import SchedulerTable
 from prebake.exporter.sites.component import Component
-from prebake.exporter.sites.discover import discover
+from prebake.exporter.sites.discover import discover_layout
 from prebake.exporter.sites.layout import Layout, Place
 from prebake.runtime.errors import ExportError, RecipeError
 
@@ -154,9 +154,11 @@ def test_every_counter_and_test_decides_as_in_cache_dit():
             cache = cache.model_copy(update={"enable_separate_cfg": None})
         layout = a_list(3, branches)
         values = walk(rng, branches, evaluations)
-        online = dbcache.Online(cache, layout, TABLES["ddim"](2))
+        online = dbcache.OnlineRule(cache, layout, TABLES["ddim"](2))
         tensors = dict(
-            zip(branches, (dbcache.hidden(p, "dbcache") for p in dbcache.probes(cache, layout)), strict=True)
+            zip(
+                branches, (dbcache.find_hidden_tensor(p, "dbcache") for p in dbcache.probes(cache, layout)), strict=True
+            )
         )
         got = [online.decide(e, 0.0, {tensors[b]: x for b, x in step.items()}) for e, step in enumerate(values)]
         expected = manager(cache, values)
@@ -177,7 +179,7 @@ def test_decisions_that_no_data_can_change_need_no_calibration():
         layout = a_list(3, ("uncond", "cond"))
         got = schedule(cache, layout, Trajectory(tuple(map(float, range(evaluations)))), None)
         expected = manager(cache, walk(rng, layout.branches, evaluations))
-        names = {b.key: m.name for b, m in zip(lists(cache, layout), got.marks, strict=True)}
+        names = {b.key: m.name for b, m in zip(find_block_lists(cache, layout), got.marks, strict=True)}
         assert [
             {k: d.actions.get(n, "compute") == "compute" for k, n in names.items()} for d in got.decisions
         ] == expected
@@ -198,7 +200,7 @@ def test_forecasts_are_the_calibrators_of_cache_dit(kind):
                 generations.insert(0, rng.uniform(-2, 2))
                 theirs.update(torch.tensor(generations[0], dtype=torch.float64), name="x")
                 continue
-            weights = forecast(cache, computed[: e + 1], 64)
+            weights = forecast_weights(cache, computed[: e + 1], 64)
             filled = [*generations, *[generations[-1]] * 64]
             ours = sum(w * g for w, g in zip(weights, filled, strict=False))
             # float64; a high order over uneven gaps magnifies the last bits
@@ -228,9 +230,11 @@ class Sequential(nn.Module):
         return outputs["uncond"] + guidance * (outputs["cond"] - outputs["uncond"])
 
 
-def peer(kind: str, component: Component, cache: DBCache, table: Table, latents: Tensor, inputs=None) -> peers.Run:
+def peer(
+    kind: str, component: Component, cache: DBCache, table: SchedulerTable, latents: Tensor, inputs=None
+) -> peers.Run:
     """cache-dit's run; `ran` has the blocks, by branch."""
-    layout = discover(component)
+    layout = discover_layout(component)
     if cache.enable_separate_cfg:
         names, args = component.inputs, component.args
         component = Component("denoiser", Sequential(component.module), names, ("sample",), args, {"": "one.model."})
@@ -261,10 +265,10 @@ def peer(kind: str, component: Component, cache: DBCache, table: Table, latents:
     return run
 
 
-def dynamic(component: Component, cache: DBCache, table: Table, latents: Tensor, inputs=None) -> Replayed:
-    layout = discover(component)
+def dynamic(component: Component, cache: DBCache, table: SchedulerTable, latents: Tensor, inputs=None) -> DynamicTrace:
+    layout = discover_layout(component)
     return dynamic_replay(
-        component, marks(cache, layout), dbcache.probes(cache, layout), dbcache.Online(cache, layout, table),
+        component, marks(cache, layout), dbcache.probes(cache, layout), dbcache.OnlineRule(cache, layout, table),
         lambda history: decision(cache, layout, history), table, inputs or peers.inputs_of(component), latents,
     )  # fmt: skip
 
@@ -274,7 +278,7 @@ def ran(cache: DBCache, layout: Layout, decisions: list[dict[str, bool]]) -> lis
     sites = {p.path: p.site for p in layout.of("block")}
     middles = {
         b.key: {sites[path] for path in m.modules}
-        for b, m in zip(lists(cache, layout), marks(cache, layout), strict=True)
+        for b, m in zip(find_block_lists(cache, layout), marks(cache, layout), strict=True)
     }
     return [
         set(sites.values()) - set().union(*(middles[k] for k, computes in decided.items() if not computes))
@@ -325,7 +329,7 @@ def test_online_decisions_and_trajectory_are_those_of_cache_dit(name):
     latents = latents_of(component, steps)
     ours = dynamic(component, cache, table, latents)
     theirs = peer(kind, component, cache, table, latents)
-    assert ran(cache, discover(component), ours.decisions) == theirs.ran
+    assert ran(cache, discover_layout(component), ours.decisions) == theirs.ran
     assert close([*ours.outputs, ours.latents], [*theirs.outputs, theirs.latents])
     decided = {c for d in ours.decisions[cache.max_warmup_steps :] for c in d.values()}
     assert decided == {True, False}
@@ -344,12 +348,12 @@ FORECASTS = {
 def test_a_static_mask_is_a_plan_without_calibration(name):
     cache = DBCache(**STATIC, **FORECASTS[name])
     component, table = model("flux"), TABLES["flow"](len(MASK))
-    planned = plan(cache, discover(component), {len(MASK): table})
+    planned = make_plans(cache, discover_layout(component), {len(MASK): table})
     latents = latents_of(component, 0)
     ours = peers.ours(component, planned, planned.plans[0], latents)
     theirs = peer("flux", component, cache, table, latents)
     decided = [{"transformer_blocks": bool(c), "single_transformer_blocks": bool(c)} for c in MASK]
-    assert ran(cache, discover(component), decided) == theirs.ran
+    assert ran(cache, discover_layout(component), decided) == theirs.ran
     assert close([*ours.outputs, ours.latents], [*theirs.outputs, theirs.latents])
     uncached = peers.ours(component, planned, planned.plans[1], latents)
     plain = peers.peer_replay(component, table, latents, lambda model, clock: None)
@@ -363,7 +367,7 @@ def test_the_comparison_can_fail():
     latents = latents_of(component, 0)
     theirs = peer("flux", component, cache, table, latents)
     for keys in (FORECASTS["taylorseer"], {"steps_computation_mask": (*MASK[:-1], 0)}, {"Fn_compute_blocks": 2}):
-        planned = plan(DBCache(**STATIC | keys), discover(component), {len(MASK): table})
+        planned = make_plans(DBCache(**STATIC | keys), discover_layout(component), {len(MASK): table})
         assert not close(peers.ours(component, planned, planned.plans[0], latents).outputs, theirs.outputs)
 
 
@@ -380,7 +384,7 @@ def prompts(component: Component, count: int) -> list[dict[str, Tensor]]:
     ]
 
 
-def calibrated(cache: DBCache, table: Table, runs: list[list[dict[str, bool]]]) -> Calibration:
+def calibrated(cache: DBCache, table: SchedulerTable, runs: list[list[dict[str, bool]]]) -> Calibration:
     """The file that a calibration on these runs' decisions writes."""
     shares = {
         key: tuple(sum(run[e][key] for run in runs) / len(runs) for e in range(len(table.timesteps)))
@@ -389,14 +393,14 @@ def calibrated(cache: DBCache, table: Table, runs: list[list[dict[str, bool]]]) 
     return Calibration(
         model="tiny", sha256="0" * 64, scheduler=table.scheduler, steps=len(set(table.steps)),
         timesteps=table.timesteps, guidance_scale=1.0, prompts=len(runs), prompts_sha256="0" * 64, seeds=1,
-        decisions={"dbcache": Decisions(parameters=parameters(cache), computed=shares)},
+        decisions={"dbcache": DecisionShares(parameters=decision_parameters(cache), computed=shares)},
     )  # fmt: skip
 
 
 def test_a_frozen_plan_computes_where_most_of_cache_dits_runs_did():
     cache = DBCache(Fn_compute_blocks=1, max_warmup_steps=2, residual_diff_threshold=0.5)
     component, table = model("flux"), TABLES["ddim"](12)
-    layout = discover(component)
+    layout = discover_layout(component)
     runs, theirs = [], []
     for seed, inputs in enumerate(prompts(component, 3)):
         latents = latents_of(component, seed)
@@ -406,7 +410,7 @@ def test_a_frozen_plan_computes_where_most_of_cache_dits_runs_did():
     got = schedule(cache, layout, Trajectory(table.timesteps), made)
     blocks = {p.site for p in layout.of("block")}
     majority = [{b for b in blocks if sum(b in run[e] for run in theirs) >= 2} for e in range(12)]
-    keys = [b.key for b in lists(cache, layout)]
+    keys = [b.key for b in find_block_lists(cache, layout)]
     frozen = [
         {k: d.actions.get(m.name, "compute") == "compute" for k, m in zip(keys, got.marks, strict=True)}
         for d in got.decisions
@@ -422,7 +426,7 @@ def test_a_frozen_plan_compiles():
     component, table = denoisers.cogvideox(layers=3), TABLES["ddim"](8)
     latents = latents_of(component, 0)
     online = dynamic(component, cache, table, latents)
-    planned = plan(cache, discover(component), {8: table}, calibrated(cache, table, [online.decisions]))
+    planned = make_plans(cache, discover_layout(component), {8: table}, calibrated(cache, table, [online.decisions]))
     eager = peers.ours(component, planned, planned.plans[0], latents)
     assert close([*eager.outputs, eager.latents], [*online.outputs, online.latents])
     artifact = compiled_run("cogvideox-3", component, planned, planned.plans[0], latents)
@@ -434,7 +438,7 @@ def test_forecasts_that_are_stored_compile():
     mask = (1, 1, 0, 0, 1, 0)
     cache = DBCache(**STATIC | {"steps_computation_mask": mask, "calibrator_type": "foca"})
     component, table = denoisers.cogvideox(layers=3), TABLES["ddim"](6)
-    planned = plan(cache, discover(component), {6: table})
+    planned = make_plans(cache, discover_layout(component), {6: table})
     latents = latents_of(component, 0)
     eager = peers.ours(component, planned, planned.plans[0], latents)
     artifact = compiled_run("cogvideox-3", component, planned, planned.plans[0], latents)
@@ -442,7 +446,7 @@ def test_forecasts_that_are_stored_compile():
 
 
 def test_more_blocks_than_a_list_has_are_refused_with_the_lists():
-    layout = discover(model("flux"))
+    layout = discover_layout(model("flux"))
     for first, last in ((4, 0), (3, 1)):
         with pytest.raises(ExportError, match=r"transformer_blocks has 4, single_transformer_blocks has 3"):
             marks(DBCache(Fn_compute_blocks=first, Bn_compute_blocks=last), layout)
@@ -454,24 +458,24 @@ def test_a_list_whose_blocks_others_run_between_is_refused():
     order = ("a.0", "a.1", "b.0", "a.2", "b.1", "b.2")
     layout = Layout(tuple(Place(name, "", name, "block", ("hidden_states",)) for name in order))
     with pytest.raises(ExportError, match=r"between those of a; the model runs a\.0, a\.1, b\.0, a\.2, b\.1, b\.2"):
-        lists(DBCache(Fn_compute_blocks=1), layout)
+        find_block_lists(DBCache(Fn_compute_blocks=1), layout)
 
 
 def test_what_cache_dit_stumbles_over_is_refused_before_it_runs():
     component, table = denoisers.pixart(layers=4), TABLES["ddim"](3)
-    layout, latents = discover(component), latents_of(component, 0)
+    layout, latents = discover_layout(component), latents_of(component, 0)
     too_many = DBCache(Fn_compute_blocks=5)
     with pytest.raises(AssertionError, match="must be less than the number of transformer blocks 4"):
         peer("pixart", component, too_many, table, latents)
     with pytest.raises(ExportError, match="expected no more blocks than the shortest list has"):
-        plan(too_many, layout, {3: table})
+        make_plans(too_many, layout, {3: table})
 
     overlapping = DBCache(Fn_compute_blocks=3, Bn_compute_blocks=2)
     first_twice = peer("pixart", component, overlapping, table, latents)  # its third block runs in both parts
     plain = peers.peer_replay(component, table, latents, lambda model, clock: None)
     assert not close(first_twice.outputs, plain.outputs)
     with pytest.raises(ExportError, match="expected no more blocks than the shortest list has"):
-        plan(overlapping, layout, {3: table})
+        make_plans(overlapping, layout, {3: table})
 
     from_nothing = {"Fn_compute_blocks": 1, "steps_computation_mask": (0, 1, 0), "steps_computation_policy": "static"}
     with pytest.raises(AssertionError, match="must be set before"):
@@ -483,12 +487,12 @@ def test_what_cache_dit_stumbles_over_is_refused_before_it_runs():
 def test_dynamic_decisions_need_a_calibration():
     cache, table = DBCache(Fn_compute_blocks=1), TABLES["ddim"](12)
     with pytest.raises(ExportError, match=r"'dbcache' needs a calibration"):
-        plan(cache, discover(model("flux")), {12: table})
+        make_plans(cache, discover_layout(model("flux")), {12: table})
 
 
 def test_a_mask_of_another_length_is_refused():
     with pytest.raises(RecipeError, match=r"is for 13 evaluations, and the plan has 12"):
-        plan(DBCache(**STATIC), discover(model("flux")), {12: TABLES["ddim"](12)})
+        make_plans(DBCache(**STATIC), discover_layout(model("flux")), {12: TABLES["ddim"](12)})
 
 
 @pytest.mark.parametrize(

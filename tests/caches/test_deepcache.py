@@ -25,11 +25,11 @@ from prebake.exporter.caches import DeepCache, NoCache, Trajectory
 from prebake.exporter.caches.common import schedule
 from prebake.exporter.caches.deepcache import whole_evaluations
 from prebake.exporter.capture.variants import capture_variants
-from prebake.exporter.cost.count import cost
-from prebake.exporter.cost.variants import check_variants
-from prebake.exporter.plan import plan
-from prebake.exporter.progress import progress
-from prebake.exporter.sites.discover import discover
+from prebake.exporter.cost.count import count_cost
+from prebake.exporter.cost.variants import check_variant_costs
+from prebake.exporter.plan import make_plans
+from prebake.exporter.progress import open_progress
+from prebake.exporter.sites.discover import discover_layout
 from prebake.exporter.sites.marks import Variant
 from prebake.runtime.errors import ExportError, RecipeError
 
@@ -69,13 +69,13 @@ def helper(table, **params):
 def unets():
     """The tiny UNets by name, with their layouts."""
     made = {name: make() for name, make in denoisers.UNETS.items()}
-    return {name: (component, discover(component)) for name, component in made.items()}
+    return {name: (component, discover_layout(component)) for name, component in made.items()}
 
 
 def both(component, layout, table, cache, **params):
     """The helper's run, ours, and our plan; `params` are the helper's where they are not the cache's own."""
     params = {"cache_interval": cache.cache_interval, "cache_branch_id": cache.cache_branch_id} | params
-    planned = plan(cache, layout, {len(set(table.steps)): table})
+    planned = make_plans(cache, layout, {len(set(table.steps)): table})
     latents = noise_for(component)
     theirs = peers.peer_replay(component, table, latents, helper(table, **params))
     return theirs, peers.ours(component, planned, planned.plans[0], latents), planned
@@ -107,7 +107,7 @@ def test_under_guidance_each_branch_keeps_its_own_deep_feature(name, branch_id):
     component = denoisers.with_guidance(denoisers.UNETS[name]())
     table = peers.table_of(EulerDiscreteScheduler(timestep_spacing="trailing"), 6)
     cache = DeepCache(cache_interval=2, cache_branch_id=branch_id)
-    theirs, ours, planned = both(component, discover(component), table, cache)
+    theirs, ours, planned = both(component, discover_layout(component), table, cache)
     assert [m.name.partition("/")[0] for m in planned.marks] == ["uncond", "cond"]
     assert ours.error(theirs) < TOLERANCE
 
@@ -122,7 +122,7 @@ def test_the_comparison_can_fail(unets, wrong):
 def small():
     """UNets of two levels with one, two or three layers a block, and their layouts."""
     made = {n: denoisers.sd_unet(layers_per_block=n, **SMALL) for n in (1, 2, 3)}
-    return {n: (component, discover(component)) for n, component in made.items()}
+    return {n: (component, discover_layout(component)) for n, component in made.items()}
 
 
 SCHEDULERS = {
@@ -235,8 +235,8 @@ def test_non_uniform_modes_differ_from_uniform_and_are_dense_where_they_say():
 
 def test_an_uncached_plan_is_the_plain_model(unets):
     component, layout = unets["sdxl"]
-    planned = plan(DeepCache(cache_interval=2), layout, {4: ddim(4)})
-    plain = plan(NoCache(), layout, {4: ddim(4)})
+    planned = make_plans(DeepCache(cache_interval=2), layout, {4: ddim(4)})
+    plain = make_plans(NoCache(), layout, {4: ddim(4)})
     latents = noise_for(component)
     ours = peers.ours(component, planned, planned.plans[1], latents)
     assert torch.equal(ours.latents, peers.ours(component, plain, plain.plans[0], latents).latents)
@@ -246,17 +246,19 @@ def test_an_uncached_plan_is_the_plain_model(unets):
 def test_pruned_graphs_hold_what_the_tape_says_and_skip_what_is_promised(branch_id, guidance):
     component = denoisers.sd_unet(**SMALL)
     component = denoisers.with_guidance(component) if guidance else component
-    planned = plan(DeepCache(cache_interval=2, cache_branch_id=branch_id), discover(component), {4: ddim(4)})
-    planned, graphs = capture_variants(component, planned, progress("quiet"))
-    costs = {g.name: cost(g) for g in graphs}
+    planned = make_plans(
+        DeepCache(cache_interval=2, cache_branch_id=branch_id), discover_layout(component), {4: ddim(4)}
+    )
+    planned, graphs = capture_variants(component, planned, open_progress("quiet"))
+    costs = {g.name: count_cost(g) for g in graphs}
     found = living(component, planned, FakeTensorMode(allow_non_fake_inputs=True))
     assert {name: c.flops for name, c in costs.items()} == {name: f.flops for name, f in found.items()}
-    check_variants(component, planned, costs)
+    check_variant_costs(component, planned, costs)
 
 
 def test_the_artifacts_code_is_our_eager_replay():
     component = denoisers.sd_unet(**SMALL)
-    planned = plan(DeepCache(cache_interval=2, cache_branch_id=1), discover(component), {5: ddim(5)})
+    planned = make_plans(DeepCache(cache_interval=2, cache_branch_id=1), discover_layout(component), {5: ddim(5)})
     latents = noise_for(component)
     eager = peers.ours(component, planned, planned.plans[0], latents)
     artifact = compiled_run("sd small", component, planned, planned.plans[0], latents)
@@ -295,35 +297,37 @@ def test_reuse_costs_on_the_real_configurations(unets, name, size, parameters, s
     """`shares` of the full FLOPs by branch id are those of the helper's own runs at 512 x 512 and 1024 x 1024."""
     component, layout, fake = real(name, size, unets[name][1])
     assert sum(p.numel() for p in component.module.parameters()) == pytest.approx(parameters, rel=1e-4)
-    plans = {b: plan(DeepCache(cache_interval=3, cache_branch_id=b), layout, {3: ddim(3)}) for b in {0: 0} | shares}
+    plans = {
+        b: make_plans(DeepCache(cache_interval=3, cache_branch_id=b), layout, {3: ddim(3)}) for b in {0: 0} | shares
+    }
     marks = tuple(m for planned in plans.values() for m in planned.marks)
     full, stored = ran(component, marks, Variant("full", ()), fake, {})
     cost_of = {b: ran(component, p.marks, p.variants[1], fake, stored)[0].flops / full.flops for b, p in plans.items()}
     assert {b: cost_of[b] for b in shares} == pytest.approx(shares, abs=0.0006)
     assert cost_of[0] <= most
     for interval, speedup in ((3, 2.3), (5, 3.2)):
-        (chosen, _) = plan(DeepCache(cache_interval=interval), layout, {30: ddim(30)}).plans
+        (chosen, _) = make_plans(DeepCache(cache_interval=interval), layout, {30: ddim(30)}).plans
         done = sum(1 if e.variant == "full" else cost_of[0] for e in chosen.evaluations)
         assert 30 / done >= speedup
 
 
 def test_an_id_without_an_up_layer_is_refused_with_those_that_exist():
-    layout = discover(denoisers.sdxl_unet())
+    layout = discover_layout(denoisers.sdxl_unet())
     with pytest.raises(
         ExportError,
         match=r"cache_branch_id 9 is not an up layer of the model; it has 0 = up_blocks\.2\.resnets\.2, .* 8 = up_blocks\.0\.resnets\.0",
     ):
-        plan(DeepCache(cache_interval=2, cache_branch_id=9), layout, {4: ddim(4)})
+        make_plans(DeepCache(cache_interval=2, cache_branch_id=9), layout, {4: ddim(4)})
 
 
 def test_a_transformer_is_refused():
     with pytest.raises(ExportError, match=r"'deepcache' is for UNets: the model has no up_blocks"):
-        plan(DeepCache(cache_interval=2), discover(denoisers.pixart()), {4: ddim(4)})
+        make_plans(DeepCache(cache_interval=2), discover_layout(denoisers.pixart()), {4: ddim(4)})
 
 
 def test_the_packages_default_interval_skips_nothing_and_is_refused():
     with pytest.raises(ExportError, match=r"cache\.method 'deepcache' skips nothing at 4 steps"):
-        plan(DeepCache(), discover(denoisers.sd_unet(**SMALL)), {4: ddim(4)})
+        make_plans(DeepCache(), discover_layout(denoisers.sd_unet(**SMALL)), {4: ddim(4)})
 
 
 @pytest.mark.parametrize(

@@ -23,11 +23,11 @@ from hypothesis import strategies as st
 from prebake.exporter.caches import FasterCache, Trajectory
 from prebake.exporter.caches.common import schedule
 from prebake.exporter.capture.variants import capture_variants
-from prebake.exporter.cost.count import attention_ops, cost, module_flops
-from prebake.exporter.cost.variants import check_variants
-from prebake.exporter.plan import plan
-from prebake.exporter.progress import progress
-from prebake.exporter.sites.discover import discover
+from prebake.exporter.cost.count import count_attention_ops, count_cost, module_flops
+from prebake.exporter.cost.variants import check_variant_costs
+from prebake.exporter.plan import make_plans
+from prebake.exporter.progress import open_progress
+from prebake.exporter.sites.discover import discover_layout
 from prebake.exporter.sites.layout import Layout, Place
 from prebake.runtime.errors import ExportError, RecipeError
 
@@ -40,7 +40,7 @@ MADE = {
     "sd3": denoisers.with_guidance(denoisers.sd3(), planes=True),
     "pixart": denoisers.with_guidance(denoisers.pixart(), planes=True),
 }
-LAYOUTS = {name: discover(c) for name, c in MADE.items()}
+LAYOUTS = {name: discover_layout(c) for name, c in MADE.items()}
 FORMATS = {"flux": "BCHW", "cogvideox": "BFCHW", "sd3": "BCHW", "pixart": "BCHW"}
 WEIGHTS = ("attention_weight", "low_frequency_weight", "high_frequency_weight")
 KEYS = [k for k in FasterCache.model_fields if k not in ("method", *WEIGHTS)]
@@ -154,7 +154,7 @@ RUNS: dict[str, tuple[str, FasterCache, Any, int]] = {
 def test_a_replay_is_diffusers_run(case):
     name, cache, scheduler, steps = RUNS[case]
     component, table, latents, scale = setting(name, scheduler, steps)
-    planned = plan(cache, LAYOUTS[name], {steps: table})
+    planned = make_plans(cache, LAYOUTS[name], {steps: table})
     ours = peers.ours(component, planned, planned.plans[0], latents, timestep_scale=scale)
     batches: list[int] = []
     theirs = peers.peer_replay(component, table, latents, peer_of(cache, batches), timestep_scale=scale)
@@ -174,7 +174,7 @@ def test_a_replay_is_diffusers_run(case):
 def test_the_comparison_can_fail():
     name, cache, scheduler, steps = RUNS["cogvideox, other weights"]
     component, table, latents, _ = setting(name, scheduler, steps)
-    planned = plan(cache, LAYOUTS[name], {steps: table})
+    planned = make_plans(cache, LAYOUTS[name], {steps: table})
     ours = peers.ours(component, planned, planned.plans[0], latents)
     for other in ({"low_frequency_weight": 1.0}, {"attention_weight": 0.9}, {"unconditional_batch_skip_range": 4}):
         theirs = peers.peer_replay(component, table, latents, peer_of(cache.model_copy(update=other)))
@@ -183,19 +183,19 @@ def test_the_comparison_can_fail():
 
 def test_an_uncached_plan_is_the_plain_model():
     component, table, latents, _ = setting("cogvideox", DDIM, 6)
-    planned = plan(FasterCache(), LAYOUTS["cogvideox"], {6: table})
+    planned = make_plans(FasterCache(), LAYOUTS["cogvideox"], {6: table})
     ours = peers.ours(component, planned, planned.plans[1], latents)
     assert ours.error(peers.peer_replay(component, table, latents, lambda model, clock: None)) < CLOSE
 
 
 def test_nothing_of_the_unconditional_branch_is_left_where_it_is_skipped():
     component = denoisers.with_guidance(denoisers.cogvideox(layers=1), planes=True)
-    planned = plan(FasterCache(), discover(component), {12: peers.table_of(DDIM, 12)})
-    with progress("quiet") as quiet:
+    planned = make_plans(FasterCache(), discover_layout(component), {12: peers.table_of(DDIM, 12)})
+    with open_progress("quiet") as quiet:
         planned, graphs = capture_variants(component, planned, quiet)
-    assert [attention_ops(g) for g in graphs] == [2, 1, 0]  # both branches, the conditional one, none
-    costs = {g.name: cost(g) for g in graphs}
-    check_variants(component, planned, costs)  # what an export holds against its variants
+    assert [count_attention_ops(g) for g in graphs] == [2, 1, 0]  # both branches, the conditional one, none
+    costs = {g.name: count_cost(g) for g in graphs}
+    check_variant_costs(component, planned, costs)  # what an export holds against its variants
     inside = module_flops(component.module, component.args)
     assert costs["reuse"].flops == inside["cond"] == inside["uncond"]
     assert costs["reuse-2"].flops < costs["reuse"].flops
@@ -205,7 +205,7 @@ def test_the_artifact_is_the_replay():
     component = denoisers.with_guidance(denoisers.pixart(layers=1), planes=True)
     cache, table = FasterCache(unconditional_batch_timestep_skip_range=(-1, 900)), peers.table_of(DDIM, 6)
     latents = denoisers.noise(*component.args[0].shape)
-    planned = plan(cache, discover(component), {6: table})
+    planned = make_plans(cache, discover_layout(component), {6: table})
     assert [v.name for v in planned.variants] == ["full", "reuse", "reuse-2"]
     eager = peers.ours(component, planned, planned.plans[0], latents)
     artifact = compiled_run("pixart, one block, planes", component, planned, planned.plans[0], latents)
@@ -218,7 +218,7 @@ def test_a_first_step_inside_the_window_computes_here_and_fails_in_diffusers():
     component, table, latents, scale = setting("flux", FLOW, 6)
     with pytest.raises(TypeError, match="'NoneType' object is not subscriptable"):
         peers.peer_replay(component, table, latents, peer_of(cache), timestep_scale=scale)
-    planned = plan(cache, LAYOUTS["flux"], {6: table})
+    planned = make_plans(cache, LAYOUTS["flux"], {6: table})
     assert [e.variant for e in planned.plans[0].evaluations] == ["full", "reuse"] * 3
     ours = peers.ours(component, planned, planned.plans[0], latents, timestep_scale=scale)
     assert all(output.isfinite().all() for output in ours.outputs)
@@ -233,7 +233,7 @@ def test_inputs_that_diffusers_does_not_halve_are_halved_here():
     listed = peer_of(cache, _unconditional_conditional_input_kwargs_identifiers=own)
     with pytest.raises(RuntimeError, match=r"size of tensor a \(4\) must match the size of tensor b \(2\)"):
         peers.peer_replay(component, table, latents, listed)
-    planned = plan(cache, LAYOUTS["sd3"], {14: table})
+    planned = make_plans(cache, LAYOUTS["sd3"], {14: table})
     ours = peers.ours(component, planned, planned.plans[0], latents)
     assert ours.error(peers.peer_replay(component, table, latents, peer_of(cache))) < CLOSE
 
@@ -275,7 +275,7 @@ def test_what_a_denoiser_lacks_is_said():
     trajectory = Trajectory((900.0, 500.0, 100.0))
     with pytest.raises(ExportError, match=r"this denoiser has one branch only; set cache\.is_guidance_distilled=true"):
         schedule(FasterCache(), LAYOUTS["flux"], trajectory)
-    plain = discover(denoisers.with_guidance(denoisers.pixart()))
+    plain = discover_layout(denoisers.with_guidance(denoisers.pixart()))
     with pytest.raises(ExportError, match=r"must build it with guided\(\.\.\., planes=\(H, W\)\)"):
         schedule(FasterCache(), plain, trajectory)
     with pytest.raises(

@@ -15,15 +15,15 @@ from diffusers import DDIMScheduler, FirstBlockCacheConfig, FlowMatchEulerDiscre
 from torch import Tensor, nn
 
 from prebake.exporter.caches import Trajectory
-from prebake.exporter.caches.common.calibration import Calibration, Decisions, parameters
+from prebake.exporter.caches.common.calibration import Calibration, DecisionShares, decision_parameters
 from prebake.exporter.caches.firstblock import FirstBlockCache, decision, marks, schedule
 from prebake.exporter.calibrators import firstblock
-from prebake.exporter.calibrators.dynamic import Replayed, dynamic_replay
-from prebake.exporter.calibrators.runner import shares
-from prebake.exporter.plan import plan
-from prebake.exporter.plan.sampler import Table
+from prebake.exporter.calibrators.dynamic_replay import DynamicTrace, dynamic_replay
+from prebake.exporter.calibrators.runner import count_decisions
+from prebake.exporter.plan import make_plans
+from prebake.exporter.plan.sampler import SchedulerTable
 from prebake.exporter.sites.component import Component
-from prebake.exporter.sites.discover import discover
+from prebake.exporter.sites.discover import discover_layout
 from prebake.exporter.sites.layout import Layout
 from prebake.runtime.errors import ExportError
 
@@ -63,7 +63,7 @@ class Sequential(nn.Module):
         return uncond + guidance * (cond - uncond)
 
 
-def peer(component: Component, layout: Layout, table: Table, latents: Tensor, threshold: float) -> peers.Run:
+def peer(component: Component, layout: Layout, table: SchedulerTable, latents: Tensor, threshold: float) -> peers.Run:
     """The run of diffusers' hooks; `ran` has the blocks, by branch."""
     guided = len(layout.branches) == 2
     if guided:
@@ -101,10 +101,12 @@ def ran(layout: Layout, decisions: list[dict[str, bool]]) -> list[set[str]]:
     ]
 
 
-def dynamic(component: Component, layout: Layout, table: Table, latents: Tensor, threshold: float) -> Replayed:
+def dynamic(
+    component: Component, layout: Layout, table: SchedulerTable, latents: Tensor, threshold: float
+) -> DynamicTrace:
     cache = FirstBlockCache(threshold=threshold)
     return dynamic_replay(
-        component, marks(cache, layout), firstblock.probes(cache, layout), firstblock.Online(cache, layout, table),
+        component, marks(cache, layout), firstblock.probes(cache, layout), firstblock.OnlineRule(cache, layout, table),
         lambda history: decision(cache, layout, history), table, peers.inputs_of(component), latents,
     )  # fmt: skip
 
@@ -119,7 +121,7 @@ KINDS = {
 @pytest.fixture(scope="module", params=KINDS)
 def model(request) -> tuple[Component, Layout]:
     component = KINDS[request.param]()
-    return component, discover(component)
+    return component, discover_layout(component)
 
 
 def threshold_of(layout: Layout) -> float:
@@ -127,7 +129,7 @@ def threshold_of(layout: Layout) -> float:
     return 0.6 if any(p.name.startswith("single") for p in layout.places) else 0.3
 
 
-def close(a: peers.Run | Replayed, b: peers.Run) -> bool:
+def close(a: peers.Run | DynamicTrace, b: peers.Run) -> bool:
     """Every evaluation's output and the final latents agree, relative to their largest number."""
     pairs = [*zip(a.outputs, b.outputs, strict=True), (a.latents, b.latents)]
     return all(float((x - y).abs().max()) <= TOLERANCE * float(y.abs().max()) for x, y in pairs)
@@ -159,11 +161,13 @@ def test_the_comparison_can_fail(model):
     assert not close(other, theirs)
 
 
-def calibration(layout: Layout, table: Table, cache: FirstBlockCache, runs: list[list[dict[str, bool]]]) -> Calibration:
+def calibration(
+    layout: Layout, table: SchedulerTable, cache: FirstBlockCache, runs: list[list[dict[str, bool]]]
+) -> Calibration:
     return Calibration(
         model="tiny", sha256="0" * 64, scheduler=table.scheduler, steps=len(set(table.steps)), timesteps=table.timesteps,
         guidance_scale=3.0, prompts=len(runs), prompts_sha256="0" * 64, seeds=1,
-        decisions={"firstblock": shares(cache, runs)},
+        decisions={"firstblock": count_decisions(cache, runs)},
     )  # fmt: skip
 
 
@@ -172,7 +176,7 @@ def test_the_plan_of_one_run_is_that_run(model):
     table, x, cache = TABLES["ddim"](7), latents_of(component, 3), FirstBlockCache(threshold=threshold_of(layout))
     theirs = peer(component, layout, table, x, cache.threshold)
     made = calibration(layout, table, cache, [dynamic(component, layout, table, x, cache.threshold).decisions])
-    planned = plan(cache, layout, {7: table}, made)
+    planned = make_plans(cache, layout, {7: table}, made)
     assert close(peers.ours(component, planned, planned.plans[0], x), theirs)
     plain = peers.peer_replay(component, table, x, lambda model, clock: None)
     assert close(peers.ours(component, planned, planned.plans[1], x), plain)
@@ -198,11 +202,11 @@ def test_the_plan_of_many_runs_is_the_majority_of_diffusers_own(model):
                 assert (mark.name not in d.actions) == (votes >= quorum * count)
 
 
-def moved(component: Component, layout: Layout, table: Table, x: Tensor) -> dict[str, float]:
+def moved(component: Component, layout: Layout, table: SchedulerTable, x: Tensor) -> dict[str, float]:
     """By how much each branch's first residual moves from evaluation 0 to 1, as a share of its size."""
     seen: dict[str, list[Tensor]] = {b: [] for b in layout.branches}
 
-    class Recording(firstblock.Online):
+    class Recording(firstblock.OnlineRule):
         def computes(self, branch: str, residual: Tensor) -> bool:
             seen[branch].append(residual)
             return super().computes(branch, residual)
@@ -217,7 +221,7 @@ def moved(component: Component, layout: Layout, table: Table, x: Tensor) -> dict
 
 def test_branches_decide_apart_where_a_batch_in_diffusers_decides_for_both():
     component = KINDS["cogvideox, guided"]()
-    layout, table, x = discover(component), TABLES["flow"](2), latents_of(component, 0)
+    layout, table, x = discover_layout(component), TABLES["flow"](2), latents_of(component, 0)
     shares_moved = moved(component, layout, table, x)
     threshold = sum(shares_moved.values()) / 2
     got = dynamic(component, layout, table, x, threshold)
@@ -238,9 +242,9 @@ def test_branches_decide_apart_where_a_batch_in_diffusers_decides_for_both():
 @pytest.mark.parametrize("kind", ["flux", pytest.param("cogvideox, guided", marks=pytest.mark.slow)])
 def test_compiled_variants_are_the_eager_ones(kind):
     component = KINDS[kind]()
-    layout, table, cache = discover(component), TABLES["flow"](5), FirstBlockCache()
+    layout, table, cache = discover_layout(component), TABLES["flow"](5), FirstBlockCache()
     runs = [[dict.fromkeys(layout.branches, e % 2 == 0) for e in range(5)]]
-    planned = plan(cache, layout, {5: table}, calibration(layout, table, cache, runs))
+    planned = make_plans(cache, layout, {5: table}, calibration(layout, table, cache, runs))
     x = latents_of(component, 1)
     eager = peers.ours(component, planned, planned.plans[0], x)
     # the compiler adds in another order; a wrong site is off by 1e-2
@@ -248,13 +252,13 @@ def test_compiled_variants_are_the_eager_ones(kind):
     assert peers.ours(component, planned, planned.plans[1], x).error(eager) > 1e-4
 
 
-def refused(match: str, cache: FirstBlockCache, table: Table, made: Calibration | None) -> None:
+def refused(match: str, cache: FirstBlockCache, table: SchedulerTable, made: Calibration | None) -> None:
     with pytest.raises(ExportError, match=match):
-        schedule(cache, discover(denoisers.flux()), Trajectory(table.timesteps), made)
+        schedule(cache, discover_layout(denoisers.flux()), Trajectory(table.timesteps), made)
 
 
 def test_what_does_not_fit_the_calibration_is_refused_with_the_command_to_run():
-    layout, table, cache = discover(denoisers.flux()), TABLES["flow"](4), FirstBlockCache()
+    layout, table, cache = discover_layout(denoisers.flux()), TABLES["flow"](4), FirstBlockCache()
     made = calibration(layout, table, cache, [[{"": True}] * 4])
     refused(
         "'firstblock' needs a calibration of the model .*; run `prebake calibrate --recipe RECIPE", cache, table, None
@@ -270,7 +274,7 @@ def test_what_does_not_fit_the_calibration_is_refused_with_the_command_to_run():
     refused(r"made with other parameters \(threshold is 0.05 there and 0.1 here\)", other, table, made)
     lacking = made.model_copy(update={"decisions": {"dbcache": made.decisions["firstblock"]}})
     refused("has decisions of dbcache and none of 'firstblock'", cache, table, lacking)
-    foreign = Decisions(parameters=parameters(cache), computed={"cond": (1.0,) * 4})
+    foreign = DecisionShares(parameters=decision_parameters(cache), computed={"cond": (1.0,) * 4})
     refused(
         "has decisions for 'cond', and the model has ''",
         cache,
@@ -280,6 +284,6 @@ def test_what_does_not_fit_the_calibration_is_refused_with_the_command_to_run():
 
 
 def test_a_model_of_one_block_is_refused():
-    layout = discover(denoisers.cogvideox(layers=1))
+    layout = discover_layout(denoisers.cogvideox(layers=1))
     with pytest.raises(ExportError, match="all transformer blocks but the first, and the model has 1"):
         marks(FirstBlockCache(), layout)

@@ -15,8 +15,8 @@ from pydantic import ValidationError
 
 from prebake.exporter.caches import Fora, NoCache, Trajectory
 from prebake.exporter.caches.common import schedule
-from prebake.exporter.plan import plan
-from prebake.exporter.sites.discover import discover
+from prebake.exporter.plan import make_plans
+from prebake.exporter.sites.discover import discover_layout
 from prebake.exporter.sites.layout import Layout
 from prebake.runtime.errors import ExportError
 
@@ -32,7 +32,7 @@ def denoiser(name: str):
     if name not in MADE:
         component = (denoisers.DITS | denoisers.UNETS)[name.removesuffix("-cfg")]()
         component = denoisers.with_guidance(component) if name.endswith("-cfg") else component
-        MADE[name] = component, discover(component)
+        MADE[name] = component, discover_layout(component)
     return MADE[name]
 
 
@@ -71,7 +71,7 @@ def unet_blocks(model):
 def sides(name: str, cache: Fora, table):
     component, layout = denoiser(name)
     evaluations = len(table.timesteps)
-    planned = plan(cache, layout, {len(set(table.steps)): table})
+    planned = make_plans(cache, layout, {len(set(table.steps)): table})
     ours = peers.ours(component, planned, planned.plans[0], start(component))
     units = unet_blocks if name.startswith("sd-") else blocks.stack
     apply = keep_outputs(units, prunas_schedule(evaluations, cache.interval, cache.start_step))
@@ -134,13 +134,13 @@ def test_the_comparison_can_fail():
     table = peers.table_of(SCHEDULERS["shifted"](), 8)
     _, peer = sides("flux", Fora(), table)
     for other in (Fora(interval=3), Fora(start_step=3)):
-        planned = plan(other, layout, {8: table})
+        planned = make_plans(other, layout, {8: table})
         assert peers.ours(component, planned, planned.plans[0], start(component)).error(peer) > 1e-3
 
 
 def test_a_schedule_that_skips_nothing_is_refused():
     with pytest.raises(ExportError, match=r"cache\.method 'fora' skips nothing at 3 steps"):
-        plan(Fora(), denoiser("flux")[1], {3: peers.table_of(SCHEDULERS["ddim"](), 3)})
+        make_plans(Fora(), denoiser("flux")[1], {3: peers.table_of(SCHEDULERS["ddim"](), 3)})
 
 
 def test_a_model_without_blocks_is_refused():
@@ -151,7 +151,7 @@ def test_a_model_without_blocks_is_refused():
 def test_the_uncached_plan_is_the_plain_model():
     component, layout = denoiser("sd3-cfg")
     table = peers.table_of(SCHEDULERS["ddim"](), 5)
-    planned, plain = plan(Fora(), layout, {5: table}), plan(NoCache(), layout, {5: table})
+    planned, plain = make_plans(Fora(), layout, {5: table}), make_plans(NoCache(), layout, {5: table})
     uncached = peers.ours(component, planned, planned.plans[1], start(component))
     assert uncached.error(peers.ours(component, plain, plain.plans[0], start(component))) == 0.0
 
@@ -160,7 +160,7 @@ def test_the_uncached_plan_is_the_plain_model():
 def test_the_compiled_plan_is_the_eager_one(name):
     component, layout = denoiser(name)
     table = peers.table_of(SCHEDULERS["ddim"](), 6)
-    planned = plan(Fora(), layout, {6: table})
+    planned = make_plans(Fora(), layout, {6: table})
     eager = peers.ours(component, planned, planned.plans[0], start(component))
     artifact = compiled_run(name.removesuffix("-cfg"), component, planned, planned.plans[0], start(component))
     # the compiler adds in another order; a wrong site is off by 1e-2

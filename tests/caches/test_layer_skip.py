@@ -24,13 +24,13 @@ from torch import nn
 
 from prebake.exporter.caches import LayerSkip, NoCache, Trajectory
 from prebake.exporter.caches.common import schedule
-from prebake.exporter.capture.capture import capture
+from prebake.exporter.capture.capture import capture_graph
 from prebake.exporter.capture.variants import capture_variants
-from prebake.exporter.cost.count import attention_ops, cost
-from prebake.exporter.cost.variants import check_variants
-from prebake.exporter.plan import plan
-from prebake.exporter.progress import progress
-from prebake.exporter.sites.discover import discover
+from prebake.exporter.cost.count import count_attention_ops, count_cost
+from prebake.exporter.cost.variants import check_variant_costs
+from prebake.exporter.plan import make_plans
+from prebake.exporter.progress import open_progress
+from prebake.exporter.sites.discover import discover_layout
 from prebake.runtime.errors import ExportError
 
 # float32 through a few evaluations of the same operations; a layer that is skipped or not is off by 1e-1
@@ -69,11 +69,11 @@ def dits():
     """The tiny transformers by name, of two blocks, with their layouts."""
     made = {name: make() for name, make in denoisers.DITS.items()}
     made["flux single"] = made["flux"]
-    return {name: (component, discover(component)) for name, component in made.items()}
+    return {name: (component, discover_layout(component)) for name, component in made.items()}
 
 
 def replayed(component, layout, cache, table):
-    planned = plan(cache, layout, {len(set(table.steps)): table})
+    planned = make_plans(cache, layout, {len(set(table.steps)): table})
     return peers.ours(component, planned, planned.plans[0], noise_for(component)), planned
 
 
@@ -164,7 +164,7 @@ def test_a_skipped_block_is_no_block_where_diffusers_swaps_text_and_image(dits, 
     table = table_of(3)
     ours, _ = replayed(component, layout, LayerSkip(indices=(0,), fqn=fqn), table)
     taken_out = without(component, fqn, 0)
-    truth, _ = replayed(taken_out, discover(taken_out), NoCache(), table)
+    truth, _ = replayed(taken_out, discover_layout(taken_out), NoCache(), table)
     assert ours.error(truth) == 0
     model = copy.deepcopy(component.module)
     apply_layer_skip(model.model, LayerSkipConfig(indices=[0], fqn=fqn))
@@ -254,7 +254,7 @@ def test_start_and_stop_count_as_classifier_free_guidance_counts_and_other_guide
 def test_under_guidance_both_branches_are_skipped_as_in_one_call_of_batch_2():
     component = denoisers.with_guidance(denoisers.cogvideox())
     table = table_of(3)
-    ours, planned = replayed(component, discover(component), LayerSkip(indices=(0,)), table)
+    ours, planned = replayed(component, discover_layout(component), LayerSkip(indices=(0,)), table)
     assert [m.name for m in planned.marks] == ["uncond/transformer_blocks.0", "cond/transformer_blocks.0"]
     assert ours.error(hooked(component, table, indices=[0])) < TOLERANCE
 
@@ -264,7 +264,7 @@ def test_one_branch_is_skipped_and_the_other_is_whole(branch):
     component = denoisers.with_guidance(denoisers.pixart())
     table = table_of(3)
     cache = LayerSkip(indices=(1,), branch=branch, **PARTS["attention"])
-    ours, planned = replayed(component, discover(component), cache, table)
+    ours, planned = replayed(component, discover_layout(component), cache, table)
     assert [m.name for m in planned.marks] == [f"{branch}/transformer_blocks.1.attn1"]
 
     def apply(model, _):
@@ -316,7 +316,7 @@ def test_the_artifacts_code_is_our_eager_replay():
     component = denoisers.with_guidance(denoisers.pixart(layers=1))
     cache = LayerSkip(indices=(0,), branch="cond", stop=0.5, **PARTS["scores and ff"])
     table = table_of(4)
-    eager, planned = replayed(component, discover(component), cache, table)
+    eager, planned = replayed(component, discover_layout(component), cache, table)
     latents = noise_for(component)
     artifact = compiled_run("pixart guided, one layer", component, planned, planned.plans[0], latents)
     assert artifact.error(eager) < 2e-5  # the compiler adds in another order
@@ -327,16 +327,16 @@ def test_the_artifacts_code_is_our_eager_replay():
 def test_what_is_skipped_is_not_in_the_graph(dits, part, attentions):
     component, layout = dits["pixart"]
     table = table_of(2)
-    planned = plan(LayerSkip(indices=(0,), **PARTS[part]), layout, {2: table})
-    planned, graphs = capture_variants(component, planned, progress("quiet"))
+    planned = make_plans(LayerSkip(indices=(0,), **PARTS[part]), layout, {2: table})
+    planned, graphs = capture_variants(component, planned, open_progress("quiet"))
     full, reuse = graphs
-    assert [full.inputs, attention_ops(full)] == [reuse.inputs, 4]
-    assert attention_ops(reuse) == attentions
-    check_variants(component, planned, {g.name: cost(g) for g in graphs})
+    assert [full.inputs, count_attention_ops(full)] == [reuse.inputs, 4]
+    assert count_attention_ops(reuse) == attentions
+    check_variant_costs(component, planned, {g.name: count_cost(g) for g in graphs})
     if part == "block":
         short = without(component, "transformer_blocks", 0)
-        removed = capture("short", short.module, short.args, short.inputs, short.outputs)
-        assert cost(reuse).flops == cost(removed).flops
+        removed = capture_graph("short", short.module, short.args, short.inputs, short.outputs)
+        assert count_cost(reuse).flops == count_cost(removed).flops
 
 
 # --- refusals -------------------------------------------------------------------------------------------------------
@@ -354,7 +354,7 @@ def test_what_is_skipped_is_not_in_the_graph(dits, part, attentions):
 )  # fmt: skip
 def test_what_is_not_in_the_model_is_refused_with_what_is(dits, name, keys, sentence):
     with pytest.raises(ExportError, match=sentence):
-        plan(LayerSkip(**keys), dits[name][1], {2: table_of(2)})
+        make_plans(LayerSkip(**keys), dits[name][1], {2: table_of(2)})
 
 
 def test_a_flux_feed_forward_that_is_not_there_is_no_error_in_diffusers(dits):

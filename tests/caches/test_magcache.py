@@ -27,14 +27,14 @@ from pydantic import ValidationError
 from prebake.exporter.caches import MagCache, NoCache, Trajectory
 from prebake.exporter.caches.common import schedule
 from prebake.exporter.caches.common.calibration import Calibration
-from prebake.exporter.caches.magcache import decisions, interpolated
+from prebake.exporter.caches.magcache import interpolate_ratios, scan_ratios
 from prebake.exporter.calibrators.eager_replay import eager_variants
-from prebake.exporter.calibrators.magnitudes import ratio
-from prebake.exporter.plan import plan
-from prebake.exporter.sites.discover import discover
+from prebake.exporter.calibrators.magnitudes import magnitude_ratio
+from prebake.exporter.plan import make_plans
+from prebake.exporter.sites.discover import discover_layout
 from prebake.runtime.errors import ExportError, RecipeError
 from prebake.runtime.manifest import Site
-from prebake.runtime.replay import Variant, replay, tables_on
+from prebake.runtime.replay import DenoiserVariant, replay, tabulate_plan
 
 SCHEDULERS = {
     "ddim": lambda: DDIMScheduler(clip_sample=False),
@@ -48,7 +48,7 @@ def denoiser(name: str):
     if name not in MADE:
         component = (denoisers.DITS | denoisers.UNETS)[name.removesuffix("-cfg")]()
         component = denoisers.with_guidance(component) if name.endswith("-cfg") else component
-        MADE[name] = component, discover(component)
+        MADE[name] = component, discover_layout(component)
     return MADE[name]
 
 
@@ -118,7 +118,7 @@ def diffusers_decisions(cache: MagCache, evaluations: int, count: int = 2) -> st
 )
 def test_every_decision_is_diffusers(ratios, evaluations, threshold, skips, retention):
     cache = MagCache(mag_ratios=ratios, threshold=threshold, max_skip_steps=skips, retention_ratio=retention)
-    assert bits(decisions(cache, interpolated(cache.mag_ratios, evaluations))) == diffusers_decisions(
+    assert bits(scan_ratios(cache, interpolate_ratios(cache.mag_ratios, evaluations))) == diffusers_decisions(
         cache, evaluations
     )
 
@@ -126,8 +126,8 @@ def test_every_decision_is_diffusers(ratios, evaluations, threshold, skips, rete
 def test_a_model_of_one_block_counts_every_evaluation_where_diffusers_stops_its_clock():
     """On purpose unlike diffusers: there the last block's hook counts, and of a single block it is not called on a skip."""
     cache = MagCache(mag_ratios="flux")
-    ratios = interpolated(FLUX_MAG_RATIOS.tolist(), 28)
-    assert bits(decisions(cache, ratios)) == diffusers_decisions(cache, 28, count=2) == "1111110101000100010001001011"
+    ratios = interpolate_ratios(FLUX_MAG_RATIOS.tolist(), 28)
+    assert bits(scan_ratios(cache, ratios)) == diffusers_decisions(cache, 28, count=2) == "1111110101000100010001001011"
     assert diffusers_decisions(cache, 28, count=1) != diffusers_decisions(cache, 28, count=2)
 
 
@@ -135,7 +135,7 @@ def test_a_model_of_one_block_counts_every_evaluation_where_diffusers_stops_its_
 def test_ratios_are_interpolated_as_diffusers_does(have, want):
     ratios = [float(i) for i in range(have)]
     theirs = torch.tensor(ratios) if have == want else nearest_interp(torch.tensor(ratios), want)
-    assert list(interpolated(ratios, want)) == theirs.tolist()
+    assert list(interpolate_ratios(ratios, want)) == theirs.tolist()
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def test_what_flux_ratios_give_at_28_steps(cache, mask):
 
 def sides(name: str, cache: MagCache, table):
     component, layout = denoiser(name)
-    planned = plan(cache, layout, {len(set(table.steps)): table})
+    planned = make_plans(cache, layout, {len(set(table.steps)): table})
     ours = peers.ours(component, planned, planned.plans[0], start(component))
     peer = peers.peer_replay(
         component, table, start(component), lambda model, _: apply_mag_cache(model, config(cache, len(table.timesteps)))
@@ -217,7 +217,7 @@ def test_branches_are_kept_apart_as_diffusers_contexts_are():
     table = peers.table_of(SCHEDULERS["ddim"](), 9)
     cache = MagCache(mag_ratios="flux")
     in_turn = dataclasses.replace(component, module=InTurn(component), branches={"": "one.model."})
-    planned = plan(cache, layout, {9: table})
+    planned = make_plans(cache, layout, {9: table})
     ours = peers.ours(component, planned, planned.plans[0], start(component))
     peer = peers.peer_replay(in_turn, table, start(component), lambda model, _: model.enable_cache(config(cache, 9)))
     got = schedule(cache, layout, Trajectory(table.timesteps))
@@ -229,14 +229,17 @@ def test_the_comparison_can_fail():
     component, layout = denoiser("flux")
     table = peers.table_of(SCHEDULERS["shifted"](), 12)
     _, peer = sides("flux", MagCache(mag_ratios="flux"), table)
-    other = plan(MagCache(mag_ratios="flux", threshold=0.3), layout, {12: table})
+    other = make_plans(MagCache(mag_ratios="flux", threshold=0.3), layout, {12: table})
     assert peers.ours(component, other, other.plans[0], start(component)).error(peer) > 1e-3
 
 
 def test_the_uncached_plan_is_the_plain_model():
     component, layout = denoiser("cogvideox-cfg")
     table = peers.table_of(SCHEDULERS["ddim"](), 8)
-    planned, plain = plan(MagCache(mag_ratios="flux"), layout, {8: table}), plan(NoCache(), layout, {8: table})
+    planned, plain = (
+        make_plans(MagCache(mag_ratios="flux"), layout, {8: table}),
+        make_plans(NoCache(), layout, {8: table}),
+    )
     uncached = peers.ours(component, planned, planned.plans[1], start(component))
     assert uncached.error(peers.ours(component, plain, plain.plans[0], start(component))) == 0.0
 
@@ -245,7 +248,7 @@ def test_the_uncached_plan_is_the_plain_model():
 def test_the_compiled_plan_is_the_eager_one(name):
     component, layout = denoiser(name)
     table = peers.table_of(SCHEDULERS["ddim"](), 8)
-    planned = plan(MagCache(mag_ratios="flux"), layout, {8: table})
+    planned = make_plans(MagCache(mag_ratios="flux"), layout, {8: table})
     eager = peers.ours(component, planned, planned.plans[0], start(component))
     artifact = compiled_run(name.removesuffix("-cfg"), component, planned, planned.plans[0], start(component))
     # the compiler adds in another order; a wrong site is off by 1e-2
@@ -259,7 +262,7 @@ def measured(name: str, table) -> dict[str, list[float]]:
     """Branch -> ratios, 1.0 first, from the residuals that an uncached plan stores."""
     component, layout = denoiser(name)
     cache = MagCache(mag_ratios=[1.0])
-    planned = plan(cache, layout, {len(table.timesteps): table})
+    planned = make_plans(cache, layout, {len(table.timesteps): table})
     full = eager_variants(component, planned)["full"]
     seen = []
 
@@ -270,14 +273,16 @@ def measured(name: str, table) -> dict[str, list[float]]:
     sites = {m.name: Site(name=m.name, slots=m.slots, tensors=m.tensors) for m in planned.marks}
     inputs = peers.inputs_of(component)
     replay(
-        tables_on(planned.plans[1], torch.device("cpu")),
-        {"full": Variant(full.graph, call)},
+        tabulate_plan(planned.plans[1], torch.device("cpu")),
+        {"full": DenoiserVariant(full.graph, call)},
         sites,
         inputs,
         start(component),
     )
     kept = {branch: mark.tensors[0] for branch, mark in zip(layout.branches, planned.marks, strict=True)}
-    return {b: [1.0, *(ratio(seen[e - 1][t], seen[e][t]) for e in range(1, len(seen)))] for b, t in kept.items()}
+    return {
+        b: [1.0, *(magnitude_ratio(seen[e - 1][t], seen[e][t]) for e in range(1, len(seen)))] for b, t in kept.items()
+    }
 
 
 def printed(name: str, table, capsys) -> list[float]:
@@ -324,7 +329,7 @@ def test_each_branch_follows_its_own_calibrated_ratios_where_diffusers_has_one_l
         for branch, ratios in (("uncond", calm), ("cond", wild))
     }
     assert len(set(by_branch.values())) == 2
-    planned = plan(cache, layout, {8: table}, seen)
+    planned = make_plans(cache, layout, {8: table}, seen)
     ours = peers.ours(component, planned, planned.plans[0], start(component))
     both_calm = sides("sd3-cfg", MagCache(mag_ratios=calm), table)[1]
     assert ours.error(both_calm) > 1e-4  # diffusers cannot say this

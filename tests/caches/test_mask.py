@@ -17,10 +17,10 @@ from pydantic import ValidationError
 
 from prebake.exporter.caches import Mask, NoCache, Trajectory
 from prebake.exporter.caches.common import schedule
-from prebake.exporter.caches.common.predict import polynomial
-from prebake.exporter.caches.common.steps_mask import NAMES, steps_mask
-from prebake.exporter.plan import plan
-from prebake.exporter.sites.discover import discover
+from prebake.exporter.caches.common.predict import lagrange_weights
+from prebake.exporter.caches.common.steps_mask import MASK_NAMES, steps_mask
+from prebake.exporter.plan import make_plans
+from prebake.exporter.sites.discover import discover_layout
 from prebake.runtime.errors import ExportError, RecipeError
 
 SCHEDULERS = {
@@ -37,7 +37,7 @@ def denoiser(name: str):
     if name not in MADE:
         component = (denoisers.DITS | denoisers.UNETS)[name.removesuffix("-cfg")]()
         component = denoisers.with_guidance(component) if name.endswith("-cfg") else component
-        MADE[name] = component, discover(component)
+        MADE[name] = component, discover_layout(component)
     return MADE[name]
 
 
@@ -63,7 +63,7 @@ def test_what_is_no_mask_is_refused(written):
         Mask(mask=written)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", MASK_NAMES)
 def test_a_named_mask_is_cache_dits_at_every_number_of_steps(name):
     cache_dit = pytest.importorskip("cache_dit", reason="cache-dit is not installed: its masks are the reference")
     for steps in (4, 6, *range(8, 130), 1000):
@@ -114,7 +114,7 @@ def test_as_many_nodes_as_coefficients_continue_a_polynomial_exactly(times, coef
 
     t, *nodes = times
     nodes = nodes[: len(coefficients)]
-    weights = polynomial(t, nodes)
+    weights = lagrange_weights(t, nodes)
     assert sum(weights) == 1
     assert sum(w * value(n) for w, n in zip(weights, nodes, strict=True)) == value(t)
 
@@ -200,7 +200,7 @@ def sides(name: str, cache: Mask, table):
     """Our replay, and the run of an eager model whose own blocks (or whole forward) are patched."""
     component, layout = denoiser(name)
     steps = len(set(table.steps))
-    planned = plan(cache, layout, {steps: table})
+    planned = make_plans(cache, layout, {steps: table})
     ours = peers.ours(component, planned, planned.plans[0], start(component))
     expanded = cache.expand(steps)
     computes = [expanded[s] for s in table.steps]
@@ -277,7 +277,7 @@ def test_the_comparison_can_fail():
         Mask(mask="111(01)", order=1, blocks="1:"),
         Mask(mask="1110(1)", order=1),
     ):
-        planned = plan(other, layout, {8: table})
+        planned = make_plans(other, layout, {8: table})
         assert peers.ours(component, planned, planned.plans[0], start(component)).error(peer) > 1e-3
 
 
@@ -286,9 +286,9 @@ def test_a_mask_of_ones_is_the_plain_model(name):
     component, layout = denoiser(name)
     table = peers.table_of(SCHEDULERS["ddim"](), 5)
     cache = Mask(mask="1(01)", site="output") if name == "sd" else Mask(mask="1(01)")
-    planned = plan(cache, layout, {5: table})
+    planned = make_plans(cache, layout, {5: table})
     assert {e.variant for e in planned.plans[1].evaluations} == {"full"}
-    plain = plan(NoCache(), layout, {5: table})
+    plain = make_plans(NoCache(), layout, {5: table})
     uncached = peers.ours(component, planned, planned.plans[1], start(component))
     assert uncached.error(peers.ours(component, plain, plain.plans[0], start(component))) == 0.0
 
@@ -296,7 +296,7 @@ def test_a_mask_of_ones_is_the_plain_model(name):
 def test_a_compiled_output_is_the_eager_one():
     component, layout = denoiser("flux")
     table = peers.table_of(SCHEDULERS["ddim"](), 7)
-    planned = plan(Mask(mask="111(01)", order=2, site="output"), layout, {7: table})
+    planned = make_plans(Mask(mask="111(01)", order=2, site="output"), layout, {7: table})
     eager = peers.ours(component, planned, planned.plans[0], start(component))
     artifact = compiled_run("flux", component, planned, planned.plans[0], start(component))
     # the compiler adds in another order; a wrong coefficient is off by 1e-2

@@ -11,22 +11,22 @@ from prebake.exporter.caches import Trajectory
 from prebake.exporter.caches.common import schedule
 from prebake.exporter.calibrators.eager_replay import eager_replay
 from prebake.exporter.families import flux
-from prebake.exporter.plan import plan
-from prebake.exporter.plan.sampler import tabulate
+from prebake.exporter.plan import make_plans
+from prebake.exporter.plan.sampler import tabulate_scheduler
 from prebake.exporter.recipe.resolve import Mask, PyramidAttentionBroadcast
-from prebake.exporter.sites.discover import discover
+from prebake.exporter.sites.discover import discover_layout
 from prebake.runtime.errors import ExportError
 
 SIZE = flux.Size(32, 32, 8)
 
 
 def planned(pipe, cache, steps: int):
-    table = tabulate(
+    table = tabulate_scheduler(
         pipe.scheduler,
         steps,
         **flux.scheduler_arguments(pipe.scheduler, flux.facts(pipe, SIZE)["latents_shape"], steps),
     )
-    return plan(cache, discover(flux.denoiser(pipe, SIZE)), {steps: table}), table
+    return make_plans(cache, discover_layout(flux.denoiser(pipe, SIZE)), {steps: table}), table
 
 
 def inputs_of(denoiser) -> dict[str, torch.Tensor]:
@@ -38,7 +38,7 @@ class Recorder:
 
     def __init__(self, pipe) -> None:
         self.ran: list[set[str]] = []
-        for attention in discover(flux.denoiser(pipe, SIZE)).attentions:
+        for attention in discover_layout(flux.denoiser(pipe, SIZE)).attentions:
             module = pipe.transformer.get_submodule(attention.name)
             self.watch(module, attention.name)
         pipe.transformer.x_embedder.register_forward_hook(lambda *_: self.ran.append(set()))
@@ -92,7 +92,7 @@ def test_pab_computes_the_sites_and_reaches_the_latents_of_diffusers(tiny_pipe, 
     latents = torch.randn(1, 64, 16, generator=torch.Generator().manual_seed(steps))
     replayed = eager_replay(denoiser, ours, ours.plans[0], inputs_of(denoiser), latents, timestep_scale=1e-3)
 
-    decisions = schedule(cache, discover(flux.denoiser(tiny_pipe, SIZE)), Trajectory(table.timesteps)).decisions
+    decisions = schedule(cache, discover_layout(flux.denoiser(tiny_pipe, SIZE)), Trajectory(table.timesteps)).decisions
 
     recorder = Recorder(tiny_pipe)
     peer = diffusers_pab(tiny_pipe, denoiser, cache, steps, latents)
@@ -133,8 +133,8 @@ def test_an_uncached_plan_is_the_plain_pipeline(tiny_pipe):
 def test_plans_never_read_what_was_not_stored_and_every_variant_exists(tiny_pipe):
     for cache in (Mask(mask="1(0001)"), Mask(mask="111(01)", order=1), PyramidAttentionBroadcast()):
         ours, _ = planned(tiny_pipe, cache, 10)
-        combining = {v.name: v.having("combine") for v in ours.variants}
-        storing = {v.name: v.having("compute") for v in ours.variants}
+        combining = {v.name: v.sites_with("combine") for v in ours.variants}
+        storing = {v.name: v.sites_with("compute") for v in ours.variants}
         for p in ours.plans:
             stored: set[str] = set()
             for e in p.evaluations:

@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 
 from prebake.exporter.caches import PyramidAttentionBroadcast, Trajectory
 from prebake.exporter.caches.common import schedule
-from prebake.exporter.plan import plan
-from prebake.exporter.sites.discover import discover
+from prebake.exporter.plan import make_plans
+from prebake.exporter.sites.discover import discover_layout
 from prebake.exporter.sites.layout import Layout, Place
 from prebake.runtime.errors import ExportError
 
@@ -36,7 +36,7 @@ MADE = {
     "sd3": denoisers.with_guidance(denoisers.sd3()),
     "pixart": denoisers.with_guidance(denoisers.pixart()),
 }
-LAYOUTS = {name: discover(c) for name, c in MADE.items()}
+LAYOUTS = {name: discover_layout(c) for name, c in MADE.items()}
 KEYS = [k for k in PyramidAttentionBroadcast.model_fields if k != "method"]
 
 
@@ -142,7 +142,7 @@ RUNS: dict[str, tuple[str, PyramidAttentionBroadcast, Any, int]] = {
 def test_a_replay_is_diffusers_run(case):
     name, cache, scheduler, steps = RUNS[case]
     component, table, latents, scale = setting(name, scheduler, steps)
-    planned = plan(cache, LAYOUTS[name], {steps: table})
+    planned = make_plans(cache, LAYOUTS[name], {steps: table})
     ours = peers.ours(component, planned, planned.plans[0], latents, timestep_scale=scale)
     theirs = peers.peer_replay(component, table, latents, peer_of(cache), timestep_scale=scale)
     assert ours.error(theirs) < CLOSE
@@ -155,7 +155,7 @@ def test_a_replay_is_diffusers_run(case):
 def test_the_comparison_can_fail():
     component, table, latents, _ = setting("cogvideox", DDIMScheduler(clip_sample=False), 8)
     cache = PyramidAttentionBroadcast(spatial_attention_timestep_skip_range=ALL)
-    planned = plan(cache, LAYOUTS["cogvideox"], {8: table})
+    planned = make_plans(cache, LAYOUTS["cogvideox"], {8: table})
     ours = peers.ours(component, planned, planned.plans[0], latents)
     other = cache.model_copy(update={"spatial_attention_timestep_skip_range": (300, 1001)})
     assert ours.error(peers.peer_replay(component, table, latents, peer_of(other))) > 10 * CLOSE
@@ -164,7 +164,7 @@ def test_the_comparison_can_fail():
 def test_an_uncached_plan_is_the_plain_model():
     component, table, latents, _ = setting("pixart", DDIMScheduler(clip_sample=False), 5)
     cache = PyramidAttentionBroadcast(spatial_attention_timestep_skip_range=ALL)
-    planned = plan(cache, LAYOUTS["pixart"], {5: table})
+    planned = make_plans(cache, LAYOUTS["pixart"], {5: table})
     ours = peers.ours(component, planned, planned.plans[1], latents)
     assert ours.error(peers.peer_replay(component, table, latents, lambda model, clock: None)) < CLOSE
 
@@ -174,7 +174,7 @@ def test_the_artifact_is_the_replay():
     one = denoisers.pixart(layers=1)
     table = peers.table_of(scheduler, steps)
     latents = denoisers.noise(*one.args[0].shape)
-    planned = plan(cache, discover(one), {steps: table})
+    planned = make_plans(cache, discover_layout(one), {steps: table})
     assert len(planned.variants) == 4  # all; self, cross, or both reused
     eager = peers.ours(one, planned, planned.plans[0], latents)
     assert (

@@ -25,9 +25,9 @@ from hypothesis import strategies as st
 
 from prebake.exporter.caches import TaylorSeer, Trajectory
 from prebake.exporter.caches.common import schedule
-from prebake.exporter.plan import plan
+from prebake.exporter.plan import make_plans
 from prebake.exporter.recipe.resolve import resolve
-from prebake.exporter.sites.discover import discover
+from prebake.exporter.sites.discover import discover_layout
 from prebake.runtime.errors import ExportError, RecipeError
 
 # float32 through up to 14 evaluations, sums in another order: up to 1.3e-6 was seen; a wrong step or coefficient is off by
@@ -39,7 +39,7 @@ MADE = {
     "sd3": denoisers.with_guidance(denoisers.sd3()),
     "pixart": denoisers.with_guidance(denoisers.pixart()),
 }
-LAYOUTS = {name: discover(c) for name, c in MADE.items()}
+LAYOUTS = {name: discover_layout(c) for name, c in MADE.items()}
 KEYS = [k for k in TaylorSeer.model_fields if k not in ("method", "taylor_factors_dtype")]
 
 
@@ -209,7 +209,7 @@ def test_the_comparison_can_fail():
 
 def test_an_uncached_plan_is_the_plain_model():
     table, latents = peers.table_of(DDIM, 5), denoisers.noise(*MADE["sd3"].args[0].shape)
-    planned = plan(TaylorSeer(), LAYOUTS["sd3"], {5: table})
+    planned = make_plans(TaylorSeer(), LAYOUTS["sd3"], {5: table})
     ours = peers.ours(MADE["sd3"], planned, planned.plans[1], latents)
     assert ours.error(peers.peer_replay(MADE["sd3"], table, latents, lambda model, clock: None)) < CLOSE
 
@@ -218,7 +218,7 @@ def test_the_artifact_is_the_replay():
     cache, table = TaylorSeer(disable_cache_before_step=2), peers.table_of(FLOW, 6)
     component = denoisers.flux(single=1)
     latents = denoisers.noise(*component.args[0].shape)
-    planned = plan(cache, discover(component), {6: table})
+    planned = make_plans(cache, discover_layout(component), {6: table})
     eager = peers.ours(component, planned, planned.plans[0], latents, timestep_scale=1e-3)
     artifact = compiled_run("flux, one single", component, planned, planned.plans[0], latents, timestep_scale=1e-3)
     # stored values are bfloat16: where the compiler's last float32 bit turns a rounding, 2^-8 of one value follows
@@ -246,7 +246,7 @@ def test_lite_mode_on_a_block_that_returns_no_text_runs_here_and_fails_in_diffus
     table, latents = peers.table_of(FLOW, 8), denoisers.noise(*MADE["sd3"].args[0].shape)
     with pytest.raises(AttributeError, match="'NoneType' object has no attribute 'dtype'"):
         peers.peer_replay(MADE["sd3"], table, latents, peer_of(cache))
-    planned = plan(cache, LAYOUTS["sd3"], {8: table})
+    planned = make_plans(cache, LAYOUTS["sd3"], {8: table})
     # the blocks' zeros reach nothing, for the projection after them is predicted: predicting it alone is the same
     alone = cache.model_copy(update={"use_lite_mode": False, "cache_identifiers": ("proj_out",)})
     ours = peers.ours(MADE["sd3"], planned, planned.plans[0], latents)
@@ -290,7 +290,7 @@ def both(name: str, cache: TaylorSeer, scheduler: Any, steps: int):
     kwargs = {"mu": 1.15} if scheduler.config.get("use_dynamic_shifting") else {}
     table = peers.table_of(scheduler, steps, **kwargs)
     latents = denoisers.noise(*component.args[0].shape)
-    planned = plan(cache, LAYOUTS[name], {steps: table})
+    planned = make_plans(cache, LAYOUTS[name], {steps: table})
     ours = peers.ours(component, planned, planned.plans[0], latents, timestep_scale=scale)
     theirs = peers.peer_replay(component, table, latents, peer_of(cache), timestep_scale=scale)
     return ours, theirs, schedule(cache, LAYOUTS[name], Trajectory(table.timesteps))

@@ -21,14 +21,14 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from prebake.exporter.caches import Trajectory
-from prebake.exporter.caches.common.calibration import Calibration, Decisions, parameters
-from prebake.exporter.caches.teacache import POLYNOMIALS, Exact, TeaCache, decision, marks, schedule
+from prebake.exporter.caches.common.calibration import Calibration, DecisionShares, decision_parameters
+from prebake.exporter.caches.teacache import POLYNOMIALS, ExactDecisions, TeaCache, decision, marks, schedule
 from prebake.exporter.calibrators import teacache
-from prebake.exporter.calibrators.dynamic import Replayed, dynamic_replay
-from prebake.exporter.plan import plan
-from prebake.exporter.plan.sampler import Table
+from prebake.exporter.calibrators.dynamic_replay import DynamicTrace, dynamic_replay
+from prebake.exporter.plan import make_plans
+from prebake.exporter.plan.sampler import SchedulerTable
 from prebake.exporter.sites.component import Component
-from prebake.exporter.sites.discover import discover
+from prebake.exporter.sites.discover import discover_layout
 from prebake.runtime.errors import ExportError
 
 TABLES = {
@@ -133,7 +133,7 @@ class Sequential(nn.Module):
         return outputs["uncond"] + guidance * (outputs["cond"] - outputs["uncond"])
 
 
-def peer(kind: str, component: Component, cache: TeaCache, table: Table, latents: Tensor, inputs=None):
+def peer(kind: str, component: Component, cache: TeaCache, table: SchedulerTable, latents: Tensor, inputs=None):
     """The direct loop's run, and what it computed: {branch: bool} for each evaluation. A guided FLUX makes two calls;
     CogVideoX's pipeline batches its branches, for which the published loop knows one."""
     evaluations = len(table.timesteps)
@@ -153,10 +153,10 @@ def peer(kind: str, component: Component, cache: TeaCache, table: Table, latents
     return run, [{b: c[e] for b, c in direct.computed.items()} for e in range(evaluations)]
 
 
-def dynamic(component: Component, cache: TeaCache, table: Table, latents: Tensor) -> Replayed:
-    layout = discover(component)
+def dynamic(component: Component, cache: TeaCache, table: SchedulerTable, latents: Tensor) -> DynamicTrace:
+    layout = discover_layout(component)
     return dynamic_replay(
-        component, marks(cache, layout), teacache.probes(cache, layout), teacache.Online(cache, layout, table),
+        component, marks(cache, layout), teacache.probes(cache, layout), teacache.OnlineRule(cache, layout, table),
         lambda history: decision(cache, layout, history), table, peers.inputs_of(component), latents,
     )  # fmt: skip
 
@@ -211,7 +211,7 @@ def test_online_decisions_and_trajectory_are_those_of_the_published_loop(seed):
 def test_a_timestep_embedding_decides_the_same_for_any_prompt_and_needs_no_calibration():
     rng = random.Random(0)
     component = model("cogvideox")
-    layout = discover(component)
+    layout = discover_layout(component)
     skipped = 0
     for case in range(6):
         scheduler, steps = random_table(rng)
@@ -223,7 +223,7 @@ def test_a_timestep_embedding_decides_the_same_for_any_prompt_and_needs_no_calib
             cutoff=rng.choice([0, 1]),
         )
         table = TABLES[scheduler](steps)
-        exact = teacache.exact(cache, component, layout, {steps: table}, timestep_scale=1.0)
+        exact = teacache.decide_by_timesteps(cache, component, layout, {steps: table}, timestep_scale=1.0)
         got = schedule(cache, layout, Trajectory(table.timesteps), exact)
         inputs = {n: (1 + case) * torch.randn_like(t) for n, t in peers.inputs_of(component).items()}
         latents = latents_of(component, case)
@@ -232,7 +232,7 @@ def test_a_timestep_embedding_decides_the_same_for_any_prompt_and_needs_no_calib
         skipped += sum(bool(d.actions) for d in got.decisions)
         if not any(d.actions for d in got.decisions):
             continue
-        planned = plan(cache, layout, {steps: table}, exact)
+        planned = make_plans(cache, layout, {steps: table}, exact)
         ours = peers.ours(component, planned, planned.plans[0], latents, inputs=inputs)
         assert close([*ours.outputs, ours.latents], [*run.outputs, run.latents])
     assert skipped > 10
@@ -241,8 +241,13 @@ def test_a_timestep_embedding_decides_the_same_for_any_prompt_and_needs_no_calib
 def test_an_exact_plan_compiles_and_both_branches_skip():
     cache = TeaCache(signal="time_embedding", rel_l1_thresh=0.6, coefficients=(1.0, 0.0))
     component, table = model("cogvideox", guided=True), TABLES["ddim"](8)
-    layout = discover(component)
-    planned = plan(cache, layout, {8: table}, teacache.exact(cache, component, layout, {8: table}, timestep_scale=1.0))
+    layout = discover_layout(component)
+    planned = make_plans(
+        cache,
+        layout,
+        {8: table},
+        teacache.decide_by_timesteps(cache, component, layout, {8: table}, timestep_scale=1.0),
+    )
     latents = latents_of(component, 0)
     run, computed = peer("cogvideox", component, cache, table, latents)
     assert [e.variant == "full" for e in planned.plans[0].evaluations] == [c[""] for c in computed]
@@ -260,7 +265,7 @@ def test_an_exact_plan_compiles_and_both_branches_skip():
 def test_a_frozen_plan_computes_where_most_runs_did():
     cache = TeaCache(rel_l1_thresh=0.3, coefficients=(1.0, 0.0))
     component, table = model("flux"), TABLES["flow"](10)
-    layout = discover(component)
+    layout = discover_layout(component)
     runs = []
     for seed in range(3):
         latents = (1 + seed) * latents_of(component, seed)
@@ -270,7 +275,7 @@ def test_a_frozen_plan_computes_where_most_runs_did():
     made = Calibration(
         model="tiny", sha256="0" * 64, scheduler=table.scheduler, steps=10, timesteps=table.timesteps,
         guidance_scale=1.0, prompts=3, prompts_sha256="0" * 64, seeds=1,
-        decisions={"teacache": Decisions(parameters=parameters(cache), computed={"": shares})},
+        decisions={"teacache": DecisionShares(parameters=decision_parameters(cache), computed={"": shares})},
     )  # fmt: skip
     got = schedule(cache, layout, Trajectory(table.timesteps), made)
     assert [not d.actions for d in got.decisions] == [sum(run[e][""] for run in runs) >= 2 for e in range(10)]
@@ -290,9 +295,9 @@ def test_a_signal_that_depends_on_the_prompt_is_not_exact():
     cache = TeaCache(signal="time_embedding", module="time_text_embed")
     component, table = model("flux"), TABLES["flow"](6)
     with pytest.raises(ExportError, match=r"time_text_embed': its output depends on more than the timestep"):
-        teacache.exact(cache, component, discover(component), {6: table}, timestep_scale=1.0)
+        teacache.decide_by_timesteps(cache, component, discover_layout(component), {6: table}, timestep_scale=1.0)
     alone = cache.model_copy(update={"module": "time_text_embed.timestep_embedder"})
-    made = teacache.exact(alone, component, discover(component), {6: table}, timestep_scale=1.0)
+    made = teacache.decide_by_timesteps(alone, component, discover_layout(component), {6: table}, timestep_scale=1.0)
     assert len(made.computed[table.timesteps]) == 6
 
 
@@ -300,23 +305,25 @@ def test_a_module_that_does_not_exist_is_refused_with_those_that_do():
     cache = TeaCache(signal="time_embedding")
     component, table = model("flux"), TABLES["flow"](6)
     with pytest.raises(ExportError, match=r"time_embedding' is not in the model; there it has .*time_text_embed"):
-        teacache.exact(cache, component, discover(component), {6: table}, timestep_scale=1.0)
+        teacache.decide_by_timesteps(cache, component, discover_layout(component), {6: table}, timestep_scale=1.0)
 
 
 def test_a_model_without_blocks_is_refused_before_its_signal_is_looked_for():
     unet, table = denoisers.sd_unet(), TABLES["ddim"](6)
     with pytest.raises(ExportError, match=r"transformer blocks, and this model has none"):
-        teacache.exact(TeaCache(signal="time_embedding"), unet, discover(unet), {6: table}, timestep_scale=1.0)
+        teacache.decide_by_timesteps(
+            TeaCache(signal="time_embedding"), unet, discover_layout(unet), {6: table}, timestep_scale=1.0
+        )
 
 
 def test_decisions_come_from_a_calibration_or_from_the_weights():
-    layout, table = discover(model("flux")), TABLES["flow"](6)
+    layout, table = discover_layout(model("flux")), TABLES["flow"](6)
     with pytest.raises(ExportError, match=r"'teacache' needs a calibration"):
         schedule(TeaCache(), layout, Trajectory(table.timesteps), None)
     with pytest.raises(ExportError, match=r"export again with these steps"):
-        schedule(TeaCache(signal="time_embedding"), layout, Trajectory(table.timesteps), Exact({}))
+        schedule(TeaCache(signal="time_embedding"), layout, Trajectory(table.timesteps), ExactDecisions({}))
     with pytest.raises(ExportError, match=r"transformer blocks, and this model has none"):
-        marks(TeaCache(), discover(denoisers.sd_unet()))
+        marks(TeaCache(), discover_layout(denoisers.sd_unet()))
 
 
 def test_polynomials_are_numbers_or_names():
@@ -329,4 +336,4 @@ def test_polynomials_are_numbers_or_names():
     rng = random.Random(3)
     for coefficients in POLYNOMIALS.values():
         x = rng.uniform(0, 0.3)
-        assert teacache.horner(coefficients, x) == pytest.approx(np.poly1d(coefficients)(x), rel=1e-12)
+        assert teacache.evaluate_polynomial(coefficients, x) == pytest.approx(np.poly1d(coefficients)(x), rel=1e-12)

@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "format"))
 
 import paper
 
-from prebake.runtime.transfer.progress import Bar
+from prebake.runtime.transfer.progress import TransferProgress
 
 WEIGHTS = "weights/denoiser.safetensors"
 PACKAGE = "graphs/denoiser.pt2"
@@ -45,7 +45,7 @@ def flip(path: Path) -> None:
     path.write_bytes(data)
 
 
-class Noting(Bar):
+class Noting(TransferProgress):
     """Notes files and notes; `stops_at` is a file at which somebody presses Ctrl-C."""
 
     def __init__(self, stops_at: str = ""):

@@ -16,12 +16,12 @@ from pushing import FILES, PACKAGE, PLAN, REPORT, WEIGHTS, Noting, another, arti
 
 from prebake.exporter.cli.main import main
 from prebake.runtime.__main__ import main as slim_main
-from prebake.runtime.check.artifact import check
+from prebake.runtime.check.artifact import check_artifact
 from prebake.runtime.errors import ArtifactError, RecipeError
 from prebake.runtime.manifest import read_manifest
 from prebake.runtime.transfer.folder import FolderOrigin
-from prebake.runtime.transfer.progress import Bar
-from prebake.runtime.transfer.pull import Choices, pull
+from prebake.runtime.transfer.progress import TransferProgress
+from prebake.runtime.transfer.pull import PullOptions, pull
 from prebake.runtime.transfer.push import push
 
 
@@ -54,7 +54,7 @@ class Flipping(FolderOrigin):
 
 
 def pulled(origin, target, bar=None, **choices):
-    return pull(origin, target, Choices(**choices), bar or Bar())
+    return pull(origin, target, PullOptions(**choices), bar or TransferProgress())
 
 
 def refused(kind, function, *args, **kwargs) -> list[str]:
@@ -71,11 +71,11 @@ def listing(folder: Path) -> list[str]:
 
 
 def test_what_was_pushed_is_the_artifact_and_nothing_else_is_left(artifact, target):
-    push(artifact, str(target), force=False, bar=Bar())
+    push(artifact, str(target), force=False, bar=TransferProgress())
     assert held(target) == held(artifact)
     assert listing(target.parent) == ["pulled"]
     assert target.stat().st_mode & 0o777 == 0o755
-    check(target, read_manifest(target))
+    check_artifact(target, read_manifest(target))
 
 
 @pytest.mark.parametrize("place", ["{}", "file://{}", "file://localhost{}"])
@@ -105,10 +105,10 @@ def test_a_pull_that_follows_is_not_hashed_again_by_load(artifact, target, monke
     from prebake.runtime.check import artifact as checks
     from prebake.runtime.storage import hash_marker as verified
 
-    monkeypatch.setattr(verified, "RECENT", -(10**12))  # files this young are never noted otherwise
+    monkeypatch.setattr(verified, "RECENT_NS", -(10**12))  # files this young are never noted otherwise
     pulled(FolderOrigin(artifact), target)
-    monkeypatch.setattr(checks, "hashes_of", lambda files: pytest.fail("hashed again"))
-    check(target, read_manifest(target))
+    monkeypatch.setattr(checks, "file_hashes", lambda files: pytest.fail("hashed again"))
+    check_artifact(target, read_manifest(target))
 
 
 def test_the_runtime_alone_has_both_commands(artifact, tmp_path, capsys):
@@ -238,7 +238,7 @@ def test_the_same_artifact_is_compared_and_not_copied(artifact, target):
     pulled(FolderOrigin(artifact), target)
     before = target.stat().st_ino
     assert pulled(FolderOrigin(artifact), target).fetched == 0
-    assert push(artifact, str(target), force=False, bar=Bar()).fetched == 0
+    assert push(artifact, str(target), force=False, bar=TransferProgress()).fetched == 0
     assert target.stat().st_ino == before
     flip(target / WEIGHTS)
     lines = refused(ArtifactError, pulled, FolderOrigin(artifact), target)
@@ -330,7 +330,7 @@ def test_an_artifact_of_another_machine(artifact, target, tmp_path):
     paper.edit(artifact, lambda raw: raw["requires"].update(machine="sparc64"))
     (line,) = never_fetched(artifact, target)
     assert line.startswith("was compiled for Linux sparc64, this machine is ")
-    push(artifact, str(tmp_path / "mirror"), force=False, bar=Bar())
+    push(artifact, str(tmp_path / "mirror"), force=False, bar=TransferProgress())
     assert held(tmp_path / "mirror") == held(artifact)
     assert main(["pull", str(artifact), str(target), "--any-machine", "--quiet"]) == 0
     assert held(target) == held(artifact)
@@ -437,7 +437,7 @@ def test_a_manifest_that_fits_damaged_weights_is_refused_by_the_signature(artifa
 )
 def test_what_is_not_right_here_is_not_pushed(artifact, target, damage, sentence):
     damage(artifact)
-    lines = refused(ArtifactError, push, artifact, str(target), force=True, bar=Bar())
+    lines = refused(ArtifactError, push, artifact, str(target), force=True, bar=TransferProgress())
     assert any(line.startswith(f"{artifact}: {sentence}") for line in lines), lines
     assert not target.parent.exists()
 

@@ -14,17 +14,17 @@ from typing import Any
 import torch
 from uncompiled import uncompiled
 
-from prebake.exporter.families.picture import Size, example
+from prebake.exporter.families.picture import Size, example_picture
 from prebake.exporter.load import source
 from prebake.exporter.recipe.resolve import resolve
-from prebake.exporter.tiny import NAMES
+from prebake.exporter.tiny import TINY_MODELS
 from prebake.runtime.pipeline import Pipeline
 
 FLOAT32 = ("precision.denoiser=float32", "precision.text_encoders=float32", "precision.vae=float32")
 PLAIN = ("cache.method=none", "quantize.method=none", *FLOAT32)
 TOLERANCE = 1e-5
 """On latents, relative in L2. The same float32 sums in another order, over all steps: seen are 1e-7 to 2e-6."""
-PICTURE = example(Size(32, 32, 0), 3)
+PICTURE = example_picture(Size(32, 32, 0), 3)
 PROMPTS = ("a red circle", "the large cat on a blue table", "snow")
 
 
@@ -71,7 +71,7 @@ FAMILIES = {
 @functools.cache
 def eager(tiny: str) -> Any:
     """The model's diffusers pipeline, float32."""
-    pipe = source.load(f"tiny:{tiny}", None, {"default": torch.float32}).pipe
+    pipe = source.load_model(f"tiny:{tiny}", None, {"default": torch.float32}).pipe
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -94,7 +94,7 @@ def ours(name: str, *overrides: str) -> Pipeline:
 
 def expected(name: str, prompt: Any, **call: Any) -> torch.Tensor:
     """diffusers' latents."""
-    case, defaults = FAMILIES[name], NAMES[FAMILIES[name].tiny].defaults
+    case, defaults = FAMILIES[name], TINY_MODELS[FAMILIES[name].tiny].defaults
     steps = {"num_inference_steps": defaults["num_inference_steps"], "guidance_scale": defaults["guidance_scale"]}
     size = {n: defaults[n] for n in ("height", "width", "num_frames") if n in defaults}
     return eager(case.tiny)(prompt=prompt, **{**size, **steps, **case.call, "output_type": "latent", **call})[0]

@@ -19,14 +19,14 @@ from PIL import Image, ImageSequence
 from uncompiled import uncompiled
 
 from prebake.exporter import tiny
-from prebake.exporter.capture.capture import capture
+from prebake.exporter.capture.capture import capture_graph
 from prebake.exporter.families import cogvideox
 from prebake.exporter.families.picture import Size
-from prebake.exporter.load.source import load as load_model
+from prebake.exporter.load.source import load_model as load_model
 from prebake.exporter.recipe.resolve import resolve
 from prebake.exporter.tiny import parts
-from prebake.exporter.verify.measure import Drawn, Row, as_array, psnr_db, ssim
-from prebake.exporter.verify.picture_sheet import scaled, sheet
+from prebake.exporter.verify.measure import DrawnPicture, PictureRow, image_array, psnr_db, ssim
+from prebake.exporter.verify.picture_sheet import draw_sheet, scale_picture
 from prebake.runtime.__main__ import main
 from prebake.runtime.errors import ArtifactError, ExportError
 from prebake.runtime.manifest import Manifest
@@ -80,7 +80,7 @@ def test_the_decoder_gives_what_diffusers_decodes(frames):
     # division in place of a product with the reciprocal, then the same sums
     torch.testing.assert_close(decoder.module(latents)[0], theirs, rtol=0, atol=1e-5)
     if frames == 16:  # the graph has both times and what the convolutions hand on between them
-        graph = capture(decoder.name, decoder.module, decoder.args, decoder.inputs, decoder.outputs)
+        graph = capture_graph(decoder.name, decoder.module, decoder.args, decoder.inputs, decoder.outputs)
         torch.testing.assert_close(graph.gm(latents)[0], theirs, rtol=0, atol=1e-5)
         first = decoder.module(torch.cat((latents[:, :2], 0 * latents[:, 2:]), dim=1))[0]
         assert not torch.allclose(first, theirs, rtol=0, atol=1e-2)  # the canary
@@ -141,10 +141,10 @@ MODELS: dict[str, dict[str, Any]] = {
 @functools.cache
 def variant(name: str) -> Any:
     """The tiny pipeline with another transformer of one block."""
-    pipe = tiny.build("cogvideox")
+    pipe = tiny.build_tiny_pipeline("cogvideox")
     plain = {key: value for key, value in pipe.transformer.config.items() if not key.startswith("_")}
     config = {**plain, **MODELS[name], "num_layers": 1}
-    pipe.transformer = parts.seeded(type(pipe.transformer).from_config(config), 5)
+    pipe.transformer = parts.seed_weights(type(pipe.transformer).from_config(config), 5)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -153,7 +153,7 @@ def variant(name: str) -> Any:
 def exported(name: str, *overrides: str) -> Pipeline:
     """Its artifact of two steps, uncompiled."""
     folder = Path(tempfile.mkdtemp(prefix="prebake-cogvideox-", dir=os.environ.get("PYTEST_TMP")))
-    model = tiny.save_pipeline(variant(name), folder / "model", tiny.NAMES["cogvideox"].defaults)
+    model = tiny.save_pipeline(variant(name), folder / "model", tiny.TINY_MODELS["cogvideox"].defaults)
     recipe = resolve("cogvideox-fast", (*PLAIN, "sampler.steps=[2]", *overrides), str(model))
     return uncompiled(recipe, folder)
 
@@ -184,7 +184,7 @@ def test_rotary_positions(name):
     call = (torch.cat([latents] * 2), states, timestep.expand(2))
     samples = [pipe.transformer(*call, image_rotary_emb=r, return_dict=False)[0].chunk(2) for r in (rotary, None)]
     theirs, without = (uncond + guidance * (cond - uncond) for uncond, cond in samples)
-    graph = capture(component.name, component.module, component.args, component.inputs, component.outputs)
+    graph = capture_graph(component.name, component.module, component.args, component.inputs, component.outputs)
     # one branch after the other against a batch of two: float32 sums in another order
     assert relative_error(graph.gm(*component.args), theirs) < 1e-5
     assert relative_error(graph.gm(*component.args), without) > 1e-4  # the canary
@@ -199,7 +199,7 @@ def test_another_size_than_the_models_own():
     latents, timestep, states, guidance = component.args
     sample = pipe.transformer(torch.cat([latents] * 2), states, timestep.expand(2), return_dict=False)[0]
     uncond, cond = sample.chunk(2)
-    graph = capture(component.name, component.module, component.args, component.inputs, component.outputs)
+    graph = capture_graph(component.name, component.module, component.args, component.inputs, component.outputs)
     # one branch after the other against a batch of two: float32 sums in another order
     assert relative_error(graph.gm(*component.args), uncond + guidance * (cond - uncond)) < 1e-5
     assert (
@@ -356,21 +356,21 @@ def test_figures_of_a_video_are_over_its_frames():
     assert ssim(a, a) == 1
     mse = sum(10 ** (-psnr_db(x, y) / 10) for x, y in stills) / 3
     assert psnr_db(a, b) == pytest.approx(-10 * np.log10(mse))
-    assert as_array(a).shape == (3, 16, 16, 3)
-    assert np.array_equal(as_array(a)[1], as_array(a[:, 1]))
+    assert image_array(a).shape == (3, 16, 16, 3)
+    assert np.array_equal(image_array(a)[1], image_array(a[:, 1]))
 
 
 def test_the_sheet_shows_the_first_the_middle_and_the_last_frame():
     video = torch.zeros(1, 9, 3, 64, 64)
     for t, channel in ((0, 0), (4, 1), (8, 2)):
         video[:, t, channel] = 1.0
-    shown = scaled(video)
+    shown = scale_picture(video)
     assert shown.size == (3 * 64, 64)
     assert [shown.getpixel((64 * i + 32, 32)) for i in range(3)] == [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
-    assert scaled(video[:, :1]).size == (64, 64)
+    assert scale_picture(video[:, :1]).size == (64, 64)
     plan = Plan.model_construct(name="2", steps=2, cache="none")
-    drawn = Drawn(video, torch.zeros(1), 1.0)
-    image = sheet([Row("a", 0, {2: drawn}, {"2": drawn})], [plan])
+    drawn = DrawnPicture(video, torch.zeros(1), 1.0)
+    image = draw_sheet([PictureRow("a", 0, {2: drawn}, {"2": drawn})], [plan])
     assert image.width > 3 * 3 * 64  # eager, artifact and difference, of three frames each
     assert isinstance(image.getpixel((0, 0)), tuple)
 

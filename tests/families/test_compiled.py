@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from parity import FAMILIES, PLAIN, PROMPTS, expected, relative_error, seeded
 
-from prebake.exporter.pipeline import Options, export
-from prebake.exporter.progress import progress
+from prebake.exporter.pipeline import ExportOptions, export
+from prebake.exporter.progress import open_progress
 from prebake.exporter.recipe.resolve import resolve
 from prebake.runtime import load
 
@@ -25,8 +25,8 @@ def marked(name: str):
 def test_a_compiled_artifact_draws_what_diffusers_draws(name, tmp_path):
     case = FAMILIES[name]
     recipe = resolve(case.recipe, (*PLAIN, *case.overrides), f"tiny:{case.tiny}")
-    with progress("quiet") as quiet:
-        artifact = export(recipe, tmp_path / "artifact", Options(verify=False), quiet)
+    with open_progress("quiet") as quiet:
+        artifact = export(recipe, tmp_path / "artifact", ExportOptions(verify=False), quiet)
     pipe = load(artifact, cache_dir=tmp_path / "cache")
     latents = expected(name, PROMPTS[0], generator=seeded(1))
     drawn = [pipe(PROMPTS[0], seed=s, output_type="latent", **case.ours)[0] for s in (1, 2)]

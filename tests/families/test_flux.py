@@ -12,15 +12,15 @@ from parity import FLOAT32, PICTURE, PROMPTS, TOLERANCE, as_kind, eager, expecte
 from uncompiled import prepared
 
 from prebake.exporter.families import flux
-from prebake.exporter.families.picture import Size, example
+from prebake.exporter.families.picture import Size, example_picture
 from prebake.exporter.recipe.resolve import resolve
-from prebake.exporter.settle import takes_pictures
+from prebake.exporter.settle import has_picture_input
 from prebake.runtime.errors import ArtifactError, ExportError, RecipeError
 
 PICTURES = ("sampler.image_to_image=true",)
 GUIDED = ("guidance.true_cfg=true",)
 TWO = list(PROMPTS[:2])
-OTHER = example(Size(32, 32, 0), 4)
+OTHER = example_picture(Size(32, 32, 0), 4)
 NEGATIVE = {"negative_prompt": "blurry", "true_cfg_scale": 4.0}
 
 works_pictures = pytest.mark.works("flux", "image to image")
@@ -91,7 +91,7 @@ def test_schnell_has_other_steps():
 @works_pictures
 @pytest.mark.parametrize("kind", ["pil", "np", "pt"])
 def test_a_picture_of_another_size_is_resized_as_diffusers_does(kind):
-    large = example(Size(50, 70, 0), 5)
+    large = example_picture(Size(50, 70, 0), 5)
     tensor = torch.tensor(list(large.tobytes())).reshape(50, 70, 3) / 255
     image = {"pil": large, "np": tensor.numpy()[None], "pt": tensor.permute(2, 0, 1)[None]}[kind]
     latents = from_picture(PROMPTS[0], image=image, strength=0.5, generator=seeded(1))
@@ -283,6 +283,6 @@ def test_a_family_without_pictures_refuses_to_begin_from_one():
         """A family's module that has no PICTURE."""
 
     with pytest.raises(RecipeError, match=r"sampler.image_to_image: this family's pipelines start from noise alone"):
-        takes_pictures(resolve("flux-fast", PICTURES), Alone)
-    assert takes_pictures(resolve("flux-fast", PICTURES), flux)
-    assert not takes_pictures(resolve("flux-fast"), flux)
+        has_picture_input(resolve("flux-fast", PICTURES), Alone)
+    assert has_picture_input(resolve("flux-fast", PICTURES), flux)
+    assert not has_picture_input(resolve("flux-fast"), flux)

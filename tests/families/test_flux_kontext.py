@@ -8,14 +8,14 @@ from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RES
 from parity import PICTURE, PROMPTS, TOLERANCE, eager, expected, got, ours, relative_error, seeded
 
 from prebake.exporter.families import flux_kontext
-from prebake.exporter.families.picture import Size, example
+from prebake.exporter.families.picture import Size, example_picture
 from prebake.exporter.recipe.resolve import resolve
-from prebake.exporter.settle import takes_pictures
+from prebake.exporter.settle import has_picture_input
 from prebake.runtime.errors import ArtifactError, ExportError, RecipeError
 
 NAME = "flux-kontext"
 GUIDED = ("guidance.true_cfg=true",)
-OTHER = example(Size(32, 32, 0), 4)
+OTHER = example_picture(Size(32, 32, 0), 4)
 works = pytest.mark.works(NAME, "reference picture")
 
 
@@ -53,7 +53,7 @@ def test_a_picture_of_the_same_proportions_is_resized_as_diffusers_does(monkeypa
     from diffusers.pipelines.flux import pipeline_flux_kontext
 
     monkeypatch.setattr(pipeline_flux_kontext, "PREFERRED_KONTEXT_RESOLUTIONS", [(16, 64), (32, 32), (64, 16)])
-    large = example(Size(75, 80, 0), 5)
+    large = example_picture(Size(75, 80, 0), 5)
     latents = expected(NAME, PROMPTS[0], generator=seeded(1), image=large, _auto_resize=True)
     assert relative_error(got(NAME, PROMPTS[0], seed=1, image=large), latents) < TOLERANCE
 
@@ -81,7 +81,7 @@ def test_the_reference_is_the_plain_diffusers_call():
     """What an export is held against, for the picture that the seed stands for."""
     size = Size(32, 32, 16)
     latents, image = flux_kontext.draw(eager(NAME), PROMPTS[0], 3, 8, 3.5, size)
-    drawn = ours(NAME)(PROMPTS[0], seed=3, image=example(size, 3), output_type="latent")[0]
+    drawn = ours(NAME)(PROMPTS[0], seed=3, image=example_picture(size, 3), output_type="latent")[0]
     assert relative_error(drawn, latents) < TOLERANCE
     assert image.shape == (1, 3, 32, 32)
 
@@ -119,5 +119,5 @@ def test_a_size_that_does_not_divide_is_refused():
 
 def test_there_is_no_strength_to_export_for():
     with pytest.raises(RecipeError, match=r"sampler\.image_to_image: this family's pipelines start from noise alone"):
-        takes_pictures(resolve("flux-kontext-fast", ("sampler.image_to_image=true",)), flux_kontext)
-    assert takes_pictures(resolve("flux-kontext-fast"), flux_kontext)
+        has_picture_input(resolve("flux-kontext-fast", ("sampler.image_to_image=true",)), flux_kontext)
+    assert has_picture_input(resolve("flux-kontext-fast"), flux_kontext)

@@ -19,12 +19,12 @@ from uncompiled import uncompiled
 from prebake.exporter import tiny
 from prebake.exporter.families import pixart
 from prebake.exporter.recipe.resolve import resolve
-from prebake.exporter.rewrite import rewrite
+from prebake.exporter.rewrite import rewrite_pipeline
 from prebake.exporter.tiny import parts
 from prebake.runtime.errors import ArtifactError, ExportError, RecipeError
 
 SIZE = pixart.Size(32, 32, 16)
-DEFAULTS = tiny.NAMES["pixart"].defaults
+DEFAULTS = tiny.TINY_MODELS["pixart"].defaults
 CALL: dict[str, Any] = {**DEFAULTS, **FAMILIES["pixart"].call}
 CACHED = [o for o in PLAIN if not o.startswith("cache.")]
 
@@ -86,7 +86,7 @@ def test_other_schedulers(name):
 @torch.no_grad()
 def test_in_bfloat16_neighbouring_timesteps_stay_apart():
     """Rounded before the sinusoid, 975 and 976 would both be 976."""
-    pipe = tiny.build("pixart")
+    pipe = tiny.build_tiny_pipeline("pixart")
     pipe.transformer.to(torch.bfloat16)
     component = pixart.denoiser(pipe, SIZE)
     latents, _, *rest = component.args
@@ -100,7 +100,7 @@ def test_in_bfloat16_neighbouring_timesteps_stay_apart():
 
 def alpha(seed: int = 0) -> PixArtAlphaPipeline:
     """The pipeline before Sigma, whose models for 1024 x 1024 pixels are told the size; here without a variance."""
-    pipe = tiny.build("pixart", seed)
+    pipe = tiny.build_tiny_pipeline("pixart", seed)
     transformer = PixArtTransformer2DModel(
         num_attention_heads=3,  # the embedding is in thirds: height, width, aspect ratio
         attention_head_dim=32,
@@ -113,7 +113,7 @@ def alpha(seed: int = 0) -> PixArtAlphaPipeline:
         caption_channels=32,
         use_additional_conditions=True,
     )
-    made = PixArtAlphaPipeline(**{**pipe.components, "transformer": parts.seeded(transformer, seed)})
+    made = PixArtAlphaPipeline(**{**pipe.components, "transformer": parts.seed_weights(transformer, seed)})
     made.set_progress_bar_config(disable=True)
     return made
 
@@ -141,7 +141,7 @@ def test_the_size_that_alpha_is_told_counts():
     for branch in (component.module.cond, component.module.uncond):
         branch.resolution.fill_(1024.0)
     assert relative_error(component.module(*component.args), told) > 1e-3
-    assert pixart.micro_conditions(tiny.build("pixart"), SIZE) == {}  # Sigma's are not told
+    assert pixart.micro_conditions(tiny.build_tiny_pipeline("pixart"), SIZE) == {}  # Sigma's are not told
 
 
 def test_one_step_of_alpha_is_refused():
@@ -161,9 +161,9 @@ def noise_of(pipe) -> torch.Tensor:
 
 
 def test_int8_takes_fused_attention_and_feed_forward_and_leaves_the_rest():
-    pipe = tiny.build("pixart")
+    pipe = tiny.build_tiny_pipeline("pixart")
     before = noise_of(pipe)
-    layers = rewrite(pipe, resolve("pixart-fast", ("precision.denoiser=float32",)))
+    layers = rewrite_pipeline(pipe, resolve("pixart-fast", ("precision.denoiser=float32",)))
     int8 = {name for name, (what, _) in layers.items() if what == "int8"}
     assert {n.split(".", 2)[2] for n in int8 if n.startswith("transformer_blocks.0.")} == {
         *("attn1.to_qkv", "attn1.to_out.0", "attn2.to_q", "attn2.to_kv", "attn2.to_out.0"),
@@ -176,7 +176,7 @@ def test_int8_takes_fused_attention_and_feed_forward_and_leaves_the_rest():
 
 def diffusers_pab(**ranges: int) -> torch.Tensor:
     """diffusers' own hooks around a pipeline that runs both branches in one call; every timestep is in the window."""
-    pipe = tiny.build("pixart")
+    pipe = tiny.build_tiny_pipeline("pixart")
     pipe.set_progress_bar_config(disable=True)
     config = PyramidAttentionBroadcastConfig(**ranges, current_timestep_callback=lambda: 500.0)
     apply_pyramid_attention_broadcast(pipe.transformer, config)

@@ -14,7 +14,7 @@ from slim import run
 
 from prebake.exporter.cli import main as cli
 from prebake.exporter.recipe.resolve import resolve
-from prebake.exporter.tiny import NAMES
+from prebake.exporter.tiny import TINY_MODELS
 
 PAGES = {path.stem: path.read_text("utf-8") for path in (Path(__file__).parents[2] / "docs" / "reference" / "families").glob("*.md")}
 DRAW = """
@@ -26,7 +26,7 @@ pipe = load(sys.argv[1])
 picture = pipe.family.settings.picture
 given = {"image": Image.new("RGB", (80, 40), "teal")} if picture and picture.required else {}
 (made,) = pipe("a red circle", seed=1, **given)
-frames = made[0] if pipe.family.makes == "frames" else made
+frames = made[0] if pipe.family.output_kind == "frames" else made
 print(json.dumps({"sizes": [f.size for f in frames], "diffusers": importlib.util.find_spec("diffusers") is not None}))
 """
 
@@ -65,7 +65,7 @@ def test_a_recipe_exports_and_draws_without_diffusers(name, slim_python, tmp_pat
         assert ran.returncode == 0, ran.stderr
     done = run(slim_python, "-W", "error::UserWarning:prebake", "-c", DRAW, str(artifact), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    size = NAMES[tiny].defaults
+    size = TINY_MODELS[tiny].defaults
     frames = size.get("num_frames", 1)
     assert json.loads(done.stdout) == {"sizes": [[size["width"], size["height"]]] * frames, "diffusers": False}
 
@@ -74,7 +74,7 @@ def test_a_recipe_exports_and_draws_without_diffusers(name, slim_python, tmp_pat
 def test_a_page_has_an_example_of_a_tiny_model(page):
     first, *_ = commands(PAGES[page])
     args = cli._parser().parse_args(first)
-    assert args.model.removeprefix("tiny:") in NAMES
+    assert args.model.removeprefix("tiny:") in TINY_MODELS
     resolve(args.recipe[0], args.overrides, args.model)
     assert all(str(args.output) in code and compile(code, page, "exec") for code in blocks(PAGES[page], "python"))
     assert blocks(PAGES[page], "python")

@@ -14,12 +14,12 @@ from parity import PICTURE, PROMPTS, TOLERANCE, eager, expected, got, relative_e
 from PIL import Image
 
 from prebake.exporter.families import sd
-from prebake.exporter.families.picture import Size, example
+from prebake.exporter.families.picture import Size, example_picture
 from prebake.runtime.errors import ArtifactError, ExportError
 
 PICTURES = ("sampler.image_to_image=true",)
 TWO = list(PROMPTS[:2])
-OTHER = example(Size(32, 32, 0), 4)
+OTHER = example_picture(Size(32, 32, 0), 4)
 SHORT = {"num_inference_steps": 8, "guidance_scale": 5.0, "output_type": "latent"}
 
 works_pictures = pytest.mark.works("sd", "image to image")

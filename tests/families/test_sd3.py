@@ -23,9 +23,9 @@ from uncompiled import uncompiled
 
 from prebake.exporter import tiny
 from prebake.exporter.families import sd3
-from prebake.exporter.families.picture import example
+from prebake.exporter.families.picture import example_picture
 from prebake.exporter.recipe.resolve import resolve
-from prebake.exporter.rewrite import rewrite
+from prebake.exporter.rewrite import rewrite_pipeline
 from prebake.exporter.rewrite.fuse import fuse_qkv
 from prebake.exporter.tiny import parts
 from prebake.runtime.errors import ArtifactError, ExportError
@@ -56,7 +56,7 @@ def latents_of(pipe, prompt, **call) -> torch.Tensor:
 
 def from_folder(pipe, folder, *overrides: str):
     """The runtime's pipeline of `pipe`, uncached in float32, uncompiled."""
-    model = tiny.save_pipeline(pipe, folder / "model", tiny.NAMES["sd3"].defaults)
+    model = tiny.save_pipeline(pipe, folder / "model", tiny.TINY_MODELS["sd3"].defaults)
     return uncompiled(resolve("sd3-fast", (*PLAIN, *overrides), str(model)), folder)
 
 
@@ -76,7 +76,7 @@ def test_each_encoder_may_have_a_prompt_of_its_own():
 
 @pytest.mark.works("sd3", "without T5")
 def test_without_t5_its_states_are_zeros(tmp_path):
-    pipe = tiny.build("sd3")
+    pipe = tiny.build_tiny_pipeline("sd3")
     pipe.text_encoder_3, pipe.tokenizer_3 = None, None
     pipe.set_progress_bar_config(disable=True)
     prebaked = from_folder(pipe, tmp_path)
@@ -95,7 +95,7 @@ def test_without_t5_its_states_are_zeros(tmp_path):
 
 @pytest.mark.works("sd3", "dynamic shifting")
 def test_the_shift_may_grow_with_the_picture(tmp_path):
-    pipe = tiny.build("sd3")
+    pipe = tiny.build_tiny_pipeline("sd3")
     pipe.scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_image_seq_len=16)
     pipe.set_progress_bar_config(disable=True)
     drawn = from_folder(pipe, tmp_path)(PROMPTS[0], seed=1, output_type="latent")[0]
@@ -131,7 +131,7 @@ def test_a_scheduler_that_wants_its_noise_scaled_is_refused():
 @torch.no_grad()
 def test_in_bfloat16_neighbouring_timesteps_stay_apart():
     """Rounded before the sinusoid, 975 and 976 would both be 976."""
-    pipe = tiny.build("sd3")
+    pipe = tiny.build_tiny_pipeline("sd3")
     pipe.transformer.to(torch.bfloat16)
     component = sd3.denoiser(pipe, SIZE)
     latents, _, *rest = component.args
@@ -148,7 +148,7 @@ def test_in_bfloat16_neighbouring_timesteps_stay_apart():
 def test_image_to_image(strength):
     pipe = as_kind(StableDiffusion3Img2ImgPipeline, eager("sd3"))
     call = {} if strength is None else {"strength": strength}
-    image = example(SIZE, 0)
+    image = example_picture(SIZE, 0)
     for prompt in (PROMPTS[0], list(PROMPTS)):
         latents = latents_of(pipe, prompt, image=image, generator=seeded(1), **call)
         drawn = got("sd3", prompt, PICTURES, image=image, seed=1, **call)
@@ -160,13 +160,13 @@ def test_image_to_image(strength):
 
 def wide() -> StableDiffusion3Pipeline:
     """With 16 latent channels, as the real ones: diffusers' inpainting takes no other number."""
-    pipe = tiny.build("sd3")
+    pipe = tiny.build_tiny_pipeline("sd3")
     config = dict(pipe.transformer.config) | {"in_channels": 16, "out_channels": 16}
     transformer = SD3Transformer2DModel(**{n: v for n, v in config.items() if not n.startswith("_")})
     config = dict(pipe.vae.config) | {"latent_channels": 16}
     vae = AutoencoderKL(**{n: v for n, v in config.items() if not n.startswith("_")})
-    pipe.register_modules(transformer=parts.seeded(transformer, 0), vae=parts.seeded(vae, 1))
-    parts.posterior(pipe.vae.encoder.conv_out, 16, 0.5)
+    pipe.register_modules(transformer=parts.seed_weights(transformer, 0), vae=parts.seed_weights(vae, 1))
+    parts.set_posterior(pipe.vae.encoder.conv_out, 16, 0.5)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -178,7 +178,7 @@ def test_inpainting(tmp_path):
     mask = Image.new("L", (32, 32), 0)
     mask.paste(255, (8, 8, 24, 32))
     inpaint = as_kind(StableDiffusion3InpaintPipeline, pipe)
-    given = {"image": example(SIZE, 0), "mask_image": mask}
+    given = {"image": example_picture(SIZE, 0), "mask_image": mask}
     for call in ({}, {"strength": 0.3}, {"strength": 1.0}):
         latents = latents_of(inpaint, list(PROMPTS), generator=seeded(1), **given, **call)
         drawn = prebaked(list(PROMPTS), seed=1, output_type="latent", **given, **call)[0]
@@ -197,7 +197,7 @@ def velocity(pipe) -> torch.Tensor:
 
 
 def test_fused_attention_computes_the_same():
-    pipe = tiny.build("sd3")
+    pipe = tiny.build_tiny_pipeline("sd3")
     before, parameters = velocity(pipe), sum(p.numel() for p in pipe.transformer.parameters())
     assert fuse_qkv("transformer", pipe.transformer, key="fuse.qkv") == 3  # two blocks, and the first one's second
     names = [n for n, _ in pipe.transformer.named_modules()]
@@ -214,7 +214,7 @@ def test_fused_attention_computes_the_same():
 @torch.no_grad()
 def test_why_diffusers_own_fused_attention_is_not_used():
     """It leaves out the norms, as if SD3.5 were SD3. Once this fails, `rewrite/joint.py` may go."""
-    attention = tiny.build("sd3").transformer.transformer_blocks[1].attn
+    attention = tiny.build_tiny_pipeline("sd3").transformer.transformer_blocks[1].attn
     image, text = torch.randn(1, 64, 64, generator=seeded(0)), torch.randn(1, 32, 64, generator=seeded(1))
     expected, _ = JointAttnProcessor2_0()(attention, image, text)
     attention.fuse_projections()
@@ -223,9 +223,9 @@ def test_why_diffusers_own_fused_attention_is_not_used():
 
 
 def test_int8_takes_attention_and_feed_forward_and_leaves_the_rest():
-    pipe = tiny.build("sd3")
+    pipe = tiny.build_tiny_pipeline("sd3")
     before = velocity(pipe)
-    layers = rewrite(pipe, resolve("sd3-fast", ("precision.denoiser=float32",)))
+    layers = rewrite_pipeline(pipe, resolve("sd3-fast", ("precision.denoiser=float32",)))
     int8 = {name for name, (what, _) in layers.items() if what == "int8"}
     assert {n.split(".", 2)[2] for n in int8 if n.startswith("transformer_blocks.0.")} == {
         *("attn.to_qkv", "attn.to_added_qkv", "attn.to_out.0", "attn.to_add_out", "attn2.to_qkv", "attn2.to_out.0"),
@@ -241,7 +241,7 @@ def test_int8_takes_attention_and_feed_forward_and_leaves_the_rest():
 
 def diffusers_pab() -> torch.Tensor:
     """diffusers' own hooks around a pipeline that runs both branches in one call; every timestep is in the window."""
-    pipe = tiny.build("sd3")
+    pipe = tiny.build_tiny_pipeline("sd3")
     pipe.set_progress_bar_config(disable=True)
     config = PyramidAttentionBroadcastConfig(
         spatial_attention_block_skip_range=2, current_timestep_callback=lambda: 500.0
@@ -292,7 +292,7 @@ def test_a_transformer_that_takes_more_than_latents_is_refused():
         ({"clip_skip": 1}, "clip_skip: an artifact of StableDiffusion3Pipeline does not take it"),
         ({"skip_guidance_layers": [0]}, "skip_guidance_layers: an artifact of StableDiffusion3Pipeline does not take"),
         ({"max_sequence_length": 77}, "max_sequence_length=77: the artifact was exported for 16 tokens"),
-        ({"image": example(SIZE, 0)}, "image: the artifact was exported without image-to-image"),
+        ({"image": example_picture(SIZE, 0)}, "image: the artifact was exported without image-to-image"),
     ],
 )
 def test_what_was_fixed_at_export_is_refused_by_name(argument, message):

@@ -21,18 +21,18 @@ from PIL import Image, ImageDraw
 
 from prebake.exporter.caches import Decision, Schedule
 from prebake.exporter.families import sdxl
-from prebake.exporter.families.picture import Size, example
-from prebake.exporter.families.registry import family_of
-from prebake.exporter.plan import join
-from prebake.exporter.plan.sampler import tabulate, tail_tables
+from prebake.exporter.families.picture import Size, example_picture
+from prebake.exporter.families.registry import find_family
+from prebake.exporter.plan import join_plan
+from prebake.exporter.plan.sampler import tabulate_scheduler, tabulate_tails
 from prebake.exporter.verify.measure import Replayer
 from prebake.runtime.errors import ArtifactError, ExportError
 from prebake.runtime.pipeline import Pipeline
-from prebake.runtime.replay import tables_on
+from prebake.runtime.replay import tabulate_plan
 
 SIZE = Size(32, 32, 16)
 TWO = list(PROMPTS[:2])
-OTHER = example(Size(32, 32, 0), 4)
+OTHER = example_picture(Size(32, 32, 0), 4)
 MASK = Image.new("L", (32, 32))
 ImageDraw.Draw(MASK).rectangle((8, 4, 23, 19), fill=255)
 
@@ -225,7 +225,7 @@ def scheduled(name: str, *models: str):
 def tables(name: str):
     """The scheduler's table for eight steps, and those of its later starts."""
     scheduler = getattr(diffusers, name).from_config(eager("sdxl").scheduler.config)
-    return tabulate(scheduler, 8), tail_tables(scheduler, 8)
+    return tabulate_scheduler(scheduler, 8), tabulate_tails(scheduler, 8)
 
 
 def planned(model: str, name: str) -> Pipeline:
@@ -233,8 +233,10 @@ def planned(model: str, name: str) -> Pipeline:
     pipe = ours(model)
     whole, tails = tables(name)
     schedule = Schedule((), tuple(Decision() for _ in whole.updates))
-    plan = join("8", 8, "none", whole, schedule, {(): "full"}, tails)
-    artifact = replace(pipe.artifact, plans={"8": plan}, tables={"8": tables_on(plan, pipe.artifact.device)}, _tails={})
+    plan = join_plan("8", 8, "none", whole, schedule, {(): "full"}, tails)
+    artifact = replace(
+        pipe.artifact, plans={"8": plan}, tables={"8": tabulate_plan(plan, pipe.artifact.device)}, _tails={}
+    )
     return Pipeline(artifact)
 
 
@@ -376,7 +378,7 @@ def whitened():
 
 @torch.no_grad()
 def test_a_vae_that_knows_mean_and_deviation_of_its_latents(whitened):
-    decoder, encoder = sdxl.halves(whitened.vae, False)
+    decoder, encoder = sdxl.vae_halves(whitened.vae, False)
     prepared = as_kind(StableDiffusionXLImg2ImgPipeline, whitened)
     pixels = prepared.image_processor.preprocess(PICTURE)
     latents = prepared.prepare_latents(
@@ -577,4 +579,4 @@ def test_verification_draws_the_same_with_both(name):
 
 
 def test_both_pipelines_are_of_this_family():
-    assert {family_of(eager(name)) for name in ("sdxl", "sdxl-refiner")} == {sdxl}
+    assert {find_family(eager(name)) for name in ("sdxl", "sdxl-refiner")} == {sdxl}

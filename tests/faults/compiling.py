@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from prebake.exporter.capture.capture import capture
+from prebake.exporter.capture.capture import capture_graph
 from prebake.exporter.lower import aoti
 from prebake.runtime.errors import ExportError
 
@@ -29,8 +29,8 @@ class Toy(nn.Module):
 
 
 def compiled(folder: Path, factor: float) -> dict[str, str]:
-    graph = capture("toy", Toy(factor), (torch.ones(64, 64),), ("x",), ("y",))
-    files = aoti.compile_graph(graph, {**aoti.PACKAGED, "cpp.threads": 1}, folder)
+    graph = capture_graph("toy", Toy(factor), (torch.ones(64, 64),), ("x",), ("y",))
+    files = aoti.compile_graph(graph, {**aoti.PACKAGE_FLAGS, "cpp.threads": 1}, folder)
     return {name: hashlib.sha256(data).hexdigest() for name, data in sorted(files.items())}
 
 

@@ -24,11 +24,11 @@ from dying import killed
 from families.parity import PLAIN
 
 from prebake.exporter import lower, pipeline
-from prebake.exporter.pipeline import Options, export
+from prebake.exporter.pipeline import ExportOptions, export
 from prebake.exporter.progress import Progress
 from prebake.exporter.recipe.resolve import resolve
 from prebake.runtime import backends
-from prebake.runtime.check.artifact import check
+from prebake.runtime.check.artifact import check_artifact
 from prebake.runtime.errors import PrebakeError
 from prebake.runtime.manifest import read_manifest
 
@@ -53,7 +53,7 @@ class Moments(Progress):
             yield
         self.reached(f"{name} is done")
 
-    def doing(self, what: str) -> None:
+    def announce(self, what: str) -> None:
         self.reached(f"{self.current}: {what}")
 
     def reached(self, moment: str) -> None:
@@ -64,7 +64,7 @@ class Moments(Progress):
 
 def run(output: Path, progress: Progress | None = None, *, force: bool = False) -> None:
     recipe = resolve("flux-fast", (*PLAIN, *CHANGES), "tiny:flux")
-    export(recipe, output, Options(force=force), progress or Progress())
+    export(recipe, output, ExportOptions(force=force), progress or Progress())
 
 
 def said(work: Callable[[], object]) -> str:
@@ -112,7 +112,7 @@ def dying(work: Path) -> dict:
 def left(folder: Path) -> str:
     if not folder.exists():
         return "nothing"
-    return "the whole" if not said(lambda: check(folder, read_manifest(folder))) else "a part"
+    return "the whole" if not said(lambda: check_artifact(folder, read_manifest(folder))) else "a part"
 
 
 def full(work: Path) -> list[dict]:
@@ -133,7 +133,7 @@ def full(work: Path) -> list[dict]:
 
 
 def nan(work: Path) -> dict:
-    load = pipeline.source.load
+    load = pipeline.source.load_model
 
     def poisoned(*args):
         loaded = load(*args)
@@ -141,7 +141,7 @@ def nan(work: Path) -> dict:
             loaded.pipe.transformer.proj_out.bias[3] = float("nan")
         return loaded
 
-    pipeline.source.load = poisoned
+    pipeline.source.load_model = poisoned
     return {"said": said(lambda: run(work / "out")), "left": [p.name for p in work.iterdir()]}
 
 

@@ -28,7 +28,7 @@ def main(work: Path) -> dict[str, list[dict]]:
     found["naive"] = deaths(work, "nothing", lambda output: write(output, "new"))
     found["at once"] = [at_once(work, force=False) for _ in range(8)]
     found["at once, by force"] = [at_once(work, force=True) for _ in range(8)]
-    place.exchanged = lambda a, b: False
+    place.exchange_folders = lambda a, b: False
     return found | {f"{before} renames": deaths(work, before, export) for before in ("nothing", "old")}
 
 
@@ -57,7 +57,7 @@ def one(work: Path, before: str, export: Callable[[Path], None], step: int) -> d
 
 
 def export(output: Path, *, force: bool = True) -> None:
-    with package.staged(output, force=force) as folder:
+    with package.stage_folder(output, force=force) as folder:
         write(folder, "new")
 
 
@@ -70,7 +70,7 @@ def at_once(work: Path, *, force: bool) -> dict:
         if (child := os.fork()) == 0:
             code = 1
             try:
-                with package.staged(work / "out", force=force) as folder:
+                with package.stage_folder(work / "out", force=force) as folder:
                     write(folder, "new")
                     barrier.wait()
                 code = 0

@@ -16,7 +16,7 @@ import pytest
 from prebake.runtime import ArtifactError
 from prebake.runtime.artifact import open_artifact
 from prebake.runtime.manifest import read_manifest
-from prebake.runtime.problems import problems
+from prebake.runtime.problems import artifact_problems
 from prebake.runtime.storage import hash_marker as verified
 
 ASCII = {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
@@ -171,4 +171,4 @@ def test_a_disk_that_fails(paper, monkeypatch, path):
     with pytest.raises(ArtifactError) as caught:
         open_artifact(paper)
     assert str(caught.value) == f"{paper}: {said}"
-    assert list(problems(paper)) == [("files", said)]
+    assert list(artifact_problems(paper)) == [("files", said)]

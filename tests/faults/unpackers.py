@@ -22,7 +22,7 @@ def main(package: Path, cache: Path) -> dict:
         for _ in range(ROUNDS):
             shutil.rmtree(cache, ignore_errors=True)
             if damaged:
-                with unpack.unpacked(members, SHA256, cache) as libraries:
+                with unpack.unpack_members(members, SHA256, cache) as libraries:
                     next(iter(libraries.values())).write_bytes(b"half")
             barrier = fork.Barrier(PROCESSES)
             processes = [fork.Process(target=one, args=(members, cache, barrier, wrong)) for _ in range(PROCESSES)]
@@ -37,7 +37,7 @@ def main(package: Path, cache: Path) -> dict:
 def one(members: dict, cache: Path, barrier, wrong) -> None:
     try:
         barrier.wait()
-        with unpack.unpacked(members, SHA256, cache) as libraries:
+        with unpack.unpack_members(members, SHA256, cache) as libraries:
             for model, so in libraries.items():
                 if so.read_bytes() != members[model][so.name] or not so.is_relative_to(cache):
                     wrong.append(f"{so} is not right")

@@ -29,10 +29,10 @@ def one(members: Members, cache: Path, state: str, deadly: Callable[[], None]) -
     """What a child that dies has left in the cache, and what one that lives finds and leaves."""
     shutil.rmtree(cache, ignore_errors=True)
     if state == "damaged":
-        with unpack.unpacked(members, SHA256, cache) as libraries:
+        with unpack.unpack_members(members, SHA256, cache) as libraries:
             next(iter(libraries.values())).write_bytes(b"half")
     ended, entry = killed(lambda: unpack_once(members, cache), deadly), cache / SHA256
-    left = "nothing" if not entry.exists() else "the whole" if unpack._holds(entry, members) else "a part"
+    left = "nothing" if not entry.exists() else "the whole" if unpack._has_members(entry, members) else "a part"
     right = unpack_once(members, cache)
     return {
         "signal": ended,
@@ -44,7 +44,7 @@ def one(members: Members, cache: Path, state: str, deadly: Callable[[], None]) -
 
 def unpack_once(members: Members, cache: Path) -> bool:
     """Whether every library lies in the cache, with its own bytes."""
-    with unpack.unpacked(members, SHA256, cache) as libraries:
+    with unpack.unpack_members(members, SHA256, cache) as libraries:
         return all(so.is_relative_to(cache) and so.read_bytes() == members[m][so.name] for m, so in libraries.items())
 
 

@@ -24,7 +24,7 @@ import prebake.runtime.backends.aoti
 from prebake.runtime import ArtifactError
 from prebake.runtime.artifact import open_artifact
 from prebake.runtime.plan import Plan
-from prebake.runtime.problems import problems
+from prebake.runtime.problems import artifact_problems
 
 LONGEST = datetime.timedelta(seconds=5)  # a good one takes some 10 ms on a quiet core
 WEIGHTS, PLAN, PACKAGE = "weights/denoiser.safetensors", "plans/2.json", "graphs/denoiser.pt2"
@@ -77,7 +77,7 @@ class Base:
         """The artifact, or None where it is refused. Either way nothing has been written but the cache."""
         self.models.clear()
         before, cache = self.listing(), self.home / "cache"
-        told = list(problems(self.folder))
+        told = list(artifact_problems(self.folder))
         artifact, refusal = None, None
         try:
             artifact = open_artifact(self.folder, cache_dir=cache)

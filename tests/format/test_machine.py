@@ -9,12 +9,11 @@ import subprocess
 import pytest
 from paper import edit, library, relist, write_package
 
-from prebake.exporter.lower.aoti import without_executable_stack
-from prebake.runtime import ArtifactError
+from prebake.exporter.lower.aoti import clear_executable_stack
+from prebake.runtime import ArtifactError, libraries
 from prebake.runtime.artifact import open_artifact
-from prebake.runtime.check import machine
 from prebake.runtime.elf import map_elf, read_elf
-from prebake.runtime.libraries import library_problems, loaded_libraries, versions_of
+from prebake.runtime.libraries import library_problems, loaded_libraries, symbol_versions
 
 HERE = platform.machine()
 LIBC = "libc.so.6"
@@ -79,7 +78,7 @@ def test_a_library_that_fits_is_not_refused():
 
 def test_a_newer_version_of_a_symbol_is_refused_with_the_newest_here():
     newest = max(
-        (v for v in versions_of(LIBC) if re.fullmatch(r"GLIBC_[\d.]+", v)),
+        (v for v in symbol_versions(LIBC) if re.fullmatch(r"GLIBC_[\d.]+", v)),
         key=lambda v: tuple(map(int, v[6:].split("."))),
     )
     assert newest == f"GLIBC_{platform.libc_ver()[1]}"
@@ -110,12 +109,12 @@ def test_an_executable_stack_is_refused_where_glibc_refuses_it(monkeypatch, glib
     assert refused(library(stack=7)) == said[:problems]
     assert refused(library(stack=None)) == said[:problems]
     assert refused(library(stack=6)) == []
-    assert refused(without_executable_stack(library(stack=7))) == []
+    assert refused(clear_executable_stack(library(stack=7))) == []
 
 
 def test_nothing_else_of_a_library_is_changed_with_its_stack():
-    assert without_executable_stack(library(stack=7)) == library(stack=6)
-    assert without_executable_stack(library({LIBC: ["X"]}, stack=6)) == library({LIBC: ["X"]}, stack=6)
+    assert clear_executable_stack(library(stack=7)) == library(stack=6)
+    assert clear_executable_stack(library({LIBC: ["X"]}, stack=6)) == library({LIBC: ["X"]}, stack=6)
 
 
 def test_code_for_another_machine_is_refused():
@@ -274,6 +273,6 @@ def test_check_follows_no_name_that_leads_out(paper, never_opened, capsys):
 
 
 def test_versions_of_a_library_are_read_once(monkeypatch):
-    versions_of(LIBC)
-    monkeypatch.setattr(machine, "loaded_libraries", None)
-    assert versions_of(LIBC)
+    symbol_versions(LIBC)
+    monkeypatch.setattr(libraries, "loaded_libraries", None)
+    assert symbol_versions(LIBC)

@@ -31,7 +31,7 @@ def hashed(monkeypatch):
 @pytest.fixture
 def aged(monkeypatch):
     """Files that were written just now count as old, so that markers are written."""
-    monkeypatch.setattr(verified, "RECENT", 0)
+    monkeypatch.setattr(verified, "RECENT_NS", 0)
 
 
 @pytest.fixture
@@ -137,7 +137,7 @@ def test_the_second_load_hashes_nothing_in_its_check(paper, marker, hashed):
 
 def test_code_is_hashed_in_each_load_as_it_is_read(paper, marker, monkeypatch):
     write_package(paper / PACKAGE, so=library().replace(b"ELF\x02\x01\x01\x00", b"ELF\x02\x01\x01\x01"))
-    monkeypatch.setattr(verified.Marker, "holds", lambda self: True)
+    monkeypatch.setattr(verified.HashMarker, "is_valid", lambda self: True)
     assert f"{PACKAGE}: sha256 is" in refusal(paper)
 
 
@@ -343,8 +343,10 @@ def test_no_descriptor_is_left_behind(paper, opens):
 def test_files_are_hashed_as_hashlib_does(tmp_path):
     import hashlib
 
-    contents = {f"{n}": os.urandom(n) for n in (0, 1, files.BLOCK - 1, files.BLOCK, 3 * files.BLOCK + 5)}
+    contents = {
+        f"{n}": os.urandom(n) for n in (0, 1, files.BLOCK_BYTES - 1, files.BLOCK_BYTES, 3 * files.BLOCK_BYTES + 5)
+    }
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
-    with files.opened(tmp_path, contents) as descriptors:
-        assert files.hashes_of(descriptors) == {n: hashlib.sha256(c).hexdigest() for n, c in contents.items()}
+    with files.open_files(tmp_path, contents) as descriptors:
+        assert files.file_hashes(descriptors) == {n: hashlib.sha256(c).hexdigest() for n, c in contents.items()}

@@ -108,10 +108,10 @@ def wide_artifact(request, tmp_path_factory):
 @functools.cache
 def growth(artifact, cache, copies="", library=""):
     """Bytes by which the memory of two processes is more than that of one."""
-    with memory.ready(OPENS, artifact, cache, copies, library) as first:
-        one = memory.pss(first.pid)
-        with memory.ready(OPENS, artifact, cache, copies, library) as second:
-            return memory.pss(first.pid) + memory.pss(second.pid) - one
+    with memory.start_process(OPENS, artifact, cache, copies, library) as first:
+        one = memory.read_pss(first.pid)
+        with memory.start_process(OPENS, artifact, cache, copies, library) as second:
+            return memory.read_pss(first.pid) + memory.read_pss(second.pid) - one
 
 
 def test_a_second_process_shares_the_weights(wide_artifact, tmp_path):
@@ -147,13 +147,13 @@ def from_pictures(tmp_path_factory):
 @pytest.mark.parametrize("runners", [1, 2, 8])
 def test_a_thousand_mixed_requests_get_what_they_would_get_alone(from_pictures, tmp_path, runners):
     pipe = load(from_pictures, cache_dir=tmp_path, runners=runners)
-    asked = soak.mixed(pipe, 1000, seed=runners)
-    assert {r.kind for r in asked} == set(soak.KINDS)
+    asked = soak.make_requests(pipe, 1000, seed=runners)
+    assert {r.kind for r in asked} == set(soak.REQUEST_KINDS)
     assert {r.arguments["num_inference_steps"] for r in asked} == {5, 8, 10_000}
-    alone = [soak.answer(pipe, r) for r in asked]
+    alone = [soak.answer_request(pipe, r) for r in asked]
     got = {}
-    soak.served(pipe, iter(enumerate(asked)), 8, got.__setitem__)
-    assert [i for i, want in enumerate(alone) if not soak.same(got[i], want)] == []
+    soak.serve_requests(pipe, iter(enumerate(asked)), 8, got.__setitem__)
+    assert [i for i, want in enumerate(alone) if not soak.is_same_answer(got[i], want)] == []
     assert pipe.artifact.runners.free == runners
 
 

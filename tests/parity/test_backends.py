@@ -13,10 +13,10 @@ from families.parity import FLOAT32, PROMPTS, expected, relative_error, seeded
 from torch import nn
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
-from prebake.exporter.caches.pab import SPATIAL
+from prebake.exporter.caches.pab import SPATIAL_IDENTIFIERS
 from prebake.exporter.load import source
-from prebake.exporter.pipeline import Options, export
-from prebake.exporter.progress import progress
+from prebake.exporter.pipeline import ExportOptions, export
+from prebake.exporter.progress import open_progress
 from prebake.exporter.recipe.resolve import resolve
 from prebake.runtime import load
 from prebake.runtime.pipeline import Pipeline
@@ -58,8 +58,8 @@ def opened(tmp_path_factory):
             "flux-fast", (*FLOAT32, *overrides, *(f"compile.backend={backend[0]}", *backend[1:])), "tiny:flux"
         )
         folder = tmp_path_factory.mktemp(backend[0])
-        with progress("quiet") as quiet:
-            artifact = export(recipe, folder / "artifact", Options(verify=False), quiet)
+        with open_progress("quiet") as quiet:
+            artifact = export(recipe, folder / "artifact", ExportOptions(verify=False), quiet)
         return load(artifact, cache_dir=folder / "cache")
 
     return open_
@@ -105,7 +105,7 @@ def test_int8_is_that_of_torchao(opened, backend):
 
 def fresh() -> Any:
     """The pipeline, this time to be changed."""
-    pipe = source.load("tiny:flux", None, {"default": torch.float32}).pipe
+    pipe = source.load_model("tiny:flux", None, {"default": torch.float32}).pipe
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -123,7 +123,7 @@ def with_pab(prompt: str, seed: int) -> torch.Tensor:
     config = PyramidAttentionBroadcastConfig(
         spatial_attention_block_skip_range=SKIP,
         spatial_attention_timestep_skip_range=WINDOW,
-        spatial_attention_block_identifiers=SPATIAL,
+        spatial_attention_block_identifiers=SPATIAL_IDENTIFIERS,
         current_timestep_callback=lambda: pipe._current_timestep,
     )
     apply_pyramid_attention_broadcast(pipe.transformer, config)

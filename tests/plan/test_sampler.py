@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from prebake.exporter.plan.sampler import HISTORY, Table, tabulate
+from prebake.exporter.plan.sampler import MAX_HISTORY, SchedulerTable, tabulate_scheduler
 from prebake.runtime.errors import ExportError, RecipeError
 from prebake.runtime.plan import Update
 
@@ -229,7 +229,7 @@ def own_loop(case: Case, n: int, outputs: Any, noises: Any, x: torch.Tensor, mon
     return results
 
 
-def replayed(table: Table, outputs: Any, noises: Any, x: torch.Tensor) -> list[torch.Tensor]:
+def replayed(table: SchedulerTable, outputs: Any, noises: Any, x: torch.Tensor) -> list[torch.Tensor]:
     """x' = sum latents[k] x[e-k] + sum outputs[k] m[e-k] + noise z[e], as `runtime/plan.py` says it."""
     history = [x]
     for e, u in enumerate(table.updates):
@@ -242,7 +242,7 @@ def replayed(table: Table, outputs: Any, noises: Any, x: torch.Tensor) -> list[t
     return history[1:]
 
 
-def random_run(table: Table) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def random_run(table: SchedulerTable) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     shape = (len(table.updates), 1, 4, 3, 5)
     outputs, noises = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
@@ -271,21 +271,21 @@ def test_every_scheduler_is_tabulated_or_refused():
 
 @pytest.mark.parametrize(("case", "n"), [(case, n) for case in CASES for n in case.counts], ids=name)
 def test_replay_equals_the_schedulers_own_loop(case, n, monkeypatch):
-    table = tabulate(case.build(), n, step_kwargs=case.step, **case.schedule(n))
+    table = tabulate_scheduler(case.build(), n, step_kwargs=case.step, **case.schedule(n))
     outputs, noises, x = random_run(table)
     ours = replayed(table, outputs, noises, x)
     in_float64 = own_loop(case, n, outputs, noises, x, monkeypatch, wide=True)
     assert relative_error(ours, in_float64) < 1e-10
     untouched = own_loop(case, n, outputs, noises, x, monkeypatch, wide=False)
     assert relative_error(ours, untouched) < case.untouched
-    assert all(max(len(u.latents), len(u.outputs)) <= HISTORY for u in table.updates)
+    assert all(max(len(u.latents), len(u.outputs)) <= MAX_HISTORY for u in table.updates)
     assert all(map(math.isfinite, (*table.timesteps, *table.sigmas, *table.input_scales, table.init_noise_sigma)))
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if 8 in c.counts], ids=name)
 def test_a_wrong_coefficient_is_noticed(case, monkeypatch):
     n = 8
-    table = tabulate(case.build(), n, step_kwargs=case.step, **case.schedule(n))
+    table = tabulate_scheduler(case.build(), n, step_kwargs=case.step, **case.schedule(n))
     outputs, noises, x = random_run(table)
     truth = own_loop(case, n, outputs, noises, x, monkeypatch, wide=True)
     updates, middle = list(table.updates), len(table.updates) // 2
@@ -299,7 +299,7 @@ def test_a_wrong_coefficient_is_noticed(case, monkeypatch):
 @pytest.mark.parametrize("case", [c for c in CASES if c.counts[-1] == 28], ids=name)
 def test_inputs_and_timesteps_are_the_schedulers(case):
     n = case.counts[1]
-    table = tabulate(case.build(), n, step_kwargs=case.step, **case.schedule(n))
+    table = tabulate_scheduler(case.build(), n, step_kwargs=case.step, **case.schedule(n))
     scheduler, schedule = case.build(), case.schedule(n)
     scheduler.set_timesteps(**({} if "sigmas" in schedule else {"num_inference_steps": n}), **schedule)
     calls, x = pipeline_calls(scheduler), torch.ones(1, 4, 2, 2, dtype=torch.float64)
@@ -314,7 +314,7 @@ def test_inputs_and_timesteps_are_the_schedulers(case):
 
 def test_flux_is_euler_in_exact_floats():
     scheduler = diffusers.schedulers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
-    table = tabulate(scheduler, 4, **flux(4))
+    table = tabulate_scheduler(scheduler, 4, **flux(4))
     assert table.sigmas[-1] == 0.0
     assert table.timesteps == pytest.approx([1000 * s for s in table.sigmas[:-1]], rel=1e-6)
     steps = zip(table.sigmas, table.sigmas[1:], strict=False)
@@ -330,7 +330,7 @@ def test_flux_is_euler_in_exact_floats():
     ],
 )
 def test_evaluations_know_their_step(scheduler, steps):
-    assert tabulate(scheduler, 3).steps == steps
+    assert tabulate_scheduler(scheduler, 3).steps == steps
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.counts == COUNTS], ids=name)
@@ -344,9 +344,9 @@ def test_a_used_scheduler_is_left_alone_and_tabulates_like_a_new_one(case):
             used.scale_model_input(x, call["timestep"])
         used.step(x, sample=x, **call, **extra)
     before = copy.deepcopy(vars(used))
-    table = tabulate(used, n, step_kwargs=case.step, **case.schedule(n))
+    table = tabulate_scheduler(used, n, step_kwargs=case.step, **case.schedule(n))
     assert str(vars(used)) == str(before)
-    assert table == tabulate(case.build(), n, step_kwargs=case.step, **case.schedule(n))
+    assert table == tabulate_scheduler(case.build(), n, step_kwargs=case.step, **case.schedule(n))
 
 
 # Refusals -------------------------------------------------------------------------------------------------------------
@@ -356,7 +356,7 @@ def test_a_used_scheduler_is_left_alone_and_tabulates_like_a_new_one(case):
 def test_what_has_no_table_is_refused_by_name(scheduler, text):
     nameplate = type(scheduler, (), {})()  # refused before it is touched: some need packages that are not installed
     with pytest.raises(ExportError, match=f"^{scheduler} cannot become a table.*{text}"):
-        tabulate(nameplate, 4)
+        tabulate_scheduler(nameplate, 4)
 
 
 @pytest.mark.parametrize(
@@ -373,7 +373,7 @@ def test_what_has_no_table_is_refused_by_name(scheduler, text):
 )
 def test_settings_without_a_table_are_refused_with_the_way_out(scheduler, config, way_out):
     with pytest.raises(ExportError, match=rf"^{scheduler}.*{way_out}"):
-        tabulate(getattr(diffusers.schedulers, scheduler)(**config), 12)
+        tabulate_scheduler(getattr(diffusers.schedulers, scheduler)(**config), 12)
 
 
 class Euler(diffusers.schedulers.EulerDiscreteScheduler):
@@ -399,10 +399,10 @@ class Euler(diffusers.schedulers.EulerDiscreteScheduler):
 )
 def test_what_is_not_linear_is_found_without_a_flag(spoil):
     scheduler = Euler(**SD)
-    assert len(tabulate(scheduler, 5).updates) == 5
+    assert len(tabulate_scheduler(scheduler, 5).updates) == 5
     scheduler.spoil = spoil
     with pytest.raises(ExportError, match=r"^Euler "):
-        tabulate(scheduler, 5)
+        tabulate_scheduler(scheduler, 5)
 
 
 def test_a_step_that_needs_more_is_refused():
@@ -410,26 +410,26 @@ def test_a_step_that_needs_more_is_refused():
         def step(self, model_output, timestep, sample, mask, return_dict=True): ...
 
     with pytest.raises(ExportError, match=r"^Masked cannot become a table: its step also needs mask"):
-        tabulate(Masked(), 5)
+        tabulate_scheduler(Masked(), 5)
 
 
 @pytest.mark.parametrize(("key", "text"), NO_SCHEDULE.items(), ids=str)
 def test_a_schedule_that_does_not_exist_is_a_recipe_error(key, text):
     config = UNCLIPPED if key[0] in ("DDIMScheduler", "UnCLIPScheduler") else {}
     with pytest.raises(RecipeError, match=rf"^{key[0]}.*{text}"):
-        tabulate(getattr(diffusers.schedulers, key[0])(**config), key[1])
+        tabulate_scheduler(getattr(diffusers.schedulers, key[0])(**config), key[1])
 
 
 def test_sigmas_must_make_the_number_of_steps():
     scheduler = diffusers.schedulers.FlowMatchEulerDiscreteScheduler()
     with pytest.raises(RecipeError, match="the given sigmas make 4 steps, not 8"):
-        tabulate(scheduler, 8, sigmas=np.linspace(1, 1 / 4, 4))
+        tabulate_scheduler(scheduler, 8, sigmas=np.linspace(1, 1 / 4, 4))
 
 
 def test_coefficients_that_are_not_finite_are_a_recipe_error():
     scheduler = diffusers.schedulers.UniPCMultistepScheduler(solver_type="bh1")
     with pytest.raises(RecipeError, match=r"evaluation 7 are not finite.*final_sigmas_type='sigma_min'"):
-        tabulate(scheduler, 8)
+        tabulate_scheduler(scheduler, 8)
 
 
 # A known ODE: data of normal distribution with deviation 1/2, for which the exact model and its flow are formulas ---------
@@ -453,7 +453,7 @@ def vp_epsilon(x: float, sigma: float) -> float:
     return x * math.hypot(1, sigma) * sigma / (0.25 + sigma**2)
 
 
-def error_at_the_last_sigma_above_zero(table: Table, model: Callable, spread: Callable) -> float:
+def error_at_the_last_sigma_above_zero(table: SchedulerTable, model: Callable, spread: Callable) -> float:
     history, outputs = [spread(table.sigmas[0])], []
     for e, u in enumerate(table.updates[:-1]):
         outputs.append(model(history[e], table.sigmas[e]))
@@ -473,6 +473,6 @@ def error_at_the_last_sigma_above_zero(table: Table, model: Callable, spread: Ca
 )
 def test_the_table_solves_an_ode_with_the_schedulers_order(scheduler, model, spread, order):
     config = KARRAS if model is vp_epsilon else {}
-    tables = [tabulate(getattr(diffusers.schedulers, scheduler)(**config), n) for n in (40, 80)]
+    tables = [tabulate_scheduler(getattr(diffusers.schedulers, scheduler)(**config), n) for n in (40, 80)]
     coarse, fine = (error_at_the_last_sigma_above_zero(table, model, spread) for table in tables)
     assert math.log2(coarse / fine) == pytest.approx(order, abs=0.25)

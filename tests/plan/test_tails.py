@@ -17,14 +17,14 @@ from test_sampler import CASES, FLOW, KARRAS, SD, UNCLIPPED, Case, flux, name, r
 
 from prebake.exporter.caches import Fora, NoCache, PyramidAttentionBroadcast, TaylorSeer
 from prebake.exporter.package.folder import write_plans
-from prebake.exporter.plan import plan
-from prebake.exporter.plan.sampler import HISTORY, Table, tabulate, tail_tables
+from prebake.exporter.plan import make_plans
+from prebake.exporter.plan.sampler import MAX_HISTORY, SchedulerTable, tabulate_scheduler, tabulate_tails
 from prebake.exporter.sites.layout import Layout, Place
 from prebake.runtime.artifact import Artifact
 from prebake.runtime.errors import ArtifactError, ExportError
 from prebake.runtime.manifest import Cost, Graph, Site
 from prebake.runtime.plan import Evaluation, Plan, Tail, Update
-from prebake.runtime.replay import Variant, replay, tables_on
+from prebake.runtime.replay import DenoiserVariant, replay, tabulate_plan
 
 STEPS = 8
 STARTS = (1, 2, 3, 5, 7)
@@ -53,14 +53,14 @@ PICTURE_CASES = (
 )
 
 
-def tables_of(case: Case, n: int = STEPS) -> tuple[Table, dict[int, Table]]:
+def tables_of(case: Case, n: int = STEPS) -> tuple[SchedulerTable, dict[int, SchedulerTable]]:
     arguments = {"step_kwargs": case.step, **case.schedule(n)}
-    return tabulate(case.build(), n, **arguments), tail_tables(case.build(), n, **arguments)
+    return tabulate_scheduler(case.build(), n, **arguments), tabulate_tails(case.build(), n, **arguments)
 
 
 def plan_of(case: Case, cache: Any = None, n: int = STEPS) -> Plan:
     table, tails = tables_of(case, n)
-    return plan(cache or NoCache(), LAYOUT, {n: table}, tails={n: tails}).plans[0]
+    return make_plans(cache or NoCache(), LAYOUT, {n: table}, tails={n: tails}).plans[0]
 
 
 def noised(scheduler: Any, x0: torch.Tensor, noise: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
@@ -178,11 +178,11 @@ def test_a_solver_without_history_shares_every_evaluation_with_the_whole_plan():
 # All of them, against the slow way ---------------------------------------------------------------------------------------
 
 
-def coefficients(table: Table) -> torch.Tensor:
+def coefficients(table: SchedulerTable) -> torch.Tensor:
     """[E, 2 HISTORY + 1]: latents, outputs and noise of each update, zeros where an update is shorter."""
     return torch.tensor(
         [
-            [c for part in (u.latents, u.outputs) for c in (*part, *(0.0,) * (HISTORY - len(part)))] + [u.noise]
+            [c for part in (u.latents, u.outputs) for c in (*part, *(0.0,) * (MAX_HISTORY - len(part)))] + [u.noise]
             for u in table.updates
         ],
         dtype=torch.float64,
@@ -192,18 +192,18 @@ def coefficients(table: Table) -> torch.Tensor:
 @pytest.mark.parametrize("case", [c for c in CASES if c.scheduler != "LMSDiscreteScheduler"], ids=name)
 def test_tail_tables_are_those_of_whole_probes(case):
     n = 12 if 20 in case.counts and not case.schedule(1) else case.counts[-1]
-    whole = tabulate(case.build(), n, step_kwargs=case.step, **case.schedule(n))
+    whole = tabulate_scheduler(case.build(), n, step_kwargs=case.step, **case.schedule(n))
     if whole.marginals is None:
         with pytest.raises(ExportError, match=rf"^{case.scheduler} has no forward process"):
-            tail_tables(case.build(), n, step_kwargs=case.step, **case.schedule(n))
+            tabulate_tails(case.build(), n, step_kwargs=case.step, **case.schedule(n))
         return
     assert torch.tensor(whole.marginals).isfinite().all()
     assert len(whole.marginals) == len(whole.updates)
-    tails = tail_tables(case.build(), n, step_kwargs=case.step, **case.schedule(n))
+    tails = tabulate_tails(case.build(), n, step_kwargs=case.step, **case.schedule(n))
     order = getattr(case.built, "order", 1)
     assert list(tails) == [s for s in range(1, n) if s * order < len(whole.updates)]
     for step, table in list(tails.items())[:: max(1, len(tails) // 4)]:
-        slow = tabulate(case.build(), n, begin=step * order, step_kwargs=case.step, **case.schedule(n))
+        slow = tabulate_scheduler(case.build(), n, begin=step * order, step_kwargs=case.step, **case.schedule(n))
         assert replace(table, updates=()) == replace(slow, updates=())
         ours, truth = coefficients(table), coefficients(slow)
         # rounding of the probes, and of the multiples of zero that `shortest` takes away
@@ -219,9 +219,9 @@ def test_a_scheduler_whose_history_is_long_is_probed_to_the_end():
             return super().step(model_output * self.count, timestep, sample, return_dict=return_dict)
 
     scheduler = Counting(**SD)
-    tails = tail_tables(scheduler, 20)
+    tails = tabulate_tails(scheduler, 20)
     for step in (1, 7, 19):
-        slow = tabulate(scheduler, 20, begin=step)
+        slow = tabulate_scheduler(scheduler, 20, begin=step)
         assert tails[step].updates == slow.updates
 
 
@@ -364,8 +364,8 @@ def test_a_cached_tail_computes_all_first_and_then_does_as_the_whole_plan(schedu
     table, tails = tables_of(
         Case(scheduler, {k: v for k, v in case.config.items() if k in getattr(diffusers, scheduler)().config})
     )
-    without = plan(cache, LAYOUT, {STEPS: table})
-    planned = plan(cache, LAYOUT, {STEPS: table}, tails={STEPS: tails})
+    without = make_plans(cache, LAYOUT, {STEPS: table})
+    planned = make_plans(cache, LAYOUT, {STEPS: table}, tails={STEPS: tails})
     assert planned.variants == without.variants
     assert planned.marks == without.marks
     cached, uncached = planned.plans
@@ -387,7 +387,7 @@ def test_a_cached_tail_replays():
     sites = {f"s{i}": Site(name=f"s{i}", slots=2, tensors=(f"s{i}:0",)) for i in range(3)}
     seen: list[str] = []
 
-    def graph(name: str, stores: bool) -> Variant:
+    def graph(name: str, stores: bool) -> DenoiserVariant:
         def call(inputs: Any) -> dict[str, torch.Tensor]:
             seen.append(name)
             if not stores:
@@ -397,13 +397,15 @@ def test_a_cached_tail_replays():
 
         cost = Cost(flops=0, ops=0, constants=0, constants_bytes=0)
         own = {"stores" if stores else "combines": tuple(sites)}
-        return Variant(Graph(name=name, package="p", inputs=(), outputs=(), constants={}, cost=cost, **own), call)
+        return DenoiserVariant(
+            Graph(name=name, package="p", inputs=(), outputs=(), constants={}, cost=cost, **own), call
+        )
 
     variants = {"full": graph("full", True), "reuse": graph("reuse", False)}
     for step in range(1, STEPS):
         seen.clear()
         tail = cached.tail(step)
-        replay(tables_on(tail, torch.device("cpu")), variants, sites, {}, torch.ones(1, 2, 3))
+        replay(tabulate_plan(tail, torch.device("cpu")), variants, sites, {}, torch.ones(1, 2, 3))
         assert seen == [e.variant for e in tail.evaluations]
         assert seen[0] == "full"
 
@@ -453,7 +455,7 @@ def test_tables_of_a_tail_are_made_once():
     one = two_steps(Tail(step=1, begin=1))
     cpu = torch.device("cpu")
     manifest: Any = SimpleNamespace(pipeline={"timestep_scale": 0.001})
-    artifact = Artifact(Path(), manifest, cpu, {}, {}, {"2": one}, {"2": tables_on(one, cpu, 0.001)})
+    artifact = Artifact(Path(), manifest, cpu, {}, {}, {"2": one}, {"2": tabulate_plan(one, cpu, 0.001)})
     assert artifact.tables_from("2", 0) is artifact.tables["2"]
     with ThreadPoolExecutor(8) as pool:
         made = list(pool.map(lambda _: artifact.tables_from("2", 1), range(64)))

@@ -29,7 +29,7 @@ ORT = "pip install 'prebake[ort]' or pip install 'prebake[ort-gpu]'"
     ],
 )
 def test_the_way_to_a_module(module, way, declared_extras):
-    assert extras.way_to(module) == way
+    assert extras.install_command(module) == way
 
 
 def test_without_metadata_it_is_the_package_itself(monkeypatch):
@@ -37,7 +37,7 @@ def test_without_metadata_it_is_the_package_itself(monkeypatch):
         raise PackageNotFoundError(name)
 
     monkeypatch.setattr(extras, "requires", absent)
-    assert extras.way_to("onnxruntime") == "pip install onnxruntime"
+    assert extras.install_command("onnxruntime") == "pip install onnxruntime"
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ import torch
 import toy
 from prebake.runtime import ArtifactError, load
 from prebake.runtime import artifact as opening
-from prebake.runtime.attachment.attach import computed
+from prebake.runtime.attachment.attach import run_denoiser
 from prebake.runtime.gpu import graph_loop as recorded
-from prebake.runtime.gpu.memory import gpu_memory_for, ran_out_there, stored_bytes
+from prebake.runtime.gpu.memory import explain_gpu_memory, is_gpu_out_of_memory, stored_bytes
 from prebake.runtime.manifest import read_manifest
 
 GPU = torch.device("cuda", 0)
@@ -33,7 +33,7 @@ def manifest(toy_artifact):
 
 
 def while_it(error: BaseException, manifest, able=(), device=GPU) -> None:
-    with gpu_memory_for(Path("artifacts/x"), "weights were loaded", manifest, device, able):
+    with explain_gpu_memory(Path("artifacts/x"), "weights were loaded", manifest, device, able):
         raise error
 
 
@@ -85,16 +85,16 @@ def test_on_the_cpu_it_is_none_of_its_business(manifest):
 
 
 def test_it_is_told_once(manifest):
-    with pytest.raises(ArtifactError) as said, gpu_memory_for("outer", "that", manifest, GPU):
+    with pytest.raises(ArtifactError) as said, explain_gpu_memory("outer", "that", manifest, GPU):
         while_it(TOLD, manifest)
     assert str(said.value).startswith("artifacts/x: ")
 
 
 def test_an_error_on_the_way_out_of_a_recording_does_not_hide_it():
     invalidated = RuntimeError("cudaErrorStreamCaptureInvalidated")
-    assert not ran_out_there(invalidated)
+    assert not is_gpu_out_of_memory(invalidated)
     invalidated.__context__ = TOLD  # as Python does where the end of a `with` fails too
-    assert ran_out_there(invalidated)
+    assert is_gpu_out_of_memory(invalidated)
 
 
 # --- where it can happen ----------------------------------------------------------------------------------------------
@@ -135,7 +135,7 @@ def test_while_images_are_made(toy_artifact, cache_dir, monkeypatch):
 def test_while_an_attached_denoiser_runs(toy_artifact, cache_dir, monkeypatch):
     from types import SimpleNamespace
 
-    from prebake.runtime.attach import attach as attachment
+    from prebake.runtime.attachment import attach as attachment
 
     on_a_gpu(monkeypatch, attachment)
     artifact = load(toy_artifact, cache_dir=cache_dir).artifact
@@ -144,7 +144,7 @@ def test_while_an_attached_denoiser_runs(toy_artifact, cache_dir, monkeypatch):
     run = SimpleNamespace(plan=SimpleNamespace(evaluations=[evaluation], name="4"), evaluation=0, stored={}, branch=0)
     given = {s.name: torch.zeros(s.shape) for s in artifact.graphs["full"].graph.inputs}
     with pytest.raises(ArtifactError, match="memory ran out while the denoiser ran") as said:
-        computed(artifact, run, SimpleNamespace(of=0), given)
+        run_denoiser(artifact, run, SimpleNamespace(of=0), given)
     assert "offload" not in str(said.value)
 
 

@@ -17,7 +17,16 @@ from prebake.runtime import ArtifactError, load, offload
 from prebake.runtime import artifact as opening
 from prebake.runtime.artifact import open_artifact
 from prebake.runtime.manifest import read_manifest
-from prebake.runtime.offload import ALIGNMENT, Guest, Guests, Visiting, leaving, owners, placed, stay
+from prebake.runtime.offload import (
+    ALLOCATION_ALIGNMENT_BYTES,
+    OffloadedGroup,
+    OffloadedModel,
+    OffloadedWeights,
+    offloaded_graphs,
+    owned_weights,
+    pack_offsets,
+    stay_on_device,
+)
 
 CPU = torch.device("cpu")
 
@@ -64,21 +73,21 @@ WEIGHTS = {
 }
 
 
-def guest(device: Device) -> Guest:
-    made = Guest(WEIGHTS, CPU, device, piece_bytes=1024)
+def guest(device: Device) -> OffloadedGroup:
+    made = OffloadedGroup(WEIGHTS, CPU, device, piece_bytes=1024)
     made.leave()
     device.log.clear()
     return made
 
 
-def equal(made: Guest) -> bool:
+def equal(made: OffloadedGroup) -> bool:
     return all(
         t.shape == WEIGHTS[k].shape and t.dtype == WEIGHTS[k].dtype and t.tolist() == WEIGHTS[k].tolist()
         for k, t in made.tensors.items()
     )
 
 
-def bytes_there(made: Guest) -> int:
+def bytes_there(made: OffloadedGroup) -> int:
     return made.tensors["matrix"].untyped_storage().nbytes()
 
 
@@ -86,18 +95,18 @@ def bytes_there(made: Guest) -> int:
 
 
 def test_places_are_aligned_and_no_two_overlap():
-    offsets, total = placed(WEIGHTS)
+    offsets, total = pack_offsets(WEIGHTS)
     spans = sorted((at, at + WEIGHTS[key].nbytes) for key, at in offsets.items())
-    assert all(at % ALIGNMENT == 0 for at, _ in spans)
+    assert all(at % ALLOCATION_ALIGNMENT_BYTES == 0 for at, _ in spans)
     assert all(end <= begin for (_, end), (begin, _) in pairwise(spans))
-    assert spans[-1][1] <= total < sum(t.nbytes for t in WEIGHTS.values()) + len(WEIGHTS) * ALIGNMENT
+    assert spans[-1][1] <= total < sum(t.nbytes for t in WEIGHTS.values()) + len(WEIGHTS) * ALLOCATION_ALIGNMENT_BYTES
 
 
 def test_tensors_are_there_inside_and_take_no_memory_outside():
     device = Device()
     made = guest(device)
     assert bytes_there(made) == 0
-    with made.there():
+    with made.hold_resident():
         assert equal(made)
         assert bytes_there(made) == made.nbytes
     assert bytes_there(made) == 0
@@ -110,18 +119,18 @@ def test_the_copies_are_what_makes_them_equal(monkeypatch):
     device = Device()
     made = guest(device)
     monkeypatch.setattr(Device, "join", lambda *_: None)
-    with made.there():
+    with made.hold_resident():
         made._memory.fill_(1)
         assert not equal(made)
 
 
 def test_views_in_another_layout_come_back_too():
     weights = {"c": torch.randn(2, 3, 4, 5), "z": torch.randn(6, 2)}
-    made = Guest(weights, CPU, Device())
+    made = OffloadedGroup(weights, CPU, Device())
     turned, numbers = made.tensors["c"].permute(0, 3, 1, 2), torch.view_as_complex(made.tensors["z"])
     made.leave()
     for _ in range(2):
-        with made.there():
+        with made.hold_resident():
             assert torch.equal(turned, weights["c"].permute(0, 3, 1, 2))
             assert torch.equal(numbers, torch.view_as_complex(weights["z"]))
 
@@ -135,12 +144,12 @@ def test_nothing_is_left_of_a_visit_that_failed(monkeypatch, fails):
 
     with monkeypatch.context() as during:
         during.setattr(Device, fails, refused)
-        with pytest.raises(torch.OutOfMemoryError), made.there():
+        with pytest.raises(torch.OutOfMemoryError), made.hold_resident():
             pytest.fail("it was not there")
     assert bytes_there(made) == 0
-    with made.there():
+    with made.hold_resident():
         assert equal(made)
-    with pytest.raises(KeyError), made.there():
+    with pytest.raises(KeyError), made.hold_resident():
         raise KeyError
     assert bytes_there(made) == 0
 
@@ -151,7 +160,7 @@ def test_the_first_thread_brings_them_and_the_last_lets_them_go():
     both = threading.Barrier(4)
 
     def visit(_) -> bool:
-        with made.there():
+        with made.hold_resident():
             both.wait(10)
             right = equal(made)
             both.wait(10)
@@ -172,7 +181,7 @@ def test_a_host_without_that_much_memory_is_told():
             raise RuntimeError("CUDA error: out of memory\nand a stack")
 
     with pytest.raises(ArtifactError, match=r"0\.0 GiB of weights could not be pinned .*\(CUDA error: out of memory\)"):
-        Guest(WEIGHTS, CPU, Poor())
+        OffloadedGroup(WEIGHTS, CPU, Poor())
 
 
 # --- models ---------------------------------------------------------------------------------------------------------
@@ -193,9 +202,9 @@ class Model:
         return [inputs[0] + self.tensor.sum()]
 
 
-def visiting(device: Device) -> tuple[Visiting, Model, Guest]:
+def visiting(device: Device) -> tuple[OffloadedModel, Model, OffloadedGroup]:
     made, model = guest(device), Model()
-    return Visiting(model, {"w": made.tensors["matrix"]}, [made]), model, made
+    return OffloadedModel(model, {"w": made.tensors["matrix"]}, [made]), model, made
 
 
 def test_weights_come_for_a_call_or_stay_for_several():
@@ -204,15 +213,15 @@ def test_weights_come_for_a_call_or_stay_for_several():
     zero, expected = [torch.zeros(1)], [WEIGHTS["matrix"].sum()]
     assert call(zero) == expected
     assert device.log.count("free") == 1
-    with stay():
+    with stay_on_device():
         assert call(zero) == call(zero) == expected
         assert bytes_there(made)
-        with stay():  # the inner one is none of its own
+        with stay_on_device():  # the inner one is none of its own
             assert call(zero) == expected
         assert bytes_there(made)
     assert device.log.count("free") == 2
     assert bytes_there(made) == 0
-    with pytest.raises(IndexError), stay():
+    with pytest.raises(IndexError), stay_on_device():
         call([])
     assert bytes_there(made) == 0
 
@@ -227,7 +236,7 @@ def test_constants_are_bound_again_where_they_came_back_elsewhere():
 
 def test_constants_that_came_back_to_their_place_are_not_bound_again(monkeypatch):
     call, model, _ = visiting(Device())
-    monkeypatch.setattr(Guest, "address", 4096)
+    monkeypatch.setattr(OffloadedGroup, "address", 4096)
     monkeypatch.setattr(Model, "__call__", lambda self, inputs: inputs)
     for _ in range(3):
         call([torch.zeros(1)])
@@ -289,8 +298,8 @@ ALL = {n: {} for n in ("full", "text_encoder", "vae_decoder", "vae_encoder")}
     ],
 )
 def test_what_runs_once_for_a_prompt_can_leave(asked, expected):
-    assert leaving(asked, manifest(ALL), {"full"}) == expected
-    assert leaving(False, manifest(ALL, "cpu", "onnxruntime"), {"full"}) == ()
+    assert offloaded_graphs(asked, manifest(ALL), {"full"}) == expected
+    assert offloaded_graphs(False, manifest(ALL, "cpu", "onnxruntime"), {"full"}) == ()
 
 
 @pytest.mark.parametrize(
@@ -319,9 +328,9 @@ def test_what_runs_once_for_a_prompt_can_leave(asked, expected):
 )
 def test_what_means_nothing_is_refused(monkeypatch, asked, where, words):
     rebinds = SimpleNamespace(REBINDS=where[1] == "aoti")
-    monkeypatch.setattr(offload, "backend", lambda name: rebinds)
+    monkeypatch.setattr(offload, "backend_module", lambda name: rebinds)
     with pytest.raises(ArtifactError, match=words):
-        leaving(asked, manifest(ALL, *where), {"full"})
+        offloaded_graphs(asked, manifest(ALL, *where), {"full"})
 
 
 def test_an_artifact_for_the_cpu_refuses_it(toy_artifact, cache_dir):
@@ -331,10 +340,10 @@ def test_an_artifact_for_the_cpu_refuses_it(toy_artifact, cache_dir):
 
 def test_weights_that_something_else_reads_stay():
     shared = manifest({"full": {"a": "w0", "b": "w1"}, "text": {"a": "w1", "b": "w2"}, "image": {"a": "w2", "b": "w3"}})
-    owned = owners(shared, ("text", "image"))
+    owned = owned_weights(shared, ("text", "image"))
     assert {name: list(keys) for name, keys in owned.items()} == {"text": ["w2"], "image": ["w3"]}
     device = Device()
-    guests = Guests(shared, ("text", "image"), CPU, device)
+    guests = OffloadedWeights(shared, ("text", "image"), CPU, device)
     weights = {f"w{i}": torch.full([4], float(i)) for i in range(4)}
     there = guests.to_device(weights)
     guests.leave()
@@ -350,8 +359,10 @@ def test_weights_that_something_else_reads_stay():
 def offloaded(toy_artifact, cache_dir, monkeypatch):
     """The compiled toy, whose text encoder visits."""
     device = Device()
-    monkeypatch.setattr(offload, "CudaDevice", lambda where: device)
-    monkeypatch.setattr(opening, "leaving", lambda asked, manifest, variants: ("text_encoder",) if asked else ())
+    monkeypatch.setattr(offload, "CudaOffloadDevice", lambda where: device)
+    monkeypatch.setattr(
+        opening, "offloaded_graphs", lambda asked, manifest, variants: ("text_encoder",) if asked else ()
+    )
     pipe = load(toy_artifact, cache_dir=cache_dir, offload=True, runners=2)
     device.log.clear()
     return pipe, device

@@ -18,8 +18,8 @@ import toy
 from prebake.runtime import ArtifactError, load
 from prebake.runtime.artifact import open_artifact
 from prebake.runtime.backends import aoti
-from prebake.runtime.storage.private import default_cache
-from prebake.runtime.storage.unpack import read_members, unpacked
+from prebake.runtime.storage.private_folder import default_cache_folder
+from prebake.runtime.storage.unpack import read_members, unpack_members
 from prebake.runtime.weights import map_weights
 
 
@@ -48,7 +48,7 @@ def python(code, *args, **env):
 def unbound(toy_artifact, tmp_path):
     """The toy's decoder, opened and without constants."""
     data = (toy_artifact / "graphs/vae_decoder.pt2").read_bytes()
-    with unpacked(read_members("p", data), "x", tmp_path / "cache") as libraries:
+    with unpack_members(read_members("p", data), "x", tmp_path / "cache") as libraries:
         return aoti.open_model(libraries["vae_decoder"], torch.device("cpu"))
 
 
@@ -156,10 +156,10 @@ def _replaced_by_link(folder):
 @pytest.mark.parametrize("damage", [_tampered, _half, _crowded, _linked, _open_to_all, _replaced_by_link])
 def test_a_damaged_cache_entry_is_replaced(toy_artifact, tmp_path, damage):
     package = toy_artifact / "graphs/vae_decoder.pt2"
-    with unpacked(read_members("p", package.read_bytes()), "x", tmp_path / "cache") as libraries:
+    with unpack_members(read_members("p", package.read_bytes()), "x", tmp_path / "cache") as libraries:
         good = libraries["vae_decoder"].read_bytes()
     damage(tmp_path / "cache/x")
-    with unpacked(read_members("p", package.read_bytes()), "x", tmp_path / "cache") as libraries:
+    with unpack_members(read_members("p", package.read_bytes()), "x", tmp_path / "cache") as libraries:
         so = libraries["vae_decoder"]
         assert so.read_bytes() == good
         assert not so.is_symlink()
@@ -172,7 +172,7 @@ def test_many_may_unpack_at_once(toy_artifact, tmp_path):
     data = (toy_artifact / "graphs/vae_decoder.pt2").read_bytes()
 
     def unpack(_):
-        with unpacked(read_members("p", data), "x", tmp_path / "cache") as libraries:
+        with unpack_members(read_members("p", data), "x", tmp_path / "cache") as libraries:
             so = libraries["vae_decoder"]
             assert so.is_relative_to(tmp_path / "cache/x")
             return hash(so.read_bytes())
@@ -185,7 +185,7 @@ def test_many_may_unpack_at_once(toy_artifact, tmp_path):
 def test_a_cache_that_cannot_be_had_is_a_temporary_folder(toy_artifact, tmp_path):
     data = (toy_artifact / "graphs/vae_decoder.pt2").read_bytes()
     (tmp_path / "file").write_text("")
-    with unpacked(read_members("p", data), "x", tmp_path / "file" / "cache") as libraries:
+    with unpack_members(read_members("p", data), "x", tmp_path / "file" / "cache") as libraries:
         so = libraries["vae_decoder"]
         assert so.exists()
     assert not so.exists()
@@ -195,17 +195,17 @@ def test_a_cache_that_others_can_write_is_not_used(toy_artifact, tmp_path):
     data = (toy_artifact / "graphs/vae_decoder.pt2").read_bytes()
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache").chmod(0o777)
-    with unpacked(read_members("p", data), "x", tmp_path / "cache") as libraries:
+    with unpack_members(read_members("p", data), "x", tmp_path / "cache") as libraries:
         assert not libraries["vae_decoder"].is_relative_to(tmp_path)
     assert list((tmp_path / "cache").iterdir()) == []
 
 
 def test_the_default_cache_follows_xdg(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert default_cache() == tmp_path / "prebake"
+    assert default_cache_folder() == tmp_path / "prebake"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/home/x")
-    assert default_cache() == Path("/home/x/.cache/prebake")
+    assert default_cache_folder() == Path("/home/x/.cache/prebake")
 
 
 def test_an_artifact_can_be_moved(artifact_copy, tmp_path, cache_dir):

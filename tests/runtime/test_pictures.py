@@ -15,8 +15,14 @@ from diffusers.video_processor import VideoProcessor
 from PIL import Image
 
 from prebake.runtime.errors import ArtifactError
-from prebake.runtime.pictures import frames_out, masks_in, open_picture, pictures_in, pictures_out
-from prebake.runtime.video import check_target, default_path, write_video
+from prebake.runtime.pictures import (
+    open_picture,
+    postprocess_frames,
+    postprocess_pictures,
+    preprocess_masks,
+    preprocess_pictures,
+)
+from prebake.runtime.video import check_video_path, default_video_path, write_video
 
 H, W, h, w = 24, 16, 6, 4
 RED = (220, 40, 30)
@@ -59,19 +65,19 @@ def equal(ours, theirs):
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "1", "CMYK"])
 def test_pil_images_are_resized_and_become_rgb(photo, mode):
     image = photo.convert("RGB").convert(mode) if mode != "RGBA" else photo
-    equal(pictures_in(image, H, W), peer(image))
-    assert pictures_in(image, H, W).shape == (1, 3, H, W)
+    equal(preprocess_pictures(image, H, W), peer(image))
+    assert preprocess_pictures(image, H, W).shape == (1, 3, H, W)
 
 
 def test_pil_images_of_different_sizes_make_a_batch(photo):
     images = [photo.convert("RGB"), photo.convert("RGB").resize((9, 70))]
-    equal(pictures_in(images, H, W), peer(images))
+    equal(preprocess_pictures(images, H, W), peer(images))
 
 
 def test_all_256_levels_are_equal_without_a_resize():
     image = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)).convert("RGB")
-    equal(pictures_in(image, 16, 16), peer(image, height=16, width=16))
-    equal(pictures_in(np.array(image), 16, 16), peer(image, height=16, width=16))
+    equal(preprocess_pictures(image, 16, 16), peer(image, height=16, width=16))
+    equal(preprocess_pictures(np.array(image), 16, 16), peer(image, height=16, width=16))
 
 
 @pytest.mark.parametrize("size", [(H, W), (37, 51)])
@@ -80,7 +86,7 @@ def test_arrays_are_resized_by_nearest_pixels(rng, size, dtype):
     batch = rng.random((2, *size, 3)).astype(dtype)
     for image in (batch, batch[0], list(batch), [batch, batch]):
         theirs = np.concatenate(image) if isinstance(image, list) and image[0].ndim == 4 else image
-        equal(pictures_in(image, H, W), peer(theirs))
+        equal(preprocess_pictures(image, H, W), peer(theirs))
 
 
 @pytest.mark.parametrize("size", [(H, W), (37, 51)])
@@ -88,24 +94,24 @@ def test_arrays_are_resized_by_nearest_pixels(rng, size, dtype):
 def test_tensors_are_resized_by_nearest_pixels(rng, size, dtype):
     batch = torch.from_numpy(rng.random((2, 3, *size))).to(dtype)
     for image in (batch, batch[0][None], list(batch)):
-        equal(pictures_in(image, H, W), peer(image))
-    equal(pictures_in(batch[0], H, W), peer(batch[:1]))  # there it must be in a batch or a list
+        equal(preprocess_pictures(image, H, W), peer(image))
+    equal(preprocess_pictures(batch[0], H, W), peer(batch[:1]))  # there it must be in a batch or a list
 
 
 def test_uint8_holds_what_pil_holds(photo):
     """diffusers takes uint8 arrays for 0..1 without a word, and so makes a picture of them that nobody meant."""
     array = np.array(photo.convert("RGB").resize((W, H)))
     expected = peer(array.astype(np.float32) / 255)
-    equal(pictures_in(array, H, W), expected)
-    equal(pictures_in(torch.from_numpy(array).permute(2, 0, 1), H, W), expected)
-    equal(pictures_in(array[:, ::-1], H, W), expected.flip(-1))
+    equal(preprocess_pictures(array, H, W), expected)
+    equal(preprocess_pictures(torch.from_numpy(array).permute(2, 0, 1), H, W), expected)
+    equal(preprocess_pictures(array[:, ::-1], H, W), expected.flip(-1))
 
 
 def test_values_below_0_mean_that_the_range_is_already_normalized(rng):
     image = torch.from_numpy(rng.random((1, 3, H, W))).float() * 2 - 1
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        ours = pictures_in(image, H, W)
+        ours = preprocess_pictures(image, H, W)
     assert ["its range is taken for -1..1" in str(c.message) for c in caught] == [True]
     equal(ours, peer(image))
     assert torch.equal(ours, image)
@@ -114,7 +120,7 @@ def test_values_below_0_mean_that_the_range_is_already_normalized(rng):
 def test_a_changed_pixel_is_seen(photo):
     other = photo.convert("RGB")
     other.putpixel((20, 20), tuple(255 - c for c in other.getpixel((20, 20))))
-    assert not torch.equal(pictures_in(other, H, W), peer(photo.convert("RGB")))
+    assert not torch.equal(preprocess_pictures(other, H, W), peer(photo.convert("RGB")))
 
 
 @pytest.mark.parametrize(
@@ -131,7 +137,7 @@ def test_a_changed_pixel_is_seen(photo):
 )
 def test_what_is_no_picture_is_refused(image, words):
     with pytest.raises(ArtifactError, match=words):
-        pictures_in(image, H, W)
+        preprocess_pictures(image, H, W)
 
 
 def test_files_open_as_load_image_opens_them(photo, tmp_path):
@@ -162,8 +168,8 @@ def test_a_file_without_a_picture_is_refused(photo, tmp_path):
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "1"])
 def test_pil_masks_are_resized_made_grey_and_cut(photo, mode):
     mask = photo.convert(mode)
-    equal(masks_in(mask, H, W, h, w), peer_mask(mask))
-    equal(masks_in([mask, mask.rotate(90)], H, W, h, w), peer_mask([mask, mask.rotate(90)]))
+    equal(preprocess_masks(mask, H, W, h, w), peer_mask(mask))
+    equal(preprocess_masks([mask, mask.rotate(90)], H, W, h, w), peer_mask([mask, mask.rotate(90)]))
 
 
 @pytest.mark.parametrize("size", [(H, W), (37, 51)])
@@ -175,8 +181,8 @@ def test_array_and_tensor_masks(rng, size):
     tensors = (t, t[0], t[:, None], t[:1], list(t), list(t[:, None]))
     for mask in arrays + tensors:
         theirs = mask.copy() if isinstance(mask, np.ndarray) else mask.clone() if torch.is_tensor(mask) else mask
-        equal(masks_in(mask, H, W, h, w), peer_mask(theirs))
-    assert set(masks_in(batch, H, W, h, w).unique().tolist()) == {0.0, 1.0}
+        equal(preprocess_masks(mask, H, W, h, w), peer_mask(theirs))
+    assert set(preprocess_masks(batch, H, W, h, w).unique().tolist()) == {0.0, 1.0}
 
 
 def test_binary_masks_mean_the_same_in_every_type(rng):
@@ -184,16 +190,16 @@ def test_binary_masks_mean_the_same_in_every_type(rng):
     mask = rng.random((H, W)) > 0.4
     expected = peer_mask(mask.astype(np.float32))
     for given in (mask, mask.astype(np.uint8), mask.astype(np.uint8) * 255, torch.from_numpy(mask)):
-        equal(masks_in(given, H, W, h, w), expected)
+        equal(preprocess_masks(given, H, W, h, w), expected)
     assert torch.equal(peer_mask(mask.astype(np.uint8) * 255).float(), expected)
     soft = (rng.random((H, W)) * 255).astype(np.uint8)
-    equal(masks_in(soft, H, W, h, w), peer_mask(Image.fromarray(soft)))
+    equal(preprocess_masks(soft, H, W, h, w), peer_mask(Image.fromarray(soft)))
 
 
 def test_a_mask_of_the_pixels_and_the_caller_s_stays_as_it_is(rng):
     mask = rng.random((1, 1, H, W)).astype(np.float32)
     before = torch.from_numpy(mask.copy())
-    assert torch.equal(masks_in(torch.from_numpy(mask), H, W, H, W), (before >= 0.5).float())
+    assert torch.equal(preprocess_masks(torch.from_numpy(mask), H, W, H, W), (before >= 0.5).float())
     assert torch.equal(torch.from_numpy(mask), before)
 
 
@@ -212,7 +218,7 @@ def test_a_mask_of_the_pixels_and_the_caller_s_stays_as_it_is(rng):
 )
 def test_what_is_no_mask_is_refused(mask, words):
     with pytest.raises(ArtifactError, match=words):
-        masks_in(mask, H, W, h, w)
+        preprocess_masks(mask, H, W, h, w)
 
 
 # --- out --------------------------------------------------------------------------------------------------------------
@@ -228,9 +234,9 @@ def as_decoded(rng, *shape, dtype=torch.float32):
 def test_pictures_come_out_as_from_diffusers(rng, dtype):
     theirs, ours = as_decoded(rng, 2, 3, H, W, dtype=dtype)
     processor = VaeImageProcessor()
-    assert torch.equal(pictures_out(ours, "pt"), processor.postprocess(theirs, "pt"))
-    assert np.array_equal(pictures_out(ours, "np"), processor.postprocess(theirs, "np"))
-    images = pictures_out(ours, "pil")
+    assert torch.equal(postprocess_pictures(ours, "pt"), processor.postprocess(theirs, "pt"))
+    assert np.array_equal(postprocess_pictures(ours, "np"), processor.postprocess(theirs, "np"))
+    images = postprocess_pictures(ours, "pil")
     assert [i.tobytes() for i in images] == [i.tobytes() for i in processor.postprocess(theirs, "pil")]
     assert (len(images), images[0].mode, images[0].size) == (2, "RGB", (W, H))
 
@@ -239,9 +245,9 @@ def test_frames_come_out_as_from_diffusers(rng):
     theirs, ours = as_decoded(rng, 2, 5, 3, H, W)
     theirs = theirs.transpose(1, 2)  # [B, C, T, H, W]
     processor = VideoProcessor()
-    assert torch.equal(frames_out(ours, "pt"), processor.postprocess_video(theirs, "pt"))
-    assert np.array_equal(frames_out(ours, "np"), processor.postprocess_video(theirs, "np"))
-    videos, peers = frames_out(ours, "pil"), processor.postprocess_video(theirs, "pil")
+    assert torch.equal(postprocess_frames(ours, "pt"), processor.postprocess_video(theirs, "pt"))
+    assert np.array_equal(postprocess_frames(ours, "np"), processor.postprocess_video(theirs, "np"))
+    videos, peers = postprocess_frames(ours, "pil"), processor.postprocess_video(theirs, "pil")
     assert [len(v) for v in videos] == [5, 5]
     assert [[f.tobytes() for f in v] for v in videos] == [[f.tobytes() for f in v] for v in peers]
     assert videos[0][0].tobytes() != videos[0][1].tobytes()
@@ -302,13 +308,13 @@ def test_the_name_says_what_is_written(tmp_path, monkeypatch):
         write_video([], tmp_path / "x.gif")
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(ArtifactError, match=r"pip install 'prebake\[video\]', or give a name that ends in .gif"):
-        check_target(tmp_path / "x.mp4", 8)
-    assert default_path().name == "video.gif"
+        check_video_path(tmp_path / "x.mp4", 8)
+    assert default_video_path().name == "video.gif"
 
 
 def test_an_mp4_of_odd_size_or_in_no_folder_is_refused(tmp_path):
     pytest.importorskip("av", reason="needs the extra `video`")
-    assert default_path().name == "video.mp4"
+    assert default_video_path().name == "video.mp4"
     with pytest.raises(
         ArtifactError, match=r"an .mp4 has an even width and height, the frames are 15 x 24; give a .gif"
     ):

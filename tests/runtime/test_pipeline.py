@@ -10,7 +10,7 @@ import torch
 import toy
 from prebake.runtime import ArtifactError, load
 from prebake.runtime.families import flux
-from prebake.runtime.noise import draw
+from prebake.runtime.noise import draw_noise
 
 IDS = torch.tensor([[3, 4, 0, 0, 0]])
 IDS_2 = torch.tensor([[3, 4, 0, 0, 0, 0]])
@@ -18,7 +18,7 @@ SHAPE = (2, 4, 4)
 
 
 def noise(seed, batch=1):
-    return flux.pack(draw((batch, *SHAPE), torch.Generator().manual_seed(seed)))
+    return flux.pack_latents(draw_noise((batch, *SHAPE), torch.Generator().manual_seed(seed)))
 
 
 def latents(pipe, *args, **kwargs):
@@ -106,7 +106,7 @@ def test_noise_equals_the_pipeline_class_it_replaces():
     ):
         shape = (3, 16, 64, 96, torch.float32, torch.device("cpu"), make())
         want, _ = pipelines.FluxPipeline.prepare_latents(Shell(), *shape)
-        assert torch.equal(flux.pack(draw((3, 16, 8, 12), make())), want)
+        assert torch.equal(flux.pack_latents(draw_noise((3, 16, 8, 12), make())), want)
 
 
 def test_prompt_2_goes_to_the_second_encoder(pipe, eager):

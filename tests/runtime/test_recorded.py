@@ -11,10 +11,10 @@ import torch
 
 from prebake.runtime import ArtifactError
 from prebake.runtime.gpu import graph_loop as recorded
-from prebake.runtime.gpu.graph_loop import KEPT, RecordedLoop, loop_of
+from prebake.runtime.gpu.graph_loop import MAX_RECORDINGS, RecordedLoop, loop_of
 from prebake.runtime.manifest import Cost, Graph, Site
 from prebake.runtime.plan import Evaluation, Plan, Update
-from prebake.runtime.replay import Variant, replay, tables_on
+from prebake.runtime.replay import DenoiserVariant, replay, tabulate_plan
 
 COST = Cost(flops=0, ops=0, constants=0, constants_bytes=0)
 SITES = {"s": Site(name="s", slots=2, tensors=("s:0",))}
@@ -42,7 +42,7 @@ def variant(name, call, stores=(), combines=()):
     graph = Graph(
         name=name, package="p", inputs=(), outputs=(), constants={}, cost=COST, stores=stores, combines=combines
     )
-    return Variant(graph, call)
+    return DenoiserVariant(graph, call)
 
 
 def full(named):
@@ -63,7 +63,7 @@ def tables(name: str = "p", second: Update = NOISY):
 
     rows = [row("full", 0, EULER), row("full", 1, second), row("reuse", 2, EULER, coefficients=(1.5, -0.5))]
     plan = Plan(name=name, steps=3, scheduler="none", evaluations=tuple(rows))
-    return tables_on(plan, torch.device("cpu"), 0.001)
+    return tabulate_plan(plan, torch.device("cpu"), 0.001)
 
 
 def call(seed: int):
@@ -122,10 +122,10 @@ def test_a_call_that_looks_at_each_step_is_not_recorded():
 def test_recordings_that_were_used_longest_ago_are_let_go_of():
     device = Device()
     loop = RecordedLoop(device.record)
-    plans = [tables(str(i)) for i in range(KEPT + 1)]
+    plans = [tables(str(i)) for i in range(MAX_RECORDINGS + 1)]
     for over in plans:
         through(loop, 0, over), through(loop, 1, over)
-    assert len(loop._recordings) == KEPT
+    assert len(loop._recordings) == MAX_RECORDINGS
     before = device.recorded
     through(loop, 0, plans[-1])
     assert device.recorded == before
@@ -181,8 +181,8 @@ def test_a_trajectory_is_one_launch_on_a_gpu():
     gpu = torch.device("cuda")
     inputs, latents, noise = call(0)
     there = {n: t.to(gpu) for n, t in inputs.items()}, latents.to(gpu), [z.to(gpu) for z in noise]
-    over = tables_on(tables().plan, gpu, 0.001)
-    loop = RecordedLoop(recorded.on_cuda)
+    over = tabulate_plan(tables().plan, gpu, 0.001)
+    loop = RecordedLoop(recorded.record_cuda_graph)
 
     def run():
         return loop(over, VARIANTS, SITES, there[0], there[1], noise=there[2])

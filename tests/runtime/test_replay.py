@@ -5,7 +5,7 @@ import torch
 
 from prebake.runtime.manifest import Cost, Graph, Site
 from prebake.runtime.plan import Evaluation, Plan, Update
-from prebake.runtime.replay import StopReplay, Variant, ends_step, replay, rows, tables_on
+from prebake.runtime.replay import DenoiserVariant, StopReplay, is_step_end, replay, tabulate_plan, tabulate_rows
 
 CPU = torch.device("cpu")
 COST = Cost(flops=0, ops=0, constants=0, constants_bytes=0)
@@ -13,7 +13,7 @@ EULER = Update(latents=(1.0,), outputs=(-0.5,))
 
 
 def variant(call, stores=(), combines=()):
-    return Variant(
+    return DenoiserVariant(
         Graph(name="v", package="p", inputs=(), outputs=(), constants={}, cost=COST, stores=stores, combines=combines),
         call,
     )
@@ -29,7 +29,7 @@ def evaluation(name="full", step=0, update=EULER, **more):
 
 def run(evaluations, variants, sites=None, latents=None, **more):
     latents = torch.ones(1, 2, 3) if latents is None else latents
-    return replay(tables_on(plan(*evaluations), CPU, 0.001), variants, sites or {}, {}, latents, **more)
+    return replay(tabulate_plan(plan(*evaluations), CPU, 0.001), variants, sites or {}, {}, latents, **more)
 
 
 def test_an_evaluation_gets_the_scaled_latents_and_timestep():
@@ -145,26 +145,26 @@ def test_the_loop_never_reads_a_tensor_back():
     reuse = variant(lambda inputs: {"sample": inputs["a@0"] * inputs["coefficients"]}, combines=("s",))
     sites = {"s": Site(name="s", slots=1, tensors=("a",))}
     noisy = Update(latents=(0.5,), outputs=(0.5,), noise=1.0)
-    tables = tables_on(plan(evaluation(), evaluation("reuse", coefficients=(1.0,), update=noisy)), meta)
+    tables = tabulate_plan(plan(evaluation(), evaluation("reuse", coefficients=(1.0,), update=noisy)), meta)
     x = torch.ones(1, 2, 3, device=meta)
     assert replay(tables, {"full": full, "reuse": reuse}, sites, {}, x, noise=[x]).shape == (1, 2, 3)
 
 
 def test_coefficients_are_views_of_one_tensor():
     c = [(1.0, 2.0), (), (3.0,)]
-    tables = tables_on(plan(*(evaluation(coefficients=row) for row in c)), CPU)
+    tables = tabulate_plan(plan(*(evaluation(coefficients=row) for row in c)), CPU)
     assert [row.tolist() for row in tables.coefficients] == [list(row) for row in c]
     assert len({row.untyped_storage().data_ptr() for row in tables.coefficients}) == 1
 
 
 def test_a_step_ends_with_its_last_evaluation():
     heun = plan(evaluation(step=0), evaluation(step=0), evaluation(step=1))
-    assert [ends_step(heun, e) for e in range(3)] == [False, True, True]
+    assert [is_step_end(heun, e) for e in range(3)] == [False, True, True]
 
 
 def test_rows_of_numbers_begin_where_a_gpu_can_read_them():
     given = [(1.0,), (), tuple(map(float, range(70))), (2.0, 3.0)]
-    made = rows(given, CPU)
+    made = tabulate_rows(given, CPU)
     assert [tuple(r.tolist()) for r in made] == given
     assert all(r.is_contiguous() and r.dtype == torch.float32 for r in made)
     begins = [r.data_ptr() - made[0].data_ptr() for r in made if len(r)]

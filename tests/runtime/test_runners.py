@@ -44,16 +44,16 @@ def opened(toy_artifact, cache_dir):
 @pytest.mark.parametrize("runners", [1, 3])
 def test_threads_get_what_they_would_get_alone(opened, runners):
     pipe = opened(runners)
-    asked = soak.mixed(pipe, 64)
-    assert {r.kind for r in asked} == set(soak.KINDS) - {"picture"}
-    alone = [soak.answer(pipe, r) for r in asked]
+    asked = soak.make_requests(pipe, 64)
+    assert {r.kind for r in asked} == set(soak.REQUEST_KINDS) - {"picture"}
+    alone = [soak.answer_request(pipe, r) for r in asked]
     got = {}
-    soak.served(pipe, iter(enumerate(asked)), 8, got.__setitem__)
-    assert [i for i, want in enumerate(alone) if not soak.same(got[i], want)] == []
+    soak.serve_requests(pipe, iter(enumerate(asked)), 8, got.__setitem__)
+    assert [i for i, want in enumerate(alone) if not soak.is_same_answer(got[i], want)] == []
     assert pipe.artifact.runners.free == runners
     pictures = [a for a in alone if isinstance(a, torch.Tensor)]
     assert len(pictures) > 30
-    assert not soak.same(pictures[0], pictures[1])  # they are not all the same
+    assert not soak.is_same_answer(pictures[0], pictures[1])  # they are not all the same
     assert {a for a in alone if isinstance(a, str)} == {"Cancelled", "Failed", "ArtifactError"}
 
 
@@ -61,7 +61,7 @@ def test_torchs_own_runner_gives_the_same_bits(opened, monkeypatch):
     """What runs libraries of an older torch, or with operators that only torch's dispatcher has."""
     ours = opened()
     assert all(graph._model._container for graph in ours.artifact.graphs.values())
-    monkeypatch.setattr(aoti, "container", lambda *arguments: None)
+    monkeypatch.setattr(aoti, "open_container", lambda *arguments: None)
     theirs = opened()
     for cache in (True, False):
         call = {"prompt": "red circle", "seed": 7, "cache": cache, "output_type": "pt"}
@@ -230,15 +230,15 @@ def test_flat_samples_are_flat_and_a_leak_is_not():
     def samples(leak):
         scatter = (0, 3, 1, 2)
         return [
-            soak.Sample(5.0 * i, 100 * i, (200 << 20) + (scatter[i % 4] << 20) + leak * i, 0, 100 << 20, 6, 11)
+            soak.MemorySample(5.0 * i, 100 * i, (200 << 20) + (scatter[i % 4] << 20) + leak * i, 0, 100 << 20, 6, 11)
             for i in range(60)
         ]
 
-    assert soak.problems(samples(0)) == []
-    assert soak.problems(samples(1 << 20))[0].startswith("rss grew by 2")
-    lost = [soak.Sample(**{**vars(s), "descriptors": 6 + i}) for i, s in enumerate(samples(0))]
-    assert soak.problems(lost) == ["descriptors rose to 65"]
-    assert json.dumps(vars(soak.sample(0.0, 0)))
+    assert soak.growth_problems(samples(0)) == []
+    assert soak.growth_problems(samples(1 << 20))[0].startswith("rss grew by 2")
+    lost = [soak.MemorySample(**{**vars(s), "descriptors": 6 + i}) for i, s in enumerate(samples(0))]
+    assert soak.growth_problems(lost) == ["descriptors rose to 65"]
+    assert json.dumps(vars(soak.take_sample(0.0, 0)))
 
 
 # --- memory of calls that have ended ----------------------------------------------------------------------------------
@@ -248,8 +248,8 @@ def test_flat_samples_are_flat_and_a_leak_is_not():
 def trims(monkeypatch):
     """How often freed memory was given back; here every call is a long one."""
     seen = []
-    monkeypatch.setattr(runners, "LONG_S", 0)
-    monkeypatch.setattr(runners, "trim", lambda: seen.append(1))
+    monkeypatch.setattr(runners, "LONG_CALL_S", 0)
+    monkeypatch.setattr(runners, "trim_heap", lambda: seen.append(1))
     return seen
 
 
@@ -275,7 +275,7 @@ def test_it_is_not_given_back_while_others_work_or_after_short_calls(trims, monk
     with some.one():
         pass
     assert trims == []
-    monkeypatch.setattr(runners, "LONG_S", SOON_S)
+    monkeypatch.setattr(runners, "LONG_CALL_S", SOON_S)
     go.set()
     joined(other)
     assert trims == []
@@ -287,7 +287,7 @@ def test_what_the_allocator_keeps_goes_back_to_the_system():
     whole = private_bytes()
     del blocks[:-1]
     kept = private_bytes()
-    memory.trim()
+    memory.trim_heap()
     assert kept > whole - (16 << 20)
     assert private_bytes() < whole - (48 << 20)
     assert len(blocks) == 1

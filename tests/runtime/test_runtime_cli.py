@@ -9,10 +9,10 @@ from PIL import Image
 
 import toy
 from prebake.runtime.__main__ import main
-from prebake.runtime.cli.main import numbered, save
+from prebake.runtime.cli.main import numbered_paths, save_image
 from prebake.runtime.errors import ArtifactError
 from prebake.runtime.pipeline import PipelineOutput, VideoOutput
-from prebake.runtime.text import drawn, short
+from prebake.runtime.text import block_signs, format_count
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +35,7 @@ def test_run_numbers_several_images_and_speaks_json(toy_artifact, tmp_path, caps
     assert main(["run", str(toy_artifact), *args]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["images"] == [str(tmp_path / f"x-{i}.png") for i in range(4)]
-    assert all(path.exists() for path in numbered(tmp_path / "x.png", 4))
+    assert all(path.exists() for path in numbered_paths(tmp_path / "x.png", 4))
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_an_error_is_one_line_and_exit_code_5(toy_artifact, capsys, args, words)
 def test_an_image_that_cannot_be_saved_is_one_line_too(tmp_path):
     (tmp_path / "x.png").mkdir()
     with pytest.raises(ArtifactError, match=r"x\.png: the image could not be written: .*; give --output a \.png"):
-        save(Image.new("RGB", (2, 2)), tmp_path / "x.png")
+        save_image(Image.new("RGB", (2, 2)), tmp_path / "x.png")
 
 
 class Fake:
@@ -161,8 +161,13 @@ def test_inspect_draws_the_plans_and_counts_layers(toy_artifact, capsys):
 
 def test_strips_are_letters_where_the_terminal_has_no_blocks():
     letters = {"full": "1", "reuse": "0", "reuse-2": "a", "reuse-5": "d"}
-    assert drawn(letters, "ascii") == drawn(letters, None) == drawn(letters, "no-such-encoding") == letters
-    assert drawn(letters, "utf-8") == {"full": "█", "reuse": "·", "reuse-2": "░", "reuse-5": "d"}
+    assert (
+        block_signs(letters, "ascii")
+        == block_signs(letters, None)
+        == block_signs(letters, "no-such-encoding")
+        == letters
+    )
+    assert block_signs(letters, "utf-8") == {"full": "█", "reuse": "·", "reuse-2": "░", "reuse-5": "d"}
 
 
 def test_inspect_counts_the_frames_of_a_video(artifact_copy, capsys):
@@ -211,4 +216,4 @@ def test_inspect_opens_no_file_outside_the_folder(artifact_copy, capsys):
 
 
 def test_numbers_are_short():
-    assert [short(n) for n in (0, 999, 1000, 999_700, 1.234e9, 5e15)] == ["0", "999", "1k", "1M", "1.23G", "5P"]
+    assert [format_count(n) for n in (0, 999, 1000, 999_700, 1.234e9, 5e15)] == ["0", "999", "1k", "1M", "1.23G", "5P"]

@@ -10,11 +10,11 @@ import diffusers
 import pytest
 import torch
 
-from prebake.exporter.plan.sampler import tabulate
+from prebake.exporter.plan.sampler import tabulate_scheduler
 from prebake.runtime import ArtifactError, load
 from prebake.runtime.pipeline import Pipeline
 from prebake.runtime.plan import Evaluation, Plan
-from prebake.runtime.replay import tables_on
+from prebake.runtime.replay import tabulate_plan
 
 # float32 kernels that add in another order, over four steps of latents of size 1 and guidance up to 7.5
 TOLERANCE = 1e-4
@@ -122,7 +122,7 @@ def test_another_scheduler_is_another_plan(name, pipe, eager):
 
 def with_plan(pipe: Pipeline, scheduler) -> Pipeline:
     """The same artifact with the scheduler's plan of 4 steps: graphs know no scheduler."""
-    table = tabulate(scheduler, 4)
+    table = tabulate_scheduler(scheduler, 4)
     evaluations = tuple(
         Evaluation(step=s, variant="full", timestep=t, input_scale=i, update=u)
         for s, t, i, u in zip(table.steps, table.timesteps, table.input_scales, table.updates, strict=True)
@@ -135,7 +135,7 @@ def with_plan(pipe: Pipeline, scheduler) -> Pipeline:
         evaluations=evaluations,
     )
     artifact = pipe.artifact
-    return Pipeline(replace(artifact, plans={"4": plan}, tables={"4": tables_on(plan, artifact.device)}))
+    return Pipeline(replace(artifact, plans={"4": plan}, tables={"4": tabulate_plan(plan, artifact.device)}))
 
 
 REFUSED = {

@@ -8,7 +8,7 @@ import torch
 
 import toy
 from prebake.runtime.container import Container
-from prebake.runtime.storage.unpack import read_members, unpacked
+from prebake.runtime.storage.unpack import read_members, unpack_members
 from prebake.runtime.weights import map_weights
 
 
@@ -17,7 +17,7 @@ def test_a_single_instance_gives_what_any_other_gives(toy_artifact, tmp_path):
     latents = torch.randn(1, toy.N, toy.C)
     made = []
     for way in ("Run", "RunSingleThreaded"):
-        with unpacked(read_members("p", data), "x", tmp_path / way) as libraries:
+        with unpack_members(read_members("p", data), "x", tmp_path / way) as libraries:
             container = Container("decoder", ctypes.CDLL(str(libraries["vae_decoder"])), 1, torch.device("cpu"))
         assert container._run == "Run"  # on the CPU
         container._run = way
@@ -34,7 +34,7 @@ def constants(folder, container) -> dict[str, str]:
     from prebake.runtime.manifest import read_manifest
 
     data = (folder / "graphs/vae_decoder.pt2").read_bytes()
-    with unpacked(read_members("p", data), "x") as libraries:
+    with unpack_members(read_members("p", data), "x") as libraries:
         model = aoti.open_model(libraries["vae_decoder"], torch.device("cpu"))
     keys = read_manifest(folder).graph("vae_decoder").constants
     return {model._internal[fqn]: key for fqn, key in keys.items()}

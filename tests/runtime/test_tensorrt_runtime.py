@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from prebake.runtime.artifact import device_of
-from prebake.runtime.backends import Opening, tensorrt
+from prebake.runtime.backends import OpenContext, tensorrt
 from prebake.runtime.errors import ArtifactError
 from prebake.runtime.manifest import Cost, Defaults, FileEntry, Graph, Manifest, Requires, Source, TensorSpec
 
@@ -32,7 +32,7 @@ SMALL = {"inputs": {"x": X}, "outputs": {"z": Y}, "engine": {"inputs": {"v": W, 
 
 @pytest.fixture
 def library(monkeypatch) -> fake.Library:
-    monkeypatch.setattr(tensorrt, "ALIGNED", 64)  # what torch's allocations on a CPU have
+    monkeypatch.setattr(tensorrt, "ALIGNMENT_BYTES", 64)  # what torch's allocations on a CPU have
     return fake.install(monkeypatch)
 
 
@@ -84,7 +84,7 @@ def opened(folder: Path, weight: torch.Tensor, options: Any = None, **graphs: di
     constants = {"full": {"w": weight, "not in the engine": weight}, "small": {"v": weight}}
     manifest = written(folder, options, **graphs)
     given = {n: constants[n] for n in graphs}
-    return tensorrt.open_models(Opening(folder, manifest, given, CPU, folder / "cache"))
+    return tensorrt.open_models(OpenContext(folder, manifest, given, CPU, folder / "cache"))
 
 
 def changed(graph: dict[str, Any], **engine: Any) -> dict[str, Any]:
@@ -153,14 +153,14 @@ def test_weights_of_convolutions_are_seen_as_they_lie():
     """[N, C, H, W] in memory as [N, H, W, C], and 1 x 1 ones, whose memory is the same in both."""
     weight = torch.randn(5, 4, 3, 2)
     lying = weight.contiguous(memory_format=torch.channels_last)
-    seen = tensorrt.seen_as(lying, (5, 3, 2, 4))
+    seen = tensorrt.weight_view(lying, (5, 3, 2, 4))
     assert seen.is_contiguous()
     assert seen.data_ptr() == lying.data_ptr()
     assert torch.equal(seen[:, 1, 0], weight[:, :, 1, 0])
-    assert tensorrt.seen_as(weight[:, :, :1, :1].contiguous(), (5, 1, 1, 4)).shape == (5, 1, 1, 4)
+    assert tensorrt.weight_view(weight[:, :, :1, :1].contiguous(), (5, 1, 1, 4)).shape == (5, 1, 1, 4)
     for other in (weight, lying):
-        assert tensorrt.seen_as(other, (5, 4, 3, 2)) is other
-    assert tensorrt.seen_as(weight, (5, 3, 2, 4)) is weight  # and then refused, by its shape
+        assert tensorrt.weight_view(other, (5, 4, 3, 2)) is other
+    assert tensorrt.weight_view(weight, (5, 3, 2, 4)) is weight  # and then refused, by its shape
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,7 @@ def test_a_changed_file_is_not_opened(tmp_path, library, weight):
     manifest = written(tmp_path, small=SMALL)
     (tmp_path / "small.engine").write_bytes(b"refused, had it been opened")
     with pytest.raises(ArtifactError, match="sha256 is"):
-        tensorrt.open_models(Opening(tmp_path, manifest, {"small": {"v": weight}}, CPU))
+        tensorrt.open_models(OpenContext(tmp_path, manifest, {"small": {"v": weight}}, CPU))
 
 
 def test_an_engine_that_fails_says_so(tmp_path, library, weight):
@@ -360,7 +360,7 @@ def test_driver_and_gpu_are_compared_with_what_was_built_for(cuda, capability, s
 def test_an_engine_of_the_library_computes_what_torch_does(tmp_path, options):
     """TF32 is what the library may multiply float32 in: 10 bits, so 1e-2 has room for 64 terms."""
     trt: Any = pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
-    builder = trt.Builder(tensorrt.logger(trt))
+    builder = trt.Builder(tensorrt.engine_logger(trt))
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     x, w = network.add_input("x", trt.float32, (16, 64)), network.add_input("w", trt.float32, (64, 32))
     product = network.add_matrix_multiply(x, trt.MatrixOperation.NONE, w, trt.MatrixOperation.NONE).get_output(0)
@@ -375,7 +375,7 @@ def test_an_engine_of_the_library_computes_what_torch_does(tmp_path, options):
     }
     manifest = written(tmp_path, options, full=graph | {"data": data})
     weight = torch.randn(64, 32, device="cuda")
-    opening = Opening(tmp_path, manifest, {"full": {"w": weight}}, weight.device, tmp_path / "cache")
+    opening = OpenContext(tmp_path, manifest, {"full": {"w": weight}}, weight.device, tmp_path / "cache")
     for _ in range(2):  # the second takes what the first has compiled
         model = tensorrt.open_models(opening)["full"]
         for given in torch.randn(4, 16, 64, device="cuda"):

@@ -8,9 +8,9 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 
 from prebake.exporter.load import source
-from prebake.exporter.shapes import MODEL, SD_MODEL, prompts
+from prebake.exporter.shapes import MODEL_FOLDER, SD_MODEL_FOLDER, read_prompt_set
 from prebake.exporter.shapes.checker import accuracy
-from prebake.exporter.shapes.evaluate import defaults, draw
+from prebake.exporter.shapes.evaluate import draw_prompts, read_call_defaults
 
 CALL = {"height": 64, "width": 64, "num_inference_steps": 28, "guidance_scale": 3.0}
 SHORT = CALL | {"num_inference_steps": 4}
@@ -18,23 +18,23 @@ SHORT = CALL | {"num_inference_steps": 4}
 
 @pytest.fixture(scope="module")
 def pipeline() -> StableDiffusionPipeline:
-    pipeline = StableDiffusionPipeline.from_pretrained(SD_MODEL)
+    pipeline = StableDiffusionPipeline.from_pretrained(SD_MODEL_FOLDER)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
 def test_folder_is_safetensors_of_at_most_10_mb():
-    files = [path for path in Path(SD_MODEL).rglob("*") if path.is_file()]
+    files = [path for path in Path(SD_MODEL_FOLDER).rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 10_000_000
     assert {path.suffix for path in files} <= {".safetensors", ".json", ".toml"}
     assert not any("_name_or_path" in path.read_text() for path in files if path.suffix == ".json")
 
 
 def test_it_is_loaded_by_its_name_with_its_defaults():
-    loaded = source.load("shapes-sd", None, {"default": torch.float32, "unet": torch.bfloat16})
+    loaded = source.load_model("shapes-sd", None, {"default": torch.float32, "unet": torch.bfloat16})
     assert loaded.source.model == "shapes-sd"
     assert loaded.source.pipeline == "StableDiffusionPipeline"
-    assert loaded.defaults == defaults(SD_MODEL) == CALL
+    assert loaded.defaults == read_call_defaults(SD_MODEL_FOLDER) == CALL
     assert loaded.pipe.unet.dtype == torch.bfloat16
     assert loaded.pipe.vae.dtype == loaded.pipe.text_encoder.dtype == torch.float32
 
@@ -54,12 +54,12 @@ def test_parts_are_those_of_stable_diffusion(pipeline):
 
 def test_text_encoder_and_tokenizer_are_those_of_the_first_model():
     for name in ("text_encoder/model.safetensors", "tokenizer/tokenizer.json"):
-        assert (SD_MODEL / name).read_bytes() == (MODEL / name).read_bytes()
+        assert (SD_MODEL_FOLDER / name).read_bytes() == (MODEL_FOLDER / name).read_bytes()
 
 
 def test_vae_is_that_of_the_first_model_with_its_shift_in_it(pipeline):
     """The same pictures from latents of mean 0, and the same latents from pictures, bit for bit but for the shift's."""
-    first = AutoencoderKL.from_pretrained(MODEL / "vae")
+    first = AutoencoderKL.from_pretrained(MODEL_FOLDER / "vae")
     scale, shift = first.config.scaling_factor, torch.tensor(first.config.shift_factor).bfloat16().item()
     latents = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     assert pipeline.vae.config.scaling_factor == scale
@@ -84,7 +84,7 @@ def test_a_step_ends_at_the_noise_level_where_the_next_begins(pipeline, steps):
 
 
 def test_a_picture_is_finite_and_drawn_again_from_its_seed(pipeline):
-    pictures = [draw(pipeline, prompts("full")[:1], SHORT) for _ in range(2)]
+    pictures = [draw_prompts(pipeline, read_prompt_set("full")[:1], SHORT) for _ in range(2)]
     assert np.isfinite(pictures[0]).all()
     assert pictures[0].std() > 0.02
     assert np.array_equal(*pictures)
@@ -92,12 +92,12 @@ def test_a_picture_is_finite_and_drawn_again_from_its_seed(pipeline):
 
 def test_guidance_and_prompt_change_the_picture(pipeline):
     """Canary: the second evaluation counts, and so does the text."""
-    text = prompts("full")[:1]
-    guided = draw(pipeline, text, SHORT)
-    assert np.abs(draw(pipeline, text, SHORT | {"guidance_scale": 1.0}) - guided).mean() > 1e-3
-    assert np.abs(draw(pipeline, [""], SHORT) - guided).mean() > 1e-2
+    text = read_prompt_set("full")[:1]
+    guided = draw_prompts(pipeline, text, SHORT)
+    assert np.abs(draw_prompts(pipeline, text, SHORT | {"guidance_scale": 1.0}) - guided).mean() > 1e-3
+    assert np.abs(draw_prompts(pipeline, [""], SHORT) - guided).mean() > 1e-2
 
 
 def test_first_full_prompts_are_mostly_exact(pipeline):
-    texts = prompts("full")[:16]
-    assert accuracy(draw(pipeline, texts, CALL | {"num_inference_steps": 14}, batch=16), texts)["exact"] >= 0.7
+    texts = read_prompt_set("full")[:16]
+    assert accuracy(draw_prompts(pipeline, texts, CALL | {"num_inference_steps": 14}, batch=16), texts)["exact"] >= 0.7

@@ -20,7 +20,7 @@ def trained(path: Path, steps: int, stops: tuple[int | None, ...], ema: float | 
             return (model(x) - torch.randn(8, 3) - x[:, :3]).square().mean()
 
         optimiser = torch.optim.AdamW(model.parameters(), 1e-2)
-        stage.run(path, model, step, steps=steps, optimisers=[optimiser], ema=ema, save_every=5, stop_at=stop)
+        stage.run_stage(path, model, step, steps=steps, optimisers=[optimiser], ema=ema, save_every=5, stop_at=stop)
     return model.weight.detach()
 
 

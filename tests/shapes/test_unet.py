@@ -5,13 +5,15 @@ import pytest
 import torch
 from transformers import CLIPTokenizer
 
-from prebake.exporter.shapes import MODEL, unet
+from prebake.exporter.shapes import MODEL_FOLDER, unet
 
 
 @pytest.fixture
-def pool() -> unet.Pool:
-    empty, *ids = unet.tokenize(CLIPTokenizer.from_pretrained(MODEL / "tokenizer"), ["", "a circle", "a shape"])
-    return unet.Pool(torch.zeros(10, 4, 16, 16).half(), torch.stack(ids).expand(10, 2, 32), empty)
+def pool() -> unet.UNetPool:
+    empty, *ids = unet.tokenize_prompts(
+        CLIPTokenizer.from_pretrained(MODEL_FOLDER / "tokenizer"), ["", "a circle", "a shape"]
+    )
+    return unet.UNetPool(torch.zeros(10, 4, 16, 16).half(), torch.stack(ids).expand(10, 2, 32), empty)
 
 
 def test_a_tenth_of_a_batch_has_the_empty_caption_and_some_a_looser_one(pool):
@@ -20,18 +22,25 @@ def test_a_tenth_of_a_batch_has_the_empty_caption_and_some_a_looser_one(pool):
     shares = [(seen == ids).all(1).float().mean().item() for ids in (pool.empty, pool.ids[0, 0], pool.ids[0, 1])]
     assert sum(shares) == pytest.approx(1)
     assert shares == pytest.approx(
-        [unet.EMPTY, (1 - unet.EMPTY) * (1 - unet.LOOSER), (1 - unet.EMPTY) * unet.LOOSER], abs=0.02
+        [
+            unet.EMPTY_SHARE,
+            (1 - unet.EMPTY_SHARE) * (1 - unet.LOOSER_SHARE),
+            (1 - unet.EMPTY_SHARE) * unet.LOOSER_SHARE,
+        ],
+        abs=0.02,
     )
 
 
 def test_an_untrained_unet_predicts_nothing():
     with torch.inference_mode():
-        v = unet.evaluate(unet.build(), torch.randn(2, 4, 16, 16), torch.tensor([0, 839]), torch.randn(2, 32, 128))
+        v = unet.predict_v(
+            unet.build_unet(), torch.randn(2, 4, 16, 16), torch.tensor([0, 839]), torch.randn(2, 32, 128)
+        )
     assert torch.equal(v, torch.zeros(2, 4, 16, 16))
 
 
 def test_every_parameter_is_trained_once_and_kernels_move_with_their_matrices():
-    denoiser = unet.build()
+    denoiser = unet.build_unet()
     muon, adam = unet.optimisers(denoiser, 1e-2)
     owned = [p for o in (muon, adam) for group in o.param_groups for p in group["params"]]
     assert sum(p.numel() for p in owned) == sum(p.numel() for p in denoiser.parameters())

@@ -16,35 +16,35 @@ from typing import Any, Literal, Protocol
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from .... import recipes
-from ....runtime.errors import ExportError, RecipeError, misfit
+from ....runtime.errors import ExportError, RecipeError, describe_schema_error
 from ....runtime.manifest import Source
-from ...tables import Table
+from ...tables import RecipeTable
 
 FROZEN = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-FILE = "calibration.json"
+CALIBRATION_FILE = "calibration.json"
 """The name that a calibration has in an artifact."""
 
-COMMAND = "prebake calibrate --recipe RECIPE --model MODEL"
-PARTS = {"auto": "fitted plans"}
+CALIBRATE_COMMAND = "prebake calibrate --recipe RECIPE --model MODEL"
+PART_TITLES = {"auto": "fitted plans"}
 """What a sentence calls those parts of a calibration whose key does not say it."""
 
 
-class Calibrated(Table):
-    """What the tables of all methods that need a calibration share: `calibration` is the file that `prebake calibrate`
+class CalibratedCache(RecipeTable):
+    """Base of the tables of all methods that need a calibration: `calibration` is the file that `prebake calibrate`
     wrote, looked for beside the recipe, in the current folder, and among the recipes that ship."""
 
     calibration: str | None = Field(default=None, min_length=1)
 
 
-class Frozen(Calibrated):
+class FrozenCache(CalibratedCache):
     """A method that decides from the data, run after run; the plan computes where at least the share `quorum` of the
     calibration's runs did."""
 
     quorum: float = Field(default=0.5, gt=0, le=1)
 
 
-class Decisions(BaseModel):
-    """What a data-dependent method decided: `computed[key][e]` is the share of runs (a prompt with a seed each) that
+class DecisionShares(BaseModel):
+    """Decisions of a data-dependent method: `computed[key][e]` is the share of runs (a prompt with a seed each) that
     computed evaluation e. A key is a branch, or what the method decides apart inside one (`cond/transformer_blocks`)."""
 
     model_config = FROZEN
@@ -52,7 +52,7 @@ class Decisions(BaseModel):
     computed: dict[str, tuple[float, ...]]
 
 
-class Fitted(BaseModel):
+class FittedPlan(BaseModel):
     """A plan that the search found. `cost` is its share of the cost of computing every evaluation. `skips[e]` names what
     evaluation e predicts ("" where it computes), `weights[e]` the weights of the stored values by site, newest first.
 
@@ -97,8 +97,8 @@ class Calibration(BaseModel):
     changes: dict[str, tuple[float | None, ...]] = {}
     magnitudes: dict[str, tuple[float, ...]] = {}
     errors: dict[str, tuple[tuple[float, ...], ...]] = {}
-    decisions: dict[str, Decisions] = {}
-    auto: tuple[Fitted, ...] = ()
+    decisions: dict[str, DecisionShares] = {}
+    auto: tuple[FittedPlan, ...] = ()
 
     @model_validator(mode="after")
     def _has_an_entry_for_each_evaluation(self) -> Calibration:
@@ -132,17 +132,17 @@ class Calibration(BaseModel):
         return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
-def read(path: Path) -> Calibration:
+def read_calibration(path: Path) -> Calibration:
     """The calibration in a file. Raises RecipeError where there is none."""
     try:
         return Calibration.model_validate_json(path.read_text("utf-8"))
     except ValidationError as e:
-        raise RecipeError(f"{misfit(path, e)}; make it again with `{COMMAND}`") from e
+        raise RecipeError(f"{describe_schema_error(path, e)}; make it again with `{CALIBRATE_COMMAND}`") from e
     except (OSError, UnicodeDecodeError) as e:
-        raise RecipeError(f"{path}: expected a calibration, but {e}; make one with `{COMMAND}`") from e
+        raise RecipeError(f"{path}: expected a calibration, but {e}; make one with `{CALIBRATE_COMMAND}`") from e
 
 
-def find(name: str, near: Path | None) -> Path:
+def find_calibration(name: str, near: Path | None) -> Path:
     """The file that a recipe calls `name`: beside the recipe (`near`, its folder), in the current folder, or among the
     recipes that ship. Raises RecipeError where it is in none of them."""
     places = [*([near] if near else []), Path(), Path(str(resources.files(recipes)))]
@@ -150,10 +150,10 @@ def find(name: str, near: Path | None) -> Path:
         if path.is_file():
             return path
     looked = ", ".join(dict.fromkeys(str(place.resolve()) for place in places))
-    raise RecipeError(f"cache.calibration: no file {name!r} in {looked}; make one with `{COMMAND}`")
+    raise RecipeError(f"cache.calibration: no file {name!r} in {looked}; make one with `{CALIBRATE_COMMAND}`")
 
 
-def load(cache: Any, source: Source, near: Path | None, size: Size) -> Calibration | None:
+def load_calibration(cache: Any, source: Source, near: Path | None, size: PictureSize) -> Calibration | None:
     """The calibration that the cache's table names, None where it names none.
 
     Raises RecipeError where it is not there, or is one of another model or of pictures of another size.
@@ -161,24 +161,24 @@ def load(cache: Any, source: Source, near: Path | None, size: Size) -> Calibrati
     name = getattr(cache, "calibration", None)
     if name is None:
         return None
-    calibration = read(find(name, near))
+    calibration = read_calibration(find_calibration(name, near))
     if calibration.sha256 != source.sha256:
         raise RecipeError(
             f"cache.calibration {name!r}: made of model {calibration.model!r} with sha256 {calibration.sha256[:12]}.., and this is "
-            f"{source.model!r} with {source.sha256[:12]}..; run `{COMMAND}` for this model"
+            f"{source.model!r} with {source.sha256[:12]}..; run `{CALIBRATE_COMMAND}` for this model"
         )
     for side in ("height", "width"):
         made, asked = getattr(calibration, side), getattr(size, side)
         if made not in (None, asked):
             raise RecipeError(
                 f"cache.calibration {name!r}: made at {side} {made}, and this is {asked}; set shapes.{side} = {made}, or run "
-                f"`{COMMAND}` at this size"
+                f"`{CALIBRATE_COMMAND}` at this size"
             )
     return calibration
 
 
-class Size(Protocol):
-    """Pixels of a picture: a family's `Size`, or an artifact's `Defaults`."""
+class PictureSize(Protocol):
+    """Pixels of a picture: a family's `PictureSize`, or an artifact's `Defaults`."""
 
     @property
     def height(self) -> int: ...
@@ -187,7 +187,7 @@ class Size(Protocol):
     def width(self) -> int: ...
 
 
-def write(path: Path, calibration: Calibration) -> None:
+def write_calibration(path: Path, calibration: Calibration) -> None:
     """The file, in one move: a killed run leaves what was there before."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
@@ -198,66 +198,70 @@ def write(path: Path, calibration: Calibration) -> None:
         partial.unlink(missing_ok=True)
 
 
-def required(calibration: Calibration | None, cache: Any, timesteps: Sequence[float], what: str) -> Calibration:
+def require_calibration(
+    calibration: Calibration | None, cache: Any, timesteps: Sequence[float], what: str
+) -> Calibration:
     """The calibration itself, if it was made at these timesteps. `what` names the part that is needed ("magnitudes").
 
     Raises ExportError where there is none, where it lacks that part, or where it is for other steps.
     """
-    method, part = cache.method, PARTS.get(what, what)
+    method, part = cache.method, PART_TITLES.get(what, what)
     if calibration is None:
         raise ExportError(
-            f"cache.method {method!r} needs a calibration of the model ({part}); run `{COMMAND}`, and name the file that it "
+            f"cache.method {method!r} needs a calibration of the model ({part}); run `{CALIBRATE_COMMAND}`, and name the file that it "
             "writes in cache.calibration"
         )
     if len(calibration.timesteps) != len(timesteps):
         raise ExportError(
             f"cache.calibration: made for {calibration.steps} steps ({len(calibration.timesteps)} evaluations), and the plan has "
-            f"{len(timesteps)} evaluations; set sampler.steps = [{calibration.steps}], or run `{COMMAND} --steps N`"
+            f"{len(timesteps)} evaluations; set sampler.steps = [{calibration.steps}], or run `{CALIBRATE_COMMAND} --steps N`"
         )
     for e, (there, here) in enumerate(zip(calibration.timesteps, timesteps, strict=True)):
         if abs(there - here) > 1e-4 * max(abs(there), abs(here), 1.0):
             raise ExportError(
                 f"cache.calibration: made with {calibration.scheduler} at timestep {there:g} of evaluation {e}, where the plan has "
-                f"{here:g}; use its scheduler and size, or run `{COMMAND}` again"
+                f"{here:g}; use its scheduler and size, or run `{CALIBRATE_COMMAND}` again"
             )
     if not getattr(calibration, what):
-        raise ExportError(f"cache.calibration: has no {part}, which method {method!r} needs; run `{COMMAND}` again")
+        raise ExportError(
+            f"cache.calibration: has no {part}, which method {method!r} needs; run `{CALIBRATE_COMMAND}` again"
+        )
     return calibration
 
 
-def parameters(cache: Any) -> dict[str, Any]:
-    """What a data-dependent method decides by: every key of its table but the three that no decision depends on."""
+def decision_parameters(cache: Any) -> dict[str, Any]:
+    """The keys of a data-dependent method's table that its decisions depend on: all but three."""
     return cache.model_dump(mode="json", exclude={"method", "calibration", "quorum"})
 
 
-def frozen(
+def freeze_decisions(
     calibration: Calibration | None, cache: Any, keys: Sequence[str], timesteps: Sequence[float]
 ) -> tuple[dict[str, bool], ...]:
     """Evaluation by evaluation, which keys (branches) compute: those in which at least `cache.quorum` of the runs did.
 
     Raises ExportError for a calibration that is missing, or made at other steps, parameters or keys.
     """
-    calibration = required(calibration, cache, timesteps, "decisions")
+    calibration = require_calibration(calibration, cache, timesteps, "decisions")
     made = calibration.decisions.get(cache.method)
     if made is None:
         raise ExportError(
             f"cache.calibration: has decisions of {', '.join(sorted(calibration.decisions))} and none of {cache.method!r}; run "
-            f"`{COMMAND}` with the recipe that says method = {cache.method!r}"
+            f"`{CALIBRATE_COMMAND}` with the recipe that says method = {cache.method!r}"
         )
-    if made.parameters != parameters(cache):
-        changed = difference(made.parameters, parameters(cache))
+    if made.parameters != decision_parameters(cache):
+        changed = describe_difference(made.parameters, decision_parameters(cache))
         raise ExportError(
-            f"cache.calibration: the decisions of {cache.method!r} were made with other parameters ({changed}); run `{COMMAND}` again"
+            f"cache.calibration: the decisions of {cache.method!r} were made with other parameters ({changed}); run `{CALIBRATE_COMMAND}` again"
         )
     if set(made.computed) != set(keys):
         raise ExportError(
             f"cache.calibration: has decisions for {', '.join(map(repr, made.computed))}, and the model has "
-            f"{', '.join(map(repr, keys))}; run `{COMMAND}` again"
+            f"{', '.join(map(repr, keys))}; run `{CALIBRATE_COMMAND}` again"
         )
     return tuple({k: made.computed[k][e] >= cache.quorum for k in keys} for e in range(len(timesteps)))
 
 
-def difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+def describe_difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
     """`threshold is 0.05 there and 0.1 here`, for each key that differs."""
     keys = sorted({*there, *here})
     return "; ".join(

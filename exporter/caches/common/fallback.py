@@ -14,14 +14,14 @@ from . import calibration as calibrations
 from .calibration import Calibration
 
 if TYPE_CHECKING:
-    from ...plan.sampler import Table
+    from ...plan.sampler import SchedulerTable
 
 
-def that_holds(
+def cache_or_fallback(
     cache: Any,
     origin: Source,
-    size: calibrations.Size,
-    tables: Mapping[int, Table],
+    size: calibrations.PictureSize,
+    tables: Mapping[int, SchedulerTable],
     near: Path | None,
     progress: Progress,
 ) -> Any:
@@ -33,40 +33,42 @@ def that_holds(
     """
     if not isinstance(cache, Auto) or cache.otherwise is None or cache.calibration is None:
         return cache
-    made = calibrations.read(calibrations.find(cache.calibration, near))
-    reason = misfit(made, cache, origin, size, tables)
+    made = calibrations.read_calibration(calibrations.find_calibration(cache.calibration, near))
+    reason = explain_misfit(made, cache, origin, size, tables)
     if not reason:
         return cache
     mask = cache.fallback()
     computes = all(all(mask.expand(n)) for n in tables)
     instead = f"and mask {cache.otherwise} skips nothing" if computes else f"so mask {cache.otherwise} is used"
     progress.note(
-        f"cache: {cache.calibration} {reason}, {instead} {'at' if computes else 'for'} {listed(tables)} steps; "
-        f"`{calibrations.COMMAND}` finds a plan for a model and its steps"
+        f"cache: {cache.calibration} {reason}, {instead} {'at' if computes else 'for'} {list_steps(tables)} steps; "
+        f"`{calibrations.CALIBRATE_COMMAND}` finds a plan for a model and its steps"
     )
     return NoCache() if computes else mask
 
 
-def misfit(made: Calibration, cache: Auto, origin: Source, size: calibrations.Size, tables: Mapping[int, Table]) -> str:
+def explain_misfit(
+    made: Calibration, cache: Auto, origin: Source, size: calibrations.PictureSize, tables: Mapping[int, SchedulerTable]
+) -> str:
     """Why the calibration does not hold, or ''."""
     if made.sha256 != origin.sha256:
         return f"is of the model {made.model!r}, and this is another one"
     if (made.height, made.width) not in ((None, None), (size.height, size.width)):
         return f"is of pictures of {made.height} x {made.width}, and these are of {size.height} x {size.width}"
-    others = [n for n, table in tables.items() if not made_at(made, cache, table)]
+    others = [n for n, table in tables.items() if not is_calibrated_at(made, cache, table)]
     if not others:
         return ""
-    return f"is for the timesteps of {made.steps} steps of {made.scheduler}, and those of {listed(others)} steps here are others"
+    return f"is for the timesteps of {made.steps} steps of {made.scheduler}, and those of {list_steps(others)} steps here are others"
 
 
-def made_at(made: Calibration, cache: Auto, table: Table) -> bool:
+def is_calibrated_at(made: Calibration, cache: Auto, table: SchedulerTable) -> bool:
     """Whether the table has the calibration's scheduler, whose updates weights are fitted to, and its timesteps."""
     try:
-        calibrations.required(made, cache, table.timesteps, "timesteps")
+        calibrations.require_calibration(made, cache, table.timesteps, "timesteps")
     except ExportError:
         return False
     return table.scheduler == made.scheduler
 
 
-def listed(steps: Iterable[int]) -> str:
+def list_steps(steps: Iterable[int]) -> str:
     return " and ".join(map(str, steps))

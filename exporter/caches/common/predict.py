@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 
 
-def polynomial(t: float, nodes: Sequence[float]) -> tuple[float, ...]:
-    """For each of `nodes` the weight of its value in the value at `t` of the polynomial through all of them.
+def lagrange_weights(t: float, nodes: Sequence[float]) -> tuple[float, ...]:
+    """The weight of each node's value in the value at `t` of the polynomial through all `nodes`.
 
     Lagrange's form: one node gives (1.0,), reuse; two a line, three a parabola. The nodes need not be equally far apart,
     unlike Taylor steps by index, and the weights sum to 1. Raises ZeroDivisionError where two nodes are equal.

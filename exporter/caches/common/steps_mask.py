@@ -11,10 +11,10 @@ from itertools import cycle, groupby, zip_longest
 
 from ....runtime.errors import RecipeError
 
-NAMES = ("slow", "medium", "fast", "ultra")
+MASK_NAMES = ("slow", "medium", "fast", "ultra")
 
-EXACT: Mapping[int, Mapping[str, str]] = {
-    steps: dict(zip(NAMES, masks, strict=True))
+EXACT_MASKS: Mapping[int, Mapping[str, str]] = {
+    steps: dict(zip(MASK_NAMES, masks, strict=True))
     for steps, masks in {
         4: ("1101",) * 4,
         6: ("111001",) * 4,
@@ -22,10 +22,10 @@ EXACT: Mapping[int, Mapping[str, str]] = {
         9: ("111110111", "111110101", "111101001", "111001001"),
     }.items()
 }
-SHORT: Mapping[str, str] = dict(
-    zip(NAMES, ("111101101101101", "111101101001001", "111010010010001", "110100100010001"), strict=True)
+SHORT_MASKS: Mapping[str, str] = dict(
+    zip(MASK_NAMES, ("111101101101101", "111101101001001", "111010010010001", "110100100010001"), strict=True)
 )
-LONG: Mapping[str, str] = {
+LONG_MASKS: Mapping[str, str] = {
     "slow": "1111111101110011100110010001",
     "medium": "1111110110001100011000110001",
     "fast": "1111110100010000100000100001",
@@ -35,21 +35,21 @@ LONG: Mapping[str, str] = {
 
 def steps_mask(name: str, steps: int) -> str:
     """The mask of that name, one 0 or 1 a step. Raises RecipeError below 8 steps, but for 4 and 6."""
-    if steps in EXACT:
-        return EXACT[steps][name]
+    if steps in EXACT_MASKS:
+        return EXACT_MASKS[steps][name]
     if steps < 8:
         raise RecipeError(f"mask {name!r} is defined for 4, 6, 8 and more steps, not for {steps}; write the mask out")
-    base = SHORT if steps < 16 else LONG
+    base = SHORT_MASKS if steps < 16 else LONG_MASKS
     ones, zeros = ([len(list(run)) for bit, run in groupby(base[name]) if bit == b] for b in "10")
-    stretch(ones, zeros, steps)
-    cut(ones, zeros, steps)
+    stretch_runs(ones, zeros, steps)
+    trim_runs(ones, zeros, steps)
     bits = "".join("1" * n + "0" * m for n, m in zip_longest(ones, zeros, fillvalue=0))
     return bits[:-1] + "1"
 
 
-def stretch(ones: list[int], zeros: list[int], steps: int) -> None:
+def stretch_runs(ones: list[int], zeros: list[int], steps: int) -> None:
     """Lengthens the runs in turn, each by half of its share, until they hold `steps`."""
-    rate = steps / len(LONG["slow"]) * 0.5
+    rate = steps / len(LONG_MASKS["slow"]) * 0.5
     growth = [(runs, i, max(int(runs[i] * rate), 1)) for i in range(len(zeros)) for runs in (ones, zeros)]
     for runs, i, more in cycle([*growth, (ones, -1, 1)]):
         if sum(ones) + sum(zeros) >= steps:
@@ -57,7 +57,7 @@ def stretch(ones: list[int], zeros: list[int], steps: int) -> None:
         runs[i] += more
 
 
-def cut(ones: list[int], zeros: list[int], steps: int) -> None:
+def trim_runs(ones: list[int], zeros: list[int], steps: int) -> None:
     """Takes single steps off the ends of the last skipped and the last computed run in turn, down to `steps`."""
     for runs in cycle((zeros, ones)):
         if sum(ones) + sum(zeros) <= steps:

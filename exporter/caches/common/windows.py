@@ -18,23 +18,23 @@ from ...sites.layout import Layout, Place
 from ...tables import Regex
 
 
-def _rising(window: tuple[int, int]) -> tuple[int, int]:
+def _check_bounds(window: tuple[int, int]) -> tuple[int, int]:
     low, high = window
     if low >= high:
         raise ValueError(f"expected low < high, got [{low}, {high}]")
     return window
 
 
-Window = Annotated[tuple[int, int], Field(strict=False), AfterValidator(_rising)]
+TimestepWindow = Annotated[tuple[int, int], Field(strict=False), AfterValidator(_check_bounds)]
 Identifiers = Annotated[tuple[Regex, ...], Field(strict=False, min_length=1)]
 
 
-def inside(window: tuple[int, int], timestep: float) -> bool:
+def is_in_window(window: tuple[int, int], timestep: float) -> bool:
     return window[0] < timestep < window[1]
 
 
 @dataclass(frozen=True)
-class Group:
+class AttentionGroup:
     """Attentions that share a range and a window. `name` is the start of their keys in the recipe ("spatial_attention"),
     `default` the identifiers that a recipe has by itself: of those, any may match nothing."""
 
@@ -46,35 +46,39 @@ class Group:
     default: tuple[str, ...]
 
 
-def taken(groups: Sequence[Group], layout: Layout, places: Sequence[Place]) -> list[tuple[Group, Place]]:
+def assign_groups(
+    groups: Sequence[AttentionGroup], layout: Layout, places: Sequence[Place]
+) -> list[tuple[AttentionGroup, Place]]:
     """Each place with its group, in order of execution. Raises ExportError for identifiers that take no attention."""
     pairs = []
     for place in places:
-        group = next((g for g in groups if g.kind == place.kind and matching(g.identifiers, [place])), None)
+        group = next((g for g in groups if g.kind == place.kind and search_places(g.identifiers, [place])), None)
         pairs += [(group, place)] if group else []
     for group in groups:
-        check(group, groups, layout, places)
+        check_group(group, groups, layout, places)
     return pairs
 
 
-def matching(identifiers: Sequence[str], places: Sequence[Place]) -> list[Place]:
+def search_places(identifiers: Sequence[str], places: Sequence[Place]) -> list[Place]:
     return [p for p in places if any(re.search(i, p.name) for i in identifiers)]
 
 
-def check(group: Group, groups: Sequence[Group], layout: Layout, places: Sequence[Place]) -> None:
+def check_group(
+    group: AttentionGroup, groups: Sequence[AttentionGroup], layout: Layout, places: Sequence[Place]
+) -> None:
     """ExportError where the group, or an identifier that is not a default one, takes nothing: a silent miss skips nothing."""
     kind = "attention" if group.kind == "attention" else "cross attention"
     candidates = [p for p in places if p.kind == group.kind]
     asked = [group.identifiers] if group.identifiers == group.default else [(i,) for i in group.identifiers]
     for identifiers in asked:
-        if not matching(identifiers, candidates):
+        if not search_places(identifiers, candidates):
             raise ExportError(
                 f"cache.{group.name}_block_identifiers {list(identifiers)} match no {kind} of the model; "
                 f"it has {layout.names(layout.of(group.kind))}"
             )
     earlier = [g for g in groups[: groups.index(group)] if g.kind == group.kind]
-    matched = matching(group.identifiers, candidates)
-    if all(any(matching(g.identifiers, [p]) for g in earlier) for p in matched):
+    matched = search_places(group.identifiers, candidates)
+    if all(any(search_places(g.identifiers, [p]) for g in earlier) for p in matched):
         raise ExportError(
             f"cache.{group.name}_block_identifiers {list(group.identifiers)} match only attentions that "
             f"cache.{earlier[0].name}_block_identifiers match too, and those come first: {layout.names(matched)}"

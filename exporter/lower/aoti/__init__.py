@@ -27,78 +27,78 @@ from typing import Any
 import torch
 from torch import nn
 
-from ....runtime.elf import EXECUTABLE, GNU_STACK
+from ....runtime.elf import FLAG_EXECUTABLE, GNU_STACK
 from ....runtime.errors import ExportError, RecipeError
-from ...passes.captured_graph import Captured
-from ...tables import Table
-from .. import Files, Groups, Made, w8a8
-from ..options import options
+from ...passes.captured_graph import CapturedGraph
+from ...tables import RecipeTable
+from .. import CodeFiles, GraphCompiler, GraphGroups, w8a8
+from ..options import read_options
 from ..toolchain import glibc_version
 from . import cuda, kernels
-from .isa import choose, host_flags, inductor_flags, int8_flags
-from .kernels.rewrite import calling_kernels
+from .isa import choose_isa, host_flags, inductor_flags, int8_flags
+from .kernels.rewrite import insert_kernel_calls
 
-LINE_TABLES = "aot_inductor.enable_line_tables"
+LINE_TABLES_FLAG = "aot_inductor.enable_line_tables"
 """A flag that torch 2.11 has not, nor such tables."""
-PACKAGED = {
+PACKAGE_FLAGS = {
     "aot_inductor.package": True,
     "aot_inductor.package_constants_in_so": False,
     # folded or merged weights would vanish from the list of constants, and could not be swapped later
     "always_keep_tensor_constants": True,
     "joint_graph_constant_folding": False,
-    # as data, not as text for the assembler, which says nothing of the stack; see `without_executable_stack`
+    # as data, not as text for the assembler, which says nothing of the stack; see `clear_executable_stack`
     "aot_inductor.use_consts_asm_build": False,
     # tables of which line of which file an instruction comes from: of sources that are not kept, in folders of this machine
-    LINE_TABLES: False,
+    LINE_TABLES_FLAG: False,
     # else a hash of the sources, which name their folders
     "aot_inductor.model_name_for_generated_files": "model",
 }
 CHANNELS_LAST = True
-SUFFIX = ".pt2"
-KEPT_SUFFIXES = (".so", ".json", ".cubin")
-EPOCH = (1980, 1, 1, 0, 0, 0)
-ENVIRONMENT = re.compile(
+PACKAGE_SUFFIX = ".pt2"
+PACKAGED_SUFFIXES = (".so", ".json", ".cubin")
+ZIP_EPOCH = (1980, 1, 1, 0, 0, 0)
+COMPILER_VARIABLES = re.compile(
     r"C(PLUS_INCLUDE_)?PATH|C_INCLUDE_PATH|LIBRARY_PATH|COMPILER_PATH|GCC_EXEC_PREFIX|OMP_PREFIX|CXX|"
     r"(TORCHINDUCTOR|TORCH_INDUCTOR|AOT_?INDUCTOR)_(?!CACHE_DIR$).*"
 )
 """What g++ and Inductor read while they compile."""
 
 
-def flags(config: Any) -> dict[str, Any]:
+def compile_flags(config: Any) -> dict[str, Any]:
     """Inductor's options for the recipe's `compile` table: packaging, instruction set, and the recipe's own flags."""
-    level, _ = choose(config.isa)
-    device = cuda.flags(options(config, Options)) if on_gpu(config) else {}
-    packaged = {name: value for name, value in PACKAGED.items() if name != LINE_TABLES or knows_line_tables()}
-    return {**packaged, **device, "cpp.threads": threads(config), **inductor_flags(level), **config.inductor}
+    level, _ = choose_isa(config.isa)
+    device = cuda.cuda_flags(read_options(config, AotiOptions)) if is_on_gpu(config) else {}
+    packaged = {name: value for name, value in PACKAGE_FLAGS.items() if name != LINE_TABLES_FLAG or has_line_tables()}
+    return {**packaged, **device, "cpp.threads": thread_count(config), **inductor_flags(level), **config.inductor}
 
 
-def knows_line_tables() -> bool:
+def has_line_tables() -> bool:
     from torch._inductor import config
 
-    return hasattr(config.aot_inductor, LINE_TABLES.rpartition(".")[2])
+    return hasattr(config.aot_inductor, LINE_TABLES_FLAG.rpartition(".")[2])
 
 
-def adapted(recipe: Any) -> tuple[Any, tuple[str, ...]]:
-    """As it is. Raises RecipeError for a GPU that is not here, for kernels that this machine cannot run, and for fp8 on the CPU:
+def adapt_recipe(recipe: Any) -> tuple[Any, tuple[str, ...]]:
+    """The recipe unchanged. Raises RecipeError for a GPU that is not here, for kernels that this machine cannot run, and for fp8 on the CPU:
     torch makes such products by way of wider numbers there, and slower than those of float32 (docs/reference/backends.md)."""
-    chosen = options(recipe.compile, Options)
-    if on_gpu(recipe.compile):
+    chosen = read_options(recipe.compile, AotiOptions)
+    if is_on_gpu(recipe.compile):
         if chosen.kernels:
             raise RecipeError(
                 "compile.options.kernels: they are for the CPU, and compile.device is cuda; leave the option out"
             )
-        cuda.refuse(recipe)
+        cuda.check_gpu_recipe(recipe)
         return recipe, ()
     if gpu_only := sorted({"cuda_graphs", "multi_arch", "tf32"} & recipe.compile.options.keys()):
         raise RecipeError(
             f"compile.options.{gpu_only[0]}: it is for GPUs, and compile.device is cpu; leave the option out"
         )
-    if with_kernels(recipe.compile) and not kernels.fit(choose(recipe.compile.isa)[0]):
+    if has_kernels(recipe.compile) and not kernels.has_kernel_flags(choose_isa(recipe.compile.isa)[0]):
         raise RecipeError(
-            f"compile.options.kernels: they need {', '.join(kernels.FLAGS)} and {kernels.LEVEL}, so the result could not be "
+            f"compile.options.kernels: they need {', '.join(kernels.KERNEL_FLAGS)} and {kernels.KERNEL_LEVEL}, so the result could not be "
             f"verified with compile.isa={recipe.compile.isa} on this CPU; leave the option out, or export on such a machine"
         )
-    if not with_kernels(recipe.compile):
+    if not has_kernels(recipe.compile):
         w8a8.refuse_convolutions(recipe)
     if recipe.quantize.method == "fp8_dynamic":
         raise RecipeError(
@@ -108,10 +108,10 @@ def adapted(recipe: Any) -> tuple[Any, tuple[str, ...]]:
     return recipe, ()
 
 
-class Options(Table):
+class AotiOptions(RecipeTable):
     """`kernels`: whether attention in bfloat16 and int8 layers are prebake's own code, `kernels/`. By default where the CPU has
     the instructions, unless `compile.isa` names a level, which promises to run where they may be missing. The others are
-    for GPUs: `cuda.Choices`, and `cuda_graphs`, by which the runtime records whole trajectories (`runtime/recorded.py`)."""
+    for GPUs: `cuda.CudaOptions`, and `cuda_graphs`, by which the runtime records whole trajectories (`runtime/recorded.py`)."""
 
     kernels: bool | None = None
     multi_arch: bool = False
@@ -119,18 +119,22 @@ class Options(Table):
     cuda_graphs: bool = False
 
 
-def on_gpu(config: Any) -> bool:
+def is_on_gpu(config: Any) -> bool:
     return config.device == "cuda"
 
 
-def with_kernels(config: Any) -> bool:
-    asked = options(config, Options).kernels
-    if on_gpu(config):
+def has_kernels(config: Any) -> bool:
+    asked = read_options(config, AotiOptions).kernels
+    if is_on_gpu(config):
         return False
-    return kernels.fit(choose(config.isa)[0]) and config.isa in ("host", "native") if asked is None else asked
+    return (
+        kernels.has_kernel_flags(choose_isa(config.isa)[0]) and config.isa in ("host", "native")
+        if asked is None
+        else asked
+    )
 
 
-def threads(config: Any) -> int:
+def thread_count(config: Any) -> int:
     """How many threads the loops of the compiled code fork, `compile.threads` or what torch uses here.
 
     Inductor writes the number into each loop that is worth splitting. Its alternative, asking at run time, splits every
@@ -140,13 +144,13 @@ def threads(config: Any) -> int:
 
 
 def toolchain(config: Any) -> dict[str, str]:
-    """What else of this machine went into the code, for the manifest."""
-    return {"threads": str(threads(config)), **(cuda.toolchain() if on_gpu(config) else {})}
+    """The threads, GPU and compiler versions that went into the code, for the manifest."""
+    return {"threads": str(thread_count(config)), **(cuda.cuda_toolchain() if is_on_gpu(config) else {})}
 
 
 def reproducible(config: Any) -> bool:
-    """Unless Inductor chooses kernels by their times, as the recipe lets it, and as it always does on a GPU."""
-    return not on_gpu(config) and not any(
+    """Whether equal graphs give equal bytes: unless Inductor chooses kernels by their times, as it always does on a GPU."""
+    return not is_on_gpu(config) and not any(
         value for name, value in config.inductor.items() if "autotune" in name or "benchmark" in name
     )
 
@@ -163,16 +167,16 @@ def depends(config: Any) -> dict[str, str]:
         "inductor": torch_key().hex(),
         "settings": repr(sorted(settings.items())),
         "metadata": repr(sorted(written.items())),
-        "flags": repr(sorted(flags(config).items())),
+        "flags": repr(sorted(compile_flags(config).items())),
         "torch": repr((*switches, torch.get_default_dtype(), torch.backends.mkldnn.enabled)),
-        "compiler": compiler(),
-        "environment": repr({k: v for k, v in sorted(os.environ.items()) if ENVIRONMENT.fullmatch(k)}),
+        "compiler": describe_compiler(),
+        "environment": repr({k: v for k, v in sorted(os.environ.items()) if COMPILER_VARIABLES.fullmatch(k)}),
         "cpu": " ".join(sorted(host_flags())),
     }
 
 
-def compiler() -> str:
-    """Where the C++ compiler lies, and all that it says of its version, by which distributions tell their builds apart; empty
+def describe_compiler() -> str:
+    """Path and version text of the C++ compiler, by which distributions tell their builds apart; empty
     without one, which is an error only where something is to be compiled."""
     from torch._inductor.cpp_builder import get_cpp_compiler
 
@@ -187,27 +191,29 @@ def compiler() -> str:
 
 def requires(recipe: Any) -> dict[str, Any]:
     """The instruction set, this torch and this C library."""
-    level, flags = choose(recipe.compile.isa)
-    if recipe.quantize.method == "int8_dynamic" and not on_gpu(recipe.compile):
+    level, flags = choose_isa(recipe.compile.isa)
+    if recipe.quantize.method == "int8_dynamic" and not is_on_gpu(recipe.compile):
         flags = tuple(sorted({*flags, *int8_flags()}))
-    if with_kernels(recipe.compile):
-        flags = tuple(sorted({*flags, *kernels.FLAGS}))
+    if has_kernels(recipe.compile):
+        flags = tuple(sorted({*flags, *kernels.KERNEL_FLAGS}))
     return {
         "isa_level": level,
         "isa": flags,
         "torch": ".".join(torch.__version__.split(".")[:2]),
         "glibc": glibc_version(),
-        "packages": cuda.packages(options(recipe.compile, Options)) if on_gpu(recipe.compile) else {},
+        "packages": cuda.required_packages(read_options(recipe.compile, AotiOptions))
+        if is_on_gpu(recipe.compile)
+        else {},
     }
 
 
-def quantized(model: nn.Module, names: set[str], recipe: Any) -> None:
-    """For a GPU as `cuda.py` has it; on the CPU as the operator that a kernel computes, or by torchao, whose tensor subclasses are unwrapped at the end, so that every stored weight is a plain tensor."""
-    if on_gpu(recipe.compile):
-        cuda.quantized(model, names, recipe.quantize.method)
+def quantize_layers(model: nn.Module, names: set[str], recipe: Any) -> None:
+    """Quantizes layers: for a GPU by `cuda.py`; on the CPU as the operator that a kernel computes, or by torchao, whose tensor subclasses are unwrapped at the end, so that every stored weight is a plain tensor."""
+    if is_on_gpu(recipe.compile):
+        cuda.quantize_layers(model, names, recipe.quantize.method)
         return
-    if with_kernels(recipe.compile):
-        w8a8.quantized(model, names, recipe)
+    if has_kernels(recipe.compile):
+        w8a8.quantize_layers(model, names, recipe)
         return
     from torch._functorch._aot_autograd.subclass_parametrization import unwrap_tensor_subclass_parameters
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
@@ -219,38 +225,38 @@ def quantized(model: nn.Module, names: set[str], recipe: Any) -> None:
 
 def stand_in(config: Any) -> Any:
     """The kernels in the place of what they replace, for forecasts; None without them."""
-    if not with_kernels(config):
+    if not has_kernels(config):
         return None
-    from .kernels.native import Native
+    from .kernels.native import NativeKernels
 
     with build_folder() as place:
-        return Native(place, threads(config)).stand_in
+        return NativeKernels(place, thread_count(config)).stand_in
 
 
-def rewritten(graph: Captured, config: Any) -> Captured:
-    """With calls of kernels where they fit; the rest is for Inductor's own passes."""
-    return calling_kernels(graph) if with_kernels(config) else graph
+def rewrite_graph(graph: CapturedGraph, config: Any) -> CapturedGraph:
+    """The graph with calls of kernels where they fit; the rest is for Inductor's own passes."""
+    return insert_kernel_calls(graph) if has_kernels(config) else graph
 
 
-def lower(folder: Path, groups: Groups, config: Any, made: Made) -> dict[str, str]:
+def lower(folder: Path, groups: GraphGroups, config: Any, made: GraphCompiler) -> dict[str, str]:
     """A package for each component."""
-    chosen, paths = flags(config), {}
+    chosen, paths = compile_flags(config), {}
 
-    def compiled(graph: Captured) -> Files:
-        if not on_gpu(config):
+    def compiled(graph: CapturedGraph) -> CodeFiles:
+        if not is_on_gpu(config):
             return compile_graph(graph, chosen)
-        with cuda.float32_as_tf32(options(config, Options).tf32):
-            return compile_graph(cuda.onto(graph, torch.device("cuda")), chosen)
+        with cuda.float32_as_tf32(read_options(config, AotiOptions).tf32):
+            return compile_graph(cuda.move_graph(graph, torch.device("cuda")), chosen)
 
     for component, graphs in groups.items():
         files = {g.name: made(component, g, compiled) for g in graphs}
-        path = f"graphs/{component}{SUFFIX}"
+        path = f"graphs/{component}{PACKAGE_SUFFIX}"
         write_package(folder / path, files)
         paths |= dict.fromkeys(files, path)
     return paths
 
 
-def compile_graph(graph: Captured, flags: dict[str, Any], folder: Path | None = None) -> Files:
+def compile_graph(graph: CapturedGraph, flags: dict[str, Any], folder: Path | None = None) -> CodeFiles:
     """Compiles one graph in a private `folder`, or the one of this user; returns those of Inductor's files that are kept.
 
     Raises ExportError naming the graph when the compiler fails.
@@ -258,11 +264,11 @@ def compile_graph(graph: Captured, flags: dict[str, Any], folder: Path | None = 
     with build_folder(folder) as place:
         sources = place / "sources"  # Inductor does not write a file again that is there
         shutil.rmtree(sources, ignore_errors=True)
-        options = {"aot_inductor.output_path": str(sources), **without_paths(flags, sources)}
+        options = {"aot_inductor.output_path": str(sources), **shorten_paths(flags, sources)}
         try:
-            with kernels.linked(place, graph.gm, flags.get("cpp.threads") or torch.get_num_threads()) as linked:
+            with kernels.link_kernels(place, graph.gm, flags.get("cpp.threads") or torch.get_num_threads()) as linked:
                 made: Any = torch._inductor.aot_compile(graph.gm, graph.args, options=options | linked)
-            files = {Path(f).name: Path(f).read_bytes() for f in made if isinstance(f, str) and wanted(f)}
+            files = {Path(f).name: Path(f).read_bytes() for f in made if isinstance(f, str) and is_packaged(f)}
         except ExportError:
             raise
         except Exception as e:
@@ -270,10 +276,10 @@ def compile_graph(graph: Captured, flags: dict[str, Any], folder: Path | None = 
                 f"graph {graph.name!r}: AOTInductor could not compile it ({type(e).__name__}: {first_line(e)})"
             ) from e
         shutil.rmtree(sources, ignore_errors=True)
-    return {n: without_executable_stack(data) if n.endswith(".so") else data for n, data in files.items()}
+    return {n: clear_executable_stack(data) if n.endswith(".so") else data for n, data in files.items()}
 
 
-def without_paths(flags: dict[str, Any], sources: Path) -> dict[str, Any]:
+def shorten_paths(flags: dict[str, Any], sources: Path) -> dict[str, Any]:
     """The flags with two more for the compiler, behind `-march`, which is the only one that Inductor takes from its settings
     as it is: messages of assertions name their files, here by short names, as if all machines had them in one place.
 
@@ -292,22 +298,22 @@ def first_line(e: Exception) -> str:
     return next(iter(str(e).strip().splitlines()), "no message")
 
 
-def write_package(path: Path, models: Mapping[str, Files]) -> None:
+def write_package(path: Path, models: Mapping[str, CodeFiles]) -> None:
     """One archive of all models, in torch's own layout, with fixed times and order."""
     from torch._inductor.package import package_aoti
 
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         raw = Path(scratch) / path.name
-        package_aoti(str(raw), {model: laid_out(Path(scratch) / model, files) for model, files in models.items()})
+        package_aoti(str(raw), {model: write_files(Path(scratch) / model, files) for model, files in models.items()})
         with zipfile.ZipFile(raw) as source, zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as target:
             members = {name: source.read(name) for name in sorted(source.namelist())}
             for name, data in members.items():
                 is_id = name.endswith("/.data/serialization_id")
-                target.writestr(zipfile.ZipInfo(name, EPOCH), serialization_id(members) if is_id else data)
+                target.writestr(zipfile.ZipInfo(name, ZIP_EPOCH), serialization_id(members) if is_id else data)
 
 
-def laid_out(folder: Path, files: Files) -> list[Any]:
+def write_files(folder: Path, files: CodeFiles) -> list[Any]:
     """The paths of the files, written."""
     folder.mkdir()
     for name, data in files.items():
@@ -315,8 +321,8 @@ def laid_out(folder: Path, files: Files) -> list[Any]:
     return [str(folder / name) for name in files]
 
 
-def without_executable_stack(library: bytes) -> bytes:
-    """The same ELF library, whose segment PT_GNU_STACK no longer asks for execution.
+def clear_executable_stack(library: bytes) -> bytes:
+    """The ELF library with a PT_GNU_STACK segment that no longer asks for execution.
 
     torch 2.13 assembles the (empty) constants from text that does not say what stack it needs, and the linker takes that for
     a wish; glibc from 2.41 on refuses to load such a library. None of the code runs on its stack.
@@ -326,7 +332,7 @@ def without_executable_stack(library: bytes) -> bytes:
     for at in range(start, start + size * count, size):
         kind, flags = struct.unpack_from("<II", library, at)
         if kind == GNU_STACK:
-            struct.pack_into("<I", changed, at + 4, flags & ~EXECUTABLE)
+            struct.pack_into("<I", changed, at + 4, flags & ~FLAG_EXECUTABLE)
     return bytes(changed)
 
 
@@ -339,9 +345,9 @@ def serialization_id(members: dict[str, bytes]) -> bytes:
     return f"{int(kept.hexdigest(), 16) % 10**40:040d}".encode()
 
 
-def wanted(file: str) -> bool:
+def is_packaged(file: str) -> bool:
     """Shared objects, kernels and metadata. `*compile_flags.json` would let a loader run a shell command."""
-    return file.endswith(KEPT_SUFFIXES) and not file.endswith("compile_flags.json")
+    return file.endswith(PACKAGED_SUFFIXES) and not file.endswith("compile_flags.json")
 
 
 @contextlib.contextmanager

@@ -18,28 +18,28 @@ import torch
 from torch import Tensor, fx, nn
 
 from ....runtime.errors import ExportError, RecipeError
-from ....runtime.gpu.capability import CAPABILITY, CUDA, named
+from ....runtime.gpu.capability import CAPABILITY_KEY, CUDA_KEY, capability_name
 from ...passes.attention_backend import refuse_attention
-from ...passes.captured_graph import Captured
+from ...passes.captured_graph import CapturedGraph
 from .. import w8a8
 
-FP8_FROM = (8, 9)
+FP8_CAPABILITY = (8, 9)
 """The compute capability from which GPUs multiply float8."""
-MULTIPLE = 16
+FEATURE_MULTIPLE = 16
 """Of features in and out: cuBLASLt's products of 8 bits want rows of whole 16 bytes."""
-FEWEST = 17
+MIN_TOKENS = 17
 """Tokens: torch's product of int8 takes more than 16 rows on a GPU (aten/src/ATen/native/cuda/Blas.cpp, `_int_mm_out_cuda`)."""
 
 
-class Choices(Protocol):
-    """Those of `compile.options` that are for GPUs. With `multi_arch` kernels are kept as PTX besides, which newer GPUs
+class CudaOptions(Protocol):
+    """The `compile.options` that are for GPUs. With `multi_arch` kernels are kept as PTX besides, which newer GPUs
     compile for themselves; with `tf32` products of float32 round their factors to TF32."""
 
     multi_arch: bool
     tf32: bool
 
 
-def refuse(recipe: Any) -> None:
+def check_gpu_recipe(recipe: Any) -> None:
     """Raises RecipeError where nothing could be compiled: Inductor compiles for the GPU that it sees, and for no other."""
     if not torch.cuda.is_available():
         raise RecipeError(
@@ -48,26 +48,26 @@ def refuse(recipe: Any) -> None:
         )
     w8a8.refuse_convolutions(recipe)
     here = torch.cuda.get_device_capability()
-    if recipe.quantize.method == "fp8_dynamic" and here < FP8_FROM:
+    if recipe.quantize.method == "fp8_dynamic" and here < FP8_CAPABILITY:
         raise RecipeError(
-            f"quantize.method 'fp8_dynamic': GPUs multiply fp8 from {named(FP8_FROM)} on, this one is {named(here)}; set "
+            f"quantize.method 'fp8_dynamic': GPUs multiply fp8 from {capability_name(FP8_CAPABILITY)} on, this one is {capability_name(here)}; set "
             "quantize.method=int8_dynamic"
         )
 
 
-def flags(chosen: Choices) -> dict[str, Any]:
+def cuda_flags(chosen: CudaOptions) -> dict[str, Any]:
     """Inductor's options: kernels lie inside the library, which then is all that a graph's code consists of."""
     return {"aot_inductor.embed_kernel_binary": True, "aot_inductor.emit_multi_arch_kernel": chosen.multi_arch}
 
 
-def packages(chosen: Choices) -> dict[str, str]:
+def required_packages(chosen: CudaOptions) -> dict[str, str]:
     """The GPUs, "sm90" or with `multi_arch` "sm90+", and the CUDA that their driver must have."""
-    made_for = named(torch.cuda.get_device_capability()) + ("+" if chosen.multi_arch else "")
-    return {CAPABILITY: made_for, CUDA: str(torch.version.cuda).split(".")[0]}
+    made_for = capability_name(torch.cuda.get_device_capability()) + ("+" if chosen.multi_arch else "")
+    return {CAPABILITY_KEY: made_for, CUDA_KEY: str(torch.version.cuda).split(".")[0]}
 
 
-def toolchain() -> dict[str, str]:
-    """What else of this machine went into the code."""
+def cuda_toolchain() -> dict[str, str]:
+    """The GPU, CUDA and Triton that went into the code."""
     triton = importlib.import_module("triton")
     return {"gpu": torch.cuda.get_device_name(), "cuda": str(torch.version.cuda), "triton": triton.__version__}
 
@@ -86,8 +86,8 @@ def float32_as_tf32(wanted: bool) -> Iterator[None]:
 # --- layers in 8 bits -----------------------------------------------------------------------------------------------
 
 
-class EightBits(nn.Module):
-    """What stands for a Linear: the arithmetic of `w8a8.py` as plain operators, which Inductor fuses with what lies around.
+class EightBitLinear(nn.Module):
+    """A Linear in 8 bits: the arithmetic of `w8a8.py` as plain operators, which Inductor fuses with what lies around.
 
     torchao's own layers are not used: their graph depends on the device on which they are captured (on a CPU it corrects
     for unsigned bytes). The weight is [N, K], a product's right side read by columns, which float8 asks for on a GPU; it
@@ -97,7 +97,7 @@ class EightBits(nn.Module):
     def __init__(self, linear: nn.Linear, method: str) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        rows, scale = w8a8.METHODS[method][0](linear.weight.detach())
+        rows, scale = w8a8.QUANTIZE_METHODS[method][0](linear.weight.detach())
         self.weight = nn.Parameter(rows, requires_grad=False)
         self.scale = nn.Parameter(scale, requires_grad=False)
         self.bias = linear.bias
@@ -113,39 +113,39 @@ class EightBits(nn.Module):
 def int8_product(tokens: Tensor, columns: Tensor, scale: Tensor) -> Tensor:
     """Tokens [T, K] times int8 `columns` [K, N]: float32 [T, N]. Too few rows for a GPU are filled up with zeros."""
     count, x = tokens.shape[0], tokens.float()
-    a = w8a8.largest(x)
-    q = (x / a / (1 / w8a8.LEVELS)).round().clamp(-128, 127).to(torch.int8)
-    q = nn.functional.pad(q, (0, 0, 0, FEWEST - count)) if count < FEWEST else q
-    return torch._int_mm(q, columns)[:count].float() * (scale / w8a8.LEVELS) * a
+    a = w8a8.token_maxima(x)
+    q = (x / a / (1 / w8a8.INT8_LEVELS)).round().clamp(-128, 127).to(torch.int8)
+    q = nn.functional.pad(q, (0, 0, 0, MIN_TOKENS - count)) if count < MIN_TOKENS else q
+    return torch._int_mm(q, columns)[:count].float() * (scale / w8a8.INT8_LEVELS) * a
 
 
 def fp8_product(tokens: Tensor, columns: Tensor, scale: Tensor) -> Tensor:
-    """The same in float8_e4m3fn, in bfloat16, which is all that scales by row come out in."""
+    """Tokens [T, K] times float8_e4m3fn `columns` [K, N]: [T, N] in bfloat16, which is all that scales by row come out in."""
     x = tokens.float()
-    a = w8a8.largest(x)
+    a = w8a8.token_maxima(x)
     q = (x / a / (1 / w8a8.FP8_LEVELS)).clamp(-w8a8.FP8_LEVELS, w8a8.FP8_LEVELS).to(w8a8.FP8)
     by_column = scale[None, :]
     return torch._scaled_mm(q, columns, a / w8a8.FP8_LEVELS, by_column, out_dtype=torch.bfloat16)
 
 
-def quantized(model: nn.Module, names: set[str], method: str) -> None:
+def quantize_layers(model: nn.Module, names: set[str], method: str) -> None:
     """Replaces the Linears of these names in place. Raises ExportError for one that a GPU could not multiply."""
     for name in sorted(names):
         path, _, leaf = name.rpartition(".")
         parent, linear = model.get_submodule(path), model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
-        if linear.in_features % MULTIPLE or linear.out_features % MULTIPLE:
+        if linear.in_features % FEATURE_MULTIPLE or linear.out_features % FEATURE_MULTIPLE:
             raise ExportError(
-                f"layer {name!r}: expected multiples of {MULTIPLE} features for a product of 8 bits on a GPU, got "
+                f"layer {name!r}: expected multiples of {FEATURE_MULTIPLE} features for a product of 8 bits on a GPU, got "
                 f"{linear.in_features}x{linear.out_features}; add its name to quantize.exclude"
             )
-        setattr(parent, leaf, EightBits(linear, method))
+        setattr(parent, leaf, EightBitLinear(linear, method))
 
 
 # --- graphs on the device ----------------------------------------------------------------------------------------------
 
 
-def onto(graph: Captured, device: torch.device) -> Captured:
+def move_graph(graph: CapturedGraph, device: torch.device) -> CapturedGraph:
     """The graph on a device: its constants and examples copied there, and every operator that makes tensors making them
     there. Constants that are one tensor stay one. Raises ExportError for an operator that is the CPU's own, and for
     attention by a kernel that the GPU lacks."""
@@ -165,7 +165,7 @@ def onto(graph: Captured, device: torch.device) -> Captured:
         if node.op == "get_attr":
             path, _, leaf = str(node.target).rpartition(".")
             owner = gm.get_submodule(path)
-            put(owner, leaf, there(getattr(owner, leaf)))
+            replace_tensor(owner, leaf, there(getattr(owner, leaf)))
         if "device" in node.kwargs:
             node.kwargs = {**node.kwargs, "device": device}
         node.args = tuple(device if isinstance(a, torch.device) else a for a in node.args)
@@ -178,8 +178,8 @@ def onto(graph: Captured, device: torch.device) -> Captured:
     return moved
 
 
-def put(owner: nn.Module, leaf: str, tensor: Tensor) -> None:
-    """As what it was there: a parameter, or a buffer."""
+def replace_tensor(owner: nn.Module, leaf: str, tensor: Tensor) -> None:
+    """Replaces a module's tensor by another of its kind: a parameter, or a buffer."""
     if leaf in owner._parameters:
         owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
     else:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from ....runtime.errors import ExportError
 
-V3 = ("avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe")
-V4 = (*V3, "avx512bw", "avx512cd", "avx512dq", "avx512f", "avx512vl")
-LEVELS = {"x86-64-v3": V3, "x86-64-v4": V4}
+V3_FLAGS = ("avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe")
+V4_FLAGS = (*V3_FLAGS, "avx512bw", "avx512cd", "avx512dq", "avx512f", "avx512vl")
+ISA_LEVELS = {"x86-64-v3": V3_FLAGS, "x86-64-v4": V4_FLAGS}
 SIMDLEN = {"x86-64-v3": 256, "x86-64-v4": 512}
 
 
@@ -20,7 +20,7 @@ def host_flags() -> frozenset[str]:
     return frozenset(next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), []))
 
 
-def choose(isa: str) -> tuple[str, tuple[str, ...]]:
+def choose_isa(isa: str) -> tuple[str, tuple[str, ...]]:
     """(level, /proc/cpuinfo flags it needs). "host" is the highest named level that this machine has.
 
     Raises ExportError for a level that the compiler's self-checks could not run here.
@@ -29,18 +29,18 @@ def choose(isa: str) -> tuple[str, tuple[str, ...]]:
     if isa == "native" or platform.machine() not in ("x86_64", "AMD64"):
         return "native", tuple(sorted(flags))
     if isa == "host":
-        level = next((name for name in ("x86-64-v4", "x86-64-v3") if flags.issuperset(LEVELS[name])), None)
+        level = next((name for name in ("x86-64-v4", "x86-64-v3") if flags.issuperset(ISA_LEVELS[name])), None)
         if level is None:
             raise ExportError(
                 "compile.isa 'host': this CPU has no AVX2, so neither x86-64-v3 nor v4 fits; set compile.isa=native"
             )
-        return level, LEVELS[level]
-    missing = sorted(set(LEVELS[isa]) - flags)
+        return level, ISA_LEVELS[level]
+    missing = sorted(set(ISA_LEVELS[isa]) - flags)
     if missing:
         raise ExportError(
             f"compile.isa {isa!r} needs {', '.join(missing)}, which this CPU lacks, so the result could not be verified here; export on such a machine or choose a lower level"
         )
-    return isa, LEVELS[isa]
+    return isa, ISA_LEVELS[isa]
 
 
 def int8_flags() -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """A captured graph as an ONNX model: for every backend that reads ONNX, and for nothing else.
 
-The graph comes from `onnx_rewrite.rewritten`. Out comes a model whose initializers have the names of the graph's constants
-and no data: that lies in the artifact's weight files, and `located` writes down where. Its bytes depend on the graph alone; traces and paths of
+The graph comes from `onnx_rewrite.rewrite_graph`. Out comes a model whose initializers have the names of the graph's constants
+and no data: that lies in the artifact's weight files, and `locate_data` writes down where. Its bytes depend on the graph alone; traces and paths of
 the sources are left out. Linears of 8 bits (`w8a8.py`) are Q/DQ pairs of constant scales, which ONNX Runtime and TensorRT
 both turn into products of int8, and TensorRT into such of fp8: x / max|x| of its token is what is quantized, and the maximum is
 multiplied in again after.
@@ -26,27 +26,27 @@ from torch import Tensor
 from torch.onnx import OnnxExporterError
 
 from ....runtime.errors import ExportError
-from ...passes.captured_graph import Captured
-from ..options import OPSET
-from ..w8a8 import FP8_LEVELS, FP8_OPERATOR, LEVELS, OPERATOR, TINY
+from ...passes.captured_graph import CapturedGraph
+from ..options import DEFAULT_OPSET
+from ..w8a8 import FP8_LEVELS, FP8_OPERATOR, INT8_LEVELS, INT8_OPERATOR, TINY
 from .program import flat_program
 
 op: Any = opset21
-DATA = "weights"
-"""Where the model says that its initializers' data lies, until `located` says it."""
+DATA_PLACEHOLDER = "weights"
+"""Where the model says that its initializers' data lies, until `locate_data` says it."""
 
 
-def onnx_model(graph: Captured, opset: int = OPSET) -> onnx.ModelProto:
+def onnx_model(graph: CapturedGraph, opset: int = DEFAULT_OPSET) -> onnx.ModelProto:
     """The graph as ONNX, with inputs and outputs named as its own. Raises ExportError naming what ONNX cannot say."""
     constants = graph.constants()
     if pairs := sorted(name for name, tensor in constants.items() if tensor.is_complex()):
         raise ExportError(
             f"graph {graph.name!r}: constant {pairs[0]!r} is complex, which ONNX has no operators for; set compile.backend=aoti"
         )
-    model = translated(graph, opset)
+    model = translate_graph(graph, opset)
     for name, tensor in constants.items():
         if name in model.graph.initializers:
-            model.graph.initializers[name].const_value = without_data(name, tensor)
+            model.graph.initializers[name].const_value = declare_external(name, tensor)
     model.metadata_props.clear()
     model.producer_version = None
     common.ClearMetadataAndDocStringPass()(model)
@@ -54,20 +54,22 @@ def onnx_model(graph: Captured, opset: int = OPSET) -> onnx.ModelProto:
     return ir.to_proto(model)
 
 
-def translated(graph: Captured, opset: int) -> ir.Model:
-    """By torch.onnx: of the graph as it is, and of one that is traced again where an operator has to be taken apart."""
+def translate_graph(graph: CapturedGraph, opset: int) -> ir.Model:
+    """The ONNX model by torch.onnx, of the graph itself, or of one traced again where an operator has to be taken apart."""
     try:
-        with quiet():
+        with silence_torch_onnx():
             try:
-                return by_torch(graph, flat_program(graph), opset)
+                return export_by_torch(graph, flat_program(graph), opset)
             except OnnxExporterError:
-                return by_torch(graph, torch.export.export(graph.gm, graph.args, strict=False), opset)
+                return export_by_torch(graph, torch.export.export(graph.gm, graph.args, strict=False), opset)
     except Exception as e:
-        raise ExportError(f"graph {graph.name!r}: it has no form in ONNX ({root(e)}); set compile.backend=aoti") from e
+        raise ExportError(
+            f"graph {graph.name!r}: it has no form in ONNX ({root_cause(e)}); set compile.backend=aoti"
+        ) from e
 
 
-def by_torch(graph: Captured, program: torch.export.ExportedProgram, opset: int) -> ir.Model:
-    """Without torch.onnx's optimizer, whose time grows faster than the graph."""
+def export_by_torch(graph: CapturedGraph, program: torch.export.ExportedProgram, opset: int) -> ir.Model:
+    """The program as torch.onnx exports it, without its optimizer, whose time grows faster than the graph."""
     made = torch.onnx.export(
         program,
         (),
@@ -78,30 +80,30 @@ def by_torch(graph: Captured, program: torch.export.ExportedProgram, opset: int)
         input_names=[s.name for s in graph.inputs],
         output_names=[s.name for s in graph.outputs],
         custom_translation_table={
-            OPERATOR.default: w8a8(LEVELS, onnx.TensorProto.INT8),
-            FP8_OPERATOR.default: w8a8(FP8_LEVELS, onnx.TensorProto.FLOAT8E4M3FN),
-            torch.ops.aten.rms_norm.default: rms_norm,
+            INT8_OPERATOR.default: w8a8_translator(INT8_LEVELS, onnx.TensorProto.INT8),
+            FP8_OPERATOR.default: w8a8_translator(FP8_LEVELS, onnx.TensorProto.FLOAT8E4M3FN),
+            torch.ops.aten.rms_norm.default: translate_rms_norm,
         },
     )
     assert made is not None
     return made.model
 
 
-def root(e: BaseException) -> str:
-    """What an error comes from, in a line: torch.onnx wraps the operator that it does not know in pages of advice."""
+def root_cause(e: BaseException) -> str:
+    """The error at the root of a chain, in a line: torch.onnx wraps the operator that it does not know in pages of advice."""
     while e.__cause__:
         e = e.__cause__
     return f"{type(e).__name__}: {next(iter(str(e).strip().splitlines()), 'no message')}"
 
 
-def w8a8(levels: float, dtype: int) -> Any:
-    """What writes `prebake::w8a8`, or `w8a8_fp8`. Products of one input share its scaling, and each has quantizing nodes of its
+def w8a8_translator(levels: float, dtype: int) -> Any:
+    """A translation of `prebake::w8a8`, or `w8a8_fp8`. Products of one input share its scaling, and each has quantizing nodes of its
     own: that is the pattern which runtimes look for."""
     scaled: dict[Any, tuple[Any, Any]] = {}
 
     def translate(x: Any, weight: Any, scale: Any, bias: Any = None) -> Any:
         if x not in scaled:
-            wide = as_float(x)
+            wide = cast_to_float(x)
             last = op.Constant(value_ints=[-1])
             above, below = op.ReduceMax(wide, last, keepdims=1), op.Neg(op.ReduceMin(wide, last, keepdims=1))
             largest = op.Max(above, below, op.Constant(value_float=TINY))
@@ -112,35 +114,37 @@ def w8a8(levels: float, dtype: int) -> Any:
         left = op.DequantizeLinear(op.QuantizeLinear(tokens, step, zero), step, zero)
         y = op.Mul(op.MatMul(left, op.DequantizeLinear(weight, scale, axis=1)), largest)
         if bias is not None:
-            y = op.Add(y, as_float(bias))
+            y = op.Add(y, cast_to_float(bias))
         return y if x.dtype == ir.DataType.FLOAT else op.Cast(y, to=x.dtype)
 
     return translate
 
 
-def rms_norm(x: Any, shape: Sequence[int], weight: Any = None, eps: float | None = None) -> Any:
-    """What writes `aten::rms_norm`, in float32, as x / sqrt(mean(x ** 2) + eps) * weight: ONNX Runtime makes one kernel of
+def translate_rms_norm(x: Any, shape: Sequence[int], weight: Any = None, eps: float | None = None) -> Any:
+    """Translates `aten::rms_norm`, in float32, as x / sqrt(mean(x ** 2) + eps) * weight: ONNX Runtime makes one kernel of
     that, and none of what torch.onnx would take it apart into."""
-    wide = as_float(x)
+    wide = cast_to_float(x)
     axes = op.Constant(value_ints=list(range(-len(shape), 0)))
     mean = op.ReduceMean(op.Pow(wide, op.Constant(value_float=2.0)), axes, keepdims=1)
     least = op.Constant(value_float=torch.finfo(torch.float32).eps if eps is None else eps)
     y = op.Div(wide, op.Sqrt(op.Add(mean, least)))
-    y = y if weight is None else op.Mul(y, as_float(weight))
+    y = y if weight is None else op.Mul(y, cast_to_float(weight))
     return y if x.dtype == ir.DataType.FLOAT else op.Cast(y, to=x.dtype)
 
 
-def as_float(x: Any) -> Any:
+def cast_to_float(x: Any) -> Any:
     return x if x.dtype == ir.DataType.FLOAT else op.Cast(x, to=ir.DataType.FLOAT)
 
 
-def without_data(name: str, tensor: Tensor) -> ir.ExternalTensor:
+def declare_external(name: str, tensor: Tensor) -> ir.ExternalTensor:
     """The tensor's name, dtype, shape and size."""
-    dtype = ir.DataType[DTYPES[tensor.dtype]]
-    return ir.ExternalTensor(DATA, 0, tensor.nbytes, dtype, shape=ir.Shape(tensor.shape), name=name, base_dir="")
+    dtype = ir.DataType[ONNX_DTYPES[tensor.dtype]]
+    return ir.ExternalTensor(
+        DATA_PLACEHOLDER, 0, tensor.nbytes, dtype, shape=ir.Shape(tensor.shape), name=name, base_dir=""
+    )
 
 
-DTYPES = {
+ONNX_DTYPES = {
     torch.float32: "FLOAT",
     torch.float16: "FLOAT16",
     torch.bfloat16: "BFLOAT16",
@@ -156,7 +160,7 @@ DTYPES = {
 """torch's dtype -> ONNX's name of it."""
 
 
-def located(model: onnx.ModelProto, places: Mapping[str, tuple[str, int]]) -> None:
+def locate_data(model: onnx.ModelProto, places: Mapping[str, tuple[str, int]]) -> None:
     """Points every constant at its place, (file, offset in bytes): files are relative to the folder that readers are told."""
     for initializer in model.graph.initializer:
         if initializer.data_location == onnx.TensorProto.EXTERNAL:
@@ -167,7 +171,7 @@ def located(model: onnx.ModelProto, places: Mapping[str, tuple[str, int]]) -> No
                 initializer.external_data.add(key=key, value=value)
 
 
-def places(folder: Path) -> dict[str, tuple[str, int]]:
+def find_weight_data(folder: Path) -> dict[str, tuple[str, int]]:
     """Key -> (weight file, offset of its data), of all tensors in the folder's weight files."""
     found = {}
     for path in sorted((folder / "weights").iterdir()):
@@ -180,7 +184,7 @@ def places(folder: Path) -> dict[str, tuple[str, int]]:
     return found
 
 
-def with_data(model: onnx.ModelProto, constants: Mapping[str, Tensor]) -> onnx.ModelProto:
+def embed_data(model: onnx.ModelProto, constants: Mapping[str, Tensor]) -> onnx.ModelProto:
     """A copy of the model with its constants' values inside: for checkers, which want a whole model, and for small ones."""
     whole = onnx.ModelProto()
     whole.CopyFrom(model)
@@ -194,8 +198,8 @@ def with_data(model: onnx.ModelProto, constants: Mapping[str, Tensor]) -> onnx.M
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Without torch.onnx's notes on packages that nothing here needs."""
+def silence_torch_onnx() -> Iterator[None]:
+    """A context without torch.onnx's notes on packages that nothing here needs."""
     log = logging.getLogger("torch.onnx._internal.exporter._registration")
     before = log.level
     log.setLevel(logging.ERROR)

@@ -19,7 +19,7 @@ from torch.export.graph_signature import InputKind, InputSpec, OutputKind, Outpu
 from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from ...passes.captured_graph import Captured, output_nodes
+from ...passes.captured_graph import CapturedGraph, output_nodes
 
 
 class FlatProgram(ExportedProgram):
@@ -28,11 +28,11 @@ class FlatProgram(ExportedProgram):
     def run_decompositions(self, decomp_table: Any = None, *_: Any, **__: Any) -> ExportedProgram:
         for node in list(self.graph.nodes):
             if node.target in decomp_table:
-                take_apart(node, decomp_table)
+                decompose_node(node, decomp_table)
         return self
 
 
-def take_apart(node: fx.Node, table: Mapping[Any, Callable[..., Any]]) -> None:
+def decompose_node(node: fx.Node, table: Mapping[Any, Callable[..., Any]]) -> None:
     """Puts in the node's place what `table` makes of it: an operator of one tensor."""
     operator: Any = node.target
 
@@ -49,19 +49,19 @@ def take_apart(node: fx.Node, table: Mapping[Any, Callable[..., Any]]) -> None:
         for part in parts.nodes:
             if part.op == "call_function":
                 now[part] = node.graph.node_copy(part, now.__getitem__)
-                now[part].meta = meta(part)
+                now[part].meta = node_meta(part)
     (output,) = parts.find_nodes(op="output")
     node.replace_all_uses_with(now[output.args[0]])
     node.graph.erase_node(node)
 
 
-def meta(node: fx.Node) -> dict[str, Any]:
-    """What torch.onnx reads of a node, without which it warns of each."""
+def node_meta(node: fx.Node) -> dict[str, Any]:
+    """The metadata of a node that torch.onnx reads, without which it warns of each."""
     return {"val": node.meta.get("val"), "nn_module_stack": {}}
 
 
-def flat_program(graph: Captured) -> ExportedProgram:
-    """The graph with its constants as inputs, before its own: what each node computes is in its `meta["val"]`."""
+def flat_program(graph: CapturedGraph) -> ExportedProgram:
+    """The graph with its constants as inputs, before its own: what each node computes is in its `node_meta["val"]`."""
     constants = graph.constants()
     placeholders = graph.gm.graph.find_nodes(op="placeholder")
     fake = placeholders[0].meta["val"].fake_mode
@@ -74,16 +74,19 @@ def flat_program(graph: Captured) -> ExportedProgram:
     for node in graph.gm.graph.nodes:
         now[node] = stored[node.target] if node.op == "get_attr" else lifted.node_copy(node, now.__getitem__)
     for node in lifted.nodes:
-        node.meta = meta(node)
+        node.meta = node_meta(node)
     signature = ExportGraphSignature(
         [
-            *(InputSpec(InputKind.BUFFER, argument(node), name, persistent=True) for name, node in stored.items()),
-            *(InputSpec(InputKind.USER_INPUT, argument(now[node]), None) for node in placeholders),
+            *(
+                InputSpec(InputKind.BUFFER, tensor_argument(node), name, persistent=True)
+                for name, node in stored.items()
+            ),
+            *(InputSpec(InputKind.USER_INPUT, tensor_argument(now[node]), None) for node in placeholders),
         ],
-        [OutputSpec(OutputKind.USER_OUTPUT, argument(now[node]), None) for node in output_nodes(graph.gm)],
+        [OutputSpec(OutputKind.USER_OUTPUT, tensor_argument(now[node]), None) for node in output_nodes(graph.gm)],
     )
     return FlatProgram(torch.nn.Module(), lifted, signature, constants, {}, [ModuleCallEntry("")])
 
 
-def argument(node: fx.Node) -> TensorArgument:
+def tensor_argument(node: fx.Node) -> TensorArgument:
     return TensorArgument(node.name)

@@ -1,4 +1,4 @@
-"""A captured graph in the words that ONNX has: `rewritten` for the backends that go by `onnx_graph.py`.
+"""A captured graph in the words that ONNX has: `rewrite_graph` for the backends that go by `onnx_graph.py`.
 
     before  y = linear(x, weight, bias);  a, b = chunk(y, 2, -1);          z = cat([half, float])
     after   y = x @ weight_t + bias;      a, b = y[..., :n], y[..., n:];   z = cat([half.to(float), float])
@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ...passes.captured_graph import Captured
-from ...passes.fold import get_tensor
-from ...passes.prune import prune
+from ...passes.captured_graph import CapturedGraph
+from ...passes.fold import find_tensor
+from ...passes.prune import prune_dead_code
 
 aten = torch.ops.aten
 SPLITS = (aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int)
@@ -28,7 +28,7 @@ JOINS = (aten.cat.default, aten.concat.default, aten.stack.default)
 RESHAPES = (aten.flatten, aten.unflatten)
 
 
-class Transposed:
+class TransposedWeight:
     """A weight as [in, out], and the one it is made from, which lives as long, so that its address stays its own."""
 
     def __init__(self, weight: Tensor):
@@ -36,39 +36,39 @@ class Transposed:
         self.tensor = weight.detach().t().contiguous()
 
 
-TRANSPOSED: weakref.WeakValueDictionary[tuple[Any, ...], Transposed] = weakref.WeakValueDictionary()
+TRANSPOSED_WEIGHTS: weakref.WeakValueDictionary[tuple[Any, ...], TransposedWeight] = weakref.WeakValueDictionary()
 """What the graphs that are alive have transposed: variants of a model share its weights, and go on sharing them."""
 
 
-def rewritten(graph: Captured, *, transpose: bool = True) -> Captured:
+def rewrite_graph(graph: CapturedGraph, *, transpose: bool = True) -> CapturedGraph:
     """The graph without lists of tensors and without mixed dtypes in a `cat`, and with its Linears' weights as [in, out]
     where those are to be transposed once and for all, here."""
     gm = fx.GraphModule(graph.gm, copy.deepcopy(graph.gm.graph))
-    kept: dict[str, Transposed] = {}
+    kept: dict[str, TransposedWeight] = {}
     for node in list(gm.graph.nodes):
         if node.op != "call_function":
             continue
         if transpose and node.target is aten.linear.default:
-            multiply(gm, node, kept)
+            unfold_linear(gm, node, kept)
         elif node.target in SPLITS:
-            cut(gm, node)
+            unfold_split(gm, node)
         elif node.target in JOINS:
-            promote(gm, node)
-        elif packet(node) is aten.to:
-            node.replace_all_uses_with(as_dtype(gm, node, node.args[0], node.meta["val"].dtype))
-        elif packet(node) in RESHAPES:
+            cast_parts(gm, node)
+        elif operator_packet(node) is aten.to:
+            node.replace_all_uses_with(cast_before(gm, node, node.args[0], node.meta["val"].dtype))
+        elif operator_packet(node) in RESHAPES:
             node.target, node.kwargs = aten.reshape.default, {}
             node.args = (node.args[0], list(node.meta["val"].shape))
         elif node.target is aten.dropout.default and not node.args[2]:
             node.replace_all_uses_with(node.args[0])
         elif node.target is aten.squeeze.dim and node.args[0].meta["val"].shape == node.meta["val"].shape:
             node.replace_all_uses_with(node.args[0])  # ONNX refuses to squeeze what is not 1 long
-    copy_shared(gm)
+    copy_shared_outputs(gm)
     gm.meta["transposed"] = tuple(kept.values())
-    return replace(graph, gm=prune(gm))
+    return replace(graph, gm=prune_dead_code(gm))
 
 
-def copy_shared(gm: fx.GraphModule) -> None:
+def copy_shared_outputs(gm: fx.GraphModule) -> None:
     """A copy for each output that is another output too, or an input or a constant: in ONNX a value has one name."""
     (output,) = gm.graph.find_nodes(op="output")
     seen: set[fx.Node] = set()
@@ -85,14 +85,14 @@ def copy_shared(gm: fx.GraphModule) -> None:
     output.args = (tuple(own(value) for value in output.args[0]),)
 
 
-def multiply(gm: fx.GraphModule, node: fx.Node, kept: dict[str, Transposed]) -> None:
+def unfold_linear(gm: fx.GraphModule, node: fx.Node, kept: dict[str, TransposedWeight]) -> None:
     """A Linear of a stored weight as a product and a sum."""
     x, weight, *bias = node.args
     if not isinstance(weight, fx.Node) or weight.op != "get_attr":
         return
     name = f"{weight.target}_t"
     if name not in kept:
-        kept[name] = transposed(get_tensor(gm, str(weight.target)))
+        kept[name] = transpose_weight(find_tensor(gm, str(weight.target)))
         path, _, leaf = name.rpartition(".")
         gm.get_submodule(path).register_buffer(leaf, kept[name].tensor)
     with gm.graph.inserting_before(node):
@@ -104,15 +104,15 @@ def multiply(gm: fx.GraphModule, node: fx.Node, kept: dict[str, Transposed]) -> 
     node.replace_all_uses_with(product)
 
 
-def transposed(weight: Tensor) -> Transposed:
+def transpose_weight(weight: Tensor) -> TransposedWeight:
     key = (weight.data_ptr(), weight.dtype, tuple(weight.shape), weight.stride())
-    made = TRANSPOSED.get(key)
+    made = TRANSPOSED_WEIGHTS.get(key)
     if made is None:
-        made = TRANSPOSED[key] = Transposed(weight)
+        made = TRANSPOSED_WEIGHTS[key] = TransposedWeight(weight)
     return made
 
 
-def cut(gm: fx.GraphModule, node: fx.Node) -> None:
+def unfold_split(gm: fx.GraphModule, node: fx.Node) -> None:
     """A split as a slice, and `unbind` as a selection, for each part that is read."""
     if any(user.target is not operator.getitem for user in node.users):
         return
@@ -132,19 +132,19 @@ def cut(gm: fx.GraphModule, node: fx.Node) -> None:
         user.replace_all_uses_with(part)
 
 
-def promote(gm: fx.GraphModule, node: fx.Node) -> None:
+def cast_parts(gm: fx.GraphModule, node: fx.Node) -> None:
     """Casts what is joined to the dtype of the result, where it is another."""
     dtype = node.meta["val"].dtype
     parts: Any = node.args[0]
-    node.args = ([as_dtype(gm, node, part, dtype) for part in parts], *node.args[1:])
+    node.args = ([cast_before(gm, node, part, dtype) for part in parts], *node.args[1:])
 
 
-def packet(node: fx.Node) -> Any:
+def operator_packet(node: fx.Node) -> Any:
     """The operator, whatever its overload."""
     return getattr(node.target, "overloadpacket", None)
 
 
-def as_dtype(gm: fx.GraphModule, before: fx.Node, x: fx.Node, dtype: torch.dtype) -> fx.Node:
+def cast_before(gm: fx.GraphModule, before: fx.Node, x: fx.Node, dtype: torch.dtype) -> fx.Node:
     """x itself where it is of this dtype, and otherwise a copy, which is written before another node."""
     if x.meta["val"].dtype == dtype:
         return x

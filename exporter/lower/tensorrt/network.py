@@ -8,19 +8,19 @@ import onnx_ir as ir
 import torch
 from onnxscript.optimizer import fold_constants, remove_unused_nodes
 
-from ...passes.captured_graph import Captured
+from ...passes.captured_graph import CapturedGraph
 from ..onnx.graph import onnx_model
-from ..options import OPSET
+from ..options import DEFAULT_OPSET
 
 
-def network(graph: Captured, opset: int = OPSET) -> onnx.ModelProto:
+def build_network(graph: CapturedGraph, opset: int = DEFAULT_OPSET) -> onnx.ModelProto:
     """The graph's model with its constants as inputs, of the shape in which they lie in memory, and with what the parser
     asks to be an initializer as one.
 
     Parsers of TensorRT take axes and shapes that are given as values, not as arithmetic on values. Attention that is one
     operator is marked as one that may be taken apart, or the builder fails where it has no kernel for it, as in float32.
     """
-    permuted = {name for name, tensor in graph.constants().items() if lies_as_nhwc(tensor)}
+    permuted = {name for name, tensor in graph.constants().items() if is_nhwc(tensor)}
     made = ir.from_proto(onnx_model(graph, opset))
     for node in made.graph:
         if node.op_type == "Attention":
@@ -32,19 +32,19 @@ def network(graph: Captured, opset: int = OPSET) -> onnx.ModelProto:
             value.const_value = None
             made.graph.inputs.append(value)
             if value.name in permuted:
-                permute(made.graph, value)
+                permute_input(made.graph, value)
     with np.errstate(divide="ignore", invalid="ignore"):  # of values that a `where` leaves out
         fold_constants(made, onnx_shape_inference=False)
     remove_unused_nodes(made)
     return ir.to_proto(made)
 
 
-def lies_as_nhwc(tensor: torch.Tensor) -> bool:
+def is_nhwc(tensor: torch.Tensor) -> bool:
     """Whether a weight may be seen as [O, H, W, I] where it lies: those of 1 x 1 convolutions too."""
     return tensor.dim() == 4 and tensor.shape[1] > 1 and tensor.is_contiguous(memory_format=torch.channels_last)
 
 
-def permute(graph: ir.Graph, weight: ir.Value) -> None:
+def permute_input(graph: ir.Graph, weight: ir.Value) -> None:
     """Makes an input [O, I, H, W] one of [O, H, W, I], and what reads it read that turned back."""
     assert weight.shape is not None
     o, i, h, w = weight.shape

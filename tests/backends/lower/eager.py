@@ -10,26 +10,26 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from prebake.exporter.lower import Files, Groups, Made
-from prebake.exporter.passes.captured_graph import Captured
+from prebake.exporter.lower import CodeFiles, GraphCompiler, GraphGroups
+from prebake.exporter.passes.captured_graph import CapturedGraph
 from prebake.runtime.errors import ExportError
 
 CHANNELS_LAST = False
 
 
-def adapted(recipe: Any) -> tuple[Any, tuple[str, ...]]:
+def adapt_recipe(recipe: Any) -> tuple[Any, tuple[str, ...]]:
     return recipe, ()
 
 
-def quantized(model: nn.Module, names: set[str], recipe: Any) -> None:
+def quantize_layers(model: nn.Module, names: set[str], recipe: Any) -> None:
     raise ExportError("compile.backend 'eager' has no int8; set quantize.method=none")
 
 
-def rewritten(graph: Captured, config: Any) -> Captured:
+def rewrite_graph(graph: CapturedGraph, config: Any) -> CapturedGraph:
     return graph
 
 
-def lower(folder: Path, groups: Groups, config: Any, made: Made) -> dict[str, str]:
+def lower(folder: Path, groups: GraphGroups, config: Any, made: GraphCompiler) -> dict[str, str]:
     (folder / "graphs").mkdir()
     paths = {g.name: f"graphs/{g.name}.pt2" for graphs in groups.values() for g in graphs}
     for component, graphs in groups.items():
@@ -38,7 +38,7 @@ def lower(folder: Path, groups: Groups, config: Any, made: Made) -> dict[str, st
     return paths
 
 
-def saved(graph: Captured) -> Files:
+def saved(graph: CapturedGraph) -> CodeFiles:
     program = torch.export.export(lifted(graph), (*graph.args, *sorted_constants(graph)), strict=False)
     program._example_inputs = None  # among them are the weights
     file = io.BytesIO()
@@ -50,11 +50,11 @@ def reproducible(config: Any) -> bool:
     return True
 
 
-def sorted_constants(graph: Captured) -> list[torch.Tensor]:
+def sorted_constants(graph: CapturedGraph) -> list[torch.Tensor]:
     return [tensor.detach() for _, tensor in sorted(graph.constants().items())]
 
 
-def lifted(graph: Captured) -> fx.GraphModule:
+def lifted(graph: CapturedGraph) -> fx.GraphModule:
     """The graph with its constants as inputs after its own, in the order of their names."""
     lifted = copy.deepcopy(graph.gm.graph)
     lifted.set_codegen(fx.graph.CodeGen())

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from prebake.runtime.backends import Model, Opening
+from prebake.runtime.backends import GraphModel, OpenContext
 from prebake.runtime.manifest import Manifest, Requires
 
 
@@ -20,8 +20,8 @@ def package_problems(folder: Path, manifest: Manifest) -> Iterator[str]:
     return iter(())
 
 
-def open_models(opening: Opening) -> dict[str, Model]:
-    models: dict[str, Model] = {}
+def open_models(opening: OpenContext) -> dict[str, GraphModel]:
+    models: dict[str, GraphModel] = {}
     for graph in opening.manifest.graphs:
         module = torch.export.load(opening.folder / graph.package).module()
         bound = [tensor for _, tensor in sorted(opening.constants[graph.name].items())]

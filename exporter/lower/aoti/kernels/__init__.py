@@ -20,44 +20,52 @@ import torch
 from torch import fx
 
 from .....runtime.errors import ExportError
-from ..isa import LEVELS, host_flags
+from ..isa import ISA_LEVELS, host_flags
 from .operators import attention, few_rows, packed_w8a8, packed_w8a8_conv2d, rotary
 
 HERE = Path(__file__).parent
 LIBRARY = "prebake_kernels"
-LEVEL = "x86-64-v4"
-FLAGS = ("avx512_bf16", "avx512_vnni")
+KERNEL_LEVEL = "x86-64-v4"
+KERNEL_FLAGS = ("avx512_bf16", "avx512_vnni")
 """What the kernels need above LEVEL, as /proc/cpuinfo names it."""
-COMPILE = ("-std=c++20", "-O3", f"-march={LEVEL}", "-mavx512vnni", "-mavx512bf16", "-fPIC", "-fvisibility=hidden")
+COMPILE_ARGUMENTS = (
+    "-std=c++20",
+    "-O3",
+    f"-march={KERNEL_LEVEL}",
+    "-mavx512vnni",
+    "-mavx512bf16",
+    "-fPIC",
+    "-fvisibility=hidden",
+)
 
-_ONE, _SOME = "AtenTensorHandle", "const AtenTensorHandle*"
+_HANDLE, _HANDLES = "AtenTensorHandle", "const AtenTensorHandle*"
 DECLARATIONS = {
     packed_w8a8._opoverload: (
-        f"AOTITorchError aoti_torch_cpu_packed_w8a8({_SOME}, int64_t, {_ONE}, {_ONE}, {_SOME}, int64_t, {_ONE}*)"
+        f"AOTITorchError aoti_torch_cpu_packed_w8a8({_HANDLES}, int64_t, {_HANDLE}, {_HANDLE}, {_HANDLES}, int64_t, {_HANDLE}*)"
     ),
     packed_w8a8_conv2d._opoverload: (
-        f"AOTITorchError aoti_torch_cpu_packed_w8a8_conv2d({_ONE}, {_ONE}, {_ONE}, {_SOME}, int64_t, int64_t, int64_t, "
-        f"int64_t, double, {_SOME}, {_SOME}, {_ONE}*)"
+        f"AOTITorchError aoti_torch_cpu_packed_w8a8_conv2d({_HANDLE}, {_HANDLE}, {_HANDLE}, {_HANDLES}, int64_t, int64_t, int64_t, "
+        f"int64_t, double, {_HANDLES}, {_HANDLES}, {_HANDLE}*)"
     ),
-    few_rows._opoverload: f"AOTITorchError aoti_torch_cpu_few_rows({_ONE}, {_ONE}, {_SOME}, {_ONE}*)",
-    attention._opoverload: f"AOTITorchError aoti_torch_cpu_attention({_ONE}, {_ONE}, {_ONE}, double, {_ONE}*)",
-    rotary._opoverload: f"AOTITorchError aoti_torch_cpu_rotary({_ONE}, {_ONE}, {_ONE}, int64_t, {_ONE}*)",
+    few_rows._opoverload: f"AOTITorchError aoti_torch_cpu_few_rows({_HANDLE}, {_HANDLE}, {_HANDLES}, {_HANDLE}*)",
+    attention._opoverload: f"AOTITorchError aoti_torch_cpu_attention({_HANDLE}, {_HANDLE}, {_HANDLE}, double, {_HANDLE}*)",
+    rotary._opoverload: f"AOTITorchError aoti_torch_cpu_rotary({_HANDLE}, {_HANDLE}, {_HANDLE}, int64_t, {_HANDLE}*)",
 }
 OPERATORS = tuple(DECLARATIONS)
 
 
-def fit(level: str) -> bool:
+def has_kernel_flags(level: str) -> bool:
     """Whether code for this level of compile.isa may call them, and this machine could verify it."""
-    return level in (LEVEL, "native") and host_flags().issuperset((*LEVELS[LEVEL], *FLAGS))
+    return level in (KERNEL_LEVEL, "native") and host_flags().issuperset((*ISA_LEVELS[KERNEL_LEVEL], *KERNEL_FLAGS))
 
 
 @contextmanager
-def linked(folder: Path, gm: fx.GraphModule, threads: int) -> Iterator[dict[str, Any]]:
+def link_kernels(folder: Path, gm: fx.GraphModule, threads: int) -> Iterator[dict[str, Any]]:
     """Inductor's options for a graph that calls kernels, which are compiled into `folder` if they are not there; none for others."""
     if not any(node.target in OPERATORS for node in gm.graph.nodes):
         yield {}
         return
-    library = archive(folder, threads)
+    library = build_archive(folder, threads)
     before = os.environ.get("LIBRARY_PATH")  # where the linker looks, and no file that it writes says so
     os.environ["LIBRARY_PATH"] = os.pathsep.join(filter(None, (str(library.parent), before)))
     try:
@@ -72,7 +80,7 @@ def linked(folder: Path, gm: fx.GraphModule, threads: int) -> Iterator[dict[str,
             os.environ["LIBRARY_PATH"] = before
 
 
-def archive(folder: Path, threads: int) -> Path:
+def build_archive(folder: Path, threads: int) -> Path:
     """The static library of kernels whose loops fork so many threads, in a folder named by all that goes into it.
 
     Raises ExportError with what the compiler said.
@@ -80,7 +88,7 @@ def archive(folder: Path, threads: int) -> Path:
     from torch._inductor.cpp_builder import get_cpp_compiler
 
     include = Path(torch.__file__).parent / "include"
-    command = [get_cpp_compiler(), *COMPILE, *(["-fopenmp"] if threads > 1 else []), f"-DTHREADS={threads}"]
+    command = [get_cpp_compiler(), *COMPILE_ARGUMENTS, *(["-fopenmp"] if threads > 1 else []), f"-DTHREADS={threads}"]
     sources = sorted(HERE.glob("*.cpp"))
     parts = [
         repr(command).encode(),
@@ -95,14 +103,14 @@ def archive(folder: Path, threads: int) -> Path:
     objects = [place / f"{source.stem}.o" for source in sources]
     for source, made_of_it in zip(sources, objects, strict=True):
         shorter = f"-ffile-prefix-map={HERE}=prebake"
-        run([*command, shorter, f"-I{include}", "-c", str(source), "-o", str(made_of_it)])
+        run_command([*command, shorter, f"-I{include}", "-c", str(source), "-o", str(made_of_it)])
     partial = place / "partial.a"
     partial.unlink(missing_ok=True)
-    run(["ar", "rcsD", str(partial), *map(str, objects)])
+    run_command(["ar", "rcsD", str(partial), *map(str, objects)])
     return partial.rename(made)
 
 
-def run(command: list[str]) -> None:
+def run_command(command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         said = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[:200])

@@ -14,44 +14,44 @@ import torch
 from torch import Tensor
 
 from ... import w8a8
-from . import archive, run
+from . import build_archive, run_command
 from .layers import LINEAR, is_few_rows
-from .operators import NO_NORM, PLAIN, pack, pack_taps
-from .rewrite import SDPA, fits
+from .operators import NO_ACTIVATION, NO_NORM, pack_columns, pack_taps
+from .rewrite import SDPA, is_kernel_attention
 
-HANDLES = cast(Any, torch._C)._aoti  # handles of AOTInductor are pointers to tensors, in Python capsules
+AOTI_HANDLES = cast(Any, torch._C)._aoti  # handles of AOTInductor are pointers to tensors, in Python capsules
 ctypes.pythonapi.PyCapsule_GetPointer.restype = ctypes.c_void_p
 ctypes.pythonapi.PyCapsule_GetPointer.argtypes = [ctypes.py_object, ctypes.c_char_p]
 ctypes.pythonapi.PyCapsule_New.restype = ctypes.py_object
 ctypes.pythonapi.PyCapsule_New.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
 
-NAMES = ("packed_w8a8", "packed_w8a8_conv2d", "few_rows", "attention", "rotary")
-ADDRESS = "extern int aoti_torch_cpu_{name}();\nvoid* {name}(void) {{ return aoti_torch_cpu_{name}; }}\n"
+KERNEL_NAMES = ("packed_w8a8", "packed_w8a8_conv2d", "few_rows", "attention", "rotary")
+ADDRESS_SOURCE = "extern int aoti_torch_cpu_{name}();\nvoid* {name}(void) {{ return aoti_torch_cpu_{name}; }}\n"
 """The kernels are hidden in what they are linked into: a function that is not says where each of them is."""
 
 
-class Native:
+class NativeKernels:
     """A method for each of the operators of `operators.py`, with their arguments.
 
     `folder` is where their library is kept, for loops of so many threads.
     """
 
     def __init__(self, folder: Path, threads: int = 1):
-        compiled, torch_folder = archive(folder, threads), Path(torch.__file__).parent / "lib"
+        compiled, torch_folder = build_archive(folder, threads), Path(torch.__file__).parent / "lib"
         with tempfile.TemporaryDirectory() as scratch:  # a library that is loaded needs its file no more
             library, source = Path(scratch) / "native.so", Path(scratch) / "addresses.c"
-            source.write_text("".join(ADDRESS.format(name=name) for name in NAMES))
+            source.write_text("".join(ADDRESS_SOURCE.format(name=name) for name in KERNEL_NAMES))
             inputs = [str(source), str(compiled), f"-L{torch_folder}", "-ltorch_cpu", "-lstdc++"]
-            run(["gcc", "-shared", "-fPIC", "-fopenmp", "-o", str(library), *inputs])
+            run_command(["gcc", "-shared", "-fPIC", "-fopenmp", "-o", str(library), *inputs])
             addresses = ctypes.CDLL(str(library))
         self._kernels = {}
-        for name in NAMES:
+        for name in KERNEL_NAMES:
             address = addresses[name]
             address.restype = ctypes.c_void_p
             self._kernels[name] = ctypes.CFUNCTYPE(ctypes.c_int)(address())
 
     def packed_w8a8(self, xs: list[Tensor], packed: Tensor, scale: Tensor, bias: Tensor | None, act: int) -> Tensor:
-        with lent(*xs, packed, scale, *([] if bias is None else [bias])) as handles:
+        with lend_handles(*xs, packed, scale, *([] if bias is None else [bias])) as handles:
             many = (ctypes.c_void_p * len(xs))(*(h.value for h in handles[: len(xs)]))
             weight, factors, *rest = handles[len(xs) :]
             optional = ctypes.byref(rest[0]) if rest else None
@@ -76,33 +76,33 @@ class Native:
         optional = {
             name: t for name, t in (("bias", bias), ("weight", norm_weight), ("shift", norm_bias)) if t is not None
         }
-        with lent(x, packed, scale, *optional.values()) as (picture, weight, factors, *rest):
+        with lend_handles(x, packed, scale, *optional.values()) as (picture, weight, factors, *rest):
             at = {name: ctypes.byref(handle) for name, handle in zip(optional, rest, strict=True)}
             numbers = (ctypes.c_int64(n) for n in (kernel, stride, padding, groups))
             norm = (ctypes.c_double(epsilon), at.get("weight"), at.get("shift"))
             return self._call("packed_w8a8_conv2d", picture, weight, factors, at.get("bias"), *numbers, *norm)
 
     def few_rows(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        with lent(x, weight, *([] if bias is None else [bias])) as (rows, by, *rest):
+        with lend_handles(x, weight, *([] if bias is None else [bias])) as (rows, by, *rest):
             return self._call("few_rows", rows, by, ctypes.byref(rest[0]) if rest else None)
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        with lent(q, k, v) as handles:
+        with lend_handles(q, k, v) as handles:
             return self._call("attention", *handles, ctypes.c_double(scale))
 
     def rotary(self, x: Tensor, cosines: Tensor, sines: Tensor, to_half: bool) -> Tensor:
-        with lent(x, cosines, sines) as handles:
+        with lend_handles(x, cosines, sines) as handles:
             return self._call("rotary", *handles, ctypes.c_int64(to_half))
 
     def stand_in(self, op: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Callable[[], Tensor] | None:
         """What takes as long as compiled code does for this call of an operator of a captured graph; None where no kernel is it."""
-        if op is w8a8.OPERATOR.default:
+        if op is w8a8.INT8_OPERATOR.default:
             x, weight, scale, bias = arguments
-            packed = pack(weight)
+            packed = pack_columns(weight)
             return lambda: self.packed_w8a8(
-                [x.contiguous()], packed, scale, None if bias is None else bias.float(), PLAIN
+                [x.contiguous()], packed, scale, None if bias is None else bias.float(), NO_ACTIVATION
             )
-        if op is w8a8.CONV2D.default:
+        if op is w8a8.CONV2D_OPERATOR.default:
             x, weight, scale, bias, kernel, *rest = arguments
             x, packed = x.contiguous(memory_format=torch.channels_last), pack_taps(weight, kernel * kernel)
             b = None if bias is None else bias.float()
@@ -111,7 +111,7 @@ class Native:
             return lambda: self.few_rows(
                 arguments[0].contiguous(), *arguments[1:], *([None] if len(arguments) == 2 else [])
             )
-        if op is SDPA and not keywords and len(arguments) == 3 and fits(*arguments):
+        if op is SDPA and not keywords and len(arguments) == 3 and is_kernel_attention(*arguments):
             q, k, v = arguments
             return lambda: self.attention(q, k, v, q.shape[-1] ** -0.5)
         return None
@@ -119,19 +119,19 @@ class Native:
     def _call(self, name: str, *args: Any) -> Tensor:
         made = ctypes.c_void_p()
         assert self._kernels[name](*args, ctypes.byref(made)) == 0
-        return taken_back([ctypes.pythonapi.PyCapsule_New(made, None, None)])[0]
+        return release_handles([ctypes.pythonapi.PyCapsule_New(made, None, None)])[0]
 
 
 @contextmanager
-def lent(*tensors: Tensor) -> Iterator[list[ctypes.c_void_p]]:
+def lend_handles(*tensors: Tensor) -> Iterator[list[ctypes.c_void_p]]:
     """Handles of tensors, which are taken back in the end."""
-    capsules = HANDLES.unsafe_alloc_void_ptrs_from_tensors(list(tensors))
+    capsules = AOTI_HANDLES.unsafe_alloc_void_ptrs_from_tensors(list(tensors))
     try:
         yield [ctypes.c_void_p(ctypes.pythonapi.PyCapsule_GetPointer(c, None)) for c in capsules]
     finally:
-        taken_back(capsules)
+        release_handles(capsules)
 
 
-def taken_back(capsules: list[Any]) -> list[Tensor]:
+def release_handles(capsules: list[Any]) -> list[Tensor]:
     """The tensors of handles, which are freed. (torch's function for a single one forgets to.)"""
-    return HANDLES.alloc_tensors_by_stealing_from_void_ptrs(capsules)
+    return AOTI_HANDLES.alloc_tensors_by_stealing_from_void_ptrs(capsules)

@@ -16,20 +16,20 @@ PANEL = 32
 
 NO_NORM: tuple[Any, ...] = (0, 0.0, None, None)
 """The last arguments of `packed_w8a8_conv2d` without a norm."""
-PLAIN, GELU, GEGLU = range(3)
+NO_ACTIVATION, GELU, GEGLU = range(3)
 """What an int8 layer ends with: nothing, GELU by the hyperbolic tangent, or its first half of columns times GELU of the second."""
 
 
 @torch.library.custom_op("prebake::packed_w8a8", mutates_args=())
 def packed_w8a8(xs: list[Tensor], packed: Tensor, scale: Tensor, bias: Tensor | None, act: int) -> Tensor:
-    """`prebake::w8a8` of `xs` [..., K_i] side by side, with a weight packed by `pack`, or by `pack_gated` for GEGLU.
+    """`prebake::w8a8` of `xs` [..., K_i] side by side, with a weight packed by `pack_columns`, or by `pack_gated` for GEGLU.
 
     `scale` and `bias` are float32 [N]. What comes out is [..., N], for GEGLU [..., N / 2], in the widest of the inputs' dtypes.
     """
     x = torch.cat(xs, -1)
-    weight = unpack(packed, x.shape[-1], len(scale))
+    weight = unpack_columns(packed, x.shape[-1], len(scale))
     if act == GEGLU:
-        weight = weight[:, gated(len(scale)).argsort()].contiguous()
+        weight = weight[:, gated_order(len(scale)).argsort()].contiguous()
     y = w8a8(x, weight, scale, bias)
     if act == GELU:
         return torch.nn.functional.gelu(y, approximate="tanh")
@@ -118,7 +118,7 @@ def _(x: Tensor, cosines: Tensor, sines: Tensor, to_half: bool) -> Tensor:
     return x.new_empty(x.shape, dtype=torch.bfloat16 if to_half else torch.float32)
 
 
-def pack(weight: Tensor) -> Tensor:
+def pack_columns(weight: Tensor) -> Tensor:
     """int8 [K, N] as w8a8.cpp reads it: for each PANEL of columns a row of bytes, first -128 times each column's sum as
     int32, then the weights, four features of a column side by side. K is filled up to fours with zeros, N to whole panels."""
     k, n = weight.shape
@@ -130,26 +130,26 @@ def pack(weight: Tensor) -> Tensor:
 
 
 def pack_gated(weight: Tensor) -> Tensor:
-    """The same for GEGLU, with a multiple of PANEL columns: each panel has some of the first half and their gates."""
-    return pack(weight[:, gated(weight.shape[1])])
+    """int8 [K, N] packed for GEGLU, N a multiple of PANEL: each panel has some of the first half and their gates."""
+    return pack_columns(weight[:, gated_order(weight.shape[1])])
 
 
-def gated(n: int) -> Tensor:
+def gated_order(n: int) -> Tensor:
     """The order of `pack_gated`: half a panel of columns, then those half of all columns further on."""
     return torch.arange(n).reshape(2, -1, PANEL // 2).transpose(0, 1).flatten()
 
 
-def unpack(packed: Tensor, k: int, n: int) -> Tensor:
+def unpack_columns(packed: Tensor, k: int, n: int) -> Tensor:
     """The int8 [K, N] that was packed."""
     panels = packed[:, 4 * PANEL :].reshape(len(packed), -1, PANEL, 4)
     return panels.permute(1, 3, 0, 2).reshape(-1, len(packed) * PANEL)[:k, :n].contiguous()
 
 
 def pack_taps(weight: Tensor, taps: int = 1) -> Tensor:
-    """int8 [taps * C, N] as convolution.cpp reads it: for each PANEL of columns what `pack` makes of every tap."""
-    return torch.cat([pack(tap) for tap in weight.chunk(taps)], 1)
+    """int8 [taps * C, N] as convolution.cpp reads it: for each PANEL of columns what `pack_columns` makes of every tap."""
+    return torch.cat([pack_columns(tap) for tap in weight.chunk(taps)], 1)
 
 
 def unpack_taps(packed: Tensor, taps: int, c: int, n: int) -> Tensor:
     """The int8 [taps * C, N] that was packed."""
-    return torch.cat([unpack(tap, c, n) for tap in packed.chunk(taps, 1)])
+    return torch.cat([unpack_columns(tap, c, n) for tap in packed.chunk(taps, 1)])

@@ -15,50 +15,50 @@ from dataclasses import replace
 import torch
 from torch import Tensor, fx
 
-from ....passes.captured_graph import Captured
-from ....passes.fx_tools import arguments, aten, contiguous, swap
-from ....passes.prune import prune
+from ....passes.captured_graph import CapturedGraph
+from ....passes.fx_tools import aten, make_contiguous, node_arguments, replace_call
+from ....passes.prune import prune_dead_code
 from ... import w8a8
-from .layers import LINEAR, Packed, convolve, multiply, read_once
+from .layers import LINEAR, PackedWeight, call_few_rows, call_packed_conv2d, call_packed_linear
 from .operators import attention
-from .rotary import turn
+from .rotary import call_rotary
 
 SDPA = aten.scaled_dot_product_attention.default
 SDPA_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 
 
-def calling_kernels(graph: Captured) -> Captured:
+def insert_kernel_calls(graph: CapturedGraph) -> CapturedGraph:
     """The graph, calling kernels where they fit; the same tensors up to rounding."""
     gm = fx.GraphModule(graph.gm, copy.deepcopy(graph.gm.graph))
-    kept: dict[str, Packed] = {}
+    kept: dict[str, PackedWeight] = {}
     for node in list(gm.graph.nodes):
-        if node.target is w8a8.OPERATOR.default:
-            multiply(gm, node, kept)
-        elif node.target is w8a8.CONV2D.default:
-            convolve(gm, node, kept)
+        if node.target is w8a8.INT8_OPERATOR.default:
+            call_packed_linear(gm, node, kept)
+        elif node.target is w8a8.CONV2D_OPERATOR.default:
+            call_packed_conv2d(gm, node, kept)
         elif node.target is LINEAR:
-            read_once(gm, node)
+            call_few_rows(gm, node)
         elif node.target is SDPA:
-            attend(gm, node)
+            call_attention(gm, node)
         elif node.target is aten.add.Tensor:
-            turn(gm, node)
+            call_rotary(gm, node)
     gm.meta["packed"] = tuple(kept.values())
-    return replace(graph, gm=prune(gm))
+    return replace(graph, gm=prune_dead_code(gm))
 
 
-def attend(gm: fx.GraphModule, node: fx.Node) -> None:
+def call_attention(gm: fx.GraphModule, node: fx.Node) -> None:
     """An attention, if it is one that the kernel does."""
-    q, k, v, mask, dropout, causal, scale, grouped = arguments(node, SDPA_ARGUMENTS)
+    q, k, v, mask, dropout, causal, scale, grouped = node_arguments(node, SDPA_ARGUMENTS)
     values = [t.meta["val"] for t in (q, k, v)]
-    if mask is not None or dropout or causal or grouped or not fits(*values):
+    if mask is not None or dropout or causal or grouped or not is_kernel_attention(*values):
         return
     scale = values[0].shape[-1] ** -0.5 if scale is None else scale
     with gm.graph.inserting_before(node):
-        inside = [t if t.meta["val"].stride(-1) == 1 else contiguous(gm, t) for t in (q, k, v)]
-        swap(gm, node, attention, (*inside, float(scale)))
+        inside = [t if t.meta["val"].stride(-1) == 1 else make_contiguous(gm, t) for t in (q, k, v)]
+        replace_call(gm, node, attention, (*inside, float(scale)))
 
 
-def fits(q: Tensor, k: Tensor, v: Tensor) -> bool:
+def is_kernel_attention(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether the kernel does attention of such tensors."""
     features = q.shape[-1]
     alike = all(t.dtype == torch.bfloat16 and t.dim() == 4 and t.shape[-1] == features for t in (q, k, v))

@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ..runtime.manifest import Cost, Defaults, Source
     from .caches.common.calibration import Calibration
-    from .denoiser_alone.recording import Recording
-    from .passes.captured_graph import Captured
-    from .plan import Planned
+    from .denoiser_alone.recording import PipelineRecording
+    from .passes.captured_graph import CapturedGraph
+    from .plan import PlanSet
     from .recipe.resolve import Recipe
-    from .rewrite import Layers
+    from .rewrite import LayerTreatments
     from .sites.layout import Layout
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedExport:
     """Everything that is known before anything is compiled: what `--dry-run` prints. `recording` is there where the denoiser
     is exported alone (`alone.py`), and then `family` is not."""
 
@@ -27,10 +27,10 @@ class Prepared:
     size: Any
     source: Source
     defaults: Defaults
-    layers: Layers
+    layers: LayerTreatments
     calibration: Calibration | None
     layout: Layout
-    planned: Planned
-    graphs: dict[str, tuple[Captured, ...]]
+    planned: PlanSet
+    graphs: dict[str, tuple[CapturedGraph, ...]]
     costs: dict[str, Cost]
-    recording: Recording | None = None
+    recording: PipelineRecording | None = None

@@ -13,10 +13,10 @@ import torch
 from torch import fx
 
 
-def functionalize(gm: fx.GraphModule) -> bool:
+def functionalize_graph(gm: fx.GraphModule) -> bool:
     """Rewrites `gm` in place; False, and `gm` as it was, if something mutates in a way that is not understood here."""
     mutating = [n for n in gm.graph.nodes if n.op == "call_function" and is_mutating(n)]
-    if any(not understood(n) for n in mutating):
+    if any(not is_understood(n) for n in mutating):
         return False
     order = {node: i for i, node in enumerate(gm.graph.nodes)}
     for node in mutating:
@@ -35,7 +35,7 @@ def is_mutating(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.HigherOrderOperator)
 
 
-def understood(node: fx.Node) -> bool:
+def is_understood(node: fx.Node) -> bool:
     """`op_(x, ...)` where a functional `op` exists and nobody else can see the memory of x."""
     target = node.args[0] if node.args else None
     if (
@@ -45,7 +45,7 @@ def understood(node: fx.Node) -> bool:
     ):
         return False
     same = target.meta["val"].dtype == node.meta["val"].dtype and target.meta["val"].shape == node.meta["val"].shape
-    return same and is_private(target) and not any(is_view(user) for user in target.users)
+    return same and has_private_memory(target) and not any(is_view(user) for user in target.users)
 
 
 def functional_form(op: torch._ops.OpOverload) -> torch._ops.OpOverload | None:
@@ -59,14 +59,14 @@ def functional_form(op: torch._ops.OpOverload) -> torch._ops.OpOverload | None:
     return getattr(packet, op._overloadname, None) if packet is not None else None
 
 
-def is_private(node: fx.Node) -> bool:
+def has_private_memory(node: fx.Node) -> bool:
     """The node's value is an operator's fresh result, or a view of one that nothing else reads (`(a * b).reshape(...)`)."""
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
         return False
     if not is_view(node):
         return True
     base = node.args[0]
-    return isinstance(base, fx.Node) and len(base.users) == 1 and is_private(base)
+    return isinstance(base, fx.Node) and len(base.users) == 1 and has_private_memory(base)
 
 
 def is_view(node: fx.Node) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 
-class Followed:
+class SchedulerObserver:
     """A method of a scheduler, after which `then` gets its result and what it was called with. A deep copy of the scheduler
     has its plain method again."""
 
@@ -26,6 +26,6 @@ class Followed:
         return getattr(type(owner), self._name).__get__(owner)
 
 
-def steps_of(scheduler: Any) -> int:
+def schedule_steps(scheduler: Any) -> int:
     """How many steps the schedule has that was set last."""
     return int(getattr(scheduler, "num_inference_steps", None) or len(scheduler.timesteps))

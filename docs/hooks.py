@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 from unittest import mock
 
 DOCS = Path(__file__).parent
@@ -139,12 +139,11 @@ def spelled(action: argparse.Action) -> str:
 
 def recipe_keys() -> str:
     """Every table of a recipe and every key, from the pydantic types: type, default, and what their docstrings say."""
-    from prebake.exporter.recipe.schema import Recipe, table_names, variants
+    from prebake.exporter.recipe.schema import Recipe
 
-    plain = [name for name in Recipe.model_fields if name not in table_names()]
-    parts = ["## Top level { #top-level }\n", keys_of(Recipe, only=plain)]
-    for name in table_names():
-        kinds = variants(name)
+    tables = recipe_tables()
+    parts = ["## Top level { #top-level }\n", keys_of(Recipe, only=[n for n in Recipe.model_fields if n not in tables])]
+    for name, kinds in tables.items():
         for method, kind in kinds.items():
             title = f"[{name}]" if len(kinds) == 1 else f'[{name}] method = "{method}"'
             anchor = name if len(kinds) == 1 else f"{name}-{method}"
@@ -153,6 +152,21 @@ def recipe_keys() -> str:
             level = "##" if len(kinds) == 1 else "###"
             parts.append(f"{level} {title} {{ #{anchor} }}\n\n{prose(kind)}\n\n{keys_of(kind)}")
     return "\n".join(parts)
+
+
+def recipe_tables() -> dict[str, dict[str, Any]]:
+    """The types of each table of a recipe by their `method`; a table of one type has it under ''."""
+    from pydantic import BaseModel
+
+    from prebake.exporter.recipe.schema import Recipe
+
+    found: dict[str, dict[str, Any]] = {}
+    for name, field in Recipe.model_fields.items():
+        kinds = get_args(field.annotation) or (field.annotation,)
+        if all(inspect.isclass(kind) and issubclass(kind, BaseModel) for kind in kinds):
+            methods = (kind.model_fields.get("method") for kind in kinds)
+            found[name] = {m.default if m else "": kind for m, kind in zip(methods, kinds, strict=True)}
+    return found
 
 
 def keys_of(kind: Any, only: list[str] | None = None) -> str:
@@ -241,12 +255,16 @@ def python() -> str:
     return "\n\n".join(parts)
 
 
+def exit_codes() -> list[tuple[str, str]]:
+    """As the end of `prebake --help` lists them."""
+    return re.findall(r"^ +(\d+)  (.+)$", parser().epilog or "", re.MULTILINE)
+
+
 def errors() -> str:
     """The exit codes, and every error with its parent, its code and what it means."""
-    from prebake.runtime import errors as module
+    from prebake.runtime import PrebakeError
 
-    rows = ([str(code_), escaped(meaning)] for code_, meaning in module.EXIT_CODES.items())
-    codes = table(("code", "meaning"), rows)
+    codes = table(("code", "meaning"), ([number, escaped(meaning)] for number, meaning in exit_codes()))
     classes = []
 
     def walk(kind: type) -> None:
@@ -257,7 +275,7 @@ def errors() -> str:
             if child.__module__.startswith("prebake."):
                 walk(child)
 
-    walk(module.PrebakeError)
+    walk(PrebakeError)
     return f"## Exit codes\n\n{codes}\n## Exceptions\n\n{table(('class', 'parent', 'code', 'meaning'), classes)}"
 
 

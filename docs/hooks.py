@@ -265,18 +265,28 @@ def errors() -> str:
     from prebake.runtime import PrebakeError
 
     codes = table(("code", "meaning"), ([number, escaped(meaning)] for number, meaning in exit_codes()))
-    classes = []
+    kinds = [*descendants(PrebakeError)]
+    attributes = {"exit_code": "exit code", "http_status": "HTTP status"}
+    shown = {name: head for name, head in attributes.items() if any(hasattr(kind, name) for kind in kinds)}
+    rows = (
+        [
+            code(k.__name__),
+            code(k.__bases__[0].__name__),
+            *(str(getattr(k, n, "")) for n in shown),
+            " ".join(prose(k).split()),
+        ]
+        for k in kinds
+    )
+    classes = table(("class", "parent", *shown.values(), "meaning"), rows)
+    return f"## Exit codes\n\n{codes}\n## Exceptions\n\n{classes}"
 
-    def walk(kind: type) -> None:
-        parent = kind.__bases__[0].__name__
-        exits = getattr(kind, "exit_code", None)
-        classes.append([code(kind.__name__), code(parent), "" if exits is None else str(exits), prose(kind)])
-        for child in kind.__subclasses__():
-            if child.__module__.startswith("prebake."):
-                walk(child)
 
-    walk(PrebakeError)
-    return f"## Exit codes\n\n{codes}\n## Exceptions\n\n{table(('class', 'parent', 'code', 'meaning'), classes)}"
+def descendants(kind: type) -> Iterator[type]:
+    """The class, and below it those of prebake."""
+    yield kind
+    for child in kind.__subclasses__():
+        if child.__module__.startswith("prebake."):
+            yield from descendants(child)
 
 
 # --- Markdown --------------------------------------------------------------------------------------------------------

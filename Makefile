@@ -52,7 +52,7 @@ test-all: $(VENV)/installed
 
 # Another 2,000 for each of six kinds of damage at every run; `make test` does the same 100 each.
 fuzz: $(VENV)/installed
-	PREBAKE_FUZZ=2000 $(python) -m pytest tests/format/test_fuzz.py
+	PREBAKE_FUZZ=2000 $(python) -m pytest tests/runtime/check/test_fuzz.py
 
 # Writes into docs/reference/faults.md what the tests show. `ONLY='-k memory'` runs some, and leaves the rest of the page as it is.
 faults: $(VENV)/installed

@@ -11,8 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from works import pytest_addoption, pytest_collection_modifyitems, pytest_terminal_summary  # noqa: F401  (hooks)
 
+from support.paths import ROOT
+from support.works_table import pytest_addoption, pytest_collection_modifyitems, pytest_terminal_summary  # noqa: F401  (hooks)
+
+pytest_plugins = ("support.paper_fixtures", "support.toy_fixtures")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)
 
@@ -34,7 +37,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture(scope="session")
 def tiny_folder(shared_tmp) -> Path:
     """A random FLUX pipeline, 64 wide, as `save_pretrained` writes it."""
-    from tiny import save_tiny
+    from support.tiny_pipelines import save_tiny
 
     folder = shared_tmp / "tiny" / "model"
     with (shared_tmp / "tiny-model.lock").open("w") as lock:
@@ -55,7 +58,7 @@ def tiny_pipe(tiny_folder):
 @pytest.fixture(scope="session")
 def tiny_artifact(tiny_folder, shared_tmp) -> Path:
     """`flux-fast` on the tiny pipeline, with attention reuse, 8 steps."""
-    from tiny import OVERRIDES
+    from support.tiny_pipelines import OVERRIDES
 
     return exported(shared_tmp, "tiny", "flux-fast", OVERRIDES, tiny_folder)
 
@@ -63,7 +66,7 @@ def tiny_artifact(tiny_folder, shared_tmp) -> Path:
 @pytest.fixture(scope="session")
 def tiny_sd_folder(shared_tmp) -> Path:
     """A random Stable Diffusion pipeline, as `save_pretrained` writes it."""
-    from tiny import save_tiny_sd
+    from support.tiny_pipelines import save_tiny_sd
 
     folder = shared_tmp / "tiny-sd" / "model"
     with (shared_tmp / "tiny-sd-model.lock").open("w") as lock:
@@ -86,7 +89,7 @@ def tiny_sd_pipe(tiny_sd_folder):
 @pytest.fixture(scope="session")
 def tiny_sd_artifact(tiny_sd_folder, shared_tmp) -> Path:
     """`sd-fast` on it in float32, uncached, 4 steps."""
-    from tiny import SD_OVERRIDES
+    from support.tiny_pipelines import SD_OVERRIDES
 
     return exported(shared_tmp, "tiny-sd", "sd-fast", SD_OVERRIDES, tiny_sd_folder)
 
@@ -111,7 +114,7 @@ def declared_extras(monkeypatch) -> None:
     """The requirements of `pyproject.toml`: an installation may be older than this tree."""
     from prebake.runtime import extras
 
-    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text("utf-8"))["project"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     optional = project["optional-dependencies"].items()
     lines = [f'{line}; extra == "{extra}"' for extra, requirements in optional for line in requirements]
     monkeypatch.setattr(extras, "requires", lambda name: [*project["dependencies"], *lines])
@@ -120,7 +123,7 @@ def declared_extras(monkeypatch) -> None:
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory) -> Path:
     """prebake's wheel."""
-    from slim import build_wheel
+    from support.slim_environment import build_wheel
 
     return build_wheel(tmp_path_factory.mktemp("tree"))
 
@@ -128,7 +131,7 @@ def wheel(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def slim_python(wheel, tmp_path_factory) -> Path:
     """The interpreter of an environment that holds prebake and what it requires without extras."""
-    from slim import environment
+    from support.slim_environment import environment
 
     return environment(tmp_path_factory.mktemp("slim"), wheel)
 

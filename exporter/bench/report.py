@@ -168,29 +168,43 @@ def print_bench(described: Mapping[str, Any], file: TextIO) -> None:
     if described["cold"]:
         print_cells("cold start, seconds", start_cells(described["cold"]), file)
     where = described["machine"]
-    title = f"{described['runs']} rounds in turn, {where['threads']} threads, {where['cpu']}, torch {where['torch']}"
-    print_cells(title, row_cells(described["rows"]), file)
+    print(f"{where['cpu']}, {where['threads']} threads, torch {where['torch']}", file=file)
+    print_cells(f"whole pictures, {described['runs']} rounds in turn", picture_cells(described["rows"]), file)
+    print_cells("the denoiser alone, in the same rounds", denoiser_cells(described["rows"]), file)
     for sentence in reading_notes(described["rows"]):
         print(f"note: {sentence}", file=file)
 
 
-def row_cells(rows: Sequence[Mapping[str, Any]]) -> Cells:
-    """A line for each row: medians, and after each its interquartile range."""
-    cells: Cells = [("", "s/image", "±", "speed", "denoiser s", "±", "speed", "ms/step", "load s", "first s")]
+def picture_cells(rows: Sequence[Mapping[str, Any]]) -> Cells:
+    """A line for each row: the whole call, its median and interquartile range, and what comes before the second picture."""
+    cells: Cells = [("", "s/image", "±", "speed", "load s", "first s")]
     for row in rows:
-        image, denoiser = row["image_s"], row["denoiser_s"]
+        image = row["image_s"]
         cells.append(
             (
                 row["name"],
                 format_number(image["median"], ".4f"),
                 format_number(image["interquartile_range"], ".4f"),
                 speedup_cell(row, "image"),
+                format_number(row["load_s"], ".2f"),
+                format_number(row["first_image_s"], ".3f"),
+            )
+        )
+    return cells
+
+
+def denoiser_cells(rows: Sequence[Mapping[str, Any]]) -> Cells:
+    """A line for each row: all evaluations of a picture together, and one step."""
+    cells: Cells = [("", "denoiser s", "±", "speed", "ms/step")]
+    for row in rows:
+        denoiser = row["denoiser_s"]
+        cells.append(
+            (
+                row["name"],
                 format_number(denoiser["median"], ".4f"),
                 format_number(denoiser["interquartile_range"], ".4f"),
                 speedup_cell(row, "denoiser"),
                 format_number(row["denoiser_ms_per_step"], ".2f"),
-                format_number(row["load_s"], ".2f"),
-                format_number(row["first_image_s"], ".3f"),
             )
         )
     return cells
@@ -203,7 +217,7 @@ def speedup_cell(row: Mapping[str, Any], of: str) -> str:
 
 
 def start_cells(starts: Sequence[Mapping[str, Any]]) -> Cells:
-    cells: Cells = [("", *(stage.replace("_", " ") for stage in STAGES), "total", "±", "second image", "peak MB")]
+    cells: Cells = [("", *(stage.partition("_")[0] for stage in STAGES), "total", "±", "second", "peak MB")]
     for start in starts:
         columns = (*(f"{stage}_s" for stage in STAGES), "total_s")
         cells.append(

@@ -259,7 +259,8 @@ def print_outcome(manifest: Manifest, outcome: Outcome, file: TextIO) -> None:
     described = describe_outcome(manifest, outcome)
     tables = [("golden vectors, replayed here", golden_cells(described["golden"]))]
     if outcome.comparison:
-        tables.append((f"against eager float32, {described['machine']['threads']} threads", plan_cells(described)))
+        tables.append(("closeness to eager float32", closeness_cells(described)))
+        tables.append((f"speed, {described['machine']['threads']} threads", speed_cells(described)))
         tables.append(("variants", variant_cells(described["variants"])))
         tables.append(("thresholds of the recipe", verdict_cells(described["verdicts"])))
     for title, cells in tables:
@@ -285,38 +286,37 @@ def golden_cells(replays: Mapping[str, Any]) -> Cells:
     return cells
 
 
-def plan_cells(described: Mapping[str, Any]) -> Cells:
-    """Eager's line for each number of steps, and a line for each plan."""
-    cells: Cells = [
-        ("", "PSNR dB", "SSIM", "error: max", "mean", "latents", "accuracy %", "s/image", "ms/step", "speed", "FLOPs %")
-    ]
+def closeness_cells(described: Mapping[str, Any]) -> Cells:
+    """How close each plan's pictures and evaluations are to eager's, and what share of the prompts eager and plans draw right."""
+    cells: Cells = [("", "PSNR dB", "SSIM", "max error", "mean", "latents", "right %")]
     for steps, e in described["eager"].items():
-        times = (format_number(e["image_s"], ".3f"), format_number(e["evaluation_ms"], ".2f"))
-        cells.append(
-            (
-                f"eager, {steps} steps",
-                "",
-                "",
-                "",
-                "",
-                "",
-                format_number(e["accuracy_percent"], ".1f"),
-                *times,
-                "1.00x",
-                "",
-            )
-        )
+        cells.append((f"eager, {steps} steps", "", "", "", "", "", format_number(e["accuracy_percent"], ".1f")))
     for name, plan in described["plans"].items():
         near, errors = plan["pictures"] or plan["checked_pictures"] or {}, plan["relative_error"] or {}
         cells.append(
             (
-                f"plan {name}" + ("" if plan["cache"] == "none" else f", cache {plan['cache']}"),
+                plan_label(name, plan),
                 format_number(near.get("psnr_db"), ".1f"),
                 format_number(near.get("ssim"), ".4f"),
                 format_number(errors.get("max"), ".2g"),
                 format_number(errors.get("mean"), ".2g"),
                 format_number(near.get("latents_relative_error"), ".2g"),
                 format_number(plan["accuracy_percent"], ".1f"),
+            )
+        )
+    return cells
+
+
+def speed_cells(described: Mapping[str, Any]) -> Cells:
+    """What a picture and a step take: eager's line for each number of steps, and a line for each plan."""
+    cells: Cells = [("", "s/image", "ms/step", "speed", "FLOPs %")]
+    for steps, e in described["eager"].items():
+        times = (format_number(e["image_s"], ".3f"), format_number(e["evaluation_ms"], ".2f"))
+        cells.append((f"eager, {steps} steps", *times, "1.00x", ""))
+    for name, plan in described["plans"].items():
+        cells.append(
+            (
+                plan_label(name, plan),
                 format_number(plan["image_s"], ".3f"),
                 format_number(plan["evaluation_ms"], ".2f"),
                 format_number(plan["speedup"], ".2f", "x"),
@@ -324,6 +324,10 @@ def plan_cells(described: Mapping[str, Any]) -> Cells:
             )
         )
     return cells
+
+
+def plan_label(name: str, plan: Mapping[str, Any]) -> str:
+    return f"plan {name}" + ("" if plan["cache"] == "none" else f", cache {plan['cache']}")
 
 
 def variant_cells(measured: Mapping[str, Any]) -> Cells:
@@ -360,25 +364,40 @@ def format_number(value: float | None, form: str, unit: str = "") -> str:
     return "-" if value is None else f"{value:{form}}{unit}"
 
 
+TERMINAL_COLUMNS = 80
+
+
 def print_cells(title: str, cells: Cells, file: TextIO) -> None:
+    """A table that fits 80 columns as long as its numbers do: what stands first in a row is broken, and numbers never are."""
     try:
         from rich import box
         from rich.console import Console
         from rich.table import Table
     except ImportError:
         return print_plain_cells(title, cells, file)
-    table = Table(*cells[0], title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column(cells[0][0], overflow="fold")
+    for column in list(zip(*cells, strict=True))[1:]:
+        number = any(cell[:1].isdigit() for cell in column[1:])
+        table.add_column(column[0], justify="right" if number else "left", no_wrap=number, overflow="fold")
     for row in cells[1:]:
         table.add_row(*row)
     if file.isatty():
         Console(file=file, highlight=False).print(table)
     else:  # whatever FORCE_COLOR says: control codes in a file are noise
-        Console(file=file, width=160, highlight=False, force_terminal=False).print(table)
+        Console(file=file, width=TERMINAL_COLUMNS, highlight=False, force_terminal=False).print(table)
     return None
 
 
 def print_plain_cells(title: str, cells: Cells, file: TextIO) -> None:
+    """The same without rich. A row that is too wide begins with its first cell on a line of its own."""
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    is_wide = 2 + sum(widths) + 2 * (len(widths) - 1) > TERMINAL_COLUMNS
     print(title, file=file)
-    for row in cells:
-        print("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip(), file=file)
+    for first, *others in cells:
+        if is_wide and first:
+            print(f"  {first}", file=file)
+        lead = [" " * 4] if is_wide else [first.ljust(widths[0])]
+        print(
+            "  " + "  ".join(lead + [c.ljust(w) for c, w in zip(others, widths[1:], strict=True)]).rstrip(), file=file
+        )

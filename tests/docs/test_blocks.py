@@ -8,11 +8,22 @@ import shutil
 from pathlib import Path
 
 import pytest
-from page_blocks import BLOCKS, PAGES, ROOT, RUNNABLE, Block, Reader, blocks_of, command_lines, hooks, prebake_arguments
 from PIL import Image
 
 import prebake
 from prebake.exporter.recipe.resolve import resolve
+from support.page_blocks import (
+    BLOCKS,
+    PAGES,
+    ROOT,
+    RUNNABLE,
+    Block,
+    Reader,
+    blocks_of,
+    command_lines,
+    hooks,
+    prebake_arguments,
+)
 
 pytestmark = pytest.mark.docs
 SHELL = [(block, line) for block in RUNNABLE if block.language != "python" for line in command_lines(block)]

@@ -6,7 +6,8 @@ import re
 import subprocess
 
 import pytest
-from page_blocks import ROOT, hooks
+
+from support.page_blocks import ROOT, hooks
 
 pytestmark = pytest.mark.docs
 PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")

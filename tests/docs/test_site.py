@@ -10,9 +10,10 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
-import chromium
 import pytest
-from page_blocks import ROOT, hooks
+
+from support import headless_chromium as chromium
+from support.page_blocks import ROOT, hooks
 
 pytestmark = pytest.mark.docs
 FETCHED = {

@@ -8,13 +8,13 @@ import struct
 from pathlib import Path
 
 import pytest
-from paper import library, relist, write_package
 from safetensors import safe_open
 
 import prebake.runtime.backends.aoti
 from prebake.runtime import ArtifactError
 from prebake.runtime.artifact import open_artifact
 from prebake.runtime.manifest import read_manifest
+from support.paper_artifact import library, relist, write_package
 
 PACKAGE, PLAN, WEIGHTS = "graphs/denoiser.pt2", "plans/2.json", "weights/denoiser.safetensors"
 TOKENIZER, GOLDEN = "tokenizers/tokenizer/tokenizer.json", "golden/2.safetensors"

@@ -1,14 +1,15 @@
 """Disks that are full, read-only, without execution, or not there, as file systems of a namespace of its own."""
 
-import places
 import pytest
-from processes import script
+
+from support import disk_mounts as places
+from support.fault_processes import script
 
 
 @pytest.fixture(scope="module")
 def found(toy_artifact, tmp_path_factory):
     work = tmp_path_factory.mktemp("places")
-    found = script("places.py", toy_artifact, work, mounts=places.mounts(toy_artifact, work))
+    found = script("disk_mounts.py", toy_artifact, work, mounts=places.mounts(toy_artifact, work))
     assert found.keys() == {*LOADED, *REFUSED, *NOT_RUN}
     return found
 

@@ -2,7 +2,7 @@
 
 import signal
 
-from processes import script
+from support.fault_processes import script
 
 STAGES = ("load", "settle", "rewrite", "plan", "capture", "lower", "package", "verify")
 HARMLESS = {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "TZ": "Pacific/Kiritimati"}
@@ -10,7 +10,7 @@ HARMLESS = {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "T
 
 def test_killed_at_every_moment(tmp_path):
     """The artifact before stays as it was, nothing has the name of a new one, and the next export clears up."""
-    found = script("exporting.py", tmp_path, "killed")
+    found = script("export_faults.py", tmp_path, "killed")
     assert {f"{stage} is done" for stage in STAGES} <= found["deaths"].keys()
     for moment, death in found["deaths"].items():
         assert death == {"signal": signal.SIGKILL, "old": "as it was", "new": "nothing"}, moment
@@ -22,7 +22,7 @@ def test_killed_at_every_moment(tmp_path):
 def test_a_disk_that_is_full(tmp_path):
     """From no room at all up to room for the whole artifact: each is a sentence, and leaves nothing."""
     mounts = f"mkdir {tmp_path}/disk; mount -t tmpfs -o size=64m none {tmp_path}/disk"
-    *short, enough = script("exporting.py", tmp_path, "full", mounts=mounts)
+    *short, enough = script("export_faults.py", tmp_path, "full", mounts=mounts)
     assert (enough["said"], enough["left"]) == ("", ["out"])
     assert len(short) > 4
     for found in short:
@@ -34,7 +34,7 @@ def test_a_disk_that_is_full(tmp_path):
 
 
 def test_a_weight_that_is_not_a_number(tmp_path):
-    found = script("exporting.py", tmp_path, "nan")
+    found = script("export_faults.py", tmp_path, "nan")
     assert found["said"] == (
         "ExportError: plan '2', evaluation 0 (variant 'full'): the compiled denoiser gives values that are not finite; "
         "set precision.denoiser to float32 or quantize.method to none to find out where they come from"
@@ -43,7 +43,7 @@ def test_a_weight_that_is_not_a_number(tmp_path):
 
 
 def test_two_exports_to_one_output(tmp_path):
-    found = script("exporting.py", tmp_path, "two")
+    found = script("export_faults.py", tmp_path, "two")
     refused = (
         "ExportError: WORK/out-False: already exists since this export began; "
         "choose another --output, or replace it with --force"
@@ -56,7 +56,7 @@ def test_another_locale_time_zone_and_day(tmp_path):
     """The same bytes, but for the code of this backend, which torch numbers anew in each export."""
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    here = script("exporting.py", tmp_path / "a", "once")
-    there = script("exporting.py", tmp_path / "b", "once", **HARMLESS)
+    here = script("export_faults.py", tmp_path / "a", "once")
+    there = script("export_faults.py", tmp_path / "b", "once", **HARMLESS)
     assert here == there
     assert len(here) > 5

@@ -1,11 +1,11 @@
 """The table of faults, its page, and the tests that there are agree."""
 
-from pathlib import Path
-
 import pytest
-from fault_table import EVERY, FAULTS, covers, read_outcomes, table, with_table
 
-TESTS = Path(__file__).parents[1]
+from support.fault_table import EVERY, FAULTS, covers, read_outcomes, table, with_table
+from support.paths import ROOT
+
+TESTS = ROOT / "tests"
 PAGE = TESTS.parent / "docs" / "reference" / "faults.md"
 AGAIN = "`make faults` writes the page anew"
 

@@ -4,14 +4,15 @@ processes that do so at once."""
 import signal
 
 import pytest
-from paper import write_package
-from processes import script
+
+from support.fault_processes import script
+from support.paper_artifact import write_package
 
 
 @pytest.mark.parametrize("state", ["fresh", "damaged"])
 def test_while_code_is_unpacked(tmp_path, state):
     write_package(tmp_path / "p.pt2")
-    *deaths, lived, begun, half = script("unpacking.py", tmp_path / "p.pt2", tmp_path / "cache", state)
+    *deaths, lived, begun, half = script("unpack_kills.py", tmp_path / "p.pt2", tmp_path / "cache", state)
     assert len(deaths) > 8
     assert {death["signal"] for death in deaths} == {signal.SIGKILL}
     assert {begun["signal"], half["signal"]} == {signal.SIGXFSZ}
@@ -23,7 +24,7 @@ def test_while_code_is_unpacked(tmp_path, state):
 
 @pytest.fixture(scope="module")
 def staging(tmp_path_factory):
-    return script("staging.py", tmp_path_factory.mktemp("staging") / "work")
+    return script("staging_kills.py", tmp_path_factory.mktemp("staging") / "work")
 
 
 @pytest.mark.parametrize("how", ["exchange", "renames"])
@@ -61,4 +62,4 @@ def test_of_exports_by_force_each_ends_well_and_one_is_left(staging):
 
 def test_of_processes_that_unpack_the_same_code_each_gets_it(tmp_path):
     write_package(tmp_path / "p.pt2")
-    assert script("unpackers.py", tmp_path / "p.pt2", tmp_path / "cache") == {"wrong": [], "left": []}
+    assert script("concurrent_unpacks.py", tmp_path / "p.pt2", tmp_path / "cache") == {"wrong": [], "left": []}

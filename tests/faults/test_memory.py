@@ -6,8 +6,9 @@ import shutil
 
 import pytest
 import torch
-from processes import script
 from safetensors.torch import save_file
+
+from support.fault_processes import script
 
 REFUSAL = "ARTIFACT: memory ran out while it was opened; raise the limit of this process (ulimit -v, or its container's), or free some"
 LARGE = 16 << 20  # bytes: more than what the allocator has at hand, so that the limit is felt
@@ -24,7 +25,7 @@ def found(toy_artifact, tmp_path_factory):
     manifest["files"].append(entry)
     (artifact / "manifest.json").write_text(json.dumps(manifest))
     (work / "tmp").mkdir()
-    return script("limited.py", artifact, toy_artifact, work / "cache", TMPDIR=str(work / "tmp"))
+    return script("memory_limits.py", artifact, toy_artifact, work / "cache", TMPDIR=str(work / "tmp"))
 
 
 def test_a_load_without_enough_memory_says_so(found):

@@ -79,10 +79,9 @@ YEARS = 365 * 24 * 3600 * 10**9  # ns
 @pytest.fixture
 def loads(paper, monkeypatch, tmp_path):
     """Counts what is hashed in a load of the artifact on paper, when the clock says something else."""
-    import paper as on_paper
-
     import prebake.runtime.backends.aoti
     from prebake.runtime.storage import files
+    from support import paper_artifact as on_paper
 
     monkeypatch.setattr(prebake.runtime.backends.aoti, "open_model", lambda so, *_: on_paper.PaperModel(so))
     hashed, real, clock = [], files.sha256_of, time.time_ns

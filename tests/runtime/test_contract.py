@@ -8,11 +8,11 @@ import weakref
 import pytest
 import torch
 
-import toy
 from prebake.runtime import ArtifactError
 from prebake.runtime.artifact import open_artifact
 from prebake.runtime.contract import Contract
 from prebake.runtime.manifest import Cost, Graph, TensorSpec
+from support import toy_model as toy
 
 CPU = torch.device("cpu")
 

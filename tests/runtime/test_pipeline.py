@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-import toy
 from prebake.runtime import ArtifactError, load
 from prebake.runtime.families import flux
 from prebake.runtime.noise import draw_noise
+from support import toy_model as toy
 
 IDS = torch.tensor([[3, 4, 0, 0, 0]])
 IDS_2 = torch.tensor([[3, 4, 0, 0, 0, 0]])

@@ -12,8 +12,9 @@ import torch
 from prebake.runtime import ArtifactError, Cancelled, load, memory, runners
 from prebake.runtime.backends import aoti
 from prebake.runtime.runners import Runners
+from support.paths import ROOT
 
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+sys.path.append(str(ROOT / "benchmarks"))  # last, since its modules have short names
 import soak
 
 SOON_S = 20  # a thread that takes longer hangs

@@ -1,0 +1,259 @@
+"""Stable Diffusion: pictures to begin from, masks, rescaled guidance and other schedulers; against diffusers' pipelines."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline, StableDiffusionPipeline
+from PIL import Image
+
+from prebake.exporter.families import sd
+from prebake.exporter.families.picture import Size, example_picture
+from prebake.runtime.errors import ArtifactError, ExportError
+from support.family_parity import PICTURE, PROMPTS, TOLERANCE, eager, expected, got, relative_error, seeded
+
+PICTURES = ("sampler.image_to_image=true",)
+TWO = list(PROMPTS[:2])
+OTHER = example_picture(Size(32, 32, 0), 4)
+SHORT = {"num_inference_steps": 8, "guidance_scale": 5.0, "output_type": "latent"}
+
+works_pictures = pytest.mark.works("sd", "image to image")
+works_masks = pytest.mark.works("sd", "inpainting")
+
+
+def square(left: int, top: int, right: int, bottom: int) -> Image.Image:
+    """White in a rectangle, black around it."""
+    mask = np.zeros((32, 32), np.uint8)
+    mask[top:bottom, left:right] = 255
+    return Image.fromarray(mask)
+
+
+MASK = square(4, 8, 20, 24)
+
+
+@functools.cache
+def peer(kind: type, tiny: str = "sd", scheduler: str | None = None) -> Any:
+    """Another diffusers pipeline of the same components, with the named scheduler."""
+    parts = dict(eager(tiny).components)
+    if scheduler:
+        parts["scheduler"] = getattr(diffusers, scheduler).from_config(parts["scheduler"].config)
+    pipe = kind(**parts, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def from_picture(prompt, *, tiny: str = "sd", scheduler: str | None = None, image=PICTURE, **call) -> torch.Tensor:
+    """diffusers' latents of image-to-image, of 8 steps."""
+    return peer(StableDiffusionImg2ImgPipeline, tiny, scheduler)(prompt, image=image, **{**SHORT, **call})[0]
+
+
+def inpainted(
+    prompt, *, tiny: str = "sd", scheduler: str | None = None, image=PICTURE, mask_image=MASK, **call
+) -> torch.Tensor:
+    """diffusers' latents of inpainting, of 8 steps."""
+    given = {"image": image, "mask_image": mask_image, "height": 32, "width": 32, **SHORT, **call}
+    return peer(StableDiffusionInpaintPipeline, tiny, scheduler)(prompt, **given)[0]
+
+
+# --- image to image ---------------------------------------------------------------------------------------------------
+
+
+@works_pictures
+@pytest.mark.parametrize("tiny", ["sd", "sd2"])
+@pytest.mark.parametrize("strength", [0.5, 0.8, 1.0])
+def test_a_picture_to_begin_from(tiny, strength):
+    latents = from_picture(PROMPTS[0], tiny=tiny, strength=strength, generator=seeded(1))
+    call = {"strength": strength, "seed": 1}
+    assert relative_error(got(tiny, PROMPTS[0], *PICTURES, image=PICTURE, **call), latents) < TOLERANCE
+    if strength < 1:
+        assert relative_error(got(tiny, PROMPTS[0], *PICTURES, image=OTHER, **call), latents) > 0.01  # the canary
+
+
+@works_pictures
+def test_the_usual_strength_is_that_of_diffusers():
+    latents = from_picture(PROMPTS[0], generator=seeded(1))
+    assert relative_error(got("sd", PROMPTS[0], *PICTURES, image=PICTURE, seed=1), latents) < TOLERANCE
+
+
+@works_pictures
+@pytest.mark.parametrize("image", [PICTURE, [PICTURE, OTHER]], ids=["one picture", "a picture each"])
+@pytest.mark.parametrize("each", [False, True], ids=["one generator", "a generator each"])
+def test_batches_of_pictures(image, each):
+    call = {"image": image, "strength": 0.5, "negative_prompt": ["blurry", "old"]}
+    latents = from_picture(TWO, generator=[seeded(1), seeded(2)] if each else seeded(1), **call)
+    generator = [seeded(1), seeded(2)] if each else seeded(1)
+    assert relative_error(got("sd", TWO, *PICTURES, generator=generator, **call), latents) < TOLERANCE
+
+
+# --- inpainting -------------------------------------------------------------------------------------------------------
+
+
+@works_masks
+@pytest.mark.parametrize("tiny", ["sd", "sd2"])
+@pytest.mark.parametrize("strength", [0.5, 1.0])
+def test_a_masked_part_is_drawn(tiny, strength):
+    latents = inpainted(PROMPTS[0], tiny=tiny, strength=strength, generator=seeded(1))
+    call = {"image": PICTURE, "strength": strength, "seed": 1}
+    assert relative_error(got(tiny, PROMPTS[0], *PICTURES, mask_image=MASK, **call), latents) < TOLERANCE
+    other = got(tiny, PROMPTS[0], *PICTURES, mask_image=square(8, 8, 24, 24), **call)
+    assert relative_error(other, latents) > 0.01  # the canary
+
+
+@works_masks
+def test_the_usual_strength_of_inpainting_is_that_of_diffusers():
+    latents = inpainted(PROMPTS[0], generator=seeded(1))
+    drawn = got("sd", PROMPTS[0], *PICTURES, image=PICTURE, mask_image=MASK, seed=1)
+    assert relative_error(drawn, latents) < TOLERANCE
+
+
+BATCHES = {
+    "one of each": (PICTURE, MASK),
+    "two pictures": ([PICTURE, OTHER], MASK),
+    "two masks": (PICTURE, [MASK, square(0, 0, 16, 16)]),
+}
+
+
+@works_masks
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("each", [False, True], ids=["one generator", "a generator each"])
+@pytest.mark.parametrize("scheduler", ["PNDMScheduler", "EulerAncestralDiscreteScheduler"])
+def test_draws_are_in_the_order_of_diffusers(batch, each, scheduler):
+    """Picture, noise, a masked copy that goes unused, and then what a stochastic scheduler draws."""
+    image, mask = BATCHES[batch]
+    call = {"image": image, "mask_image": mask, "strength": 0.5, "num_images_per_prompt": 2}
+    generators = [seeded(i) for i in range(4)] if each else seeded(1)
+    latents = inpainted(TWO, scheduler=scheduler, generator=generators, **call)
+    generators = [seeded(i) for i in range(4)] if each else seeded(1)
+    drawn = got("sd", TWO, *PICTURES, f"sampler.scheduler={scheduler}", generator=generators, **call)
+    assert relative_error(drawn, latents) < TOLERANCE
+
+
+# --- guidance ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.works("sd", "guidance rescale")
+@pytest.mark.parametrize("branches", ["sequential", "batched"])
+def test_rescaled_guidance(branches):
+    call = {"negative_prompt": "blurry", "guidance_rescale": 0.7}
+    latents = expected("sd", PROMPTS[0], generator=seeded(1), **call)
+    override = f"guidance.branches={branches}"
+    assert relative_error(got("sd", PROMPTS[0], override, seed=1, **call), latents) < TOLERANCE
+    plain = got("sd", PROMPTS[0], override, seed=1, negative_prompt="blurry")
+    assert relative_error(plain, latents) > 1e-3  # the canary
+
+
+# --- other schedulers -------------------------------------------------------------------------------------------------
+
+SCHEDULERS = (
+    "DDIMScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "DPMSolverMultistepScheduler",
+    "UniPCMultistepScheduler",
+    "HeunDiscreteScheduler",
+)
+
+
+@pytest.mark.works("sd", "other schedulers")
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_another_scheduler(scheduler):
+    override = f"sampler.scheduler={scheduler}"
+    pipe = peer(StableDiffusionPipeline, "sd", scheduler)
+    latents = pipe(PROMPTS[0], generator=seeded(1), height=32, width=32, **SHORT)[0]
+    assert relative_error(got("sd", PROMPTS[0], *PICTURES, override, seed=1), latents) < TOLERANCE
+    assert relative_error(got("sd", PROMPTS[0], seed=1), latents) > 1e-3  # the canary: the model's own
+
+
+@works_pictures
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("strength", [0.4, 1.0])
+def test_a_picture_with_another_scheduler(scheduler, strength):
+    latents = from_picture(TWO, scheduler=scheduler, strength=strength, generator=seeded(1))
+    call = {"image": PICTURE, "strength": strength, "seed": 1}
+    assert relative_error(got("sd", TWO, *PICTURES, f"sampler.scheduler={scheduler}", **call), latents) < TOLERANCE
+
+
+@works_masks
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("strength", [0.5, 1.0])
+def test_a_mask_with_another_scheduler(scheduler, strength):
+    """UniPC too, whose corrector goes on from latents of before the blend: they differ only where the blend puts the picture."""
+    latents = inpainted(PROMPTS[0], scheduler=scheduler, strength=strength, generator=seeded(1))
+    call = {"image": PICTURE, "mask_image": MASK, "strength": strength, "seed": 1}
+    drawn = got("sd", PROMPTS[0], *PICTURES, f"sampler.scheduler={scheduler}", **call)
+    assert relative_error(drawn, latents) < TOLERANCE
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+START = {"image": PICTURE}
+REFUSED = {
+    "image, not exported for it": (
+        (),
+        START,
+        "image: the artifact was exported without image-to-image; export again with sampler.image_to_image=true",
+    ),
+    "mask alone": (PICTURES, {"mask_image": MASK}, "mask_image: expected an image with it, got none"),
+    "strength alone": (PICTURES, {"strength": 0.5}, "strength: expected an image with it, got none"),
+    "strength above 1": (
+        PICTURES,
+        {**START, "strength": 1.2},
+        "strength=1.2: expected a number from 0 (the image stays) to 1 (it does not matter)",
+    ),
+    "no step": (
+        PICTURES,
+        {**START, "strength": 0.1},
+        "strength=0.1: of 8 steps none is left to take; give at least 0.125",
+    ),
+    "three pictures for four": (
+        PICTURES,
+        {"image": [PICTURE] * 3, "num_images_per_prompt": 4},
+        "image: expected one picture, or a number that divides 4; got 3",
+    ),
+    "three masks for four": (
+        PICTURES,
+        {**START, "mask_image": [MASK] * 3, "num_images_per_prompt": 4},
+        "mask_image: expected one mask, or a number that divides 4; got 3",
+    ),
+    "latents and image": (
+        PICTURES,
+        {**START, "latents": torch.zeros(1, 4, 16, 16)},
+        "expected either image or latents, got both: the latents that a picture starts from follow from it",
+    ),
+    "latents of another size": (
+        PICTURES,
+        {"image": torch.zeros(1, 4, 8, 8)},
+        "image: expected a picture, or latents [1, 4, 16, 16], got [1, 4, 8, 8]",
+    ),
+}
+
+
+def test_a_unet_that_sees_a_picture_is_refused():
+    from diffusers import UNet2DConditionModel
+
+    class Inpainting:
+        """Stable Diffusion's own model for inpainting, but for its weights."""
+
+        unet = UNet2DConditionModel(**{**eager("sd").unet.config, "in_channels": 9})
+        vae, tokenizer, vae_scale_factor = eager("sd").vae, eager("sd").tokenizer, 2
+
+    with pytest.raises(ExportError, match=r"in_channels: expected 4 as the VAE's latents have, got 9: UNets that see"):
+        sd.check_size(Inpainting, Size(32, 32, 16))
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_calls(case):
+    overrides, call, sentence = REFUSED[case]
+    with pytest.raises(ArtifactError) as caught:
+        got("sd", "snow", *overrides, **call)
+    assert str(caught.value) == sentence
+
+
+def test_the_least_strength_that_the_refusal_names_is_taken():
+    latents = from_picture(PROMPTS[0], strength=0.125, generator=seeded(1))
+    drawn = got("sd", PROMPTS[0], *PICTURES, image=PICTURE, strength=0.125, seed=1)
+    assert relative_error(drawn, latents) < TOLERANCE

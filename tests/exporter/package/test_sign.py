@@ -1,0 +1,449 @@
+"""Signing and checking who signed, on an artifact on paper; model-signing's own signer and verifier are the peers."""
+
+from __future__ import annotations
+
+import base64
+import errno
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from support.paths import ROOT
+
+pytest.importorskip("model_signing", reason="model-signing is not installed: pip install 'prebake[sign]'")
+
+import model_signing
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from prebake.exporter.cli.main import main
+from prebake.exporter.package import sign as signs
+from prebake.exporter.package.sign import SigstoreSigner, sign_artifact, verify_signed_artifact
+from prebake.runtime.artifact import open_artifact
+from prebake.runtime.backends import aoti
+from prebake.runtime.check.signature import Identity, signature_problems
+from prebake.runtime.errors import ArtifactError, ExportError, RecipeError
+from prebake.runtime.manifest import read_manifest
+from support import paper_artifact as paper
+
+WEIGHTS = "weights/denoiser.safetensors"
+FILES = 4  # three that the manifest lists, and itself
+
+
+def write_keys(folder: Path, name: str, private) -> tuple[Path, Path]:
+    key, public = folder / f"{name}.pem", folder / f"{name}.pub"
+    key.write_bytes(private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    public.write_bytes(private.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
+    return key, public
+
+
+@pytest.fixture
+def keys(tmp_path):
+    """A private key and its public one."""
+    return write_keys(tmp_path, "mine", ec.generate_private_key(ec.SECP256R1()))
+
+
+@pytest.fixture
+def artifact(tmp_path):
+    return paper.build(tmp_path / "artifact")
+
+
+@pytest.fixture
+def signed(artifact, keys):
+    assert sign_artifact(artifact, keys[0]) == FILES
+    return artifact
+
+
+def problems(folder, public):
+    return list(signature_problems(folder, read_manifest(folder), public))
+
+
+def refused(folder, public) -> list[str]:
+    """The lines of the one ArtifactError, without the folder's name."""
+    with pytest.raises(ArtifactError) as e:
+        verify_signed_artifact(folder, public)
+    return [line.removeprefix(f"{folder}: ") for line in str(e.value).splitlines()]
+
+
+# good ones
+
+
+def test_a_signed_artifact_holds(signed, keys):
+    assert problems(signed, keys[1]) == []
+    assert verify_signed_artifact(signed, keys[1]) == FILES
+
+
+@pytest.mark.parametrize("curve", [ec.SECP384R1(), ec.SECP521R1()], ids=lambda c: c.name)
+def test_other_curves(artifact, tmp_path, curve):
+    key, public = write_keys(tmp_path, "other", ec.generate_private_key(curve))
+    sign_artifact(artifact, key)
+    assert verify_signed_artifact(artifact, public) == FILES
+
+
+def test_keys_of_openssl_as_the_page_says(artifact, tmp_path):
+    """The two commands of docs/how-to/sign.md."""
+    page = (ROOT / "docs/how-to/sign.md").read_text("utf-8")
+    commands = [line for line in page.splitlines() if line.startswith("openssl ec")]
+    assert len(commands) == 2
+    for command in commands:
+        subprocess.run(command.split("  #")[0], shell=True, cwd=tmp_path, check=True, capture_output=True)
+    sign_artifact(artifact, tmp_path / "prebake.key")
+    assert verify_signed_artifact(artifact, tmp_path / "prebake.pub") == FILES
+
+
+def test_model_signing_itself_reads_it(signed, keys):
+    """Its verifier hashes every file anew, with no option, and refuses a changed one."""
+    peer = model_signing.verifying.Config().use_elliptic_key_verifier(public_key=keys[1])
+    (signed / "reports/log.txt").write_text("reports are free")
+    peer.verify(signed, signed / "signature.json")
+    flip(signed / WEIGHTS)
+    with pytest.raises(ValueError, match=f"Hash mismatch for '{WEIGHTS}'"):
+        peer.verify(signed, signed / "signature.json")
+
+
+def test_the_command_of_model_signing_as_the_page_says(signed, keys):
+    page = (ROOT / "docs/how-to/sign.md").read_text("utf-8")
+    (command,) = (line for line in page.splitlines() if line.startswith("model_signing "))
+    command = command.replace("artifacts/flux-fast-shapes", str(signed)).replace("prebake.pub", str(keys[1]))
+    _, *arguments = shlex.split(command)
+    done = subprocess.run(
+        [sys.executable, "-m", "model_signing", *arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_what_model_signing_itself_signed_holds(artifact, keys):
+    free = model_signing.hashing.Config().set_ignored_paths(paths=["signature.json", "reports"])
+    peer = model_signing.signing.Config().use_elliptic_key_signer(private_key=keys[0]).set_hashing_config(free)
+    peer.sign(artifact, artifact / "signature.json")
+    assert verify_signed_artifact(artifact, keys[1]) == FILES
+
+
+def test_a_copy_under_another_name_holds(signed, keys, tmp_path):
+    moved = signed.rename(tmp_path / "moved")
+    assert verify_signed_artifact(moved, keys[1]) == FILES
+
+
+def test_signing_again_replaces_the_signature(signed, keys, tmp_path):
+    key, public = write_keys(tmp_path, "other", ec.generate_private_key(ec.SECP256R1()))
+    sign_artifact(signed, key)
+    assert verify_signed_artifact(signed, public) == FILES
+    assert problems(signed, keys[1]) != []
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["artifact", "mine.pem", "mine.pub", "other.pem", "other.pub"]
+
+
+def test_the_key_is_not_in_the_signature(signed, keys):
+    secret = keys[0].read_text().splitlines()[1]
+    statement = json.loads((signed / "signature.json").read_text())
+    payload = base64.b64decode(statement["dsseEnvelope"]["payload"]).decode()
+    assert WEIGHTS in payload
+    assert secret not in payload + (signed / "signature.json").read_text()
+
+
+# refused ones
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def test_another_key(signed, tmp_path):
+    _, public = write_keys(tmp_path, "other", ec.generate_private_key(ec.SECP256R1()))
+    mismatch = "Key mismatch: The public key hash in the signature's verification material does not match the provided public key"
+    assert refused(signed, public) == [
+        f"signature.json is no signature by {public} ({mismatch}); ask for the signer's key, or do not open the artifact"
+    ]
+
+
+def test_a_signature_that_only_claims_to_be_by_the_key(signed, keys, tmp_path):
+    """Somebody else's signature with the hint of the trusted key in it."""
+    file = signed / "signature.json"
+    hint = json.loads(file.read_text())["verificationMaterial"]["publicKey"]["hint"]
+    sign_artifact(signed, write_keys(tmp_path, "other", ec.generate_private_key(ec.SECP256R1()))[0])
+    forged = json.loads(file.read_text())
+    forged["verificationMaterial"]["publicKey"]["hint"] = hint
+    file.write_text(json.dumps(forged))
+    assert refused(signed, keys[1]) == [
+        f"signature.json is no signature by {keys[1]} (InvalidSignature); ask for the signer's key, or do not open the artifact"
+    ]
+
+
+def test_a_changed_manifest(signed, keys):
+    paper.edit(signed, lambda raw: raw["toolchain"].update(torch="1"))
+    assert refused(signed, keys[1]) == [
+        f"manifest.json is not the one that was signed by {keys[1]}; restore the file, or sign the artifact again"
+    ]
+
+
+def test_a_changed_file(signed, keys):
+    assert problems(signed, keys[1]) == []
+    flip(signed / WEIGHTS)
+    (line,) = refused(signed, keys[1])
+    assert line.startswith(f"{WEIGHTS}: sha256 is ")
+
+
+def test_a_changed_file_and_a_manifest_that_fits_it(signed, keys):
+    """What a hash alone cannot tell."""
+    flip(signed / WEIGHTS)
+    paper.relist(signed)
+    # relist lists signature.json as any file; it is left out as an exporter does
+    paper.edit(signed, lambda raw: raw.update(files=[f for f in raw["files"] if f["path"] != "signature.json"]))
+    assert refused(signed, keys[1]) == [
+        f"manifest.json is not the one that was signed by {keys[1]}; restore the file, or sign the artifact again"
+    ]
+
+
+def test_a_statement_that_was_edited(signed, keys):
+    """The signed list changed to fit a changed manifest: the signature no longer holds."""
+    file = signed / "signature.json"
+    bundle = json.loads(file.read_text())
+    payload = base64.b64decode(bundle["dsseEnvelope"]["payload"]).replace(b"sha256", b"sha512", 1)
+    bundle["dsseEnvelope"]["payload"] = base64.b64encode(payload).decode()
+    file.write_text(json.dumps(bundle))
+    (line,) = refused(signed, keys[1])
+    assert line.startswith(f"signature.json is no signature by {keys[1]} (InvalidSignature)")
+
+
+def test_no_signature(artifact, keys):
+    assert refused(artifact, keys[1]) == [
+        'signature.json is missing, so nobody has signed the artifact; sign it with `prebake sign`, or load it with trust="hash"'
+    ]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "{", "{}", "null", "\x00", '{"mediaType": 3}', "[" * 100_000, '{"dsseEnvelope": {"signatures": []}}'],
+)
+def test_a_signature_that_is_none(signed, keys, text):
+    (signed / "signature.json").write_text(text)
+    (line,) = refused(signed, keys[1])
+    assert line.startswith(f"signature.json is no signature by {keys[1]} (")
+    assert line.endswith("); ask for the signer's key, or do not open the artifact")
+
+
+def test_a_signature_without_end(signed, keys):
+    os.truncate(signed / "signature.json", 1 << 40)  # sparse
+    assert refused(signed, keys[1]) == [
+        "signature.json has 1099511627776 bytes, 67108864 at most are expected; sign the artifact again"
+    ]
+
+
+def test_a_linked_signature(signed, keys, tmp_path):
+    (signed / "signature.json").rename(tmp_path / "elsewhere")
+    (signed / "signature.json").symlink_to(tmp_path / "elsewhere")
+    (line,) = refused(signed, keys[1])
+    assert line.startswith("signature.json is a symbolic link")
+
+
+def test_a_listed_signature_is_refused(signed, keys):
+    paper.relist(signed)
+    assert refused(signed, keys[1]) == ["manifest.json [files]: 'signature.json' cannot be listed; export again"]
+
+
+def test_a_manifest_that_changes_while_it_is_read(signed, keys):
+    manifest = read_manifest(signed)
+    paper.edit(signed, lambda raw: raw["toolchain"].update(torch="1"))
+    with pytest.raises(ArtifactError) as e:
+        list(signature_problems(signed, manifest, keys[1]))
+    assert str(e.value) == f"{signed / 'manifest.json'}: has changed since it was read; open the artifact again"
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(at=st.floats(0, 1, exclude_max=True), byte=st.integers(0, 255), cut=st.booleans())
+def test_no_damage_makes_another_manifest_signed(signed, keys, at, byte, cut):
+    """One byte of the signature is another, or it ends there; the manifest is not the one that was signed."""
+    whole = signed.parent / "whole"
+    if not whole.exists():
+        whole.write_bytes((signed / "signature.json").read_bytes())
+        paper.edit(signed, lambda raw: raw["toolchain"].update(torch="1"))
+    data = bytearray(whole.read_bytes())
+    data[int(at * len(data))] = byte
+    (signed / "signature.json").write_bytes(data[: int(at * len(data))] if cut else data)
+    (line,) = problems(signed, keys[1])
+    assert line.startswith(("signature.json is no signature by ", "manifest.json is not the one that was signed by "))
+
+
+def test_load_asks_for_it(signed, keys, tmp_path, monkeypatch):
+    """On paper, what is trusted fails at dlopen, and what is not never gets there."""
+    monkeypatch.setattr(aoti, "open_model", lambda *args: pytest.fail("opened"))
+    _, other = write_keys(tmp_path, "other", ec.generate_private_key(ec.SECP256R1()))
+    with pytest.raises(ArtifactError, match=f"signature.json is no signature by {other}"):
+        open_artifact(signed, trust="signature", public_key=other, cache_dir=tmp_path / "cache")
+    with pytest.raises(pytest.fail.Exception, match="opened"):
+        open_artifact(signed, trust="signature", public_key=keys[1], cache_dir=tmp_path / "cache")
+
+
+# keys and packages
+
+
+@pytest.mark.parametrize(("content", "kind"), [(None, "FileNotFoundError"), ("no key", "ValueError")])
+def test_a_file_that_is_no_key(signed, tmp_path, content, kind):
+    file = tmp_path / "key"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(RecipeError) as e:
+        problems(signed, file)
+    assert str(e.value) == (
+        f"{file}: expected a public key in PEM, of an elliptic curve P-256, P-384 or P-521, and it is none ({kind}); "
+        "`openssl ec -in KEY -pubout` writes one"
+    )
+    with pytest.raises(RecipeError) as e:
+        sign_artifact(signed, file)
+    assert str(e.value) == (
+        f"--key {file}: expected a private key in PEM, of an elliptic curve P-256, P-384 or P-521, without a password, and it "
+        f"is none ({kind}); `openssl ecparam -name prime256v1 -genkey -noout -out KEY` makes one"
+    )
+
+
+def test_keys_of_another_kind(signed, tmp_path):
+    key, public = write_keys(tmp_path, "rsa", rsa.generate_private_key(65537, 2048))
+    with pytest.raises(RecipeError, match="expected a public key in PEM, of an elliptic curve"):
+        problems(signed, public)
+    with pytest.raises(RecipeError, match="expected a private key in PEM, of an elliptic curve"):
+        sign_artifact(signed, key)
+
+
+def test_without_the_package(signed, keys, monkeypatch):
+    for name in ("model_signing", "model_signing.verifying", "model_signing.signing"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for refusing in (lambda: problems(signed, keys[1]), lambda: sign_artifact(signed, keys[0])):
+        with pytest.raises(RecipeError) as e:
+            refusing()
+        assert str(e.value) == "a signature needs model-signing: pip install 'prebake[sign]'"
+
+
+# what is not signed
+
+
+def test_a_damaged_artifact_is_not_signed(artifact, keys):
+    flip(artifact / WEIGHTS)
+    with pytest.raises(ArtifactError, match=f"{WEIGHTS}: sha256 is "):
+        sign_artifact(artifact, keys[0])
+    assert not (artifact / "signature.json").exists()
+
+
+def test_a_failed_artifact_is_not_signed(artifact, keys):
+    paper.edit(artifact, lambda raw: raw.update(status="failed"))
+    with pytest.raises(ArtifactError) as e:
+        sign_artifact(artifact, keys[0])
+    assert str(e.value) == f"{artifact}: missed its thresholds, and its manifest says so; sign one that holds"
+
+
+def test_an_artifact_for_another_machine_is_signed(artifact, keys):
+    paper.edit(artifact, lambda raw: raw["requires"].update(machine="pdp11"))
+    sign_artifact(artifact, keys[0])
+    assert verify_signed_artifact(artifact, keys[1]) == FILES
+
+
+def test_sigstore_out_of_reach_says_so(signed, monkeypatch, capsys):
+    """What happens within reach needs sigstore's servers, and is not tested."""
+
+    def offline(self, **options):
+        raise RuntimeError("no route to host.\nand more")
+
+    monkeypatch.setattr(model_signing.signing.Config, "use_sigstore_signer", offline)
+    monkeypatch.setattr(model_signing.verifying.Config, "use_sigstore_verifier", offline)
+    said = "it needs a network and a token, and --key needs neither"
+    assert main(["sign", str(signed), "--sigstore"]) == 3
+    assert capsys.readouterr().err == (
+        f"prebake: error: --sigstore: sigstore did not sign (no route to host); {said}\n"
+    )
+    monkeypatch.setattr(model_signing.signing.Config, "use_sigstore_signer", lambda self, **options: self)
+    monkeypatch.setattr(model_signing.signing.Config, "sign", offline_sign)
+    assert main(["sign", str(signed), "--sigstore"]) == 3
+    assert capsys.readouterr().err == f"prebake: error: --sigstore: sigstore did not sign (no token); {said}\n"
+    arguments = ["--signature", "--identity", "me", "--issuer", "https://x"]
+    assert main(["verify", str(signed), *arguments]) == 5
+    assert capsys.readouterr().err == (
+        "prebake: error: signature.json cannot be held against me (https://x): sigstore was not reached (no route to host); "
+        "it needs a network, and a public key needs none\n"
+    )
+
+
+def offline_sign(self, folder, target):
+    raise ConnectionError("no token")
+
+
+def test_a_signature_that_cannot_be_written(signed, keys, monkeypatch):
+    def full(source, target):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    before = (signed / "signature.json").read_bytes()
+    monkeypatch.setattr(signs.os, "replace", full)
+    with pytest.raises(ExportError) as e:
+        sign_artifact(signed, keys[0])
+    assert str(e.value) == (
+        f"{signed / 'signature.json'}: cannot be written (No space left on device); make room, or sign a copy"
+    )
+    assert (signed / "signature.json").read_bytes() == before
+
+
+# the command line
+
+
+def test_commands(artifact, keys, capsys):
+    assert main(["sign", str(artifact), "--key", str(keys[0])]) == 0
+    assert capsys.readouterr().out == f"{artifact}/signature.json: 4 files signed\n"
+    arguments = ["verify", str(artifact), "--signature", "--public-key", str(keys[1])]
+    assert main(arguments) == 0
+    assert capsys.readouterr().out == f"{artifact}: signed by {keys[1]}, 4 files are as signed\n"
+    assert main([*arguments, "--quiet"]) == 0
+    assert capsys.readouterr().out == ""
+    assert main([*arguments, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told == {"artifact": str(artifact), "signed_by": str(keys[1]), "files": FILES}
+    flip(artifact / WEIGHTS)
+    assert main(arguments) == 5
+    assert capsys.readouterr().err.startswith(f"prebake: error: {artifact}: {WEIGHTS}: sha256 is ")
+
+
+def test_sign_json(artifact, keys, capsys):
+    assert main(["sign", str(artifact), "--key", str(keys[0]), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"signature": f"{artifact}/signature.json", "files": FILES}
+
+
+def test_the_token_of_sigstore_comes_from_the_environment(artifact, monkeypatch):
+    seen = []
+    monkeypatch.setattr(signs, "sign_artifact", lambda folder, signer: seen.append(signer) or 1)
+    monkeypatch.delenv("SIGSTORE_ID_TOKEN", raising=False)
+    main(["sign", str(artifact), "--sigstore"])
+    monkeypatch.setenv("SIGSTORE_ID_TOKEN", "secret")
+    main(["sign", str(artifact), "--sigstore"])
+    assert seen == [SigstoreSigner(None), SigstoreSigner("secret")]
+
+
+def test_an_identity_is_handed_over(artifact, monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr(signs, "verify_signed_artifact", lambda folder, whose: seen.append(whose) or 1)
+    arguments = ["--identity", "me@example.org", "--issuer", "https://example.org"]
+    assert main(["verify", str(artifact), "--signature", *arguments]) == 0
+    assert seen == [Identity("me@example.org", "https://example.org")]
+    assert capsys.readouterr().out == (
+        f"{artifact}: signed by me@example.org (https://example.org), 1 files are as signed\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--signature"], "--signature: expected --public-key FILE, or --identity NAME with --issuer URL, got neither"),
+        (["--signature", "--identity", "me"], "--identity and --issuer: expected both or none, since anyone can vouch for a name"),
+        (["--signature", "--public-key", "x", "--issuer", "y"], "--identity and --issuer: expected both or none, since anyone can vouch for a name"),
+        (["--signature", "--public-key", "x", "--source"], "--signature: opens no code, so nothing can be drawn; verify once more without it"),
+        (["--public-key", "x"], "--public-key: says who must have signed the artifact; add --signature, or leave it out"),
+        (["--identity", "x"], "--identity: says who must have signed the artifact; add --signature, or leave it out"),
+        (["--issuer", "x"], "--issuer: says who must have signed the artifact; add --signature, or leave it out"),
+    ],
+)  # fmt: skip
+def test_options_that_do_not_fit(artifact, capsys, arguments, said):
+    assert main(["verify", str(artifact), *arguments]) == 2
+    assert capsys.readouterr().err == f"prebake: error: {said}\n"

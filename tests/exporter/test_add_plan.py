@@ -1,0 +1,467 @@
+"""Plans are added to an artifact and taken out of it without a compiler, and a run that fails changes nothing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from prebake.exporter import add_plan as replan
+from prebake.exporter.caches import Auto, Decision, FasterCache, Mask, Schedule
+from prebake.exporter.caches.common import calibration as calibrations
+from prebake.exporter.caches.common.calibration import Calibration, FittedPlan
+from prebake.exporter.caches.fastercache import check_branches
+from prebake.exporter.cli.main import main
+from prebake.exporter.pipeline import prepare
+from prebake.exporter.progress import Progress, open_progress
+from prebake.exporter.recipe.resolve import change_recipe, resolve
+from prebake.exporter.sites.marks import Mark
+from prebake.exporter.verify.golden import replay_golden
+from prebake.exporter.verify.measure import Replayer
+from prebake.exporter.verify.verify import manifest_recipe
+from prebake.runtime import load
+from prebake.runtime.artifact import open_artifact
+from prebake.runtime.errors import ArtifactError, ExportError, RecipeError
+from prebake.runtime.manifest import read_manifest
+from prebake.runtime.plan import Plan
+from support.tiny_pipelines import OVERRIDES
+
+VERIFIED = ("verify.seeds=1", "verify.prompts=a large red circle")
+
+
+@pytest.fixture(autouse=True)
+def private_cache(monkeypatch, tmp_path_factory):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "replan-cache"))
+
+
+@pytest.fixture
+def copied(tiny_artifact, tmp_path):
+    """The artifact (8 steps, attention reuse) in a folder of the test's own."""
+    return shutil.copytree(tiny_artifact, tmp_path / "copied")
+
+
+def added(folder, steps: int, *overrides: str, **choices):
+    recipe = manifest_recipe(folder, read_manifest(folder))
+    recipe = change_recipe(recipe, "recipe", [f"sampler.steps={steps}", *overrides])
+    with open_progress("quiet") as quiet:
+        return replan.add_plans(folder, recipe, steps, replan.PlanOptions(**choices), quiet)
+
+
+def contents(folder) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_plan_that_the_export_made_comes_out_again_to_the_byte(copied):
+    before = contents(copied)
+    added(copied, 8, force=True)
+    after = contents(copied)
+    assert after["plans/8.json"] == before["plans/8.json"]
+    assert after["plans/8-uncached.json"] == before["plans/8-uncached.json"]
+    assert after["golden/8.safetensors"] == before["golden/8.safetensors"]
+    assert read_manifest(copied).unverified == ("8", "8-uncached")
+
+
+def test_an_added_plan_is_run_listed_and_replayed(copied):
+    weights = next((copied / "weights").iterdir()).stat().st_ino
+    manifest, plans = added(copied, 5)
+    assert list(plans) == ["5", "5-uncached"]
+    assert manifest.unverified == ("5", "5-uncached")
+    assert manifest.status == read_manifest(copied).status == "verified"
+    assert {"full", "reuse"} == set(plans["5"].variants())
+    artifact = open_artifact(copied)
+    assert replay_golden(Replayer(artifact), artifact.plans["5"]).bitwise
+    pipe = load(copied)
+    with_cache = pipe("red", seed=1, num_inference_steps=5, output_type="latent").images
+    without = pipe("red", seed=1, num_inference_steps=5, output_type="latent", cache=False).images
+    assert with_cache.isfinite().all()
+    assert not torch.equal(with_cache, without)
+    assert next((copied / "weights").iterdir()).stat().st_ino == weights  # linked, not copied
+    assert [p.name for p in copied.parent.iterdir()] == [copied.name]
+
+
+def test_the_added_plan_is_the_one_that_an_export_would_have_made(copied, tiny_pipe):
+    from prebake.exporter.families import flux
+    from prebake.exporter.plan import make_plans
+    from prebake.exporter.plan.sampler import tabulate_scheduler
+    from prebake.exporter.sites.discover import discover_layout
+
+    size = flux.Size(32, 32, 8)
+    table = tabulate_scheduler(
+        tiny_pipe.scheduler,
+        6,
+        **flux.scheduler_arguments(tiny_pipe.scheduler, flux.facts(tiny_pipe, size)["latents_shape"], 6),
+    )
+    cache = manifest_recipe(copied, read_manifest(copied)).cache
+    expected = make_plans(cache, discover_layout(flux.denoiser(tiny_pipe, size)), {6: table}).plans
+    _, plans = added(copied, 6, dry_run=True)
+    assert tuple(plans.values()) == expected
+
+
+def test_a_plan_added_to_an_artifact_that_takes_pictures_begins_anywhere_too(copied):
+    for plan in added(copied, 6, "sampler.image_to_image=true", dry_run=True)[1].values():
+        assert [tail.step for tail in plan.tails] == [1, 2, 3, 4, 5]
+        assert all(plan.tail(step).evaluations[0].variant == "full" for step in range(6))
+    assert not any(plan.tails for plan in added(copied, 6, dry_run=True)[1].values())
+
+
+def test_a_dry_run_changes_nothing(copied):
+    before = contents(copied)
+    added(copied, 5, dry_run=True)
+    assert contents(copied) == before
+
+
+def test_a_plan_that_is_there_is_kept_unless_forced(copied):
+    with pytest.raises(ExportError, match=r"plan '8' is there already; replace it with --force"):
+        added(copied, 8)
+
+
+def test_another_scheduler_and_no_cache(copied):
+    _, plans = added(copied, 3, "sampler.scheduler=FlowMatchLCMScheduler", "cache.method=none")
+    assert list(plans) == ["3"]
+    assert plans["3"].scheduler == "FlowMatchLCMScheduler"
+    assert len(plans["3"].evaluations) == 3
+    assert load(copied)("red", seed=1, num_inference_steps=3, output_type="pt").images.isfinite().all()
+
+
+def test_a_cache_whose_variants_are_not_compiled_is_refused_with_those_that_are(copied):
+    before = contents(copied)
+    with pytest.raises(ExportError) as e:
+        added(copied, 6, "cache.method=mask", "cache.mask=1(01)")
+    assert "no compiled variant does what this cache asks for: combine blocks[0:3] (evaluations 1, 3, 5)" in str(
+        e.value
+    )
+    assert "The artifact has: full = compute all; reuse = combine transformer_blocks.0.attn, " in str(e.value)
+    assert contents(copied) == before
+
+
+def test_a_cache_that_reads_weights_is_refused_with_keys_that_exist(copied):
+    signal = ("cache.method=teacache", "cache.signal=time_embedding")
+    with pytest.raises(
+        ExportError, match=r"signal = 'time_embedding' decides .*; set cache.signal=modulated and name a"
+    ):
+        added(copied, 6, *signal)
+    with pytest.raises(ExportError, match="needs a calibration"):
+        added(copied, 6, *signal, "cache.signal=modulated")
+
+
+def test_a_cache_that_needs_branches_split_by_frequency_is_refused_with_a_way_out():
+    guided = SimpleNamespace(branches=("uncond", "cond"), planes=False)
+    with pytest.raises(ExportError, match="an artifact must be exported again with this cache"):
+        check_branches(FasterCache(), guided)
+
+
+def test_a_cache_that_skips_nothing_is_refused(copied):
+    with pytest.raises(ExportError, match=r"cache.method 'pab' skips nothing at 1 steps"):
+        added(copied, 1)
+
+
+def test_a_run_that_is_interrupted_leaves_the_artifact_as_it_was(copied, monkeypatch):
+    before = contents(copied)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(replan, "write_plan_golden", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        added(copied, 5)
+    assert contents(copied) == before
+    assert [p.name for p in copied.parent.iterdir()] == [copied.name]
+
+
+def test_a_plan_is_removed_with_its_uncached_twin(copied):
+    before = contents(copied)
+    added(copied, 5)
+    manifest = replan.remove_plan(copied, "5")
+    assert list(manifest.plans) == ["8", "8-uncached"]
+    assert manifest.unverified == ()
+    assert contents(copied) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("8", "plan '8' belongs to the default of 8 steps, and stays"),
+        ("8-uncached", "plan '8-uncached' belongs to the default of 8 steps, and stays"),
+        ("9", "has no plan '9'; it has 8, 8-uncached"),
+    ],
+)
+def test_what_cannot_be_removed_is_named(copied, name, words):
+    with pytest.raises(RecipeError, match=words):
+        replan.remove_plan(copied, name)
+
+
+def test_an_artifact_of_an_older_export_is_refused_by_name(copied):
+    manifest = read_manifest(copied)
+    (copied / replan.PLAN_INPUTS_FILE).unlink()
+    files = tuple(f for f in manifest.files if f.path != replan.PLAN_INPUTS_FILE)
+    (copied / "manifest.json").write_text(manifest.model_copy(update={"files": files}).to_json(), "utf-8")
+    with pytest.raises(ArtifactError, match=r"has no replan.json, which says what a plan is made of; export again"):
+        added(copied, 5)
+
+
+def test_a_verified_plan_is_no_longer_listed_as_unverified(copied, tiny_folder):
+    (copied / "reports/plan-4").mkdir()
+    (copied / "reports/plan-4/verify.json").write_text("an earlier report", "utf-8")
+    second_link = copied.with_name("second-link")
+    second_link.hardlink_to(copied / "reports/plan-4/verify.json")
+    manifest, _ = added(copied, 4, *VERIFIED, verify=True, model=str(tiny_folder))
+    assert manifest.unverified == read_manifest(copied).unverified == ()
+    assert second_link.read_text("utf-8") == "an earlier report"  # a run that is killed would have left it there
+    assert json.loads((copied / "reports/plan-4/verify.json").read_text())["passed"]
+    open_artifact(copied)
+
+
+def test_a_plan_that_is_replaced_or_removed_takes_its_report_along(copied):
+    added(copied, 5)
+    report = copied / "reports/plan-5/verify.json"
+    report.parent.mkdir(parents=True)
+    report.write_text("of the first plan", "utf-8")
+    added(copied, 5, "cache.method=none", force=True)
+    assert not report.exists()
+    report.parent.mkdir()
+    report.write_text("of the second plan", "utf-8")
+    replan.remove_plan(copied, "5")
+    assert not report.parent.exists()
+    assert (copied / "reports/verify.json").exists()
+
+
+def test_a_plan_without_a_cache_takes_the_place_of_a_cached_one_and_its_twin(copied):
+    added(copied, 5)
+    manifest, _ = added(copied, 5, "cache.method=none", force=True)
+    assert set(manifest.plans) == {"5", "8", "8-uncached"}
+    assert manifest.unverified == ("5",)
+    assert set(open_artifact(copied).plans) == set(manifest.plans)
+    assert not (copied / "golden/5-uncached.safetensors").exists()
+    pipe = load(copied)
+    drawn = [pipe("red", seed=1, num_inference_steps=5, output_type="latent", cache=c).images for c in (True, False)]
+    assert torch.equal(*drawn)
+
+
+def test_a_plan_that_misses_a_threshold_is_not_added(copied, tiny_folder):
+    before = contents(copied)
+    with pytest.raises(ExportError, match=r"(?s)psnr_db.*the plan is not added"):
+        added(copied, 4, *VERIFIED, "verify.psnr_db=110", verify=True, model=str(tiny_folder))
+    assert contents(copied) == before
+
+
+# --- a plan that was found for other steps
+
+
+class Notes(Progress):
+    """Keeps what the user is told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.told.append(text)
+
+
+OTHERWISE = "11(001)"
+
+
+def calibration_of(folder, **changes) -> Calibration:
+    """One for the model of an artifact, at the steps, scheduler and size of its plan 8, with a plan that skips evaluation 5."""
+    manifest = read_manifest(folder)
+    plan = Plan.model_validate_json((folder / manifest.plans["8"]).read_bytes())
+    weights = tuple({"output": (2.0, -1.0, 0.0)} if e == 5 else {} for e in range(8))
+    fitted = FittedPlan(
+        cost=0.875, skips=tuple("output" if w else "" for w in weights), weights=weights,
+        psnr_db=40.0, held_out_psnr_db=39.0, fewer_steps=7, fewer_steps_psnr_db=20.0,
+    )  # fmt: skip
+    given = {
+        "model": "tiny", "sha256": manifest.source.sha256, "scheduler": plan.scheduler, "steps": 8,
+        "timesteps": tuple(e.timestep for e in plan.evaluations), "guidance_scale": 3.5, "prompts": 1,
+        "prompts_sha256": "", "seeds": 1, "auto": (fitted,),
+    }  # fmt: skip
+    return Calibration(**{**given, **changes})
+
+
+FOUND = Auto(calibration=calibrations.CALIBRATION_FILE, otherwise=OTHERWISE, budget=0.9)
+
+
+@pytest.fixture
+def found(copied):
+    """The copy as if its export had used `FOUND`: one variant predicts the output from three stored ones."""
+    kept = replan.read_plan_inputs(copied, read_manifest(copied))
+    output = kept.layout.output(slots=3)
+    kept = kept.model_copy(update={"marks": (output,), "variants": {"full": {}, "reuse": {output.name: "combine"}}})
+    (copied / replan.PLAN_INPUTS_FILE).unlink()
+    (copied / replan.PLAN_INPUTS_FILE).write_text(kept.model_dump_json(), "utf-8")
+    calibrations.write_calibration(copied / calibrations.CALIBRATION_FILE, calibration_of(copied))
+    return copied
+
+
+def planned(folder, steps: int, *overrides: str, cache: Auto = FOUND):
+    """The cached plan, and what was noted."""
+    manifest, notes = read_manifest(folder), Notes()
+    recipe = change_recipe(manifest_recipe(folder, manifest), "recipe", overrides).model_copy(update={"cache": cache})
+    return replan.build_plans(folder, manifest, recipe, steps, notes)[0][0], notes.told
+
+
+def test_a_found_plan_is_kept_at_its_own_steps(found):
+    plan, notes = planned(found, 8)
+    assert (plan.cache, notes) == ("auto", [])
+    assert [e.variant for e in plan.evaluations] == ["full"] * 5 + ["reuse"] + ["full"] * 2
+    assert plan.evaluations[5].coefficients == (2.0, -1.0, 0.0)
+
+
+def test_at_other_steps_the_mask_stands_in_with_the_variants_that_are_there(found):
+    plan, notes = planned(found, 6)
+    assert plan.cache == "mask"
+    assert [e.variant for e in plan.evaluations] == ["full", "full", "reuse", "reuse", "full", "reuse"]
+    newest, before, unused = plan.evaluations[2].coefficients
+    a, b, t = (plan.evaluations[e].timestep for e in (1, 0, 2))
+    assert newest == pytest.approx(1 + (t - a) / (a - b))
+    assert newest + before == pytest.approx(1)
+    assert unused == 0
+    assert len(notes) == 1
+    assert (
+        "calibration.json is for the timesteps of 8 steps of FlowMatchEulerDiscreteScheduler, and those of 6 steps here are "
+        "others, so mask 11(001) is used for 6 steps;" in notes[0]
+    )
+
+
+def test_with_another_scheduler_or_model_the_mask_stands_in_too(found):
+    plan, notes = planned(found, 8, "sampler.scheduler=FlowMatchHeunDiscreteScheduler")
+    assert (plan.cache, plan.scheduler, len(notes)) == ("mask", "FlowMatchHeunDiscreteScheduler", 1)
+    calibrations.write_calibration(found / calibrations.CALIBRATION_FILE, calibration_of(found, sha256="0" * 64))
+    plan, notes = planned(found, 8)
+    assert plan.cache == "mask"
+    assert "is of the model 'tiny', and this is another one, so mask" in notes[0]
+
+
+def test_without_otherwise_other_steps_are_refused(found):
+    with pytest.raises(ExportError, match="made for 8 steps"):
+        planned(found, 6, cache=FOUND.model_copy(update={"otherwise": None}))
+
+
+def test_another_calibration_than_the_artifacts_own_is_refused(found, tmp_path):
+    other = tmp_path / "other.json"
+    calibrations.write_calibration(other, calibration_of(found, prompts=2))
+    with pytest.raises(ExportError, match=r"other.json' is not the calibration that the artifact carries"):
+        planned(found, 8, cache=FOUND.model_copy(update={"calibration": str(other)}))
+    calibrations.write_calibration(other, calibration_of(found))
+    assert planned(found, 8, cache=FOUND.model_copy(update={"calibration": str(other)}))[0].cache == "auto"
+
+
+def test_the_first_calibration_of_an_artifact_goes_into_it_and_is_hashed(copied, tmp_path):
+    errors = tuple((0.1,) * min(e, 3) for e in range(8))
+    calibrations.write_calibration(tmp_path / "errors.json", calibration_of(copied, errors={"attn": errors}, auto=()))
+    smooth = ("cache.method=smoothcache", 'cache.components_to_wrap=["attn"]', "cache.calibration_threshold=0.2")
+    manifest, plans = added(copied, 8, *smooth, f"cache.calibration={tmp_path / 'errors.json'}", force=True)
+    assert [e.variant for e in plans["8"].evaluations] == [
+        "full",
+        "reuse",
+        "reuse",
+        "reuse",
+        "full",
+        "reuse",
+        "reuse",
+        "full",
+    ]
+    assert calibrations.CALIBRATION_FILE in {entry.path for entry in manifest.files}
+    assert contents(copied)[calibrations.CALIBRATION_FILE] == (tmp_path / "errors.json").read_bytes()
+    open_artifact(copied)
+    calibrations.write_calibration(tmp_path / "other.json", calibration_of(copied, errors={"attn": errors}, prompts=2))
+    with pytest.raises(ExportError, match="export again with this one"):
+        added(copied, 8, *smooth, f"cache.calibration={tmp_path / 'other.json'}", force=True)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "cache", "notes"),
+    [
+        ((), Auto, 0),
+        (("sampler.steps=[8,6]",), Mask, 1),
+        (("shapes.height=64", "shapes.width=64"), Mask, 1),
+        (("sampler.scheduler=FlowMatchHeunDiscreteScheduler",), Mask, 1),
+    ],
+)
+def test_an_export_takes_the_found_plan_only_where_all_its_timesteps_are_the_calibrations(
+    tiny_artifact, tiny_folder, tmp_path, overrides, cache, notes
+):
+    calibrations.write_calibration(tmp_path / "found.json", calibration_of(tiny_artifact))
+    told = Notes()
+    found = ("cache.method=auto", "cache.calibration=found.json", f"cache.otherwise={OTHERWISE}", "cache.budget=0.9")
+    recipe = resolve("flux-fast", (*OVERRIDES[1:], *found, *overrides), str(tiny_folder))
+    prepared = prepare(recipe, told, near=tmp_path)
+    assert isinstance(prepared.recipe.cache, cache)
+    assert (prepared.calibration is None) == (cache is Mask)
+    assert {p.cache for p in prepared.planned.plans} == {"none", prepared.recipe.cache.method}
+    assert len(told.told) == notes
+
+
+# --- sites under other names
+
+
+A = Mark("blocks", ("t.0", "t.1"), ("hidden_states",), residual=True, slots=2)
+
+
+def test_an_equal_site_under_another_name_and_with_fewer_slots_is_the_same():
+    named = replace(A, name="cond/blocks[0:2]", slots=1, stored_streams=())
+    asked = Schedule((named,), (Decision(), Decision.reuse(named)))
+    translated = replan.rename_sites((A,), asked)
+    assert translated.marks == (A,)
+    assert translated.decisions[1] == Decision({"blocks": "combine"}, {"blocks": (1.0, 0.0)})
+
+
+@pytest.mark.parametrize(
+    "change", [{"modules": ("t.0",)}, {"residual": False}, {"emitted": True}, {"dtype": "bfloat16"}]
+)
+def test_a_site_that_differs_is_another_one(change):
+    asked = Schedule((replace(A, name="x", **change),), ())
+    assert [m.name for m in replan.rename_sites((A,), asked).marks] == ["blocks", "x"]
+
+
+def test_more_slots_than_the_variants_have_is_refused():
+    with pytest.raises(
+        ExportError, match=r"combines 3 stored values, the artifact's variants have room for 2; lower the order"
+    ):
+        replan.pad_coefficients(A, (3.0, -3.0, 1.0))
+
+
+# --- the command
+
+
+def test_the_command_says_what_it_added_and_that_nobody_verified_it(copied, capsys):
+    assert main(["plan", str(copied), "--steps", "5", "--quiet"]) == 0
+    assert capsys.readouterr().out == ""
+    assert main(["plan", str(copied), "--steps", "6", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["unverified"] == ["6", "6-uncached"]
+    assert told["plans"]["6"]["strip"].count("0") == told["plans"]["6"]["calls"]["reuse"]
+    assert told["plans"]["6-uncached"]["flops_share"] == 1.0
+    assert main(["inspect", str(copied)]) == 0
+    out = capsys.readouterr().out
+    assert "added since, and not compared with the pipeline: 5, 5-uncached, 6, 6-uncached; " in out
+    assert main(["plan", str(copied), "--remove", "6"]) == 0
+    assert capsys.readouterr().out == f"removed 6; {copied} has the plans 5, 5-uncached, 8, 8-uncached\n"
+
+
+def test_the_command_draws_the_plan(copied, capsys):
+    assert main(["plan", str(copied), "--steps", "4", "--cache", "none", "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2].split() == ["4", "100.0%", "4", "full", "████"]
+    assert lines[-1] == "█ = full"
+
+
+def test_what_is_compiled_in_cannot_be_changed_by_a_plan(copied, capsys):
+    assert main(["plan", str(copied), "--steps", "4", "--set", "precision.denoiser=float32"]) == 2
+    assert "is compiled in; a plan can change cache, sampler and verify" in capsys.readouterr().err
+
+
+def test_verify_of_everything_settles_an_added_plan(copied, tiny_folder):
+    """Not one of another scheduler, whose pictures are others."""
+    weights = next((copied / "weights").iterdir()).stat().st_ino
+    added(copied, 5)
+    added(copied, 3, "sampler.scheduler=FlowMatchLCMScheduler", "cache.method=none")
+    assert main(["verify", str(copied), "--source", "--model", str(tiny_folder), "--quiet"]) == 0
+    manifest = read_manifest(copied)
+    assert (manifest.status, manifest.unverified) == ("verified", ("3",))
+    assert load(copied)("red", seed=1, num_inference_steps=5, output_type="latent").images.isfinite().all()
+    assert next((copied / "weights").iterdir()).stat().st_ino == weights  # linked, not copied

@@ -1,0 +1,1 @@
+"""What tests share: models, pipelines, peers, stubs, and processes that are killed."""

@@ -1,0 +1,467 @@
+"""Every fault that the suite tries, one row each; `docs/reference/faults.md` is written from it by `make faults`.
+
+A row says what is done to an artifact or a machine, what must come of it, and which test shows it: a file in `tests/` and a
+test in it, with its parameter where one of several is meant. `test_fault_table.py` holds the page to the rows, the rows to the
+tests that there are, and the tests of this folder to the rows.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+HOSTILE = "runtime/check/test_hostile_artifacts.py::test_it_is_refused_in_words_before_anything_is_opened"
+CONTRACT = "runtime/test_contract.py::test_a_wrong_input_is_named_with_what_came_and_the_nearest_that_is_right"
+CONSTANTS = "runtime/test_artifact.py::test_constants_must_be_exactly_the_compiled_ones"
+DAMAGED, DISKS, PROMPTS = "faults/test_damaged.py::", "faults/test_disks.py::", "faults/test_prompts.py::"
+KILLED, EXPORTS, AROUND = "faults/test_killed.py::", "faults/test_exports.py::", "faults/test_surroundings.py::"
+COMPILER = "faults/test_compiler.py::"
+MEMORY, FUZZ, TRUST = "faults/test_memory.py::", "runtime/check/test_fuzz.py::", "runtime/check/test_trust.py::"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """`id` is unique. `test` is a node id below `tests/`; without a parameter it stands for all of that test."""
+
+    id: str
+    done: str
+    must: str
+    test: str
+
+
+FAULTS: Mapping[str, tuple[Fault, ...]] = {
+    "Killed": (
+        Fault(
+            "killed-export",
+            "`kill -9` at every line of progress of an export, and at the end of each of its stages",
+            "an earlier artifact is as it was, and nothing has the name of a new one; the next export clears up",
+            EXPORTS + "test_killed_at_every_moment",
+        ),
+        Fault(
+            "killed-writing",
+            "`kill -9` before every single thing that writing an artifact does to the disk, its last rename among them",
+            "under its name lies the earlier artifact, the new one, or nothing; the next export clears up",
+            KILLED + "test_while_an_artifact_is_written",
+        ),
+        Fault(
+            "killed-naively",
+            "the same, to an export that writes in place",
+            "a part is left, which shows that the row above could fail",
+            KILLED + "test_an_export_that_writes_in_place_would_be_seen",
+        ),
+        Fault(
+            "killed-unpacking",
+            "`kill -9` before every single thing that unpacking machine code does to the cache, and in the middle of a file",
+            "no entry is half; the next load unpacks it right and clears up",
+            KILLED + "test_while_code_is_unpacked",
+        ),
+        Fault(
+            "killed-cache",
+            "a cache entry that is half, tampered with, crowded, linked, or open to others",
+            "it is replaced, and never opened",
+            "runtime/test_artifact.py::test_a_damaged_cache_entry_is_replaced",
+        ),
+        Fault(
+            "killed-compiling",
+            "`kill -9` to an export whose compiler runs, and at once another export, in the same folder",
+            "the same code as ever, although the compiler that was left behind still writes",
+            COMPILER + "test_killed_while_the_compiler_runs",
+        ),
+        Fault(
+            "interrupted-export",
+            "Ctrl-C in an export",
+            "nothing is left",
+            "end_to_end/test_export.py::test_ctrl_c_leaves_nothing",
+        ),
+    ),
+    "Disks": (
+        Fault(
+            "full-export",
+            "an export to a disk (a tmpfs of that size) that has ever more room",
+            "`OUTPUT: cannot be written, since DISK says 'No space left on device'; make room, ...`, and nothing is left",
+            EXPORTS + "test_a_disk_that_is_full",
+        ),
+        Fault(
+            "full-cache",
+            "the cache is full, or read-only",
+            "code is unpacked into a temporary folder, and the load works",
+            DISKS + "test_it_is_loaded_all_the_same",
+        ),
+        Fault(
+            "full-everything",
+            "the cache cannot be written, and temporary files cannot either",
+            "`CACHE: machine code cannot be unpacked there (No space left on device), nor into a temporary folder (...); give load() ...`",
+            DISKS + "test_it_is_refused_in_words",
+        ),
+        Fault(
+            "noexec",
+            "the cache, or TMPDIR, lies on a disk without execution",
+            "`...wrapper.so: ... failed to map segment ...; its disk allows no execution, so give load() a cache_dir on one that does`",
+            DISKS + "test_where_code_may_not_run_it_says_what_to_give",
+        ),
+        Fault(
+            "read-only-artifact",
+            "the artifact lies on a read-only file system",
+            "it is loaded; nothing is written there",
+            DISKS + "test_it_is_loaded_all_the_same[the artifact is read-only]",
+        ),
+        Fault(
+            "read-only-output",
+            "the folder of an export's output cannot be written",
+            "`FOLDER: cannot be written by this user; choose another --output`, before anything is loaded",
+            DISKS + "test_an_output_that_cannot_be_written_is_refused_at_once",
+        ),
+        Fault(
+            "forbidden",
+            "the artifact's folder, its manifest, a folder in it or a weight file, which this user may not read",
+            "`ARTIFACT: manifest.json: this user may not read it (Permission denied); its owner can change that: ...`",
+            AROUND + "test_files_that_this_user_may_not_read",
+        ),
+        Fault(
+            "failing-disk",
+            "a disk that fails while a file of it is hashed",
+            "`weights/...: cannot be read (Input/output error); if its disk is failing, restore the file on another one`",
+            AROUND + "test_a_disk_that_fails",
+        ),
+        Fault(
+            "no-tmpdir",
+            "TMPDIR names no folder",
+            "the load works, by the cache or by the system's folder for temporary files",
+            DISKS + "test_it_is_loaded_all_the_same[TMPDIR is missing]",
+        ),
+        Fault(
+            "shared-cache",
+            "other users can write to the cache",
+            "it is not used",
+            "runtime/test_artifact.py::test_a_cache_that_others_can_write_is_not_used",
+        ),
+    ),
+    "Machines": (
+        Fault(
+            "no-compiler-export",
+            "PATH has no compiler, at an export",
+            "`graph 'toy': AOTInductor could not compile it (... No working C++ compiler found ...)`",
+            COMPILER + "test_an_export_without_a_compiler_says_so",
+        ),
+        Fault(
+            "no-compiler-load",
+            "PATH has no compiler, at a load",
+            "it is not missed: a load starts no process",
+            "runtime/test_artifact.py::test_loading_starts_no_process_and_needs_no_compiler",
+        ),
+        Fault(
+            "other-isa",
+            "the CPU lacks instructions that the code was compiled for",
+            "`was compiled for ..., this CPU lacks avx2048; export again on this machine, or with a lower compile.isa`",
+            f"{HOSTILE}[missing instructions]",
+        ),
+        Fault("other-torch", "another torch", "`was compiled with torch 1.0, this is torch 2...`", f"{HOSTILE}[other torch]"),
+        Fault("other-glibc", "an older C library", "`needs glibc 99.1, this system has ...`", f"{HOSTILE}[newer glibc]"),
+        Fault(
+            "other-symbols",
+            "a library needs symbol versions that are not here",
+            "`a.so: needs GLIBC_99.10 of libc.so.6, the one here has ... at most; ...`",
+            "runtime/check/test_machine.py::test_a_newer_version_of_a_symbol_is_refused_with_the_newest_here",
+        ),
+        Fault(
+            "executable-stack",
+            "a library asks for an executable stack, and glibc is 2.41 or later",
+            "`a.so: asks for an executable stack, which glibc 2.41 refuses; export again`",
+            "runtime/check/test_machine.py::test_an_executable_stack_is_refused_where_glibc_refuses_it",
+        ),
+        Fault(
+            "memory",
+            "a load with ever more address space left (`RLIMIT_AS`)",
+            "`ARTIFACT: memory ran out while it was opened; raise the limit of this process ...`, at every step of it",
+            MEMORY + "test_a_load_without_enough_memory_says_so",
+        ),
+        Fault(
+            "memory-steps",
+            "the same",
+            "it ran out at weights, and elsewhere too, or the row above would show little",
+            MEMORY + "test_memory_ran_out_at_more_than_one_step",
+        ),
+        Fault(
+            "memory-leaks",
+            "the same",
+            "no descriptor, thread, mapping or temporary file is left",
+            MEMORY + "test_what_was_refused_leaves_nothing_behind",
+        ),
+        Fault(
+            "memory-after",
+            "the same, and then without the limit",
+            "it is loaded, and computes what it computed before",
+            MEMORY + "test_the_process_can_load_it_after_that",
+        ),
+        Fault(
+            "ascii-locale",
+            "a locale of ASCII alone, a prompt and names with more than that",
+            "the same picture as in UTF-8",
+            AROUND + "test_a_prompt_is_the_same_in_every_locale",
+        ),
+        Fault(
+            "poor-terminal",
+            "a terminal that cannot show a name",
+            "the name is escaped, and nothing else happens",
+            AROUND + "test_what_a_terminal_cannot_show_is_no_error",
+        ),
+        Fault(
+            "ascii-manifest",
+            "a manifest with more than ASCII, in such a locale",
+            "it is read as UTF-8",
+            AROUND + "test_a_manifest_is_utf_8_in_every_locale",
+        ),
+        Fault(
+            "locale-export",
+            "an export in another locale and time zone",
+            "the same bytes",
+            EXPORTS + "test_another_locale_time_zone_and_day",
+        ),
+        Fault(
+            "clock",
+            "a clock that is set back or forward by years",
+            "files are hashed once more, or not; never is another file taken for one that was found right",
+            AROUND + "test_a_clock_that_was_set_back_costs_a_hash_and_no_more",
+        ),
+        Fault("old-files", "files of 1970, and of 2100", "they are loaded", AROUND + "test_files_of_any_age_are_loaded"),
+    ),
+    "Several at once": (
+        Fault(
+            "two-exports",
+            "two exports to one output, without `--force` and with it",
+            "one is put in place; without `--force` the other says `already exists since this export began`",
+            EXPORTS + "test_two_exports_to_one_output",
+        ),
+        Fault(
+            "many-exports",
+            "six that end in the same moment, again and again",
+            "one is put in place, whole; each other is told",
+            KILLED + "test_of_exports_to_one_output_one_wins_and_the_others_are_told",
+        ),
+        Fault(
+            "many-forced",
+            "six with `--force`",
+            "each ends well, and one is left, whole",
+            KILLED + "test_of_exports_by_force_each_ends_well_and_one_is_left",
+        ),
+        Fault(
+            "many-unpacking",
+            "eight processes that unpack the same code, into an empty cache and over a damaged entry",
+            "each opens the right bytes, and one entry is left",
+            KILLED + "test_of_processes_that_unpack_the_same_code_each_gets_it",
+        ),
+        Fault(
+            "threads-unpacking",
+            "eight threads that do so",
+            "the same",
+            "runtime/test_artifact.py::test_many_may_unpack_at_once",
+        ),
+        Fault(
+            "replaced-weights",
+            "weights that are replaced between the check and the load",
+            "what was compared is what is mapped",
+            TRUST + "test_weights_that_are_replaced_after_the_check_are_not_the_ones_that_are_mapped",
+        ),
+        Fault(
+            "replaced-onnx",
+            "the same, with ONNX Runtime, whose optimizer reads weights before any kernel does",
+            "what was compared is what it reads",
+            "exporter/lower/test_onnxruntime.py::test_weights_that_are_replaced_after_the_check_are_not_read",
+        ),
+        Fault(
+            "replaced-code",
+            "code, or a plan, that is replaced between the check and the load",
+            "`graphs/denoiser.pt2: sha256 is ..., the manifest says ...`",
+            TRUST + "test_what_is_read_is_hashed_from_what_was_read",
+        ),
+        Fault(
+            "linked-code",
+            "a link in its place, at that moment",
+            "`... cannot be opened as a plain file (Too many levels of symbolic links); ...`",
+            TRUST + "test_a_link_in_its_place_is_not_followed",
+        ),
+    ),
+    "Damaged files": (
+        Fault(
+            "flipped",
+            "one bit of any file: of a header, code, a number, a weight, JSON, a zip's directory",
+            "`PATH: sha256 is ..., the manifest says ...; restore the file or export again ...`",
+            DAMAGED + "test_a_flipped_bit_is_told_by_its_hash",
+        ),
+        Fault(
+            "cut",
+            "any file, cut at such a place",
+            "`PATH has N bytes, the manifest says M; restore the file or export again`",
+            DAMAGED + "test_a_file_that_is_cut_is_told_by_its_size",
+        ),
+        Fault(
+            "flipped-listed",
+            "one bit, and a manifest that fits",
+            "what says something of itself is refused, by what is wrong with it",
+            DAMAGED + "test_a_flipped_bit_that_is_listed",
+        ),
+        Fault(
+            "cut-listed",
+            "a file that is cut, and a manifest that fits",
+            "`PATH: expected a .pt2 package, but File is not a zip file; ...`, or safetensors, or a plan",
+            DAMAGED + "test_a_file_that_is_cut_and_listed",
+        ),
+        Fault("whole", "nothing", "it is loaded, or the rows above show nothing", DAMAGED + "test_the_whole_one_gets_as_far_as_its_code"),
+        Fault("cut-manifest", "a manifest that is cut", "`manifest.json: expected JSON, but ...`", DAMAGED + "test_a_manifest_that_is_cut"),
+        Fault("flipped-hash", "one digit of a hash in the manifest", "`PATH: sha256 is ...`", DAMAGED + "test_every_bit_of_a_hash_counts"),
+        Fault(
+            "flipped-syntax",
+            "one bit of a manifest's braces, brackets, colons, commas and quotes",
+            "`manifest.json ...`",
+            DAMAGED + "test_every_character_of_a_manifests_syntax_counts",
+        ),
+        Fault(
+            "signed-manifest",
+            "any other bit of a manifest, which no hash is of",
+            "a signature finds it (`trust=\"signature\"`); without one it is another artifact",
+            "exporter/package/test_sign.py::test_a_changed_manifest",
+        ),
+        Fault("negative-size", "a size of -1", "`PATH has N bytes, the manifest says -1`", DAMAGED + "test_a_size_that_is_none"),
+        Fault("lfs", "a clone without Git LFS", "`PATH is a pointer of Git LFS, not the file itself; ...`", f"{HOSTILE}[a pointer of Git LFS]"),
+        Fault("deeper", "an artifact that was unpacked one folder deeper", "`expected manifest.json ..., found none; there is one in ...`", f"{HOSTILE}[one folder deeper]"),
+        Fault("unlisted", "a `.git` in the folder, or the rest of another artifact", "`.git/ has 30 files that are not in the manifest, such as ...`", f"{HOSTILE}[a repository]"),
+        Fault("missing", "a file that is missing", "`plans/2.json is missing, the manifest lists it; ...`", f"{HOSTILE}[missing file]"),
+        Fault(
+            "nan-weight",
+            "a weight of the model that is not a number, at export",
+            "`plan '2', evaluation 0 (variant 'full'): the compiled denoiser gives values that are not finite; ...`",
+            EXPORTS + "test_a_weight_that_is_not_a_number",
+        ),
+        Fault(
+            "nan-later",
+            "a weight that becomes one in the artifact",
+            "`weights/...: sha256 is ...`",
+            DAMAGED + "test_not_a_number_among_the_weights_is_found_by_its_hash",
+        ),
+    ),
+    "Hostile artifacts": (
+        Fault("fuzzed-manifest", "a manifest damaged at random", "refused, or every listed file is what it was", FUZZ + "test_a_manifest"),
+        Fault("fuzzed-plan", "a plan", "refused, or read as what it says, all numbers finite", FUZZ + "test_a_plan"),
+        Fault("fuzzed-weights", "a weight file, its header above all", "refused, or mapped as it says", FUZZ + "test_weights"),
+        Fault("fuzzed-package", "a package", "refused, or its code is opened as it is in it", FUZZ + "test_a_package"),
+        Fault("fuzzed-members", "a package's members", "the same", FUZZ + "test_members_of_a_package"),
+        Fault(
+            "fuzzed-unlisted",
+            "any of them, without a word in the manifest",
+            "refused",
+            FUZZ + "test_what_the_manifest_does_not_know_is_never_opened",
+        ),
+        Fault(
+            "zip-slip",
+            "a member `.../../../../x`",
+            "`member '...' has a name that could leave the package's folder; do not open this package`",
+            f"{HOSTILE}[zip slip]",
+        ),
+        Fault(
+            "compile-flags",
+            "a member `*compile_flags.json`, which torch's loader makes a shell command of",
+            "`member '...' is source code or compile flags, which a loader would compile and run; do not open this package`",
+            f"{HOSTILE}[compile flags]",
+        ),
+        Fault("source-code", "a member `.cpp`", "the same", f"{HOSTILE}[source code]"),
+        Fault(
+            "no-code",
+            "a `.so` that is none",
+            "`a.wrapper.so: expected a shared library, but it does not begin like a 64-bit little-endian ELF file`",
+            f"{HOSTILE}[not a library]",
+        ),
+        Fault(
+            "short-code",
+            "a `.so` that is cut behind its header",
+            "`a.wrapper.so: expected a shared library, but its segments lead out of the file; ...`",
+            DAMAGED + "test_a_library_that_is_cut_behind_its_header",
+        ),
+        Fault(
+            "archive-version",
+            "an archive of another version of torch's format",
+            "`archive_version is '1', this runtime reads '0'; ...`",
+            DAMAGED + "test_an_archive_of_another_version",
+        ),
+        Fault(
+            "model-missing",
+            "a package without a model that the manifest names",
+            "`the manifest names the models full, reuse, the package has full; export again`",
+            f"{HOSTILE}[model missing]",
+        ),
+        Fault(
+            "no-pipeline",
+            "an artifact that opens and is no pipeline: its verification failed, its family is unknown, its settings are incomplete",
+            "`prebake check` refuses it, as `load` does",
+            "runtime/check/test_machine.py::test_check_refuses_what_opens_and_is_no_pipeline",
+        ),
+        Fault("all-rules", "one artifact for every other rule of the format", "its own sentence", HOSTILE),
+    ),
+    "Calls": (
+        Fault(
+            "unbound",
+            "a graph is called before its constants are bound",
+            "`graph 'vae_decoder': called before its 2 constants were bound`",
+            "runtime/test_artifact.py::test_a_graph_is_not_callable_before_its_constants_are_bound",
+        ),
+        Fault(
+            "constants",
+            "constants that are missing, too many, of another dtype or size",
+            "`graph 'vae_decoder': constant 'out.bias' is not bound (1 in all); export again`, and the like",
+            CONSTANTS,
+        ),
+        Fault("wrong-shape", "an input of another shape", "the input, what was expected, what came, the nearest that is right", f"{CONTRACT}[shape]"),
+        Fault("wrong-batch", "another batch", "the same", f"{CONTRACT}[batch]"),
+        Fault("wrong-dtype", "another dtype", "the same", f"{CONTRACT}[dtype]"),
+        Fault("wrong-strides", "strides that are not contiguous", "the same", f"{CONTRACT}[strides]"),
+        Fault("wrong-scalar", "a number in place of a tensor", "the same", f"{CONTRACT}[scalar]"),
+        Fault("prompt-long", "a prompt of 10,000 tokens", "drawn; a short warning says what was cut off", PROMPTS + "test_ten_thousand_tokens_are_cut_and_the_warning_is_short"),
+        Fault("prompt-strange", "a prompt that is empty, blank, of emoji, right to left, with a zero byte, or one word of 100,000 letters", "drawn, without a warning", PROMPTS + "test_it_is_drawn"),
+        Fault("prompt-none", "a prompt that is no text", "`prompt: expected a text or a list of texts, got 7`", PROMPTS + "test_what_is_no_text_is_refused"),
+        Fault("prompt-huge", "a megabyte that is no text", "the same, and short", PROMPTS + "test_a_refusal_is_short_too"),
+        Fault("prompt-half", "half of a surrogate pair in a prompt", "`prompt: expected a text, got half a character, ...; decode the text as UTF-8`", PROMPTS + "test_half_a_character_is_refused"),
+        Fault("prompt-after", "all of these, one after the other", "the next prompt is drawn as ever", PROMPTS + "test_after_all_of_them_it_draws_what_it_drew"),
+    ),
+}  # fmt: skip
+EVERY = tuple(fault for faults in FAULTS.values() for fault in faults)
+BEGIN, END = "<!-- faults: begin -->", "<!-- faults: end -->"
+
+
+def covers(fault: Fault, nodeid: str) -> bool:
+    """Whether the row's test is that one, or one of its parameters. Node ids begin with `tests/`, or below it."""
+    node = nodeid.removeprefix("tests/")
+    return node == fault.test or node.startswith(f"{fault.test}[")
+
+
+def with_table(page: str, outcomes: Mapping[str, str]) -> str:
+    """The page with the rows between its comments, each with what came of its tests, by its id; what was not run stays as
+    the page had it."""
+    outcomes = {**read_outcomes(page), **outcomes}
+    return re.sub(
+        f"{re.escape(BEGIN)}.*{re.escape(END)}",
+        lambda _: "\n".join([BEGIN, *table(outcomes), END]),
+        page,
+        flags=re.DOTALL,
+    )
+
+
+def table(outcomes: Mapping[str, str]) -> Iterator[str]:
+    for heading, faults in FAULTS.items():
+        yield f"\n## {heading}\n"
+        yield "| fault | what is done | what must happen | test | |"
+        yield "| --- | --- | --- | --- | :-: |"
+        for fault in faults:
+            file, _, name = fault.test.partition("::")
+            link = f"[{name.replace('[', ': ').removesuffix(']')}](../../tests/{file})".replace("|", "\\|")
+            yield f"| {fault.id} | {fault.done} | {fault.must} | {link} | {outcomes.get(fault.id, 'not run')} |"
+    yield ""
+
+
+def read_outcomes(page: str) -> dict[str, str]:
+    """id -> what the page says came of it."""
+    rows = [
+        line.strip("|").split("|")
+        for line in page.splitlines()
+        if line.startswith("| ") and not line.startswith("| fault ")
+    ]
+    return {row[0].strip(): row[-1].strip() for row in rows if len(row) > 3 and not set(row[0].strip()) <= {"-", " "}}

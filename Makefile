@@ -24,7 +24,7 @@ prebake = $(VENV)/bin/prebake
 pip     = $(PYTHON) -m pip --python $(python) install --quiet --disable-pip-version-check $(LOCK:%=--constraint %)
 step    = @printf '\n\033[1m%s\033[0m\n'
 
-.PHONY: help demo test test-all fuzz faults works lint format install lock clean
+.PHONY: help demo test test-all fuzz faults works docs lint format install lock clean
 .NOTPARALLEL:
 
 help:
@@ -32,8 +32,9 @@ help:
 	@echo 'make test     run the tests'
 	@echo 'make test-all run all of them, also those that take minutes'
 	@echo 'make fuzz     damage artifacts at random, 12,000 times, and load each'
-	@echo 'make faults   run the tests of all that can go wrong, and write the table in docs/faults.md'
-	@echo 'make works    run the tests of what each family can do, and write the table in docs/families.md'
+	@echo 'make faults   run the tests of all that can go wrong, and write the table in docs/reference/faults.md'
+	@echo 'make works    run the tests of what each family can do, and write the table in docs/reference/families.md'
+	@echo 'make docs     build the documentation into site/'
 	@echo 'make lint     run ruff and the type checker'
 	@echo 'make format   let ruff format and sort what it can'
 	@echo 'make lock     write $(LOCK) anew, with the newest that pyproject.toml allows'
@@ -61,13 +62,17 @@ test-all: $(VENV)/installed
 fuzz: $(VENV)/installed
 	PREBAKE_FUZZ=2000 $(python) -m pytest tests/runtime/check/test_fuzz.py
 
-# Writes into docs/faults.md what the tests show. `ONLY='-k memory'` runs some, and leaves the rest of the page as it is.
+# Writes into docs/reference/faults.md what the tests show. `ONLY='-k memory'` runs some, and leaves the rest of the page as it is.
 faults: $(VENV)/installed
-	$(python) -m pytest $(PYTEST) -m '' tests/faults tests --faults-page=docs/faults.md $(ONLY)
+	$(python) -m pytest $(PYTEST) -m '' tests/faults tests --faults-page=docs/reference/faults.md $(ONLY)
 
-# Writes into docs/families.md what the tests show.
+# Writes into docs/reference/families.md what the tests show.
 works: $(VENV)/installed
-	$(python) -m pytest $(PYTEST) -m works --works-table=docs/families.md
+	$(python) -m pytest $(PYTEST) -m works --works-table=docs/reference/families.md
+
+# Strict: a page out of the navigation or a broken link ends it. `make docs SERVE=1` shows it at localhost:8000.
+docs: $(VENV)/installed
+	$(python) -m mkdocs $(if $(SERVE),serve,build --strict --clean)
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
@@ -102,5 +107,5 @@ $(VENV)/installed: pyproject.toml $(LOCK)
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build site *.egg-info
 	find artifacts -mindepth 1 -maxdepth 1 ! -name README.md ! -name demo.png -exec rm -rf {} +

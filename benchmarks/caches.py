@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """Every cache at several strengths, and the same time spent on fewer steps: wall time of compiled code against pictures.
 
-    python benchmarks/caches.py --model shapes --calibration recipes/flux-fast.calibration.json --output docs/caches/shapes.json
-    python benchmarks/caches.py --model shapes-sd --calibration docs/caches/shapes-sd.calibration.json --output docs/caches/shapes-sd.json
-    python benchmarks/caches.py --plot docs/caches/shapes.json docs/caches/shapes-sd.json
+    python benchmarks/caches.py --model shapes --calibration recipes/flux-fast.calibration.json --output benchmarks/results/caches-shapes.json
+    python benchmarks/caches.py --model shapes-sd --calibration benchmarks/results/caches-shapes-sd.calibration.json --output benchmarks/results/caches-shapes-sd.json
+    python benchmarks/caches.py --plot benchmarks/results/caches-shapes.json benchmarks/results/caches-shapes-sd.json
 
 Each plan is compiled in float32 for one thread, so that what differs between rows is the cache. Prompt after prompt is
 drawn with every plan from the same noise, one plan after the other, so all see the machine in the same state; a time is
@@ -313,7 +313,7 @@ def main() -> None:
     parser.add_argument("--plot", nargs="+", type=Path, metavar="JSON", help="draw earlier results instead")
     args = parser.parse_args()
     if args.plot:
-        plot_results(args.plot, args.plot[0].parent / "caches.png")
+        plot_results(args.plot, Path(__file__).parents[1] / "docs/images/caches.png")
         return
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)

@@ -2,7 +2,7 @@
 
     python benchmarks/cold_start.py artifacts/flux-fast-shapes --runs 3
 
-The stages are those of `prebake bench` (docs/bench.md): the interpreter, imports, loading, the first picture. Processes take
+The stages are those of `prebake bench` (docs/how-to/bench.md): the interpreter, imports, loading, the first picture. Processes take
 turns, artifact, eager, compiled, artifact, ...; a ratio is the median of the turns' own ratios. Exit code 1 where an
 artifact takes more than 0.5 of the eager pipeline's time, or more than 0.05 of the compiled one's.
 """

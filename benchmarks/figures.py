@@ -88,9 +88,10 @@ def verify_table(report: Figures) -> str:
         close, speed = plan["pictures"], f"{mark}{plan['speedup']:.2f}x{mark}"
         row = [f"{mark}artifact, int8, {said}{mark}", f"{plan['image_s']:.3f} s", speed]
         rows.append([*row, f"{close['psnr_db']:.1f} dB", f"{close['ssim']:.3f}", accuracy_text(plan)])
-    name = "`prebake verify artifacts/flux-fast-shapes --source`"
-    began = f"What it gives on {machine_sentence(report['machine'])}, with the 64x64 model `shapes` that ships:\n\n"
-    return began + markdown_table([name, "per image", "speed", "PSNR", "SSIM", "prompts drawn right"], rows)
+    began = f"Measured on {machine_sentence(report['machine'])}.\n\n"
+    return began + markdown_table(
+        ["`shapes`, 64 x 64", "per image", "speed", "PSNR", "SSIM", "prompts drawn right"], rows
+    )
 
 
 def accuracy_text(drawn: Mapping[str, Any]) -> str:
@@ -178,7 +179,45 @@ def openvino_table(models: Figures) -> str:
         said.append(
             f"{name} takes {own:.0f} ms an evaluation where OpenVINO's int8 takes {other:.0f}, with {share:.0%} of its error"
         )
-    return ";\n".join(said) + " ([all that they were held against](docs/backends.md#aotinductor)).\n"
+    return ";\n".join(said) + ".\n"
+
+
+def headline_table(report: Figures, wide: Figures, models: Figures, cold: Figures) -> str:
+    """The five figures of the README, each beside what a user would take instead."""
+    (eager,) = report["eager"].values()
+    plan = max(report["plans"].values(), key=lambda plan: plan["speedup"])
+    seconds = wide["seconds"]
+    own, base, compiled = (
+        statistics.median(seconds[way]) for way in ("artifact: full", "eager float32", "torch.compile bfloat16")
+    )
+    flux = next(model["seconds"] for model in models if model["model"] == "flux-88m")
+    ours, theirs = (statistics.median(flux[way]) for way in ("prebake: int8, bfloat16", "OpenVINO int8 (NNCF)"))
+    artifact = cold["artifacts"][0]
+    starts = {name: statistics.median(map(total_seconds, runs)) for name, runs in artifact["runs"].items()}
+    rows = [
+        [
+            "one 64 x 64 image, 28 steps",
+            f"**{plan['image_s']:.3f} s**",
+            f"{eager['image_s']:.3f} s, diffusers in float32",
+        ],
+        [
+            "how close that image is",
+            f"**{plan['pictures']['psnr_db']:.1f} dB PSNR**",
+            "diffusers in float32, same seed",
+        ],
+        [
+            f"one step of a {wide['parameters'] / 1e6:.0f}M FLUX",
+            f"**{format_ms(own)}**",
+            f"{format_ms(base)}, diffusers in float32; {format_ms(compiled)}, `torch.compile` in bfloat16",
+        ],
+        ["one step of an 88M FLUX", f"**{format_ms(ours)}**", f"{format_ms(theirs)}, OpenVINO in int8"],
+        [
+            "from process start to the first image",
+            f"**{starts[artifact['name']]:.1f} s**",
+            f"{starts['eager']:.1f} s, diffusers; {starts['compile']:.1f} s, `torch.compile`",
+        ],
+    ]
+    return "".join(f"| {' | '.join(row)} |\n" for row in (["", "prebake, int8", "beside"], ["---"] * 3, *rows))
 
 
 def cold_start_table(found: Figures) -> str:
@@ -250,10 +289,10 @@ def memory_table(found: Figures) -> str:
     return markdown_table(head, rows)
 
 
-# --- caches, of docs/caches/ -----------------------------------------------------------------------------------------
+# --- caches, of caches-*.json ----------------------------------------------------------------------------------------
 
 SHOWN_CACHES = ("auto 0.25", "auto 0.4", "auto 0.5", "mask 1111(001) order 1, output", "teacache 0.1", "14 steps")
-"""The rows of the README."""
+"""The rows of the page that explains caches."""
 
 
 def caches_table(found: Figures) -> str:
@@ -270,7 +309,7 @@ def caches_table(found: Figures) -> str:
 
 
 def shown_caches_table(found: Figures) -> str:
-    """The rows of SHOWN, and their speed-up."""
+    """The rows of SHOWN_CACHES, and their speed-up."""
     head = [f"`{found['model']}`, {found['steps']} steps", "speed-up", "PSNR", "against fewer steps", "drawn right"]
     rows, results = [], {r["label"]: r for r in found["results"]}
     for r in map(results.__getitem__, SHOWN_CACHES):

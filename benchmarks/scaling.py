@@ -1,8 +1,8 @@
 """How an evaluation of FLUX grows on a CPU: with tokens, with blocks, with prompts, with threads.
 
-    python benchmarks/scaling.py --output benchmarks/results/scaling.json --plot docs/scaling.png
+    python benchmarks/scaling.py --output benchmarks/results/scaling.json --plot docs/images/scaling.png
     python benchmarks/scaling.py --quick                                    # two small points of each curve
-    python benchmarks/scaling.py --draw benchmarks/results/scaling.json --plot docs/scaling.png
+    python benchmarks/scaling.py --draw benchmarks/results/scaling.json --plot docs/images/scaling.png
 
 Random weights, 16 heads of 64 features, one double block to two single ones. diffusers in float32 and in bfloat16 and what
 prebake makes of it by the recipe `flux-fast` (int8, the rest bfloat16, no cache) take turns, after a round that is not counted.

@@ -22,13 +22,22 @@ import scaling_figures as scaling
 
 ROOT = Path(__file__).parents[1]
 RESULTS = "benchmarks/results"
-PAGES = ("README.md", "docs/backends.md", "docs/caches.md", "docs/production.md", "docs/scaling.md")
+PAGES = (
+    "README.md",
+    "docs/benchmarks/caches.md",
+    "docs/benchmarks/cpu.md",
+    "docs/benchmarks/scaling.md",
+    "docs/benchmarks/serving.md",
+    "docs/explanation/caches.md",
+)
 REGION = re.compile(r"(<!-- figures: (\S+) -->\n).*?(<!-- figures: end -->)", re.DOTALL)
+VERIFY = f"{RESULTS}/verify-shapes.json"
 SHAPES, WIDE = f"{RESULTS}/denoiser-shapes.json", f"{RESULTS}/denoiser-wide.json"
 CPU, SCALING = f"{RESULTS}/cpu.json", f"{RESULTS}/scaling.json"
 COLD, CONTRACT = f"{RESULTS}/cold_start.json", f"{RESULTS}/contract.json"
 FIGURES: Mapping[str, tuple[Callable[..., str], tuple[str, ...]]] = {
-    "verify": (figures.verify_table, (f"{RESULTS}/verify-shapes.json",)),
+    "headline": (figures.headline_table, (VERIFY, WIDE, CPU, COLD)),
+    "verify": (figures.verify_table, (VERIFY,)),
     "denoiser": (figures.evaluations_table, (SHAPES, WIDE)),
     "reused": (figures.reuse_sentence, (WIDE,)),
     "openvino": (figures.openvino_table, (CPU,)),
@@ -37,9 +46,9 @@ FIGURES: Mapping[str, tuple[Callable[..., str], tuple[str, ...]]] = {
     "contract": (figures.contract_table, (CONTRACT,)),
     "served": (figures.serving_items, (COLD, CONTRACT)),
     "memory": (figures.memory_table, (f"{RESULTS}/memory.json",)),
-    "caches-shown": (figures.shown_caches_table, ("docs/caches/shapes.json",)),
-    "caches-shapes": (figures.caches_table, ("docs/caches/shapes.json",)),
-    "caches-shapes-sd": (figures.caches_table, ("docs/caches/shapes-sd.json",)),
+    "caches-shown": (figures.shown_caches_table, (f"{RESULTS}/caches-shapes.json",)),
+    "caches-shapes": (figures.caches_table, (f"{RESULTS}/caches-shapes.json",)),
+    "caches-shapes-sd": (figures.caches_table, (f"{RESULTS}/caches-shapes-sd.json",)),
     **{f"scaling-{name}": (partial(scaling.curve_table, name=name), (SCALING,)) for name in scaling.CURVE_UNITS},
     "scaling-powers": (scaling.powers_table, (SCALING,)),
     "scaling-balance": (scaling.balance_sentence, (SCALING,)),

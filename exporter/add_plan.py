@@ -74,7 +74,7 @@ def plan_inputs_json(pipe: Any, layout: Layout, planned: PlanSet) -> str:
         marks=planned.marks,
         variants=variants,
     )
-    return json.dumps(content.model_dump(mode="json"), indent=1, sort_keys=True) + "\n"
+    return json.dumps(content.model_dump(mode="json", by_alias=True), indent=1, sort_keys=True) + "\n"
 
 
 def read_plan_inputs(folder: Path, manifest: Manifest) -> PlanInputs:

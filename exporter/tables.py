@@ -38,6 +38,9 @@ Regexes = Annotated[tuple[Regex, ...], Field(strict=False)]
 
 
 class RecipeTable(BaseModel):
-    """Strict, so that `true` is no number and "28" no count; lists are read into tuples."""
+    """Strict, so that `true` is no number and "28" no count; lists are read into tuples. The text under a key is its description
+    in the JSON schema and on the page of recipe keys."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )

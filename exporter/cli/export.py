@@ -22,7 +22,7 @@ def add_export(commands: argparse._SubParsersAction) -> None:
         "export",
         help="compile a pipeline into an artifact",
         description="Compiles a diffusers pipeline into an artifact, verifies it against the pipeline, and puts it in place only "
-        "if it holds. Of several, all are tried, and the exit code is that of the worst: see docs/ci.md.",
+        "if it holds. Of several, all are tried, and the exit code is that of the worst: see docs/how-to/ci.md.",
     )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument(

@@ -51,7 +51,7 @@ def read_matrix(path: Path, model: str | None, overrides: Sequence[str]) -> tupl
     try:
         data = tomllib.loads(path.read_text("utf-8"))
     except OSError as e:
-        raise RecipeError(f"--matrix {path}: expected a TOML file, but {e.strerror}; see docs/ci.md") from e
+        raise RecipeError(f"--matrix {path}: expected a TOML file, but {e.strerror}; see docs/how-to/ci.md") from e
     except ValueError as e:  # of TOML or of UTF-8
         raise RecipeError(f"--matrix {path}: not valid TOML: {e}") from e
     entries = data.get("export")

@@ -42,98 +42,108 @@ Flags = Annotated[dict[str, bool | int | float | str], BeforeValidator(_flatten_
 
 
 class Model(RecipeTable):
-    """`id` is a hub id, a folder, one safetensors file, `shapes`, the small model that ships with prebake, or one that is
-    made on the spot, such as `tiny:flux`; `revision` pins a hub id. `part` is "pipeline", for the slim runtime, or "denoiser",
-    for `prebake.runtime.attach`; None = the pipeline where it has a family, else the denoiser.
-
-    `config` is for a single file: a pipeline folder, here or beside the file, of which what the file lacks is read;
-    None = the hub's, for the kind of model that the file has.
-    """
+    """Which model is exported, and which part of it."""
 
     id: str = Field(min_length=1)
+    """A Hub id, a folder, one safetensors file, `shapes` (the small model that ships), or a random one such as `tiny:flux`."""
     revision: str | None = None
+    """Pins the revision of a Hub id."""
     config: str | None = None
+    """For a single file: a pipeline folder of which what the file lacks is read. None = the Hub's, for the kind of model that the file has."""
     part: Literal["pipeline", "denoiser"] | None = None
+    """`pipeline`, for the slim runtime, or `denoiser`, for `attach`. None = the pipeline where it has a family, else the denoiser."""
 
 
 class Attach(RecipeTable):
-    """Of a denoiser that is exported alone: `arguments` are further ones of its pipeline's call, such as `num_frames`."""
+    """For a denoiser that is exported alone."""
 
     arguments: Flags = Field(default={})
+    """Further arguments of its pipeline's call, such as `num_frames`."""
 
 
 ATTACH = Attach()
 
 
 class Precision(RecipeTable):
-    """The dtype of the weights and of the arithmetic, per part."""
+    """The dtype of weights and arithmetic, for each part of the pipeline."""
 
     denoiser: Dtype = "float32"
+    """The transformer or UNet."""
     text_encoders: Dtype = "float32"
+    """All text encoders."""
     vae: Dtype = "float32"
+    """The decoder, and the encoder where it is exported."""
 
 
 class Fuse(RecipeTable):
     """Query, key and value as one matrix product: the same sums, one pass over the input."""
 
     qkv: bool = True
+    """In the denoiser."""
     vae_qkv: bool = True
+    """In the VAE."""
 
 
 class NoQuantize(RecipeTable):
     """Weights keep the denoiser's precision."""
 
     method: Literal["none"] = "none"
+    """Picks this table."""
 
 
 class DynamicQuantize(RecipeTable):
-    """Weights of 8 bits (scaled per channel) and activations of 8 bits (per token, scaled as they come) in the denoiser.
+    """Weights of 8 bits, scaled per channel, and activations of 8 bits, scaled per token as they come, in the denoiser.
 
-    A Linear is quantized if `in_features` and `out_features` are both at least `min_width_ratio` times the model's
-    inner width, `re.search` finds some `include` in its name and no `exclude`. The defaults leave alone what diffusion-fast
-    leaves alone: small layers, embeddings, and the modulation layers, whose one row of work gains nothing.
+    The defaults leave alone what diffusion-fast leaves alone: small layers, embeddings, and the modulation layers, whose one row
+    of work gains nothing.
     """
 
     method: Literal["int8_dynamic", "fp8_dynamic"]
     min_width_ratio: float = Field(default=1.0, ge=0)
+    """A Linear is quantized if `in_features` and `out_features` are both at least this many times the model's inner width."""
     include: Regexes = (".*",)
+    """Regular expressions: `re.search` must find one of them in the layer's name."""
     exclude: Regexes = ("embed", r"(^|\.)norm\w*\.linear$")
+    """Regular expressions: `re.search` must find none of them in the layer's name."""
 
 
 class Int8Dynamic(DynamicQuantize):
-    """In integers, as torchao's `Int8DynamicActivationInt8WeightConfig`. With `convolutions` also those of a UNet's residual blocks
-    and between its levels, each pixel a token: by prebake's CPU kernels alone."""
+    """Weights and activations of the denoiser's large layers in int8, as torchao's `Int8DynamicActivationInt8WeightConfig`."""
 
     method: Literal["int8_dynamic"] = "int8_dynamic"  # pyright: ignore[reportIncompatibleVariableOverride]  (frozen)
+    """Picks this table."""
     convolutions: bool = False
+    """Also convolutions of a UNet's residual blocks and between its levels, each pixel a token: by prebake's CPU kernels alone."""
 
 
 class Fp8Dynamic(DynamicQuantize):
-    """In float8_e4m3fn, as torchao's `Float8DynamicActivationFloat8WeightConfig` by rows: for GPUs from compute capability 8.9 on."""
+    """Weights and activations in float8_e4m3fn, as torchao's `Float8DynamicActivationFloat8WeightConfig` by rows: for GPUs from compute
+    capability 8.9 on."""
 
     method: Literal["fp8_dynamic"] = "fp8_dynamic"  # pyright: ignore[reportIncompatibleVariableOverride]  (frozen)
+    """Picks this table."""
 
 
 class Attention(RecipeTable):
-    """The denoiser's. `backend` is `sdpa`, `torch.nn.functional.scaled_dot_product_attention` by the kernel that torch or the
-    backend prefers, or on a GPU one of torch's own kernels (`torch.nn.attention.SDPBackend`). `dtype` is what it is computed
-    in; None = the denoiser's own."""
+    """The denoiser's attention."""
 
     backend: Literal["sdpa", "cudnn", "flash", "efficient", "math"] = "sdpa"
+    """`sdpa` is the kernel that torch or the backend prefers; the others are torch's own kernels for GPUs."""
     dtype: Dtype | None = None
+    """What attention is computed in. None = the denoiser's own."""
 
 
 class Sampler(RecipeTable):
-    """`scheduler` is the model's own or a diffusers class name; each entry of `steps` becomes one plan. With
-    `image_to_image`, plans may also begin in the middle, from a picture, and the VAE's encoder is exported too.
-
-    None = what the model's own pipeline uses.
-    """
+    """Schedulers, steps and guidance. None = what the model's own pipeline uses."""
 
     scheduler: str = "model"
+    """`model`, or a diffusers class name such as `DDIMScheduler`."""
     steps: Annotated[tuple[Annotated[int, Field(ge=1, le=1000)], ...] | None, Field(strict=False)] = None
+    """Each number of steps becomes one plan."""
     guidance_scale: float | None = Field(default=None, ge=0)
+    """The default of a call."""
     image_to_image: bool = False
+    """Plans may also begin in the middle, from a picture; the VAE's encoder is exported too."""
 
     @model_validator(mode="after")
     def _is_usable(self) -> Sampler:
@@ -160,15 +170,12 @@ class Sampler(RecipeTable):
 
 
 class Guidance(RecipeTable):
-    """Classifier-free guidance inside the denoiser's graph, where a model has it.
-
-    `branches`: "sequential" runs one after the other, each with sites of its own, so that a cache may treat them
-    differently; "batched" runs both at once, on a batch of two. `true_cfg` gives a model that was distilled from its
-    guidance (FLUX) both branches all the same, for negative prompts, at twice the work of every step.
-    """
+    """Classifier-free guidance inside the denoiser's graph, where a model has it."""
 
     branches: Literal["sequential", "batched"] = "sequential"
+    """`sequential` runs one branch after the other, each with sites of its own, so that a cache may treat them differently; `batched` runs both at once, on a batch of two."""
     true_cfg: bool = False
+    """Gives a model that was distilled from its guidance (FLUX) both branches, for negative prompts, at twice the work of every step."""
 
     @property
     def batched(self) -> bool:
@@ -179,13 +186,18 @@ GUIDANCE = Guidance()
 
 
 class Shapes(RecipeTable):
-    """The sizes that the graphs are compiled for, in pixels, tokens and frames of a video; None = the model's default."""
+    """The sizes that the graphs are compiled for. None = the model's default."""
 
     height: int | None = Field(default=None, ge=1)
+    """In pixels."""
     width: int | None = Field(default=None, ge=1)
+    """In pixels."""
     max_sequence_length: int | None = Field(default=None, ge=1)
+    """In tokens of the prompt."""
     num_frames: int | None = Field(default=None, ge=1)
+    """Of a video."""
     batch: Literal[1] = 1
+    """Graphs are compiled for one image; several are a loop."""
 
 
 def _check_backend(name: str) -> str:
@@ -195,52 +207,55 @@ def _check_backend(name: str) -> str:
 
 
 class Compile(RecipeTable):
-    """How graphs become machine code.
-
-    `isa` is the CPU instruction set that the code may use: an x86-64 level runs on every CPU of that level, `host` is
-    the highest of them that the exporting CPU has, `native` is everything that CPU has. `threads` is how many threads
-    the compiled loops fork, None = as many as torch uses where it is exported; matrix products ask at run time. `inductor`
-    holds flags of `torch._inductor.config` by their dotted names; `check_inductor_flags` compares them with the installed
-    torch. `options` are those of the backend, by the names in its documentation.
-    """
+    """How graphs become machine code."""
 
     backend: Annotated[str, AfterValidator(_check_backend)] = "aoti"
+    """What compiles the graphs and runs them."""
     device: Literal["cpu", "cuda"] = "cpu"
+    """Where they run."""
     isa: Literal["host", "native", "x86-64-v3", "x86-64-v4"] = "host"
+    """CPU instructions that the code may use: an x86-64 level runs on every CPU of that level; `host` is the highest level that the exporting CPU has; `native` is everything that CPU has."""
     threads: int | None = Field(default=None, ge=1)
+    """Threads that the compiled loops fork. None = as many as torch uses where it is exported. Matrix products ask at run time."""
     channels_last_vae: bool = True
+    """The VAE's images in channels-last order."""
     inductor: Flags = Field(default={})
+    """Flags of `torch._inductor.config` by their dotted names, compared with the installed torch."""
     options: Flags = Field(default={})
+    """Options of the backend, by the names on the page of backends."""
 
 
 class Verify(RecipeTable):
-    """What the artifact must reach against the eager pipeline, or the export fails.
-
-    `psnr_db` is the mean over prompts and seeds of a plan without cache, `cached_psnr_db` of a plan with one;
-    `relative_error` is the largest L2 error of one evaluation of the denoiser relative to its output;
-    `prompt_accuracy_drop` is in points, for models that come with a checker, None = not gated; an export measures it on
-    the first `accuracy_prompts` of the model's checked prompts, `prebake verify --source` on all of them.
-    `prompts` empty = the model's own set; each is drawn with seeds 0 to `seeds` - 1.
-    """
+    """What the artifact must reach against the eager pipeline, or the export fails."""
 
     psnr_db: float = Field(default=45.0, gt=0)
+    """The least mean PSNR over prompts and seeds, of a plan without cache."""
     cached_psnr_db: float | None = Field(default=None, gt=0)
+    """The same, of a plan with a cache; needed where there is one."""
     relative_error: float = Field(default=0.05, gt=0)
+    """The largest L2 error of one evaluation of the denoiser, relative to its output."""
     prompt_accuracy_drop: float | None = Field(default=None, ge=0)
+    """In points, for models that come with a checker. None = not gated."""
     accuracy_prompts: int = Field(default=64, ge=1)
+    """How many of the model's checked prompts an export measures; `prebake verify --source` measures all."""
     prompts: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """Empty = the model's own set."""
     seeds: int = Field(default=4, ge=1)
+    """Each prompt is drawn with seeds 0 to `seeds` - 1."""
 
 
 Quantize = Annotated[NoQuantize | Int8Dynamic | Fp8Dynamic, Field(discriminator="method")]
 
 
 class Recipe(RecipeTable):
-    """What is asked for, complete: every default filled in. `lossless` is a promise that the other tables must keep."""
+    """What is asked for, complete: every default filled in."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """What the recipe is called."""
     description: str
+    """What it does, in one line."""
     lossless: bool = False
+    """A promise: nothing is quantized and nothing cached, or the recipe is refused."""
     model: Model
     precision: Precision = Precision()
     fuse: Fuse = Fuse()

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 Action = Literal["compute", "combine", "pass", "zero", "identity"]
 """`compute` stores what the site gives; `pass` lets it run and stores nothing, since what it is given is a prediction."""
@@ -37,7 +39,7 @@ class Mark:
     streams: tuple[str, ...]
     residual: bool = False
     slots: int = 1
-    stored_streams: tuple[int, ...] | None = None
+    stored_streams: Annotated[tuple[int, ...] | None, Field(alias="kept")] = None  # `kept` in replan.json
     emitted: bool = False
     dtype: str | None = None
     part: Literal["output", "scores"] = "output"

@@ -322,8 +322,8 @@ def test_a_checkout_stands_in_for_an_installation(tmp_path):
 
 def test_the_page_claims_nothing_that_was_not_measured(modules):
     _, models, ways, _ = modules
-    page = (ROOT / "docs/gpu.md").read_text("utf-8")
-    assert not (BENCHMARKS / "results/gpu.json").exists(), "there are results: write them into docs/gpu.md"
+    page = (ROOT / "docs/benchmarks/gpu.md").read_text("utf-8")
+    assert not (BENCHMARKS / "results/gpu.json").exists(), "there are results: write them into docs/benchmarks/gpu.md"
     for name, model in models.MODELS.items():
         (row,) = [line for line in page.splitlines() if line.startswith(f"| {name} |")]
         cells = [c.strip() for c in row.strip("|").split("|")][1:]

@@ -7,7 +7,7 @@ import pytest
 from support.paths import ROOT
 from support.works_table import CLAIMED, FILES, read_table, table, with_table
 
-PAGE = ROOT / "docs" / "families.md"
+PAGE = ROOT / "docs" / "reference" / "families.md"
 AGAIN = "`make works` writes the table anew"
 
 

@@ -130,7 +130,7 @@ def test_what_is_installed_by_default_is_there():
 
 
 def test_the_example_in_the_docs_is_a_call_of_the_workflow():
-    page = (ROOT / "docs/ci.md").read_text("utf-8")
+    page = (ROOT / "docs/how-to/ci.md").read_text("utf-8")
     (example,) = re.findall(r"^```yaml\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
     (job,) = yaml.safe_load(example)["jobs"].values()
     called = loaded("artifacts.yml")["on"]["workflow_call"]

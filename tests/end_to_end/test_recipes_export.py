@@ -16,7 +16,7 @@ from support.family_parity import FAMILIES
 from support.paths import ROOT
 from support.slim_environment import run
 
-PAGES = {path.stem: path.read_text("utf-8") for path in (ROOT / "docs" / "families").glob("*.md")}
+PAGES = {path.stem: path.read_text("utf-8") for path in (ROOT / "docs" / "reference" / "families").glob("*.md")}
 DRAW = """
 import importlib.util, json, sys
 from PIL import Image

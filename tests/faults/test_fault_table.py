@@ -6,7 +6,7 @@ from support.fault_table import EVERY, FAULTS, covers, read_outcomes, table, wit
 from support.paths import ROOT
 
 TESTS = ROOT / "tests"
-PAGE = TESTS.parent / "docs" / "faults.md"
+PAGE = TESTS.parent / "docs" / "reference" / "faults.md"
 AGAIN = "`make faults` writes the page anew"
 
 

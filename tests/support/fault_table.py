@@ -1,4 +1,4 @@
-"""Every fault that the suite tries, one row each; `docs/faults.md` is written from it by `make faults`.
+"""Every fault that the suite tries, one row each; `docs/reference/faults.md` is written from it by `make faults`.
 
 A row says what is done to an artifact or a machine, what must come of it, and which test shows it: a file in `tests/` and a
 test in it, with its parameter where one of several is meant. `test_fault_table.py` holds the page to the rows, the rows to the
@@ -452,7 +452,7 @@ def table(outcomes: Mapping[str, str]) -> Iterator[str]:
         yield "| --- | --- | --- | --- | :-: |"
         for fault in faults:
             file, _, name = fault.test.partition("::")
-            link = f"[{name.replace('[', ': ').removesuffix(']')}](../tests/{file})".replace("|", "\\|")
+            link = f"[{name.replace('[', ': ').removesuffix(']')}](../../tests/{file})".replace("|", "\\|")
             yield f"| {fault.id} | {fault.done} | {fault.must} | {link} | {outcomes.get(fault.id, 'not run')} |"
     yield ""
 

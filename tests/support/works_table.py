@@ -1,6 +1,6 @@
 """The docs' table of families and what works, made from the tests themselves.
 
-A test carries `@pytest.mark.works(family, ability)`; `pytest -m works --works-table=docs/families.md` writes what passed into
+A test carries `@pytest.mark.works(family, ability)`; `pytest -m works --works-table=docs/reference/families.md` writes what passed into
 that page, between its two comments. `tests/docs/test_families_table.py` holds the page to the tests that exist.
 """
 

@@ -80,7 +80,7 @@ def has_line_tables() -> bool:
 
 def adapt_recipe(recipe: Any) -> tuple[Any, tuple[str, ...]]:
     """The recipe unchanged. Raises RecipeError for a GPU that is not here, for kernels that this machine cannot run, and for fp8 on the CPU:
-    torch makes such products by way of wider numbers there, and slower than those of float32 (docs/backends.md)."""
+    torch makes such products by way of wider numbers there, and slower than those of float32 (docs/reference/backends.md)."""
     chosen = read_options(recipe.compile, AotiOptions)
     if is_on_gpu(recipe.compile):
         if chosen.kernels:

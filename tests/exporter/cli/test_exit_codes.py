@@ -1,4 +1,4 @@
-"""Exit codes of `prebake` and of `python -m prebake.runtime`: from the kind of error, and as the help and docs/ci.md say."""
+"""Exit codes of `prebake` and of `python -m prebake.runtime`: from the kind of error, and as the help and docs/how-to/ci.md say."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ exit codes:
 
 
 def test_the_page_has_the_same_table():
-    page = (ROOT / "docs/ci.md").read_text("utf-8")
+    page = (ROOT / "docs/how-to/ci.md").read_text("utf-8")
     rows = re.findall(r"^\| (\d+) \| (.+?) \|", page, re.MULTILINE)
     assert {int(code): meaning for code, meaning in rows} == dict(errors.EXIT_CODES)
     order = re.search(r"worst first: ([\d, ]+)\.", page)

@@ -180,7 +180,7 @@ def test_every_problem_of_a_matrix_is_told_before_the_first_export(stub, capsys,
 def test_a_matrix_that_is_not_there_is_named(stub, capsys):
     assert main(["export", "--matrix", "absent.toml"]) == 2
     assert capsys.readouterr().err == (
-        "prebake: error: --matrix absent.toml: expected a TOML file, but No such file or directory; see docs/ci.md\n"
+        "prebake: error: --matrix absent.toml: expected a TOML file, but No such file or directory; see docs/how-to/ci.md\n"
     )
 
 

@@ -88,8 +88,8 @@ def test_other_curves(artifact, tmp_path, curve):
 
 
 def test_keys_of_openssl_as_the_page_says(artifact, tmp_path):
-    """The two commands of docs/signing.md."""
-    page = (ROOT / "docs/signing.md").read_text("utf-8")
+    """The two commands of docs/how-to/sign.md."""
+    page = (ROOT / "docs/how-to/sign.md").read_text("utf-8")
     commands = [line for line in page.splitlines() if line.startswith("openssl ec")]
     assert len(commands) == 2
     for command in commands:
@@ -109,7 +109,7 @@ def test_model_signing_itself_reads_it(signed, keys):
 
 
 def test_the_command_of_model_signing_as_the_page_says(signed, keys):
-    page = (ROOT / "docs/signing.md").read_text("utf-8")
+    page = (ROOT / "docs/how-to/sign.md").read_text("utf-8")
     (command,) = (line for line in page.splitlines() if line.startswith("model_signing "))
     command = command.replace("artifacts/flux-fast-shapes", str(signed)).replace("prebake.pub", str(keys[1]))
     _, *arguments = shlex.split(command)

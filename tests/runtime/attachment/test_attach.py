@@ -590,8 +590,8 @@ def test_plan_says_to_export_again(compiled):
 
 @pytest.mark.slow
 def test_the_page_is_right(folder, tmp_path):
-    """Every block of docs/attach.md, in its order, word for word."""
-    text = (ROOT / "docs" / "attach.md").read_text("utf-8")
+    """Every block of docs/how-to/attach.md, in its order, word for word."""
+    text = (ROOT / "docs" / "how-to" / "attach.md").read_text("utf-8")
     blocks = re.findall(r"```(\w+)\n(.*?)```", text, re.DOTALL)
     assert [kind for kind, _ in blocks] == ["toml", "sh", "python"]
     (_, toml), (_, command), (_, code) = blocks

@@ -102,7 +102,7 @@ def prepare(recipe: Recipe, progress: Progress, *, near: Path | None = None) -> 
         layers = rewrite_pipeline(pipe, recipe)
     with progress.stage("plan"):
         denoiser = family.denoiser(pipe, size, recipe.guidance)
-        denoiser = add_planes(denoiser) if getattr(recipe.cache, "needs_planes", False) else denoiser
+        denoiser = add_planes(denoiser) if recipe.cache.needs_planes else denoiser
         layout = discover_layout(denoiser)
         scale = family.facts(pipe, size)["timestep_scale"]
         decisions = teacache_decisions(recipe, denoiser, layout, tables, scale) or calibration

@@ -11,7 +11,7 @@ from prebake.runtime.errors import RecipeError
 HEAD = 'name = "x"\ndescription = "x"\n'
 MINIMAL = HEAD + '[model]\nid = "a/b"\n'
 MASKED = Path(__file__).parent / "masked.toml"
-METHODS = ["none", *caches.METHODS]
+METHODS = list(caches.METHODS)
 TABLES = "attach, attention, cache, compile, fuse, guidance, model, precision, quantize, sampler, shapes, verify"
 
 # what the file says after MINIMAL -> the message after the file's path

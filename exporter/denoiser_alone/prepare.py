@@ -97,7 +97,7 @@ def refuse_tables(recipe: Recipe) -> None:
     """Raises RecipeError for what needs more than the denoiser, or a family that knows its inputs."""
     if recipe.sampler.image_to_image:
         raise RecipeError("sampler.image_to_image: an artifact of the denoiser alone has no VAE; leave the key out")
-    if getattr(recipe.cache, "exact", False):
+    if recipe.cache.exact:
         raise RecipeError(
             f"cache.method {recipe.cache.method!r} with this signal reads the timestep's embedding, which is known of families "
             "only; set cache.signal=modulated and name a calibration, or take another cache"

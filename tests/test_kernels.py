@@ -14,9 +14,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from prebake.exporter.capture.capture import capture_graph
 from prebake.exporter.lower import aoti, w8a8
 from prebake.exporter.lower.aoti import kernels
-from prebake.exporter.lower.aoti.kernels.rewrite import insert_kernel_calls
+from prebake.exporter.lower.aoti.kernels.rewrite import insert_kernel_calls, replace_operators
 from prebake.exporter.passes.attention_dtype import cast_attention
-from prebake.exporter.passes.captured_graph import CapturedGraph
+from prebake.exporter.passes.captured_graph import CapturedGraph, run_passes
+from prebake.exporter.passes.derived_weights import DerivedWeights
 from prebake.exporter.recipe.resolve import resolve
 from prebake.runtime.errors import RecipeError
 
@@ -188,7 +189,8 @@ def test_variants_of_a_model_share_what_is_packed():
     module = Block()
     first = captured(module)
     second = capture_graph("again", module, first.args, ("x",), ("y",))
-    one, two = insert_kernel_calls(first), insert_kernel_calls(second)
+    passes = (partial(replace_operators, weights=DerivedWeights()),)
+    one, two = run_passes(first, passes), run_passes(second, passes)
     assert {t.data_ptr() for t in one.constants().values()} == {t.data_ptr() for t in two.constants().values()}
 
 

@@ -22,8 +22,8 @@ from prebake.exporter.cost.count import count_cost  # noqa: E402
 from prebake.exporter.lower import w8a8  # noqa: E402
 from prebake.exporter.lower.onnx import graph as onnx_graph  # noqa: E402
 from prebake.exporter.lower.onnx.graph import embed_data, onnx_model  # noqa: E402
-from prebake.exporter.lower.onnx.rewrite import rewrite_graph  # noqa: E402
-from prebake.exporter.passes.captured_graph import CapturedGraph  # noqa: E402
+from prebake.exporter.lower.onnx.rewrite import list_passes, rewrite_graph  # noqa: E402
+from prebake.exporter.passes.captured_graph import CapturedGraph, run_passes  # noqa: E402
 from prebake.runtime.errors import ExportError  # noqa: E402
 
 CLOSE = 1e-6
@@ -224,7 +224,8 @@ def test_the_graph_that_went_in_is_left_as_it_was():
 
 def test_variants_of_one_model_share_each_turned_weight():
     linear = nn.Linear(4, 3)
-    graphs = [rewrite_graph(capture_graph(n, linear, (torch.ones(2, 4),), ("x",), ("y",))) for n in "ab"]
+    passes = list_passes()
+    graphs = [run_passes(capture_graph(n, linear, (torch.ones(2, 4),), ("x",), ("y",)), passes) for n in "ab"]
     one, two = (graph.constants()["weight_t"] for graph in graphs)
     assert one.data_ptr() == two.data_ptr()
     assert torch.equal(one, linear.weight.t())

@@ -17,7 +17,7 @@ import onnxscript
 import torch
 
 from ...runtime.errors import RecipeError
-from ..passes.captured_graph import CapturedGraph
+from ..passes.captured_graph import CapturedGraph, GraphPass
 from . import CodeFiles, GraphCompiler, GraphGroups
 from .aoti.isa import int8_flags
 from .onnx import rewrite
@@ -29,11 +29,11 @@ __all__ = [
     "CHANNELS_LAST",
     "adapt_recipe",
     "bind",
+    "list_passes",
     "lower",
     "quantize_layers",
     "reproducible",
     "requires",
-    "rewrite_graph",
     "toolchain",
 ]
 
@@ -68,9 +68,9 @@ def adapt_recipe(recipe: Any) -> tuple[Any, tuple[str, ...]]:
     return recipe.model_copy(update={"precision": precision}), (said,)
 
 
-def rewrite_graph(graph: CapturedGraph, config: Any) -> CapturedGraph:
-    """The graph as ONNX can say it."""
-    return rewrite.rewrite_graph(graph)
+def list_passes(config: Any) -> tuple[GraphPass, ...]:
+    """Those of ONNX."""
+    return rewrite.list_passes()
 
 
 def lower(folder: Path, groups: GraphGroups, config: Any, made: GraphCompiler) -> dict[str, str]:

@@ -21,6 +21,7 @@ import subprocess
 import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +30,15 @@ from torch import nn
 
 from ....runtime.elf import FLAG_EXECUTABLE, GNU_STACK
 from ....runtime.errors import ExportError, RecipeError
-from ...passes.captured_graph import CapturedGraph
+from ...passes.captured_graph import CapturedGraph, GraphPass
+from ...passes.derived_weights import DerivedWeights
 from ...tables import RecipeTable
 from .. import CodeFiles, GraphCompiler, GraphGroups, w8a8
 from ..options import read_options
 from ..toolchain import glibc_version
 from . import cuda, kernels
 from .isa import choose_isa, host_flags, inductor_flags, int8_flags
-from .kernels.rewrite import insert_kernel_calls
+from .kernels.rewrite import replace_operators
 
 LINE_TABLES_FLAG = "aot_inductor.enable_line_tables"
 """A flag that torch 2.11 has not, nor such tables."""
@@ -233,9 +235,9 @@ def stand_in(config: Any) -> Any:
         return NativeKernels(place, thread_count(config)).stand_in
 
 
-def rewrite_graph(graph: CapturedGraph, config: Any) -> CapturedGraph:
-    """The graph with calls of kernels where they fit; the rest is for Inductor's own passes."""
-    return insert_kernel_calls(graph) if has_kernels(config) else graph
+def list_passes(config: Any) -> tuple[GraphPass, ...]:
+    """Calls of kernels where they fit; the rest is for Inductor's own passes."""
+    return (partial(replace_operators, weights=DerivedWeights()),) if has_kernels(config) else ()
 
 
 def lower(folder: Path, groups: GraphGroups, config: Any, made: GraphCompiler) -> dict[str, str]:

@@ -100,7 +100,7 @@ def prepare(recipe: Recipe, progress: Progress, *, near: Path | None = None) -> 
         recipe = recipe.model_copy(update={"cache": cache})
         calibration = calibrations.load_calibration(recipe.cache, loaded.source, near, size)
     with progress.stage("rewrite"):
-        layers = rewrite_pipeline(pipe, recipe)
+        layers = rewrite_pipeline(pipe, recipe, progress)
     with progress.stage("plan"):
         denoiser = family.denoiser(pipe, size, recipe.guidance)
         denoiser = add_planes(denoiser) if recipe.cache.needs_planes else denoiser

@@ -57,7 +57,7 @@ def prepare_denoiser(recipe: Recipe, loaded: LoadedPipeline, progress: Progress,
         recipe = recipe.model_copy(update={"cache": cache})
         calibration = calibrations.load_calibration(recipe.cache, loaded.source, near, defaults)
     with progress.stage("rewrite"):
-        layers = rewrite_denoiser(recording.name, recording.denoiser, recipe)
+        layers = rewrite_denoiser(recording.name, recording.denoiser, recipe, progress)
     with progress.stage("plan"):
         first, *others = recording.components()
         layout = discover_layout(first)

@@ -127,7 +127,7 @@ def match_gelu(node: fx.Node) -> fx.Node | Refusal | None:
     if reader is None or reader.target is not aten.gelu.default:
         return None
     if reader.kwargs.get("approximate") != "tanh":
-        return Refusal("packed_w8a8's GELU", "exact, not by the hyperbolic tangent")
+        return Refusal("packed_w8a8's GELU", "exact, not by the tangent")
     return reader
 
 
@@ -162,7 +162,7 @@ def find_geglu_obstacle(node: fx.Node, halves: fx.Node, gelu: fx.Node) -> str:
         return "not of two halves of the features"
     if columns % (2 * PANEL):
         return f"{columns} columns, no multiple of {2 * PANEL}"
-    return "by the hyperbolic tangent, not exact" if gelu.kwargs.get("approximate", "none") != "none" else ""
+    return "by the tangent, not exact" if gelu.kwargs.get("approximate", "none") != "none" else ""
 
 
 def call_few_rows(gm: fx.GraphModule, node: fx.Node, weights: DerivedWeights) -> tuple[Refusal, ...]:

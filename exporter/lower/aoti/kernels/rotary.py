@@ -52,11 +52,7 @@ def match_rotary(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | Refusal | 
     left, right = skip_casts(left), skip_casts(right)
     x = match_pairs(right)
     if x is None or x is not left:
-        return (
-            Refusal("rotary", "pairs of other features than neighbours, or turned otherwise")
-            if is_turned(right)
-            else None
-        )
+        return Refusal("rotary", "pairs that are no neighbours, or turned otherwise") if is_turned(right) else None
     if obstacle := find_table_obstacle(x.meta["val"], cosines.meta["val"], sines.meta["val"]):
         return Refusal("rotary", obstacle)
     return x, cosines, sines
@@ -80,7 +76,8 @@ def is_turned(node: Any) -> bool:
     joined = node if node.target in JOINS else skip_casts(node.args[0] if node.args else None)
     if not isinstance(joined, fx.Node) or joined.target not in JOINS:
         return False
-    return any(skip_casts(part).target is aten.neg.default for part in joined.args[0])
+    parts: Any = joined.args[0]
+    return any(skip_casts(part).target is aten.neg.default for part in parts)
 
 
 def match_pairs(node: Any) -> fx.Node | None:

@@ -82,9 +82,9 @@ class Gate(nn.Module):
     [
         (Gate(192, 2), []),
         (Gate(80, 2), [("packed_w8a8's GEGLU", "80 columns, no multiple of 64")]),
-        (Gate(192, 2, "tanh"), [("packed_w8a8's GEGLU", "by the hyperbolic tangent, not exact")]),
+        (Gate(192, 2, "tanh"), [("packed_w8a8's GEGLU", "by the tangent, not exact")]),
         (Gate(64, 1, "tanh"), []),
-        (Gate(64, 1), [("packed_w8a8's GELU", "exact, not by the hyperbolic tangent")]),
+        (Gate(64, 1), [("packed_w8a8's GELU", "exact, not by the tangent")]),
     ],
 )
 def test_an_int8_layer_says_what_behind_it_stays(gate, refused):
@@ -107,7 +107,7 @@ def test_a_rotary_embedding_of_halves_says_so():
             return x * x.cos() + torch.cat([-b, a], -1) * x.sin()
 
     graph = called(Blocks(Halves()), torch.randn(1, 9, 2, 16))
-    reason = "pairs of other features than neighbours, or turned otherwise"
+    reason = "pairs that are no neighbours, or turned otherwise"
     assert graph.refusals == (KernelRefusal(kernel="rotary", reason=reason, places=1, first="blocks.0"),)
 
 

@@ -18,6 +18,7 @@ from prebake.exporter.lower.aoti.kernels.rewrite import insert_kernel_calls, rep
 from prebake.exporter.passes.attention_dtype import cast_attention
 from prebake.exporter.passes.captured_graph import CapturedGraph, run_passes
 from prebake.exporter.passes.derived_weights import DerivedWeights
+from prebake.exporter.quantize import Int8Dynamic
 from prebake.exporter.recipe.resolve import resolve
 from prebake.runtime.errors import RecipeError
 
@@ -109,7 +110,7 @@ INPUTS = {Block: (2, 21, 64), Residual: (2, 16, 11, 20)}
 
 def captured(module: nn.Module) -> CapturedGraph:
     w8a8.replace_layers(
-        module, {name for name, m in module.named_children() if hasattr(m, "weight")} - {"norm"}, "int8_dynamic"
+        module, {name for name, m in module.named_children() if hasattr(m, "weight")} - {"norm"}, Int8Dynamic()
     )
     return capture_graph("block", module, (random(*INPUTS[type(module)]),), ("x",), ("y",))
 
@@ -147,7 +148,7 @@ def gated_layer(width: int, **changed) -> CapturedGraph:
     module = nn.Sequential(GatedLinear(64, width))
     for name, value in changed.items():
         vars(module[0])[name] = value
-    w8a8.replace_layers(module, {"0.proj"}, "int8_dynamic")
+    w8a8.replace_layers(module, {"0.proj"}, Int8Dynamic())
     return capture_graph("gated", module, (random(2, 21, 64),), ("x",), ("y",))
 
 

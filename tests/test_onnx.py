@@ -24,6 +24,7 @@ from prebake.exporter.lower.onnx import graph as onnx_graph  # noqa: E402
 from prebake.exporter.lower.onnx.graph import embed_data, onnx_model  # noqa: E402
 from prebake.exporter.lower.onnx.rewrite import list_passes, rewrite_graph  # noqa: E402
 from prebake.exporter.passes.captured_graph import CapturedGraph, run_passes  # noqa: E402
+from prebake.exporter.quantize import METHODS  # noqa: E402
 from prebake.runtime.errors import ExportError  # noqa: E402
 
 CLOSE = 1e-6
@@ -261,7 +262,7 @@ def tokens() -> torch.Tensor:
 
 def in_8_bits(linear: nn.Linear, method: str) -> nn.Module:
     module = nn.Sequential(copy.deepcopy(linear))
-    w8a8.replace_layers(module, {"0"}, method)
+    w8a8.replace_layers(module, {"0"}, METHODS[method]())
     return module
 
 
@@ -347,7 +348,7 @@ def test_products_of_one_input_share_its_scaling_and_quantize_it_each(method):
             return self.a(x), self.b(x)
 
     module = Two()
-    w8a8.replace_layers(module, {"a", "b"}, method)
+    w8a8.replace_layers(module, {"a", "b"}, METHODS[method]())
     count = Counter(n.op_type for n in onnx_model(captured(module, torch.ones(4, 32), outputs=("a", "b"))).graph.node)
     assert (count["ReduceMax"], count["Div"], count["QuantizeLinear"], count["DequantizeLinear"]) == (1, 1, 2, 4)
 

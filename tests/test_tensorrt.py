@@ -20,6 +20,7 @@ from prebake.exporter.lower import w8a8
 from prebake.exporter.passes.captured_graph import CapturedGraph, run_passes
 from prebake.exporter.pipeline import ExportOptions, export
 from prebake.exporter.progress import Progress
+from prebake.exporter.quantize import Fp8Dynamic
 from prebake.exporter.recipe.resolve import resolve
 from prebake.runtime import load
 from prebake.runtime.backends.tensorrt import weight_view
@@ -333,7 +334,7 @@ def test_fp8_is_for_gpus_that_multiply_it():
 def test_the_library_builds_no_fp8_for_older_gpus():
     """Why the recipe is adapted."""
     module = nn.Sequential(nn.Linear(64, 64))
-    w8a8.replace_layers(module, {"0"}, "fp8_dynamic")
+    w8a8.replace_layers(module, {"0"}, Fp8Dynamic())
     graph = run_passes(
         capture_graph("product", module, (torch.ones(16, 64),), ("x",), ("y",)), lowering.list_passes(None)
     )

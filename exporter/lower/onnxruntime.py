@@ -55,9 +55,10 @@ def adapt_recipe(recipe: Any) -> tuple[Any, tuple[str, ...]]:
     """
     read_options(recipe.compile, OnnxRuntimeOptions)
     refuse_convolutions(recipe)
-    if recipe.quantize.method == "fp8_dynamic":
+    if not recipe.quantize.on_cpu:
         raise RecipeError(
-            "quantize.method 'fp8_dynamic': ONNX Runtime has no product of fp8; set quantize.method=int8_dynamic, or "
+            f"quantize.method {recipe.quantize.method!r}: ONNX Runtime has no product of {recipe.quantize.treatment}; set "
+            "quantize.method=int8_dynamic, or "
             "compile.backend=tensorrt"
         )
     parts = [part for part, dtype in recipe.precision if dtype == "bfloat16"]
@@ -107,7 +108,7 @@ def requires(recipe: Any) -> dict[str, Any]:
     """This ONNX Runtime or a newer one, any torch, and for int8 the instruction that its products are exact with."""
     return {
         "isa_level": platform.machine(),
-        "isa": int8_flags() if recipe.quantize.method == "int8_dynamic" else (),
+        "isa": int8_flags() if recipe.quantize.has_int8_products else (),
         "packages": {"onnxruntime": onnxruntime.__version__},
     }
 

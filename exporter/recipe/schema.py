@@ -16,7 +16,8 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from ...runtime.backends import backend_names as backends
 from ...runtime.errors import RecipeError
 from ..caches import Cache, Mask, NoCache
-from ..tables import ConflictError, RecipeProblem, RecipeTable, Regexes
+from ..quantize import NoQuantize, Quantize
+from ..tables import ConflictError, RecipeProblem, RecipeTable
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -78,40 +79,6 @@ class Fuse(RecipeTable):
 
     qkv: bool = True
     vae_qkv: bool = True
-
-
-class NoQuantize(RecipeTable):
-    """Weights keep the denoiser's precision."""
-
-    method: Literal["none"] = "none"
-
-
-class DynamicQuantize(RecipeTable):
-    """Weights of 8 bits (scaled per channel) and activations of 8 bits (per token, scaled as they come) in the denoiser.
-
-    A Linear is quantized if `in_features` and `out_features` are both at least `min_width_ratio` times the model's
-    inner width, `re.search` finds some `include` in its name and no `exclude`. The defaults leave alone what diffusion-fast
-    leaves alone: small layers, embeddings, and the modulation layers, whose one row of work gains nothing.
-    """
-
-    method: Literal["int8_dynamic", "fp8_dynamic"]
-    min_width_ratio: float = Field(default=1.0, ge=0)
-    include: Regexes = (".*",)
-    exclude: Regexes = ("embed", r"(^|\.)norm\w*\.linear$")
-
-
-class Int8Dynamic(DynamicQuantize):
-    """In integers, as torchao's `Int8DynamicActivationInt8WeightConfig`. With `convolutions` also those of a UNet's residual blocks
-    and between its levels, each pixel a token: by prebake's CPU kernels alone."""
-
-    method: Literal["int8_dynamic"] = "int8_dynamic"  # pyright: ignore[reportIncompatibleVariableOverride]  (frozen)
-    convolutions: bool = False
-
-
-class Fp8Dynamic(DynamicQuantize):
-    """In float8_e4m3fn, as torchao's `Float8DynamicActivationFloat8WeightConfig` by rows: for GPUs from compute capability 8.9 on."""
-
-    method: Literal["fp8_dynamic"] = "fp8_dynamic"  # pyright: ignore[reportIncompatibleVariableOverride]  (frozen)
 
 
 class Attention(RecipeTable):
@@ -230,9 +197,6 @@ class Verify(RecipeTable):
     accuracy_prompts: int = Field(default=64, ge=1)
     prompts: Annotated[tuple[str, ...], Field(strict=False)] = ()
     seeds: int = Field(default=4, ge=1)
-
-
-Quantize = Annotated[NoQuantize | Int8Dynamic | Fp8Dynamic, Field(discriminator="method")]
 
 
 class Recipe(RecipeTable):

@@ -102,9 +102,10 @@ def adapt_recipe(recipe: Any) -> tuple[Any, tuple[str, ...]]:
         )
     if not has_kernels(recipe.compile):
         w8a8.refuse_convolutions(recipe)
-    if recipe.quantize.method == "fp8_dynamic":
+    if not recipe.quantize.on_cpu:
         raise RecipeError(
-            "quantize.method 'fp8_dynamic': a CPU multiplies fp8 slower than float32; set quantize.method=int8_dynamic, or on a "
+            f"quantize.method {recipe.quantize.method!r}: a CPU multiplies {recipe.quantize.treatment} slower than float32; set "
+            "quantize.method=int8_dynamic, or on a "
             "machine with a GPU compile.device=cuda, or compile.backend=tensorrt"
         )
     return recipe, ()
@@ -194,7 +195,7 @@ def describe_compiler() -> str:
 def requires(recipe: Any) -> dict[str, Any]:
     """The instruction set, this torch and this C library."""
     level, flags = choose_isa(recipe.compile.isa)
-    if recipe.quantize.method == "int8_dynamic" and not is_on_gpu(recipe.compile):
+    if recipe.quantize.has_int8_products and not is_on_gpu(recipe.compile):
         flags = tuple(sorted({*flags, *int8_flags()}))
     if has_kernels(recipe.compile):
         flags = tuple(sorted({*flags, *kernels.KERNEL_FLAGS}))
@@ -212,16 +213,15 @@ def requires(recipe: Any) -> dict[str, Any]:
 def quantize_layers(model: nn.Module, names: set[str], recipe: Any) -> None:
     """Quantizes layers: for a GPU by `cuda.py`; on the CPU as the operator that a kernel computes, or by torchao, whose tensor subclasses are unwrapped at the end, so that every stored weight is a plain tensor."""
     if is_on_gpu(recipe.compile):
-        cuda.quantize_layers(model, names, recipe.quantize.method)
+        cuda.quantize_layers(model, names, recipe.quantize)
         return
     if has_kernels(recipe.compile):
         w8a8.quantize_layers(model, names, recipe)
         return
     from torch._functorch._aot_autograd.subclass_parametrization import unwrap_tensor_subclass_parameters
-    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+    from torchao.quantization import quantize_
 
-    # set_inductor_config would change Inductor's global flags behind the recipe's back
-    quantize_(model, Int8DynamicActivationInt8WeightConfig(set_inductor_config=False), lambda _, name: name in names)
+    quantize_(model, recipe.quantize.torchao_config(), lambda _, name: name in names)
     unwrap_tensor_subclass_parameters(model)
 
 

@@ -40,7 +40,6 @@ CONVOLUTIONS = (torch.ops.aten.conv2d.default, torch.ops.aten.convolution.defaul
 ENGINE_SUFFIX = ".engine"
 REPORTS_FOLDER = "reports/engines"
 CAPABILITIES_OPTION = "compute_capabilities"
-FP8_SM = 89
 ENGINE_FILE, LAYERS_FILE = "model.engine", "layers.json"
 
 
@@ -65,18 +64,24 @@ def adapt_recipe(recipe: Any) -> tuple[Any, tuple[str, ...]]:
     if recipe.compile.device != "cuda":
         config["device"] = "cuda"
         said.append("compile.device is cuda: engines of TensorRT run on GPUs")
-    if recipe.quantize.method == "fp8_dynamic" and chosen.flavour == "rtx":
+    least, product = capability_sm(recipe.quantize.gpu_capability), recipe.quantize.treatment
+    if least and chosen.flavour == "rtx":
         named = chosen.compute_capabilities.split()
-        able = " ".join(name for name in named if int(name[2:]) >= FP8_SM)
+        able = " ".join(name for name in named if int(name[2:]) >= least)
         if able != chosen.compute_capabilities:
             if CAPABILITIES_OPTION in recipe.compile.options:
                 raise RecipeError(
-                    f"compile.options.{CAPABILITIES_OPTION}: GPUs multiply fp8 from sm{FP8_SM} on, got {named[0]!r}; leave out what "
-                    "is below, or set quantize.method=int8_dynamic"
+                    f"compile.options.{CAPABILITIES_OPTION}: GPUs multiply {product} from sm{least} on, got {named[0]!r}; leave out "
+                    "what is below, or set quantize.method=int8_dynamic"
                 )
             config["options"] = {**recipe.compile.options, CAPABILITIES_OPTION: able}
-            said.append(f"compile.options.{CAPABILITIES_OPTION} is {able}: GPUs multiply fp8 from sm{FP8_SM} on")
+            said.append(f"compile.options.{CAPABILITIES_OPTION} is {able}: GPUs multiply {product} from sm{least} on")
     return recipe.model_copy(update={"compile": recipe.compile.model_copy(update=config)}), tuple(said)
+
+
+def capability_sm(capability: tuple[int, int]) -> int:
+    """(8, 9) as in "sm89"; 0 where any GPU will do."""
+    return 10 * capability[0] + capability[1]
 
 
 def depends(config: Any) -> dict[str, str]:

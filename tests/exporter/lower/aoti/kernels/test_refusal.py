@@ -11,6 +11,7 @@ from prebake.exporter.capture.capture import capture_graph
 from prebake.exporter.lower import w8a8
 from prebake.exporter.lower.aoti.kernels.rewrite import insert_kernel_calls
 from prebake.exporter.passes.captured_graph import CapturedGraph
+from prebake.exporter.quantize import Int8Dynamic
 from prebake.runtime.manifest import KernelRefusal
 
 HALF = torch.bfloat16
@@ -89,7 +90,7 @@ class Gate(nn.Module):
 )
 def test_an_int8_layer_says_what_behind_it_stays(gate, refused):
     model = Blocks(gate)
-    w8a8.replace_layers(model, {"blocks.0.proj"}, "int8_dynamic")
+    w8a8.replace_layers(model, {"blocks.0.proj"}, Int8Dynamic())
     graph = called(model, torch.randn(2, 21, 64))
     assert graph.kernels == {"packed_w8a8": 1}
     assert [(r.kernel, r.reason) for r in graph.refusals] == refused

@@ -36,7 +36,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from prebake.exporter.capture.capture import capture_graph
 from prebake.exporter.lower import aoti, onnxruntime, w8a8
-from prebake.exporter.lower.aoti import kernels
+from prebake.exporter.lower.aoti import kernels, pt2
 from prebake.exporter.lower.aoti.kernels.native import NativeKernels
 from prebake.exporter.lower.aoti.kernels.operators import GELU, NO_ACTIVATION
 from prebake.exporter.lower.onnx.graph import embed_data, onnx_model
@@ -198,7 +198,7 @@ def compile_with_aoti(problem: DenoiserProblem, threads: int, *overrides: str) -
     inside = {"aot_inductor.package_constants_in_so": True, "aot_inductor.use_consts_asm_build": True}
     folder = Path(tempfile.mkdtemp(dir=os.environ["TMPDIR"]))
     files = aoti.compile_graph(graph, {**aoti.compile_flags(recipe.compile), **inside})
-    package = package_aoti(str(folder / "graph.pt2"), {"model": aoti.write_files(folder / "model", files)})
+    package = package_aoti(str(folder / "graph.pt2"), {"model": pt2.write_files(folder / "model", files)})
     run = load_package(package, "model")
     return lambda: first_tensor(run(*made.args))
 

@@ -13,7 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from prebake.exporter.capture.capture import capture_graph
 from prebake.exporter.lower import aoti, w8a8
-from prebake.exporter.lower.aoti import kernels
+from prebake.exporter.lower.aoti import kernels, pt2
 from prebake.exporter.lower.aoti.kernels.rewrite import insert_kernel_calls, replace_operators
 from prebake.exporter.passes.attention_dtype import cast_attention
 from prebake.exporter.passes.captured_graph import CapturedGraph, run_passes
@@ -206,7 +206,7 @@ def test_compiled_code_calls_the_kernels(tmp_path, block):
     files = aoti.compile_graph(graph, flags | {"aot_inductor.package_constants_in_so": True}, tmp_path / "build")
     library = next(data for name, data in files.items() if name.endswith(".so"))
     assert b"prebake::" not in library, "an operator is looked up by its name at run time"
-    models = {"model": aoti.write_files(tmp_path / "model", files)}
+    models = {"model": pt2.write_files(tmp_path / "model", files)}
     run = load_package(package_aoti(str(tmp_path / "block.pt2"), models), "model")
     (x,) = graph.args
     made = run(x)

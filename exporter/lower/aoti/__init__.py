@@ -9,18 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import os
 import platform
 import re
 import shlex
 import shutil
 import stat
-import struct
 import subprocess
 import tempfile
-import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +25,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from ....runtime.elf import FLAG_EXECUTABLE, GNU_STACK
 from ....runtime.errors import ExportError, RecipeError
 from ...passes.captured_graph import CapturedGraph, GraphPass
 from ...passes.derived_weights import DerivedWeights
@@ -39,6 +35,7 @@ from ..toolchain import glibc_version
 from . import cuda, kernels
 from .isa import choose_isa, host_flags, inductor_flags, int8_flags
 from .kernels.rewrite import replace_operators
+from .pt2 import clear_executable_stack, is_packaged, write_package
 
 LINE_TABLES_FLAG = "aot_inductor.enable_line_tables"
 """A flag that torch 2.11 has not, nor such tables."""
@@ -57,8 +54,6 @@ PACKAGE_FLAGS = {
 }
 CHANNELS_LAST = True
 PACKAGE_SUFFIX = ".pt2"
-PACKAGED_SUFFIXES = (".so", ".json", ".cubin")
-ZIP_EPOCH = (1980, 1, 1, 0, 0, 0)
 COMPILER_VARIABLES = re.compile(
     r"C(PLUS_INCLUDE_)?PATH|C_INCLUDE_PATH|LIBRARY_PATH|COMPILER_PATH|GCC_EXEC_PREFIX|OMP_PREFIX|CXX|"
     r"(TORCHINDUCTOR|TORCH_INDUCTOR|AOT_?INDUCTOR)_(?!CACHE_DIR$).*"
@@ -298,58 +293,6 @@ def shorten_paths(flags: dict[str, Any], sources: Path) -> dict[str, Any]:
 
 def first_line(e: Exception) -> str:
     return next(iter(str(e).strip().splitlines()), "no message")
-
-
-def write_package(path: Path, models: Mapping[str, CodeFiles]) -> None:
-    """One archive of all models, in torch's own layout, with fixed times and order."""
-    from torch._inductor.package import package_aoti
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as scratch:
-        raw = Path(scratch) / path.name
-        package_aoti(str(raw), {model: write_files(Path(scratch) / model, files) for model, files in models.items()})
-        with zipfile.ZipFile(raw) as source, zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as target:
-            members = {name: source.read(name) for name in sorted(source.namelist())}
-            for name, data in members.items():
-                is_id = name.endswith("/.data/serialization_id")
-                target.writestr(zipfile.ZipInfo(name, ZIP_EPOCH), serialization_id(members) if is_id else data)
-
-
-def write_files(folder: Path, files: CodeFiles) -> list[Any]:
-    """The paths of the files, written."""
-    folder.mkdir()
-    for name, data in files.items():
-        (folder / name).write_bytes(data)
-    return [str(folder / name) for name in files]
-
-
-def clear_executable_stack(library: bytes) -> bytes:
-    """The ELF library with a PT_GNU_STACK segment that no longer asks for execution.
-
-    torch 2.13 assembles the (empty) constants from text that does not say what stack it needs, and the linker takes that for
-    a wish; glibc from 2.41 on refuses to load such a library. None of the code runs on its stack.
-    """
-    (start,), (size, count) = struct.unpack_from("<Q", library, 32), struct.unpack_from("<HH", library, 54)
-    changed = bytearray(library)
-    for at in range(start, start + size * count, size):
-        kind, flags = struct.unpack_from("<II", library, at)
-        if kind == GNU_STACK:
-            struct.pack_into("<I", changed, at + 4, flags & ~FLAG_EXECUTABLE)
-    return bytes(changed)
-
-
-def serialization_id(members: dict[str, bytes]) -> bytes:
-    """Forty digits for what is kept; torch's own covers the time."""
-    kept = hashlib.sha256()
-    for name, data in members.items():
-        if not name.endswith("/.data/serialization_id"):
-            kept.update(name.encode() + hashlib.sha256(data).digest())
-    return f"{int(kept.hexdigest(), 16) % 10**40:040d}".encode()
-
-
-def is_packaged(file: str) -> bool:
-    """Shared objects, kernels and metadata. `*compile_flags.json` would let a loader run a shell command."""
-    return file.endswith(PACKAGED_SUFFIXES) and not file.endswith("compile_flags.json")
 
 
 @contextlib.contextmanager

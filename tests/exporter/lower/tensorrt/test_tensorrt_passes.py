@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 pytest.importorskip("onnx")
-from prebake.exporter.capture.capture import capture_graph  # noqa: E402
-from prebake.exporter.lower.tensorrt import lay_channels_last  # noqa: E402
-from prebake.exporter.passes.captured_graph import CapturedGraph, run_passes  # noqa: E402
+from prebake.exporter.capture.capture import capture_graph
+from prebake.exporter.lower.tensorrt import lay_channels_last
+from prebake.exporter.passes.captured_graph import CapturedGraph, run_passes
 
 
 def ops(graph: CapturedGraph) -> list[str]:

@@ -36,12 +36,12 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from prebake.exporter.capture.capture import capture_graph
 from prebake.exporter.lower import aoti, onnxruntime, w8a8
-from prebake.exporter.lower.aoti import kernels
+from prebake.exporter.lower.aoti import kernels, pt2
 from prebake.exporter.lower.aoti.kernels.native import NativeKernels
 from prebake.exporter.lower.aoti.kernels.operators import GELU, NO_ACTIVATION
 from prebake.exporter.lower.onnx.graph import embed_data, onnx_model
 from prebake.exporter.passes.attention_dtype import cast_attention
-from prebake.exporter.passes.captured_graph import CapturedGraph
+from prebake.exporter.passes.captured_graph import CapturedGraph, run_passes
 from prebake.exporter.recipe.resolve import resolve
 from prebake.exporter.rewrite import rewrite_denoiser
 
@@ -194,11 +194,11 @@ def compile_with_aoti(problem: DenoiserProblem, threads: int, *overrides: str) -
     graph = made.graph()
     if recipe.attention.dtype:
         graph = cast_attention(graph, getattr(torch, recipe.attention.dtype))
-    graph = aoti.rewrite_graph(graph, recipe.compile)
+    graph = run_passes(graph, aoti.list_passes(recipe.compile))
     inside = {"aot_inductor.package_constants_in_so": True, "aot_inductor.use_consts_asm_build": True}
     folder = Path(tempfile.mkdtemp(dir=os.environ["TMPDIR"]))
     files = aoti.compile_graph(graph, {**aoti.compile_flags(recipe.compile), **inside})
-    package = package_aoti(str(folder / "graph.pt2"), {"model": aoti.write_files(folder / "model", files)})
+    package = package_aoti(str(folder / "graph.pt2"), {"model": pt2.write_files(folder / "model", files)})
     run = load_package(package, "model")
     return lambda: first_tensor(run(*made.args))
 
@@ -207,7 +207,7 @@ def compile_with_onnxruntime(problem: DenoiserProblem, threads: int) -> Callable
     import onnxruntime as ort
 
     made, recipe = quantize_problem(problem, "compile.backend=onnxruntime")
-    graph = onnxruntime.rewrite_graph(made.graph(), recipe.compile)
+    graph = run_passes(made.graph(), onnxruntime.list_passes(recipe.compile))
     options: Any = ort.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     model = embed_data(onnx_model(graph), graph.constants()).SerializeToString()

@@ -23,8 +23,8 @@ from onnxscript.optimizer import fold_constants, remove_unused_nodes
 
 from prebake.exporter.cli.quiet import silence_libraries
 from prebake.exporter.lower.onnx.graph import embed_data, onnx_model
-from prebake.exporter.lower.tensorrt import TensorRTOptions, build_model_engine, network, rewrite_graph
-from prebake.exporter.passes.captured_graph import CapturedGraph
+from prebake.exporter.lower.tensorrt import TensorRTOptions, build_model_engine, list_passes, network
+from prebake.exporter.passes.captured_graph import CapturedGraph, run_passes
 from prebake.exporter.pipeline import prepare
 from prebake.exporter.progress import open_progress
 from prebake.exporter.recipe.resolve import resolve
@@ -51,7 +51,8 @@ def main() -> None:
         for method in ("none", "int8_dynamic"):
             with open_progress("quiet") as quiet:
                 prepared = prepare(resolve("flux-fast", (*SETTINGS, f"quantize.method={method}"), folder), quiet)
-            full, *others = (rewrite_graph(graph, prepared.recipe.compile) for graph in prepared.graphs["denoiser"])
+            passes = list_passes(None)
+            full, *others = (run_passes(graph, passes) for graph in prepared.graphs["denoiser"])
             pair = (full, max(others, key=lambda g: prepared.costs[g.name].flops))
             weights = {t.data_ptr(): t.nbytes for graph in pair for t in graph.constants().values()}
             for way, models in (

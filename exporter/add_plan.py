@@ -112,7 +112,7 @@ def build_plans(
     everything = Schedule(marks, tuple(Decision() for _ in table.updates))
     if cache.method == "none":
         return (join_plan(str(steps), steps, "none", table, everything, names, tails),), None
-    if getattr(cache, "exact", False):
+    if cache.exact:
         raise ExportError(
             f"cache.method {cache.method!r} with signal = {cache.signal!r} decides by the model's weights, which `prebake plan` does "
             "not read; set cache.signal=modulated and name a calibration, or export again with sampler.steps"

@@ -32,6 +32,7 @@ from .lower import load_backend
 from .package import folder as package
 from .package.manifest import describe_artifact
 from .passes.attention_backend import set_attention_backend
+from .passes.captured_graph import run_passes
 from .plan import make_plans
 from .plan.sampler import SchedulerTable
 from .prepared_export import PreparedExport
@@ -99,10 +100,10 @@ def prepare(recipe: Recipe, progress: Progress, *, near: Path | None = None) -> 
         recipe = recipe.model_copy(update={"cache": cache})
         calibration = calibrations.load_calibration(recipe.cache, loaded.source, near, size)
     with progress.stage("rewrite"):
-        layers = rewrite_pipeline(pipe, recipe)
+        layers = rewrite_pipeline(pipe, recipe, progress)
     with progress.stage("plan"):
         denoiser = family.denoiser(pipe, size, recipe.guidance)
-        denoiser = add_planes(denoiser) if getattr(recipe.cache, "needs_planes", False) else denoiser
+        denoiser = add_planes(denoiser) if recipe.cache.needs_planes else denoiser
         layout = discover_layout(denoiser)
         scale = family.facts(pipe, size)["timestep_scale"]
         decisions = teacache_decisions(recipe, denoiser, layout, tables, scale) or calibration
@@ -141,7 +142,8 @@ def lower(
         component: tuple(set_attention_backend(g, asked) for g in group) if component.startswith("denoiser") else group
         for component, group in prepared.graphs.items()
     }
-    graphs = {component: tuple(lowering.rewrite_graph(g, config) for g in group) for component, group in chosen.items()}
+    passes = lowering.list_passes(config)
+    graphs = {component: tuple(run_passes(g, passes) for g in group) for component, group in chosen.items()}
     with progress.stage("lower", sum(map(len, graphs.values()))):
         making = CompileOrReuse.of(prepared.recipe, prepared.source.model, store, progress)
         paths = lowering.lower(folder, graphs, config, making)

@@ -58,11 +58,23 @@ class Site(BaseModel):
     tensors: tuple[str, ...]
 
 
+class KernelRefusal(BaseModel):
+    """Why a kernel does not take `places` places of a graph that it is for: `first` is the module that the first of them
+    lies in."""
+
+    model_config = FROZEN_CONFIG
+    kernel: str
+    reason: str
+    places: int = Field(ge=1)
+    first: str
+
+
 class Graph(BaseModel):
     """One compiled graph: a model inside a package, its call contract and the stored tensors bound to its constants.
 
     Inputs and outputs are flat and ordered. `stores` and `combines` name sites (denoiser variants only). `constants`
-    maps the graph's own constant names to keys of the weight files.
+    maps the graph's own constant names to keys of the weight files. `kernels` is how often it calls which of prebake's own
+    kernels, and `refusals` why it does not where it could.
     """
 
     model_config = FROZEN_CONFIG
@@ -76,6 +88,8 @@ class Graph(BaseModel):
     identities: tuple[str, ...] = ()
     constants: dict[str, str]
     cost: Cost
+    kernels: dict[str, int] = {}
+    refusals: tuple[KernelRefusal, ...] = ()
 
 
 class FileEntry(BaseModel):

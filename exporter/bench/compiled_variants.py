@@ -21,7 +21,7 @@ from ...runtime.storage.unpack import read_members, unpack_members
 from ..calibrators.eager_replay import ZERO_COST, describe_sites
 from ..capture.variants import capture_variants
 from ..lower import aoti
-from ..passes.captured_graph import CapturedGraph
+from ..passes.captured_graph import CapturedGraph, run_passes
 from ..plan import PlanSet
 from ..progress import open_progress
 from ..recipe.resolve import Compile
@@ -35,6 +35,7 @@ class VariantCompiler:
 
     def __init__(self, config: Compile | None = None) -> None:
         self.config = config or Compile(threads=1)
+        self.passes = aoti.list_passes(self.config)
         self.folder = tempfile.TemporaryDirectory(prefix="prebake-compiled-")
         self.models: dict[tuple[str, ...], NativeModel] = {}
 
@@ -61,7 +62,7 @@ class VariantCompiler:
 
     def model(self, graph: CapturedGraph, kind: str = "") -> NativeModel:
         """The graph as machine code, its constants bound."""
-        graph = aoti.rewrite_graph(graph, self.config)
+        graph = run_passes(graph, self.passes)
         key = (kind, graph.gm.code, *(f"{s.shape} {s.dtype}" for s in graph.inputs))
         if key not in self.models:
             build = Path(self.folder.name) / "build"

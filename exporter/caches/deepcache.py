@@ -20,13 +20,14 @@ from pydantic import Field, model_validator
 from ...runtime.errors import ExportError, RecipeError
 from ..sites.layout import Layout, Place
 from ..sites.marks import Mark
-from ..tables import ConflictError, RecipeTable
+from ..tables import ConflictError
+from .common.method import CacheMethod
 from .common.schedule import Decision, Schedule, Trajectory
 
 UP_LAYER = re.compile(r"up_blocks\.\d+\.resnets\.\d+")
 
 
-class DeepCache(RecipeTable):
+class DeepCache(CacheMethod):
     """One evaluation in `cache_interval` is whole; the others run the UNet's outermost layers. arXiv:2312.00858.
 
     `cache_branch_id` counts the UNet's up layers from the last one inwards, and the others enter there: 0 is the cheapest.

@@ -17,7 +17,7 @@ from pydantic import Field
 from ...runtime.errors import ExportError, RecipeError
 from ..sites.layout import Layout
 from ..sites.marks import Mark
-from ..tables import RecipeTable
+from .common.method import CacheMethod
 from .common.schedule import Decision, Schedule, Trajectory
 from .common.windows import AttentionGroup, Identifiers, TimestepWindow, assign_groups, is_in_window, search_places
 
@@ -34,7 +34,7 @@ HIGH_MARK = Mark("high", ("uncond", "high"), ("x",))
 EvaluationWeights = float | Annotated[tuple[float, ...], Field(strict=False, min_length=1)]
 
 
-class FasterCache(RecipeTable):
+class FasterCache(CacheMethod):
     """Attention is extrapolated and the unconditional branch rebuilt from the conditional one; names and meaning of
     diffusers' `FasterCacheConfig`, whose callbacks are numbers here: one for all evaluations, or a list of one for each.
 

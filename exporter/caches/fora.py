@@ -17,11 +17,11 @@ from pydantic import Field
 from ...runtime.errors import ExportError
 from ..sites.layout import Layout, Place
 from ..sites.marks import Mark
-from ..tables import RecipeTable
+from .common.method import CacheMethod
 from .common.schedule import Decision, Schedule, Trajectory
 
 
-class Fora(RecipeTable):
+class Fora(CacheMethod):
     """Whole blocks are reused between steps; names, meaning and defaults of pruna's FORA.
 
     The first `start_step` evaluations compute, then one in `interval`. arXiv:2407.01425.

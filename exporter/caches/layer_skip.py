@@ -16,13 +16,14 @@ from pydantic import Field, model_validator
 from ...runtime.errors import ExportError
 from ..sites.layout import Layout, Place, PlaceKind
 from ..sites.marks import Mark
-from ..tables import ConflictError, RecipeTable
+from ..tables import ConflictError
+from .common.method import CacheMethod
 from .common.schedule import Decision, Schedule, Trajectory
 
 LayerIndex = Annotated[int, Field(ge=0)]
 
 
-class LayerSkip(RecipeTable):
+class LayerSkip(CacheMethod):
     """Layers that return their input; names and meaning of diffusers' `LayerSkipConfig`.
 
     `indices` are of the list of blocks called `fqn` ("auto": the model's only one). Attention and feed-forward together

@@ -16,7 +16,8 @@ from pydantic import BeforeValidator, model_validator
 from ...runtime.errors import ExportError, RecipeError
 from ..sites.layout import Layout
 from ..sites.marks import Mark
-from ..tables import ConflictError, RecipeProblem, RecipeTable
+from ..tables import ConflictError, RecipeProblem
+from .common.method import CacheMethod
 from .common.predict import lagrange_weights
 from .common.schedule import Decision, Schedule, Trajectory
 from .common.steps_mask import MASK_NAMES, steps_mask
@@ -39,7 +40,7 @@ def _mask_to_text(mask: Any) -> Any:
 MaskText = Annotated[str, BeforeValidator(_mask_to_text, json_schema_input_type=str | list[bool | Literal[0, 1]])]
 
 
-class Mask(RecipeTable):
+class Mask(CacheMethod):
     """Which steps compute (1), and which predict (0) the residual that transformer blocks would add, or the output.
 
     `mask` is a prefix, an optional group in parentheses that repeats until the steps are filled, and an optional

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from ..sites.layout import Layout
-from ..tables import RecipeTable
+from .common.method import CacheMethod
 from .common.schedule import Decision, Schedule, Trajectory
 from .common.windows import AttentionGroup, Identifiers, TimestepWindow, assign_groups, is_in_window
 
@@ -31,7 +31,7 @@ CROSS_IDENTIFIERS = ("blocks", "transformer_blocks", "layers")
 SkipRange = Annotated[int, Field(ge=2)] | None
 
 
-class PyramidAttentionBroadcast(RecipeTable):
+class PyramidAttentionBroadcast(CacheMethod):
     """Attention outputs are reused between steps; names and meaning of diffusers' `PyramidAttentionBroadcastConfig`.
 
     Attention computes where `timestep` is outside the open interval `*_attention_timestep_skip_range` and, inside it, at

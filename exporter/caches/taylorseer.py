@@ -20,7 +20,8 @@ from pydantic import Field, model_validator
 from ...runtime.errors import ExportError
 from ..sites.layout import Layout, Place
 from ..sites.marks import Action
-from ..tables import ConflictError, RecipeTable, Regex
+from ..tables import ConflictError, Regex
+from .common.method import CacheMethod
 from .common.schedule import Decision, Schedule, Trajectory
 
 ATTENTION_PATTERNS = (
@@ -35,7 +36,7 @@ LITE_ZERO_PATTERNS = (r"^[^.]*block[^.]*\.[^.]+$",)
 ModulePatterns = Annotated[tuple[Regex, ...], Field(strict=False)]
 
 
-class TaylorSeer(RecipeTable):
+class TaylorSeer(CacheMethod):
     """Outputs are predicted by a Taylor series over steps; names and meaning of diffusers' `TaylorSeerCacheConfig`.
 
     Identifiers are regular expressions for *whole* module names. Without `cache_identifiers`, diffusers' four defaults

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ...runtime.errors import RecipeError
 from .. import shapes
+from ..caches import find_policy
 from ..caches.auto import Auto, skip_marks
 from ..caches.common.calibration import Calibration, DecisionShares, FittedPlan, FrozenCache, decision_parameters
 from ..caches.smoothcache import SmoothCache
@@ -190,10 +191,9 @@ def observe_runs(
 
 def find_rule_modules(cache: Any) -> tuple[Any, Any] | None:
     """The policy of a data-dependent method and its own rule, two modules, or None for one that does not look at data."""
-    if not isinstance(cache, FrozenCache) or getattr(cache, "exact", False):
+    if not isinstance(cache, FrozenCache) or cache.exact:
         return None
-    method: str = cache.model_dump()["method"]
-    return importlib.import_module(f"...caches.{method}", __name__), importlib.import_module(f"..{method}", __name__)
+    return find_policy(cache), importlib.import_module(f"..{cache.method}", __name__)
 
 
 def build_rule_replay(cache: Any) -> Callable[[CalibrationSubject, CalibrationRun], DynamicTrace] | None:

@@ -8,20 +8,21 @@ are ordinary Python to it.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from ...runtime.errors import ExportError
 from ...runtime.manifest import TensorSpec
-from ..passes.captured_graph import CapturedGraph, output_nodes
+from ..passes.captured_graph import CapturedGraph, GraphPass, output_nodes
 from ..passes.fold import fold_constants
 from ..passes.functionalize import functionalize_graph
 from ..passes.prune import prune_dead_code
+from ..passes.register_constants import register_constants
 
-PASSES: tuple[Callable[[fx.GraphModule], fx.GraphModule], ...] = (
-    prune_dead_code,  # first: a variant's skipped modules must not be folded
+CAPTURE_PASSES: tuple[GraphPass, ...] = (
+    register_constants,  # first: the others know tensors as parameters and buffers
+    prune_dead_code,  # before folding: a variant's skipped modules must not be folded
     fold_constants,
     prune_dead_code,  # what only fed a folded value
 )
@@ -46,22 +47,9 @@ def capture_graph(
             raise ExportError(
                 f"graph {name!r}: outputs {', '.join(strided)} are not contiguous, which the call contract asks for"
             )
-        register_constants(gm)
-        for rewrite in PASSES:
-            gm = rewrite(gm)
+        for apply in CAPTURE_PASSES:
+            gm = apply(gm)
     return CapturedGraph(name, gm, args, tensor_specs(inputs, args), tensor_specs(outputs, results))
-
-
-def register_constants(gm: fx.GraphModule) -> None:
-    """Makes buffers of tensors that tracing left as plain attributes: `constants` and AOTInductor know buffers by name."""
-    known = dict(gm.named_parameters()) | dict(gm.named_buffers())
-    for target in {str(n.target) for n in gm.graph.find_nodes(op="get_attr")} - known.keys():
-        path, _, name = target.rpartition(".")
-        owner = gm.get_submodule(path)
-        value = getattr(owner, name)
-        if isinstance(value, Tensor):
-            delattr(owner, name)
-            owner.register_buffer(name, value)
 
 
 def tensor_specs(names: tuple[str, ...], tensors) -> tuple[TensorSpec, ...]:

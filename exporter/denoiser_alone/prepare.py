@@ -57,7 +57,7 @@ def prepare_denoiser(recipe: Recipe, loaded: LoadedPipeline, progress: Progress,
         recipe = recipe.model_copy(update={"cache": cache})
         calibration = calibrations.load_calibration(recipe.cache, loaded.source, near, defaults)
     with progress.stage("rewrite"):
-        layers = rewrite_denoiser(recording.name, recording.denoiser, recipe)
+        layers = rewrite_denoiser(recording.name, recording.denoiser, recipe, progress)
     with progress.stage("plan"):
         first, *others = recording.components()
         layout = discover_layout(first)
@@ -97,7 +97,7 @@ def refuse_tables(recipe: Recipe) -> None:
     """Raises RecipeError for what needs more than the denoiser, or a family that knows its inputs."""
     if recipe.sampler.image_to_image:
         raise RecipeError("sampler.image_to_image: an artifact of the denoiser alone has no VAE; leave the key out")
-    if getattr(recipe.cache, "exact", False):
+    if recipe.cache.exact:
         raise RecipeError(
             f"cache.method {recipe.cache.method!r} with this signal reads the timestep's embedding, which is known of families "
             "only; set cache.signal=modulated and name a calibration, or take another cache"

@@ -19,7 +19,7 @@ from ...runtime.extras import install_command
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..passes.captured_graph import CapturedGraph
+    from ..passes.captured_graph import CapturedGraph, GraphPass
     from ..recipe.schema import Recipe
 
 GraphGroups = Mapping[str, Sequence["CapturedGraph"]]
@@ -49,8 +49,9 @@ class Backend(Protocol):
         by token as they come."""
         ...
 
-    def rewrite_graph(self, graph: CapturedGraph, config: Any) -> CapturedGraph:
-        """The graph as it is lowered. Its constants are what the artifact stores, and what the graph is bound to."""
+    def list_passes(self, config: Any) -> tuple[GraphPass, ...]:
+        """The passes over every graph before it is lowered, in order, asked once for all graphs of an artifact. The constants
+        that they leave are what the artifact stores, and what the graph is bound to."""
         ...
 
     def lower(self, folder: Path, groups: GraphGroups, config: Any, made: GraphCompiler) -> dict[str, str]:

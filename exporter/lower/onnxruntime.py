@@ -18,7 +18,7 @@ import torch
 
 from ...runtime.backends.onnxruntime import ONNXRUNTIME_PACKAGES, version_problems
 from ...runtime.errors import ExportError, RecipeError
-from ..passes.captured_graph import CapturedGraph
+from ..passes.captured_graph import CapturedGraph, GraphPass
 from . import CodeFiles, GraphCompiler, GraphGroups
 from .aoti.isa import int8_flags
 from .onnx import rewrite
@@ -30,11 +30,11 @@ __all__ = [
     "CHANNELS_LAST",
     "adapt_recipe",
     "bind",
+    "list_passes",
     "lower",
     "quantize_layers",
     "reproducible",
     "requires",
-    "rewrite_graph",
     "toolchain",
 ]
 
@@ -59,9 +59,10 @@ def adapt_recipe(recipe: Any) -> tuple[Any, tuple[str, ...]]:
         raise ExportError(f"compile.backend 'onnxruntime': {problem}")
     read_options(recipe.compile, OnnxRuntimeOptions)
     refuse_convolutions(recipe)
-    if recipe.quantize.method == "fp8_dynamic":
+    if not recipe.quantize.on_cpu:
         raise RecipeError(
-            "quantize.method 'fp8_dynamic': ONNX Runtime has no product of fp8; set quantize.method=int8_dynamic, or "
+            f"quantize.method {recipe.quantize.method!r}: ONNX Runtime has no product of {recipe.quantize.treatment}; set "
+            "quantize.method=int8_dynamic, or "
             "compile.backend=tensorrt"
         )
     parts = [part for part, dtype in recipe.precision if dtype == "bfloat16"]
@@ -72,9 +73,9 @@ def adapt_recipe(recipe: Any) -> tuple[Any, tuple[str, ...]]:
     return recipe.model_copy(update={"precision": precision}), (said,)
 
 
-def rewrite_graph(graph: CapturedGraph, config: Any) -> CapturedGraph:
-    """The graph as ONNX can say it."""
-    return rewrite.rewrite_graph(graph)
+def list_passes(config: Any) -> tuple[GraphPass, ...]:
+    """Those of ONNX."""
+    return rewrite.list_passes()
 
 
 def lower(folder: Path, groups: GraphGroups, config: Any, made: GraphCompiler) -> dict[str, str]:
@@ -111,7 +112,7 @@ def requires(recipe: Any) -> dict[str, Any]:
     """This ONNX Runtime or a newer one that was tried, any torch, and for int8 the instruction that its products are exact with."""
     return {
         "isa_level": platform.machine(),
-        "isa": int8_flags() if recipe.quantize.method == "int8_dynamic" else (),
+        "isa": int8_flags() if recipe.quantize.has_int8_products else (),
         "packages": {"onnxruntime": onnxruntime.__version__},
     }
 

@@ -151,16 +151,9 @@ def quantize_rows_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (rows / scale[:, None]).clamp(-FP8_LEVELS, FP8_LEVELS).to(FP8), scale
 
 
-QUANTIZE_METHODS = {
-    "int8_dynamic": (quantize_rows_int8, INT8_OPERATOR),
-    "fp8_dynamic": (quantize_rows_fp8, FP8_OPERATOR),
-}
-"""`quantize.method` of a recipe -> how weights are quantized, and what multiplies them."""
-
-
 def refuse_convolutions(recipe: Any) -> None:
     """Raises RecipeError where a recipe asks for int8 convolutions of a backend that has none."""
-    if getattr(recipe.quantize, "convolutions", False):
+    if recipe.quantize.quantizes_convolutions:
         raise RecipeError(
             "quantize.convolutions: only prebake's CPU kernels multiply them in int8 (compile.backend=aoti, compile.device=cpu, "
             "compile.options.kernels); set quantize.convolutions=false"
@@ -169,11 +162,11 @@ def refuse_convolutions(recipe: Any) -> None:
 
 def quantize_layers(model: nn.Module, names: set[str], recipe: Any) -> None:
     """Quantizes layers as a backend that knows these operators does."""
-    replace_layers(model, names, recipe.quantize.method)
+    replace_layers(model, names, recipe.quantize)
 
 
-def replace_layers(model: nn.Module, names: set[str], method: str) -> None:
-    """Replaces the Linears and convolutions of these names in place."""
+def replace_layers(model: nn.Module, names: set[str], method: Any) -> None:
+    """Replaces the Linears and convolutions of these names in place. `method` is a table of `exporter/quantize`."""
     for name in sorted(names):
         path, _, leaf = name.rpartition(".")
         parent, layer = model.get_submodule(path), model.get_submodule(name)
@@ -181,4 +174,4 @@ def replace_layers(model: nn.Module, names: set[str], method: str) -> None:
             setattr(parent, leaf, W8A8Conv2d(layer))
         else:
             assert isinstance(layer, nn.Linear)
-            setattr(parent, leaf, W8A8Linear(layer, *QUANTIZE_METHODS[method]))
+            setattr(parent, leaf, W8A8Linear(layer, method.quantize_rows, method.linear_operator()))

@@ -46,6 +46,8 @@ def describe_artifact(
                     identities=variant.sites_with("identity"),
                     constants=weights.bound[g.name],
                     cost=prepared.costs[g.name],
+                    kernels=g.kernels,
+                    refusals=g.refusals,
                 )
             )
     return Manifest(

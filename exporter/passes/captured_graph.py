@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from torch import Tensor, fx
 
-from ...runtime.manifest import TensorSpec
+from ...runtime.manifest import KernelRefusal, TensorSpec
+
+GraphPass = Callable[[fx.GraphModule], fx.GraphModule]
+"""May edit what it is given, and returns it."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,16 @@ class CapturedGraph:
         used = {n.target for n in self.gm.graph.nodes if n.op == "get_attr"}
         return {name: t for name, t in held.items() if name in used}
 
+    @property
+    def kernels(self) -> dict[str, int]:
+        """How often it calls which of prebake's own kernels: set by the pass that puts them in."""
+        return self.gm.meta.get("kernels", {})
+
+    @property
+    def refusals(self) -> tuple[KernelRefusal, ...]:
+        """Why kernels do not take places that they are for, from the same pass."""
+        return self.gm.meta.get("refusals", ())
+
     def live_inputs(self) -> tuple[TensorSpec, ...]:
         """The inputs that the pruned graph reads."""
         placeholders = self.gm.graph.find_nodes(op="placeholder")
@@ -37,3 +52,13 @@ def output_nodes(gm: fx.GraphModule) -> list[fx.Node]:
     flat: list[fx.Node] = []
     fx.map_arg(output.args, lambda n: flat.append(n))
     return flat
+
+
+def run_passes(graph: CapturedGraph, passes: Sequence[GraphPass]) -> CapturedGraph:
+    """The graph after these passes, one after the other; the graph that came in is left as it was."""
+    if not passes:
+        return graph
+    gm = fx.GraphModule(graph.gm, copy.deepcopy(graph.gm.graph))
+    for apply in passes:
+        gm = apply(gm)
+    return replace(graph, gm=gm)

@@ -22,15 +22,13 @@ from pydantic import ValidationError
 from ... import recipes as shipped
 from ...runtime.errors import RecipeError
 from ..caches import Cache, Mask, NoCache, PyramidAttentionBroadcast
+from ..quantize import Fp8Dynamic, Int8Dynamic, NoQuantize
 from .problems import problem_sentences, suggest_name, unknown_name
 from .schema import (
     Attention,
     Compile,
-    Fp8Dynamic,
     Fuse,
-    Int8Dynamic,
     Model,
-    NoQuantize,
     Precision,
     Quantize,
     Recipe,

@@ -16,7 +16,8 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from ...runtime.backends import backend_names as backends
 from ...runtime.errors import RecipeError
 from ..caches import Cache, Mask, NoCache
-from ..tables import ConflictError, RecipeProblem, RecipeTable, Regexes
+from ..quantize import NoQuantize, Quantize
+from ..tables import ConflictError, RecipeProblem, RecipeTable
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -82,46 +83,6 @@ class Fuse(RecipeTable):
     """In the denoiser."""
     vae_qkv: bool = True
     """In the VAE."""
-
-
-class NoQuantize(RecipeTable):
-    """Weights keep the denoiser's precision."""
-
-    method: Literal["none"] = "none"
-    """Picks this table."""
-
-
-class DynamicQuantize(RecipeTable):
-    """Weights of 8 bits, scaled per channel, and activations of 8 bits, scaled per token as they come, in the denoiser.
-
-    The defaults leave alone what diffusion-fast leaves alone: small layers, embeddings, and the modulation layers, whose one row
-    of work gains nothing.
-    """
-
-    method: Literal["int8_dynamic", "fp8_dynamic"]
-    min_width_ratio: float = Field(default=1.0, ge=0)
-    """A Linear is quantized if `in_features` and `out_features` are both at least this many times the model's inner width."""
-    include: Regexes = (".*",)
-    """Regular expressions: `re.search` must find one of them in the layer's name."""
-    exclude: Regexes = ("embed", r"(^|\.)norm\w*\.linear$")
-    """Regular expressions: `re.search` must find none of them in the layer's name."""
-
-
-class Int8Dynamic(DynamicQuantize):
-    """Weights and activations of the denoiser's large layers in int8, as torchao's `Int8DynamicActivationInt8WeightConfig`."""
-
-    method: Literal["int8_dynamic"] = "int8_dynamic"  # pyright: ignore[reportIncompatibleVariableOverride]  (frozen)
-    """Picks this table."""
-    convolutions: bool = False
-    """Also convolutions of a UNet's residual blocks and between its levels, each pixel a token: by prebake's CPU kernels alone."""
-
-
-class Fp8Dynamic(DynamicQuantize):
-    """Weights and activations in float8_e4m3fn, as torchao's `Float8DynamicActivationFloat8WeightConfig` by rows: for GPUs from compute
-    capability 8.9 on."""
-
-    method: Literal["fp8_dynamic"] = "fp8_dynamic"  # pyright: ignore[reportIncompatibleVariableOverride]  (frozen)
-    """Picks this table."""
 
 
 class Attention(RecipeTable):
@@ -242,9 +203,6 @@ class Verify(RecipeTable):
     """Empty = the model's own set."""
     seeds: int = Field(default=4, ge=1)
     """Each prompt is drawn with seeds 0 to `seeds` - 1."""
-
-
-Quantize = Annotated[NoQuantize | Int8Dynamic | Fp8Dynamic, Field(discriminator="method")]
 
 
 class Recipe(RecipeTable):

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..lower import load_backend
+from ..progress import Progress
 from .fuse import fuse_qkv
 from .quantize import quantize_model
 from .refuse_hooks import refuse_hooked
@@ -23,27 +24,34 @@ LayerTreatments = dict[str, tuple[str, str]]
 """Layer name -> (treatment, reason), for `inspect`."""
 
 
-def rewrite_pipeline(pipe: Any, recipe: Any) -> LayerTreatments:
-    """Applies the recipe's `fuse` and `quantize_model` tables to `pipe` in place; returns what happened to each Linear."""
+def rewrite_pipeline(pipe: Any, recipe: Any, progress: Progress | None = None) -> LayerTreatments:
+    """Applies the recipe's `fuse` and `quantize` tables to `pipe` in place; returns what happened to each Linear, and notes how
+    many attentions were fused."""
     for name, component in pipe.components.items():
         if isinstance(component, nn.Module):
             refuse_hooked(name, component)
     if recipe.fuse.vae_qkv:
-        fuse_qkv("vae", pipe.vae, key="fuse.vae_qkv")
+        note_fused("fuse.vae_qkv", "vae", fuse_qkv("vae", pipe.vae, key="fuse.vae_qkv"), progress)
     name, denoiser = next((n, pipe.components[n]) for n in DENOISER_NAMES if n in pipe.components)
-    return rewrite_denoiser(name, denoiser, recipe)
+    return rewrite_denoiser(name, denoiser, recipe, progress)
 
 
-def rewrite_denoiser(name: str, denoiser: Any, recipe: Any) -> LayerTreatments:
+def rewrite_denoiser(name: str, denoiser: Any, recipe: Any, progress: Progress | None = None) -> LayerTreatments:
     """Applies `fuse` and `quantize` to the denoiser alone, whose name in its pipeline is `name`."""
     refuse_hooked(name, denoiser)
     if recipe.fuse.qkv:
-        fuse_qkv(name, denoiser, key="fuse.qkv")
+        note_fused("fuse.qkv", name, fuse_qkv(name, denoiser, key="fuse.qkv"), progress)
     lowering = load_backend(recipe.compile.backend)
     if name == "unet" and lowering.CHANNELS_LAST:
         denoiser.to(memory_format=torch.channels_last)
     quantized = partial(lowering.quantize_layers, recipe=recipe)
     return quantize_model(denoiser, recipe.quantize, inner_width(denoiser), quantized)
+
+
+def note_fused(key: str, component: str, count: int, progress: Progress | None) -> None:
+    """Says how many attentions of a component have one product for queries, keys and values now."""
+    if progress:
+        progress.note(f"{key}: {count} attention{'s' if count > 1 else ''} fused in the {component}")
 
 
 def inner_width(denoiser: Any) -> int:

@@ -30,8 +30,6 @@ ROLE_PATTERNS = (
     (re.compile(r"\.ff\w*\.|\.proj_mlp$|_blocks\.\d+\.proj_out$"), "feed-forward"),
 )
 QUANTIZED_ROLES = ("attention", "feed-forward", "convolution")
-TREATMENTS = {"int8_dynamic": "int8", "fp8_dynamic": "fp8"}
-"""`quantize.method` -> what a layer is said to be."""
 
 
 def layer_role(name: str) -> str:
@@ -58,7 +56,7 @@ def choose_treatment(name: str, layer: nn.Linear | nn.Conv2d, config: Any, width
     smallest, said = config.min_width_ratio * width, f"{role}, {sizes[0]}x{sizes[1]}"
     if min(sizes) < smallest:
         return "kept", f"{said} is smaller than {smallest:g}"
-    return TREATMENTS[config.method], said
+    return config.treatment, said
 
 
 def quantize_model(
@@ -66,7 +64,7 @@ def quantize_model(
 ) -> dict[str, tuple[str, str]]:
     """Quantizes `model` in place; returns every Linear's treatment, and every convolution's where the recipe asks for them.
     `quantized` is the backend's. Raises ExportError when no layer qualifies."""
-    types = (nn.Linear, nn.Conv2d) if getattr(config, "convolutions", False) else (nn.Linear,)
+    types = (nn.Linear, nn.Conv2d) if config.quantizes_convolutions else (nn.Linear,)
     found: dict[str, Any] = {name: m for name, m in model.named_modules() if isinstance(m, types)}
     if config.method == "none":
         return dict.fromkeys(found, ("kept", "quantize.method is none"))

@@ -9,13 +9,15 @@ Tensor names (`site:0`, slot `site:0@1`) agree with `runtime/manifest.py` and `r
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
+from torch.utils.hooks import RemovableHandle
 
 from ...runtime.errors import ExportError
 from .marks import REST_STREAM, Action, Mark, Variant
@@ -62,58 +64,130 @@ def apply_variant(
         yield fresh
 
 
-def _hook_site(model, mark: Mark, action: Action, slots, weights, fresh) -> list[Any]:
-    if action == "pass":
-        return []
+def _hook_site(
+    model: nn.Module,
+    mark: Mark,
+    action: Action,
+    slots: Mapping[str, Tensor],
+    weights: tuple[Tensor, ...],
+    fresh: dict[str, Tensor],
+) -> list[RemovableHandle]:
     if mark.part == "scores":
         return _hook_scores(submodule(model, mark.modules[0])) if action == "identity" else []
-    head: dict[str, Tensor] = {}
-    streams = tuple(s for s in mark.streams if s != REST_STREAM)
-    first, last = (submodule(model, path) for path in (mark.modules[0], mark.modules[-1]))
+    if action not in REPLACEMENTS:
+        return []
+    return SiteHooks(mark, action, slots, weights, fresh).register(model)
 
-    def remember(module, args, kwargs):
+
+@dataclass(frozen=True)
+class SiteOutput:
+    """One output of a site as the model computes it, and what may stand in its place: the `stream`, the input that it
+    continues (None where none was taken), the `base`, what a residual is taken against (None: the site is no residual), and
+    the stored values with their coefficients, newest first (none where nothing reads this output)."""
+
+    computed: Tensor
+    stream: Tensor | None
+    base: Tensor | None
+    stored: tuple[Tensor, ...]
+    weights: tuple[Tensor, ...]
+
+
+def _compute(site: SiteOutput) -> Tensor:
+    return site.computed
+
+
+def _combine(site: SiteOutput) -> Tensor:
+    """`[base +] sum w_k stored_k`."""
+    if not site.stored:  # an output that nothing reads: any value of the right shape will do
+        return site.base if site.base is not None else site.computed
+    # float32, as the coefficients are: a bfloat16 sum would lose what order-1 prediction gains
+    first, *rest = (w * s.float() for w, s in zip(site.weights, site.stored, strict=True))
+    total = sum(rest, first)
+    return (site.base.float() + total if site.base is not None else total).to(site.computed.dtype)
+
+
+def _zero(site: SiteOutput) -> Tensor:
+    """Zeros, or the base where the site is a residual."""
+    if site.base is not None:
+        return site.base
+    # not zeros_like: that would read the output, and keep what makes it alive
+    return torch.zeros(site.computed.shape, dtype=site.computed.dtype, device=site.computed.device)
+
+
+def _identity(site: SiteOutput) -> Tensor:
+    assert site.stream is not None
+    return site.stream
+
+
+REPLACEMENTS: Mapping[Action, Callable[[SiteOutput], Tensor]] = {
+    "compute": _compute,
+    "combine": _combine,
+    "zero": _zero,
+    "identity": _identity,
+}
+"""What a site's output becomes, by action. `pass` is not among them: such a site runs without a hook."""
+
+
+class SiteHooks:
+    """The hooks of one site for one forward: before its first module they remember the streams that come in, and behind
+    its last one they replace what comes out, and write to `fresh` what is to be stored."""
+
+    def __init__(
+        self,
+        mark: Mark,
+        action: Action,
+        slots: Mapping[str, Tensor],
+        weights: tuple[Tensor, ...],
+        fresh: dict[str, Tensor],
+    ) -> None:
+        self.mark, self.slots, self.weights, self.fresh = mark, slots, weights, fresh
+        self.action: Action = action
+        self.streams = tuple(s for s in mark.streams if s != REST_STREAM)
+        self.given: dict[str, Tensor] = {}
+
+    def register(self, model: nn.Module) -> list[RemovableHandle]:
+        first, last = (submodule(model, path) for path in (self.mark.modules[0], self.mark.modules[-1]))
+        handles = []
+        if self.mark.residual or self.action == "identity":
+            handles.append(first.register_forward_pre_hook(self.remember_streams, with_kwargs=True))
+        handles.append(last.register_forward_hook(self.replace_outputs, with_kwargs=True))
+        return handles
+
+    def remember_streams(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = bind_arguments(module, args, kwargs)
-        if missing := [s for s in streams if s and s not in given]:
+        if missing := [s for s in self.streams if s and s not in given]:
             raise ExportError(
-                f"site {mark.name!r}: expected {mark.modules[0]} to be called with {', '.join(filter(None, streams))}, "
-                f"missing {', '.join(missing)}; its output cannot be taken against its input, so choose another site"
+                f"site {self.mark.name!r}: expected {self.mark.modules[0]} to be called with "
+                f"{', '.join(filter(None, self.streams))}, missing {', '.join(missing)}; its output cannot be taken against "
+                "its input, so choose another site"
             )
-        head.update((s, given[s]) for s in streams if s)
+        self.given.update((s, given[s]) for s in self.streams if s)
 
-    def act(module, args, kwargs, output):
+    def replace_outputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """What the module returns instead; None leaves its output as it is."""
         outputs = flat_outputs(output)
-        passed = outputs[len(streams) :] if REST_STREAM in mark.streams else ()
-        outputs = outputs[: len(outputs) - len(passed)]
-        if len(outputs) != len(streams):
+        rest = outputs[len(self.streams) :] if REST_STREAM in self.mark.streams else ()
+        outputs = outputs[: len(outputs) - len(rest)]
+        if len(outputs) != len(self.streams):
             raise ExportError(
-                f"site {mark.name!r}: expected {len(streams)} outputs of {mark.modules[-1]}, got {len(outputs)}"
+                f"site {self.mark.name!r}: expected {len(self.streams)} outputs of {self.mark.modules[-1]}, got {len(outputs)}"
             )
-        replaced = []
-        for i, o in enumerate(outputs):
-            if not isinstance(o, Tensor):
-                replaced.append(o)
-                continue
-            base = head[streams[i]] if mark.residual else None
-            kept = mark.tensor(i) in mark.tensors
-            if action == "compute":
-                value = o - base if base is not None else o
-                replaced.append(o)
-            else:
-                stored = [slots[f"{mark.tensor(i)}@{k}"] for k in range(mark.slots)] if weights and kept else []
-                o = _replacement_value(action, base, head.get(streams[i]), o, stored, weights)
-                value = o - base if base is not None and mark.emitted else o
-                replaced.append(o)
-            if kept and (action == "compute" or (mark.emitted and action == "combine")):
-                fresh[mark.tensor(i)] = value.to(getattr(torch, mark.dtype)) if mark.dtype else value
-        if action == "compute":
+        replaced = [self.replace_output(i, o) if isinstance(o, Tensor) else o for i, o in enumerate(outputs)]
+        if self.action == "compute":
             return None
-        return (*replaced, *passed) if isinstance(output, tuple) else replaced[0]
+        return (*replaced, *rest) if isinstance(output, tuple) else replaced[0]
 
-    handles = []
-    if mark.residual or action == "identity":
-        handles.append(first.register_forward_pre_hook(remember, with_kwargs=True))
-    handles.append(last.register_forward_hook(act, with_kwargs=True))
-    return handles
+    def replace_output(self, i: int, computed: Tensor) -> Tensor:
+        """Output i as the action has it; what the mark stores of it is written to `fresh`."""
+        name, stream = self.mark.tensor(i), self.given.get(self.streams[i])
+        base = stream if self.mark.residual else None
+        kept = name in self.mark.tensors
+        stored = tuple(self.slots[f"{name}@{k}"] for k in range(self.mark.slots)) if self.weights and kept else ()
+        value = REPLACEMENTS[self.action](SiteOutput(computed, stream, base, stored, self.weights))
+        if kept and self.mark.stores(self.action):
+            generation = value if base is None else value - base
+            self.fresh[name] = generation.to(getattr(torch, self.mark.dtype)) if self.mark.dtype else generation
+        return value
 
 
 class IdentityAttention(torch.overrides.TorchFunctionMode):
@@ -127,7 +201,7 @@ class IdentityAttention(torch.overrides.TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _hook_scores(module: nn.Module) -> list[Any]:
+def _hook_scores(module: nn.Module) -> list[RemovableHandle]:
     stack = ExitStack()
     return [
         module.register_forward_pre_hook(lambda *_: (stack.enter_context(IdentityAttention()), None)[1]),
@@ -146,24 +220,6 @@ def flat_outputs(output: Any) -> tuple[Any, ...]:
     if isinstance(output, Tensor):
         return (output,)
     return output if isinstance(output, tuple) else tuple(output.values())
-
-
-def _replacement_value(
-    action: Action, base: Tensor | None, stream: Tensor | None, output: Tensor, slots, weights
-) -> Tensor:
-    """The replacement of a site's output: `[base +] sum w_k slot_k`, zeros (a residual of zero), or the input itself."""
-    if action == "identity":
-        assert stream is not None
-        return stream
-    if action == "zero":
-        # not zeros_like: that would read the output, and keep what makes it alive
-        return base if base is not None else torch.zeros(output.shape, dtype=output.dtype, device=output.device)
-    if not slots:  # an output that nothing reads: any value of the right shape will do
-        return base if base is not None else output
-    # float32, as the coefficients are: a bfloat16 sum would lose what order-1 prediction gains
-    first, *rest = (w * s.float() for w, s in zip(weights, slots, strict=True))
-    total = sum(rest, first)
-    return (base.float() + total).to(output.dtype) if base is not None else total.to(output.dtype)
 
 
 class VariantModule(nn.Module):

@@ -53,6 +53,10 @@ class Mark:
     def tensor(self, i: int) -> str:
         return f"{self.name}:{i}"
 
+    def stores(self, action: Action) -> bool:
+        """Whether that action gives a new generation to store: what is computed, and if `emitted` what is combined."""
+        return action == "compute" or (self.emitted and action == "combine")
+
     def slot_names(self) -> tuple[str, ...]:
         """Graph inputs of a variant that combines this site: tensor by tensor, newest slot first."""
         return tuple(f"{t}@{k}" for t in self.tensors for k in range(self.slots))
@@ -71,8 +75,7 @@ class Variant:
     def stored_marks(self, marks: Iterable[Mark]) -> tuple[Mark, ...]:
         """The marks of which this variant returns a new generation."""
         actions = dict(self.actions)
-        acted = ((m, actions.get(m.name, "compute")) for m in marks if m.tensors)
-        return tuple(m for m, action in acted if action == "compute" or (m.emitted and action == "combine"))
+        return tuple(m for m in marks if m.tensors and m.stores(actions.get(m.name, "compute")))
 
     def combined_sites(self, marks: Iterable[Mark]) -> tuple[str, ...]:
         """The sites of which this variant reads stored values: what it combines, but for what nothing in it reads."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import textwrap
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -198,7 +199,11 @@ def _add_inspect(subparsers: Any) -> None:
         description="Says what is in an artifact, without opening its machine code.",
     )
     parser.add_argument("artifact", metavar="ARTIFACT", help="an artifact's folder")
-    parser.add_argument("--layers", action="store_true", help="list every layer: quantized or not, and why")
+    parser.add_argument(
+        "--layers",
+        action="store_true",
+        help="list every layer: quantized or not, and why; and where kernels are called",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON in place of text")
     parser.set_defaults(run=inspect)
 
@@ -303,12 +308,35 @@ def _plan_lines(manifest: Manifest, plans: Mapping[str, Plan]) -> list[str]:
 
 def _layer_lines(manifest: Manifest, every: bool) -> list[str]:
     if every:
-        return align_columns(
+        layers = align_columns(
             [("layer", "treatment", "reason"), *((name, *said) for name, said in manifest.layers.items())]
         )
+        return [*layers, *_kernel_lines(manifest)]
     counts = Counter(said[0] for said in manifest.layers.values())
     summary = ", ".join(f"{count} {treatment}" for treatment, count in sorted(counts.items())) or "none listed"
     return [f"layers  {summary} (--layers says why)" if counts else f"layers  {summary}"]
+
+
+def _kernel_lines(manifest: Manifest) -> list[str]:
+    """How often each graph calls which of prebake's own kernels, and why one does not take a place that it is for; nothing
+    where no graph could call any."""
+    rows = [("graph", "kernel", "places", "")]
+    for graph in manifest.graphs:
+        rows += ((graph.name, kernel, str(count), "called") for kernel, count in graph.kernels.items())
+        rows += ((graph.name, r.kernel, str(r.places), f"not: {r.reason}, {r.first}") for r in graph.refusals)
+    if len(rows) == 1:
+        return []
+    left = sum(2 + max(len(row[i]) for row in rows) for i in range(3))
+    lines = [""]
+    for line in align_columns(rows, right=(2,)):
+        lines += [line[:left].rstrip()] if len(line) <= left else _wrap_last_column(line, left)
+    return lines
+
+
+def _wrap_last_column(line: str, left: int) -> list[str]:
+    """The line in as many of 80 columns as what follows its first `left` columns takes."""
+    first, *rest = textwrap.wrap(line[left:], max(80 - left, 20))
+    return [line[:left] + first, *(" " * left + more for more in rest)]
 
 
 def _flops_shares(manifest: Manifest, plans: Mapping[str, Plan]) -> list[tuple[Any, float]]:

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from .... import recipes
 from ....runtime.errors import ExportError, RecipeError, describe_schema_error
 from ....runtime.manifest import Source
-from ...tables import RecipeTable
+from .method import CacheMethod
 
 FROZEN = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 CALIBRATION_FILE = "calibration.json"
@@ -29,7 +29,7 @@ PART_TITLES = {"auto": "fitted plans"}
 """What a sentence calls those parts of a calibration whose key does not say it."""
 
 
-class CalibratedCache(RecipeTable):
+class CalibratedCache(CacheMethod):
     """Base of the tables of all methods that need a calibration: `calibration` is the file that `prebake calibrate`
     wrote, looked for beside the recipe, in the current folder, and among the recipes that ship."""
 
@@ -153,12 +153,12 @@ def find_calibration(name: str, near: Path | None) -> Path:
     raise RecipeError(f"cache.calibration: no file {name!r} in {looked}; make one with `{CALIBRATE_COMMAND}`")
 
 
-def load_calibration(cache: Any, source: Source, near: Path | None, size: PictureSize) -> Calibration | None:
+def load_calibration(cache: CacheMethod, source: Source, near: Path | None, size: PictureSize) -> Calibration | None:
     """The calibration that the cache's table names, None where it names none.
 
     Raises RecipeError where it is not there, or is one of another model or of pictures of another size.
     """
-    name = getattr(cache, "calibration", None)
+    name = cache.calibration if isinstance(cache, CalibratedCache) else None
     if name is None:
         return None
     calibration = read_calibration(find_calibration(name, near))

@@ -9,34 +9,33 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import os
 import platform
 import re
 import shlex
 import shutil
 import stat
-import struct
 import subprocess
 import tempfile
-import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from ....runtime.elf import FLAG_EXECUTABLE, GNU_STACK
 from ....runtime.errors import ExportError, RecipeError
-from ...passes.captured_graph import CapturedGraph
+from ...passes.captured_graph import CapturedGraph, GraphPass
+from ...passes.derived_weights import DerivedWeights
 from ...tables import RecipeTable
 from .. import CodeFiles, GraphCompiler, GraphGroups, w8a8
 from ..options import read_options
 from ..toolchain import glibc_version
 from . import cuda, kernels
 from .isa import choose_isa, host_flags, inductor_flags, int8_flags
-from .kernels.rewrite import insert_kernel_calls
+from .kernels.rewrite import replace_operators
+from .pt2 import clear_executable_stack, is_packaged, write_package
 
 LINE_TABLES_FLAG = "aot_inductor.enable_line_tables"
 """A flag that torch 2.11 has not, nor such tables."""
@@ -55,8 +54,6 @@ PACKAGE_FLAGS = {
 }
 CHANNELS_LAST = True
 PACKAGE_SUFFIX = ".pt2"
-PACKAGED_SUFFIXES = (".so", ".json", ".cubin")
-ZIP_EPOCH = (1980, 1, 1, 0, 0, 0)
 COMPILER_VARIABLES = re.compile(
     r"C(PLUS_INCLUDE_)?PATH|C_INCLUDE_PATH|LIBRARY_PATH|COMPILER_PATH|GCC_EXEC_PREFIX|OMP_PREFIX|CXX|"
     r"(TORCHINDUCTOR|TORCH_INDUCTOR|AOT_?INDUCTOR)_(?!CACHE_DIR$).*"
@@ -100,9 +97,10 @@ def adapt_recipe(recipe: Any) -> tuple[Any, tuple[str, ...]]:
         )
     if not has_kernels(recipe.compile):
         w8a8.refuse_convolutions(recipe)
-    if recipe.quantize.method == "fp8_dynamic":
+    if not recipe.quantize.on_cpu:
         raise RecipeError(
-            "quantize.method 'fp8_dynamic': a CPU multiplies fp8 slower than float32; set quantize.method=int8_dynamic, or on a "
+            f"quantize.method {recipe.quantize.method!r}: a CPU multiplies {recipe.quantize.treatment} slower than float32; set "
+            "quantize.method=int8_dynamic, or on a "
             "machine with a GPU compile.device=cuda, or compile.backend=tensorrt"
         )
     return recipe, ()
@@ -192,7 +190,7 @@ def describe_compiler() -> str:
 def requires(recipe: Any) -> dict[str, Any]:
     """The instruction set, this torch and this C library."""
     level, flags = choose_isa(recipe.compile.isa)
-    if recipe.quantize.method == "int8_dynamic" and not is_on_gpu(recipe.compile):
+    if recipe.quantize.has_int8_products and not is_on_gpu(recipe.compile):
         flags = tuple(sorted({*flags, *int8_flags()}))
     if has_kernels(recipe.compile):
         flags = tuple(sorted({*flags, *kernels.KERNEL_FLAGS}))
@@ -210,16 +208,15 @@ def requires(recipe: Any) -> dict[str, Any]:
 def quantize_layers(model: nn.Module, names: set[str], recipe: Any) -> None:
     """Quantizes layers: for a GPU by `cuda.py`; on the CPU as the operator that a kernel computes, or by torchao, whose tensor subclasses are unwrapped at the end, so that every stored weight is a plain tensor."""
     if is_on_gpu(recipe.compile):
-        cuda.quantize_layers(model, names, recipe.quantize.method)
+        cuda.quantize_layers(model, names, recipe.quantize)
         return
     if has_kernels(recipe.compile):
         w8a8.quantize_layers(model, names, recipe)
         return
     from torch._functorch._aot_autograd.subclass_parametrization import unwrap_tensor_subclass_parameters
-    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+    from torchao.quantization import quantize_
 
-    # set_inductor_config would change Inductor's global flags behind the recipe's back
-    quantize_(model, Int8DynamicActivationInt8WeightConfig(set_inductor_config=False), lambda _, name: name in names)
+    quantize_(model, recipe.quantize.torchao_config(), lambda _, name: name in names)
     unwrap_tensor_subclass_parameters(model)
 
 
@@ -233,9 +230,9 @@ def stand_in(config: Any) -> Any:
         return NativeKernels(place, thread_count(config)).stand_in
 
 
-def rewrite_graph(graph: CapturedGraph, config: Any) -> CapturedGraph:
-    """The graph with calls of kernels where they fit; the rest is for Inductor's own passes."""
-    return insert_kernel_calls(graph) if has_kernels(config) else graph
+def list_passes(config: Any) -> tuple[GraphPass, ...]:
+    """Calls of kernels where they fit; the rest is for Inductor's own passes."""
+    return (partial(replace_operators, weights=DerivedWeights()),) if has_kernels(config) else ()
 
 
 def lower(folder: Path, groups: GraphGroups, config: Any, made: GraphCompiler) -> dict[str, str]:
@@ -296,58 +293,6 @@ def shorten_paths(flags: dict[str, Any], sources: Path) -> dict[str, Any]:
 
 def first_line(e: Exception) -> str:
     return next(iter(str(e).strip().splitlines()), "no message")
-
-
-def write_package(path: Path, models: Mapping[str, CodeFiles]) -> None:
-    """One archive of all models, in torch's own layout, with fixed times and order."""
-    from torch._inductor.package import package_aoti
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as scratch:
-        raw = Path(scratch) / path.name
-        package_aoti(str(raw), {model: write_files(Path(scratch) / model, files) for model, files in models.items()})
-        with zipfile.ZipFile(raw) as source, zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as target:
-            members = {name: source.read(name) for name in sorted(source.namelist())}
-            for name, data in members.items():
-                is_id = name.endswith("/.data/serialization_id")
-                target.writestr(zipfile.ZipInfo(name, ZIP_EPOCH), serialization_id(members) if is_id else data)
-
-
-def write_files(folder: Path, files: CodeFiles) -> list[Any]:
-    """The paths of the files, written."""
-    folder.mkdir()
-    for name, data in files.items():
-        (folder / name).write_bytes(data)
-    return [str(folder / name) for name in files]
-
-
-def clear_executable_stack(library: bytes) -> bytes:
-    """The ELF library with a PT_GNU_STACK segment that no longer asks for execution.
-
-    torch 2.13 assembles the (empty) constants from text that does not say what stack it needs, and the linker takes that for
-    a wish; glibc from 2.41 on refuses to load such a library. None of the code runs on its stack.
-    """
-    (start,), (size, count) = struct.unpack_from("<Q", library, 32), struct.unpack_from("<HH", library, 54)
-    changed = bytearray(library)
-    for at in range(start, start + size * count, size):
-        kind, flags = struct.unpack_from("<II", library, at)
-        if kind == GNU_STACK:
-            struct.pack_into("<I", changed, at + 4, flags & ~FLAG_EXECUTABLE)
-    return bytes(changed)
-
-
-def serialization_id(members: dict[str, bytes]) -> bytes:
-    """Forty digits for what is kept; torch's own covers the time."""
-    kept = hashlib.sha256()
-    for name, data in members.items():
-        if not name.endswith("/.data/serialization_id"):
-            kept.update(name.encode() + hashlib.sha256(data).digest())
-    return f"{int(kept.hexdigest(), 16) % 10**40:040d}".encode()
-
-
-def is_packaged(file: str) -> bool:
-    """Shared objects, kernels and metadata. `*compile_flags.json` would let a loader run a shell command."""
-    return file.endswith(PACKAGED_SUFFIXES) and not file.endswith("compile_flags.json")
 
 
 @contextlib.contextmanager

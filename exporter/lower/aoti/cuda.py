@@ -23,8 +23,6 @@ from ...passes.attention_backend import refuse_attention
 from ...passes.captured_graph import CapturedGraph
 from .. import w8a8
 
-FP8_CAPABILITY = (8, 9)
-"""The compute capability from which GPUs multiply float8."""
 FEATURE_MULTIPLE = 16
 """Of features in and out: cuBLASLt's products of 8 bits want rows of whole 16 bytes."""
 MIN_TOKENS = 17
@@ -48,9 +46,11 @@ def check_gpu_recipe(recipe: Any) -> None:
         )
     w8a8.refuse_convolutions(recipe)
     here = torch.cuda.get_device_capability()
-    if recipe.quantize.method == "fp8_dynamic" and here < FP8_CAPABILITY:
+    method = recipe.quantize
+    if here < method.gpu_capability:
         raise RecipeError(
-            f"quantize.method 'fp8_dynamic': GPUs multiply fp8 from {capability_name(FP8_CAPABILITY)} on, this one is {capability_name(here)}; set "
+            f"quantize.method {method.method!r}: GPUs multiply {method.treatment} from {capability_name(method.gpu_capability)} on, "
+            f"this one is {capability_name(here)}; set "
             "quantize.method=int8_dynamic"
         )
 
@@ -94,14 +94,14 @@ class EightBitLinear(nn.Module):
     is a parameter, which `fold.py` does not turn around.
     """
 
-    def __init__(self, linear: nn.Linear, method: str) -> None:
+    def __init__(self, linear: nn.Linear, method: Any) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        rows, scale = w8a8.QUANTIZE_METHODS[method][0](linear.weight.detach())
+        rows, scale = method.quantize_rows(linear.weight.detach())
         self.weight = nn.Parameter(rows, requires_grad=False)
         self.scale = nn.Parameter(scale, requires_grad=False)
         self.bias = linear.bias
-        self.multiply = {"int8_dynamic": int8_product, "fp8_dynamic": fp8_product}[method]
+        self.multiply = method.multiply_on_gpu
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.reshape(-1, x.shape[-1])
@@ -128,8 +128,8 @@ def fp8_product(tokens: Tensor, columns: Tensor, scale: Tensor) -> Tensor:
     return torch._scaled_mm(q, columns, a / w8a8.FP8_LEVELS, by_column, out_dtype=torch.bfloat16)
 
 
-def quantize_layers(model: nn.Module, names: set[str], method: str) -> None:
-    """Replaces the Linears of these names in place. Raises ExportError for one that a GPU could not multiply."""
+def quantize_layers(model: nn.Module, names: set[str], method: Any) -> None:
+    """Replaces the Linears of these names in place, by a table of `exporter/quantize`. Raises ExportError for one that a GPU could not multiply."""
     for name in sorted(names):
         path, _, leaf = name.rpartition(".")
         parent, linear = model.get_submodule(path), model.get_submodule(name)

@@ -1,4 +1,4 @@
-"""A captured graph in the words that ONNX has: `rewrite_graph` for the backends that go by `onnx_graph.py`.
+"""Passes to a graph in the words that ONNX has, for the backends that go by `onnx/graph.py`.
 
     before  y = linear(x, weight, bias);  a, b = chunk(y, 2, -1);          z = cat([half, float])
     after   y = x @ weight_t + bias;      a, b = y[..., :n], y[..., n:];   z = cat([half.to(float), float])
@@ -9,66 +9,54 @@ Operators that torch.onnx knows by another one only are that one: without them i
 
 from __future__ import annotations
 
-import copy
 import operator
-import weakref
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
-from ...passes.captured_graph import CapturedGraph
-from ...passes.fold import find_tensor
+from ...passes.captured_graph import CapturedGraph, GraphPass, run_passes
+from ...passes.derived_weights import DerivedWeights
 from ...passes.prune import prune_dead_code
 
 aten = torch.ops.aten
-SPLITS = (aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int)
-JOINS = (aten.cat.default, aten.concat.default, aten.stack.default)
-RESHAPES = (aten.flatten, aten.unflatten)
 
 
-class TransposedWeight:
-    """A weight as [in, out], and the one it is made from, which lives as long, so that its address stays its own."""
-
-    def __init__(self, weight: Tensor):
-        self.weight = weight
-        self.tensor = weight.detach().t().contiguous()
-
-
-TRANSPOSED_WEIGHTS: weakref.WeakValueDictionary[tuple[Any, ...], TransposedWeight] = weakref.WeakValueDictionary()
-"""What the graphs that are alive have transposed: variants of a model share its weights, and go on sharing them."""
+def list_passes(*, transpose: bool = True) -> tuple[GraphPass, ...]:
+    """The passes over all graphs of an artifact. With `transpose` Linears' weights are laid as [in, out] once and for all,
+    here, and variants go on sharing them; else each Linear stays one."""
+    return (
+        *((partial(transpose_linears, weights=DerivedWeights()),) if transpose else ()),
+        unfold_operators,
+        copy_shared_outputs,  # behind what takes operators away: an output may be another's then
+        prune_dead_code,
+    )
 
 
 def rewrite_graph(graph: CapturedGraph, *, transpose: bool = True) -> CapturedGraph:
-    """The graph without lists of tensors and without mixed dtypes in a `cat`, and with its Linears' weights as [in, out]
-    where those are to be transposed once and for all, here."""
-    gm = fx.GraphModule(graph.gm, copy.deepcopy(graph.gm.graph))
-    kept: dict[str, TransposedWeight] = {}
+    """One graph alone in the words that ONNX has."""
+    return run_passes(graph, list_passes(transpose=transpose))
+
+
+def transpose_linears(gm: fx.GraphModule, weights: DerivedWeights) -> fx.GraphModule:
+    """Every Linear of a stored weight as a product and a sum."""
+    for node in gm.graph.find_nodes(op="call_function", target=aten.linear.default):
+        unfold_linear(gm, node, weights)
+    return gm
+
+
+def unfold_operators(gm: fx.GraphModule) -> fx.GraphModule:
+    """No lists of tensors, no mixed dtypes in a `cat`, and no operator that torch.onnx knows by another one only."""
     for node in list(gm.graph.nodes):
-        if node.op != "call_function":
-            continue
-        if transpose and node.target is aten.linear.default:
-            unfold_linear(gm, node, kept)
-        elif node.target in SPLITS:
-            unfold_split(gm, node)
-        elif node.target in JOINS:
-            cast_parts(gm, node)
-        elif operator_packet(node) is aten.to:
-            node.replace_all_uses_with(cast_before(gm, node, node.args[0], node.meta["val"].dtype))
-        elif operator_packet(node) in RESHAPES:
-            node.target, node.kwargs = aten.reshape.default, {}
-            node.args = (node.args[0], list(node.meta["val"].shape))
-        elif node.target is aten.dropout.default and not node.args[2]:
-            node.replace_all_uses_with(node.args[0])
-        elif node.target is aten.squeeze.dim and node.args[0].meta["val"].shape == node.meta["val"].shape:
-            node.replace_all_uses_with(node.args[0])  # ONNX refuses to squeeze what is not 1 long
-    copy_shared_outputs(gm)
-    gm.meta["transposed"] = tuple(kept.values())
-    return replace(graph, gm=prune_dead_code(gm))
+        handler = HANDLERS.get(node.target) or HANDLERS.get(operator_packet(node))
+        if node.op == "call_function" and handler:
+            handler(gm, node)
+    return gm
 
 
-def copy_shared_outputs(gm: fx.GraphModule) -> None:
+def copy_shared_outputs(gm: fx.GraphModule) -> fx.GraphModule:
     """A copy for each output that is another output too, or an input or a constant: in ONNX a value has one name."""
     (output,) = gm.graph.find_nodes(op="output")
     seen: set[fx.Node] = set()
@@ -83,18 +71,15 @@ def copy_shared_outputs(gm: fx.GraphModule) -> None:
         return fresh
 
     output.args = (tuple(own(value) for value in output.args[0]),)
+    return gm
 
 
-def unfold_linear(gm: fx.GraphModule, node: fx.Node, kept: dict[str, TransposedWeight]) -> None:
+def unfold_linear(gm: fx.GraphModule, node: fx.Node, weights: DerivedWeights) -> None:
     """A Linear of a stored weight as a product and a sum."""
     x, weight, *bias = node.args
     if not isinstance(weight, fx.Node) or weight.op != "get_attr":
         return
-    name = f"{weight.target}_t"
-    if name not in kept:
-        kept[name] = transpose_weight(find_tensor(gm, str(weight.target)))
-        path, _, leaf = name.rpartition(".")
-        gm.get_submodule(path).register_buffer(leaf, kept[name].tensor)
+    name = weights.store(gm, str(weight.target), "t", lambda stored: stored.detach().t().contiguous())
     with gm.graph.inserting_before(node):
         product = gm.graph.call_function(aten.matmul.default, (x, gm.graph.get_attr(name)))
         product.meta["val"] = node.meta["val"]
@@ -102,14 +87,6 @@ def unfold_linear(gm: fx.GraphModule, node: fx.Node, kept: dict[str, TransposedW
             product = gm.graph.call_function(aten.add.Tensor, (product, bias[0]))
             product.meta["val"] = node.meta["val"]
     node.replace_all_uses_with(product)
-
-
-def transpose_weight(weight: Tensor) -> TransposedWeight:
-    key = (weight.data_ptr(), weight.dtype, tuple(weight.shape), weight.stride())
-    made = TRANSPOSED_WEIGHTS.get(key)
-    if made is None:
-        made = TRANSPOSED_WEIGHTS[key] = TransposedWeight(weight)
-    return made
 
 
 def unfold_split(gm: fx.GraphModule, node: fx.Node) -> None:
@@ -137,6 +114,49 @@ def cast_parts(gm: fx.GraphModule, node: fx.Node) -> None:
     dtype = node.meta["val"].dtype
     parts: Any = node.args[0]
     node.args = ([cast_before(gm, node, part, dtype) for part in parts], *node.args[1:])
+
+
+def replace_cast(gm: fx.GraphModule, node: fx.Node) -> None:
+    """A cast by `to`, whatever its overload, as the one that torch.onnx knows."""
+    x: Any = node.args[0]
+    node.replace_all_uses_with(cast_before(gm, node, x, node.meta["val"].dtype))
+
+
+def replace_reshape(gm: fx.GraphModule, node: fx.Node) -> None:
+    """A flatten or an unflatten as a reshape."""
+    node.target, node.kwargs = aten.reshape.default, {}
+    node.args = (node.args[0], list(node.meta["val"].shape))
+
+
+def drop_dropout(gm: fx.GraphModule, node: fx.Node) -> None:
+    """No dropout, outside of training."""
+    x: Any = node.args[0]
+    if not node.args[2]:
+        node.replace_all_uses_with(x)
+
+
+def drop_squeeze(gm: fx.GraphModule, node: fx.Node) -> None:
+    """No squeeze of what is not 1 long, which ONNX refuses."""
+    x: Any = node.args[0]
+    if x.meta["val"].shape == node.meta["val"].shape:
+        node.replace_all_uses_with(x)
+
+
+HANDLERS: Mapping[Any, Callable[[fx.GraphModule, fx.Node], None]] = {
+    aten.chunk.default: unfold_split,
+    aten.split.Tensor: unfold_split,
+    aten.split_with_sizes.default: unfold_split,
+    aten.unbind.int: unfold_split,
+    aten.cat.default: cast_parts,
+    aten.concat.default: cast_parts,
+    aten.stack.default: cast_parts,
+    aten.to: replace_cast,
+    aten.flatten: replace_reshape,
+    aten.unflatten: replace_reshape,
+    aten.dropout.default: drop_dropout,
+    aten.squeeze.dim: drop_squeeze,
+}
+"""Operator, or all its overloads -> what unfolds a call of it."""
 
 
 def operator_packet(node: fx.Node) -> Any:

@@ -19,14 +19,14 @@ from typing import Any, Literal
 import onnx
 import torch
 from pydantic import Field
-from torch import nn
+from torch import fx, nn
 
 from ....runtime.backends.tensorrt import TENSORRT_PACKAGES, engine_logger
 from ....runtime.errors import ExportError, RecipeError
 from ....runtime.extras import install_command
 from ....runtime.gpu.capability import CAPABILITY_KEY, CUDA_KEY
 from ....runtime.storage.user_cache import read_private, write_private
-from ...passes.captured_graph import CapturedGraph
+from ...passes.captured_graph import CapturedGraph, GraphPass
 from ...passes.fold import find_tensor
 from .. import CodeFiles, GraphCompiler, GraphGroups
 from ..onnx import rewrite
@@ -40,7 +40,6 @@ CONVOLUTIONS = (torch.ops.aten.conv2d.default, torch.ops.aten.convolution.defaul
 ENGINE_SUFFIX = ".engine"
 REPORTS_FOLDER = "reports/engines"
 CAPABILITIES_OPTION = "compute_capabilities"
-FP8_SM = 89
 ENGINE_FILE, LAYERS_FILE = "model.engine", "layers.json"
 
 
@@ -65,18 +64,24 @@ def adapt_recipe(recipe: Any) -> tuple[Any, tuple[str, ...]]:
     if recipe.compile.device != "cuda":
         config["device"] = "cuda"
         said.append("compile.device is cuda: engines of TensorRT run on GPUs")
-    if recipe.quantize.method == "fp8_dynamic" and chosen.flavour == "rtx":
+    least, product = capability_sm(recipe.quantize.gpu_capability), recipe.quantize.treatment
+    if least and chosen.flavour == "rtx":
         named = chosen.compute_capabilities.split()
-        able = " ".join(name for name in named if int(name[2:]) >= FP8_SM)
+        able = " ".join(name for name in named if int(name[2:]) >= least)
         if able != chosen.compute_capabilities:
             if CAPABILITIES_OPTION in recipe.compile.options:
                 raise RecipeError(
-                    f"compile.options.{CAPABILITIES_OPTION}: GPUs multiply fp8 from sm{FP8_SM} on, got {named[0]!r}; leave out what "
-                    "is below, or set quantize.method=int8_dynamic"
+                    f"compile.options.{CAPABILITIES_OPTION}: GPUs multiply {product} from sm{least} on, got {named[0]!r}; leave out "
+                    "what is below, or set quantize.method=int8_dynamic"
                 )
             config["options"] = {**recipe.compile.options, CAPABILITIES_OPTION: able}
-            said.append(f"compile.options.{CAPABILITIES_OPTION} is {able}: GPUs multiply fp8 from sm{FP8_SM} on")
+            said.append(f"compile.options.{CAPABILITIES_OPTION} is {able}: GPUs multiply {product} from sm{least} on")
     return recipe.model_copy(update={"compile": recipe.compile.model_copy(update=config)}), tuple(said)
+
+
+def capability_sm(capability: tuple[int, int]) -> int:
+    """(8, 9) as in "sm89"; 0 where any GPU will do."""
+    return 10 * capability[0] + capability[1]
 
 
 def depends(config: Any) -> dict[str, str]:
@@ -128,18 +133,24 @@ def find_cuda_release(package: str) -> dict[str, str]:
     return next(({CUDA_KEY: match[1]} for match in found if match), {})
 
 
-def rewrite_graph(graph: CapturedGraph, config: Any) -> CapturedGraph:
-    """The graph as ONNX can say it, its weights as TensorRT reads them where they lie: those of Linears as [out, in], those
-    of convolutions as [out, height, width, in]. It would lay others out anew at every call."""
-    made = rewrite.rewrite_graph(graph, transpose=False)
-    weights = {
-        str(n.args[1].target) for n in made.gm.graph.nodes if n.target in CONVOLUTIONS and n.args[1].op == "get_attr"
-    }
+def list_passes(config: Any) -> tuple[GraphPass, ...]:
+    """Those of ONNX, with Linears' weights as TensorRT reads them where they lie, as [out, in], and those of convolutions as
+    [out, height, width, in]. It would lay others out anew at every call."""
+    return (*rewrite.list_passes(transpose=False), lay_channels_last)
+
+
+def lay_channels_last(gm: fx.GraphModule) -> fx.GraphModule:
+    """The graph with its convolutions' weights as [out, height, width, in].
+
+    before  y = conv2d(x, weight)       with weight.stride() == (C * H * W, H * W, W, 1)
+    after   y = conv2d(x, weight)       with weight.stride() == (H * W * C, 1, W * C, C)
+    """
+    weights = {str(n.args[1].target) for n in gm.graph.nodes if n.target in CONVOLUTIONS and n.args[1].op == "get_attr"}
     for name in weights:
         path, _, leaf = name.rpartition(".")
-        lying = find_tensor(made.gm, name).detach().contiguous(memory_format=torch.channels_last)
-        setattr(made.gm.get_submodule(path), leaf, nn.Parameter(lying, requires_grad=False))
-    return made
+        lying = find_tensor(gm, name).detach().contiguous(memory_format=torch.channels_last)
+        setattr(gm.get_submodule(path), leaf, nn.Parameter(lying, requires_grad=False))
+    return gm
 
 
 def lower(folder: Path, groups: GraphGroups, config: Any, made: GraphCompiler) -> dict[str, str]:

@@ -7,8 +7,7 @@ import torch
 from diffusers import PyramidAttentionBroadcastConfig, apply_pyramid_attention_broadcast
 from diffusers.hooks import HookRegistry
 
-from prebake.exporter.caches import Trajectory
-from prebake.exporter.caches.common import schedule
+from prebake.exporter.caches import Trajectory, schedule
 from prebake.exporter.calibrators.eager_replay import eager_replay
 from prebake.exporter.families import flux
 from prebake.exporter.plan import make_plans

@@ -17,8 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
 
-from prebake.exporter.caches import DeepCache, NoCache, Trajectory
-from prebake.exporter.caches.common import schedule
+from prebake.exporter.caches import DeepCache, NoCache, Trajectory, schedule
 from prebake.exporter.caches.deepcache import whole_evaluations
 from prebake.exporter.capture.variants import capture_variants
 from prebake.exporter.cost.count import count_cost

@@ -16,8 +16,7 @@ from diffusers import (
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from prebake.exporter.caches import FasterCache, Trajectory
-from prebake.exporter.caches.common import schedule
+from prebake.exporter.caches import FasterCache, Trajectory, schedule
 from prebake.exporter.capture.variants import capture_variants
 from prebake.exporter.cost.count import count_attention_ops, count_cost, module_flops
 from prebake.exporter.cost.variants import check_variant_costs

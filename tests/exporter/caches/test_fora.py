@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from prebake.exporter.caches import Fora, NoCache, Trajectory
-from prebake.exporter.caches.common import schedule
+from prebake.exporter.caches import Fora, NoCache, Trajectory, schedule
 from prebake.exporter.plan import make_plans
 from prebake.exporter.sites.discover import discover_layout
 from prebake.exporter.sites.layout import Layout

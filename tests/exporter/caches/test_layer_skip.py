@@ -19,8 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from prebake.exporter.caches import LayerSkip, NoCache, Trajectory
-from prebake.exporter.caches.common import schedule
+from prebake.exporter.caches import LayerSkip, NoCache, Trajectory, schedule
 from prebake.exporter.capture.capture import capture_graph
 from prebake.exporter.capture.variants import capture_variants
 from prebake.exporter.cost.count import count_attention_ops, count_cost

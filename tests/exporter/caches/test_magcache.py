@@ -20,8 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from prebake.exporter.caches import MagCache, NoCache, Trajectory
-from prebake.exporter.caches.common import schedule
+from prebake.exporter.caches import MagCache, NoCache, Trajectory, schedule
 from prebake.exporter.caches.common.calibration import Calibration
 from prebake.exporter.caches.magcache import interpolate_ratios, scan_ratios
 from prebake.exporter.calibrators.eager_replay import eager_variants

@@ -11,8 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from prebake.exporter.caches import Mask, NoCache, Trajectory
-from prebake.exporter.caches.common import schedule
+from prebake.exporter.caches import Mask, NoCache, Trajectory, schedule
 from prebake.exporter.caches.common.predict import lagrange_weights
 from prebake.exporter.caches.common.steps_mask import MASK_NAMES, steps_mask
 from prebake.exporter.plan import make_plans

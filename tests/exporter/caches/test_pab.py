@@ -16,8 +16,7 @@ from diffusers import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prebake.exporter.caches import PyramidAttentionBroadcast, Trajectory
-from prebake.exporter.caches.common import schedule
+from prebake.exporter.caches import PyramidAttentionBroadcast, Trajectory, schedule
 from prebake.exporter.plan import make_plans
 from prebake.exporter.sites.discover import discover_layout
 from prebake.exporter.sites.layout import Layout, Place

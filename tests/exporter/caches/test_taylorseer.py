@@ -19,8 +19,7 @@ from diffusers.hooks.taylorseer_cache import TaylorSeerState
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prebake.exporter.caches import TaylorSeer, Trajectory
-from prebake.exporter.caches.common import schedule
+from prebake.exporter.caches import TaylorSeer, Trajectory, schedule
 from prebake.exporter.plan import make_plans
 from prebake.exporter.recipe.resolve import resolve
 from prebake.exporter.sites.discover import discover_layout

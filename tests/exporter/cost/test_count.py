@@ -22,6 +22,7 @@ from prebake.exporter.load.source import load_model
 from prebake.exporter.lower import w8a8
 from prebake.exporter.plan import PlanSet
 from prebake.exporter.progress import open_progress
+from prebake.exporter.quantize import Int8Dynamic
 from prebake.exporter.sites.discover import discover_layout
 from prebake.exporter.sites.marks import Variant
 from prebake.runtime.errors import ExportError
@@ -65,7 +66,7 @@ def test_flops_ops_and_constants_of_a_graph_counted_by_hand():
 def test_an_int8_convolution_costs_what_it_replaces():
     def counted(*int8: str) -> dict[str, int]:
         module = nn.Sequential(nn.Conv2d(8, 24, 3, stride=2, padding=1), nn.Flatten())
-        w8a8.replace_layers(module, set(int8), "int8_dynamic")
+        w8a8.replace_layers(module, set(int8), Int8Dynamic())
         return count_cost(capture_graph("g", module, (torch.ones(2, 8, 13, 10),), ("x",), ("y",))).flops_by_class
 
     assert counted("0") == {"convolution int8": counted()["convolution float32"]}

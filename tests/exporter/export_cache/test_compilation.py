@@ -19,6 +19,7 @@ from prebake.exporter.export_cache.fingerprint import describe_toolchain, graph_
 from prebake.exporter.export_cache.store import Store
 from prebake.exporter.load.source import tiny_folder
 from prebake.exporter.lower import CodeFiles, load_backend
+from prebake.exporter.passes.captured_graph import run_passes
 from prebake.exporter.pipeline import ExportOptions, export
 from prebake.exporter.prepared_export import PreparedExport
 from prebake.exporter.progress import Progress, open_progress
@@ -166,8 +167,11 @@ def test_a_field_of_one_value_has_one(field):
 def keys(prepared: PreparedExport) -> dict[str, str | None]:
     """Graph -> its fingerprint."""
     lowering, tools = load_backend(prepared.recipe.compile.backend), describe_toolchain(prepared.recipe)
-    graphs = [g for group in prepared.graphs.values() for g in group]
-    return {g.name: graph_fingerprint(lowering.rewrite_graph(g, prepared.recipe.compile), tools, {}) for g in graphs}
+    graphs, passes = (
+        [g for group in prepared.graphs.values() for g in group],
+        lowering.list_passes(prepared.recipe.compile),
+    )
+    return {g.name: graph_fingerprint(run_passes(g, passes), tools, {}) for g in graphs}
 
 
 @functools.cache
@@ -211,7 +215,8 @@ def files(prepared: PreparedExport, folder: Path) -> dict[str, CodeFiles]:
 
     config = prepared.recipe.compile
     lowering = load_backend(config.backend)
-    graphs = {name: tuple(lowering.rewrite_graph(g, config) for g in group) for name, group in prepared.graphs.items()}
+    passes = lowering.list_passes(config)
+    graphs = {name: tuple(run_passes(g, passes) for g in group) for name, group in prepared.graphs.items()}
     folder.mkdir(exist_ok=True)
     lowering.lower(folder, graphs, config, made)
     return kept

@@ -28,6 +28,7 @@ from prebake.exporter.lower.onnx.graph import embed_data, onnx_model  # noqa: E4
 from prebake.exporter.lower.onnx.rewrite import rewrite_graph  # noqa: E402
 from prebake.exporter.pipeline import ExportOptions, export  # noqa: E402
 from prebake.exporter.progress import open_progress  # noqa: E402
+from prebake.exporter.quantize import Int8Dynamic  # noqa: E402
 from prebake.exporter.recipe.resolve import resolve  # noqa: E402
 from prebake.runtime import load  # noqa: E402
 from prebake.runtime.artifact import open_artifact, open_graphs  # noqa: E402
@@ -299,7 +300,7 @@ def test_a_root_mean_square_is_one_kernel(tmp_path):
 def test_a_session_gives_what_the_int8_operator_gives(tmp_path):
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(256, 128))
-    w8a8.replace_layers(module, {"0"}, "int8_dynamic")
+    w8a8.replace_layers(module, {"0"}, Int8Dynamic())
     x = torch.randn(3, 7, 256)
     graph = rewrite_graph(capture_graph("g", module, (x,), ("x",), ("y",)))
     data = embed_data(onnx_model(graph), graph.constants()).SerializeToString()

@@ -12,7 +12,7 @@ from support.paths import ROOT
 HEAD = 'name = "x"\ndescription = "x"\n'
 MINIMAL = HEAD + '[model]\nid = "a/b"\n'
 MASKED = ROOT / "tests" / "support" / "masked.toml"
-METHODS = ["none", *caches.METHODS]
+METHODS = list(caches.METHODS)
 TABLES = "attach, attention, cache, compile, fuse, guidance, model, precision, quantize, sampler, shapes, verify"
 
 # what the file says after MINIMAL -> the message after the file's path

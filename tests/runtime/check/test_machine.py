@@ -8,7 +8,7 @@ import subprocess
 
 import pytest
 
-from prebake.exporter.lower.aoti import clear_executable_stack
+from prebake.exporter.lower.aoti.pt2 import clear_executable_stack
 from prebake.runtime import ArtifactError, libraries
 from prebake.runtime.artifact import open_artifact
 from prebake.runtime.elf import map_elf, read_elf

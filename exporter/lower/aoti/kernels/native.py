@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ... import w8a8
 from . import build_archive, run_command
-from .layers import LINEAR, is_few_rows
+from .layers import LINEAR, find_few_rows_obstacle
 from .operators import NO_ACTIVATION, NO_NORM, pack_columns, pack_taps
-from .rewrite import SDPA, is_kernel_attention
+from .rewrite import SDPA, find_attention_obstacle
 
 AOTI_HANDLES = cast(Any, torch._C)._aoti  # handles of AOTInductor are pointers to tensors, in Python capsules
 ctypes.pythonapi.PyCapsule_GetPointer.restype = ctypes.c_void_p
@@ -107,11 +107,11 @@ class NativeKernels:
             x, packed = x.contiguous(memory_format=torch.channels_last), pack_taps(weight, kernel * kernel)
             b = None if bias is None else bias.float()
             return lambda: self.packed_w8a8_conv2d(x, packed, scale, b, kernel, *rest, *NO_NORM)
-        if op is LINEAR and is_few_rows(*arguments):
+        if op is LINEAR and not find_few_rows_obstacle(*arguments):
             return lambda: self.few_rows(
                 arguments[0].contiguous(), *arguments[1:], *([None] if len(arguments) == 2 else [])
             )
-        if op is SDPA and not keywords and len(arguments) == 3 and is_kernel_attention(*arguments):
+        if op is SDPA and not keywords and len(arguments) == 3 and not find_attention_obstacle(*arguments):
             q, k, v = arguments
             return lambda: self.attention(q, k, v, q.shape[-1] ** -0.5)
         return None

@@ -118,6 +118,12 @@ def _(x: Tensor, cosines: Tensor, sines: Tensor, to_half: bool) -> Tensor:
     return x.new_empty(x.shape, dtype=torch.bfloat16 if to_half else torch.float32)
 
 
+OPERATOR_NAMES = {
+    operator._opoverload: operator._opoverload._opname
+    for operator in (packed_w8a8, packed_w8a8_conv2d, few_rows, attention, rotary)
+}
+
+
 def pack_columns(weight: Tensor) -> Tensor:
     """int8 [K, N] as w8a8.cpp reads it: for each PANEL of columns a row of bytes, first -128 times each column's sum as
     int32, then the weights, four features of a column side by side. K is filled up to fours with zeros, N to whole panels."""

@@ -6,17 +6,21 @@ import operator
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
+from ....passes.derived_weights import DerivedWeights
 from ....passes.fx_tools import CASTS, aten, make_contiguous, node_arguments
 from .operators import rotary
+from .refusal import Refusal
+
+JOINS = (aten.cat.default, aten.concat.default, aten.stack.default)
 
 
-def call_rotary(gm: fx.GraphModule, node: fx.Node) -> None:
+def call_rotary(gm: fx.GraphModule, node: fx.Node, weights: DerivedWeights) -> tuple[Refusal, ...]:
     """A sum, if it is a rotary embedding of pairs: x cos + [-b, a] sin. A cast to bfloat16 that follows is part of it."""
     found = match_rotary(node)
-    if found is None:
-        return
+    if found is None or isinstance(found, Refusal):
+        return () if found is None else (found,)
     x, cosines, sines = found
     last, views = node, []  # what follows, up to the cast
     while len(last.users) == 1 and (reader := next(iter(last.users))).target in (*CASTS, aten.permute.default):
@@ -34,9 +38,10 @@ def call_rotary(gm: fx.GraphModule, node: fx.Node) -> None:
             value = gm.graph.call_function(aten.permute.default, (value, order))
             value.meta["val"] = was.permute(order)
     (last if half else node).replace_all_uses_with(value)
+    return ()
 
 
-def match_rotary(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
+def match_rotary(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | Refusal | None:
     """x and the tables of cosines and sines that the sum turns it by, all of four dimensions; None if it is another sum."""
     products: list[Any] = [n for n in node.all_input_nodes if n.target is aten.mul.Tensor]
     if len(products) != 2 or node.kwargs:
@@ -47,19 +52,32 @@ def match_rotary(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
     left, right = skip_casts(left), skip_casts(right)
     x = match_pairs(right)
     if x is None or x is not left:
-        return None
-    tables = [t.meta["val"] for t in (cosines, sines)]
-    alike = tables[0].stride() == tables[1].stride() and tables[0].shape == tables[1].shape
-    wide, whole = (
-        x.meta["val"].shape,
-        all(t.dtype == torch.float32 and t.dim() == 4 and t.is_contiguous() for t in tables),
-    )
-    fits = (
-        len(wide) == 4
-        and all(a in (1, b) for a, b in zip(tables[0].shape, wide, strict=True))
-        and tables[0].shape[3] == wide[3]
-    )
-    return (x, cosines, sines) if alike and whole and fits else None
+        return Refusal("rotary", "pairs that are no neighbours, or turned otherwise") if is_turned(right) else None
+    if obstacle := find_table_obstacle(x.meta["val"], cosines.meta["val"], sines.meta["val"]):
+        return Refusal("rotary", obstacle)
+    return x, cosines, sines
+
+
+def find_table_obstacle(x: Tensor, cosines: Tensor, sines: Tensor) -> str:
+    """Why the kernel does not turn x by such tables, or ""."""
+    tables = (cosines, sines)
+    if cosines.shape != sines.shape or cosines.stride() != sines.stride():
+        return "cosines and sines of different shapes"
+    if not all(t.dtype == torch.float32 and t.dim() == 4 and t.is_contiguous() for t in tables):
+        return "tables not in float32, of four dimensions and in order"
+    wide = all(a in (1, b) for a, b in zip(cosines.shape, x.shape, strict=True)) if x.dim() == 4 else False
+    return "" if wide and cosines.shape[3] == x.shape[3] else "tables that do not fit its tensor"
+
+
+def is_turned(node: Any) -> bool:
+    """Whether it joins parts of a tensor, some of them negated: a rotary embedding of some other kind."""
+    if not isinstance(node, fx.Node):
+        return False
+    joined = node if node.target in JOINS else skip_casts(node.args[0] if node.args else None)
+    if not isinstance(joined, fx.Node) or joined.target not in JOINS:
+        return False
+    parts: Any = joined.args[0]
+    return any(skip_casts(part).target is aten.neg.default for part in parts)
 
 
 def match_pairs(node: Any) -> fx.Node | None:

@@ -13,7 +13,7 @@ from torch import nn
 
 from prebake.exporter.capture.capture import capture_graph
 from prebake.exporter.lower import aoti
-from prebake.exporter.lower.aoti import isa
+from prebake.exporter.lower.aoti import isa, pt2
 from prebake.exporter.progress import open_progress
 from prebake.exporter.recipe.resolve import Compile
 from prebake.runtime.errors import ExportError
@@ -88,10 +88,10 @@ def test_the_recipes_inductor_flags_join_the_packaging_ones(cpu):
 
 def test_only_objects_kernels_and_metadata_are_wanted():
     inside = "m/data/aotinductor/full/"
-    assert aoti.is_packaged(f"{inside}full.wrapper.so")
-    assert aoti.is_packaged(f"{inside}full.wrapper_metadata.json")
+    assert pt2.is_packaged(f"{inside}full.wrapper.so")
+    assert pt2.is_packaged(f"{inside}full.wrapper_metadata.json")
     for name in ("full.wrapper.cpp", "full.kernel.cpp", "full.wrapper_compile_flags.json", "full.o", "weights.bin"):
-        assert not aoti.is_packaged(f"{inside}{name}"), name
+        assert not pt2.is_packaged(f"{inside}{name}"), name
 
 
 class Scaled(nn.Module):
@@ -227,8 +227,8 @@ def test_int8_code_asks_for_vnni_where_the_exporting_cpu_has_it(monkeypatch):
 
 def test_the_serialization_id_covers_what_is_kept_and_nothing_else():
     members = {"m/.data/serialization_id": b"1", "m/data/x.so": b"code"}
-    same = aoti.serialization_id({**members, "m/.data/serialization_id": b"2"})
-    assert aoti.serialization_id(members) == same
+    same = pt2.serialization_id({**members, "m/.data/serialization_id": b"2"})
+    assert pt2.serialization_id(members) == same
     assert len(same) == 40
     assert same.isdigit()
-    assert aoti.serialization_id({**members, "m/data/x.so": b"node"}) != same
+    assert pt2.serialization_id({**members, "m/data/x.so": b"node"}) != same

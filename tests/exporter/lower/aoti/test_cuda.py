@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from prebake.exporter.capture.capture import capture_graph
 from prebake.exporter.lower import aoti, w8a8
 from prebake.exporter.lower.aoti import cuda
+from prebake.exporter.quantize import METHODS, Int8Dynamic
 from prebake.exporter.recipe.resolve import resolve
 from prebake.runtime.backends import aoti as runtime_aoti
 from prebake.runtime.errors import ExportError, RecipeError
@@ -185,8 +186,8 @@ def layers(method: str, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
     torch.manual_seed(0)
     model = nn.ModuleDict({"a": nn.Linear(64, 48, dtype=dtype)})
     same = copy.deepcopy(model)
-    cuda.quantize_layers(model, {"a"}, method)
-    w8a8.replace_layers(same, {"a"}, method)
+    cuda.quantize_layers(model, {"a"}, METHODS[method]())
+    w8a8.replace_layers(same, {"a"}, METHODS[method]())
     return model["a"], same["a"]
 
 
@@ -229,7 +230,7 @@ def test_what_a_gpu_cannot_multiply_is_refused():
     with pytest.raises(
         ExportError, match=r"layer 'odd': expected multiples of 16 features .* got 64x40; add its name to"
     ):
-        cuda.quantize_layers(model, {"odd"}, "int8_dynamic")
+        cuda.quantize_layers(model, {"odd"}, Int8Dynamic())
 
 
 @pytest.mark.parametrize("rows", [1, 16, 17])

@@ -23,8 +23,9 @@ from prebake.exporter.cost.count import count_cost  # noqa: E402
 from prebake.exporter.lower import w8a8  # noqa: E402
 from prebake.exporter.lower.onnx import graph as onnx_graph  # noqa: E402
 from prebake.exporter.lower.onnx.graph import embed_data, onnx_model  # noqa: E402
-from prebake.exporter.lower.onnx.rewrite import rewrite_graph  # noqa: E402
-from prebake.exporter.passes.captured_graph import CapturedGraph  # noqa: E402
+from prebake.exporter.lower.onnx.rewrite import list_passes, rewrite_graph  # noqa: E402
+from prebake.exporter.passes.captured_graph import CapturedGraph, run_passes  # noqa: E402
+from prebake.exporter.quantize import METHODS  # noqa: E402
 from prebake.runtime.errors import ExportError  # noqa: E402
 
 CLOSE = 1e-6
@@ -225,7 +226,8 @@ def test_the_graph_that_went_in_is_left_as_it_was():
 
 def test_variants_of_one_model_share_each_turned_weight():
     linear = nn.Linear(4, 3)
-    graphs = [rewrite_graph(capture_graph(n, linear, (torch.ones(2, 4),), ("x",), ("y",))) for n in "ab"]
+    passes = list_passes()
+    graphs = [run_passes(capture_graph(n, linear, (torch.ones(2, 4),), ("x",), ("y",)), passes) for n in "ab"]
     one, two = (graph.constants()["weight_t"] for graph in graphs)
     assert one.data_ptr() == two.data_ptr()
     assert torch.equal(one, linear.weight.t())
@@ -261,7 +263,7 @@ def tokens() -> torch.Tensor:
 
 def in_8_bits(linear: nn.Linear, method: str) -> nn.Module:
     module = nn.Sequential(copy.deepcopy(linear))
-    w8a8.replace_layers(module, {"0"}, method)
+    w8a8.replace_layers(module, {"0"}, METHODS[method]())
     return module
 
 
@@ -347,7 +349,7 @@ def test_products_of_one_input_share_its_scaling_and_quantize_it_each(method):
             return self.a(x), self.b(x)
 
     module = Two()
-    w8a8.replace_layers(module, {"a", "b"}, method)
+    w8a8.replace_layers(module, {"a", "b"}, METHODS[method]())
     count = Counter(n.op_type for n in onnx_model(captured(module, torch.ones(4, 32), outputs=("a", "b"))).graph.node)
     assert (count["ReduceMax"], count["Div"], count["QuantizeLinear"], count["DequantizeLinear"]) == (1, 1, 2, 4)
 

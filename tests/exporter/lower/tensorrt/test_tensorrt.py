@@ -15,9 +15,10 @@ from torch import nn
 from prebake.exporter.capture.capture import capture_graph
 from prebake.exporter.cli.main import main
 from prebake.exporter.lower import w8a8
-from prebake.exporter.passes.captured_graph import CapturedGraph
+from prebake.exporter.passes.captured_graph import CapturedGraph, run_passes
 from prebake.exporter.pipeline import ExportOptions, export
 from prebake.exporter.progress import Progress
+from prebake.exporter.quantize import Fp8Dynamic
 from prebake.exporter.recipe.resolve import resolve
 from prebake.runtime import load
 from prebake.runtime.backends.tensorrt import weight_view
@@ -171,7 +172,8 @@ def test_what_the_parser_gets_computes_what_the_graph_does(method, names, room):
     """By ONNX Runtime, with every constant as an input."""
     recipe = resolve("flux-fast", (*BACKEND, *FLOAT32, f"quantize.method={method}", "cache.method=none"), "tiny:flux")
     graphs = captured(prepared(recipe))
-    for graph in (lowering.rewrite_graph(graphs[name], None) for name in names):
+    passes = lowering.list_passes(None)
+    for graph in (run_passes(graphs[name], passes) for name in names):
         got, wanted = run(graph, graph.constants()), graph.gm(*graph.args)
         assert error(got, wanted) < room
         weights = {name: tensor.detach().clone() for name, tensor in graph.constants().items()}
@@ -210,7 +212,7 @@ def error(got: list[torch.Tensor], wanted: Any) -> float:
 def test_a_unet_is_built_with_its_attention_fused_and_its_weights_read_where_they_lie():
     recipe = resolve("sd-fast", (*BACKEND, *BFLOAT16, "cache.method=none", "quantize.method=none"), "tiny:sd")
     graph = captured(prepared(recipe))["full"]
-    graph = lowering.rewrite_graph(graph, None)
+    graph = run_passes(graph, lowering.list_passes(None))
     engine, layers = lowering.build(trt, graph, lowering.options(recipe.compile, lowering.Options))
     assert engine
     heads = [node.args[0].meta["val"].shape[-1] for node in graph.gm.graph.find_nodes(op="call_function", target=SDPA)]
@@ -225,7 +227,7 @@ def test_a_unet_is_built_with_its_attention_fused_and_its_weights_read_where_the
 def test_opset_23_and_fp8_give_one_fused_kernel_for_each_attention_and_products_of_fp8():
     settings = ("compile.options.opset=23", "quantize.method=fp8_dynamic", "cache.method=none")
     made = prepared(resolve("flux-fast", (*BACKEND, *BFLOAT16, *settings), "tiny:flux"))
-    graph = lowering.rewrite_graph(captured(made)["full"], None)
+    graph = run_passes(captured(made)["full"], lowering.list_passes(None))
     attentions, quantized = calls(graph, SDPA), sum(what == "fp8" for what, _ in made.layers.values())
     written = [node.op_type for node in lowering.network(graph, 23).graph.node]
     assert written.count("Attention") == attentions > 0
@@ -243,8 +245,8 @@ class Attention(nn.Module):
 
 def test_attention_without_a_fused_kernel_is_taken_apart():
     """In float32 there is none: an operator that may not be taken apart fails."""
-    graph = lowering.rewrite_graph(
-        capture_graph("attention", Attention(), (torch.ones(1, 2, 16, 16),), ("x",), ("y",)), None
+    graph = run_passes(
+        capture_graph("attention", Attention(), (torch.ones(1, 2, 16, 16),), ("x",), ("y",)), lowering.list_passes(None)
     )
     model, chosen = lowering.network(graph, 23), options()
     _, layers = lowering.build_model(trt, "attention", model, chosen)
@@ -332,8 +334,10 @@ def test_fp8_is_for_gpus_that_multiply_it():
 def test_the_library_builds_no_fp8_for_older_gpus():
     """Why the recipe is adapted."""
     module = nn.Sequential(nn.Linear(64, 64))
-    w8a8.replace_layers(module, {"0"}, "fp8_dynamic")
-    graph = lowering.rewrite_graph(capture_graph("product", module, (torch.ones(16, 64),), ("x",), ("y",)), None)
+    w8a8.replace_layers(module, {"0"}, Fp8Dynamic())
+    graph = run_passes(
+        capture_graph("product", module, (torch.ones(16, 64),), ("x",), ("y",)), lowering.list_passes(None)
+    )
     with pytest.raises(ExportError, match=r"Cannot compile for target\(s\) sm80, sm86, .*fp8"):
         lowering.build(trt, graph, options())
     assert lowering.build(trt, graph, options("compile.options.compute_capabilities=sm89"))

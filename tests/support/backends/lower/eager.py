@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 
 from prebake.exporter.lower import CodeFiles, GraphCompiler, GraphGroups
-from prebake.exporter.passes.captured_graph import CapturedGraph
+from prebake.exporter.passes.captured_graph import CapturedGraph, GraphPass
 from prebake.runtime.errors import ExportError
 
 CHANNELS_LAST = False
@@ -25,8 +25,8 @@ def quantize_layers(model: nn.Module, names: set[str], recipe: Any) -> None:
     raise ExportError("compile.backend 'eager' has no int8; set quantize.method=none")
 
 
-def rewrite_graph(graph: CapturedGraph, config: Any) -> CapturedGraph:
-    return graph
+def list_passes(config: Any) -> tuple[GraphPass, ...]:
+    return ()
 
 
 def lower(folder: Path, groups: GraphGroups, config: Any, made: GraphCompiler) -> dict[str, str]:

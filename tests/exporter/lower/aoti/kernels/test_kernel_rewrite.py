@@ -12,10 +12,12 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from prebake.exporter.capture.capture import capture_graph
 from prebake.exporter.lower import aoti, w8a8
-from prebake.exporter.lower.aoti import kernels
-from prebake.exporter.lower.aoti.kernels.rewrite import insert_kernel_calls
+from prebake.exporter.lower.aoti import kernels, pt2
+from prebake.exporter.lower.aoti.kernels.rewrite import insert_kernel_calls, replace_operators
 from prebake.exporter.passes.attention_dtype import cast_attention
-from prebake.exporter.passes.captured_graph import CapturedGraph
+from prebake.exporter.passes.captured_graph import CapturedGraph, run_passes
+from prebake.exporter.passes.derived_weights import DerivedWeights
+from prebake.exporter.quantize import Int8Dynamic
 from prebake.exporter.recipe.resolve import resolve
 from prebake.runtime.errors import RecipeError
 from support.kernel_cases import FLOAT, HALF, LACKS, error, random, runs_here
@@ -108,7 +110,7 @@ INPUTS = {Block: (2, 21, 64), Residual: (2, 16, 11, 20)}
 
 def captured(module: nn.Module) -> CapturedGraph:
     w8a8.replace_layers(
-        module, {name for name, m in module.named_children() if hasattr(m, "weight")} - {"norm"}, "int8_dynamic"
+        module, {name for name, m in module.named_children() if hasattr(m, "weight")} - {"norm"}, Int8Dynamic()
     )
     return capture_graph("block", module, (random(*INPUTS[type(module)]),), ("x",), ("y",))
 
@@ -146,7 +148,7 @@ def gated_layer(width: int, **changed) -> CapturedGraph:
     module = nn.Sequential(GatedLinear(64, width))
     for name, value in changed.items():
         vars(module[0])[name] = value
-    w8a8.replace_layers(module, {"0.proj"}, "int8_dynamic")
+    w8a8.replace_layers(module, {"0.proj"}, Int8Dynamic())
     return capture_graph("gated", module, (random(2, 21, 64),), ("x",), ("y",))
 
 
@@ -188,7 +190,8 @@ def test_variants_of_a_model_share_what_is_packed():
     module = Block()
     first = captured(module)
     second = capture_graph("again", module, first.args, ("x",), ("y",))
-    one, two = insert_kernel_calls(first), insert_kernel_calls(second)
+    passes = (partial(replace_operators, weights=DerivedWeights()),)
+    one, two = run_passes(first, passes), run_passes(second, passes)
     assert {t.data_ptr() for t in one.constants().values()} == {t.data_ptr() for t in two.constants().values()}
 
 
@@ -203,7 +206,7 @@ def test_compiled_code_calls_the_kernels(tmp_path, block):
     files = aoti.compile_graph(graph, flags | {"aot_inductor.package_constants_in_so": True}, tmp_path / "build")
     library = next(data for name, data in files.items() if name.endswith(".so"))
     assert b"prebake::" not in library, "an operator is looked up by its name at run time"
-    models = {"model": aoti.write_files(tmp_path / "model", files)}
+    models = {"model": pt2.write_files(tmp_path / "model", files)}
     run = load_package(package_aoti(str(tmp_path / "block.pt2"), models), "model")
     (x,) = graph.args
     made = run(x)

@@ -27,8 +27,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ....runtime.elf import FLAG_EXECUTABLE, GNU_STACK
-from ....runtime.errors import ExportError, RecipeError
+from ....runtime.elf import FLAG_EXECUTABLE, GNU_STACK, read_segments
+from ....runtime.errors import ExportError, RecipeError, first_line
 from ...passes.captured_graph import CapturedGraph
 from ...tables import RecipeTable
 from .. import CodeFiles, GraphCompiler, GraphGroups, w8a8
@@ -294,10 +294,6 @@ def shorten_paths(flags: dict[str, Any], sources: Path) -> dict[str, Any]:
     return {**flags, "cpp.march": " ".join((flags.get("cpp.march") or "native", *maps))}
 
 
-def first_line(e: Exception) -> str:
-    return next(iter(str(e).strip().splitlines()), "no message")
-
-
 def write_package(path: Path, models: Mapping[str, CodeFiles]) -> None:
     """One archive of all models, in torch's own layout, with fixed times and order."""
     from torch._inductor.package import package_aoti
@@ -327,12 +323,10 @@ def clear_executable_stack(library: bytes) -> bytes:
     torch 2.13 assembles the (empty) constants from text that does not say what stack it needs, and the linker takes that for
     a wish; glibc from 2.41 on refuses to load such a library. None of the code runs on its stack.
     """
-    (start,), (size, count) = struct.unpack_from("<Q", library, 32), struct.unpack_from("<HH", library, 54)
     changed = bytearray(library)
-    for at in range(start, start + size * count, size):
-        kind, flags = struct.unpack_from("<II", library, at)
-        if kind == GNU_STACK:
-            struct.pack_into("<I", changed, at + 4, flags & ~FLAG_EXECUTABLE)
+    for segment in read_segments(library):
+        if segment.kind == GNU_STACK:
+            struct.pack_into("<I", changed, segment.flags_at, segment.flags & ~FLAG_EXECUTABLE)
     return bytes(changed)
 
 

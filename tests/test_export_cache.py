@@ -165,7 +165,7 @@ def test_a_field_of_one_value_has_one(field):
 
 def keys(prepared: PreparedExport) -> dict[str, str | None]:
     """Graph -> its fingerprint."""
-    lowering, tools = load_backend(prepared.recipe.compile.backend), describe_toolchain(prepared.recipe)
+    lowering, tools = prepared.backend, describe_toolchain(prepared.recipe, prepared.backend)
     graphs = [g for group in prepared.graphs.values() for g in group]
     return {g.name: graph_fingerprint(lowering.rewrite_graph(g, prepared.recipe.compile), tools, {}) for g in graphs}
 

@@ -20,9 +20,7 @@ from ...runtime.attachment.arguments import EmptyContainer, OutputStructure, bin
 from ...runtime.attachment.scheduler_observer import SchedulerObserver, schedule_steps
 from ...runtime.errors import ExportError, RecipeError
 from ..plan.sampler import floats
-
-DENOISER_COMPONENTS = ("transformer", "unet", "prior", "dit")
-"""What diffusers' pipelines call the part that is run at every step."""
+from ..rewrite import DENOISER_COMPONENTS
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Recorded: a kind of call as a component to capture, its plain values and what the model reads in Python compiled in.
 
-In: the denoiser and the kinds of `kinds.py`. Out: `Component`s of flat tensors. Which arguments have to be compiled in is
+In: the denoiser and the kinds of `call_kinds.py`. Out: `Component`s of flat tensors. Which arguments have to be compiled in is
 found by tracing.
 """
 

@@ -1,7 +1,7 @@
 """Watch: one run of a diffusers pipeline, and every call that its denoiser gets in it.
 
 In: a loaded pipeline and the arguments of its call. Out: a `PipelineRun`, evaluation by evaluation. The denoiser may be answered
-for, so that the schedule of many steps costs a prompt's encoding. The pipeline is left as it was. `record.py` compares runs.
+for, so that the schedule of many steps costs a prompt's encoding. The pipeline is left as it was. `recording.py` compares runs.
 """
 
 from __future__ import annotations

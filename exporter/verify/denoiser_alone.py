@@ -1,6 +1,6 @@
 """Attached: an artifact of a denoiser alone, drawing in its own pipeline, for `verify.py`.
 
-`AttachedReplayer` and `AttachedReference` do for such an artifact what `Replayer` and `Reference` in `quality.py` do for
+`AttachedReplayer` and `AttachedReference` do for such an artifact what `Replayer` and `Reference` in `measure.py` do for
 others, and are compared by the same functions. Golden vectors need no pipeline: they are the denoiser's own calls, what
 it was given and what it returned, in the order of the plan.
 """

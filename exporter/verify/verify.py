@@ -1,7 +1,7 @@
 """Verify: an artifact and the eager pipeline draw the same prompts, and the recipe's thresholds decide.
 
 `pipeline.py` calls `write_golden` and `settle_verdict` on the staged folder; `prebake verify` calls
-`verify_artifact` on a finished one. `quality.py` measures, `report.py` writes down; here the figures are judged. An
+`verify_artifact` on a finished one. `measure.py` measures, `report.py` writes down; here the figures are judged. An
 artifact that goes on has the status "verified", or "failed" if that was asked for. What an export could not settle, since
 the code runs on another machine, `verify_artifact` settles there.
 """

@@ -3,7 +3,7 @@
 In: a diffusers pipeline, which the caller has loaded, and an artifact that holds a denoiser alone. Out: the same pipeline,
 whose denoiser's `forward` replays compiled graphs by a plan; config, dtype, device and class of the denoiser stay, and so
 do the pipeline's scheduler, text encoders and VAE. Every call is compared with the one that the export recorded, before
-it runs. This module imports no diffusers; `exporter/record.py` writes the facts that it reads.
+it runs. This module imports no diffusers; `exporter/denoiser_alone/recording.py` writes the facts that it reads.
 """
 
 from __future__ import annotations

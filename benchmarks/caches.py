@@ -27,7 +27,7 @@ from typing import Any
 import figures
 import torch
 
-from prebake.exporter import pipeline, shapes
+from prebake.exporter import shapes
 from prebake.exporter.bench.compiled_variants import VariantCompiler, describe_sites
 from prebake.exporter.caches import (
     Auto,
@@ -54,11 +54,14 @@ from prebake.exporter.calibrators.runner import (
     observe_runs,
 )
 from prebake.exporter.calibrators.subject import CalibrationRun, CalibrationSubject
+from prebake.exporter.families.registry import find_family
 from prebake.exporter.load import source
+from prebake.exporter.lower import load_backend
 from prebake.exporter.plan import make_plans
 from prebake.exporter.progress import open_progress
 from prebake.exporter.recipe.resolve import Recipe, resolve
 from prebake.exporter.rewrite import rewrite_pipeline
+from prebake.exporter.settle import sampler_table, settle
 from prebake.exporter.shapes.checker import check_picture
 from prebake.exporter.sites.discover import discover_layout
 from prebake.exporter.verify.measure import psnr_db, ssim
@@ -167,20 +170,20 @@ class CacheBench:
         recipe: Recipe = resolve(RECIPES[model], FLOAT32, model)
         self.quiet = open_progress("quiet")
         loaded = source.load_model(model, None, {"default": torch.float32})
-        self.pipe, self.family = loaded.pipe, pipeline.find_family(loaded.pipe)
-        rewrite_pipeline(self.pipe, recipe)
-        self.defaults, self.size, _ = pipeline.settle(recipe, self.family, loaded)
+        self.pipe, self.family = loaded.pipe, find_family(loaded.pipe)
+        rewrite_pipeline(self.pipe, recipe, load_backend(recipe.compile.backend))
+        self.defaults, self.size, _ = settle(recipe, self.family, loaded)
         self.steps, self.fit_weights, self.source = steps, fitted, loaded.source
         self.denoiser = self.family.denoiser(self.pipe, self.size)
         self.layout = discover_layout(self.denoiser)
         self.scale = self.family.facts(self.pipe, self.size)["timestep_scale"]
         self.compiled = VariantCompiler()
-        decoder = self.family.others(self.pipe, self.size, channels_last=False)[-1].module
+        decoder = self.family.other_components(self.pipe, self.size, channels_last=False)[-1].module
         self.decode = lambda latents: decoder(latents)[0]
 
     def table(self, steps: int):
         with open_progress("quiet") as quiet:
-            return pipeline.sampler_table(self.family, self.pipe, self.size, steps, quiet)
+            return sampler_table(self.family, self.pipe, self.size, steps, quiet)
 
     def runs(self, prompts: Sequence[str]) -> list[CalibrationRun]:
         """The prompts with noise that no calibration has seen."""

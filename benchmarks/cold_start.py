@@ -19,7 +19,7 @@ import torch
 
 from prebake.exporter.bench.cold_start import STAGES, StartTimes, measure_cold_start
 from prebake.exporter.bench.rounds import BenchOptions, BenchSubject, artifact_start, baseline_starts, read_subjects
-from prebake.exporter.prompts import picture_prompts
+from prebake.exporter.load.prompts import picture_prompts
 
 GOALS = {"eager": 0.5, "compile": 0.05}
 

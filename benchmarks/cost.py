@@ -51,7 +51,7 @@ def main() -> None:
 def compare_costs(prepared: Any, artifact: Artifact, repeats: int) -> dict[str, Any]:
     """Variant -> predicted milliseconds by class, and the measured median."""
     measured = time_artifact_variants(prepared, artifact, repeats)
-    speed = build_rates(prepared.recipe.compile)
+    speed = build_rates(prepared.backend, prepared.recipe.compile)
     found: dict[str, Any] = {}
     for graph in prepared.graphs["denoiser"]:
         counted = take_census(graph)
@@ -77,7 +77,7 @@ def compare_costs(prepared: Any, artifact: Artifact, repeats: int) -> dict[str, 
 
 def time_artifact_variants(prepared: Any, artifact: Artifact, repeats: int) -> dict[str, float]:
     """Median milliseconds of an evaluation of each variant; the variants take turns."""
-    component = prepared.family.denoiser(prepared.pipe, prepared.size)
+    component = prepared.part.denoisers(prepared.recipe)[0]
     named = dict(zip(component.inputs, component.args, strict=True))
     runs = {name: variant_call(variant, artifact, named) for name, variant in artifact.variants.items()}
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from prebake.exporter.capture.capture import capture_graph
-from prebake.exporter.lower import aoti, onnxruntime, w8a8
+from prebake.exporter.lower import aoti, load_backend, onnxruntime, w8a8
 from prebake.exporter.lower.aoti import kernels, pt2
 from prebake.exporter.lower.aoti.kernels.native import NativeKernels
 from prebake.exporter.lower.aoti.kernels.operators import GELU, NO_ACTIVATION
@@ -183,7 +183,12 @@ def quantize_problem(problem: DenoiserProblem, *overrides: str) -> tuple[Denoise
     """The denoiser with flux-fast's int8 layers, and the recipe."""
     recipe = resolve("flux-fast", ["cache.method=none", "fuse.qkv=false", *overrides], "shapes")
     made = problem.to(problem.args[0].dtype)
-    rewrite_denoiser("unet" if hasattr(made.denoiser, "down_blocks") else "transformer", made.denoiser, recipe)
+    rewrite_denoiser(
+        "unet" if hasattr(made.denoiser, "down_blocks") else "transformer",
+        made.denoiser,
+        recipe,
+        load_backend(recipe.compile.backend),
+    )
     return made, recipe
 
 

@@ -241,11 +241,13 @@ def export_stage(stage: Stage, place: StagePlace) -> tuple[StageSubject, Path, b
     from prebake.exporter.capture.variants import capture_variants
     from prebake.exporter.cost.count import count_cost
     from prebake.exporter.export_cache.store import Store
+    from prebake.exporter.lower import load_backend
     from prebake.exporter.package import folder as package
     from prebake.exporter.prepared_export import PreparedExport
     from prebake.exporter.progress import open_progress
     from prebake.exporter.recipe.resolve import resolve
     from prebake.exporter.rewrite import rewrite_pipeline
+    from prebake.exporter.whole_pipeline import WholePipeline
     from prebake.runtime.manifest import Defaults, Source
 
     recipe = resolve(
@@ -259,9 +261,9 @@ def export_stage(stage: Stage, place: StagePlace) -> tuple[StageSubject, Path, b
         ),
         f"tiny:{stage.model.tiny}",
     )
-    layers: dict[str, Any] = {}
+    backend, layers = load_backend(recipe.compile.backend), {}
     subject = prepare_subject(
-        stage, place, on_device=False, rewrite=lambda pipe: layers.update(rewrite_pipeline(pipe, recipe))
+        stage, place, on_device=False, rewrite=lambda pipe: layers.update(rewrite_pipeline(pipe, recipe, backend))
     )
     folder = place.work / "artifacts" / stage.name.replace("/", "-")
     if (folder / "manifest.json").exists():
@@ -277,11 +279,11 @@ def export_stage(stage: Stage, place: StagePlace) -> tuple[StageSubject, Path, b
         )
         whole = PreparedExport(
             recipe=recipe,
-            family=subject.family,
-            pipe=subject.pipe,
-            size=subject.size,
+            backend=backend,
+            part=WholePipeline(
+                family=subject.family, pipe=subject.pipe, size=subject.size, defaults=defaults, tables={}, tails={}
+            ),
             source=Source(model=stage.model.name, pipeline=type(subject.pipe).__name__, sha256="random weights"),
-            defaults=defaults,
             layers=layers,
             calibration=None,
             layout=subject.layout,

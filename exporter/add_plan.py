@@ -1,93 +1,40 @@
 """Replan: another plan for an artifact that exists, in seconds, because its variants are compiled and a plan is data.
 
 In: an artifact and a number of steps, a scheduler or a cache. Out: the same artifact with that plan, its golden vectors and
-a manifest that lists both; the folder changes in one move. `replan.json`, which an export writes and the runtime ignores,
-holds what a plan is made of besides the recipe: the scheduler, the model's layout, the sites and the variants.
+a manifest that lists both; the folder changes in one move. What a plan is made of besides the recipe is in
+`replan.json` (`plan/inputs.py`).
 """
 
 from __future__ import annotations
 
-import importlib
-import json
 import shutil
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-
 from ..runtime.artifact import open_artifact
 from ..runtime.check.artifact import check_artifact, plan_problems
-from ..runtime.errors import ArtifactError, ExportError, QualityError, RecipeError, describe_schema_error
+from ..runtime.errors import ExportError, QualityError, RecipeError
 from ..runtime.manifest import ATTACH_FAMILY, Manifest, read_manifest
 from ..runtime.plan import Plan
 from .caches import Decision, Schedule, Trajectory, schedule
 from .caches.common import calibration as calibrations
 from .caches.common.calibration import Calibration
-from .caches.common.fallback import cache_or_fallback
+from .caches.common.fallback import settle_cache
+from .families.registry import load_family
 from .package.folder import plan_path, stage_linked_copy, update_manifest, write_plans
-from .plan import PlanSet, join_plan, list_actions
+from .plan import join_plan, list_actions
+from .plan.inputs import PlanInputs, read_plan_inputs
 from .plan.sampler import SchedulerTable, tabulate_scheduler, tabulate_tails
 from .progress import Progress
 from .recipe.resolve import Recipe
-from .sites.layout import Layout
-from .sites.marks import Action, Mark, Variant
+from .settle import build_scheduler
+from .sites.marks import Action, Mark
 from .verify import report
 from .verify.golden import golden_path, write_plan_golden
 from .verify.measure import Replayer
 from .verify.verify import compare_with_source, picture_jobs, source_model, threshold_prompts
-
-PLAN_INPUTS_FILE = "replan.json"
-
-
-class PlanInputs(BaseModel):
-    """What `replan.json` holds. `variants` says of each which sites do not compute."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    scheduler: str
-    scheduler_config: dict[str, Any]
-    layout: Layout
-    marks: tuple[Mark, ...]
-    variants: dict[str, dict[str, Action]]
-
-    def all_variants(self) -> tuple[Variant, ...]:
-        """The artifact's variants, each with the action of every site."""
-        return tuple(
-            Variant(name, tuple((m.name, actions.get(m.name, "compute")) for m in self.marks))
-            for name, actions in self.variants.items()
-        )
-
-
-def plan_inputs_json(pipe: Any, layout: Layout, planned: PlanSet) -> str:
-    """The bytes of `replan.json`: sorted keys, no set order, a final newline."""
-    scheduler = pipe.scheduler
-    config = json.loads(scheduler.to_json_string())
-    config["_use_default_values"] = sorted(scheduler.config.get("_use_default_values", ()))
-    variants: dict[str, dict[str, Action]] = {
-        v.name: {site: a for site, a in v.actions if a != "compute"} for v in planned.variants
-    }
-    content = PlanInputs(
-        scheduler=type(scheduler).__name__,
-        scheduler_config=config,
-        layout=layout,
-        marks=planned.marks,
-        variants=variants,
-    )
-    return json.dumps(content.model_dump(mode="json", by_alias=True), indent=1, sort_keys=True) + "\n"
-
-
-def read_plan_inputs(folder: Path, manifest: Manifest) -> PlanInputs:
-    """Raises ArtifactError for an artifact that was written without `replan.json`."""
-    if PLAN_INPUTS_FILE not in {entry.path for entry in manifest.files}:
-        raise ArtifactError(
-            f"{folder}: has no {PLAN_INPUTS_FILE}, which says what a plan is made of; export again with this prebake"
-        )
-    try:
-        return PlanInputs.model_validate_json((folder / PLAN_INPUTS_FILE).read_bytes())
-    except ValidationError as e:
-        raise ArtifactError(f"{describe_schema_error(folder / PLAN_INPUTS_FILE, e)}; export again") from e
-
 
 # --- the plans ------------------------------------------------------------------------------------------------------
 
@@ -106,7 +53,9 @@ def build_plans(
         )
     content = read_plan_inputs(folder, manifest)
     table, tails = sampler_tables(content, manifest, recipe, steps)
-    cache = cache_or_fallback(recipe.cache, manifest.source, manifest.defaults, {steps: table}, folder, progress)
+    cache, calibration = settle_cache(
+        recipe.cache, manifest.source, manifest.defaults, {steps: table}, folder, progress
+    )
     marks = content.marks
     names = {v.actions: v.name for v in content.all_variants()}
     everything = Schedule(marks, tuple(Decision() for _ in table.updates))
@@ -117,7 +66,8 @@ def build_plans(
             f"cache.method {cache.method!r} with signal = {cache.signal!r} decides by the model's weights, which `prebake plan` does "
             "not read; set cache.signal=modulated and name a calibration, or export again with sampler.steps"
         )
-    calibration = load_plan_calibration(cache, manifest, folder)
+    if calibration:
+        refuse_other_calibration(calibration, cache.calibration, folder)
     trajectory = Trajectory(table.timesteps, table.sigmas, table.steps)
     asked = schedule(cache, content.layout, trajectory, calibration)
     if all(action == "compute" for d in asked.decisions for action in d.actions.values()):
@@ -130,28 +80,23 @@ def build_plans(
     return (cached, join_plan(f"{steps}-uncached", steps, "none", table, everything, names, tails)), calibration
 
 
-def load_plan_calibration(cache: Any, manifest: Manifest, folder: Path) -> Calibration | None:
-    """The calibration that the cache names, if it names one. Raises ExportError where the artifact carries another."""
-    calibration = calibrations.load_calibration(cache, manifest.source, folder, manifest.defaults)
+def refuse_other_calibration(calibration: Calibration, name: str, folder: Path) -> None:
+    """Raises ExportError where the artifact carries another calibration than the one that the cache calls `name`."""
     own = folder / calibrations.CALIBRATION_FILE
-    if calibration and own.exists() and calibrations.read_calibration(own) != calibration:
+    if own.exists() and calibrations.read_calibration(own) != calibration:
         raise ExportError(
-            f"cache.calibration {cache.calibration!r} is not the calibration that the artifact carries, which its plans rest on; set "
+            f"cache.calibration {name!r} is not the calibration that the artifact carries, which its plans rest on; set "
             f"cache.calibration={calibrations.CALIBRATION_FILE}, or export again with this one"
         )
-    return calibration
 
 
 def sampler_tables(
     content: PlanInputs, manifest: Manifest, recipe: Recipe, steps: int
 ) -> tuple[SchedulerTable, Mapping[int, SchedulerTable]]:
     """The scheduler's table, from the configuration that the artifact keeps, and those of its later starts."""
-    import diffusers
-
     name = recipe.sampler.scheduler
-    scheduler = getattr(diffusers, content.scheduler if name == "model" else name).from_config(content.scheduler_config)
-    family = importlib.import_module(f".families.{manifest.family}", __package__)
-    arguments = family.scheduler_arguments(scheduler, manifest.pipeline["latents_shape"], steps)
+    scheduler = build_scheduler(content.scheduler if name == "model" else name, content.scheduler_config)
+    arguments = load_family(manifest.family).scheduler_arguments(scheduler, manifest.pipeline["latents_shape"], steps)
     tails = tabulate_tails(scheduler, steps, **arguments) if recipe.sampler.image_to_image else {}
     return tabulate_scheduler(scheduler, steps, **arguments), tails
 

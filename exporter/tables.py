@@ -1,6 +1,6 @@
 """What every table of a recipe is made of: strict values, and errors that name the keys involved.
 
-`recipe_tables.py` holds the tables and each file of `caches/` one more, next to the policy that it is for.
+`recipe/schema.py` holds the tables and each file of `caches/` one more, next to the policy that it is for.
 """
 
 from __future__ import annotations

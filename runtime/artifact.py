@@ -69,6 +69,18 @@ class Artifact:
     offloaded: tuple[str, ...] = ()
     _tails: dict[tuple[str, int], PlanTables] = field(default_factory=dict, repr=False, compare=False)
 
+    def plan_name(self, steps: int, cache: bool) -> str:
+        """The plan for that number of steps, with its cache or without. Raises ArtifactError with those that there are."""
+        name = str(steps)
+        if not cache and name in self.plans and self.plans[name].cache != "none":
+            name += "-uncached"
+        if name not in self.plans:
+            asked = f"num_inference_steps={steps}" + ("" if cache else ", cache=False")
+            raise ArtifactError(
+                f"{asked}: the artifact has the plans {', '.join(self.plans)}; export again with another one"
+            )
+        return name
+
     def tables_from(self, name: str, step: int) -> PlanTables:
         """The tables of the plan of that name without its first `step` steps, made at their first use.
 

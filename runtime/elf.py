@@ -10,6 +10,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 MACHINES = {62: "x86_64", 183: "aarch64"}  # e_machine -> platform.machine()
 SEGMENT_LOAD, SEGMENT_DYNAMIC, GNU_STACK = 1, 2, 0x6474E551
@@ -29,27 +30,38 @@ class Elf:
     gives: tuple[str, ...]
 
 
+class Segment(NamedTuple):
+    """A program header: `offset` and `length` are bytes of the file, `flags_at` is where in it the flags are."""
+
+    kind: int
+    flags: int
+    offset: int
+    address: int
+    length: int
+    flags_at: int
+
+
 def read_elf(data: bytes | mmap.mmap) -> Elf:
     """The library's own words. Raises ValueError for what is no whole 64-bit little-endian ELF file."""
     if data[:6] != b"\x7fELF\x02\x01":
         raise ValueError("it does not begin like a 64-bit little-endian ELF file")
     try:
-        machine, headers = struct.unpack_from("<H", data, 18)[0], list(_segment_headers(data))
-        if any(offset + length > len(data) for kind, _, offset, _, length in headers if kind == SEGMENT_LOAD):
+        machine, segments = struct.unpack_from("<H", data, 18)[0], list(read_segments(data))
+        if any(s.offset + s.length > len(data) for s in segments if s.kind == SEGMENT_LOAD):
             # a page behind the end of its file is a bus error for whoever touches it
             raise ValueError("its segments lead out of the file")
-        entries = dict(_dynamic_entries(data, headers))
-        names = _file_offset(headers, entries[STRTAB]) if STRTAB in entries else 0
+        entries = dict(_dynamic_entries(data, segments))
+        names = _file_offset(segments, entries[STRTAB]) if STRTAB in entries else 0
         return Elf(
             MACHINES.get(machine, f"machine {machine}"),
             _read_string(data, names + entries[SONAME]) if SONAME in entries else None,
             # a library that does not say gets one
-            any(flags & FLAG_EXECUTABLE for kind, flags, *_ in headers if kind == GNU_STACK)
-            or not any(kind == GNU_STACK for kind, *_ in headers),
-            dict(_read_needed_versions(data, names, _file_offset(headers, entries[VERNEED])))
+            any(s.flags & FLAG_EXECUTABLE for s in segments if s.kind == GNU_STACK)
+            or not any(s.kind == GNU_STACK for s in segments),
+            dict(_read_needed_versions(data, names, _file_offset(segments, entries[VERNEED])))
             if VERNEED in entries
             else {},
-            tuple(_read_defined_versions(data, names, _file_offset(headers, entries[VERDEF])))
+            tuple(_read_defined_versions(data, names, _file_offset(segments, entries[VERDEF])))
             if VERDEF in entries
             else (),
         )
@@ -63,31 +75,29 @@ def map_elf(path: Path) -> Elf:
         return read_elf(data)
 
 
-def _segment_headers(data: bytes | mmap.mmap) -> Iterator[tuple[int, int, int, int, int]]:
-    """(kind, flags, offset, address, size in the file) of each segment."""
+def read_segments(data: bytes | mmap.mmap) -> Iterator[Segment]:
+    """The program headers of a 64-bit little-endian ELF file. Raises struct.error where they lead out of it."""
     (start,), (size, count) = struct.unpack_from("<Q", data, 32), struct.unpack_from("<HH", data, 54)
-    for i in range(min(count, MAX_LENGTH)):
-        kind, flags, offset, address, _, length = struct.unpack_from("<IIQQQQ", data, start + i * size)
-        yield kind, flags, offset, address, length
+    for at in (start + i * size for i in range(min(count, MAX_LENGTH))):
+        kind, flags, offset, address, _, length = struct.unpack_from("<IIQQQQ", data, at)
+        yield Segment(kind, flags, offset, address, length, at + 4)
 
 
-def _dynamic_entries(
-    data: bytes | mmap.mmap, headers: list[tuple[int, int, int, int, int]]
-) -> Iterator[tuple[int, int]]:
-    for kind, _, offset, _, length in headers:
-        if kind == SEGMENT_DYNAMIC:
-            for i in range(min(length // 16, MAX_LENGTH)):
-                tag, value = struct.unpack_from("<QQ", data, offset + i * 16)
+def _dynamic_entries(data: bytes | mmap.mmap, segments: list[Segment]) -> Iterator[tuple[int, int]]:
+    for segment in segments:
+        if segment.kind == SEGMENT_DYNAMIC:
+            for i in range(min(segment.length // 16, MAX_LENGTH)):
+                tag, value = struct.unpack_from("<QQ", data, segment.offset + i * 16)
                 if tag == 0:
                     return
                 yield tag, value
 
 
-def _file_offset(headers: list[tuple[int, int, int, int, int]], address: int) -> int:
+def _file_offset(segments: list[Segment], address: int) -> int:
     """Where in the file that address comes from."""
-    for kind, _, offset, start, length in headers:
-        if kind == SEGMENT_LOAD and start <= address < start + length:
-            return address - start + offset
+    for s in segments:
+        if s.kind == SEGMENT_LOAD and s.address <= address < s.address + s.length:
+            return address - s.address + s.offset
     raise ValueError("it has an address that is in none of its segments")
 
 

@@ -76,6 +76,11 @@ def describe_schema_error(file: object, error: ValidationError, *inside: str) ->
     return f"{file}{at}: {what.removeprefix('Value error, ')}" + (f" ({count} problems in all)" if count > 1 else "")
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what the error says; its class where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def describe_read_error(error: OSError, folder: object) -> str:
     """A sentence that says why the system does not give a file of the artifact in `folder`, and the way out."""
     if isinstance(error, PermissionError):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .backends import backend_module
-from .errors import ArtifactError
+from .errors import ArtifactError, first_line
 from .gpu.upload import PIECE_BYTES, byte_view, move_to_device
 from .manifest import Manifest
 
@@ -205,10 +205,6 @@ def pin_tensors(
             piece[begin : begin + len(here)].copy_(here)
             at += len(here)
     return pieces
-
-
-def first_line(e: Exception) -> str:
-    return next(iter(str(e).strip().splitlines()), type(e).__name__)
 
 
 class RebindableModel(Protocol):

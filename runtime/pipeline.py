@@ -214,17 +214,9 @@ class Pipeline:
 
     def _tables(self, steps: int | None, cache: bool, left_out: Callable[[Plan], int]) -> PlanTables:
         """The plan for that number of steps, with its cache or without, from the step on where the call begins."""
-        plans = self.artifact.tables
-        steps = self.artifact.manifest.defaults.num_inference_steps if steps is None else steps
-        name = str(steps)
-        if not cache and name in plans and plans[name].plan.cache != "none":
-            name += "-uncached"
-        if name not in plans:
-            asked = f"num_inference_steps={steps}" + ("" if cache else ", cache=False")
-            raise ArtifactError(
-                f"{asked}: the artifact has the plans {', '.join(plans)}; export again with another one"
-            )
-        return self.artifact.tables_from(name, left_out(plans[name].plan))
+        usual = self.artifact.manifest.defaults.num_inference_steps
+        name = self.artifact.plan_name(usual if steps is None else steps, cache)
+        return self.artifact.tables_from(name, left_out(self.artifact.plans[name]))
 
     def _check_size(
         self, height: int | None, width: int | None, num_frames: int | None, max_sequence_length: int | None

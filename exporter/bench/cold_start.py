@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib
 import json
 import os
 import subprocess
@@ -159,14 +158,14 @@ def start_pipeline(start: ColdStart, caches: Path, stages: StageTimes) -> DrawCa
     from ..denoiser_alone.observation import denoiser_name
     from ..load import source
     from ..recipe.resolve import Recipe
+    from ..settle import set_scheduler
 
     torch.set_num_threads(start.threads)
     manifest = read_manifest(Path(start.artifact))
     recipe = Recipe.model_validate(manifest.recipe)
     with stages.of("load"):
         pipe = read_start_pipeline(start)
-        if recipe.sampler.scheduler != "model":
-            pipe.scheduler = getattr(diffusers, recipe.sampler.scheduler).from_config(pipe.scheduler.config)
+        set_scheduler(pipe, recipe.sampler.scheduler)
         if start.attached:
             attach(pipe, start.artifact, cache=start.cached, cache_dir=caches / "code")
         if start.compiled:
@@ -201,8 +200,10 @@ def eager_call(loaded: LoadedPipeline, manifest: Manifest, recipe: Recipe) -> Dr
         from ..verify.denoiser_alone import draw_picture
 
         return torch.no_grad()(lambda prompt, seed, steps: draw_picture(recipe, loaded, prompt, seed, steps, ()))
-    family: Any = importlib.import_module(f"...families.{manifest.family}", __name__)
-    size, scale = family.size_of(manifest), manifest.defaults.guidance_scale
+    from ..families.picture import read_size
+    from ..families.registry import load_family
+
+    family, size, scale = load_family(manifest.family), read_size(manifest), manifest.defaults.guidance_scale
     return torch.no_grad()(
         lambda prompt, seed, steps: family.draw(loaded.pipe, prompt, seed, steps, scale, size),
     )

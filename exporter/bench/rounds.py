@@ -27,8 +27,8 @@ from ...runtime.manifest import ATTACH_FAMILY, Manifest, read_manifest
 from ...runtime.pipeline import Pipeline
 from ...runtime.plan import Plan
 from ..load import source
+from ..load.prompts import picture_prompts
 from ..progress import Progress
-from ..prompts import picture_prompts
 from ..recipe.resolve import Recipe
 from ..verify import denoiser_alone as attached
 from ..verify.measure import call_arguments

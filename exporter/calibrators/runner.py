@@ -22,13 +22,14 @@ from ..caches import find_policy
 from ..caches.auto import Auto, skip_marks
 from ..caches.common.calibration import Calibration, DecisionShares, FittedPlan, FrozenCache, decision_parameters
 from ..caches.smoothcache import SmoothCache
-from ..families.registry import find_family
+from ..families.picture import Size
+from ..families.registry import Family, find_family
 from ..load import source
 from ..plan.sampler import SchedulerTable
 from ..progress import Progress
 from ..recipe.resolve import Recipe
 from ..recipe.schema import GUIDANCE, Guidance
-from ..settle import sampler_table, set_scheduler, settle
+from ..settle import load_pipeline, sampler_table, settle
 from ..sites.discover import discover_layout
 from ..sites.layout import Layout
 from .dynamic_replay import DynamicTrace, dynamic_replay
@@ -63,10 +64,9 @@ def calibrate(
     """
     with progress.stage("load"):
         progress.announce(recipe.model.id)
-        loaded = source.load_model(recipe.model.id, recipe.model.revision, {"default": dtype}, recipe.model.config)
-        family = find_family(loaded.pipe)
+        loaded = load_pipeline(recipe, {"default": dtype})
+        pipe, family = loaded.pipe, find_family(loaded.pipe)
         defaults, size, usual = settle(recipe, family, loaded)
-        pipe = set_scheduler(loaded.pipe, recipe.sampler.scheduler)
         table = sampler_table(family, pipe, size, steps or usual[0], progress)
         denoiser = family.denoiser(pipe, size, recipe.guidance)
         scale = family.facts(pipe, size)["timestep_scale"]
@@ -131,16 +131,16 @@ def split_runs(
     return fit[: cache.fit_runs], judge[: cache.judge_runs]
 
 
-def build_decoder(family: Any, pipe: Any, size: Any) -> Callable[[Tensor], Tensor]:
+def build_decoder(family: Family, pipe: Any, size: Size) -> Callable[[Tensor], Tensor]:
     """Latents [P, ...] to pictures [P, 3, H, W] in 0..1, or videos [P, T, 3, H, W], one after the other."""
-    module = family.others(pipe, size, channels_last=False)[-1].module
+    module = family.other_components(pipe, size, channels_last=False)[-1].module
     return lambda latents: torch.cat([module(one)[0] for one in latents.split(1)])
 
 
 def draw_runs(
-    family: Any,
+    family: Family,
     pipe: Any,
-    size: Any,
+    size: Size,
     table: SchedulerTable,
     prompts: Sequence[str],
     seeds: int,

@@ -12,7 +12,7 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from ...runtime.errors import ExportError
+from ...runtime.errors import ExportError, first_line
 from ...runtime.manifest import TensorSpec
 from ..passes.captured_graph import CapturedGraph, GraphPass, output_nodes
 from ..passes.fold import fold_constants
@@ -40,8 +40,9 @@ def capture_graph(
             if not functionalize_graph(gm):
                 gm = program.run_decompositions({}).module()
         except Exception as e:
-            first = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-            raise ExportError(f"graph {name!r}: torch.export could not trace it ({type(e).__name__}: {first})") from e
+            raise ExportError(
+                f"graph {name!r}: torch.export could not trace it ({type(e).__name__}: {first_line(e)})"
+            ) from e
         results = [n.meta["val"] for n in output_nodes(gm)]
         if strided := [n for n, t in zip(outputs, results, strict=True) if not t.is_contiguous()]:
             raise ExportError(

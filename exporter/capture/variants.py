@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 
+from ...runtime.attachment.facts import graph_name
 from ..passes.attention_dtype import cast_attention
 from ..passes.captured_graph import CapturedGraph
 from ..plan import PlanSet, drop_dead_tensors
 from ..progress import Progress
 from ..sites.actions import VariantModule
+from ..sites.component import Component
 from ..sites.marks import Mark, Variant
 from .capture import capture_graph
 
 
 def capture_variants(
-    denoiser: Any, planned: PlanSet, progress: Progress, attention: str | None = None
+    denoiser: Component, planned: PlanSet, progress: Progress, attention: str | None = None
 ) -> tuple[PlanSet, tuple[CapturedGraph, ...]]:
     """Every variant as a graph, its attention in the dtype of that name, None = as it is. Variants that read stored values go first: what none of them reads is not stored."""
 
@@ -42,7 +44,25 @@ def capture_variants(
     return planned, tuple(graphs)
 
 
-def capture_components(components: tuple[Any, ...], progress: Progress) -> tuple[CapturedGraph, ...]:
+def capture_part(
+    denoisers: Sequence[Component],
+    others: Sequence[Component],
+    planned: PlanSet,
+    progress: Progress,
+    attention: str | None,
+) -> tuple[PlanSet, dict[str, tuple[CapturedGraph, ...]]]:
+    """Component -> its graphs: every variant of the denoiser for each kind of call, one graph of every other component. And
+    the plans, with what the variants of the first kind store."""
+    first, *later = denoisers
+    stored, variants = capture_variants(first, planned, progress, attention)
+    graphs = {first.name: variants}
+    for call, denoiser in enumerate(later, 1):
+        _, variants = capture_variants(denoiser, planned, progress, attention)
+        graphs[denoiser.name] = tuple(replace(g, name=graph_name(g.name, call)) for g in variants)
+    return stored, {**graphs, **{g.name: (g,) for g in capture_components(others, progress)}}
+
+
+def capture_components(components: Sequence[Component], progress: Progress) -> tuple[CapturedGraph, ...]:
     graphs = []
     for component in components:
         progress.announce(component.name)

@@ -15,6 +15,7 @@ from ...runtime.plan import Plan
 from ...runtime.text import VARIANT_SIGNS, align_columns, block_signs, format_bytes, format_count, step_strip
 
 if TYPE_CHECKING:
+    from ..lower import Backend
     from ..prepared_export import PreparedExport
     from ..recipe.resolve import Compile
     from .machine_rates import GraphForecast, MachineRates
@@ -24,17 +25,16 @@ def forecast_graphs(prepared: PreparedExport) -> dict[str, GraphForecast]:
     """Graph -> its predicted time, measured from this machine's own kernels at the graph's shapes."""
     from .count import take_census
 
-    speed = build_rates(prepared.recipe.compile)
+    speed = build_rates(prepared.backend, prepared.recipe.compile)
     graphs = [g for group in prepared.graphs.values() for g in group]
     return {g.name: speed.forecast(take_census(g), prepared.costs[g.name].constants_bytes) for g in graphs}
 
 
-def build_rates(config: Compile) -> MachineRates:
+def build_rates(backend: Backend, config: Compile) -> MachineRates:
     """This machine's rates, for code that is compiled so."""
-    from ..lower import load_backend
     from .machine_rates import MachineRates
 
-    stand_in = getattr(load_backend(config.backend), "stand_in", None)
+    stand_in = getattr(backend, "stand_in", None)
     return MachineRates(stand_in(config) if stand_in else None)
 
 

@@ -1,6 +1,6 @@
 """Kinds: what several runs of a pipeline say of its denoiser's calls, each argument by its role.
 
-In: the runs of `watch.py`. Out: the distinct kinds of call, whose arguments are latents, equal at every step, given by the
+In: the runs of `observation.py`. Out: the distinct kinds of call, whose arguments are latents, equal at every step, given by the
 schedule, or compiled in; and for a later call which kind it is and the values that follow the schedule.
 """
 

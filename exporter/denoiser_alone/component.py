@@ -1,6 +1,6 @@
 """Recorded: a kind of call as a component to capture, its plain values and what the model reads in Python compiled in.
 
-In: the denoiser and the kinds of `kinds.py`. Out: `Component`s of flat tensors. Which arguments have to be compiled in is
+In: the denoiser and the kinds of `call_kinds.py`. Out: `Component`s of flat tensors. Which arguments have to be compiled in is
 found by tracing.
 """
 
@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ...runtime.attachment.arguments import EmptyContainer, map_leaves, named_leaves
-from ...runtime.errors import ExportError
+from ...runtime.errors import ExportError, first_line
 from ..sites.component import Component
 from .call_kinds import CallKind
 
@@ -92,7 +92,7 @@ def bake_arguments(
     }
     if problem := tracing_error(name, denoiser, again(frozenset(candidates))):
         raise ExportError(
-            f"{type(denoiser).__name__}: cannot be traced ({type(problem).__name__}: {str(problem).strip().splitlines()[0]}); "
+            f"{type(denoiser).__name__}: cannot be traced ({type(problem).__name__}: {first_line(problem)}); "
             "a model that reads latents or timesteps in Python cannot be exported"
         ) from problem
     for candidate in sorted(candidates):

@@ -1,7 +1,7 @@
 """Watch: one run of a diffusers pipeline, and every call that its denoiser gets in it.
 
 In: a loaded pipeline and the arguments of its call. Out: a `PipelineRun`, evaluation by evaluation. The denoiser may be answered
-for, so that the schedule of many steps costs a prompt's encoding. The pipeline is left as it was. `record.py` compares runs.
+for, so that the schedule of many steps costs a prompt's encoding. The pipeline is left as it was. `recording.py` compares runs.
 """
 
 from __future__ import annotations
@@ -20,9 +20,7 @@ from ...runtime.attachment.arguments import EmptyContainer, OutputStructure, bin
 from ...runtime.attachment.scheduler_observer import SchedulerObserver, schedule_steps
 from ...runtime.errors import ExportError, RecipeError
 from ..plan.sampler import floats
-
-DENOISER_COMPONENTS = ("transformer", "unet", "prior", "dit")
-"""What diffusers' pipelines call the part that is run at every step."""
+from ..rewrite import DENOISER_COMPONENTS
 
 
 @dataclass(frozen=True)

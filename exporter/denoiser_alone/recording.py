@@ -3,8 +3,8 @@
 In: a loaded diffusers pipeline and the arguments of its call. Out: a `PipelineRecording`: each kind of call that the denoiser gets
 (its arguments, flat and named, and which of them are latents, equal at every step, or given by the schedule), what
 it returns, and for every number of steps what it is given at each evaluation. Two steps are run with the real denoiser;
-the schedules are read with one that answers zeros, so they cost a prompt's encoding each. `runtime/attachment.py` reads
-the facts that come of it. `watch.py` runs, `kinds.py` compares, `recorded.py` makes graphs of it. The pipeline is left as it was.
+the schedules are read with one that answers zeros, so they cost a prompt's encoding each. `runtime/attachment/attach.py` reads
+the facts that come of it. `observation.py` runs, `call_kinds.py` compares, `component.py` makes graphs of it. The pipeline is left as it was.
 """
 
 from __future__ import annotations

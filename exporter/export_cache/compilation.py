@@ -10,14 +10,16 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..lower import CodeFiles
 from ..passes.captured_graph import CapturedGraph
 from ..progress import Progress
-from ..recipe.resolve import Recipe
 from .fingerprint import describe_toolchain, graph_fingerprint
 from .store import DamagedEntryError, Store
+
+if TYPE_CHECKING:
+    from ..prepared_export import PreparedExport
 
 COMPILED, FROM_CACHE = "compiled", "from the cache"
 
@@ -33,11 +35,13 @@ class CompileOrReuse:
     digests: dict[int, str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, recipe: Recipe, model: str, store: Store | None, progress: Progress) -> CompileOrReuse:
-        """One for a recipe's graphs. `model` is shown by `prebake cache`, and is no part of a fingerprint."""
+    def of(cls, prepared: PreparedExport, store: Store | None, progress: Progress) -> CompileOrReuse:
+        """One for the graphs of an export. Its model is shown by `prebake cache`, and is no part of a fingerprint."""
         if store is None:
             return cls(progress)
-        return cls(progress, store, describe_toolchain(recipe), {"model": model, "backend": recipe.compile.backend})
+        recipe = prepared.recipe
+        about = {"model": prepared.source.model, "backend": recipe.compile.backend}
+        return cls(progress, store, describe_toolchain(recipe, prepared.backend), about)
 
     def __call__(
         self, component: str, graph: CapturedGraph, compiled: Callable[[CapturedGraph], CodeFiles]

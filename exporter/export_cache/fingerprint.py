@@ -20,6 +20,7 @@ from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 
 from .. import lower
+from ..lower import Backend
 from ..lower.toolchain import toolchain_versions
 from ..package.folder import tensor_digest
 from ..passes.captured_graph import CapturedGraph
@@ -98,15 +99,14 @@ def value_text(value: Any) -> str:
     return repr(value)
 
 
-def describe_toolchain(recipe: Recipe) -> str:
+def describe_toolchain(recipe: Recipe, backend: Backend) -> str:
     """What else went into the code of all the graphs of a recipe: its `compile` table, versions, sources and settings."""
-    config, lowering = recipe.compile, lower.load_backend(recipe.compile.backend)
-    depends = getattr(lowering, "depends", None)
+    config, depends = recipe.compile, getattr(backend, "depends", None)
     described = {
         "format": FORMAT_VERSION,
         "compile": config.model_dump(mode="json"),
-        "requires": lowering.requires(recipe),
-        "toolchain": lowering.toolchain(config),
+        "requires": backend.requires(recipe),
+        "toolchain": backend.toolchain(config),
         "versions": toolchain_versions() | {name: package_version(name) for name in HASHED_PACKAGES},
         "sources": hash_backend_sources(),
         "depends": depends(config) if depends else {},

@@ -3,7 +3,7 @@
 An entry is one file, written beside its place and renamed, so that a killed export leaves none that is half, and several
 exports may use a folder at once. It begins with a hash of the rest: what is damaged is removed and compiled anew. Entries that
 were used longest ago go where the folder outgrows its limit. It holds code that will be run: only this user may write there.
-`making.py` asks it for every graph.
+`compilation.py` asks it for every graph.
 """
 
 from __future__ import annotations

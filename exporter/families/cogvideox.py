@@ -9,7 +9,7 @@ denoiser's graph. Positions are constants.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,24 +19,11 @@ from ...runtime.errors import ExportError
 from ..recipe.schema import GUIDANCE, Guidance
 from ..sites.component import Component
 from ..sites.guidance import add_guidance
-from .picture import Size, call_pipeline, check_multiples, size_of
-from .text import TextStates, find_tokenizers, prompt_entry, text_component
+from .picture import Size, accept_steps, call_pipeline, check_multiples, no_scheduler_arguments
+from .text import TextStates, prompt_entry, text_component
 
-__all__ = [
-    "Size",
-    "check_size",
-    "defaults",
-    "denoiser",
-    "draw",
-    "encode",
-    "facts",
-    "noise",
-    "others",
-    "scheduler_arguments",
-    "size_of",
-    "tokenizers",
-]
-
+PICTURE = None
+"""No pipeline of this family begins from a picture here."""
 EMBEDS = {"prompt_embeds": "encoder_hidden_states"}
 
 
@@ -212,7 +199,7 @@ def prompt_entries(pipe: Any, size: Size) -> list[dict[str, Any]]:
     return [prompt_entry("tokenizer", pipe.tokenizer, size.tokens)]
 
 
-def others(pipe: Any, size: Size, *, channels_last: bool, picture: bool = False) -> tuple[Component, ...]:
+def other_components(pipe: Any, size: Size, *, channels_last: bool, picture: bool = False) -> tuple[Component, ...]:
     """The text encoder, and the VAE's decoder last. Raises ExportError for `channels_last`, which images have."""
     if channels_last:
         raise ExportError(
@@ -226,14 +213,7 @@ def others(pipe: Any, size: Size, *, channels_last: bool, picture: bool = False)
     )
 
 
-def scheduler_arguments(scheduler: Any, latents_shape: Sequence[int], steps: int) -> dict[str, Any]:
-    """Nothing: `CogVideoXPipeline.__call__` passes the number of steps, and `eta=0`, which is the default."""
-    return {}
-
-
-def tokenizers(pipe: Any, size: Size) -> dict[str, Any]:
-    """Artifact path -> fast tokenizer, whose `tokenizer.json` is stored there."""
-    return find_tokenizers(pipe, prompt_entries(pipe, size))
+scheduler_arguments, check_steps = no_scheduler_arguments, accept_steps
 
 
 def facts(pipe: Any, size: Size) -> dict[str, Any]:

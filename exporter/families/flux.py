@@ -22,24 +22,8 @@ from ...runtime.families.flux import pack_latents
 from ..recipe.schema import GUIDANCE, Guidance
 from ..sites.component import Component
 from ..sites.guidance import add_guidance
-from .picture import Decoder, Encoder, Size, call_pipeline, check_multiples, encoder_component, size_of
-from .text import find_tokenizers, prompt_entry, refuse_attention_masks, text_component
-
-__all__ = [
-    "PICTURE",
-    "Size",
-    "check_size",
-    "defaults",
-    "denoiser",
-    "draw",
-    "encode",
-    "facts",
-    "noise",
-    "others",
-    "scheduler_arguments",
-    "size_of",
-    "tokenizers",
-]
+from .picture import Decoder, Encoder, Size, accept_steps, call_pipeline, check_multiples, vae_components
+from .text import prompt_entry, refuse_attention_masks, text_component
 
 PICTURE = {"strength": 0.6, "rounded": "down", "redrawn": False}
 """What `runtime/families`' `PictureInput` says besides its size: the defaults of `FluxImg2ImgPipeline`."""
@@ -188,22 +172,22 @@ def prompt_entries(pipe: Any, size: Size) -> list[dict[str, Any]]:
     ]
 
 
-def others(pipe: Any, size: Size, *, channels_last: bool, picture: bool = False) -> tuple[Component, ...]:
+def other_components(pipe: Any, size: Size, *, channels_last: bool, picture: bool = False) -> tuple[Component, ...]:
     """The two text encoders in one graph, with `picture` the VAE's encoder, and its decoder last."""
     rows, columns = token_grid(pipe, size)
-    if channels_last:
-        pipe.vae.to(memory_format=torch.channels_last)
     latents = torch.zeros(1, rows * columns, pipe.transformer.config.in_channels)
     shift = pipe.vae.config.shift_factor
     decoder = Decoder(
         pipe.vae, channels_last=channels_last, shift=shift, arranged=partial(unpack_latents, rows=rows, columns=columns)
     )
-    encoder = Encoder(pipe.vae, channels_last=channels_last, shift=shift)
+    encoder = Encoder(pipe.vae, channels_last=channels_last, shift=shift) if picture else None
     return (
         text_component(TextEncoders(pipe.text_encoder, pipe.text_encoder_2), prompt_entries(pipe, size), EMBEDS),
-        *((encoder_component(encoder, size.height, size.width),) if picture else ()),
-        Component("vae_decoder", decoder.eval(), ("latents",), ("image",), (latents,)),
+        *vae_components(pipe.vae, size, latents, decoder, encoder, channels_last=channels_last),
     )
+
+
+check_steps = accept_steps
 
 
 def scheduler_arguments(scheduler: Any, latents_shape: Sequence[int], steps: int) -> dict[str, Any]:
@@ -230,11 +214,6 @@ def scheduler_arguments(scheduler: Any, latents_shape: Sequence[int], steps: int
             config.get("max_shift", 1.15),
         )
     return arguments
-
-
-def tokenizers(pipe: Any, size: Size) -> dict[str, Any]:
-    """Artifact path -> fast tokenizer, whose `tokenizer.json` is stored there."""
-    return find_tokenizers(pipe, prompt_entries(pipe, size))
 
 
 def facts(pipe: Any, size: Size) -> dict[str, Any]:

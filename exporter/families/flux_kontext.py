@@ -18,29 +18,14 @@ from ...runtime.pictures import preprocess_pictures
 from ..recipe.schema import GUIDANCE, Guidance
 from ..sites.component import Component
 from . import flux
-from .flux import Size, check_size, defaults, facts, noise, scheduler_arguments, size_of, tokenizers
-from .picture import Encoder, call_pipeline, example_picture
-
-__all__ = [
-    "PICTURE",
-    "Size",
-    "check_size",
-    "defaults",
-    "denoiser",
-    "draw",
-    "encode",
-    "facts",
-    "noise",
-    "others",
-    "scheduler_arguments",
-    "size_of",
-    "tokenizers",
-]
+from .picture import Encoder, Size, call_pipeline, example_picture
 
 PICTURE = {"role": "reference", "sampled": False, "required": True}
 """What `runtime/families`' `PictureInput` says besides its size: looked at at every step, and encoded to the mean."""
 
-others = partial(flux.others, picture=True)
+defaults, check_size, check_steps, facts = flux.defaults, flux.check_size, flux.check_steps, flux.facts
+prompt_entries, scheduler_arguments, noise = flux.prompt_entries, flux.scheduler_arguments, flux.noise
+other_components = partial(flux.other_components, picture=True)
 """FLUX's graphs and always the VAE's encoder: nothing is drawn without a picture."""
 
 

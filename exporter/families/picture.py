@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,11 +28,21 @@ class Size:
     frames: int = 1
 
 
-def size_of(manifest: Manifest) -> Size:
-    """The size that an artifact was exported for."""
-    defaults = manifest.defaults
-    tokens = manifest.pipeline["text"]["prompts"][-1]["max_length"]
+def read_size(manifest: Manifest) -> Size:
+    """The size that an artifact was exported for. Its longest prompt is that of the last tokenizer, unless the family's
+    facts say another `max_sequence_length`."""
+    defaults, facts = manifest.defaults, manifest.pipeline
+    tokens = facts.get("max_sequence_length") or facts["text"]["prompts"][-1]["max_length"]
     return Size(defaults.height, defaults.width, tokens, defaults.num_frames or 1)
+
+
+def accept_steps(pipe: Any, steps: int) -> None:
+    """Raises nothing: `check_steps` of pipelines that are the same at any number of steps."""
+
+
+def no_scheduler_arguments(scheduler: Any, latents_shape: Sequence[int], steps: int) -> dict[str, Any]:
+    """Nothing: `scheduler_arguments` of pipelines that pass the number of steps alone, or besides it `eta=0`, the default."""
+    return {}
 
 
 def check_multiples(size: Size, patch: int, why: str) -> None:
@@ -101,6 +111,19 @@ def encoder_component(encoder: nn.Module, height: int, width: int) -> Component:
     """The graph `vae_encoder` for pictures of that size."""
     example = torch.zeros(1, 3, height, width)
     return Component(VAE_ENCODER, encoder.eval(), ("image",), ("mean", "std"), (example,))
+
+
+def vae_components(
+    vae: Any, size: Size, latents: Tensor, decoder: nn.Module, encoder: nn.Module | None, *, channels_last: bool
+) -> tuple[Component, ...]:
+    """The graph `vae_encoder`, where there is an encoder, and `vae_decoder` last, for one picture of that size and its
+    latents. With `channels_last` the VAE's weights lie as N H W C from here on."""
+    if channels_last:
+        vae.to(memory_format=torch.channels_last)
+    return (
+        *((encoder_component(encoder, size.height, size.width),) if encoder else ()),
+        Component("vae_decoder", decoder.eval(), ("latents",), ("image",), (latents,)),
+    )
 
 
 def example_picture(size: Size, seed: int) -> Image.Image:

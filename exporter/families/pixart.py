@@ -10,7 +10,6 @@ case and stripped, as with `clean_caption=False`.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,24 +19,11 @@ from ...runtime.errors import ExportError
 from ..recipe.schema import GUIDANCE, Guidance
 from ..sites.component import Component
 from ..sites.guidance import add_guidance
-from .picture import Decoder, Size, check_multiples, size_of
-from .text import find_tokenizers, prompt_entry, text_component
+from .picture import Decoder, Size, check_multiples, no_scheduler_arguments, vae_components
+from .text import prompt_entry, text_component
 
-__all__ = [
-    "Size",
-    "check_size",
-    "defaults",
-    "denoiser",
-    "draw",
-    "encode",
-    "facts",
-    "noise",
-    "others",
-    "scheduler_arguments",
-    "size_of",
-    "tokenizers",
-]
-
+PICTURE = None
+"""No pipeline of this family begins from a picture."""
 EMBEDS = {"prompt_embeds": "encoder_hidden_states", "prompt_attention_mask": "encoder_attention_mask"}
 
 
@@ -152,23 +138,18 @@ def prompt_entries(pipe: Any, size: Size) -> list[dict[str, Any]]:
     return [prompt_entry("tokenizer", pipe.tokenizer, size.tokens, mask=True, lower=True)]
 
 
-def others(pipe: Any, size: Size, *, channels_last: bool, picture: bool = False) -> tuple[Component, ...]:
+def other_components(pipe: Any, size: Size, *, channels_last: bool, picture: bool = False) -> tuple[Component, ...]:
     """The text encoder and the VAE's decoder. The pipelines scale latents and never shift them; none of them begins from
     a picture."""
-    if channels_last:
-        pipe.vae.to(memory_format=torch.channels_last)
+    decoder = Decoder(pipe.vae, channels_last=channels_last)
     latents = torch.zeros(1, *latents_shape(pipe, size))
     return (
         text_component(MaskedTextEncoder(pipe.text_encoder), prompt_entries(pipe, size), EMBEDS),
-        Component(
-            "vae_decoder", Decoder(pipe.vae, channels_last=channels_last).eval(), ("latents",), ("image",), (latents,)
-        ),
+        *vae_components(pipe.vae, size, latents, decoder, None, channels_last=channels_last),
     )
 
 
-def scheduler_arguments(scheduler: Any, latents_shape: Sequence[int], steps: int) -> dict[str, Any]:
-    """Nothing: `PixArtSigmaPipeline.__call__` passes the number of steps."""
-    return {}
+scheduler_arguments = no_scheduler_arguments
 
 
 def check_steps(pipe: Any, steps: int) -> None:
@@ -176,11 +157,6 @@ def check_steps(pipe: Any, steps: int) -> None:
     its step."""
     if is_alpha(pipe) and steps == 1:
         raise ExportError("sampler.steps: expected 2 or more, got 1, which PixArtAlphaPipeline takes in another way")
-
-
-def tokenizers(pipe: Any, size: Size) -> dict[str, Any]:
-    """Artifact path -> fast tokenizer, whose `tokenizer.json` is stored there."""
-    return find_tokenizers(pipe, prompt_entries(pipe, size))
 
 
 def facts(pipe: Any, size: Size) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,25 +21,17 @@ from ...runtime.errors import ExportError
 from ..recipe.schema import GUIDANCE, Guidance
 from ..sites.component import Component
 from ..sites.guidance import add_guidance
-from .picture import Decoder, Encoder, Size, call_pipeline, check_multiples, encoder_component, size_of
-from .text import TextStates, find_tokenizers, prompt_entry, refuse_attention_masks, text_component
-
-__all__ = [
-    "PICTURE",
-    "Size",
-    "check_size",
-    "defaults",
-    "denoiser",
-    "draw",
-    "encode",
-    "facts",
-    "noise",
-    "others",
-    "scheduler_arguments",
-    "size_of",
-    "tokenizers",
-]
-
+from .picture import (
+    Decoder,
+    Encoder,
+    Size,
+    accept_steps,
+    call_pipeline,
+    check_multiples,
+    no_scheduler_arguments,
+    vae_components,
+)
+from .text import TextStates, prompt_entry, refuse_attention_masks, text_component
 
 PICTURE = {"strength": 0.8, "inpaint_strength": 1.0, "rounded": "up"}
 """What `runtime/families`' `PictureInput` says besides its size: the defaults of diffusers' image-to-image pipelines."""
@@ -126,29 +118,19 @@ def prompt_entries(pipe: Any, size: Size) -> list[dict[str, Any]]:
     return [prompt_entry("tokenizer", pipe.tokenizer, size.tokens)]
 
 
-def others(pipe: Any, size: Size, *, channels_last: bool, picture: bool = False) -> tuple[Component, ...]:
+def other_components(pipe: Any, size: Size, *, channels_last: bool, picture: bool = False) -> tuple[Component, ...]:
     """The text encoder, with `picture` the VAE's encoder, and its decoder last. `StableDiffusionPipeline` scales latents
     and never shifts them."""
-    if channels_last:
-        pipe.vae.to(memory_format=torch.channels_last)
+    decoder = Decoder(pipe.vae, channels_last=channels_last)
+    encoder = Encoder(pipe.vae, channels_last=channels_last) if picture else None
     latents = torch.zeros(1, *latents_shape(pipe, size))
-    decoder = Decoder(pipe.vae, channels_last=channels_last).eval()
-    encoder = Encoder(pipe.vae, channels_last=channels_last)
     return (
         text_component(TextStates(pipe.text_encoder), prompt_entries(pipe, size), EMBEDS),
-        *((encoder_component(encoder, size.height, size.width),) if picture else ()),
-        Component("vae_decoder", decoder, ("latents",), ("image",), (latents,)),
+        *vae_components(pipe.vae, size, latents, decoder, encoder, channels_last=channels_last),
     )
 
 
-def scheduler_arguments(scheduler: Any, latents_shape: Sequence[int], steps: int) -> dict[str, Any]:
-    """Nothing: `StableDiffusionPipeline.__call__` passes the number of steps, and `eta=0`, which is the default."""
-    return {}
-
-
-def tokenizers(pipe: Any, size: Size) -> dict[str, Any]:
-    """Artifact path -> fast tokenizer, whose `tokenizer.json` is stored there."""
-    return find_tokenizers(pipe, prompt_entries(pipe, size))
+scheduler_arguments, check_steps = no_scheduler_arguments, accept_steps
 
 
 def facts(pipe: Any, size: Size) -> dict[str, Any]:

@@ -17,28 +17,11 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from ...runtime.errors import ExportError
-from ...runtime.manifest import Manifest
 from ..recipe.schema import GUIDANCE, Guidance
 from ..sites.component import Component
 from ..sites.guidance import add_guidance
-from .picture import Decoder, Encoder, Size, call_pipeline, check_multiples, encoder_component
-from .text import find_tokenizers, prompt_entry, refuse_attention_masks, text_component
-
-__all__ = [
-    "PICTURE",
-    "Size",
-    "check_size",
-    "defaults",
-    "denoiser",
-    "draw",
-    "encode",
-    "facts",
-    "noise",
-    "others",
-    "scheduler_arguments",
-    "size_of",
-    "tokenizers",
-]
+from .picture import Decoder, Encoder, Size, accept_steps, call_pipeline, check_multiples, vae_components
+from .text import prompt_entry, refuse_attention_masks, text_component
 
 PICTURE = {"strength": 0.6, "inpaint_strength": 0.6, "rounded": "down"}
 """What `runtime/families`' `PictureInput` says besides its size: the defaults of diffusers' pipelines for image-to-image and
@@ -167,19 +150,19 @@ def prompt_entries(pipe: Any, size: Size) -> list[dict[str, Any]]:
     return [*clips, prompt_entry("tokenizer_3", pipe.tokenizer_3, size.tokens)]
 
 
-def others(pipe: Any, size: Size, *, channels_last: bool, picture: bool = False) -> tuple[Component, ...]:
+def other_components(pipe: Any, size: Size, *, channels_last: bool, picture: bool = False) -> tuple[Component, ...]:
     """The text encoders in one graph, with `picture` the VAE's encoder, and its decoder last."""
-    if channels_last:
-        pipe.vae.to(memory_format=torch.channels_last)
     shift = pipe.vae.config.shift_factor
-    decoder = Decoder(pipe.vae, channels_last=channels_last, shift=shift).eval()
-    encoder = Encoder(pipe.vae, channels_last=channels_last, shift=shift)
+    decoder = Decoder(pipe.vae, channels_last=channels_last, shift=shift)
+    encoder = Encoder(pipe.vae, channels_last=channels_last, shift=shift) if picture else None
     latents = torch.zeros(1, *latents_shape(pipe, size))
     return (
         text_component(TextEncoders(pipe, size.tokens), prompt_entries(pipe, size), EMBEDS),
-        *((encoder_component(encoder, size.height, size.width),) if picture else ()),
-        Component("vae_decoder", decoder, ("latents",), ("image",), (latents,)),
+        *vae_components(pipe.vae, size, latents, decoder, encoder, channels_last=channels_last),
     )
+
+
+check_steps = accept_steps
 
 
 def scheduler_arguments(scheduler: Any, latents_shape: Sequence[int], steps: int) -> dict[str, Any]:
@@ -209,11 +192,6 @@ def scheduler_arguments(scheduler: Any, latents_shape: Sequence[int], steps: int
     return {"mu": mu}
 
 
-def tokenizers(pipe: Any, size: Size) -> dict[str, Any]:
-    """Artifact path -> fast tokenizer, whose `tokenizer.json` is stored there."""
-    return find_tokenizers(pipe, prompt_entries(pipe, size))
-
-
 def facts(pipe: Any, size: Size) -> dict[str, Any]:
     """The manifest's `pipeline` table, which `runtime/families/sd3.py` validates and drives."""
     return {
@@ -222,12 +200,6 @@ def facts(pipe: Any, size: Size) -> dict[str, Any]:
         "max_sequence_length": size.tokens,
         "text": {"prompts": prompt_entries(pipe, size), "embeds": EMBEDS},
     }
-
-
-def size_of(manifest: Manifest) -> Size:
-    """The size that an artifact was exported for."""
-    defaults = manifest.defaults
-    return Size(defaults.height, defaults.width, manifest.pipeline["max_sequence_length"])
 
 
 def encode(

@@ -22,29 +22,25 @@ from ...runtime.families.sdxl import size_numbers
 from ..recipe.schema import GUIDANCE, Guidance
 from ..sites.component import Component
 from ..sites.guidance import add_guidance
-from .picture import Decoder, Encoder, Size, call_pipeline, check_multiples, encoder_component, example_picture, size_of
-from .sd import guidance_inputs, latents_shape, noise, scheduler_arguments
-from .text import find_tokenizers, prompt_entry, refuse_attention_masks, text_component
-
-__all__ = [
-    "PICTURE",
-    "Size",
-    "check_size",
-    "defaults",
-    "denoiser",
-    "draw",
-    "encode",
-    "facts",
-    "noise",
-    "others",
-    "scheduler_arguments",
-    "size_of",
-    "tokenizers",
-]
+from . import sd
+from .picture import (
+    Decoder,
+    Encoder,
+    Size,
+    accept_steps,
+    call_pipeline,
+    check_multiples,
+    example_picture,
+    no_scheduler_arguments,
+    vae_components,
+)
+from .sd import guidance_inputs, latents_shape
+from .text import prompt_entry, refuse_attention_masks, text_component
 
 PICTURE = {"strength": 0.3, "inpaint_strength": 0.9999, "rounded": "up"}
 """What `runtime/families`' `PictureInput` says besides its size: the defaults of diffusers' image-to-image pipelines."""
 EMBEDS = {"prompt_embeds": "encoder_hidden_states", "pooled_prompt_embeds": "text_embeds"}
+scheduler_arguments, check_steps, noise = no_scheduler_arguments, accept_steps, sd.noise
 DOUBLED_INPUTS = (*EMBEDS.values(), "time_ids")
 
 
@@ -206,7 +202,7 @@ def prompt_entries(pipe: Any, size: Size) -> list[dict[str, Any]]:
     return [prompt_entry("tokenizer", pipe.tokenizer, size.tokens), second]
 
 
-def others(pipe: Any, size: Size, *, channels_last: bool, picture: bool = False) -> tuple[Component, ...]:
+def other_components(pipe: Any, size: Size, *, channels_last: bool, picture: bool = False) -> tuple[Component, ...]:
     """The text encoders in one graph, with `picture` the VAE's encoder, and its decoder last.
 
     Raises ExportError for a refiner without `picture`: it would have nothing to begin from.
@@ -215,14 +211,11 @@ def others(pipe: Any, size: Size, *, channels_last: bool, picture: bool = False)
         raise ExportError(
             f"sampler.image_to_image: expected true, got false: {type(pipe).__name__} begins from a picture, and its plans in the middle"
         )
-    if channels_last:
-        pipe.vae.to(memory_format=torch.channels_last)
     latents = torch.zeros(1, *latents_shape(pipe, size))
     decoder, encoder = vae_halves(pipe.vae, channels_last)
     return (
         text_component(TextEncoders(pipe), prompt_entries(pipe, size), EMBEDS),
-        *((encoder_component(encoder, size.height, size.width),) if picture else ()),
-        Component("vae_decoder", decoder, ("latents",), ("image",), (latents,)),
+        *vae_components(pipe.vae, size, latents, decoder, encoder if picture else None, channels_last=channels_last),
     )
 
 
@@ -237,11 +230,6 @@ def vae_halves(vae: Any, channels_last: bool) -> tuple[nn.Module, nn.Module]:
     shift = mean * vae.config.scaling_factor
     decoder = Decoder(vae, channels_last=channels_last, arranged=lambda latents: latents * std + shift)
     return decoder.eval(), WhitenedEncoder(encoder, mean, std).eval()
-
-
-def tokenizers(pipe: Any, size: Size) -> dict[str, Any]:
-    """Artifact path -> fast tokenizer, whose `tokenizer.json` is stored there."""
-    return find_tokenizers(pipe, prompt_entries(pipe, size))
 
 
 def facts(pipe: Any, size: Size) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ...runtime.manifest import Manifest
 from ...runtime.plan import Plan
-from .. import add_plan as replan
+from ..plan import inputs
 from ..sites.marks import Action
 
 WHOLE_DENOISER = "the whole denoiser"
@@ -41,8 +41,8 @@ class StripRow:
 def variant_actions(folder: Path, manifest: Manifest) -> dict[str, dict[str, Action]]:
     """Variant -> site -> action, for sites that do not compute. An artifact that gets no further plans says it less finely:
     there it is what the graphs combine and leave out."""
-    if any(entry.path == replan.PLAN_INPUTS_FILE for entry in manifest.files):
-        return replan.read_plan_inputs(folder, manifest).variants
+    if any(entry.path == inputs.PLAN_INPUTS_FILE for entry in manifest.files):
+        return inputs.read_plan_inputs(folder, manifest).variants
     found: dict[str, dict[str, Action]] = {}
     for graph in manifest.graphs:
         named: dict[str, Action] = dict.fromkeys(graph.combines, "combine")

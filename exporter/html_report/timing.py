@@ -18,8 +18,8 @@ from ...runtime.attachment.facts import variant_name
 from ...runtime.manifest import ATTACH_FAMILY, Manifest
 from ...runtime.plan import Plan
 from ..bench.report import bench_machine_facts
+from ..load.prompts import picture_prompts
 from ..progress import Progress
-from ..prompts import picture_prompts
 from ..verify.measure import ArtifactReplayer, DrawnPicture
 from ..verify.verify import manifest_recipe, open_replayer, source_model
 

@@ -27,7 +27,7 @@ GraphGroups = Mapping[str, Sequence["CapturedGraph"]]
 CodeFiles = Mapping[str, bytes]
 """What a graph is compiled into: file name -> content."""
 GraphCompiler = Callable[[str, "CapturedGraph", Callable[["CapturedGraph"], CodeFiles]], CodeFiles]
-"""`made(component, graph, compiled)` is `compiled(graph)`, or what that gave before; it says which (`exporter/store.py`)."""
+"""`made(component, graph, compiled)` is `compiled(graph)`, or what that gave before; it says which (`exporter/export_cache/store.py`)."""
 
 
 class Backend(Protocol):

@@ -4,29 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...runtime.attachment.facts import variant_name
-from ...runtime.manifest import ATTACH_FAMILY, Graph, Manifest, Requires, Site
+from ...runtime.manifest import Graph, Manifest, Requires, Site
 from ..caches.common import calibration as calibrations
-from ..families.picture import VAE_ENCODER
-from ..families.registry import FAMILIES
 from ..load import source
-from ..lower import load_backend
 from ..lower.toolchain import toolchain_versions
-from ..prepared_export import PreparedExport
 from ..recipe.resolve import Recipe
 from ..sites.marks import Variant
 from . import folder as package
 from .folder import StoredWeights
+
+if TYPE_CHECKING:
+    from ..prepared_export import PreparedExport
 
 
 def describe_artifact(
     folder: Path, prepared: PreparedExport, weights: StoredWeights, paths: Mapping[str, str]
 ) -> Manifest:
     """The manifest, still unverified."""
-    lowering = load_backend(prepared.recipe.compile.backend)
-    planned = prepared.planned
+    backend, planned = prepared.backend, prepared.planned
     combined = {site for v in planned.variants for site in v.sites_with("combine")}
     marks = tuple(m for m in planned.marks if m.name in combined)
     variants = {v.name: v for v in planned.variants}
@@ -51,15 +49,15 @@ def describe_artifact(
                 )
             )
     return Manifest(
-        family=ATTACH_FAMILY if prepared.recording else FAMILIES[type(prepared.pipe).__name__],
+        family=prepared.part.family_name,
         backend=prepared.recipe.compile.backend,
-        reproducible=lowering.reproducible(prepared.recipe.compile),
-        requires=Requires(**target_machine(prepared.recipe), **lowering.requires(prepared.recipe)),
+        reproducible=backend.reproducible(prepared.recipe.compile),
+        requires=Requires(**target_machine(prepared.recipe), **backend.requires(prepared.recipe)),
         source=prepared.source,
-        toolchain={**toolchain_versions(), **lowering.toolchain(prepared.recipe.compile)},
+        toolchain={**toolchain_versions(), **backend.toolchain(prepared.recipe.compile)},
         recipe=artifact_recipe(prepared).model_dump(mode="json"),
-        defaults=prepared.defaults,
-        pipeline=pipeline_facts(prepared),
+        defaults=prepared.part.defaults,
+        pipeline=prepared.part.facts(prepared.graphs),
         layers=prepared.layers,
         channels_last=weights.channels_last,
         complex=weights.complex,
@@ -68,17 +66,6 @@ def describe_artifact(
         plans={p.name: package.plan_path(p) for p in planned.plans},
         files=package.file_entries(folder),
     )
-
-
-def pipeline_facts(prepared: PreparedExport) -> dict[str, Any]:
-    """The family's facts, and what pictures it takes; of a denoiser alone what `attach` holds a pipeline to."""
-    if prepared.recording:
-        return prepared.recording.facts.model_dump(mode="json")
-    family, size = prepared.family, prepared.size
-    own = family.facts(prepared.pipe, size)
-    if "picture" in own or VAE_ENCODER not in prepared.graphs:
-        return own
-    return {**own, "picture": {"height": size.height, "width": size.width, **family.PICTURE}}
 
 
 def artifact_recipe(prepared: PreparedExport) -> Recipe:

@@ -34,7 +34,7 @@ TailTables = Mapping[int, SchedulerTable]  # steps left out -> the table of the 
 def make_plans(
     cache: Any,
     layout: Layout,
-    tables: dict[int, SchedulerTable],
+    tables: Mapping[int, SchedulerTable],
     calibration: Any = None,
     *,
     tails: Mapping[int, TailTables] | None = None,

@@ -1,7 +1,7 @@
 """What is wrong with a recipe, as sentences: pydantic's errors come in, one line per problem comes out.
 
 Each says where (the file and table, or the `--set` that brought the value), what was expected, what came, and the way
-out. Used by `recipe.py`; the types are those of `recipe_tables.py`.
+out. Used by `resolve.py`; the types are those of `schema.py`.
 """
 
 from __future__ import annotations

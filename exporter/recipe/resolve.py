@@ -2,7 +2,7 @@
 
 Everything wrong is collected and raised once, one line per problem. The later stages may rely on a recipe without
 unknown keys or contradictions; what needs torch or diffusers to be judged is in `check_inductor_flags` and
-`check_scheduler`. The types are in `recipe_tables.py` and are exported from here.
+`check_scheduler`. The types are in `schema.py` and are exported from here.
 """
 
 from __future__ import annotations

@@ -7,24 +7,26 @@ table stands for q, k and v. (`fold` and `prune` rewrite captured graphs, not mo
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from ..lower import load_backend
 from ..progress import Progress
 from .fuse import fuse_qkv
 from .quantize import quantize_model
 from .refuse_hooks import refuse_hooked
 
-DENOISER_NAMES = ("transformer", "unet")
+if TYPE_CHECKING:
+    from ..lower import Backend
+
+DENOISER_COMPONENTS = ("transformer", "unet", "prior", "dit")
 """What diffusers' pipelines call the part that is run at every step."""
 LayerTreatments = dict[str, tuple[str, str]]
 """Layer name -> (treatment, reason), for `inspect`."""
 
 
-def rewrite_pipeline(pipe: Any, recipe: Any, progress: Progress | None = None) -> LayerTreatments:
+def rewrite_pipeline(pipe: Any, recipe: Any, backend: Backend, progress: Progress | None = None) -> LayerTreatments:
     """Applies the recipe's `fuse` and `quantize` tables to `pipe` in place; returns what happened to each Linear, and notes how
     many attentions were fused."""
     for name, component in pipe.components.items():
@@ -32,19 +34,20 @@ def rewrite_pipeline(pipe: Any, recipe: Any, progress: Progress | None = None) -
             refuse_hooked(name, component)
     if recipe.fuse.vae_qkv:
         note_fused("fuse.vae_qkv", "vae", fuse_qkv("vae", pipe.vae, key="fuse.vae_qkv"), progress)
-    name, denoiser = next((n, pipe.components[n]) for n in DENOISER_NAMES if n in pipe.components)
-    return rewrite_denoiser(name, denoiser, recipe, progress)
+    name, denoiser = next((n, pipe.components[n]) for n in DENOISER_COMPONENTS if n in pipe.components)
+    return rewrite_denoiser(name, denoiser, recipe, backend, progress)
 
 
-def rewrite_denoiser(name: str, denoiser: Any, recipe: Any, progress: Progress | None = None) -> LayerTreatments:
+def rewrite_denoiser(
+    name: str, denoiser: Any, recipe: Any, backend: Backend, progress: Progress | None = None
+) -> LayerTreatments:
     """Applies `fuse` and `quantize` to the denoiser alone, whose name in its pipeline is `name`."""
     refuse_hooked(name, denoiser)
     if recipe.fuse.qkv:
         note_fused("fuse.qkv", name, fuse_qkv(name, denoiser, key="fuse.qkv"), progress)
-    lowering = load_backend(recipe.compile.backend)
-    if name == "unet" and lowering.CHANNELS_LAST:
+    if name == "unet" and backend.CHANNELS_LAST:
         denoiser.to(memory_format=torch.channels_last)
-    quantized = partial(lowering.quantize_layers, recipe=recipe)
+    quantized = partial(backend.quantize_layers, recipe=recipe)
     return quantize_model(denoiser, recipe.quantize, inner_width(denoiser), quantized)
 
 

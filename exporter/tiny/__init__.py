@@ -17,49 +17,41 @@ TINY_PREFIX = "tiny:"
 
 @dataclass(frozen=True)
 class TinyModel:
-    """`module` of this package has `build_tiny_pipeline(seed, **arguments)`; `defaults` are what its pipeline is called with."""
+    """`module` of this package has `build(seed, **arguments)`; the rest is what its pipeline is called with."""
 
     module: str
-    defaults: Mapping[str, int | float]
+    guidance_scale: float
+    num_inference_steps: int = 8
+    max_sequence_length: int | None = 16
+    num_frames: int | None = None
+    side: int = 32
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def defaults(self) -> dict[str, int | float]:
+        """The arguments of the pipeline's call; those that it does not take are left out."""
+        call = {
+            "height": self.side,
+            "width": self.side,
+            "num_frames": self.num_frames,
+            "max_sequence_length": self.max_sequence_length,
+            "num_inference_steps": self.num_inference_steps,
+            "guidance_scale": self.guidance_scale,
+        }
+        return {name: value for name, value in call.items() if value is not None}
 
-PICTURE_SIZE = {"height": 32, "width": 32}
+
 TINY_MODELS = {
-    "flux": TinyModel(
-        "flux", {**PICTURE_SIZE, "max_sequence_length": 16, "num_inference_steps": 8, "guidance_scale": 3.5}
-    ),
-    "flux-schnell": TinyModel(
-        "flux",
-        {**PICTURE_SIZE, "max_sequence_length": 16, "num_inference_steps": 4, "guidance_scale": 0.0},
-        {"guidance": False},
-    ),
-    "flux-kontext": TinyModel(
-        "flux_kontext", {**PICTURE_SIZE, "max_sequence_length": 16, "num_inference_steps": 8, "guidance_scale": 3.5}
-    ),
-    "sd": TinyModel("sd", {**PICTURE_SIZE, "num_inference_steps": 8, "guidance_scale": 5.0}),
-    "sd2": TinyModel(
-        "sd", {**PICTURE_SIZE, "num_inference_steps": 8, "guidance_scale": 5.0}, {"prediction": "v_prediction"}
-    ),
-    "sdxl": TinyModel("sdxl", {**PICTURE_SIZE, "num_inference_steps": 8, "guidance_scale": 5.0}),
-    "sdxl-refiner": TinyModel("sdxl_refiner", {**PICTURE_SIZE, "num_inference_steps": 8, "guidance_scale": 5.0}),
-    "sd3": TinyModel(
-        "sd3", {**PICTURE_SIZE, "max_sequence_length": 16, "num_inference_steps": 8, "guidance_scale": 5.0}
-    ),
-    "pixart": TinyModel(
-        "pixart", {**PICTURE_SIZE, "max_sequence_length": 16, "num_inference_steps": 8, "guidance_scale": 4.5}
-    ),
-    "cogvideox": TinyModel(
-        "cogvideox",
-        {
-            "height": 64,
-            "width": 64,
-            "num_frames": 9,
-            "max_sequence_length": 16,
-            "num_inference_steps": 8,
-            "guidance_scale": 6.0,
-        },
-    ),
+    "flux": TinyModel("flux", 3.5),
+    "flux-schnell": TinyModel("flux", 0.0, num_inference_steps=4, arguments={"guidance": False}),
+    "flux-kontext": TinyModel("flux_kontext", 3.5),
+    "sd": TinyModel("sd", 5.0, max_sequence_length=None),
+    "sd2": TinyModel("sd", 5.0, max_sequence_length=None, arguments={"prediction": "v_prediction"}),
+    "sdxl": TinyModel("sdxl", 5.0, max_sequence_length=None),
+    "sdxl-refiner": TinyModel("sdxl_refiner", 5.0, max_sequence_length=None),
+    "sd3": TinyModel("sd3", 5.0),
+    "pixart": TinyModel("pixart", 4.5),
+    "cogvideox": TinyModel("cogvideox", 6.0, num_frames=9, side=64),
 }
 
 

@@ -1,6 +1,6 @@
 """Attached: an artifact of a denoiser alone, drawing in its own pipeline, for `verify.py`.
 
-`AttachedReplayer` and `AttachedReference` do for such an artifact what `Replayer` and `Reference` in `quality.py` do for
+`AttachedReplayer` and `AttachedReference` do for such an artifact what `Replayer` and `Reference` in `measure.py` do for
 others, and are compared by the same functions. Golden vectors need no pipeline: they are the denoiser's own calls, what
 it was given and what it returned, in the order of the plan.
 """
@@ -12,28 +12,26 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from ...runtime.artifact import Artifact, open_artifact
+from ...runtime.artifact import Artifact
 from ...runtime.attachment.attach import PlanCursor, attach_opened, run_denoiser
 from ...runtime.attachment.facts import graph_name, read_facts
 from ...runtime.attachment.scheduler_observer import SchedulerObserver
 from ...runtime.errors import ArtifactError, ExportError
-from ...runtime.manifest import Manifest
 from ...runtime.plan import Plan
-from ..denoiser_alone.prepare import recipe_request
+from ..denoiser_alone.part import recipe_request
 from ..denoiser_alone.recording import record_pipeline
 from ..load import source
-from ..package.folder import file_entries
-from ..prompts import picture_prompts
+from ..load.prompts import picture_prompts
 from ..recipe.resolve import Recipe
+from ..settle import component_dtypes, load_pipeline
 from ..sites.component import Component
-from .golden import GOLDEN_BYTES, GoldenReplay, golden_path, tolerance_of
+from .golden import GOLDEN_BYTES, GoldenReplay, check_finite, golden_path, save_golden, tolerance_of
 from .measure import DrawnPicture, GraphCall, GraphTap, relative_error
 
 
@@ -60,7 +58,7 @@ class AttachedReplayer:
     @cached_property
     def loaded(self) -> source.LoadedPipeline:
         """The pipeline that the artifact is attached to, on its device. Noise is drawn on the CPU all the same."""
-        loaded = load_recipe_pipeline(self.recipe, self.model, None)
+        loaded = load_pipeline(self.recipe, component_dtypes(self.recipe), self.model)
         loaded.pipe.to(self.artifact.device)
         return loaded
 
@@ -131,17 +129,6 @@ class AttachedReference:
         return [t.float() if t.is_floating_point() else t for t in tensors]
 
 
-def load_recipe_pipeline(recipe: Recipe, model: str, dtypes: dict[str, torch.dtype] | None) -> source.LoadedPipeline:
-    """The pipeline with the recipe's scheduler, in these dtypes or the recipe's own."""
-    from ..settle import component_dtypes as dtypes_of
-    from ..settle import set_scheduler
-
-    loaded = source.load_model(model, recipe.model.revision, dtypes or dtypes_of(recipe), recipe.model.config)
-    loaded.pipe.set_progress_bar_config(disable=True)
-    set_scheduler(loaded.pipe, recipe.sampler.scheduler)
-    return loaded
-
-
 def draw_picture(
     recipe: Recipe, loaded: source.LoadedPipeline, prompt: str, seed: int, steps: int, calls: Sequence[GraphCall]
 ) -> DrawnPicture:
@@ -180,19 +167,6 @@ def picture_tensor(pipeline: str, result: Any) -> Tensor:
 # --- golden vectors -------------------------------------------------------------------------------------------------
 
 
-def write_attached_golden(folder: Path, manifest: Manifest, recipe: Recipe, model: str) -> Manifest:
-    """The manifest with `golden/<plan>.safetensors` among its files: the calls of one picture, as many as fit.
-
-    Raises ExportError where the denoiser gives NaN or infinity.
-    """
-    replayer = AttachedReplayer(open_artifact(folder), recipe, model)
-    for name in replayer.artifact.plans:
-        write_attached_plan_golden(replayer, recipe, name)
-    manifest = manifest.model_copy(update={"files": file_entries(folder)})
-    (folder / "manifest.json").write_text(manifest.to_json(), "utf-8")
-    return manifest
-
-
 def write_attached_plan_golden(replayer: AttachedReplayer, recipe: Recipe, name: str) -> None:
     """The golden vectors of one plan, in the folder of the replayer's artifact.
 
@@ -201,15 +175,8 @@ def write_attached_plan_golden(replayer: AttachedReplayer, recipe: Recipe, name:
     """
     artifact = replayer.artifact
     evaluations = replayer.evaluations(replayer.draw(picture_prompts(recipe)[0], 0, artifact.plans[name]))
-    for e, evaluation in enumerate(evaluations):
-        if not evaluation.outputs["sample"].isfinite().all():
-            raise ExportError(
-                f"plan {name!r}, evaluation {e} (variant {evaluation.graph!r}): the compiled denoiser gives values that are "
-                "not finite; set precision.denoiser to float32 or quantize.method to none to find out where they come from"
-            )
-    path = artifact.folder / golden_path(name)
-    path.parent.mkdir(exist_ok=True)
-    save_file(attached_golden_tensors(evaluations), path)
+    check_finite(evaluations, name)
+    save_golden(artifact.folder, name, attached_golden_tensors(evaluations))
 
 
 def attached_golden_tensors(evaluations: Sequence[EvaluationCall]) -> dict[str, Tensor]:

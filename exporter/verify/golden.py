@@ -1,6 +1,6 @@
 """Golden vectors: one picture for each plan, tensor by tensor, so that any machine can see whether it computes the same.
 
-In: a staged artifact; out: `golden/<plan>.safetensors` and the manifest that lists them. Later, in: an artifact; out: a
+In: a staged artifact; out: `golden/<plan>.safetensors`. Later, in: an artifact; out: a
 `GoldenReplay` for each plan, which fails where the difference is more than other kernels explain. Equal is not good: that
 is for `verify.py` to say.
 """
@@ -15,17 +15,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ...runtime.artifact import open_artifact
 from ...runtime.check.machine import cpu_flags
 from ...runtime.errors import ExportError
 from ...runtime.manifest import Manifest
 from ...runtime.plan import Plan
 from ..families.picture import VAE_ENCODER
 from ..families.text import TEXT_ENCODER
-from ..package.folder import file_entries
-from ..prompts import picture_prompts
+from ..load.prompts import picture_prompts
 from ..recipe.resolve import Recipe
-from .measure import DrawnPicture, Replayer, image_array, largest_error, psnr_db, relative_error
+from .measure import DrawnPicture, GraphCall, Replayer, image_array, largest_error, psnr_db, relative_error
 
 GOLDEN_BYTES = 64 << 20  # of one plan's denoiser outputs
 
@@ -53,28 +51,20 @@ TOLERANCES = {
 NO_VNNI_HINT = "this CPU has no VNNI, so sums of int8 products saturate at 16 bits; take a CPU that has it, or export with quantize.method=none"
 
 
-def write_golden(folder: Path, manifest: Manifest, recipe: Recipe) -> Manifest:
-    """The manifest with `golden/<plan>.safetensors` among its files: one prompt, seed 0, drawn with every plan.
-
-    The files depend on the artifact and nothing else. Raises ExportError where the denoiser gives NaN or infinity.
-    """
-    replayer = Replayer(open_artifact(folder))
-    for name in replayer.artifact.plans:
-        write_plan_golden(replayer, recipe, name)
-    manifest = manifest.model_copy(update={"files": file_entries(folder)})
-    (folder / "manifest.json").write_text(manifest.to_json(), "utf-8")
-    return manifest
-
-
 def write_plan_golden(replayer: Replayer, recipe: Recipe, name: str) -> None:
     """The golden vectors of one plan, in the folder of the replayer's artifact."""
     plan, prompt = replayer.artifact.plans[name], picture_prompts(recipe)[0]
     drawn = replayer.draw(prompt, 0, plan)
-    check_finite(replayer, drawn, name)
+    check_finite(replayer.evaluations(drawn), name)
     kept, dtype = golden_evaluations(replayer, drawn)
-    path = replayer.artifact.folder / golden_path(name)
+    save_golden(replayer.artifact.folder, name, golden_tensors(replayer, drawn, prompt, 0, kept, dtype))
+
+
+def save_golden(folder: Path, plan: str, tensors: dict[str, Tensor]) -> None:
+    """Writes the golden file of a plan; equal tensors give equal bytes."""
+    path = folder / golden_path(plan)
     path.parent.mkdir(exist_ok=True)
-    save_file(golden_tensors(replayer, drawn, prompt, 0, kept, dtype), path)
+    save_file(tensors, path)
 
 
 def golden_path(plan: str) -> str:
@@ -86,8 +76,9 @@ def plans_without_golden(folder: Path, plans: Iterable[str]) -> tuple[str, ...]:
     return tuple(name for name in plans if not (folder / golden_path(name)).is_file())
 
 
-def check_finite(replayer: Replayer, drawn: DrawnPicture, plan: str) -> None:
-    for e, call in enumerate(replayer.evaluations(drawn)):
+def check_finite(evaluations: Sequence[GraphCall], plan: str) -> None:
+    """Raises ExportError where the denoiser gave NaN or infinity."""
+    for e, call in enumerate(evaluations):
         if not all(t.isfinite().all() for t in call.outputs.values()):
             raise ExportError(
                 f"plan {plan!r}, evaluation {e} (variant {call.graph!r}): the compiled denoiser gives values that are not finite; "

@@ -20,12 +20,14 @@ import torch
 from torch import Tensor
 
 from ...runtime.artifact import Artifact, BoundGraph
-from ...runtime.manifest import Graph
+from ...runtime.manifest import Graph, Manifest
 from ...runtime.pipeline import Pipeline
 from ...runtime.plan import Plan
-from ..families.picture import Size, example_picture
+from ..families.picture import Size, example_picture, read_size
+from ..families.registry import Family
 from ..load.source import EMBEDDED_MODELS
 from ..progress import Progress
+from ..recipe.schema import Guidance
 
 REPORT_ROWS = 6  # that a report shows
 MIN_MSE = 1e-12  # pictures closer than this are equal: 120 dB
@@ -181,9 +183,9 @@ class Reference:
     """The pipeline as diffusers runs it: float32, nothing fused, quantized, cached or compiled. `family` is its exporter module,
     `guidance` the recipe's table."""
 
-    def __init__(self, pipe: Any, family: Any, manifest: Any, guidance: Any) -> None:
+    def __init__(self, pipe: Any, family: Family, manifest: Manifest, guidance: Guidance) -> None:
         self._pipe, self._family = pipe, family
-        self._size, self._guidance_scale = family.size_of(manifest), manifest.defaults.guidance_scale
+        self._size, self._guidance_scale = read_size(manifest), manifest.defaults.guidance_scale
         self._denoiser = family.denoiser(pipe, self._size, guidance)
 
     @property

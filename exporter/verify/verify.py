@@ -1,14 +1,13 @@
 """Verify: an artifact and the eager pipeline draw the same prompts, and the recipe's thresholds decide.
 
-`pipeline.py` calls `write_golden` (in `golden.py`) and `settle_verdict` on the staged folder; `prebake verify` calls
-`verify_artifact` on a finished one. `quality.py` measures, `report.py` writes down; here the figures are judged. An
+`pipeline.py` calls `write_golden` and `settle_verdict` on the staged folder; `prebake verify` calls
+`verify_artifact` on a finished one. `measure.py` measures, `report.py` writes down; here the figures are judged. An
 artifact that goes on has the status "verified", or "failed" if that was asked for. What an export could not settle, since
 the code runs on another machine, `verify_artifact` settles there.
 """
 
 from __future__ import annotations
 
-import importlib
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,14 +22,16 @@ from ...runtime.check.artifact import check_artifact
 from ...runtime.errors import ArtifactError, QualityError, RecipeError, describe_schema_error
 from ...runtime.manifest import ATTACH_FAMILY, Manifest, read_manifest
 from ...runtime.plan import Plan
+from ..families.registry import load_family
 from ..load import source
-from ..package.folder import stage_linked_copy, update_manifest
+from ..load.prompts import picture_prompts
+from ..package.folder import file_entries, stage_linked_copy, update_manifest
 from ..progress import Progress
-from ..prompts import picture_prompts
 from ..recipe.resolve import Recipe
+from ..settle import load_pipeline
 from . import denoiser_alone as attached
 from . import report
-from .golden import GoldenReplay, plans_without_golden, replay_golden, write_golden, write_plan_golden
+from .golden import GoldenReplay, plans_without_golden, replay_golden, write_plan_golden
 from .measure import (
     ArtifactReplayer,
     CheckedPrompts,
@@ -45,8 +46,6 @@ from .measure import (
     measure_pictures,
 )
 from .outcome import Outcome, Verdict
-
-__all__ = ["Verdict", "VerifyOptions", "settle_verdict", "verify_artifact", "write_golden"]
 
 
 @dataclass(frozen=True)
@@ -220,6 +219,18 @@ def compare_with_source(
     )
 
 
+def write_golden(folder: Path, manifest: Manifest, recipe: Recipe) -> Manifest:
+    """The manifest with `golden/<plan>.safetensors` among its files: one prompt, seed 0, drawn with every plan; of a denoiser
+    alone its calls for that picture.
+
+    The files depend on the artifact and nothing else. Raises ExportError where the denoiser gives NaN or infinity.
+    """
+    write_missing_golden(open_replayer(open_artifact(folder), recipe, recipe.model.id), recipe)
+    manifest = manifest.model_copy(update={"files": file_entries(folder)})
+    (folder / "manifest.json").write_text(manifest.to_json(), "utf-8")
+    return manifest
+
+
 def replay_golden_vectors(replayer: ArtifactReplayer, progress: Progress) -> tuple[GoldenReplay, ...]:
     """The golden vectors that there are, against their replay."""
     artifact, replayed = replayer.artifact, []
@@ -258,24 +269,17 @@ def load_reference(manifest: Manifest, recipe: Recipe, model: str) -> EagerRefer
     loaded = load_source_pipeline(manifest, recipe, model, torch.float32)
     if manifest.family == ATTACH_FAMILY:
         return attached.AttachedReference(recipe, loaded)
-    family = importlib.import_module(f"...families.{manifest.family}", __name__)
-    return Reference(loaded.pipe, family, manifest, recipe.guidance)
+    return Reference(loaded.pipe, load_family(manifest.family), manifest, recipe.guidance)
 
 
 def load_source_pipeline(manifest: Manifest, recipe: Recipe, model: str, dtype: torch.dtype) -> source.LoadedPipeline:
     """The manifest's pipeline with all its weights in `dtype`, and the recipe's scheduler."""
-    loaded = source.load_model(model, recipe.model.revision, {"default": dtype}, recipe.model.config)
+    loaded = load_pipeline(recipe, {"default": dtype}, model)
     if loaded.source.sha256 != manifest.source.sha256:
         raise RecipeError(
             f"model {model!r}: sha256 over its files is {loaded.source.sha256}, the artifact was made of "
             f"{manifest.source.model!r} with {manifest.source.sha256}; name that one with --model, or export again"
         )
-    pipe = loaded.pipe
-    pipe.set_progress_bar_config(disable=True)
-    if recipe.sampler.scheduler != "model":
-        import diffusers
-
-        pipe.scheduler = getattr(diffusers, recipe.sampler.scheduler).from_config(pipe.scheduler.config)
     return loaded
 
 

@@ -3,7 +3,7 @@
 In: a diffusers pipeline, which the caller has loaded, and an artifact that holds a denoiser alone. Out: the same pipeline,
 whose denoiser's `forward` replays compiled graphs by a plan; config, dtype, device and class of the denoiser stay, and so
 do the pipeline's scheduler, text encoders and VAE. Every call is compared with the one that the export recorded, before
-it runs. This module imports no diffusers; `exporter/record.py` writes the facts that it reads.
+it runs. This module imports no diffusers; `exporter/denoiser_alone/recording.py` writes the facts that it reads.
 """
 
 from __future__ import annotations
@@ -149,7 +149,8 @@ class Attachment:
     def begin(self, *_: Any, **__: Any) -> None:
         """A new run, at the plan's first evaluation. What an interrupted one had stored is dropped."""
         self._run = None
-        self._run = PlanCursor(self._plan(schedule_steps(self._scheduler)))
+        name = self.artifact.plan_name(schedule_steps(self._scheduler), self.cache)
+        self._run = PlanCursor(self.artifact.plans[name])
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """One forward of the denoiser. Raises ArtifactError, before anything runs, for a call that the plan does not have."""
@@ -176,18 +177,6 @@ class Attachment:
                 "evaluations, and the pipeline calls it once more; call the pipeline as the recipe did, or export again"
             )
         return self._run, call
-
-    def _plan(self, steps: int) -> Plan:
-        """The plan for that number of steps."""
-        plans = self.artifact.plans
-        name = str(steps)
-        if not self.cache and name in plans and plans[name].cache != "none":
-            name += "-uncached"
-        if name not in plans:
-            raise ArtifactError(
-                f"num_inference_steps={steps}: the artifact has the plans {', '.join(plans)}; export again with another one"
-            )
-        return plans[name]
 
     def _graph_inputs(
         self, call: DenoiserCall, args: tuple[Any, ...], kwargs: Mapping[str, Any], where: str

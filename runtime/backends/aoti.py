@@ -17,7 +17,7 @@ import torch
 from torch._C import _aoti  # pyright: ignore[reportAttributeAccessIssue]  (private, so not in the stubs)
 
 from ..container import CONSTANT_ALIGNMENT_BYTES, Container, open_container
-from ..errors import ArtifactError, raise_problems
+from ..errors import ArtifactError, first_line, raise_problems
 from ..gpu.capability import capability_problems, cuda_of_driver, driver_problems
 from ..libraries import library_problems
 from ..manifest import Manifest, Requires
@@ -103,7 +103,7 @@ def open_model(so: Path, device: torch.device, runners: int = 1) -> NativeModel:
         return NativeModel(so.parent.name, runner, open_container(so.parent.name, so, runners, device))
     except RuntimeError as e:
         raise ArtifactError(
-            f"{so}: expected a model compiled by AOTInductor, but {_first_line(e)}; {_open_failure_way_out(so, e)}"
+            f"{so}: expected a model compiled by AOTInductor, but {first_line(e)}; {_open_failure_way_out(so, e)}"
         ) from e
 
 
@@ -209,7 +209,3 @@ _DTYPE_CODES = {
 
 def _dtype_of_code(code: int) -> str:
     return next((str(dtype) for dtype, c in _DTYPE_CODES.items() if c == code), f"dtype {code}")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

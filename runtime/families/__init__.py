@@ -82,7 +82,7 @@ class Family:
 
     `latents_shape` is that of one image in the loop, without the batch, and `latents_name` what to call it. Both
     branches of classifier-free guidance, where there are two, are in the denoiser's graph, which takes what differs
-    between them as [2, ...], the negative prompt's first, as diffusers stacks it. `makes` is `images` or `frames`.
+    between them as [2, ...], the negative prompt's first, as diffusers stacks it. `output_kind` is `images` or `frames`.
     """
 
     settings_type: ClassVar[type[Settings]] = Settings

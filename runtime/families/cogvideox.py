@@ -11,4 +11,4 @@ from . import Family
 class CogVideoX(Family):
     """Family `cogvideox`."""
 
-    makes = "frames"
+    output_kind = "frames"

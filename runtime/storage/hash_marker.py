@@ -17,19 +17,14 @@ import json
 import os
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ..manifest import Manifest
-from .private_folder import is_private_folder
-from .scratch import remove_abandoned, scratch_folder
+from .user_cache import read_private, write_private
 
 MARKER_FOLDER = "verified"
-SCRATCH_PREFIX = ".fresh."  # of what is not yet a marker
-RECENT_NS = (
-    2_000_000_000  # ns: clocks of file systems tick up to this slowly, so a later change might show the same time
-)
+RECENT_NS = 2_000_000_000  # clocks of file systems tick up to this slowly, so a later change might show the same time
 MAX_MARKER_BYTES = 1 << 20  # bytes of a marker
 
 
@@ -39,17 +34,16 @@ class HashMarker:
     def __init__(self, cache: Path, folder: Path, manifest: Manifest, files: Mapping[str, int]):
         self._files, self._cache = files, cache
         info = folder.stat()
-        self._path = (
-            cache / MARKER_FOLDER / f"{info.st_dev:x}-{info.st_ino:x}.json"
-        )  # one for each folder, so they stay few
+        # one for each folder, so they stay few
+        self._path = f"{MARKER_FOLDER}/{info.st_dev:x}-{info.st_ino:x}.json"
         content = manifest.to_json().encode("utf-8", "surrogatepass")
         self._said: dict[str, Any] = {"manifest": hashlib.sha256(content).hexdigest(), "files": file_states(files)}
 
     def is_valid(self) -> bool:
         """Whether exactly these files, in this state, were found right before."""
         try:
-            return self._is_ours() and json.loads(self._read()) == self._said
-        except (OSError, ValueError, RecursionError):
+            return json.loads(read_private(self._cache, self._path, MAX_MARKER_BYTES)) == self._said
+        except (ValueError, RecursionError):
             return False
 
     def write(self) -> None:
@@ -62,26 +56,7 @@ class HashMarker:
             max(s[3:]) > since for s in self._said["files"].values()
         ):
             return
-        with suppress(OSError):
-            for folder in (self._cache, self._path.parent):  # the mode is not for parents
-                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if self._is_ours():
-                remove_abandoned(self._path.parent, SCRATCH_PREFIX)
-                with scratch_folder(self._path.parent, SCRATCH_PREFIX) as fresh:  # mode 0700
-                    (fresh / "marker").touch(mode=0o600)
-                    (fresh / "marker").write_text(json.dumps(self._said), "ascii")
-                    (fresh / "marker").replace(self._path)
-
-    def _is_ours(self) -> bool:
-        return is_private_folder(self._cache) and is_private_folder(self._path.parent)
-
-    def _read(self) -> bytes:
-        descriptor = os.open(self._path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        with open(descriptor, "rb") as file:
-            info = os.fstat(descriptor)
-            if info.st_uid != os.geteuid() or info.st_mode & 0o022:
-                raise PermissionError(f"{self._path} can be written by other users")
-            return file.read(MAX_MARKER_BYTES)
+        write_private(self._cache, self._path, json.dumps(self._said).encode("ascii"))
 
 
 def file_states(files: Mapping[str, int]) -> dict[str, list[int]]:

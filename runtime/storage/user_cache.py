@@ -6,11 +6,13 @@ A path in a folder of the cache comes in. What is not private is not read; what 
 from __future__ import annotations
 
 import os
-import tempfile
 from contextlib import suppress
 from pathlib import Path
 
 from .private_folder import default_cache_folder, is_private_folder
+from .scratch import remove_abandoned, scratch_folder
+
+SCRATCH_PREFIX = ".fresh."  # of what is not yet whole
 
 
 def write_private(cache: Path | None, path: str, data: bytes) -> None:
@@ -20,18 +22,16 @@ def write_private(cache: Path | None, path: str, data: bytes) -> None:
         for folder in (where.parent.parent, where.parent):  # the mode is not for parents
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if _is_private_path(where):
-            descriptor, fresh = tempfile.mkstemp(prefix=".", dir=where.parent)  # mode 0600
-            try:
-                with open(descriptor, "wb") as file:
-                    file.write(data)
-                os.replace(fresh, where)
-            except OSError:
-                os.unlink(fresh)
-                raise
+            remove_abandoned(where.parent, SCRATCH_PREFIX)
+            with scratch_folder(where.parent, SCRATCH_PREFIX) as fresh:  # mode 0700
+                (fresh / "file").touch(mode=0o600)
+                (fresh / "file").write_bytes(data)
+                (fresh / "file").replace(where)
 
 
-def read_private(cache: Path | None, path: str) -> bytes:
-    """What was put there, or nothing: where there is no such file, or where others could have written it."""
+def read_private(cache: Path | None, path: str, limit_bytes: int = -1) -> bytes:
+    """What was put there, no more than the first `limit_bytes`, or nothing: where there is no such file, or where others could
+    have written it."""
     where = (cache or default_cache_folder()) / path
     try:
         if not _is_private_path(where):
@@ -39,7 +39,7 @@ def read_private(cache: Path | None, path: str) -> bytes:
         descriptor = os.open(where, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         with open(descriptor, "rb") as file:
             info = os.fstat(descriptor)
-            return file.read() if info.st_uid == os.geteuid() and not info.st_mode & 0o022 else b""
+            return file.read(limit_bytes) if info.st_uid == os.geteuid() and not info.st_mode & 0o022 else b""
     except OSError:
         return b""
 

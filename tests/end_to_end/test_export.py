@@ -52,7 +52,7 @@ def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
 
 def drawn(artifact, prepared, name: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Final latents of the plan by the artifact and by the rewritten model in eager, from the same inputs."""
-    denoiser = flux.denoiser(prepared.pipe, prepared.size)
+    denoiser = flux.denoiser(prepared.part.pipe, prepared.part.size)
     inputs = dict(zip(denoiser.inputs, denoiser.args, strict=True))
     latents = torch.randn(inputs["hidden_states"].shape, generator=torch.Generator().manual_seed(7))
     plan = next(p for p in prepared.planned.plans if p.name == name)
@@ -76,7 +76,7 @@ def test_the_artifact_replays_what_the_rewritten_model_computes_in_eager(artifac
 
 def test_a_perturbed_weight_is_seen(artifact, prepared):
     """The canary of the test above."""
-    bias = prepared.pipe.transformer.proj_out.bias
+    bias = prepared.part.pipe.transformer.proj_out.bias
     kept = bias.detach().clone()
     with torch.no_grad():
         bias += 0.1

@@ -17,6 +17,7 @@ from prebake.exporter.caches.common.calibration import Calibration, FittedPlan
 from prebake.exporter.caches.fastercache import check_branches
 from prebake.exporter.cli.main import main
 from prebake.exporter.pipeline import prepare
+from prebake.exporter.plan import inputs
 from prebake.exporter.progress import Progress, open_progress
 from prebake.exporter.recipe.resolve import change_recipe, resolve
 from prebake.exporter.sites.marks import Mark
@@ -196,8 +197,8 @@ def test_what_cannot_be_removed_is_named(copied, name, words):
 
 def test_an_artifact_of_an_older_export_is_refused_by_name(copied):
     manifest = read_manifest(copied)
-    (copied / replan.PLAN_INPUTS_FILE).unlink()
-    files = tuple(f for f in manifest.files if f.path != replan.PLAN_INPUTS_FILE)
+    (copied / inputs.PLAN_INPUTS_FILE).unlink()
+    files = tuple(f for f in manifest.files if f.path != inputs.PLAN_INPUTS_FILE)
     (copied / "manifest.json").write_text(manifest.model_copy(update={"files": files}).to_json(), "utf-8")
     with pytest.raises(ArtifactError, match=r"has no replan.json, which says what a plan is made of; export again"):
         added(copied, 5)
@@ -288,11 +289,11 @@ FOUND = Auto(calibration=calibrations.CALIBRATION_FILE, otherwise=OTHERWISE, bud
 @pytest.fixture
 def found(copied):
     """The copy as if its export had used `FOUND`: one variant predicts the output from three stored ones."""
-    kept = replan.read_plan_inputs(copied, read_manifest(copied))
+    kept = inputs.read_plan_inputs(copied, read_manifest(copied))
     output = kept.layout.output(slots=3)
     kept = kept.model_copy(update={"marks": (output,), "variants": {"full": {}, "reuse": {output.name: "combine"}}})
-    (copied / replan.PLAN_INPUTS_FILE).unlink()
-    (copied / replan.PLAN_INPUTS_FILE).write_text(kept.model_dump_json(), "utf-8")
+    (copied / inputs.PLAN_INPUTS_FILE).unlink()
+    (copied / inputs.PLAN_INPUTS_FILE).write_text(kept.model_dump_json(), "utf-8")
     calibrations.write_calibration(copied / calibrations.CALIBRATION_FILE, calibration_of(copied))
     return copied
 

@@ -36,7 +36,7 @@ def prepared(recipe: Recipe) -> PreparedExport:
 
 def opened(prepared: PreparedExport, folder: Path) -> Pipeline:
     package.write_plans(folder, prepared.planned.plans)
-    package.write_tokenizers(folder, prepared.family.tokenizers(prepared.pipe, prepared.size))
+    prepared.part.write_files(folder, prepared.layout, prepared.planned)
     manifest = describe_artifact(
         folder,
         prepared,

@@ -153,15 +153,14 @@ def find_calibration(name: str, near: Path | None) -> Path:
     raise RecipeError(f"cache.calibration: no file {name!r} in {looked}; make one with `{CALIBRATE_COMMAND}`")
 
 
-def load_calibration(cache: CacheMethod, source: Source, near: Path | None, size: PictureSize) -> Calibration | None:
-    """The calibration that the cache's table names, None where it names none.
-
-    Raises RecipeError where it is not there, or is one of another model or of pictures of another size.
-    """
+def load_calibration(cache: CacheMethod, near: Path | None) -> Calibration | None:
+    """The calibration that the cache's table names, None where it names none. Raises RecipeError where it is not there."""
     name = cache.calibration if isinstance(cache, CalibratedCache) else None
-    if name is None:
-        return None
-    calibration = read_calibration(find_calibration(name, near))
+    return None if name is None else read_calibration(find_calibration(name, near))
+
+
+def check_calibration(calibration: Calibration, name: str, source: Source, size: PictureSize) -> None:
+    """Raises RecipeError for a calibration of another model or of pictures of another size; `name` is what the cache calls it."""
     if calibration.sha256 != source.sha256:
         raise RecipeError(
             f"cache.calibration {name!r}: made of model {calibration.model!r} with sha256 {calibration.sha256[:12]}.., and this is "
@@ -174,7 +173,6 @@ def load_calibration(cache: CacheMethod, source: Source, near: Path | None, size
                 f"cache.calibration {name!r}: made at {side} {made}, and this is {asked}; set shapes.{side} = {made}, or run "
                 f"`{CALIBRATE_COMMAND}` at this size"
             )
-    return calibration
 
 
 class PictureSize(Protocol):

@@ -17,26 +17,29 @@ if TYPE_CHECKING:
     from ...plan.sampler import SchedulerTable
 
 
-def cache_or_fallback(
+def settle_cache(
     cache: Any,
     origin: Source,
     size: calibrations.PictureSize,
     tables: Mapping[int, SchedulerTable],
     near: Path | None,
     progress: Progress,
-) -> Any:
-    """The cache; or with a note the mask `cache.otherwise`, where the calibration is of another model or size, or lacks
-    the timesteps of one of the `tables` (by their number of steps), and then for all of them; or none, where that mask
-    computes everything at all of these numbers of steps.
+) -> tuple[Any, Calibration | None]:
+    """The cache and the calibration that it names; or with a note the mask `cache.otherwise`, where the calibration is of
+    another model or size, or lacks the timesteps of one of the `tables` (by their number of steps), and then for all of
+    them; or none, where that mask computes everything at all of these numbers of steps.
 
-    Raises RecipeError where the calibration is not there.
+    Raises RecipeError where the calibration is not there, or does not hold and nothing stands in for it.
     """
-    if not isinstance(cache, Auto) or cache.otherwise is None or cache.calibration is None:
-        return cache
-    made = calibrations.read_calibration(calibrations.find_calibration(cache.calibration, near))
-    reason = explain_misfit(made, cache, origin, size, tables)
+    calibration = calibrations.load_calibration(cache, near)
+    if calibration is None:
+        return cache, None
+    if not isinstance(cache, Auto) or cache.otherwise is None:
+        calibrations.check_calibration(calibration, str(cache.calibration), origin, size)
+        return cache, calibration
+    reason = explain_misfit(calibration, cache, origin, size, tables)
     if not reason:
-        return cache
+        return cache, calibration
     mask = cache.fallback()
     computes = all(all(mask.expand(n)) for n in tables)
     instead = f"and mask {cache.otherwise} skips nothing" if computes else f"so mask {cache.otherwise} is used"
@@ -44,7 +47,7 @@ def cache_or_fallback(
         f"cache: {cache.calibration} {reason}, {instead} {'at' if computes else 'for'} {list_steps(tables)} steps; "
         f"`{calibrations.CALIBRATE_COMMAND}` finds a plan for a model and its steps"
     )
-    return NoCache() if computes else mask
+    return NoCache() if computes else mask, None
 
 
 def explain_misfit(

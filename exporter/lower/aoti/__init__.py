@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ....runtime.errors import ExportError, RecipeError
+from ....runtime.errors import ExportError, RecipeError, first_line
 from ...passes.captured_graph import CapturedGraph, GraphPass
 from ...passes.derived_weights import DerivedWeights
 from ...tables import RecipeTable
@@ -289,10 +289,6 @@ def shorten_paths(flags: dict[str, Any], sources: Path) -> dict[str, Any]:
     short = {sources: "sources", Path(torch.__file__).parent: "torch"}
     maps = (f"-fmacro-prefix-map={shlex.quote(str(path))}={name}" for path, name in short.items())
     return {**flags, "cpp.march": " ".join((flags.get("cpp.march") or "native", *maps))}
-
-
-def first_line(e: Exception) -> str:
-    return next(iter(str(e).strip().splitlines()), "no message")
 
 
 @contextlib.contextmanager

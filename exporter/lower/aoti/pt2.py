@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ....runtime.elf import FLAG_EXECUTABLE, GNU_STACK
+from ....runtime.elf import FLAG_EXECUTABLE, GNU_STACK, read_segments
 from .. import CodeFiles
 
 PACKAGED_SUFFIXES = (".so", ".json", ".cubin")
@@ -50,12 +50,10 @@ def clear_executable_stack(library: bytes) -> bytes:
     torch 2.13 assembles the (empty) constants from text that does not say what stack it needs, and the linker takes that for
     a wish; glibc from 2.41 on refuses to load such a library. None of the code runs on its stack.
     """
-    (start,), (size, count) = struct.unpack_from("<Q", library, 32), struct.unpack_from("<HH", library, 54)
     changed = bytearray(library)
-    for at in range(start, start + size * count, size):
-        kind, flags = struct.unpack_from("<II", library, at)
-        if kind == GNU_STACK:
-            struct.pack_into("<I", changed, at + 4, flags & ~FLAG_EXECUTABLE)
+    for segment in read_segments(library):
+        if segment.kind == GNU_STACK:
+            struct.pack_into("<I", changed, segment.flags_at, segment.flags & ~FLAG_EXECUTABLE)
     return bytes(changed)
 
 

@@ -25,7 +25,7 @@ from onnxscript import opset21
 from torch import Tensor
 from torch.onnx import OnnxExporterError
 
-from ....runtime.errors import ExportError
+from ....runtime.errors import ExportError, first_line
 from ...passes.captured_graph import CapturedGraph
 from ..options import DEFAULT_OPSET
 from ..w8a8 import FP8_LEVELS, FP8_OPERATOR, INT8_LEVELS, INT8_OPERATOR, TINY
@@ -93,7 +93,7 @@ def root_cause(e: BaseException) -> str:
     """The error at the root of a chain, in a line: torch.onnx wraps the operator that it does not know in pages of advice."""
     while e.__cause__:
         e = e.__cause__
-    return f"{type(e).__name__}: {next(iter(str(e).strip().splitlines()), 'no message')}"
+    return f"{type(e).__name__}: {first_line(e)}"
 
 
 def w8a8_translator(levels: float, dtype: int) -> Any:

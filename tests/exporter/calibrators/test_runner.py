@@ -218,26 +218,32 @@ def test_the_file_is_found_beside_the_recipe_then_here_then_among_those_that_shi
     assert find_calibration("baseline.toml", beside).name == "baseline.toml"
 
 
+def load_checked(cache, source, file, size):
+    calibration = calibrations.load_calibration(cache, file.parent)
+    calibrations.check_calibration(calibration, cache.calibration, source, size)
+    return calibration
+
+
 def test_a_calibration_of_another_model_is_refused(file):
     other = Source(model="other", pipeline="FluxPipeline", sha256="f" * 64)
     cache = FirstBlockCache(calibration=file.name)
     with pytest.raises(
         RecipeError, match=r"made of model 'model' with sha256 .*, and this is 'other' with ffffffffffff"
     ):
-        calibrations.load_calibration(cache, other, file.parent, SIZE)
+        load_checked(cache, other, file, SIZE)
 
 
 def test_a_calibration_of_another_size_is_refused(made, file):
     assert (made.height, made.width) == (SIZE.height, SIZE.width)
     source = Source(model=made.model, pipeline="FluxPipeline", sha256=made.sha256)
     cache = FirstBlockCache(calibration=file.name)
-    assert calibrations.load_calibration(cache, source, file.parent, SIZE) == made
+    assert load_checked(cache, source, file, SIZE) == made
     wider = replace(SIZE, width=2 * SIZE.width)
     with pytest.raises(RecipeError, match=rf"made at width {SIZE.width}, and this is {wider.width}; set shapes\.width"):
-        calibrations.load_calibration(cache, source, file.parent, wider)
+        load_checked(cache, source, file, wider)
     unsaid = made.model_copy(update={"height": None, "width": None})
     calibrations.write_calibration(file, unsaid)
-    assert calibrations.load_calibration(cache, source, file.parent, wider) == unsaid
+    assert load_checked(cache, source, file, wider) == unsaid
 
 
 def test_a_calibration_without_fitted_plans_says_so(made):

@@ -166,11 +166,9 @@ def test_a_field_of_one_value_has_one(field):
 
 def keys(prepared: PreparedExport) -> dict[str, str | None]:
     """Graph -> its fingerprint."""
-    lowering, tools = load_backend(prepared.recipe.compile.backend), describe_toolchain(prepared.recipe)
-    graphs, passes = (
-        [g for group in prepared.graphs.values() for g in group],
-        lowering.list_passes(prepared.recipe.compile),
-    )
+    backend, tools = prepared.backend, describe_toolchain(prepared.recipe, prepared.backend)
+    graphs = [g for group in prepared.graphs.values() for g in group]
+    passes = backend.list_passes(prepared.recipe.compile)
     return {g.name: graph_fingerprint(run_passes(g, passes), tools, {}) for g in graphs}
 
 

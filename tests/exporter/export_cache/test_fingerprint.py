@@ -17,13 +17,17 @@ from prebake.exporter.capture.capture import capture_graph
 from prebake.exporter.export_cache import fingerprint as fingerprints
 from prebake.exporter.export_cache.fingerprint import (
     InexactValueError,
-    describe_toolchain,
     exact_text,
     graph_fingerprint,
 )
+from prebake.exporter.lower import load_backend
 from prebake.exporter.passes.captured_graph import CapturedGraph
 from prebake.exporter.recipe.resolve import Compile, Recipe, resolve
 from support.paths import ROOT
+
+
+def describe_toolchain(recipe: Recipe) -> str:
+    return fingerprints.describe_toolchain(recipe, load_backend(recipe.compile.backend))
 
 
 class Small(nn.Module):

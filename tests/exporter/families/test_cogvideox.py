@@ -19,7 +19,7 @@ from PIL import Image, ImageSequence
 from prebake.exporter import tiny
 from prebake.exporter.capture.capture import capture_graph
 from prebake.exporter.families import cogvideox
-from prebake.exporter.families.picture import Size
+from prebake.exporter.families.picture import Size, read_size
 from prebake.exporter.load.source import load_model as load_model
 from prebake.exporter.recipe.resolve import resolve
 from prebake.exporter.tiny import parts
@@ -73,7 +73,7 @@ def test_the_decoder_gives_what_diffusers_decodes(frames):
     """Two or three latent frames at a time: 9 frames are one time, 16 and 17 are two."""
     pipe, size = eager("cogvideox"), Size(16, 16, 16, frames)
     cogvideox.check_size(pipe, size)
-    decoder = cogvideox.others(pipe, size, channels_last=False)[-1]
+    decoder = cogvideox.other_components(pipe, size, channels_last=False)[-1]
     latents = torch.randn(1, *cogvideox.latents_shape(pipe, size), generator=seeded(frames))
     theirs = pipe.video_processor.postprocess_video(pipe.decode_latents(latents), output_type="pt")
     assert theirs.shape == (1, frames, 3, 16, 16)
@@ -91,7 +91,7 @@ def test_the_decoder_gives_what_diffusers_decodes(frames):
 @torch.no_grad()
 def test_numbers_of_frames_that_the_decoder_does_not_give_back_are_refused(frames, made, nearest):
     pipe, size = eager("cogvideox"), Size(16, 16, 16, frames)
-    decoder = cogvideox.others(pipe, size, channels_last=False)[-1]
+    decoder = cogvideox.other_components(pipe, size, channels_last=False)[-1]
     assert decoder.module(*decoder.args)[0].shape[1] == made
     with pytest.raises(ExportError, match=rf"shapes\.num_frames: .* got {frames}, the nearest are {nearest}$"):
         cogvideox.check_size(pipe, size)
@@ -239,7 +239,7 @@ def test_a_layout_that_videos_do_not_have_is_refused():
     with pytest.raises(
         ExportError, match=r"^compile\.channels_last_vae: expected false, .* got true; set it to false$"
     ):
-        cogvideox.others(eager("cogvideox"), SIZE, channels_last=True)
+        cogvideox.other_components(eager("cogvideox"), SIZE, channels_last=True)
 
 
 # --- schedulers and caches --------------------------------------------------------------------------------------------
@@ -378,4 +378,4 @@ def test_the_sheet_shows_the_first_the_middle_and_the_last_frame():
 def test_an_artifact_says_how_many_frames_it_makes():
     manifest: Manifest = ours("cogvideox").artifact.manifest
     assert (manifest.defaults.num_frames, manifest.graph("vae_decoder").outputs[0].shape) == (9, (1, 9, 3, 64, 64))
-    assert cogvideox.size_of(manifest) == SIZE
+    assert read_size(manifest) == SIZE

@@ -292,7 +292,9 @@ def test_schnells_four_steps_are_too_few_for_the_recipes_cache():
 
 def test_a_family_without_pictures_refuses_to_begin_from_one():
     class Alone:
-        """A family's module that has no PICTURE."""
+        """A family's module that takes no picture."""
+
+        PICTURE = None
 
     with pytest.raises(RecipeError, match=r"sampler.image_to_image: this family's pipelines start from noise alone"):
         has_picture_input(resolve("flux-fast", PICTURES), Alone)

@@ -16,6 +16,7 @@ from PIL import Image
 
 from prebake.exporter import tiny
 from prebake.exporter.families import pixart
+from prebake.exporter.lower import load_backend
 from prebake.exporter.recipe.resolve import resolve
 from prebake.exporter.rewrite import rewrite_pipeline
 from prebake.exporter.tiny import parts
@@ -35,6 +36,7 @@ from support.family_parity import (
     seeded,
 )
 
+AOTI = load_backend("aoti")
 SIZE = pixart.Size(32, 32, 16)
 DEFAULTS = tiny.TINY_MODELS["pixart"].defaults
 CALL: dict[str, Any] = {**DEFAULTS, **FAMILIES["pixart"].call}
@@ -175,7 +177,7 @@ def noise_of(pipe) -> torch.Tensor:
 def test_int8_takes_fused_attention_and_feed_forward_and_leaves_the_rest():
     pipe = tiny.build_tiny_pipeline("pixart")
     before = noise_of(pipe)
-    layers = rewrite_pipeline(pipe, resolve("pixart-fast", ("precision.denoiser=float32",)))
+    layers = rewrite_pipeline(pipe, resolve("pixart-fast", ("precision.denoiser=float32",)), AOTI)
     int8 = {name for name, (what, _) in layers.items() if what == "int8"}
     assert {n.split(".", 2)[2] for n in int8 if n.startswith("transformer_blocks.0.")} == {
         *("attn1.to_qkv", "attn1.to_out.0", "attn2.to_q", "attn2.to_kv", "attn2.to_out.0"),

@@ -21,7 +21,8 @@ from PIL import Image
 
 from prebake.exporter import tiny
 from prebake.exporter.families import sd3
-from prebake.exporter.families.picture import example_picture
+from prebake.exporter.families.picture import example_picture, read_size
+from prebake.exporter.lower import load_backend
 from prebake.exporter.recipe.resolve import resolve
 from prebake.exporter.rewrite import rewrite_pipeline
 from prebake.exporter.rewrite.fuse import fuse_qkv
@@ -42,6 +43,7 @@ from support.family_parity import (
     seeded,
 )
 
+AOTI = load_backend("aoti")
 SIZE = sd3.Size(32, 32, 16)
 CALL = {"height": 32, "width": 32, "num_inference_steps": 8, "guidance_scale": 5.0, "max_sequence_length": 16}
 PICTURES = "sampler.image_to_image=true"
@@ -97,7 +99,7 @@ def test_without_t5_its_states_are_zeros(tmp_path):
     assert relative_error(drawn, latents) < TOLERANCE
     assert relative_error(latents, expected("sd3", PROMPTS[0], negative_prompt="blurry", generator=seeded(1))) > 1e-3
     assert prebaked.family.max_sequence_length == 16
-    assert sd3.size_of(prebaked.artifact.manifest) == SIZE
+    assert read_size(prebaked.artifact.manifest) == SIZE
     with pytest.raises(ArtifactError, match=r"prompt_3: an artifact of StableDiffusion3Pipeline does not take it"):
         prebaked("snow", prompt_3="a cat")
 
@@ -237,7 +239,7 @@ def test_why_diffusers_own_fused_attention_is_not_used():
 def test_int8_takes_attention_and_feed_forward_and_leaves_the_rest():
     pipe = tiny.build_tiny_pipeline("sd3")
     before = velocity(pipe)
-    layers = rewrite_pipeline(pipe, resolve("sd3-fast", ("precision.denoiser=float32",)))
+    layers = rewrite_pipeline(pipe, resolve("sd3-fast", ("precision.denoiser=float32",)), AOTI)
     int8 = {name for name, (what, _) in layers.items() if what == "int8"}
     assert {n.split(".", 2)[2] for n in int8 if n.startswith("transformer_blocks.0.")} == {
         *("attn.to_qkv", "attn.to_added_qkv", "attn.to_out.0", "attn.to_add_out", "attn2.to_qkv", "attn2.to_out.0"),

@@ -12,6 +12,7 @@ from torch import nn
 
 from prebake.exporter.families import sd
 from prebake.exporter.load.source import load_model
+from prebake.exporter.lower import load_backend
 from prebake.exporter.lower.aoti import kernels
 from prebake.exporter.lower.w8a8 import W8A8Conv2d
 from prebake.exporter.recipe.resolve import resolve
@@ -22,6 +23,7 @@ from prebake.exporter.sites.discover import discover_layout
 from prebake.exporter.verify.verify import VerifyOptions, verify_artifact
 from prebake.runtime.errors import ExportError
 
+AOTI = load_backend("aoti")
 SIZE = sd.Size(32, 32, 16)
 FLOAT32 = ("precision.denoiser=float32", "precision.text_encoders=float32", "precision.vae=float32")
 
@@ -82,7 +84,7 @@ def test_the_layout_has_both_branches(tiny_sd_pipe):
 
 def test_fused_projections_compute_the_same(tiny_sd_pipe):
     before = guided_sample(tiny_sd_pipe)
-    _ = rewrite_pipeline(tiny_sd_pipe, recipe())
+    _ = rewrite_pipeline(tiny_sd_pipe, recipe(), AOTI)
     names = [n for n, _ in tiny_sd_pipe.unet.named_modules()]
     assert any(n.endswith("attn1.to_qkv") for n in names)
     assert any(n.endswith("attn2.to_kv") for n in names)
@@ -92,7 +94,7 @@ def test_fused_projections_compute_the_same(tiny_sd_pipe):
 
 
 def test_convolutions_lie_as_inductor_reads_them(tiny_sd_pipe):
-    _ = rewrite_pipeline(tiny_sd_pipe, recipe())
+    _ = rewrite_pipeline(tiny_sd_pipe, recipe(), AOTI)
     kernels = [m.weight for m in tiny_sd_pipe.unet.modules() if isinstance(m, nn.Conv2d)]
     assert all(k.is_contiguous(memory_format=torch.channels_last) for k in kernels)
 
@@ -116,7 +118,7 @@ def test_a_linears_kind_goes_by_its_place(name, role):
 def test_int8_is_measured_by_the_unets_first_level(tiny_sd_pipe):
     before = guided_sample(tiny_sd_pipe)
     assert inner_width(tiny_sd_pipe.unet) == 16
-    layers = rewrite_pipeline(tiny_sd_pipe, recipe("quantize.method=int8_dynamic"))
+    layers = rewrite_pipeline(tiny_sd_pipe, recipe("quantize.method=int8_dynamic"), AOTI)
     treated = {name for name, (what, _) in layers.items() if what == "int8"}
     assert treated == {n for n in layers if layer_role(n) in ("attention", "feed-forward")}
     assert layers["down_blocks.0.resnets.0.time_emb_proj"] == ("kept", "modulation")
@@ -129,7 +131,7 @@ def test_int8_is_measured_by_the_unets_first_level(tiny_sd_pipe):
 )
 def test_int8_convolutions_are_those_between_the_first_and_the_last(tiny_sd_pipe):
     before = guided_sample(tiny_sd_pipe)
-    layers = rewrite_pipeline(tiny_sd_pipe, recipe("quantize.method=int8_dynamic", "quantize.convolutions=true"))
+    layers = rewrite_pipeline(tiny_sd_pipe, recipe("quantize.method=int8_dynamic", "quantize.convolutions=true"), AOTI)
     convolutions = {n: m for n, m in tiny_sd_pipe.unet.named_modules() if isinstance(m, W8A8Conv2d)}
     assert {layer_role(n) for n in convolutions} == {"convolution", "attention"}
     assert {n for n in layers if layer_role(n) == "convolution"} < convolutions.keys()
@@ -143,7 +145,7 @@ def test_int8_convolutions_are_those_between_the_first_and_the_last(tiny_sd_pipe
 
 
 def test_int8_leaves_alone_what_is_narrow(tiny_sd_pipe):
-    layers = rewrite_pipeline(tiny_sd_pipe, recipe("quantize.method=int8_dynamic", "quantize.min_width_ratio=2"))
+    layers = rewrite_pipeline(tiny_sd_pipe, recipe("quantize.method=int8_dynamic", "quantize.min_width_ratio=2"), AOTI)
     assert layers["down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_out.0"] == (
         "kept",
         "attention, 16x16 is smaller than 32",

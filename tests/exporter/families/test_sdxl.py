@@ -562,8 +562,8 @@ def test_a_vae_that_overflows_in_float16_is_refused():
 
 def test_a_refiner_without_a_start_is_refused():
     with pytest.raises(ExportError, match="expected true, got false: StableDiffusionXLImg2ImgPipeline"):
-        sdxl.others(eager("sdxl-refiner"), SIZE, channels_last=False)
-    assert len(sdxl.others(eager("sdxl"), SIZE, channels_last=False)) == 2
+        sdxl.other_components(eager("sdxl-refiner"), SIZE, channels_last=False)
+    assert len(sdxl.other_components(eager("sdxl"), SIZE, channels_last=False)) == 2
 
 
 def test_the_watermark_is_left_out():

@@ -197,7 +197,7 @@ def test_other_strides_are_refused():
 def test_the_embedding_that_t5_ties_is_stored_once(tiny_pipe, tmp_path):
     from prebake.exporter.families import flux
 
-    component = flux.others(tiny_pipe, flux.Size(32, 32, 8), channels_last=False)[0]
+    component = flux.other_components(tiny_pipe, flux.Size(32, 32, 8), channels_last=False)[0]
     captured = capture_graph(component.name, component.module, component.args, component.inputs, component.outputs)
     package.write_weights(tmp_path, {"text_encoder": (captured,)})
     shape = tiny_pipe.text_encoder_2.shared.weight.shape

@@ -14,7 +14,7 @@ from torch.backends import cuda
 from prebake.exporter import pipeline
 from prebake.exporter.capture.capture import capture_graph
 from prebake.exporter.export_cache.fingerprint import graph_fingerprint
-from prebake.exporter.lower import aoti
+from prebake.exporter.lower import aoti, load_backend
 from prebake.exporter.lower.aoti.cuda import move_graph
 from prebake.exporter.passes.attention_backend import (
     KERNELS,
@@ -31,7 +31,7 @@ from prebake.runtime.errors import ExportError
 from prebake.runtime.manifest import Source
 
 Q = torch.randn(1, 2, 8, 16)
-UNUSED = ("family", "pipe", "size", "defaults", "layers", "calibration", "layout", "planned")
+UNUSED = ("part", "layers", "calibration", "layout", "planned")
 """What lowering does not look at."""
 
 
@@ -174,7 +174,12 @@ def test_the_denoiser_is_what_it_is_for(graph, monkeypatch, tmp_path):
     )
     groups = dict.fromkeys(("denoiser", "denoiser.call2", "vae_decoder"), (graph,))
     ready = pipeline.PreparedExport(
-        recipe=asked, source=Source(model="", pipeline="", sha256=""), graphs=groups, costs={}, **dict.fromkeys(UNUSED)
+        recipe=asked,
+        backend=load_backend("aoti"),
+        source=Source(model="", pipeline="", sha256=""),
+        graphs=groups,
+        costs={},
+        **dict.fromkeys(UNUSED),
     )
     lowered: dict[str, Any] = {}
     monkeypatch.setattr(aoti, "lower", lambda folder, groups, config, made: lowered.update(groups) or {})

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from prebake.exporter.families import flux
-from prebake.exporter.lower import aoti
+from prebake.exporter.lower import aoti, load_backend
 from prebake.exporter.lower.w8a8 import W8A8Linear
 from prebake.exporter.recipe.resolve import resolve
 from prebake.exporter.rewrite import rewrite_pipeline
@@ -19,6 +19,7 @@ from prebake.exporter.rewrite.quantize import layer_role, quantize_model
 from prebake.exporter.rewrite.refuse_hooks import refuse_hooked
 from prebake.runtime.errors import ExportError
 
+AOTI = load_backend("aoti")
 SIZE = flux.Size(32, 32, 8)
 NOTHING = ("fuse.qkv=false", "fuse.vae_qkv=false", "quantize.method=none")
 FLOAT32 = ("precision.denoiser=float32", "precision.text_encoders=float32", "precision.vae=float32")
@@ -119,7 +120,7 @@ def test_a_linears_kind_goes_by_its_place(name, role):
 
 def test_int8_takes_attention_and_feed_forward_and_says_why_it_leaves_the_rest(tiny_pipe):
     before = velocity(tiny_pipe)
-    layers = rewrite_pipeline(tiny_pipe, recipe())
+    layers = rewrite_pipeline(tiny_pipe, recipe(), AOTI)
     linears = {n for n, m in tiny_pipe.transformer.named_modules() if isinstance(m, nn.Linear | W8A8Linear)}
     assert set(layers) == linears
     reasons = {why for what, why in layers.values() if what == "kept"}
@@ -174,7 +175,7 @@ def test_layers_below_the_ratio_are_kept_with_their_size():
 
 
 def test_include_and_exclude_choose_by_name(tiny_pipe):
-    layers = rewrite_pipeline(tiny_pipe, recipe("quantize.include=single_", "quantize.exclude=proj_mlp"))
+    layers = rewrite_pipeline(tiny_pipe, recipe("quantize.include=single_", "quantize.exclude=proj_mlp"), AOTI)
     assert layers["single_transformer_blocks.0.attn.to_qkv"][0] == "int8"
     assert layers["single_transformer_blocks.0.proj_mlp"] == ("kept", "quantize.exclude")
     assert layers["transformer_blocks.0.attn.to_qkv"] == ("kept", "not in quantize.include")
@@ -185,12 +186,12 @@ def test_quantizing_nothing_is_refused_with_the_reasons(tiny_pipe):
         ExportError,
         match=r"quantize\.method 'int8_dynamic' fits none of the model's 28 Linear layers \(attention, 64x192 is smaller than 6400; .*embedding.*\); relax quantize\.include, exclude or min_width_ratio",
     ):
-        rewrite_pipeline(tiny_pipe, recipe("quantize.min_width_ratio=100"))
+        rewrite_pipeline(tiny_pipe, recipe("quantize.min_width_ratio=100"), AOTI)
 
 
 def test_no_quantization_leaves_every_layer_and_says_so(tiny_pipe):
     before = velocity(tiny_pipe)
-    layers = rewrite_pipeline(tiny_pipe, recipe(*NOTHING))
+    layers = rewrite_pipeline(tiny_pipe, recipe(*NOTHING), AOTI)
     assert set(layers.values()) == {("kept", "quantize.method is none")}
     assert torch.equal(velocity(tiny_pipe), before)
 
@@ -199,7 +200,7 @@ def test_quantizing_leaves_inductors_flags_alone(tiny_pipe):
     import torch._inductor.config as config
 
     before = config.get_config_copy()
-    rewrite_pipeline(tiny_pipe, recipe())
+    rewrite_pipeline(tiny_pipe, recipe(), AOTI)
     assert config.get_config_copy() == before
 
 
@@ -219,13 +220,13 @@ def test_a_diffusers_cache_hook_is_refused_by_name(tiny_pipe):
         ExportError,
         match=r"transformer\.transformer_blocks\.0\.attn carries the diffusers hook pyramid_attention_broadcast, .*recipe's \[cache\] table",
     ):
-        rewrite_pipeline(tiny_pipe, recipe())
+        rewrite_pipeline(tiny_pipe, recipe(), AOTI)
 
 
 def test_a_torch_hook_is_refused_by_place(tiny_pipe):
     tiny_pipe.vae.decoder.conv_in.register_forward_hook(lambda m, a, o: o)
     with pytest.raises(ExportError, match=r"vae\.decoder\.conv_in carries torch forward hooks"):
-        rewrite_pipeline(tiny_pipe, recipe())
+        rewrite_pipeline(tiny_pipe, recipe(), AOTI)
 
 
 def test_a_pre_hook_is_refused_too():

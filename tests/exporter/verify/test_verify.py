@@ -11,13 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from prebake.exporter.cli.main import main
+from prebake.exporter.load.prompts import picture_prompts
 from prebake.exporter.package.folder import file_entries, stage_folder
 from prebake.exporter.progress import Progress
-from prebake.exporter.prompts import picture_prompts
 from prebake.exporter.recipe.resolve import Recipe
 from prebake.exporter.verify import golden
 from prebake.exporter.verify import measure as quality
-from prebake.exporter.verify.golden import TOLERANCES, GoldenReplay, replay_golden, tolerance_of, write_golden
+from prebake.exporter.verify.golden import TOLERANCES, GoldenReplay, replay_golden, tolerance_of
 from prebake.exporter.verify.measure import (
     CheckedPrompts,
     Comparison,
@@ -33,6 +33,7 @@ from prebake.exporter.verify.verify import (
     load_reference,
     settle_verdict,
     verify_artifact,
+    write_golden,
 )
 from prebake.runtime.artifact import open_artifact
 from prebake.runtime.errors import ArtifactError, ExportError, RecipeError

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from .load.source import EMBEDDED_MODELS
-from .recipe.resolve import Recipe
+from ..recipe.resolve import Recipe
+from .source import EMBEDDED_MODELS
 
 DIVERSE_PROMPTS = (
     "a photograph of a red fox in fresh snow, morning light",
@@ -19,6 +19,6 @@ def picture_prompts(recipe: Recipe) -> tuple[str, ...]:
         return recipe.verify.prompts
     if recipe.model.id not in EMBEDDED_MODELS:
         return DIVERSE_PROMPTS
-    from .shapes import read_prompt_set
+    from ..shapes import read_prompt_set
 
     return (*read_prompt_set("full")[:4], *read_prompt_set("underspecified")[:4])

@@ -1,0 +1,101 @@
+"""The whole pipeline as what is exported: the denoiser, what prompts and pictures need, and what its family knows of them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from ..runtime.manifest import Defaults
+from .caches import TeaCache
+from .caches.common.calibration import Calibration
+from .calibrators import teacache
+from .families.picture import VAE_ENCODER, Size
+from .families.registry import Family, family_name, find_family
+from .families.text import find_tokenizers
+from .load.source import LoadedPipeline
+from .lower import Backend
+from .package.folder import write_tokenizers
+from .plan import PlanSet, TailTables, make_plans
+from .plan.inputs import write_plan_inputs
+from .plan.sampler import SchedulerTable
+from .progress import Progress
+from .recipe.resolve import Recipe
+from .rewrite import LayerTreatments, rewrite_pipeline
+from .settle import has_picture_input, sampler_table, sampler_tails, settle
+from .sites.component import Component
+from .sites.guidance import add_planes
+from .sites.layout import Layout
+
+
+@dataclass(frozen=True, kw_only=True)
+class WholePipeline:
+    """A `ModelPart`: a pipeline that has a family, at one size. `tails` are the tables of later starts, by number of steps."""
+
+    stage: ClassVar[str] = "settle"
+    family: Family
+    pipe: Any
+    size: Size
+    defaults: Defaults
+    tables: Mapping[int, SchedulerTable]
+    tails: Mapping[int, TailTables]
+
+    @classmethod
+    def of(cls, recipe: Recipe, loaded: LoadedPipeline, progress: Progress) -> WholePipeline:
+        """The loaded pipeline with the recipe's sizes and steps. Raises ExportError where it has no family."""
+        pipe, family = loaded.pipe, find_family(loaded.pipe)
+        defaults, size, steps = settle(recipe, family, loaded)
+        return cls(
+            family=family,
+            pipe=pipe,
+            size=size,
+            defaults=defaults,
+            tables={n: sampler_table(family, pipe, size, n, progress) for n in steps},
+            tails={n: sampler_tails(recipe, family, pipe, size, n) for n in steps},
+        )
+
+    @property
+    def family_name(self) -> str:
+        """The manifest's `family`."""
+        return family_name(self.pipe) or ""
+
+    def rewrite(self, recipe: Recipe, backend: Backend, progress: Progress) -> LayerTreatments:
+        """Changes all modules that the recipe names."""
+        return rewrite_pipeline(self.pipe, recipe, backend, progress)
+
+    def denoisers(self, recipe: Recipe) -> tuple[Component, ...]:
+        """The denoiser with all branches of its guidance, which is called in one way."""
+        denoiser = self.family.denoiser(self.pipe, self.size, recipe.guidance)
+        return (add_planes(denoiser) if recipe.cache.needs_planes else denoiser,)
+
+    def other_components(self, recipe: Recipe, backend: Backend) -> tuple[Component, ...]:
+        """Text encoders, and the VAE's halves."""
+        return self.family.other_components(
+            self.pipe,
+            self.size,
+            channels_last=recipe.compile.channels_last_vae and backend.CHANNELS_LAST,
+            picture=has_picture_input(recipe, self.family),
+        )
+
+    def plan(self, recipe: Recipe, denoiser: Component, layout: Layout, calibration: Calibration | None) -> PlanSet:
+        """The plans, by TeaCache's decisions where its signal is the timestep's embedding, which needs weights and no
+        calibration."""
+        decisions: Any = calibration
+        if isinstance(recipe.cache, TeaCache) and recipe.cache.exact:
+            scale = self.family.facts(self.pipe, self.size)["timestep_scale"]
+            decisions = teacache.decide_by_timesteps(recipe.cache, denoiser, layout, self.tables, timestep_scale=scale)
+        return make_plans(recipe.cache, layout, self.tables, decisions, tails=self.tails)
+
+    def facts(self, components: Collection[str]) -> dict[str, Any]:
+        """The family's facts, and what pictures it takes."""
+        facts = self.family.facts(self.pipe, self.size)
+        if "picture" in facts or VAE_ENCODER not in components:
+            return facts
+        picture = {"height": self.size.height, "width": self.size.width, **(self.family.PICTURE or {})}
+        return {**facts, "picture": picture}
+
+    def write_files(self, folder: Path, layout: Layout, planned: PlanSet) -> None:
+        """Tokenizers, and what `prebake plan` makes further plans of."""
+        write_plan_inputs(folder, self.pipe.scheduler, layout, planned)
+        write_tokenizers(folder, find_tokenizers(self.pipe, self.family.prompt_entries(self.pipe, self.size)))

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from prebake.runtime import ArtifactError, Cancelled, load
+from prebake.runtime import Cancelled, RequestError, load
 from prebake.runtime.pipeline import Pipeline
 
 TOLERANCE_BYTES = 8 << 20
@@ -100,7 +100,7 @@ def answer_request(pipe: Pipeline, request: SoakRequest) -> torch.Tensor | str:
         arguments["callback_on_step_end"] = callback
     try:
         return pipe(**arguments, cancel=cancel)[0]
-    except (ArtifactError, Cancelled, CallbackError) as e:
+    except (RequestError, Cancelled, CallbackError) as e:
         return type(e).__name__
 
 

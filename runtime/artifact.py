@@ -46,7 +46,7 @@ class BoundGraph:
         self._contract = contract
 
     def __call__(self, inputs: Mapping[str, torch.Tensor]) -> Tensors:
-        """Outputs by name. Raises ArtifactError, naming the input, unless the inputs are exactly the manifest's."""
+        """Outputs by name. Raises RequestError, naming the input, unless the inputs are exactly the manifest's."""
         return self._contract.outputs(self._model(self._contract.inputs(inputs)))
 
     def output_dtype(self, name: str) -> torch.dtype:
@@ -72,7 +72,7 @@ class Artifact:
     def tables_from(self, name: str, step: int) -> PlanTables:
         """The tables of the plan of that name without its first `step` steps, made at their first use.
 
-        Raises ArtifactError where the plan cannot begin there. Threads that ask at once get the same tables.
+        Raises RequestError where the plan cannot begin there. Threads that ask at once get the same tables.
         """
         if step == 0:
             return self.tables[name]

@@ -18,7 +18,7 @@ import torch
 
 from .artifact import Artifact, open_artifact
 from .check.artifact import PublicKey, Trust, status_problems
-from .errors import ArtifactError, raise_problems
+from .errors import RequestError, raise_problems
 from .families import artifact_family
 from .gpu.graph_loop import loop_of
 from .gpu.memory import explain_gpu_memory
@@ -63,7 +63,7 @@ def load(
     )
     raise_problems(folder, status_problems(artifact.manifest))
     if artifact.manifest.family == ATTACH_FAMILY:
-        raise ArtifactError(
+        raise RequestError(
             f"{folder}: holds the denoiser of {artifact.manifest.source.pipeline} alone; load that pipeline with diffusers and "
             "give both to prebake.runtime.attach, or export with model.part=pipeline where it has a family"
         )
@@ -153,7 +153,7 @@ class Pipeline:
         `cancel`, a `threading.Event` that another thread may set, ends the call with Cancelled where it is next looked at:
         while the call waits for a runner, and between evaluations of the denoiser.
 
-        Raises ArtifactError for what the artifact was not exported for, naming what it has.
+        Raises RequestError for what the artifact was not exported for, naming what it has.
         """
         self._check_size(height, width, num_frames, max_sequence_length)
         self._check_choices(output_type, callback_on_step_end_tensor_inputs)
@@ -221,9 +221,7 @@ class Pipeline:
             name += "-uncached"
         if name not in plans:
             asked = f"num_inference_steps={steps}" + ("" if cache else ", cache=False")
-            raise ArtifactError(
-                f"{asked}: the artifact has the plans {', '.join(plans)}; export again with another one"
-            )
+            raise RequestError(f"{asked}: the artifact has the plans {', '.join(plans)}; export again with another one")
         return self.artifact.tables_from(name, left_out(plans[name].plan))
 
     def _check_size(
@@ -231,27 +229,27 @@ class Pipeline:
     ) -> None:
         defaults, length = self.artifact.manifest.defaults, self.family.max_sequence_length
         if (height or defaults.height, width or defaults.width) != (defaults.height, defaults.width):
-            raise ArtifactError(
+            raise RequestError(
                 f"height={height}, width={width}: the artifact makes {self.family.output_kind} of height {defaults.height}, "
                 f"width {defaults.width} only; export again for another size"
             )
         if num_frames not in (None, defaults.num_frames):
             only = "makes pictures" if defaults.num_frames is None else f"makes {defaults.num_frames} frames only"
-            raise ArtifactError(f"num_frames={num_frames}: the artifact {only}; export again for another number")
+            raise RequestError(f"num_frames={num_frames}: the artifact {only}; export again for another number")
         if max_sequence_length not in (None, length):
-            raise ArtifactError(
+            raise RequestError(
                 f"max_sequence_length={max_sequence_length}: the artifact was exported for {length} tokens"
             )
 
     def _count(self, images: int, videos: int | None) -> int:
         """How many to make for each prompt, by either of diffusers' names."""
         if videos is not None and (images != 1 or self.family.output_kind == "images"):
-            raise ArtifactError(
+            raise RequestError(
                 f"num_videos_per_prompt={videos}: expected num_images_per_prompt alone, which every artifact takes"
             )
         name, count = ("images", images) if videos is None else ("videos", videos)
         if count < 1:
-            raise ArtifactError(f"num_{name}_per_prompt={count}: expected 1 or more")
+            raise RequestError(f"num_{name}_per_prompt={count}: expected 1 or more")
         return count
 
     def _memory(self) -> AbstractContextManager[None]:
@@ -263,17 +261,17 @@ class Pipeline:
 
     def _check_choices(self, output_type: str, callback_inputs: Sequence[str]) -> None:
         if output_type not in OUTPUT_TYPES:
-            raise ArtifactError(f"output_type={output_type!r}: expected one of {', '.join(OUTPUT_TYPES)}")
+            raise RequestError(f"output_type={output_type!r}: expected one of {', '.join(OUTPUT_TYPES)}")
         if unknown := [name for name in callback_inputs if name != "latents"]:
-            raise ArtifactError(
+            raise RequestError(
                 f"callback_on_step_end_tensor_inputs: {unknown[0]!r} is not a tensor of the loop; it has latents"
             )
 
     def _given(self, **arguments: Any) -> dict[str, Any]:
-        """What the caller said of what to draw. Raises ArtifactError for what the family does not know."""
+        """What the caller said of what to draw. Raises RequestError for what the family does not know."""
         given = {name: value for name, value in arguments.items() if value is not None}
         if foreign := [name for name in given if name not in self.family.arguments]:
-            raise ArtifactError(
+            raise RequestError(
                 f"{foreign[0]}: an artifact of {self.artifact.manifest.source.pipeline} does not take it; "
                 f"it takes {', '.join(self.family.arguments)}"
             )
@@ -310,7 +308,7 @@ class Pipeline:
         def after_step(step: int, timestep: float, latents: torch.Tensor) -> torch.Tensor:
             returned = callback(self, step, timestep, dict.fromkeys(callback_inputs, latents)) or {}
             if unknown := sorted(returned.keys() - {"latents"}):
-                raise ArtifactError(f"callback_on_step_end returned {unknown[0]!r}; only latents can be replaced")
+                raise RequestError(f"callback_on_step_end returned {unknown[0]!r}; only latents can be replaced")
             latents = returned.get("latents", latents)
             if self._interrupt:
                 raise StopReplay(latents)
@@ -335,10 +333,10 @@ def watch_cancellation(cancel: CancelFlag | None, watch: EvaluationCallback | No
 
 
 def refuse_nonfinite(name: str, value: Any) -> None:
-    """Raises ArtifactError for what is no finite number: it would make a picture of nothing."""
+    """Raises RequestError for what is no finite number: it would make a picture of nothing."""
     try:
         usable = math.isfinite(value)
     except (TypeError, ValueError):
         usable = False
     if not usable:
-        raise ArtifactError(f"{name}={value!r}: expected a finite number")
+        raise RequestError(f"{name}={value!r}: expected a finite number")

@@ -23,7 +23,7 @@ from ...runtime.artifact import Artifact, open_artifact
 from ...runtime.attachment.attach import PlanCursor, attach_opened, run_denoiser
 from ...runtime.attachment.facts import graph_name, read_facts
 from ...runtime.attachment.scheduler_observer import SchedulerObserver
-from ...runtime.errors import ArtifactError, ExportError
+from ...runtime.errors import ExportError, RequestError
 from ...runtime.manifest import Manifest
 from ...runtime.plan import Plan
 from ..denoiser_alone.prepare import recipe_request
@@ -70,7 +70,7 @@ class AttachedReplayer:
         with attach_opened(self.loaded.pipe, self._tapped, plan.cache != "none"):
             try:
                 return draw_picture(self.recipe, self.loaded, prompt, seed, plan.steps, self._calls)
-            except ArtifactError as e:
+            except RequestError as e:
                 raise ExportError(f"prompt {prompt!r}: {e}; or set verify.prompts to prompts that it covers") from e
 
     def only(self, plans: Mapping[str, Plan]) -> AttachedReplayer:

@@ -14,7 +14,7 @@ import torch
 from pydantic import BaseModel, Field, ValidationError
 
 from ..artifact import Artifact
-from ..errors import ArtifactError, describe_schema_error
+from ..errors import ArtifactError, RequestError, describe_schema_error
 from ..noise import Generators, draw_noise
 from ..plan import FROZEN_CONFIG
 from ..prompts import TextEncoder, TextSettings
@@ -166,7 +166,7 @@ class Family:
         zero = self.settings.text.zero_negative
         negatives = self._text(given, "negative_", None if zero else "") or [self._text.zeros()]
         if len(negatives) not in (1, count):
-            raise ArtifactError(f"negative_prompt: expected one, or {count}, one for each prompt; got {len(negatives)}")
+            raise RequestError(f"negative_prompt: expected one, or {count}, one for each prompt; got {len(negatives)}")
         return negatives * (count // len(negatives))
 
 

@@ -15,7 +15,7 @@ from prebake.exporter.families import flux
 from prebake.exporter.families.picture import Size, example_picture
 from prebake.exporter.recipe.resolve import resolve
 from prebake.exporter.settle import has_picture_input
-from prebake.runtime.errors import ArtifactError, ExportError, RecipeError
+from prebake.runtime.errors import ExportError, RecipeError, RequestError
 
 PICTURES = ("sampler.image_to_image=true",)
 GUIDED = ("guidance.true_cfg=true",)
@@ -245,7 +245,7 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused_calls(case):
     overrides, call, sentence = REFUSED[case]
-    with pytest.raises(ArtifactError) as caught:
+    with pytest.raises(RequestError) as caught:
         got("flux", "snow", *overrides, **call)
     assert str(caught.value) == sentence
 

@@ -21,7 +21,7 @@ from prebake.exporter.families import pixart
 from prebake.exporter.recipe.resolve import resolve
 from prebake.exporter.rewrite import rewrite_pipeline
 from prebake.exporter.tiny import parts
-from prebake.runtime.errors import ArtifactError, ExportError, RecipeError
+from prebake.runtime.errors import ExportError, RecipeError, RequestError
 
 SIZE = pixart.Size(32, 32, 16)
 DEFAULTS = tiny.TINY_MODELS["pixart"].defaults
@@ -62,7 +62,7 @@ def test_the_mask_says_what_of_the_embeddings_is_text():
         latents = latents_of(eager("pixart"), None, negative_prompt=None, generator=seeded(1), **call)
         assert relative_error(got("pixart", None, seed=1, **call), latents) < TOLERANCE
     assert relative_error(got("pixart", PROMPTS[0], seed=1), latents) > 1e-3  # the canary: the padding counts
-    with pytest.raises(ArtifactError, match=r"expected either prompt,? or prompt_embeds and prompt_attention_mask"):
+    with pytest.raises(RequestError, match=r"expected either prompt,? or prompt_embeds and prompt_attention_mask"):
         pipe(prompt_embeds=states)
 
 
@@ -230,5 +230,5 @@ def test_there_is_no_image_to_image(tmp_path):
     ],
 )
 def test_what_was_fixed_at_export_is_refused_by_name(argument, message):
-    with pytest.raises(ArtifactError, match=message):
+    with pytest.raises(RequestError, match=message):
         ours("pixart")(PROMPTS[0], **argument)

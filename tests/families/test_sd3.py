@@ -28,7 +28,7 @@ from prebake.exporter.recipe.resolve import resolve
 from prebake.exporter.rewrite import rewrite_pipeline
 from prebake.exporter.rewrite.fuse import fuse_qkv
 from prebake.exporter.tiny import parts
-from prebake.runtime.errors import ArtifactError, ExportError
+from prebake.runtime.errors import ExportError, RequestError
 
 SIZE = sd3.Size(32, 32, 16)
 CALL = {"height": 32, "width": 32, "num_inference_steps": 8, "guidance_scale": 5.0, "max_sequence_length": 16}
@@ -86,7 +86,7 @@ def test_without_t5_its_states_are_zeros(tmp_path):
     assert relative_error(latents, expected("sd3", PROMPTS[0], negative_prompt="blurry", generator=seeded(1))) > 1e-3
     assert prebaked.family.max_sequence_length == 16
     assert sd3.size_of(prebaked.artifact.manifest) == SIZE
-    with pytest.raises(ArtifactError, match=r"prompt_3: an artifact of StableDiffusion3Pipeline does not take it"):
+    with pytest.raises(RequestError, match=r"prompt_3: an artifact of StableDiffusion3Pipeline does not take it"):
         prebaked("snow", prompt_3="a cat")
 
 
@@ -296,5 +296,5 @@ def test_a_transformer_that_takes_more_than_latents_is_refused():
     ],
 )
 def test_what_was_fixed_at_export_is_refused_by_name(argument, message):
-    with pytest.raises(ArtifactError, match=message):
+    with pytest.raises(RequestError, match=message):
         ours("sd3")(PROMPTS[0], **argument)

@@ -26,7 +26,7 @@ from prebake.exporter.families.registry import find_family
 from prebake.exporter.plan import join_plan
 from prebake.exporter.plan.sampler import tabulate_scheduler, tabulate_tails
 from prebake.exporter.verify.measure import Replayer
-from prebake.runtime.errors import ArtifactError, ExportError
+from prebake.runtime.errors import ExportError, RequestError
 from prebake.runtime.pipeline import Pipeline
 from prebake.runtime.replay import tabulate_plan
 
@@ -463,7 +463,7 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused_calls(case):
     name, call, sentence = REFUSED[case]
-    with pytest.raises(ArtifactError) as caught:
+    with pytest.raises(RequestError) as caught:
         got(name, "snow", **call)
     assert str(caught.value) == sentence
 

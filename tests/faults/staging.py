@@ -17,7 +17,7 @@ from pathlib import Path
 from dying import die_at, killed
 
 from prebake.exporter.package import folder as package
-from prebake.runtime.errors import ExportError
+from prebake.runtime.errors import RequestError
 from prebake.runtime.storage import rename as place
 
 FILES = {"manifest.json": '{"schema_version": 1}', "weights/a": "a" * 100, "graphs/b": "b" * 100}
@@ -62,7 +62,7 @@ def export(output: Path, *, force: bool = True) -> None:
 
 
 def at_once(work: Path, *, force: bool) -> dict:
-    """Six exports to one output, which all begin before the first of them ends. Code 3 is an ExportError."""
+    """Six exports to one output, which all begin before the first of them ends. Code 3 is a RequestError."""
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
     barrier, children = multiprocessing.get_context("fork").Barrier(6), []
@@ -74,7 +74,7 @@ def at_once(work: Path, *, force: bool) -> dict:
                     write(folder, "new")
                     barrier.wait()
                 code = 0
-            except ExportError as e:
+            except RequestError as e:
                 code = 3 if str(e).startswith(f"{work}/out: already exists since this export began") else 1
             finally:
                 os._exit(code)

@@ -10,7 +10,7 @@ from PIL import Image
 import toy
 from prebake.runtime.__main__ import main
 from prebake.runtime.cli.main import numbered_paths, save_image
-from prebake.runtime.errors import ArtifactError
+from prebake.runtime.errors import RequestError
 from prebake.runtime.pipeline import PipelineOutput, VideoOutput
 from prebake.runtime.text import block_signs, format_count
 
@@ -53,8 +53,8 @@ def test_run_numbers_several_images_and_speaks_json(toy_artifact, tmp_path, caps
         (["--strength", "0.5"], "error: strength: "),
     ],
 )
-def test_an_error_is_one_line_and_exit_code_5(toy_artifact, capsys, args, words):
-    assert main(["run", str(toy_artifact), "red", *args]) == 5
+def test_an_error_is_one_line_and_exit_code_2(toy_artifact, capsys, args, words):
+    assert main(["run", str(toy_artifact), "red", *args]) == 2
     err = capsys.readouterr().err
     assert err.startswith(words)
     assert err.count("\n") == 1
@@ -62,7 +62,7 @@ def test_an_error_is_one_line_and_exit_code_5(toy_artifact, capsys, args, words)
 
 def test_an_image_that_cannot_be_saved_is_one_line_too(tmp_path):
     (tmp_path / "x.png").mkdir()
-    with pytest.raises(ArtifactError, match=r"x\.png: the image could not be written: .*; give --output a \.png"):
+    with pytest.raises(RequestError, match=r"x\.png: the image could not be written: .*; give --output a \.png"):
         save_image(Image.new("RGB", (2, 2)), tmp_path / "x.png")
 
 
@@ -142,7 +142,7 @@ def test_a_video_s_default_name_is_what_can_be_written(videos, monkeypatch, caps
     ],
 )
 def test_a_video_that_cannot_be_written_is_refused_before_it_is_made(videos, capsys, args, words):
-    assert main(["run", "anywhere", "a", *args]) == 5
+    assert main(["run", "anywhere", "a", *args]) == 2
     err = capsys.readouterr().err
     assert err.startswith(words)
     assert err.count("\n") == 1

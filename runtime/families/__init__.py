@@ -172,13 +172,18 @@ class Family:
 
 def artifact_family(artifact: Artifact) -> Family:
     """The artifact's family. Raises ArtifactError for one that is not known, or settings that are not to its schema."""
+    return family_class(artifact)(artifact)
+
+
+def family_class(artifact: Artifact) -> type[Family]:
+    """The class of the artifact's family. Raises ArtifactError for one that is not known."""
     name = artifact.manifest.family
     if name not in FAMILY_CLASSES:
         raise ArtifactError(
             f"{artifact.folder}: manifest.json [family]: {name!r} is not one that this runtime replays: {', '.join(FAMILY_CLASSES)}; "
             "install the prebake that wrote it, or export again with this one"
         )
-    return getattr(importlib.import_module(f".{name}", __name__), FAMILY_CLASSES[name])(artifact)
+    return getattr(importlib.import_module(f".{name}", __name__), FAMILY_CLASSES[name])
 
 
 def denoiser_inputs(artifact: Artifact) -> frozenset[str]:

@@ -201,8 +201,8 @@ def test_true_guidance_needs_a_negative_prompt_and_a_scale(call):
 @works_guidance
 def test_negative_embeddings():
     pipe = ours("flux", *GUIDED)
-    (negative,) = pipe.family._text({"negative_prompt": "blurry"}, "negative_")
-    embeds = {f"negative_{n}": negative[o] for n, o in pipe.family.settings.text.embeds.items()}
+    (negative,) = pipe.family_rules._text({"negative_prompt": "blurry"}, "negative_")
+    embeds = {f"negative_{n}": negative[o] for n, o in pipe.family_rules.settings.text.embeds.items()}
     latents = expected("flux", PROMPTS[0], generator=seeded(1), true_cfg_scale=4.0, **embeds)
     assert relative_error(got("flux", PROMPTS[0], *GUIDED, seed=1, true_cfg_scale=4.0, **embeds), latents) < TOLERANCE
 

@@ -42,18 +42,18 @@ def test_captions_are_put_in_lower_case_and_stripped():
     latents = expected("pixart", shouted, negative_prompt=" UGLY ", generator=seeded(1))
     assert relative_error(got("pixart", shouted, negative_prompt=" UGLY ", seed=1), latents) < TOLERANCE
     pipe = ours("pixart")
-    (prompt,) = pipe.family.settings.text.prompts
+    (prompt,) = pipe.family_rules.settings.text.prompts
     assert prompt.lower
     path = pipe.artifact.folder / prompt.tokenizer
-    kept = pipe.family._text.text.prompts[0].model_copy(update={"lower": False})
-    tokenizer = type(pipe.family._text._tokenizers[0])(path, path.read_bytes(), kept)
-    assert not torch.equal(tokenizer(shouted)[0], pipe.family._text._tokenizers[0](shouted)[0])  # the canary
+    kept = pipe.family_rules._text.text.prompts[0].model_copy(update={"lower": False})
+    tokenizer = type(pipe.family_rules._text._tokenizers[0])(path, path.read_bytes(), kept)
+    assert not torch.equal(tokenizer(shouted)[0], pipe.family_rules._text._tokenizers[0](shouted)[0])  # the canary
 
 
 @pytest.mark.works("pixart", "attention masks")
 def test_the_mask_says_what_of_the_embeddings_is_text():
     pipe = ours("pixart")
-    (encoded,) = pipe.family._text({"prompt": PROMPTS[0]})
+    (encoded,) = pipe.family_rules._text({"prompt": PROMPTS[0]})
     states, mask = encoded["encoder_hidden_states"], encoded["encoder_attention_mask"]
     assert mask.tolist() == [[1.0] * 4 + [0.0] * 12]  # a, red, circle, end
     call = {"prompt_embeds": states, "negative_prompt_embeds": 0.5 * states}

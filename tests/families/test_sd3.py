@@ -84,7 +84,7 @@ def test_without_t5_its_states_are_zeros(tmp_path):
     latents = latents_of(pipe, PROMPTS[0], negative_prompt="blurry", generator=seeded(1))
     assert relative_error(drawn, latents) < TOLERANCE
     assert relative_error(latents, expected("sd3", PROMPTS[0], negative_prompt="blurry", generator=seeded(1))) > 1e-3
-    assert prebaked.family.max_sequence_length == 16
+    assert prebaked.family_rules.max_sequence_length == 16
     assert sd3.size_of(prebaked.artifact.manifest) == SIZE
     with pytest.raises(RequestError, match=r"prompt_3: an artifact of StableDiffusion3Pipeline does not take it"):
         prebaked("snow", prompt_3="a cat")

@@ -469,7 +469,7 @@ def test_refused_calls(case):
 
 
 def test_the_refiner_takes_scores_in_place_of_the_target():
-    arguments = ours("sdxl-refiner").family.arguments
+    arguments = ours("sdxl-refiner").family_rules.arguments
     assert {"aesthetic_score", "negative_aesthetic_score"} <= set(arguments)
     assert not {"target_size", "negative_target_size", "prompt_2"} & set(arguments)
 

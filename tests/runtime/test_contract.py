@@ -201,7 +201,7 @@ def test_no_argument_of_the_diffusers_pipeline_is_ignored(pipe):
     """Each is an argument here too, or refused by name: what was fixed at export cannot be given and do nothing."""
     flux = pytest.importorskip("diffusers.pipelines.flux.pipeline_flux", reason="diffusers is not installed")
     theirs = set(inspect.signature(flux.FluxPipeline.__call__).parameters) - {"self"}
-    ours = set(inspect.signature(pipe.__call__).parameters) | set(pipe.family.arguments)
+    ours = set(inspect.signature(pipe.__call__).parameters) | set(pipe.family_rules.arguments)
     assert {"sigmas", "true_cfg_scale", "joint_attention_kwargs", "ip_adapter_image"} <= theirs - ours
     for name in sorted(theirs - ours):
         with pytest.raises(

@@ -11,7 +11,7 @@ import toy
 from prebake.runtime.__main__ import main
 from prebake.runtime.cli.main import numbered_paths, save_image
 from prebake.runtime.errors import RequestError
-from prebake.runtime.pipeline import PipelineOutput, VideoOutput
+from prebake.runtime.pipeline import ImageOutput, VideoOutput
 from prebake.runtime.text import block_signs, format_count
 
 
@@ -93,7 +93,7 @@ def videos(monkeypatch, tmp_path):
 
 
 def test_run_hands_over_pictures_mask_and_strength(monkeypatch, tmp_path):
-    fake = Fake(monkeypatch, PipelineOutput([still("white")]))
+    fake = Fake(monkeypatch, ImageOutput([still("white")]))
     Image.new("RGBA", (5, 4), (200, 10, 10, 128)).save(tmp_path / "start.png")
     still("white", (5, 4)).convert("1").save(tmp_path / "mask.png")
     args = ["--image", str(tmp_path / "start.png"), "--mask", str(tmp_path / "mask.png"), "--strength", "0.4"]
@@ -106,7 +106,7 @@ def test_run_hands_over_pictures_mask_and_strength(monkeypatch, tmp_path):
 
 
 def test_run_leaves_to_the_pipeline_what_nobody_said(monkeypatch, tmp_path):
-    fake = Fake(monkeypatch, PipelineOutput([still("white")]))
+    fake = Fake(monkeypatch, ImageOutput([still("white")]))
     assert main(["run", "anywhere", "a", "--output", str(tmp_path / "x.png")]) == 0
     assert {name for name, value in fake.arguments.items() if value is not None} == {"num_images_per_prompt", "cache"}
 

@@ -68,21 +68,26 @@ def plan_figures(folder: Path, manifest: Manifest, plans: Mapping[str, Plan]) ->
         measured = next(
             (m for path in (report_path(""), report_path(name)) if (m := plan_report(reports[path], plan))), {}
         )
-        whole = {g.name for g in manifest.graphs if not (g.combines or g.zeros or g.identities)}
-        found[name] = PlanFigures(
-            name,
-            plan.steps,
-            plan.cache,
-            plan.scheduler,
-            len(plan.evaluations),
-            sum(e.variant in whole for e in plan.evaluations),
-            finite_number(measured, "pictures", "psnr_db"),
-            finite_number(measured, "pictures", "psnr_db_min"),
-            finite_number(measured, "relative_error", "max"),
-            finite_number(measured, "speedup"),
-            finite_number(measured, "image_s"),
-        )
+        found[name] = describe_plan(manifest, plan, measured)
     return found
+
+
+def describe_plan(manifest: Manifest, plan: Plan, measured: Mapping[str, Any]) -> PlanFigures:
+    """The plan's figures, `measured` being what a report says of it."""
+    whole = {g.name for g in manifest.graphs if not (g.combines or g.zeros or g.identities)}
+    return PlanFigures(
+        plan.name,
+        plan.steps,
+        plan.cache,
+        plan.scheduler,
+        len(plan.evaluations),
+        sum(e.variant in whole for e in plan.evaluations),
+        finite_number(measured, "pictures", "psnr_db"),
+        finite_number(measured, "pictures", "psnr_db_min"),
+        finite_number(measured, "relative_error", "max"),
+        finite_number(measured, "speedup"),
+        finite_number(measured, "image_s"),
+    )
 
 
 def report_path(plan: str) -> str:

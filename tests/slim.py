@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("exporter", "recipes", "runtime")
+FOLDERS = ("api", "exporter", "recipes", "runtime")
 
 
 def build_wheel(tree: Path) -> Path:

@@ -122,7 +122,7 @@ def export(
         from .exporter.recipe.resolve import check_inductor_flags, check_scheduler, recipe_folder
 
         asked = resolve_recipe(recipe, overrides, found)
-        near = recipe_folder(recipe) if isinstance(recipe, str | Path) else None
+        near = recipe_folder(os.fspath(recipe)) if isinstance(recipe, str | os.PathLike) else None
         check_inductor_flags(asked.compile.inductor)
         check_scheduler(asked.sampler.scheduler)
         with open_progress("rich" if progress else "quiet") as shown:
@@ -198,11 +198,11 @@ def resolve_recipe(
     recipe: str | os.PathLike[str] | Recipe, overrides: Mapping[str, Any] | None, model: str | None
 ) -> Recipe:
     """The recipe with the overrides and the model. Raises RecipeError with one line per problem."""
-    from .exporter.recipe.resolve import Recipe, change_recipe, resolve
+    from .exporter.recipe.resolve import change_recipe, resolve
 
-    if isinstance(recipe, Recipe):
-        return change_recipe(recipe, f"recipe {recipe.name}", overrides or {}, model)
-    return resolve(recipe if isinstance(recipe, str) else Path(recipe), overrides or {}, model)
+    if isinstance(recipe, str | os.PathLike):
+        return resolve(recipe if isinstance(recipe, str) else Path(recipe), overrides or {}, model)
+    return change_recipe(recipe, f"recipe {recipe.name}", overrides or {}, model)
 
 
 @contextlib.contextmanager

@@ -122,7 +122,11 @@ def export(
         from .exporter.recipe.resolve import check_inductor_flags, check_scheduler, recipe_folder
 
         asked = resolve_recipe(recipe, overrides, found)
-        near = recipe_folder(os.fspath(recipe)) if isinstance(recipe, str | os.PathLike) else None
+        near = (
+            recipe_folder(recipe if isinstance(recipe, str) else Path(recipe))
+            if isinstance(recipe, str | os.PathLike)
+            else None
+        )
         check_inductor_flags(asked.compile.inductor)
         check_scheduler(asked.sampler.scheduler)
         with open_progress("rich" if progress else "quiet") as shown:

@@ -86,7 +86,7 @@ def test_force_never_replaces_what_is_not_an_artifact(tmp_path, content):
         (tmp_path / "out" / "manifest.json").write_text(content)
     before = listing(tmp_path)
     with pytest.raises(
-        ExportError,
+        RequestError,
         match=r"out: --force replaces artifacts only, and this has no manifest\.json of one; choose another --output",
     ):
         staged(tmp_path / "out", force=True)

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from prebake.runtime import ArtifactError, Cancelled, load
+from prebake.runtime import Cancelled, RequestError, load
 from prebake.runtime.pipeline import Pipeline
 
 TOLERANCE_BYTES = 8 << 20
@@ -48,7 +48,7 @@ class SoakRequest:
 def make_requests(pipe: Pipeline, count: int, seed: int = 0) -> list[SoakRequest]:
     """`count` requests of every kind that the artifact takes, the same for the same seed."""
     dice = random.Random(seed)
-    kinds = [kind for kind in REQUEST_KINDS if kind != "picture" or pipe.family.settings.picture]
+    kinds = [kind for kind in REQUEST_KINDS if kind != "picture" or pipe.family_rules.settings.picture]
     plans = [plan for plan in pipe.artifact.plans.values() if plan.name == str(plan.steps)]
     return [
         make_request(pipe, dice, kind, dice.choice(plans).steps)
@@ -68,7 +68,7 @@ def make_request(pipe: Pipeline, dice: random.Random, kind: str, steps: int) -> 
         arguments["guidance_scale"] = dice.choice((1.0, 2.5, 5.0))
     if kind == "batch":
         arguments["prompt"] = [arguments["prompt"], dice.choice(SOAK_PROMPTS)]
-    if (picture := pipe.family.settings.picture) and (kind == "picture" or picture.required):
+    if (picture := pipe.family_rules.settings.picture) and (kind == "picture" or picture.required):
         arguments["image"] = torch.rand(
             3, picture.height, picture.width, generator=torch.Generator().manual_seed(steps)
         )
@@ -100,7 +100,7 @@ def answer_request(pipe: Pipeline, request: SoakRequest) -> torch.Tensor | str:
         arguments["callback_on_step_end"] = callback
     try:
         return pipe(**arguments, cancel=cancel)[0]
-    except (ArtifactError, Cancelled, CallbackError) as e:
+    except (RequestError, Cancelled, CallbackError) as e:
         return type(e).__name__
 
 

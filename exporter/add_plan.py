@@ -15,7 +15,7 @@ from typing import Any
 
 from ..runtime.artifact import open_artifact
 from ..runtime.check.artifact import check_artifact, plan_problems
-from ..runtime.errors import ExportError, QualityError, RecipeError
+from ..runtime.errors import ExportError, QualityError, RecipeError, RequestError
 from ..runtime.manifest import ATTACH_FAMILY, Manifest, read_manifest
 from ..runtime.plan import Plan
 from .caches import Decision, Schedule, Trajectory, schedule
@@ -173,13 +173,13 @@ def add_plans(
 ) -> tuple[Manifest, dict[str, Plan]]:
     """The manifest with the new plans, and these. `recipe` is the artifact's own with what the caller changed.
 
-    Raises ExportError where the variants do not exist, or a threshold is missed; then the artifact is as it was.
+    Raises RequestError where the plan exists, unless forced, and ExportError where the variants do not, or a threshold is missed; then the artifact is as it was.
     """
     manifest = read_manifest(folder)
     check_artifact(folder, manifest, trust="size")
     with progress.stage("plan"):
         if str(steps) in manifest.plans and not choices.force:
-            raise ExportError(f"{folder}: plan '{steps}' is there already; replace it with --force")
+            raise RequestError(f"{folder}: plan '{steps}' is there already; replace it with --force")
         made, calibration = build_plans(folder, manifest, recipe, steps, progress)
         plans = {p.name: p for p in made}
         replaced = {str(steps), f"{steps}-uncached"} & set(manifest.plans)

@@ -9,18 +9,31 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .attachment.attach import attach, detach
-    from .errors import ArtifactError, Cancelled, ExportError, PrebakeError, QualityError, RecipeError
+    from .errors import (
+        ArtifactError,
+        CallerError,
+        Cancelled,
+        ExportError,
+        PrebakeError,
+        QualityError,
+        RecipeError,
+        RequestError,
+        ResourceError,
+    )
     from .pipeline import load
 
     __version__: str
 
 __all__ = [
     "ArtifactError",
+    "CallerError",
     "Cancelled",
     "ExportError",
     "PrebakeError",
     "QualityError",
     "RecipeError",
+    "RequestError",
+    "ResourceError",
     "__version__",
     "attach",
     "detach",
@@ -32,11 +45,14 @@ _MODULES = {
     "detach": ".attachment.attach",
     "load": ".pipeline",
     "ArtifactError": ".errors",
+    "CallerError": ".errors",
     "Cancelled": ".errors",
     "ExportError": ".errors",
     "PrebakeError": ".errors",
     "QualityError": ".errors",
     "RecipeError": ".errors",
+    "RequestError": ".errors",
+    "ResourceError": ".errors",
 }
 
 

@@ -46,7 +46,7 @@ class BoundGraph:
         self._contract = contract
 
     def __call__(self, inputs: Mapping[str, torch.Tensor]) -> Tensors:
-        """Outputs by name. Raises ArtifactError, naming the input, unless the inputs are exactly the manifest's."""
+        """Outputs by name. Raises RequestError, naming the input, unless the inputs are exactly the manifest's."""
         return self._contract.outputs(self._model(self._contract.inputs(inputs)))
 
     def output_dtype(self, name: str) -> torch.dtype:
@@ -70,13 +70,13 @@ class Artifact:
     _tails: dict[tuple[str, int], PlanTables] = field(default_factory=dict, repr=False, compare=False)
 
     def plan_name(self, steps: int, cache: bool) -> str:
-        """The plan for that number of steps, with its cache or without. Raises ArtifactError with those that there are."""
+        """The plan for that number of steps, with its cache or without. Raises RequestError with those that there are."""
         name = str(steps)
         if not cache and name in self.plans and self.plans[name].cache != "none":
             name += "-uncached"
         if name not in self.plans:
             asked = f"num_inference_steps={steps}" + ("" if cache else ", cache=False")
-            raise ArtifactError(
+            raise RequestError(
                 f"{asked}: the artifact has the plans {', '.join(self.plans)}; export again with another one"
             )
         return name
@@ -84,7 +84,7 @@ class Artifact:
     def tables_from(self, name: str, step: int) -> PlanTables:
         """The tables of the plan of that name without its first `step` steps, made at their first use.
 
-        Raises ArtifactError where the plan cannot begin there. Threads that ask at once get the same tables.
+        Raises RequestError where the plan cannot begin there. Threads that ask at once get the same tables.
         """
         if step == 0:
             return self.tables[name]

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch._C._dynamo.guards import TensorGuards  # private, torch 2.11 to 2.13
 
-from .errors import ArtifactError
+from .errors import ArtifactError, RequestError
 from .manifest import Graph, TensorSpec
 
 PLAIN_TENSOR_TYPES = frozenset((torch.Tensor, torch.nn.Parameter))
@@ -41,7 +41,7 @@ class Contract:
         self._kept = False
 
     def inputs(self, given: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
-        """The tensors in the graph's order. Raises ArtifactError naming the input, what was expected, and what came."""
+        """The tensors in the graph's order. Raises RequestError naming the input, what was expected, and what came."""
         try:
             flat = [given[name] for name in self._inputs]
         except KeyError:
@@ -68,11 +68,12 @@ class Contract:
     def _refuse_misfits(
         self, kind: str, names: Sequence[str], facts: Sequence[TensorFacts], flat: Sequence[object]
     ) -> None:
-        """Raises ArtifactError for the first tensor that is not what is expected of it."""
+        """Raises RequestError for the first input, ArtifactError for the first output, that is not what is expected of it."""
         for name, fact, got in zip(names, facts, flat, strict=True):
             if not _has_facts(got, fact):
-                way_out = _nearest_legal_call(*fact, got) if kind == "input" else "export again"
-                raise ArtifactError(
+                given = kind == "input"
+                way_out = _nearest_legal_call(*fact, got) if given else "export again"
+                raise (RequestError if given else ArtifactError)(
                     f"graph {self._graph!r}: {kind} {name!r}: expected contiguous {_describe_facts(*fact)}, got {_describe_given(got)}; {way_out}"
                 )
 
@@ -82,7 +83,7 @@ class Contract:
         for name in sorted(given.keys() - set(names)):
             near = get_close_matches(name, [n for n in names if n not in given], n=1)
             wrong.append(f"{name!r} is not an input" + (f", did you mean {near[0]!r}?" if near else ""))
-        raise ArtifactError(f"graph {self._graph!r}: {'; '.join(wrong)}; it takes {', '.join(names)}")
+        raise RequestError(f"graph {self._graph!r}: {'; '.join(wrong)}; it takes {', '.join(names)}")
 
 
 def torch_dtype(name: str) -> torch.dtype:

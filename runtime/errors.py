@@ -13,27 +13,47 @@ if TYPE_CHECKING:
 EXIT_CODES: Mapping[int, str] = {
     0: "done",
     1: "a bug in prebake, with its traceback",
-    2: "bad input: the arguments, the recipe or a matrix, or a package that is not installed",
+    2: "bad input: the arguments of a command or a call, the recipe or a matrix, or a package that is not installed",
     3: "this model cannot be exported so",
     4: "a threshold of the recipe is missed",
-    5: "the artifact is refused, or refuses the call",
+    5: "the artifact is refused: it is damaged, or not for this machine",
     130: "interrupted",
 }
 
 
 class PrebakeError(Exception):
-    """Base of them all, so that a caller can catch what prebake says, and nothing else. `exit_code` is the command line's."""
+    """What prebake refuses on purpose: the base of all below, so that a caller can catch that and nothing else.
+
+    `exit_code` is the command line's (docs/ci.md), `http_status` what a server answers with. Below are two kinds: CallerError,
+    what was asked wrongly, and ResourceError, what is wrong with that which is there. Only Cancelled is neither.
+    """
 
     exit_code: int
+    http_status: int
 
 
-class RecipeError(PrebakeError):
-    """What was asked for is not valid: a recipe, an override, or an argument of the command line."""
+class CallerError(PrebakeError):
+    """What was asked for cannot be had so: ask in another way. Exit code 2, and a server's 400."""
 
     exit_code = 2
+    http_status = 400
 
 
-class ExportError(PrebakeError):
+class RecipeError(CallerError):
+    """A recipe, an override, a matrix, or an option of an export or a comparison is not valid."""
+
+
+class RequestError(CallerError):
+    """An argument of a call or of a command is none, is not what the artifact was exported for, or names a file in the way."""
+
+
+class ResourceError(PrebakeError):
+    """The artifact, the model or this machine is not fit for it, however it is asked for. A server's 500."""
+
+    http_status = 500
+
+
+class ExportError(ResourceError):
     """This model cannot be exported in this way."""
 
     exit_code = 3
@@ -45,8 +65,8 @@ class QualityError(ExportError):
     exit_code = 4
 
 
-class ArtifactError(PrebakeError):
-    """This folder cannot be replayed here, or was called against its contract."""
+class ArtifactError(ResourceError):
+    """This folder cannot be replayed here: it is damaged, of another version, or for another machine."""
 
     exit_code = 5
 
@@ -55,6 +75,7 @@ class Cancelled(PrebakeError):
     """A call was ended from outside, by its `cancel`."""
 
     exit_code = 130
+    http_status = 499
 
 
 def raise_problems(folder: object, problems: Iterable[str]) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .errors import ArtifactError
+from .errors import RequestError
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
 """One generator for the whole batch, one for each image, or torch's global one."""
@@ -22,16 +22,16 @@ def draw_noise(shape: tuple[int, ...], generator: Generators) -> torch.Tensor:
 
 
 def choose_generators(seed: int | None, generator: Generators, batch: int) -> Generators:
-    """The generators of a call for `batch` images. Raises ArtifactError for what does not fit it."""
+    """The generators of a call for `batch` images. Raises RequestError for what does not fit it."""
     if seed is not None:
         if generator is not None:
-            raise ArtifactError("expected seed or generator, got both")
+            raise RequestError("expected seed or generator, got both")
         return torch.Generator().manual_seed(seed)
     if generator is None:
         return None
     each = [generator] if isinstance(generator, torch.Generator) else list(generator)
     if not isinstance(generator, torch.Generator) and len(each) != batch:
-        raise ArtifactError(f"generator: expected one, or a list of {batch}, one for each image; got {len(each)}")
+        raise RequestError(f"generator: expected one, or a list of {batch}, one for each image; got {len(each)}")
     if other := [g.device for g in each if g.device.type != "cpu"]:
-        raise ArtifactError(f"generator: expected a generator on the cpu, where noise is drawn, got one on {other[0]}")
+        raise RequestError(f"generator: expected a generator on the cpu, where noise is drawn, got one on {other[0]}")
     return generator

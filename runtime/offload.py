@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .backends import backend_module
-from .errors import ArtifactError, first_line
+from .errors import ArtifactError, RequestError, first_line
 from .gpu.upload import PIECE_BYTES, byte_view, move_to_device
 from .manifest import Manifest
 
@@ -71,20 +71,20 @@ class CudaOffloadDevice:
 
 
 def offloaded_graphs(asked: OffloadRequest, manifest: Manifest, variants: Collection[str]) -> tuple[str, ...]:
-    """The graphs whose weights leave, in the manifest's order; `variants` are the denoiser's. Raises ArtifactError where that
+    """The graphs whose weights leave, in the manifest's order; `variants` are the denoiser's. Raises RequestError where that
     means nothing, and for graphs that stay."""
     if not asked:
         return ()
     listed = isinstance(asked, list | tuple) and all(isinstance(name, str) for name in asked)
     if asked is not True and not listed:
-        raise ArtifactError(f"offload={asked!r}: expected True, or a list of graphs such as ['text_encoder']")
+        raise RequestError(f"offload={asked!r}: expected True, or a list of graphs such as ['text_encoder']")
     if manifest.requires.device != "cuda":
-        raise ArtifactError(
+        raise RequestError(
             f"offload={asked!r}: the artifact is for the CPU, where weights are pages of their files already, which leave memory "
             "when it is needed; leave it out"
         )
     if not getattr(backend_module(manifest.backend), "REBINDS", False):
-        raise ArtifactError(
+        raise RequestError(
             f"offload={asked!r}: code of the backend {manifest.backend!r} keeps its weights to itself; leave it out, or export "
             "with compile.backend=aoti"
         )
@@ -92,7 +92,7 @@ def offloaded_graphs(asked: OffloadRequest, manifest: Manifest, variants: Collec
     if asked is True:
         return able
     if staying := [name for name in asked if name not in able]:
-        raise ArtifactError(
+        raise RequestError(
             f"offload={asked!r}: {staying[0]!r} is not among the graphs that run once for a prompt: {', '.join(able) or 'none'}; "
             "denoiser and decoder stay on the device"
         )

@@ -23,7 +23,7 @@ import torch
 from PIL import Image, ImageOps
 from torch.nn.functional import interpolate
 
-from .errors import ArtifactError
+from .errors import RequestError
 
 Picture = Image.Image | np.ndarray | torch.Tensor
 Pictures = Picture | Sequence[Picture]
@@ -32,14 +32,14 @@ Pictures = Picture | Sequence[Picture]
 def open_picture(path: str | Path) -> Image.Image:
     """The file's picture in RGB, turned as its EXIF data says, as diffusers' `load_image` does.
 
-    Raises ArtifactError for what is not a picture.
+    Raises RequestError for what is not a picture.
     """
     try:
         with Image.open(path) as image:
             return ImageOps.exif_transpose(image).convert("RGB")
     # SyntaxError is what Pillow raises for some broken files
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
-        raise ArtifactError(f"{path}: expected a picture, such as a .png or .jpg, but {e}; give another file") from e
+        raise RequestError(f"{path}: expected a picture, such as a .png or .jpg, but {e}; give another file") from e
 
 
 def preprocess_pictures(image: Pictures, height: int, width: int) -> torch.Tensor:
@@ -47,11 +47,11 @@ def preprocess_pictures(image: Pictures, height: int, width: int) -> torch.Tenso
 
     PIL images (of any mode, as RGB) are resized with LANCZOS; arrays [H, W, 3] or [B, H, W, 3] and tensors [3, H, W] or
     [B, 3, H, W] by their nearest pixels. Those hold floats in 0..1, or uint8. As in diffusers, floats with a value below
-    0 are taken for -1..1, with a warning. Raises ArtifactError for other shapes, types and ranges.
+    0 are taken for -1..1, with a warning. Raises RequestError for other shapes, types and ranges.
     """
     x = torch.cat([_resize(_rgb_tensor(each, height, width), height, width) for each in _picture_list(image, "image")])
     if (highest := x.max().item()) > 2:  # a resize overshoots 1 by less
-        raise ArtifactError(f"image: expected floats in 0..1, got up to {highest:g}; divide by 255, or give uint8")
+        raise RequestError(f"image: expected floats in 0..1, got up to {highest:g}; divide by 255, or give uint8")
     if x.min() < 0:
         warnings.warn(f"image: the lowest value is {x.min():.3g}, so its range is taken for -1..1", stacklevel=2)
     else:
@@ -64,7 +64,7 @@ def preprocess_masks(mask: Pictures, height: int, width: int, latent_height: int
 
     As diffusers' inpainting pipelines do: resized to H x W, made grey, cut at 0.5, and only then brought to h x w by the
     nearest pixels; with h = H and w = W it is the mask of the pixels. PIL images of any mode; arrays [H, W], [B, H, W] or
-    [..., 1] and tensors [H, W], [B, H, W] or [B, 1, H, W] of floats in 0..1, bool or uint8. Raises ArtifactError for other
+    [..., 1] and tensors [H, W], [B, H, W] or [B, 1, H, W] of floats in 0..1, bool or uint8. Raises RequestError for other
     shapes and types.
     """
     x = torch.cat(
@@ -103,7 +103,7 @@ def _picture_list(given: Pictures, argument: str) -> list[Picture]:
     each: list[Any] = list(given) if isinstance(given, (list, tuple)) else [given]
     if not each or not all(isinstance(x, Picture) for x in each):
         got = ", ".join(sorted({type(x).__name__ for x in each})) or "an empty list"
-        raise ArtifactError(f"{argument}: expected a PIL image, an array, a tensor or a list of them, got {got}")
+        raise RequestError(f"{argument}: expected a PIL image, an array, a tensor or a list of them, got {got}")
     return each
 
 
@@ -117,9 +117,9 @@ def _rgb_tensor(x: Picture, height: int, width: int) -> torch.Tensor:
     t = t.movedim(-1, 1) if last and t.ndim == 4 else t
     if t.ndim != 4 or t.shape[1] != 3:
         expected = "an array [H, W, 3] or [B, H, W, 3]" if last else "a tensor [3, H, W] or [B, 3, H, W]"
-        raise ArtifactError(f"image: expected {expected}, got {list(x.shape)}")
+        raise RequestError(f"image: expected {expected}, got {list(x.shape)}")
     if t.dtype != torch.uint8 and not t.is_floating_point():
-        raise ArtifactError(f"image: expected floats in 0..1 or uint8, got {x.dtype}")
+        raise RequestError(f"image: expected floats in 0..1 or uint8, got {x.dtype}")
     return t / 255.0 if t.dtype == torch.uint8 else t
 
 
@@ -136,11 +136,11 @@ def _grey_tensor(x: Picture, height: int, width: int) -> torch.Tensor:
         expected = (
             "an array [H, W], [B, H, W] or [B, H, W, 1]" if last else "a tensor [H, W], [B, H, W] or [B, 1, H, W]"
         )
-        raise ArtifactError(f"mask_image: expected {expected}, got {list(x.shape)}")
+        raise RequestError(f"mask_image: expected {expected}, got {list(x.shape)}")
     if t.dtype == torch.uint8:  # both customs are in use: 0 and 255, as image files have it, or 0 and 1
         return t / 255.0 if t.max() > 1 else t.float()
     if t.dtype != torch.bool and not t.is_floating_point():
-        raise ArtifactError(f"mask_image: expected floats in 0..1, bool or uint8, got {x.dtype}")
+        raise RequestError(f"mask_image: expected floats in 0..1, bool or uint8, got {x.dtype}")
     return t.float() if t.dtype == torch.bool else t
 
 

@@ -12,14 +12,15 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import torch
 
 from .artifact import Artifact, open_artifact
 from .check.artifact import PublicKey, Trust, status_problems
-from .errors import ArtifactError, raise_problems
-from .families import artifact_family
+from .errors import RequestError, raise_problems
+from .families import artifact_family, family_class
+from .figures import PlanFigures, format_plans, plan_figures
 from .gpu.graph_loop import loop_of
 from .gpu.memory import explain_gpu_memory
 from .manifest import ATTACH_FAMILY
@@ -33,7 +34,7 @@ from .runners import CancelFlag, refuse_cancelled
 from .start import StartRequest, evaluation_callback, initial_state, steps_to_skip, tables_until
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-StepCallback = Callable[["Pipeline", int, float, dict[str, torch.Tensor]], dict[str, torch.Tensor] | None]
+StepCallback = Callable[["Pipeline[Any]", int, float, dict[str, torch.Tensor]], dict[str, torch.Tensor] | None]
 
 
 def load(
@@ -44,8 +45,10 @@ def load(
     public_key: PublicKey | None = None,
     runners: int | None = None,
     offload: Offload = False,
-) -> Pipeline:
-    """The artifact in `folder`, checked, opened, and ready to be called.
+) -> ImagePipeline | VideoPipeline:
+    """The artifact in `folder`, checked, opened, and ready to be called: `load("artifacts/x")("a red circle").images[0]`.
+
+    It is an ImagePipeline or, of models that make videos, a VideoPipeline, whose calls give `frames`; `isinstance` tells.
 
     An artifact holds machine code: take it only from someone you trust. `trust` is what is compared before any of it is
     opened: "hash", every file with the manifest; "signature", the manifest with its signature too, by the holder of
@@ -56,21 +59,22 @@ def load(
     each with torch's number of threads, and one on a GPU. `offload`, for artifacts of a GPU: True, or graphs such as
     `["text_encoder"]`, keeps the weights of what runs once for a prompt in pinned memory of the host, and on the GPU only
     while it runs; the denoiser and the decoder stay. Raises ArtifactError with everything that is wrong, or does not fit this
-    machine.
+    machine, and RequestError for arguments that mean nothing here, and for an artifact that holds a denoiser alone.
     """
     artifact = open_artifact(
         folder, cache_dir=cache_dir, trust=trust, public_key=public_key, runners=runners, offload=offload
     )
     raise_problems(folder, status_problems(artifact.manifest))
     if artifact.manifest.family == ATTACH_FAMILY:
-        raise ArtifactError(
+        raise RequestError(
             f"{folder}: holds the denoiser of {artifact.manifest.source.pipeline} alone; load that pipeline with diffusers and "
             "give both to prebake.runtime.attach, or export with model.part=pipeline where it has a family"
         )
-    return Pipeline(artifact)
+    video = family_class(artifact).output_kind == "frames"
+    return VideoPipeline(artifact) if video else ImagePipeline(artifact)
 
 
-class PipelineOutput(NamedTuple):
+class ImageOutput(NamedTuple):
     """`images`: a list of PIL images, or an array or tensor over all images, as `output_type` says.
 
     It is also the plain tuple that diffusers gives for `return_dict=False`.
@@ -78,14 +82,27 @@ class PipelineOutput(NamedTuple):
 
     images: Any
 
+    @property
+    def frames(self) -> Any:
+        """Raises AttributeError: so code that reads a video's frames says what is wrong, and type checks for both kinds."""
+        raise AttributeError("frames: this artifact makes images; read images")
+
 
 class VideoOutput(NamedTuple):
     """`frames`: for each video a list of PIL images, or an array or tensor [B, T, ...] over all, as `output_type` says."""
 
     frames: Any
 
+    @property
+    def images(self) -> Any:
+        """Raises AttributeError, as `ImageOutput.frames` does."""
+        raise AttributeError("images: this artifact makes videos; read frames")
 
-class Pipeline:
+
+OutputT = TypeVar("OutputT", ImageOutput, VideoOutput)
+
+
+class Pipeline(Generic[OutputT]):
     """An open artifact. One may be called from many threads: nothing of a call is kept here, and no more calls are at work at
     once than it has runners.
 
@@ -94,7 +111,7 @@ class Pipeline:
 
     def __init__(self, artifact: Artifact):
         self.artifact = artifact
-        self.family = artifact_family(artifact)
+        self.family_rules = artifact_family(artifact)
         self._decoder = artifact.graph("vae_decoder")
         self._variants, self._sites = artifact.variants, artifact.sites
         self._loop = loop_of(artifact.manifest)
@@ -130,7 +147,7 @@ class Pipeline:
         cache: bool = True,
         cancel: CancelFlag | None = None,
         **more: Any,
-    ) -> PipelineOutput | VideoOutput:
+    ) -> OutputT:
         """Images for the prompt or prompts, `num_images_per_prompt` of each, prompt after prompt; or videos, for which
         `num_videos_per_prompt` is diffusers' name.
 
@@ -153,7 +170,7 @@ class Pipeline:
         `cancel`, a `threading.Event` that another thread may set, ends the call with Cancelled where it is next looked at:
         while the call waits for a runner, and between evaluations of the denoiser.
 
-        Raises ArtifactError for what the artifact was not exported for, naming what it has.
+        Raises RequestError for what the artifact was not exported for, naming what it has.
         """
         self._check_size(height, width, num_frames, max_sequence_length)
         self._check_choices(output_type, callback_on_step_end_tensor_inputs)
@@ -166,8 +183,8 @@ class Pipeline:
             negative_prompt_embeds=negative_prompt_embeds,
             **more,
         )
-        asked = StartRequest(image, mask_image, strength, latents, self.family.window(given))
-        tables = self._tables(num_inference_steps, cache, steps_to_skip(self.family, asked))
+        asked = StartRequest(image, mask_image, strength, latents, self.family_rules.window(given))
+        tables = self._tables(num_inference_steps, cache, steps_to_skip(self.family_rules, asked))
         tables = tables_until(tables, asked.window.end)
         if guidance_scale is None:
             guidance_scale = self.artifact.manifest.defaults.guidance_scale
@@ -176,11 +193,11 @@ class Pipeline:
         self._interrupt = False
         with self.artifact.runners.one(cancel), self._memory():
             with stay_on_device():
-                conditions = self.family.conditions(given, guidance_scale)
+                conditions = self.family_rules.conditions(given, guidance_scale)
             conditions = [c for c in conditions for _ in range(count)]
             generator = choose_generators(seed, generator, len(conditions))
             with stay_on_device():
-                start = initial_state(self.family, self.artifact, tables.plan, asked, len(conditions), generator)
+                start = initial_state(self.family_rules, self.artifact, tables.plan, asked, len(conditions), generator)
             noise = self._noise(tables, start.latents.shape, generator)
             finals = []
             for i, condition in enumerate(conditions):
@@ -196,6 +213,44 @@ class Pipeline:
                     break
             made = torch.cat(finals) if output_type == "latent" else self._decode(finals)
         return self._output(made, output_type)
+
+    # --- what it is -----------------------------------------------------------------------------------------------
+
+    @property
+    def family(self) -> str:
+        """The family of its model, as the manifest names it: `flux`, `sdxl`, ..."""
+        return self.artifact.manifest.family
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs, and where latents given to a callback are."""
+        return self.artifact.device
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """The numbers of steps that `num_inference_steps` may be, the default first."""
+        default = self.artifact.manifest.defaults.num_inference_steps
+        return tuple(dict.fromkeys((default, *(plan.steps for plan in self.artifact.plans.values()))))
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """The (height, width) in pixels that it makes, the default first."""
+        defaults = self.artifact.manifest.defaults
+        return ((defaults.height, defaults.width),)
+
+    @property
+    def plans(self) -> dict[str, PlanFigures]:
+        """Its plans by name, with the loss and the speed that a verification measured: see `PlanFigures`."""
+        return plan_figures(self.artifact.folder, self.artifact.manifest, self.artifact.plans)
+
+    def __repr__(self) -> str:
+        manifest = self.artifact.manifest
+        frames = "" if manifest.defaults.num_frames is None else f"{manifest.defaults.num_frames} frames of "
+        sizes = ", ".join(f"{frames}{width} x {height}" for height, width in self.sizes)
+        head = (
+            f"{type(self).__name__} {self.artifact.folder}: {self.family} on {self.device}, {sizes}, {manifest.status}"
+        )
+        return "\n".join([head, *(f"  {line}" for line in format_plans(self.plans))])
 
     @property
     def interrupt(self) -> bool:
@@ -221,53 +276,53 @@ class Pipeline:
     def _check_size(
         self, height: int | None, width: int | None, num_frames: int | None, max_sequence_length: int | None
     ) -> None:
-        defaults, length = self.artifact.manifest.defaults, self.family.max_sequence_length
+        defaults, length = self.artifact.manifest.defaults, self.family_rules.max_sequence_length
         if (height or defaults.height, width or defaults.width) != (defaults.height, defaults.width):
-            raise ArtifactError(
-                f"height={height}, width={width}: the artifact makes {self.family.output_kind} of height {defaults.height}, "
+            raise RequestError(
+                f"height={height}, width={width}: the artifact makes {self.family_rules.output_kind} of height {defaults.height}, "
                 f"width {defaults.width} only; export again for another size"
             )
         if num_frames not in (None, defaults.num_frames):
             only = "makes pictures" if defaults.num_frames is None else f"makes {defaults.num_frames} frames only"
-            raise ArtifactError(f"num_frames={num_frames}: the artifact {only}; export again for another number")
+            raise RequestError(f"num_frames={num_frames}: the artifact {only}; export again for another number")
         if max_sequence_length not in (None, length):
-            raise ArtifactError(
+            raise RequestError(
                 f"max_sequence_length={max_sequence_length}: the artifact was exported for {length} tokens"
             )
 
     def _count(self, images: int, videos: int | None) -> int:
         """How many to make for each prompt, by either of diffusers' names."""
-        if videos is not None and (images != 1 or self.family.output_kind == "images"):
-            raise ArtifactError(
+        if videos is not None and (images != 1 or self.family_rules.output_kind == "images"):
+            raise RequestError(
                 f"num_videos_per_prompt={videos}: expected num_images_per_prompt alone, which every artifact takes"
             )
         name, count = ("images", images) if videos is None else ("videos", videos)
         if count < 1:
-            raise ArtifactError(f"num_{name}_per_prompt={count}: expected 1 or more")
+            raise RequestError(f"num_{name}_per_prompt={count}: expected 1 or more")
         return count
 
     def _memory(self) -> AbstractContextManager[None]:
         """Inside, the GPU's memory that ran out is told in a sentence."""
         artifact = self.artifact
         able = () if artifact.offloaded else offloadable_graphs(artifact.manifest, self._variants)
-        doing = f"{self.family.output_kind} were made"
+        doing = f"{self.family_rules.output_kind} were made"
         return explain_gpu_memory(artifact.folder, doing, artifact.manifest, artifact.device, able)
 
     def _check_choices(self, output_type: str, callback_inputs: Sequence[str]) -> None:
         if output_type not in OUTPUT_TYPES:
-            raise ArtifactError(f"output_type={output_type!r}: expected one of {', '.join(OUTPUT_TYPES)}")
+            raise RequestError(f"output_type={output_type!r}: expected one of {', '.join(OUTPUT_TYPES)}")
         if unknown := [name for name in callback_inputs if name != "latents"]:
-            raise ArtifactError(
+            raise RequestError(
                 f"callback_on_step_end_tensor_inputs: {unknown[0]!r} is not a tensor of the loop; it has latents"
             )
 
     def _given(self, **arguments: Any) -> dict[str, Any]:
-        """What the caller said of what to draw. Raises ArtifactError for what the family does not know."""
+        """What the caller said of what to draw. Raises RequestError for what the family does not know."""
         given = {name: value for name, value in arguments.items() if value is not None}
-        if foreign := [name for name in given if name not in self.family.arguments]:
-            raise ArtifactError(
+        if foreign := [name for name in given if name not in self.family_rules.arguments]:
+            raise RequestError(
                 f"{foreign[0]}: an artifact of {self.artifact.manifest.source.pipeline} does not take it; "
-                f"it takes {', '.join(self.family.arguments)}"
+                f"it takes {', '.join(self.family_rules.arguments)}"
             )
         return given
 
@@ -284,13 +339,13 @@ class Pipeline:
         (name,) = (spec.name for spec in self._decoder.graph.outputs)
         return torch.cat([self._decoder({"latents": x.contiguous()})[name] for x in finals])
 
-    def _output(self, made: torch.Tensor, output_type: str) -> PipelineOutput | VideoOutput:
+    def _output(self, made: torch.Tensor, output_type: str) -> OutputT:
         """What the caller gets of the final latents, or of what they were decoded to."""
-        video = self.family.output_kind == "frames"
+        video = self.family_rules.output_kind == "frames"
         out: Any = made
         if output_type != "latent":
             out = postprocess_frames(made, output_type) if video else postprocess_pictures(made, output_type)
-        return VideoOutput(out) if video else PipelineOutput(out)
+        return cast(OutputT, VideoOutput(out) if video else ImageOutput(out))
 
     def _after_step(
         self, callback: StepCallback | None, callback_inputs: Sequence[str]
@@ -302,13 +357,21 @@ class Pipeline:
         def after_step(step: int, timestep: float, latents: torch.Tensor) -> torch.Tensor:
             returned = callback(self, step, timestep, dict.fromkeys(callback_inputs, latents)) or {}
             if unknown := sorted(returned.keys() - {"latents"}):
-                raise ArtifactError(f"callback_on_step_end returned {unknown[0]!r}; only latents can be replaced")
+                raise RequestError(f"callback_on_step_end returned {unknown[0]!r}; only latents can be replaced")
             latents = returned.get("latents", latents)
             if self._interrupt:
                 raise StopReplay(latents)
             return latents
 
         return after_step
+
+
+class ImagePipeline(Pipeline[ImageOutput]):
+    """A pipeline whose calls give `images`."""
+
+
+class VideoPipeline(Pipeline[VideoOutput]):
+    """A pipeline whose calls give `frames`."""
 
 
 EvaluationCallback = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor | None]
@@ -327,10 +390,10 @@ def watch_cancellation(cancel: CancelFlag | None, watch: EvaluationCallback | No
 
 
 def refuse_nonfinite(name: str, value: Any) -> None:
-    """Raises ArtifactError for what is no finite number: it would make a picture of nothing."""
+    """Raises RequestError for what is no finite number: it would make a picture of nothing."""
     try:
         usable = math.isfinite(value)
     except (TypeError, ValueError):
         usable = False
     if not usable:
-        raise ArtifactError(f"{name}={value!r}: expected a finite number")
+        raise RequestError(f"{name}={value!r}: expected a finite number")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from .errors import ArtifactError
+from .errors import RequestError
 
 FROZEN_CONFIG = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -99,14 +99,14 @@ class Plan(BaseModel):
         """The plan without its first `step` steps; `tail(0)` is the plan itself.
 
         Its steps are numbered from 0, and its latents begin as `evaluations[0].marginal` says, with no other factor.
-        Raises ArtifactError where it cannot begin there.
+        Raises RequestError where it cannot begin there.
         """
         if step == 0:
             return self
         starts = {tail.step: tail for tail in self.tails}
         if step not in starts:
             known = f"it can at 0, {', '.join(map(str, starts))}" if starts else "it begins at 0 only"
-            raise ArtifactError(
+            raise RequestError(
                 f"plan {self.name!r} cannot begin at step {step}, {known}; choose another start, or export again "
                 "with sampler.image_to_image=true"
             )

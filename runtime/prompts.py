@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from tokenizers import Tokenizer
 
 from .artifact import Artifact
-from .errors import ArtifactError
+from .errors import ArtifactError, RequestError
 from .plan import FROZEN_CONFIG
 from .replay import Tensors
 from .storage.files import read_listed_file
@@ -88,7 +88,7 @@ class TextEncoder:
         """The denoiser's inputs, a dict of [1, ...] for each text: of `prompt` and its kin, or with the prefix
         `negative_`. `default` stands for a text that is not given.
 
-        Raises ArtifactError for texts and embeddings together, for some of the embeddings, and for lists of different
+        Raises RequestError for texts and embeddings together, for some of the embeddings, and for lists of different
         lengths.
         """
         embeds = {name: given[prefix + name] for name in self._embeds if prefix + name in given}
@@ -97,7 +97,7 @@ class TextEncoder:
             came = [prefix + name for name in (*names, *embeds) if prefix + name in given]
             if len(embeds) < len(self._embeds) or len(came) > len(embeds):
                 whole = " and ".join(prefix + name for name in self._embeds)
-                raise ArtifactError(f"expected either {prefix}{names[0]}, or {whole}; got {', '.join(came)}")
+                raise RequestError(f"expected either {prefix}{names[0]}, or {whole}; got {', '.join(came)}")
             return self._given(embeds, prefix)
         if prefix and default is None and not any(prefix + name in given for name in names):
             return []
@@ -106,7 +106,7 @@ class TextEncoder:
         for name in names[1:]:
             columns[name] = text_list(prefix + name, given[prefix + name]) if prefix + name in given else first
             if len(columns[name]) != len(first):
-                raise ArtifactError(
+                raise RequestError(
                     f"{prefix}{name}: expected {len(first)} texts, one for each {prefix}{names[0]}, got {len(columns[name])}"
                 )
         rows = [dict(zip(names, row, strict=True)) for row in zip(*columns.values(), strict=True)]
@@ -138,9 +138,9 @@ class TextEncoder:
             shape = self._shapes[output][1:]
             if not isinstance(tensor, torch.Tensor) or tuple(tensor.shape[1:]) != shape:
                 came = list(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
-                raise ArtifactError(f"{prefix}{name}: expected [{', '.join(map(str, ('B', *shape)))}], got {came}")
+                raise RequestError(f"{prefix}{name}: expected [{', '.join(map(str, ('B', *shape)))}], got {came}")
             if len(tensor) != len(one):
-                raise ArtifactError(
+                raise RequestError(
                     f"{prefix}{name}: expected a batch of {len(one)} as {prefix}{first} has, got {len(tensor)}"
                 )
             dtype = self._graph.output_dtype(output)
@@ -149,15 +149,15 @@ class TextEncoder:
 
 
 def text_list(name: str, value: object) -> list[str]:
-    """The argument `name` as a list of texts. Raises ArtifactError for anything else."""
+    """The argument `name` as a list of texts. Raises RequestError for anything else."""
     each = [value] if isinstance(value, str) else value
     if not isinstance(each, list) or not each or not all(isinstance(text, str) for text in each):
-        raise ArtifactError(f"{name}: expected a text or a list of texts, got {value!r:.{SHOWN_CHARACTERS}}")
+        raise RequestError(f"{name}: expected a text or a list of texts, got {value!r:.{SHOWN_CHARACTERS}}")
     for text in each:
         try:
             text.encode()
         except UnicodeEncodeError as e:
-            raise ArtifactError(
+            raise RequestError(
                 f"{name}: expected a text, got half a character, {text[e.start]!r} at position {e.start}; decode the text as UTF-8"
             ) from e
     return each

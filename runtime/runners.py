@@ -17,7 +17,7 @@ from typing import Protocol
 
 import torch
 
-from .errors import ArtifactError, Cancelled
+from .errors import Cancelled, RequestError
 from .memory import trim_heap
 
 LONG_CALL_S = 0.25
@@ -38,7 +38,7 @@ class Runners:
 
     def __init__(self, count: int):
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise ArtifactError(f"runners={count!r}: expected how many calls may run at once, 1 or more")
+            raise RequestError(f"runners={count!r}: expected how many calls may run at once, 1 or more")
         self.count = count
         self._lock = threading.Lock()
         self._free = count

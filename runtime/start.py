@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from .artifact import Artifact
-from .errors import ArtifactError
+from .errors import RequestError
 from .families import WHOLE_SCHEDULE, Family, PictureInput, ScheduleWindow
 from .noise import Generators, draw_noise
 from .pictures import preprocess_masks, preprocess_pictures
@@ -64,37 +64,33 @@ class InitialState:
 
 
 def steps_to_skip(family: Family, asked: StartRequest) -> Callable[[Plan], int]:
-    """A function from a plan to the number of steps that the call leaves out. Raises ArtifactError for what cannot begin so."""
+    """A function from a plan to the number of steps that the call leaves out. Raises RequestError for what cannot begin so."""
     picture = family.settings.picture
     if asked.image is None:
         if picture and picture.required:
-            raise ArtifactError("image: expected a picture to begin with, got none; this model draws nothing without")
+            raise RequestError("image: expected a picture to begin with, got none; this model draws nothing without")
         if lone := [n for n in ("mask_image", "strength") if getattr(asked, n) is not None]:
-            raise ArtifactError(f"{lone[0]}: expected an image with it, got none")
+            raise RequestError(f"{lone[0]}: expected an image with it, got none")
         if asked.window.begin is not None:
-            raise ArtifactError(
-                "denoising_start: expected an image with it, the latents that are done so far, got none"
-            )
+            raise RequestError("denoising_start: expected an image with it, the latents that are done so far, got none")
         return lambda plan: 0
     if picture is None:
-        raise ArtifactError(
+        raise RequestError(
             "image: the artifact was exported without image-to-image; export again with sampler.image_to_image=true"
         )
     if asked.mask_image is not None and picture.inpaint_strength is None:
-        raise ArtifactError("mask_image: artifacts of this family do not take it")
+        raise RequestError("mask_image: artifacts of this family do not take it")
     if picture.role == "reference":
         if asked.strength is not None:
-            raise ArtifactError("strength: this model looks at the image and starts from noise; leave the argument out")
+            raise RequestError("strength: this model looks at the image and starts from noise; leave the argument out")
         return lambda plan: 0
     if (timestep := asked.window.begin) is not None:
         if asked.strength is not None:
-            raise ArtifactError("expected either strength or denoising_start, got both: each says where to begin")
+            raise RequestError("expected either strength or denoising_start, got both: each says where to begin")
         return lambda plan: steps_done_at(plan, timestep)
     strength = effective_strength(picture, asked)
     if strength is None or not 0 <= strength <= 1:
-        raise ArtifactError(
-            f"strength={strength}: expected a number from 0 (the image stays) to 1 (it does not matter)"
-        )
+        raise RequestError(f"strength={strength}: expected a number from 0 (the image stays) to 1 (it does not matter)")
     chosen = strength
 
     def left_out(plan: Plan) -> int:
@@ -104,7 +100,7 @@ def steps_to_skip(family: Family, asked: StartRequest) -> Callable[[Plan], int]:
         else:
             step = max(steps - min(int(steps * chosen), steps), 0)
         if step >= steps:
-            raise ArtifactError(
+            raise RequestError(
                 f"strength={chosen}: of {steps} steps none is left to take; give at least {math.ceil(1000 / steps) / 1000:g}"
             )
         return step
@@ -124,7 +120,7 @@ def steps_done_at(plan: Plan, timestep: float) -> int:
     is left to do."""
     done = sum(e.timestep >= timestep for e in plan.evaluations)
     if done == len(plan.evaluations):
-        raise ArtifactError(f"denoising_start: of {plan.steps} steps none is left to take; give less")
+        raise RequestError(f"denoising_start: of {plan.steps} steps none is left to take; give less")
     return max((tail.step for tail in plan.tails if tail.begin <= done), default=0)
 
 
@@ -135,7 +131,7 @@ def tables_until(tables: PlanTables, timestep: float | None) -> PlanTables:
     plan = tables.plan
     count = sum(e.timestep >= timestep for e in plan.evaluations)
     if count == 0:
-        raise ArtifactError(f"denoising_end: of {plan.steps} steps none is to be taken; give more")
+        raise RequestError(f"denoising_end: of {plan.steps} steps none is to be taken; give more")
     kept = plan.evaluations[:count]
     plan = plan.model_copy(update={"evaluations": kept, "steps": kept[-1].step + 1, "tails": ()})
     return replace(tables, plan=plan, timesteps=tables.timesteps[:count], coefficients=tables.coefficients[:count])
@@ -152,11 +148,11 @@ def initial_state(
     if picture.role == "reference":
         return InitialState(noise_latents(family, artifact, plan, asked, batch, generator), {"image_latents": image})
     if asked.latents is not None:
-        raise ArtifactError(
+        raise RequestError(
             "expected either image or latents, got both: the latents that a picture starts from follow from it"
         )
     if plan.evaluations[0].marginal is None:
-        raise ArtifactError(
+        raise RequestError(
             f"image: {plan.scheduler} has no way to add noise to a picture; export with another scheduler"
         )
     done = asked.window.begin is not None  # then the picture is already as noisy as it should be
@@ -174,7 +170,7 @@ def initial_state(
     h, w = family.settings.latents_shape[-2:]
     mask = preprocess_masks(asked.mask_image, picture.height, picture.width, h, w).to(artifact.device)
     if batch % len(mask):
-        raise ArtifactError(f"mask_image: expected one mask, or a number that divides {batch}; got {len(mask)}")
+        raise RequestError(f"mask_image: expected one mask, or a number that divides {batch}; got {len(mask)}")
     if pixels.shape[1:] != family.settings.latents_shape:
         # diffusers draws here for the latents of the masked pictures, which go unused
         masked = max(len(pixels), len(mask))
@@ -189,7 +185,7 @@ def noise_latents(
     shape = (batch, *family.latents_shape)
     latents = family.draw_latents(batch, generator) if asked.latents is None else asked.latents
     if tuple(latents.shape) != shape:
-        raise ArtifactError(f"latents: expected {family.latents_name} {list(shape)}, got {list(latents.shape)}")
+        raise RequestError(f"latents: expected {family.latents_name} {list(shape)}, got {list(latents.shape)}")
     latents = latents.to(artifact.device, torch.float32).contiguous()
     return latents if plan.init_noise_sigma == 1.0 else latents * plan.init_noise_sigma
 
@@ -201,11 +197,11 @@ def picture_pixels(family: Family, picture: PictureInput, image: Any, batch: int
         pixels = image.reshape(-1, *image.shape[-3:]).float()
         if pixels.shape[1:] != family.settings.latents_shape:
             shape = [len(pixels), *family.settings.latents_shape]
-            raise ArtifactError(f"image: expected a picture, or latents {shape}, got {list(pixels.shape)}")
+            raise RequestError(f"image: expected a picture, or latents {shape}, got {list(pixels.shape)}")
     else:
         pixels = preprocess_pictures(image, picture.height, picture.width)
     if batch % len(pixels):
-        raise ArtifactError(f"image: expected one picture, or a number that divides {batch}; got {len(pixels)}")
+        raise RequestError(f"image: expected one picture, or a number that divides {batch}; got {len(pixels)}")
     return pixels
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .errors import ArtifactError
+from .errors import RequestError
 
 VIDEO_SUFFIXES = (".mp4", ".gif")
 MAX_GIF_FPS = 50  # players take a pause of 1/100 s, the shortest, for a mistake, and play it ten times slower
@@ -23,33 +23,33 @@ def default_video_path() -> Path:
 
 
 def check_video_path(path: str | Path, fps: int) -> None:
-    """Raises ArtifactError where `write_video` would, as far as that can be known without frames."""
+    """Raises RequestError where `write_video` would, as far as that can be known without frames."""
     suffix = Path(path).suffix.lower()
     if suffix not in VIDEO_SUFFIXES:
-        raise ArtifactError(
+        raise RequestError(
             f"{path}: a video is written to a file that ends in {' or '.join(VIDEO_SUFFIXES)}; give such a name"
         )
     if suffix == ".mp4" and find_spec("av") is None:
-        raise ArtifactError(
+        raise RequestError(
             f"{path}: an .mp4 needs PyAV: pip install 'prebake[video]', or give a name that ends in .gif"
         )
     if fps < 1 or (suffix == ".gif" and fps > MAX_GIF_FPS):
         most = f" to {MAX_GIF_FPS}, the most that a .gif can play" if suffix == ".gif" else " or more"
-        raise ArtifactError(f"{path}: expected 1{most} frames per second, got {fps}")
+        raise RequestError(f"{path}: expected 1{most} frames per second, got {fps}")
 
 
 def write_video(frames: Sequence[Image.Image], path: str | Path, fps: int = 8) -> None:
     """Writes RGB frames of one size as an endless .gif or a silent .mp4 (H.264), `fps` of them per second.
 
-    Raises ArtifactError where that cannot be done.
+    Raises RequestError where that cannot be done.
     """
     check_video_path(path, fps)
     if not frames:
-        raise ArtifactError(f"{path}: expected one frame or more, got none")
+        raise RequestError(f"{path}: expected one frame or more, got none")
     try:
         (_write_gif if Path(path).suffix.lower() == ".gif" else _write_mp4)(frames, Path(path), fps)
     except OSError as e:
-        raise ArtifactError(f"{path}: the video could not be written: {e}; give a name in a folder that exists") from e
+        raise RequestError(f"{path}: the video could not be written: {e}; give a name in a folder that exists") from e
 
 
 def _write_gif(frames: Sequence[Image.Image], path: Path, fps: int) -> None:
@@ -68,7 +68,7 @@ def _write_mp4(frames: Sequence[Image.Image], path: Path, fps: int) -> None:
 
     width, height = frames[0].size
     if width % 2 or height % 2:
-        raise ArtifactError(
+        raise RequestError(
             f"{path}: an .mp4 has an even width and height, the frames are {width} x {height}; give a .gif"
         )
     with av.open(str(path), "w") as container:

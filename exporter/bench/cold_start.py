@@ -137,7 +137,7 @@ def start_artifact(start: ColdStart, caches: Path, stages: StageTimes) -> DrawCa
     with stages.of("load"):
         pipe = load(start.artifact, cache_dir=caches / "code")
     given: dict[str, Any] = {}
-    if (picture := pipe.family.settings.picture) and picture.required:
+    if (picture := pipe.family_rules.settings.picture) and picture.required:
         from ..verify.measure import example_arguments
 
         given = example_arguments(pipe, 0)

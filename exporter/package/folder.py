@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from ...runtime.errors import ExportError
+from ...runtime.errors import ExportError, RequestError
 from ...runtime.manifest import FileEntry, Manifest
 from ...runtime.plan import Plan
 from ...runtime.storage.rename import is_artifact, make_readable, recover_artifact, rename_if_free, replace_folder
@@ -36,17 +36,17 @@ def stage_folder(output: Path, *, force: bool) -> Iterator[Path]:
     """A temporary sibling of `output` that takes its place on success and is removed on any failure; what an export
     that was killed has left is removed by the next one.
 
-    Raises ExportError when `output` exists, unless `force`, which replaces an earlier artifact (and nothing else), and when
-    the disk is full or cannot be written.
+    Raises RequestError when `output` exists, unless `force`, which replaces an earlier artifact (and nothing else), or cannot
+    be made, and ExportError when the disk is full or cannot be written.
     """
     output = output.absolute()
     with explain_disk_errors(output):
         prepare_output(output)
     if output.exists():
         if not force:
-            raise ExportError(f"{output}: already exists; choose another --output, or replace it with --force")
+            raise RequestError(f"{output}: already exists; choose another --output, or replace it with --force")
         if not is_artifact(output) and (not output.is_dir() or any(output.iterdir())):
-            raise ExportError(
+            raise RequestError(
                 f"{output}: --force replaces artifacts only, and this has no manifest.json of one; choose another --output"
             )
     with explain_disk_errors(output), scratch_folder(output.parent, f".{output.name}.", PARTIAL_SUFFIX) as folder:
@@ -55,19 +55,19 @@ def stage_folder(output: Path, *, force: bool) -> Iterator[Path]:
         if force:
             replace_folder(folder, output)
         elif not rename_if_free(folder, output):
-            raise ExportError(
+            raise RequestError(
                 f"{output}: already exists since this export began; choose another --output, or replace it with --force"
             )
 
 
 def prepare_output(output: Path) -> None:
-    """There is a folder to write into, and nothing in it that an export has left which was killed. Raises ExportError."""
+    """There is a folder to write into, and nothing in it that an export has left which was killed. Raises RequestError."""
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
     except OSError as e:
-        raise ExportError(f"{output.parent}: cannot be made a folder ({e.strerror}); choose another --output") from e
+        raise RequestError(f"{output.parent}: cannot be made a folder ({e.strerror}); choose another --output") from e
     if not os.access(output.parent, os.W_OK | os.X_OK):
-        raise ExportError(f"{output.parent}: cannot be written by this user; choose another --output")
+        raise RequestError(f"{output.parent}: cannot be written by this user; choose another --output")
     recover_artifact(output)
     remove_abandoned(output.parent, f".{output.name}.", PARTIAL_SUFFIX)
 

@@ -144,7 +144,10 @@ def _parse_file(label: str, path: Any) -> RecipeFile:
         raise RecipeError(f"{label}, {place or 'somewhere'}: not valid TOML: {what}; see https://toml.io") from e
 
 
-def resolve(name_or_path: str | Path, overrides: Iterable[str] = (), model: str | None = None) -> Recipe:
+Overrides = Iterable[str] | Mapping[str, Any]  # `table.key=value` as texts, or values by `table.key`
+
+
+def resolve(name_or_path: str | Path, overrides: Overrides = (), model: str | None = None) -> Recipe:
     """The recipe with every default filled in. `overrides` are `table.key=value`, later ones win; `model` is `model.id`.
 
     An override that changes a table's leading key (`cache.method`, `quantize.method`, `model.id`) drops the rest of
@@ -154,9 +157,9 @@ def resolve(name_or_path: str | Path, overrides: Iterable[str] = (), model: str 
     return _resolve_data(file.label, file.data, *_parse_overrides(overrides, model))
 
 
-def change_recipe(recipe: Recipe, label: str, overrides: Iterable[str]) -> Recipe:
+def change_recipe(recipe: Recipe, label: str, overrides: Overrides, model: str | None = None) -> Recipe:
     """Another recipe, resolved before, with `table.key=value` changed as `resolve` does; `label` says where it stands."""
-    return _resolve_data(label, recipe.model_dump(mode="json"), *_parse_overrides(overrides, None))
+    return _resolve_data(label, recipe.model_dump(mode="json"), *_parse_overrides(overrides, model))
 
 
 def _resolve_data(label: str, data: Mapping[str, Any], given: Sequence[Override], problems: list[str]) -> Recipe:
@@ -171,12 +174,12 @@ def _resolve_data(label: str, data: Mapping[str, Any], given: Sequence[Override]
     return recipe
 
 
-def _parse_overrides(overrides: Iterable[str], model: str | None) -> tuple[list[Override], list[str]]:
+def _parse_overrides(overrides: Overrides, model: str | None) -> tuple[list[Override], list[str]]:
     """The overrides that can be read, and a sentence for each that cannot."""
     given, problems = [], []
-    for text in overrides:
+    for item in overrides.items() if isinstance(overrides, Mapping) else overrides:
         try:
-            given.append(parse_override(text))
+            given.append(parse_override(item) if isinstance(item, str) else value_override(*item))
         except RecipeError as e:
             problems.append(str(e))
     if model is not None:
@@ -207,6 +210,24 @@ def parse_override(text: str) -> Override:
             f"{argument}: expected a value after '='; leave the argument out to keep the recipe's, or write '\"\"' for an empty string"
         )
     return Override(argument, table, key, _override_value(argument, raw, _key_kind(table, key)))
+
+
+def value_override(path: str, value: Any) -> Override:
+    """`("sampler.steps", [20])` as an Override: a value as Python has it; one alone stands for a list of one.
+
+    Raises RecipeError where there is no dot or no such table. Keys and values are checked with the recipe.
+    """
+    argument = f"overrides[{path!r}]"
+    table, dot, key = str(path).partition(".")
+    if not dot or not key:
+        raise RecipeError(f"{argument}: expected table.key, such as 'cache.method'")
+    if table not in table_names():
+        raise RecipeError(f"{argument}: {unknown_name('table', table, table_names())}")
+    if isinstance(value, tuple):
+        value = list(value)
+    if _key_kind(table, key) == "list" and not isinstance(value, list | None):
+        value = [value]
+    return Override(argument, table, key, value)
 
 
 def _key_kind(table: str, key: str) -> Literal["text", "list", "any"]:

@@ -22,7 +22,7 @@ from ...runtime.artifact import Artifact
 from ...runtime.attachment.attach import PlanCursor, attach_opened, run_denoiser
 from ...runtime.attachment.facts import graph_name, read_facts
 from ...runtime.attachment.scheduler_observer import SchedulerObserver
-from ...runtime.errors import ArtifactError, ExportError
+from ...runtime.errors import ExportError, RequestError
 from ...runtime.plan import Plan
 from ..denoiser_alone.part import recipe_request
 from ..denoiser_alone.recording import record_pipeline
@@ -68,7 +68,7 @@ class AttachedReplayer:
         with attach_opened(self.loaded.pipe, self._tapped, plan.cache != "none"):
             try:
                 return draw_picture(self.recipe, self.loaded, prompt, seed, plan.steps, self._calls)
-            except ArtifactError as e:
+            except RequestError as e:
                 raise ExportError(f"prompt {prompt!r}: {e}; or set verify.prompts to prompts that it covers") from e
 
     def only(self, plans: Mapping[str, Plan]) -> AttachedReplayer:

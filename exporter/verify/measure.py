@@ -172,7 +172,7 @@ def call_arguments(pipe: Pipeline, seed: int, plan: Plan) -> dict[str, Any]:
 def example_arguments(pipe: Pipeline, seed: int) -> dict[str, Any]:
     """The argument `image` of artifacts that draw nothing without one. Where calls begin from it they begin with the plan's
     first step: all that is in the plan is measured, and not its end alone."""
-    picture = pipe.family.settings.picture
+    picture = pipe.family_rules.settings.picture
     if picture is None or not picture.required:
         return {}
     whole = {"strength": 1.0} if picture.role == "start" else {}

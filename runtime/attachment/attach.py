@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..artifact import Artifact, open_artifact
 from ..check.artifact import PublicKey, Trust, status_problems
-from ..errors import ArtifactError, raise_problems
+from ..errors import RequestError, raise_problems
 from ..gpu.memory import explain_gpu_memory
 from ..plan import DenoiserCall, Plan
 from ..replay import Tensors, slot_inputs, store_sites
@@ -47,7 +47,7 @@ def attach(
     From then on the pipeline's own call runs the plan for its number of steps, with the cache or, if `cache` is False,
     without. `cache_dir`, `trust` and `public_key` are as for `load`. Compared with the export now: the classes of pipeline,
     denoiser and scheduler, the denoiser's config, and of each of its weights name, shape, dtype and 16 numbers. Not
-    compared: the other numbers. Raises ArtifactError for what differs, and for a denoiser that carries hooks.
+    compared: the other numbers. Raises RequestError for what differs, and for a denoiser that carries hooks, and ArtifactError as `load` does.
     """
     if not isinstance(artifact, Artifact):
         artifact = open_artifact(artifact, cache_dir=cache_dir, trust=trust, public_key=public_key)
@@ -65,10 +65,10 @@ def attach_opened(pipeline: Any, artifact: Artifact, cache: bool) -> Attachment:
 
 
 def detach(pipeline: Any) -> None:
-    """Gives the pipeline its own denoiser back. Raises ArtifactError where none is attached."""
+    """Gives the pipeline its own denoiser back. Raises RequestError where none is attached."""
     found = [a for part in pipeline_components(pipeline).values() if (a := attachment_of(part))]
     if not found:
-        raise ArtifactError(f"{type(pipeline).__name__}: nothing is attached to it, so there is nothing to detach")
+        raise RequestError(f"{type(pipeline).__name__}: nothing is attached to it, so there is nothing to detach")
     for attached in found:
         attached.remove()
 
@@ -153,7 +153,7 @@ class Attachment:
         self._run = PlanCursor(self.artifact.plans[name])
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """One forward of the denoiser. Raises ArtifactError, before anything runs, for a call that the plan does not have."""
+        """One forward of the denoiser. Raises RequestError, before anything runs, for a call that the plan does not have."""
         run, call = self._next_call()
         given = self._graph_inputs(call, args, kwargs, f"evaluation {run.evaluation} of plan {run.plan.name!r}")
         return self.facts.output.wrap_tensor(run_denoiser(self.artifact, run, call, given), self._classes)
@@ -161,18 +161,18 @@ class Attachment:
     def _next_call(self) -> tuple[PlanCursor, DenoiserCall]:
         """The run that the pipeline is in, and the call that it should make now."""
         if self.pipeline.scheduler is not self._scheduler:
-            raise ArtifactError(
+            raise RequestError(
                 f"scheduler: expected the {type(self._scheduler).__name__} that the pipeline had when the artifact was "
                 f"attached, got another {type(self.pipeline.scheduler).__name__}; detach, and attach again"
             )
         if self._run is None:
-            raise ArtifactError(
+            raise RequestError(
                 f"{self.facts.denoiser}: called before the pipeline set a schedule, so no plan can be followed; call the "
                 "pipeline, or detach to use the denoiser alone"
             )
         call = self._run.call
         if call is None:
-            raise ArtifactError(
+            raise RequestError(
                 f"{self.facts.denoiser}: plan {self._run.plan.name!r} ends after {len(self._run.plan.evaluations)} "
                 "evaluations, and the pipeline calls it once more; call the pipeline as the recipe did, or export again"
             )
@@ -181,11 +181,11 @@ class Attachment:
     def _graph_inputs(
         self, call: DenoiserCall, args: tuple[Any, ...], kwargs: Mapping[str, Any], where: str
     ) -> Tensors:
-        """The graph's inputs by name. Raises ArtifactError naming the first argument that is not as recorded."""
+        """The graph's inputs by name. Raises RequestError naming the first argument that is not as recorded."""
         try:
             given = dict(named_leaves(bind_call(self._signature, args, kwargs).arguments))
         except TypeError as e:
-            raise ArtifactError(
+            raise RequestError(
                 f"{where}: {self.facts.denoiser_class} does not take this call ({e}); correct the call"
             ) from e
         expected = self.facts.calls[call.of]
@@ -195,7 +195,7 @@ class Attachment:
             if problem := argument.problem(given[argument.name], self.artifact.device, recorded):
                 break
         if problem:
-            raise ArtifactError(f"{where}: {problem}")
+            raise RequestError(f"{where}: {problem}")
         return {a.name: given[a.name].contiguous() for a in expected if a.is_input}
 
 
@@ -203,7 +203,7 @@ class Attachment:
 
 
 def match_denoiser(pipeline: Any, artifact: Artifact, facts: AttachmentFacts) -> nn.Module:
-    """The pipeline's denoiser. Raises ArtifactError for the first thing that is not as at export."""
+    """The pipeline's denoiser. Raises RequestError for the first thing that is not as at export."""
     parts = pipeline_components(pipeline)
     refuse_mismatch(
         "pipeline", artifact.manifest.source.pipeline, type(pipeline).__name__, "attach to a pipeline of this class"
@@ -219,7 +219,7 @@ def match_denoiser(pipeline: Any, artifact: Artifact, facts: AttachmentFacts) ->
         "scheduler", scheduler, type(pipeline.scheduler).__name__, "set the export's scheduler, or export again"
     )
     if "set_timesteps" in vars(pipeline.scheduler):
-        raise ArtifactError(
+        raise RequestError(
             "scheduler: its set_timesteps is replaced already, so it cannot be followed; load a fresh one"
         )
     refuse_mismatch(
@@ -234,7 +234,7 @@ def match_denoiser(pipeline: Any, artifact: Artifact, facts: AttachmentFacts) ->
             f"{facts.denoiser}.config.{key}", facts.config.get(key), config.get(key), "load the export's model"
         )
     if weights_digest(denoiser) != facts.weights:
-        raise ArtifactError(
+        raise RequestError(
             f"{facts.denoiser}: its weights are not the ones of the export (names, shapes, dtypes, and {WEIGHT_SAMPLES} numbers of "
             "each are compared); load the export's model in its precision and without LoRA, or export again"
         )
@@ -242,17 +242,17 @@ def match_denoiser(pipeline: Any, artifact: Artifact, facts: AttachmentFacts) ->
 
 
 def refuse_mismatch(what: str, expected: Any, came: Any, way_out: str) -> None:
-    """Raises ArtifactError unless both are equal."""
+    """Raises RequestError unless both are equal."""
     if expected != came:
-        raise ArtifactError(f"{what}: the artifact was exported for {expected}, got {came}; {way_out}")
+        raise RequestError(f"{what}: the artifact was exported for {expected}, got {came}; {way_out}")
 
 
 def refuse_denoiser_hooks(name: str, denoiser: nn.Module) -> None:
-    """Raises ArtifactError for what would run beside the replaced forward, or in place of it."""
+    """Raises RequestError for what would run beside the replaced forward, or in place of it."""
     if attachment_of(denoiser):
-        raise ArtifactError(f"{name}: an artifact is attached to it already; detach(pipeline) first")
+        raise RequestError(f"{name}: an artifact is attached to it already; detach(pipeline) first")
     if getattr(denoiser, "_compiled_call_impl", None) is not None:
-        raise ArtifactError(f"{name}: is compiled by torch.compile; load a fresh pipeline and attach to that")
+        raise RequestError(f"{name}: is compiled by torch.compile; load a fresh pipeline and attach to that")
     for path, module in denoiser.named_modules():
         where = f"{name}.{path}" if path else name
         registry = getattr(module, "_diffusers_hook", None)
@@ -264,16 +264,16 @@ def refuse_denoiser_hooks(name: str, denoiser: nn.Module) -> None:
             carried = "another forward"
         else:
             continue
-        raise ArtifactError(
+        raise RequestError(
             f"{where}: carries {carried}, which an artifact cannot carry out; load a pipeline without it"
         )
 
 
 def pipeline_components(pipeline: Any) -> Mapping[str, Any]:
-    """A diffusers pipeline's parts by name. Raises ArtifactError for anything else."""
+    """A diffusers pipeline's parts by name. Raises RequestError for anything else."""
     parts = getattr(pipeline, "components", None)
     if not isinstance(parts, Mapping):
-        raise ArtifactError(
+        raise RequestError(
             f"expected a diffusers pipeline, got {type(pipeline).__name__}; load it with diffusers first"
         )
     return parts

@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from ..artifact import Artifact
-from ..errors import ArtifactError, describe_schema_error
+from ..errors import ArtifactError, RequestError, describe_schema_error
 from ..manifest import ATTACH_FAMILY
 from ..plan import FROZEN_CONFIG
 from .arguments import Argument, OutputStructure
@@ -37,10 +37,10 @@ def variant_name(graph: str) -> str:
 
 
 def read_facts(artifact: Artifact) -> AttachmentFacts:
-    """`manifest.pipeline`. Raises ArtifactError for an artifact of a whole pipeline, and for plans that do not fit it."""
+    """`manifest.pipeline`. Raises RequestError for an artifact of a whole pipeline, ArtifactError for plans that do not fit it."""
     manifest, folder = artifact.manifest, artifact.folder
     if manifest.family != ATTACH_FAMILY:
-        raise ArtifactError(
+        raise RequestError(
             f"{folder}: expected an artifact that holds a denoiser alone, this one holds all of {manifest.source.pipeline}; "
             "open it with prebake.runtime.load, or export with model.part=denoiser"
         )

@@ -16,7 +16,7 @@ from itertools import groupby
 from pathlib import Path, PurePosixPath
 from typing import Literal, get_args
 
-from ..errors import ArtifactError, describe_read_error, raise_problems
+from ..errors import RequestError, describe_read_error, raise_problems
 from ..manifest import FileEntry, Graph, Manifest
 from ..plan import Evaluation, Plan
 from ..storage.files import TRUST_WARNING, file_hashes, hash_problem, open_files
@@ -72,15 +72,13 @@ def open_checked_files(
 
 
 def check_trust(trust: str, public_key: PublicKey | None) -> None:
-    """Raises ArtifactError for a policy that does not exist, or whose key is missing or of no use."""
+    """Raises RequestError for a policy that does not exist, or whose key is missing or of no use."""
     if trust not in get_args(Trust):
-        raise ArtifactError(f"trust={trust!r}: expected one of {', '.join(get_args(Trust))}")
+        raise RequestError(f"trust={trust!r}: expected one of {', '.join(get_args(Trust))}")
     if trust == "signature" and public_key is None:
-        raise ArtifactError(
-            "trust='signature': expected public_key, the file of the key of whoever signed the artifact"
-        )
+        raise RequestError("trust='signature': expected public_key, the file of the key of whoever signed the artifact")
     if trust != "signature" and public_key is not None:
-        raise ArtifactError(f"public_key: trust={trust!r} does not ask for a signature; give trust='signature' with it")
+        raise RequestError(f"public_key: trust={trust!r} does not ask for a signature; give trust='signature' with it")
 
 
 def file_name_problems(manifest: Manifest) -> Iterator[str]:

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import ArtifactError
+from ..errors import ArtifactError, RequestError
 from ..manifest import Manifest, read_manifest
 from ..plan import Plan
 from ..text import (
@@ -94,7 +94,7 @@ def _add_run(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Makes the images or videos and writes them. Raises ArtifactError for what the artifact cannot do.
+    """Makes the images or videos and writes them. Raises RequestError for what the artifact cannot do.
 
     What the command line alone can get wrong is found before anything is loaded.
     """
@@ -126,7 +126,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _output_path(args: argparse.Namespace, manifest: Manifest) -> Path:
-    """Where to write. Raises ArtifactError where what the artifact makes cannot be written there."""
+    """Where to write. Raises RequestError where what the artifact makes cannot be written there."""
     from ..video import check_video_path, default_video_path
 
     video = manifest.defaults.num_frames is not None
@@ -134,11 +134,11 @@ def _output_path(args: argparse.Namespace, manifest: Manifest) -> Path:
     if video:
         check_video_path(target, DEFAULT_FPS if args.fps is None else args.fps)
     elif args.fps is not None:
-        raise ArtifactError("--fps: the artifact makes images, which have no frames; leave it out")
+        raise RequestError("--fps: the artifact makes images, which have no frames; leave it out")
     elif target.suffix.lower() not in _image_suffixes():
-        raise ArtifactError(f"{target}: the artifact makes images, and none can be written so; give --output a .png")
+        raise RequestError(f"{target}: the artifact makes images, and none can be written so; give --output a .png")
     if not target.parent.is_dir():
-        raise ArtifactError(
+        raise RequestError(
             f"{target}: there is no folder {target.parent} to write to; make it, or give another --output"
         )
     return target
@@ -184,7 +184,7 @@ def save_image(image: Any, path: Path) -> None:
     try:
         image.save(path)
     except (OSError, ValueError) as e:
-        raise ArtifactError(
+        raise RequestError(
             f"{path}: the image could not be written: {e}; give --output a .png in a folder that exists"
         ) from e
 

@@ -14,7 +14,7 @@ import torch
 from pydantic import BaseModel, Field, ValidationError
 
 from ..artifact import Artifact
-from ..errors import ArtifactError, describe_schema_error
+from ..errors import ArtifactError, RequestError, describe_schema_error
 from ..noise import Generators, draw_noise
 from ..plan import FROZEN_CONFIG
 from ..prompts import TextEncoder, TextSettings
@@ -166,19 +166,24 @@ class Family:
         zero = self.settings.text.zero_negative
         negatives = self._text(given, "negative_", None if zero else "") or [self._text.zeros()]
         if len(negatives) not in (1, count):
-            raise ArtifactError(f"negative_prompt: expected one, or {count}, one for each prompt; got {len(negatives)}")
+            raise RequestError(f"negative_prompt: expected one, or {count}, one for each prompt; got {len(negatives)}")
         return negatives * (count // len(negatives))
 
 
 def artifact_family(artifact: Artifact) -> Family:
     """The artifact's family. Raises ArtifactError for one that is not known, or settings that are not to its schema."""
+    return family_class(artifact)(artifact)
+
+
+def family_class(artifact: Artifact) -> type[Family]:
+    """The class of the artifact's family. Raises ArtifactError for one that is not known."""
     name = artifact.manifest.family
     if name not in FAMILY_CLASSES:
         raise ArtifactError(
             f"{artifact.folder}: manifest.json [family]: {name!r} is not one that this runtime replays: {', '.join(FAMILY_CLASSES)}; "
             "install the prebake that wrote it, or export again with this one"
         )
-    return getattr(importlib.import_module(f".{name}", __name__), FAMILY_CLASSES[name])(artifact)
+    return getattr(importlib.import_module(f".{name}", __name__), FAMILY_CLASSES[name])
 
 
 def denoiser_inputs(artifact: Artifact) -> frozenset[str]:

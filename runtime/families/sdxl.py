@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 
 from ..artifact import Artifact
-from ..errors import ArtifactError
+from ..errors import RequestError
 from ..replay import Tensors
 from . import Family, ScheduleWindow, Settings
 
@@ -63,9 +63,9 @@ class StableDiffusionXL(Family):
         start, end = (given.get(name) for name in ("denoising_start", "denoising_end"))
         for name, value in (("denoising_start", start), ("denoising_end", end)):
             if value is not None and not (isinstance(value, float) and 0 < value < 1):
-                raise ArtifactError(f"{name}: expected a number between 0 and 1, a part of the schedule, got {value!r}")
+                raise RequestError(f"{name}: expected a number between 0 and 1, a part of the schedule, got {value!r}")
         if start is not None and end is not None and start >= end:
-            raise ArtifactError(f"denoising_start: expected less than denoising_end, which is {end}, got {start}")
+            raise RequestError(f"denoising_start: expected less than denoising_end, which is {end}, got {start}")
         return ScheduleWindow(*(None if part is None else self._timestep(part) for part in (start, end)))
 
     def _timestep(self, part: float) -> int:
@@ -85,7 +85,7 @@ def size_numbers(given: Mapping[str, Any], usual: tuple[int, int], scored: bool)
 
     The negative branch is told the same as the other one unless the negative sizes are given, both of them, as in
     `StableDiffusionXLPipeline`; the crop of those is (0, 0) where it is not given. With a score each negative number
-    stands for itself, as in `StableDiffusionXLImg2ImgPipeline`. Raises ArtifactError for what is no size.
+    stands for itself, as in `StableDiffusionXLImg2ImgPipeline`. Raises RequestError for what is no size.
     """
     original, crop = read_pair(given, "original_size", usual), read_pair(given, "crops_coords_top_left", (0, 0))
     negative_crop = read_pair(given, "negative_crops_coords_top_left", (0, 0))
@@ -99,7 +99,7 @@ def size_numbers(given: Mapping[str, Any], usual: tuple[int, int], scored: bool)
     if not any(f"negative_{name}" in given for name in SIZE_ARGUMENTS):
         return positive, positive
     if lacking := [name for name in names if name not in given]:
-        raise ArtifactError(
+        raise RequestError(
             f"{lacking[0]}: expected with the other negative sizes, got none; they have an effect together only"
         )
     return (*read_pair(given, names[0], usual), *negative_crop, *read_pair(given, names[1], usual)), positive
@@ -109,7 +109,7 @@ def read_pair(given: Mapping[str, Any], name: str, usual: tuple[float, ...]) -> 
     """The argument as two numbers, `usual` where it is not given."""
     value = given.get(name, usual)
     if not isinstance(value, (tuple, list)) or len(value) != 2 or not all(isinstance(x, (int, float)) for x in value):
-        raise ArtifactError(f"{name}: expected two numbers of pixels, down and across, got {value!r}")
+        raise RequestError(f"{name}: expected two numbers of pixels, down and across, got {value!r}")
     return tuple(map(float, value))
 
 
@@ -117,5 +117,5 @@ def read_number(given: Mapping[str, Any], name: str, usual: float) -> float:
     """The argument as a number, `usual` where it is not given."""
     value = given.get(name, usual)
     if not isinstance(value, (int, float)):
-        raise ArtifactError(f"{name}: expected a number, got {value!r}")
+        raise RequestError(f"{name}: expected a number, got {value!r}")
     return float(value)

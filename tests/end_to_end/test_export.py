@@ -24,7 +24,7 @@ from prebake.exporter.progress import open_progress
 from prebake.exporter.recipe.resolve import resolve
 from prebake.exporter.settle import settle
 from prebake.runtime.artifact import open_artifact
-from prebake.runtime.errors import ExportError
+from prebake.runtime.errors import ExportError, RequestError
 from prebake.runtime.manifest import read_manifest
 from prebake.runtime.replay import replay
 from support.tiny_pipelines import OVERRIDES
@@ -176,7 +176,7 @@ def test_ctrl_c_leaves_nothing(recipe, prepared, uncompiled, monkeypatch, tmp_pa
 def test_an_existing_output_is_refused_before_anything_is_loaded(recipe, monkeypatch, tmp_path):
     monkeypatch.setattr(pipeline, "prepare", None)
     (tmp_path / "out").mkdir()
-    with pytest.raises(ExportError, match="already exists"):
+    with pytest.raises(RequestError, match="already exists"):
         export(recipe, tmp_path / "out", ExportOptions(), open_progress("quiet"))
 
 

@@ -23,10 +23,10 @@ from PIL import Image
 from prebake.runtime import load
 
 pipe = load(sys.argv[1])
-picture = pipe.family.settings.picture
+picture = pipe.family_rules.settings.picture
 given = {"image": Image.new("RGB", (80, 40), "teal")} if picture and picture.required else {}
 (made,) = pipe("a red circle", seed=1, **given)
-frames = made[0] if pipe.family.output_kind == "frames" else made
+frames = made[0] if pipe.family_rules.output_kind == "frames" else made
 print(json.dumps({"sizes": [f.size for f in frames], "diffusers": importlib.util.find_spec("diffusers") is not None}))
 """
 

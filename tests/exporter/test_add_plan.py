@@ -26,7 +26,7 @@ from prebake.exporter.verify.measure import Replayer
 from prebake.exporter.verify.verify import manifest_recipe
 from prebake.runtime import load
 from prebake.runtime.artifact import open_artifact
-from prebake.runtime.errors import ArtifactError, ExportError, RecipeError
+from prebake.runtime.errors import ArtifactError, ExportError, RecipeError, RequestError
 from prebake.runtime.manifest import read_manifest
 from prebake.runtime.plan import Plan
 from support.tiny_pipelines import OVERRIDES
@@ -116,7 +116,7 @@ def test_a_dry_run_changes_nothing(copied):
 
 
 def test_a_plan_that_is_there_is_kept_unless_forced(copied):
-    with pytest.raises(ExportError, match=r"plan '8' is there already; replace it with --force"):
+    with pytest.raises(RequestError, match=r"plan '8' is there already; replace it with --force"):
         added(copied, 8)
 
 

@@ -62,11 +62,11 @@ def test_an_output_that_cannot_be_written_is_refused_at_once(tmp_path):
     code = f"""
 import json
 from pathlib import Path
-from prebake.exporter.package.folder import ExportError, staged
+from prebake.exporter.package.folder import RequestError, stage_folder
 try:
-    with staged(Path({str(tmp_path / "sealed" / "out")!r}), force=False):
+    with stage_folder(Path({str(tmp_path / "sealed" / "out")!r}), force=False):
         said = "it was begun"
-except ExportError as e:
+except RequestError as e:
     said = str(e)
 print(json.dumps(said))
 """

@@ -45,7 +45,7 @@ def test_a_weight_that_is_not_a_number(tmp_path):
 def test_two_exports_to_one_output(tmp_path):
     found = script("export_faults.py", tmp_path, "two")
     refused = (
-        "ExportError: WORK/out-False: already exists since this export began; "
+        "RequestError: WORK/out-False: already exists since this export began; "
         "choose another --output, or replace it with --force"
     )
     assert found["force False"] == {"codes": [0, 0], "said": ["", refused], "left": "the whole", "hidden": []}

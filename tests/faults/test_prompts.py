@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 
-from prebake.runtime import ArtifactError, load
+from prebake.runtime import RequestError, load
 
 
 @pytest.fixture(scope="module")
@@ -56,19 +56,19 @@ NO_TEXT = {
 @pytest.mark.parametrize("kind", NO_TEXT)
 def test_what_is_no_text_is_refused(pipe, kind):
     value, shown = NO_TEXT[kind]
-    with pytest.raises(ArtifactError) as caught:
+    with pytest.raises(RequestError) as caught:
         drawn(pipe, value)
     assert str(caught.value) == f"prompt: expected a text or a list of texts, got {shown}"
 
 
 def test_a_refusal_is_short_too(pipe):
-    with pytest.raises(ArtifactError) as caught:
+    with pytest.raises(RequestError) as caught:
         drawn(pipe, b"x" * 1_000_000)
     assert len(str(caught.value)) < 400
 
 
 def test_half_a_character_is_refused(pipe):
-    with pytest.raises(ArtifactError) as caught:
+    with pytest.raises(RequestError) as caught:
         drawn(pipe, ["a red circle", "a \ud83e red circle"])
     assert str(caught.value) == (
         "prompt: expected a text, got half a character, '\\ud83e' at position 2; decode the text as UTF-8"
@@ -78,6 +78,6 @@ def test_half_a_character_is_refused(pipe):
 def test_after_all_of_them_it_draws_what_it_drew(pipe):
     before = drawn(pipe, "a red circle")
     for kind in NO_TEXT:
-        with pytest.raises(ArtifactError):
+        with pytest.raises(RequestError):
             drawn(pipe, NO_TEXT[kind][0])
     assert (drawn(pipe, "a red circle") == before).all()

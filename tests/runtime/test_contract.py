@@ -8,7 +8,7 @@ import weakref
 import pytest
 import torch
 
-from prebake.runtime import ArtifactError
+from prebake.runtime import ArtifactError, RequestError
 from prebake.runtime.artifact import open_artifact
 from prebake.runtime.contract import Contract
 from prebake.runtime.manifest import Cost, Graph, TensorSpec
@@ -83,7 +83,7 @@ WRONG_INPUTS = {
 @pytest.mark.parametrize("what", WRONG_INPUTS)
 def test_a_wrong_input_is_named_with_what_came_and_the_nearest_that_is_right(artifact, what):
     given, came = WRONG_INPUTS[what]
-    with pytest.raises(ArtifactError) as caught:
+    with pytest.raises(RequestError) as caught:
         artifact.graph("full")({**denoiser_inputs(), "hidden_states": given})
     assert (
         str(caught.value)
@@ -97,7 +97,7 @@ def test_it_is_refused_after_calls_that_were_right(what):
     contract.inputs(given)
     for _ in range(2):
         wrong, came = WRONG_INPUTS[what]
-        with pytest.raises(ArtifactError) as caught:
+        with pytest.raises(RequestError) as caught:
             contract.inputs({**given, "x": wrong})
         assert str(caught.value) == f"graph 'g': input 'x': expected contiguous float32 [1, 4, 8] on cpu, got {came}"
         contract.inputs(given)
@@ -129,7 +129,7 @@ def test_no_tensor_of_a_call_is_kept():
 def test_every_input_of_every_call_is_looked_at(artifact, graph, name):
     inputs = {s.name: torch.ones(s.shape) for s in artifact.graph(graph).graph.inputs}
     artifact.graph(graph)(inputs)
-    with pytest.raises(ArtifactError, match=f"graph '{graph}': input '{name}': expected contiguous float32"):
+    with pytest.raises(RequestError, match=f"graph '{graph}': input '{name}': expected contiguous float32"):
         artifact.graph(graph)({**inputs, name: inputs[name].half()})
     artifact.graph(graph)(inputs)
 
@@ -150,7 +150,7 @@ def test_missing_and_unknown_inputs_are_named_with_the_one_that_was_meant(artifa
     inputs = denoiser_inputs()
     inputs["time_step"] = inputs.pop("timestep")
     inputs["x"] = torch.zeros(1)
-    with pytest.raises(ArtifactError) as caught:
+    with pytest.raises(RequestError) as caught:
         artifact.graph("full")(inputs)
     assert str(caught.value) == (
         "graph 'full': 'timestep' is missing; 'time_step' is not an input, did you mean 'timestep'?; 'x' is not an input; "
@@ -201,18 +201,18 @@ def test_no_argument_of_the_diffusers_pipeline_is_ignored(pipe):
     """Each is an argument here too, or refused by name: what was fixed at export cannot be given and do nothing."""
     flux = pytest.importorskip("diffusers.pipelines.flux.pipeline_flux", reason="diffusers is not installed")
     theirs = set(inspect.signature(flux.FluxPipeline.__call__).parameters) - {"self"}
-    ours = set(inspect.signature(pipe.__call__).parameters) | set(pipe.family.arguments)
+    ours = set(inspect.signature(pipe.__call__).parameters) | set(pipe.family_rules.arguments)
     assert {"sigmas", "true_cfg_scale", "joint_attention_kwargs", "ip_adapter_image"} <= theirs - ours
     for name in sorted(theirs - ours):
         with pytest.raises(
-            ArtifactError, match=f"^{name}: an artifact of FluxPipeline does not take it; it takes prompt"
+            RequestError, match=f"^{name}: an artifact of FluxPipeline does not take it; it takes prompt"
         ):
             pipe("red", **{name: 3.0})
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), "3", [3.0]])
 def test_guidance_that_is_no_number_is_refused(pipe, value):
-    with pytest.raises(ArtifactError, match=r"^guidance_scale=.*: expected a finite number$"):
+    with pytest.raises(RequestError, match=r"^guidance_scale=.*: expected a finite number$"):
         pipe("red", guidance_scale=value)
 
 

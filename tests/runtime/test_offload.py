@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from prebake.runtime import ArtifactError, load, offload
+from prebake.runtime import ArtifactError, RequestError, load, offload
 from prebake.runtime import artifact as opening
 from prebake.runtime.artifact import open_artifact
 from prebake.runtime.manifest import read_manifest
@@ -341,12 +341,12 @@ def test_what_runs_once_for_a_prompt_can_leave(asked, expected):
 def test_what_means_nothing_is_refused(monkeypatch, asked, where, words):
     rebinds = SimpleNamespace(REBINDS=where[1] == "aoti")
     monkeypatch.setattr(offload, "backend_module", lambda name: rebinds)
-    with pytest.raises(ArtifactError, match=words):
+    with pytest.raises(RequestError, match=words):
         offloaded_graphs(asked, manifest(ALL, *where), {"full"})
 
 
 def test_an_artifact_for_the_cpu_refuses_it(toy_artifact, cache_dir):
-    with pytest.raises(ArtifactError, match="offload=True: the artifact is for the CPU"):
+    with pytest.raises(RequestError, match="offload=True: the artifact is for the CPU"):
         load(toy_artifact, cache_dir=cache_dir, offload=True)
 
 
@@ -427,9 +427,9 @@ def test_threads_share_a_visit(offloaded, pipe):
 
 def test_nothing_is_left_of_a_call_that_failed(offloaded, pipe):
     visited, device = offloaded
-    with pytest.raises(ArtifactError):
+    with pytest.raises(RequestError):
         visited([PROMPTS[0], ""], ["one"], seed=0)
-    with pytest.raises(ArtifactError, match="latents: expected"):
+    with pytest.raises(RequestError, match="latents: expected"):
         visited(PROMPTS[0], latents=torch.zeros(1))
     assert device.log.count("send") == device.log.count("free")
     assert torch.equal(picture(visited, PROMPTS[0]), picture(pipe, PROMPTS[0]))

@@ -14,7 +14,7 @@ from diffusers.utils import load_image
 from diffusers.video_processor import VideoProcessor
 from PIL import Image
 
-from prebake.runtime.errors import ArtifactError
+from prebake.runtime.errors import RequestError
 from prebake.runtime.pictures import (
     open_picture,
     postprocess_frames,
@@ -136,7 +136,7 @@ def test_a_changed_pixel_is_seen(photo):
     ],
 )
 def test_what_is_no_picture_is_refused(image, words):
-    with pytest.raises(ArtifactError, match=words):
+    with pytest.raises(RequestError, match=words):
         preprocess_pictures(image, H, W)
 
 
@@ -157,7 +157,7 @@ def test_a_file_without_a_picture_is_refused(photo, tmp_path):
     (tmp_path / "half.png").write_bytes((tmp_path / "whole.png").read_bytes()[:2000])
     for name in ("words.png", "half.png", "absent.png", "."):
         with pytest.raises(
-            ArtifactError, match=r"expected a picture, such as a .png or .jpg, but .*; give another file"
+            RequestError, match=r"expected a picture, such as a .png or .jpg, but .*; give another file"
         ):
             open_picture(tmp_path / name)
 
@@ -217,7 +217,7 @@ def test_a_mask_of_the_pixels_and_the_caller_s_stays_as_it_is(rng):
     ],
 )
 def test_what_is_no_mask_is_refused(mask, words):
-    with pytest.raises(ArtifactError, match=words):
+    with pytest.raises(RequestError, match=words):
         preprocess_masks(mask, H, W, h, w)
 
 
@@ -302,12 +302,12 @@ def test_the_name_says_what_is_written(tmp_path, monkeypatch):
         ("x.gif", 0, "got 0"),
         ("absent/x.gif", 8, "the video could not be written: .*; give a name in a folder that exists"),
     ]:
-        with pytest.raises(ArtifactError, match=words):
+        with pytest.raises(RequestError, match=words):
             write_video(frames, tmp_path / name, fps=fps)
-    with pytest.raises(ArtifactError, match="expected one frame or more"):
+    with pytest.raises(RequestError, match="expected one frame or more"):
         write_video([], tmp_path / "x.gif")
     monkeypatch.setitem(sys.modules, "av", None)
-    with pytest.raises(ArtifactError, match=r"pip install 'prebake\[video\]', or give a name that ends in .gif"):
+    with pytest.raises(RequestError, match=r"pip install 'prebake\[video\]', or give a name that ends in .gif"):
         check_video_path(tmp_path / "x.mp4", 8)
     assert default_video_path().name == "video.gif"
 
@@ -316,8 +316,8 @@ def test_an_mp4_of_odd_size_or_in_no_folder_is_refused(tmp_path):
     pytest.importorskip("av", reason="needs the extra `video`")
     assert default_video_path().name == "video.mp4"
     with pytest.raises(
-        ArtifactError, match=r"an .mp4 has an even width and height, the frames are 15 x 24; give a .gif"
+        RequestError, match=r"an .mp4 has an even width and height, the frames are 15 x 24; give a .gif"
     ):
         write_video(moving(2, (15, 24)), tmp_path / "x.mp4")
-    with pytest.raises(ArtifactError, match="could not be written"):
+    with pytest.raises(RequestError, match="could not be written"):
         write_video(moving(2), tmp_path / "absent/x.mp4")

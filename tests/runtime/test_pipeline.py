@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from prebake.runtime import ArtifactError, load
+from prebake.runtime import ArtifactError, RequestError, load
 from prebake.runtime.families import flux
 from prebake.runtime.noise import draw_noise
 from support import toy_model as toy
@@ -242,14 +242,14 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_call_is_refused_in_words(pipe, name):
     kwargs, words = REFUSED[name]
-    with pytest.raises(ArtifactError) as caught:
+    with pytest.raises(RequestError) as caught:
         pipe(**{"prompt": "red", **kwargs})
     assert str(caught.value) == words
 
 
 def test_cache_false_without_an_uncached_plan_lists_the_plans(artifact_copy, cache_dir):
     toy.edit_manifest(artifact_copy, plans={"4": "plans/4.json"})
-    with pytest.raises(ArtifactError) as caught:
+    with pytest.raises(RequestError) as caught:
         load(artifact_copy, cache_dir=cache_dir)("red", cache=False)
     assert (
         str(caught.value)

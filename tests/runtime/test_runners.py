@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from prebake.runtime import ArtifactError, Cancelled, load, memory, runners
+from prebake.runtime import Cancelled, RequestError, load, memory, runners
 from prebake.runtime.backends import aoti
 from prebake.runtime.runners import Runners
 from support.paths import ROOT
@@ -55,7 +55,7 @@ def test_threads_get_what_they_would_get_alone(opened, runners):
     pictures = [a for a in alone if isinstance(a, torch.Tensor)]
     assert len(pictures) > 30
     assert not soak.is_same_answer(pictures[0], pictures[1])  # they are not all the same
-    assert {a for a in alone if isinstance(a, str)} == {"Cancelled", "Failed", "ArtifactError"}
+    assert {a for a in alone if isinstance(a, str)} == {"Cancelled", "Failed", "RequestError"}
 
 
 def test_torchs_own_runner_gives_the_same_bits(opened, monkeypatch):
@@ -131,7 +131,7 @@ def test_a_callback_may_call_the_pipeline_again(opened):
 
 @pytest.mark.parametrize("count", [0, -1, 1.5, True, "2"])
 def test_a_number_of_runners_that_is_none_is_refused(opened, count):
-    with pytest.raises(ArtifactError, match=r"runners=.*: expected how many calls may run at once, 1 or more"):
+    with pytest.raises(RequestError, match=r"runners=.*: expected how many calls may run at once, 1 or more"):
         opened(count)
 
 
@@ -219,7 +219,7 @@ def test_a_runner_is_given_back_whatever_ends_the_call(opened, error):
     for _ in range(5):
         with pytest.raises(error):
             pipe("red", seed=1, callback_on_step_end=callback)
-        with pytest.raises(ArtifactError):
+        with pytest.raises(RequestError):
             pipe("red", latents=torch.zeros(1))
     assert pipe.artifact.runners.free == 2
 

@@ -16,7 +16,7 @@ from packaging.utils import canonicalize_name
 
 from support.paths import ROOT
 
-FOLDERS = ("exporter", "recipes", "runtime")
+FOLDERS = ("api", "exporter", "recipes", "runtime")
 
 
 def build_wheel(tree: Path) -> Path:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from prebake.exporter.package import folder as package
-from prebake.runtime.errors import ExportError
+from prebake.runtime.errors import RequestError
 from prebake.runtime.storage import rename as place
 from support.kill_points import die_at, killed
 
@@ -61,7 +61,7 @@ def export(output: Path, *, force: bool = True) -> None:
 
 
 def at_once(work: Path, *, force: bool) -> dict:
-    """Six exports to one output, which all begin before the first of them ends. Code 3 is an ExportError."""
+    """Six exports to one output, which all begin before the first of them ends. Code 3 is a RequestError."""
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
     barrier, children = multiprocessing.get_context("fork").Barrier(6), []
@@ -73,7 +73,7 @@ def at_once(work: Path, *, force: bool) -> dict:
                     write(folder, "new")
                     barrier.wait()
                 code = 0
-            except ExportError as e:
+            except RequestError as e:
                 code = 3 if str(e).startswith(f"{work}/out: already exists since this export began") else 1
             finally:
                 os._exit(code)

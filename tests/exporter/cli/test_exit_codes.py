@@ -17,6 +17,7 @@ from support.paths import ROOT
 
 CODES = {
     errors.RecipeError: 2,
+    errors.RequestError: 2,
     errors.ExportError: 3,
     errors.QualityError: 4,
     errors.ArtifactError: 5,
@@ -49,12 +50,16 @@ def test_a_kind_of_error_has_a_code(raising, capsys, kind, code):
     assert capsys.readouterr().err == "prebake: error: first\nprebake: error: second\n"
 
 
-def test_no_two_kinds_share_a_code():
-    assert len(set(CODES.values())) == len(CODES)
+def test_every_kind_has_a_code_and_a_parent():
+    parents = {errors.PrebakeError, errors.CallerError, errors.ResourceError}
     raised = {
         kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.PrebakeError)
     }
-    assert raised - {errors.PrebakeError} == set(CODES)
+    assert raised - parents == set(CODES)
+    assert {kind for kind in CODES if CODES[kind] == 2} == {k for k in CODES if issubclass(k, errors.CallerError)}
+    assert {kind for kind in CODES if CODES[kind] in (3, 4, 5)} == {
+        k for k in CODES if issubclass(k, errors.ResourceError)
+    }
 
 
 def test_interrupted_is_130(raising, capsys):
@@ -100,10 +105,10 @@ def test_the_help_ends_with_the_codes(capsys):
 exit codes:
     0  done
     1  a bug in prebake, with its traceback
-    2  bad input: the arguments, the recipe or a matrix, or a package that is not installed
+    2  bad input: the arguments of a command or a call, the recipe or a matrix, or a package that is not installed
     3  this model cannot be exported so
     4  a threshold of the recipe is missed
-    5  the artifact is refused, or refuses the call
+    5  the artifact is refused: it is damaged, or not for this machine
   130  interrupted
 """
     )

@@ -26,7 +26,7 @@ from prebake.exporter.tiny import parts
 from prebake.exporter.verify.measure import DrawnPicture, PictureRow, image_array, psnr_db, ssim
 from prebake.exporter.verify.picture_sheet import draw_sheet, scale_picture
 from prebake.runtime.__main__ import main
-from prebake.runtime.errors import ArtifactError, ExportError
+from prebake.runtime.errors import ExportError, RequestError
 from prebake.runtime.manifest import Manifest
 from prebake.runtime.pipeline import Pipeline, VideoOutput
 from prebake.runtime.plan import Plan
@@ -342,7 +342,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("call", "sentence"), REFUSED)
 def test_a_call_for_something_else_is_refused(call, sentence):
-    with pytest.raises(ArtifactError, match=f"^{sentence}"):
+    with pytest.raises(RequestError, match=f"^{sentence}"):
         ours("cogvideox")(PROMPTS[0], **call)
 
 

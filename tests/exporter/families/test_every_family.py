@@ -69,8 +69,8 @@ def test_embeddings_stand_for_prompts(name):
     texts = {"prompt": PROMPTS[0], "negative_prompt": "blurry"}
     embeds = {}
     for argument, prefix in branches.items():
-        (encoded,) = pipe.family._text({argument: texts[argument]}, prefix)
-        embeds |= {prefix + n: encoded[output] for n, output in pipe.family.settings.text.embeds.items()}
+        (encoded,) = pipe.family_rules._text({argument: texts[argument]}, prefix)
+        embeds |= {prefix + n: encoded[output] for n, output in pipe.family_rules.settings.text.embeds.items()}
     latents = expected(name, None, generator=seeded(1), **{**embeds, **none_of(name)})
     assert relative_error(got(name, None, seed=1, **embeds), latents) < TOLERANCE
 

@@ -13,7 +13,7 @@ from prebake.exporter.families import flux
 from prebake.exporter.families.picture import Size, example_picture
 from prebake.exporter.recipe.resolve import resolve
 from prebake.exporter.settle import has_picture_input
-from prebake.runtime.errors import ArtifactError, ExportError, RecipeError
+from prebake.runtime.errors import ExportError, RecipeError, RequestError
 from support.captured_pipeline import prepared
 from support.family_parity import (
     FLOAT32,
@@ -213,8 +213,8 @@ def test_true_guidance_needs_a_negative_prompt_and_a_scale(call):
 @works_guidance
 def test_negative_embeddings():
     pipe = ours("flux", *GUIDED)
-    (negative,) = pipe.family._text({"negative_prompt": "blurry"}, "negative_")
-    embeds = {f"negative_{n}": negative[o] for n, o in pipe.family.settings.text.embeds.items()}
+    (negative,) = pipe.family_rules._text({"negative_prompt": "blurry"}, "negative_")
+    embeds = {f"negative_{n}": negative[o] for n, o in pipe.family_rules.settings.text.embeds.items()}
     latents = expected("flux", PROMPTS[0], generator=seeded(1), true_cfg_scale=4.0, **embeds)
     assert relative_error(got("flux", PROMPTS[0], *GUIDED, seed=1, true_cfg_scale=4.0, **embeds), latents) < TOLERANCE
 
@@ -257,7 +257,7 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused_calls(case):
     overrides, call, sentence = REFUSED[case]
-    with pytest.raises(ArtifactError) as caught:
+    with pytest.raises(RequestError) as caught:
         got("flux", "snow", *overrides, **call)
     assert str(caught.value) == sentence
 

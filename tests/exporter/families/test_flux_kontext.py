@@ -10,7 +10,7 @@ from prebake.exporter.families import flux_kontext
 from prebake.exporter.families.picture import Size, example_picture
 from prebake.exporter.recipe.resolve import resolve
 from prebake.exporter.settle import has_picture_input
-from prebake.runtime.errors import ArtifactError, ExportError, RecipeError
+from prebake.runtime.errors import ExportError, RecipeError, RequestError
 from support.family_parity import PICTURE, PROMPTS, TOLERANCE, eager, expected, got, ours, relative_error, seeded
 
 NAME = "flux-kontext"
@@ -107,7 +107,7 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused_calls(case):
     call, sentence = REFUSED[case]
-    with pytest.raises(ArtifactError) as caught:
+    with pytest.raises(RequestError) as caught:
         got(NAME, "snow", **call)
     assert str(caught.value) == sentence
 

@@ -20,7 +20,7 @@ from prebake.exporter.lower import load_backend
 from prebake.exporter.recipe.resolve import resolve
 from prebake.exporter.rewrite import rewrite_pipeline
 from prebake.exporter.tiny import parts
-from prebake.runtime.errors import ArtifactError, ExportError, RecipeError
+from prebake.runtime.errors import ExportError, RecipeError, RequestError
 from support.captured_pipeline import uncompiled
 from support.family_parity import (
     FAMILIES,
@@ -56,18 +56,18 @@ def test_captions_are_put_in_lower_case_and_stripped():
     latents = expected("pixart", shouted, negative_prompt=" UGLY ", generator=seeded(1))
     assert relative_error(got("pixart", shouted, negative_prompt=" UGLY ", seed=1), latents) < TOLERANCE
     pipe = ours("pixart")
-    (prompt,) = pipe.family.settings.text.prompts
+    (prompt,) = pipe.family_rules.settings.text.prompts
     assert prompt.lower
     path = pipe.artifact.folder / prompt.tokenizer
-    kept = pipe.family._text.text.prompts[0].model_copy(update={"lower": False})
-    tokenizer = type(pipe.family._text._tokenizers[0])(path, path.read_bytes(), kept)
-    assert not torch.equal(tokenizer(shouted)[0], pipe.family._text._tokenizers[0](shouted)[0])  # the canary
+    kept = pipe.family_rules._text.text.prompts[0].model_copy(update={"lower": False})
+    tokenizer = type(pipe.family_rules._text._tokenizers[0])(path, path.read_bytes(), kept)
+    assert not torch.equal(tokenizer(shouted)[0], pipe.family_rules._text._tokenizers[0](shouted)[0])  # the canary
 
 
 @pytest.mark.works("pixart", "attention masks")
 def test_the_mask_says_what_of_the_embeddings_is_text():
     pipe = ours("pixart")
-    (encoded,) = pipe.family._text({"prompt": PROMPTS[0]})
+    (encoded,) = pipe.family_rules._text({"prompt": PROMPTS[0]})
     states, mask = encoded["encoder_hidden_states"], encoded["encoder_attention_mask"]
     assert mask.tolist() == [[1.0] * 4 + [0.0] * 12]  # a, red, circle, end
     call = {"prompt_embeds": states, "negative_prompt_embeds": 0.5 * states}
@@ -76,7 +76,7 @@ def test_the_mask_says_what_of_the_embeddings_is_text():
         latents = latents_of(eager("pixart"), None, negative_prompt=None, generator=seeded(1), **call)
         assert relative_error(got("pixart", None, seed=1, **call), latents) < TOLERANCE
     assert relative_error(got("pixart", PROMPTS[0], seed=1), latents) > 1e-3  # the canary: the padding counts
-    with pytest.raises(ArtifactError, match=r"expected either prompt,? or prompt_embeds and prompt_attention_mask"):
+    with pytest.raises(RequestError, match=r"expected either prompt,? or prompt_embeds and prompt_attention_mask"):
         pipe(prompt_embeds=states)
 
 
@@ -244,5 +244,5 @@ def test_there_is_no_image_to_image(tmp_path):
     ],
 )
 def test_what_was_fixed_at_export_is_refused_by_name(argument, message):
-    with pytest.raises(ArtifactError, match=message):
+    with pytest.raises(RequestError, match=message):
         ours("pixart")(PROMPTS[0], **argument)

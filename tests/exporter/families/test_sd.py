@@ -14,7 +14,7 @@ from PIL import Image
 
 from prebake.exporter.families import sd
 from prebake.exporter.families.picture import Size, example_picture
-from prebake.runtime.errors import ArtifactError, ExportError
+from prebake.runtime.errors import ExportError, RequestError
 from support.family_parity import PICTURE, PROMPTS, TOLERANCE, eager, expected, got, relative_error, seeded
 
 PICTURES = ("sampler.image_to_image=true",)
@@ -248,7 +248,7 @@ def test_a_unet_that_sees_a_picture_is_refused():
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused_calls(case):
     overrides, call, sentence = REFUSED[case]
-    with pytest.raises(ArtifactError) as caught:
+    with pytest.raises(RequestError) as caught:
         got("sd", "snow", *overrides, **call)
     assert str(caught.value) == sentence
 

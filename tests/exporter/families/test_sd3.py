@@ -27,7 +27,7 @@ from prebake.exporter.recipe.resolve import resolve
 from prebake.exporter.rewrite import rewrite_pipeline
 from prebake.exporter.rewrite.fuse import fuse_qkv
 from prebake.exporter.tiny import parts
-from prebake.runtime.errors import ArtifactError, ExportError
+from prebake.runtime.errors import ExportError, RequestError
 from support.captured_pipeline import uncompiled
 from support.family_parity import (
     FAMILIES,
@@ -98,9 +98,9 @@ def test_without_t5_its_states_are_zeros(tmp_path):
     latents = latents_of(pipe, PROMPTS[0], negative_prompt="blurry", generator=seeded(1))
     assert relative_error(drawn, latents) < TOLERANCE
     assert relative_error(latents, expected("sd3", PROMPTS[0], negative_prompt="blurry", generator=seeded(1))) > 1e-3
-    assert prebaked.family.max_sequence_length == 16
+    assert prebaked.family_rules.max_sequence_length == 16
     assert read_size(prebaked.artifact.manifest) == SIZE
-    with pytest.raises(ArtifactError, match=r"prompt_3: an artifact of StableDiffusion3Pipeline does not take it"):
+    with pytest.raises(RequestError, match=r"prompt_3: an artifact of StableDiffusion3Pipeline does not take it"):
         prebaked("snow", prompt_3="a cat")
 
 
@@ -310,5 +310,5 @@ def test_a_transformer_that_takes_more_than_latents_is_refused():
     ],
 )
 def test_what_was_fixed_at_export_is_refused_by_name(argument, message):
-    with pytest.raises(ArtifactError, match=message):
+    with pytest.raises(RequestError, match=message):
         ours("sd3")(PROMPTS[0], **argument)

@@ -25,7 +25,7 @@ from prebake.exporter.families.registry import find_family
 from prebake.exporter.plan import join_plan
 from prebake.exporter.plan.sampler import tabulate_scheduler, tabulate_tails
 from prebake.exporter.verify.measure import Replayer
-from prebake.runtime.errors import ArtifactError, ExportError
+from prebake.runtime.errors import ExportError, RequestError
 from prebake.runtime.pipeline import Pipeline
 from prebake.runtime.replay import tabulate_plan
 from support.family_parity import (
@@ -474,13 +474,13 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused_calls(case):
     name, call, sentence = REFUSED[case]
-    with pytest.raises(ArtifactError) as caught:
+    with pytest.raises(RequestError) as caught:
         got(name, "snow", **call)
     assert str(caught.value) == sentence
 
 
 def test_the_refiner_takes_scores_in_place_of_the_target():
-    arguments = ours("sdxl-refiner").family.arguments
+    arguments = ours("sdxl-refiner").family_rules.arguments
     assert {"aesthetic_score", "negative_aesthetic_score"} <= set(arguments)
     assert not {"target_size", "negative_target_size", "prompt_2"} & set(arguments)
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from prebake.exporter.capture.capture import capture_graph
 from prebake.exporter.package import folder as package
-from prebake.runtime.errors import ExportError
+from prebake.runtime.errors import ExportError, RequestError
 from prebake.runtime.weights import map_weights
 
 MANIFEST = json.dumps({"schema_version": 1})
@@ -60,7 +60,7 @@ def test_an_earlier_artifact_survives_an_error(artifact, error):
 
 
 def test_an_existing_output_is_refused_before_any_work(artifact):
-    with pytest.raises(ExportError, match=r"out: already exists; choose another --output, or replace it with --force"):
+    with pytest.raises(RequestError, match=r"out: already exists; choose another --output, or replace it with --force"):
         staged(artifact)
     assert listing(artifact) == ["manifest.json", "old"]
 
@@ -86,7 +86,7 @@ def test_force_never_replaces_what_is_not_an_artifact(tmp_path, content):
         (tmp_path / "out" / "manifest.json").write_text(content)
     before = listing(tmp_path)
     with pytest.raises(
-        ExportError,
+        RequestError,
         match=r"out: --force replaces artifacts only, and this has no manifest\.json of one; choose another --output",
     ):
         staged(tmp_path / "out", force=True)
@@ -95,14 +95,14 @@ def test_force_never_replaces_what_is_not_an_artifact(tmp_path, content):
 
 def test_force_never_replaces_a_file(tmp_path):
     (tmp_path / "out").write_text("a file")
-    with pytest.raises(ExportError, match="--force replaces artifacts only"):
+    with pytest.raises(RequestError, match="--force replaces artifacts only"):
         staged(tmp_path / "out", force=True)
     assert (tmp_path / "out").read_text() == "a file"
 
 
 def test_an_output_that_appears_meanwhile_is_not_overwritten(tmp_path):
     with (  # noqa: PT012 (its end raises)
-        pytest.raises(ExportError, match="already exists"),
+        pytest.raises(RequestError, match="already exists"),
         package.stage_folder(tmp_path / "out", force=False) as folder,
     ):
         (folder / "new").write_text("new")

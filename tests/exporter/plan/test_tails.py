@@ -20,7 +20,7 @@ from prebake.exporter.plan import make_plans
 from prebake.exporter.plan.sampler import MAX_HISTORY, SchedulerTable, tabulate_scheduler, tabulate_tails
 from prebake.exporter.sites.layout import Layout, Place
 from prebake.runtime.artifact import Artifact
-from prebake.runtime.errors import ArtifactError, ExportError
+from prebake.runtime.errors import ExportError, RequestError
 from prebake.runtime.manifest import Cost, Graph, Site
 from prebake.runtime.plan import Evaluation, Plan, Tail, Update
 from prebake.runtime.replay import DenoiserVariant, replay, tabulate_plan
@@ -439,10 +439,10 @@ def two_steps(*tails: Tail) -> Plan:
 
 def test_a_start_that_a_plan_does_not_have_is_refused_with_those_it_has():
     with pytest.raises(
-        ArtifactError, match=r"^plan '2' cannot begin at step 1, it begins at 0 only.*image_to_image=true$"
+        RequestError, match=r"^plan '2' cannot begin at step 1, it begins at 0 only.*image_to_image=true$"
     ):
         two_steps().tail(1)
-    with pytest.raises(ArtifactError, match=r"^plan '2' cannot begin at step 2, it can at 0, 1; choose another start"):
+    with pytest.raises(RequestError, match=r"^plan '2' cannot begin at step 2, it can at 0, 1; choose another start"):
         two_steps(Tail(step=1, begin=1)).tail(2)
 
 
@@ -462,5 +462,5 @@ def test_tables_of_a_tail_are_made_once():
     assert len({id(tables) for tables in made}) == 1
     assert made[0].plan == one.tail(1)
     assert [t.tolist() for t in made[0].timesteps] == [[0.5]]
-    with pytest.raises(ArtifactError, match="cannot begin at step 3"):
+    with pytest.raises(RequestError, match="cannot begin at step 3"):
         artifact.tables_from("2", 3)

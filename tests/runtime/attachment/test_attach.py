@@ -28,7 +28,7 @@ from prebake.exporter.verify.denoiser_alone import AttachedReplayer
 from prebake.exporter.verify.golden import golden_path
 from prebake.exporter.verify.measure import relative_error
 from prebake.exporter.verify.verify import VerifyOptions, verify_artifact
-from prebake.runtime import ArtifactError, ExportError, RecipeError, attach, detach, load
+from prebake.runtime import ArtifactError, ExportError, RecipeError, RequestError, attach, detach, load
 from prebake.runtime.artifact import Artifact, open_artifact
 from prebake.runtime.manifest import read_manifest
 from support.attach_pipelines import (
@@ -210,7 +210,7 @@ def test_a_refused_call_leaves_nothing_behind(artifact):
     pipe = pipeline("aura_flow")
     eager = drawn(pipe, "aura_flow")
     with attach(pipe, artifact("aura_flow")):
-        with pytest.raises(ArtifactError):
+        with pytest.raises(RequestError):
             drawn(pipe, "aura_flow", height=48)
         assert same(drawn(pipe, "aura_flow"), eager)
 
@@ -247,7 +247,7 @@ def test_detach_gives_everything_back(artifact):
     assert vars(pipe.scheduler).keys() >= scheduler.keys()
     assert "set_timesteps" not in vars(pipe.scheduler)
     assert torch.equal(drawn(pipe, "sana"), eager)
-    with pytest.raises(ArtifactError, match="nothing is attached"):
+    with pytest.raises(RequestError, match="nothing is attached"):
         detach(pipe)
 
 
@@ -267,7 +267,7 @@ def test_a_copied_scheduler_is_not_followed(artifact):
         twin.set_timesteps(7)
         assert len(twin.timesteps) == 7
         assert len(pipe.scheduler.timesteps) != 7
-        with pytest.raises(ArtifactError, match="called before the pipeline set a schedule"):
+        with pytest.raises(RequestError, match="called before the pipeline set a schedule"):
             direct(pipe)
 
 
@@ -361,21 +361,21 @@ UNFIT = {
 @pytest.mark.parametrize("change", UNFIT, ids=lambda change: change.__name__)
 def test_a_pipeline_that_does_not_fit_is_refused(change, artifact):
     pipe = change(pipeline("aura_flow"))
-    with pytest.raises(ArtifactError, match=UNFIT[change]) as refused:
+    with pytest.raises(RequestError, match=UNFIT[change]) as refused:
         attach(pipe, artifact("aura_flow"))
     assert "\n" not in str(refused.value)
 
 
 def test_two_are_not_attached_at_once(artifact):
     pipe = pipeline("aura_flow")
-    with attach(pipe, artifact("aura_flow")), pytest.raises(ArtifactError, match="is attached to it already; detach"):
+    with attach(pipe, artifact("aura_flow")), pytest.raises(RequestError, match="is attached to it already; detach"):
         attach(pipe, artifact("aura_flow"))
 
 
 def test_other_artifacts_are_refused(artifact):
     made = artifact("aura_flow")
     whole = replace(made, manifest=made.manifest.model_copy(update={"family": "flux"}))
-    with pytest.raises(ArtifactError, match=r"holds all of AuraFlowPipeline; open it with prebake.runtime.load"):
+    with pytest.raises(RequestError, match=r"holds all of AuraFlowPipeline; open it with prebake.runtime.load"):
         attach(pipeline("aura_flow"), whole)
     failed = replace(made, manifest=made.manifest.model_copy(update={"status": "failed"}))
     with pytest.raises(ArtifactError, match="its verification failed"):
@@ -409,7 +409,7 @@ CALLS: dict[str, tuple[dict[str, Any], str]] = {
 def test_a_call_that_the_plan_lacks_is_refused_by_name(case, artifact):
     given, sentence = CALLS[case]
     pipe = pipeline("aura_flow")
-    with attach(pipe, artifact("aura_flow")), pytest.raises(ArtifactError, match=sentence) as refused:
+    with attach(pipe, artifact("aura_flow")), pytest.raises(RequestError, match=sentence) as refused:
         drawn(pipe, "aura_flow", **given)
     assert "\n" not in str(refused.value)
 
@@ -417,22 +417,22 @@ def test_a_call_that_the_plan_lacks_is_refused_by_name(case, artifact):
 def test_calls_of_the_denoiser_alone_are_refused(artifact):
     pipe = pipeline("aura_flow")
     with attach(pipe, artifact("aura_flow")):
-        with pytest.raises(ArtifactError, match="called before the pipeline set a schedule"):
+        with pytest.raises(RequestError, match="called before the pipeline set a schedule"):
             direct(pipe)
         pipe.scheduler.set_timesteps(4)
-        with pytest.raises(ArtifactError, match=r"AuraFlowTransformer2DModel does not take this call .*'speed'"):
+        with pytest.raises(RequestError, match=r"AuraFlowTransformer2DModel does not take this call .*'speed'"):
             pipe.transformer(torch.zeros(2, 4, 4, 4), speed=2)
-        with pytest.raises(ArtifactError, match=r"argument 'encoder_hidden_states': expected float32 .* got None"):
+        with pytest.raises(RequestError, match=r"argument 'encoder_hidden_states': expected float32 .* got None"):
             pipe.transformer(torch.zeros(2, 4, 4, 4), return_dict=False)
         with pytest.raises(
-            ArtifactError, match=r"argument 'hidden_states': expected float32 .*, got bfloat16 .*precision"
+            RequestError, match=r"argument 'hidden_states': expected float32 .*, got bfloat16 .*precision"
         ):
             pipe.transformer(torch.zeros(2, 4, 4, 4, dtype=torch.bfloat16))
         drawn(pipe, "aura_flow")
-        with pytest.raises(ArtifactError, match="ends after 4 evaluations, and the pipeline calls it once more"):
+        with pytest.raises(RequestError, match="ends after 4 evaluations, and the pipeline calls it once more"):
             direct(pipe)
         swapped_scheduler(pipe)
-        with pytest.raises(ArtifactError, match="got another FlowMatchEulerDiscreteScheduler; detach"):
+        with pytest.raises(RequestError, match="got another FlowMatchEulerDiscreteScheduler; detach"):
             drawn(pipe, "aura_flow")
 
 
@@ -440,7 +440,7 @@ def test_text_that_the_model_reads_in_python_is_held_to(artifact):
     """Lumina2 sums its mask in Python: another number of tokens is another graph."""
     pipe = pipeline("lumina2")
     sentence = r"'encoder_attention_mask': expected the values of the export .* as many tokens"
-    with attach(pipe, artifact("lumina2")), pytest.raises(ArtifactError, match=sentence):
+    with attach(pipe, artifact("lumina2")), pytest.raises(RequestError, match=sentence):
         drawn(pipe, "lumina2", LONGER_PROMPT)
 
 
@@ -573,7 +573,7 @@ def test_golden_vectors_notice_another_denoiser(compiled):
 
 
 def test_load_says_to_attach(compiled):
-    with pytest.raises(ArtifactError, match=r"holds the denoiser of AuraFlowPipeline alone; .* prebake.runtime.attach"):
+    with pytest.raises(RequestError, match=r"holds the denoiser of AuraFlowPipeline alone; .* prebake.runtime.attach"):
         load(compiled("aura_flow"))
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from prebake.runtime import ArtifactError, artifact
+from prebake.runtime import PrebakeError, artifact
 from prebake.runtime.artifact import open_artifact
 from prebake.runtime.check import artifact as check
 from prebake.runtime.manifest import read_manifest
@@ -50,7 +50,7 @@ def others(path):
 
 
 def refusal(paper, **kwargs):
-    with pytest.raises(ArtifactError) as caught:
+    with pytest.raises(PrebakeError) as caught:
         open_artifact(paper, **kwargs)
     return str(caught.value)
 

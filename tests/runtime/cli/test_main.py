@@ -9,8 +9,8 @@ from PIL import Image
 
 from prebake.runtime.__main__ import main
 from prebake.runtime.cli.main import numbered_paths, save_image
-from prebake.runtime.errors import ArtifactError
-from prebake.runtime.pipeline import PipelineOutput, VideoOutput
+from prebake.runtime.errors import RequestError
+from prebake.runtime.pipeline import ImageOutput, VideoOutput
 from prebake.runtime.text import block_signs, format_count
 from support import toy_model as toy
 
@@ -51,10 +51,11 @@ def test_run_numbers_several_images_and_speaks_json(toy_artifact, tmp_path, caps
         (["--image", "absent.png"], "error: absent.png: expected a picture, such as a .png or .jpg, but "),
         (["--mask", __file__], f"error: {__file__}: expected a picture, such as a .png or .jpg, but "),
         (["--strength", "0.5"], "error: strength: "),
+        (["--guidance-scale", "nan"], "error: guidance_scale=nan: expected a finite number"),
     ],
 )
-def test_an_error_is_one_line_and_exit_code_5(toy_artifact, capsys, args, words):
-    assert main(["run", str(toy_artifact), "red", *args]) == 5
+def test_an_error_is_one_line_and_exit_code_2(toy_artifact, capsys, args, words):
+    assert main(["run", str(toy_artifact), "red", *args]) == 2
     err = capsys.readouterr().err
     assert err.startswith(words)
     assert err.count("\n") == 1
@@ -62,7 +63,7 @@ def test_an_error_is_one_line_and_exit_code_5(toy_artifact, capsys, args, words)
 
 def test_an_image_that_cannot_be_saved_is_one_line_too(tmp_path):
     (tmp_path / "x.png").mkdir()
-    with pytest.raises(ArtifactError, match=r"x\.png: the image could not be written: .*; give --output a \.png"):
+    with pytest.raises(RequestError, match=r"x\.png: the image could not be written: .*; give --output a \.png"):
         save_image(Image.new("RGB", (2, 2)), tmp_path / "x.png")
 
 
@@ -93,7 +94,7 @@ def videos(monkeypatch, tmp_path):
 
 
 def test_run_hands_over_pictures_mask_and_strength(monkeypatch, tmp_path):
-    fake = Fake(monkeypatch, PipelineOutput([still("white")]))
+    fake = Fake(monkeypatch, ImageOutput([still("white")]))
     Image.new("RGBA", (5, 4), (200, 10, 10, 128)).save(tmp_path / "start.png")
     still("white", (5, 4)).convert("1").save(tmp_path / "mask.png")
     args = ["--image", str(tmp_path / "start.png"), "--mask", str(tmp_path / "mask.png"), "--strength", "0.4"]
@@ -106,7 +107,7 @@ def test_run_hands_over_pictures_mask_and_strength(monkeypatch, tmp_path):
 
 
 def test_run_leaves_to_the_pipeline_what_nobody_said(monkeypatch, tmp_path):
-    fake = Fake(monkeypatch, PipelineOutput([still("white")]))
+    fake = Fake(monkeypatch, ImageOutput([still("white")]))
     assert main(["run", "anywhere", "a", "--output", str(tmp_path / "x.png")]) == 0
     assert {name for name, value in fake.arguments.items() if value is not None} == {"num_images_per_prompt", "cache"}
 
@@ -142,7 +143,7 @@ def test_a_video_s_default_name_is_what_can_be_written(videos, monkeypatch, caps
     ],
 )
 def test_a_video_that_cannot_be_written_is_refused_before_it_is_made(videos, capsys, args, words):
-    assert main(["run", "anywhere", "a", *args]) == 5
+    assert main(["run", "anywhere", "a", *args]) == 2
     err = capsys.readouterr().err
     assert err.startswith(words)
     assert err.count("\n") == 1

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from prebake.exporter.plan.sampler import tabulate_scheduler
-from prebake.runtime import ArtifactError, load
+from prebake.runtime import RequestError, load
 from prebake.runtime.pipeline import Pipeline
 from prebake.runtime.plan import Evaluation, Plan
 from prebake.runtime.replay import tabulate_plan
@@ -164,13 +164,13 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_call_is_refused_in_words(name, pipe):
     kwargs, words = REFUSED[name]
-    with pytest.raises(ArtifactError) as caught:
+    with pytest.raises(RequestError) as caught:
         pipe(**{"prompt": "red", **kwargs})
     assert str(caught.value) == words
 
 
 def test_clip_skip_is_no_argument(pipe):
-    with pytest.raises(ArtifactError, match="clip_skip: an artifact of StableDiffusionPipeline does not take it"):
+    with pytest.raises(RequestError, match="clip_skip: an artifact of StableDiffusionPipeline does not take it"):
         pipe("red", clip_skip=1)
 
 

@@ -79,9 +79,10 @@ def prepare_subject(
     stage: Stage, place: StagePlace, *, on_device: bool, fused: bool = False, rewrite: Any = None
 ) -> StageSubject:
     """The denoiser and its plan. Graphs for an artifact are captured on the CPU, where an export captures them."""
-    from prebake.exporter import pipeline as exporter
+    from prebake.exporter.families.registry import find_family
     from prebake.exporter.plan import make_plans
     from prebake.exporter.progress import open_progress
+    from prebake.exporter.settle import sampler_table
     from prebake.exporter.sites.discover import discover_layout
 
     pipe = build_pipeline(stage.model, place.device, torch.bfloat16)
@@ -93,7 +94,7 @@ def prepare_subject(
         rewrite(pipe)  # where the model is: quantizing 12 billion weights on a CPU takes minutes
     if not on_device:
         model.cpu()
-    family = exporter.find_family(pipe)
+    family = find_family(pipe)
     size = model_size(stage.model, family, pipe)
     denoiser = family.denoiser(pipe, size)
     if on_device:
@@ -101,7 +102,7 @@ def prepare_subject(
         denoiser = replace(denoiser, module=denoiser.module.to(place.device), args=there)
     layout = discover_layout(denoiser)
     with open_progress("quiet") as quiet:
-        table = exporter.sampler_table(family, pipe, size, stage.model.steps, quiet)
+        table = sampler_table(family, pipe, size, stage.model.steps, quiet)
     planned = make_plans(model_cache(stage.model, stage.cache), layout, {stage.model.steps: table}, None)
     chosen = next(p for p in planned.plans if p.name == str(stage.model.steps))
     scale = family.facts(pipe, size)["timestep_scale"]

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from .backends import GraphModel, OpenContext, backend_module
 from .check.artifact import PublicKey, Trust, open_checked_files, plan_problems
 from .contract import Contract, torch_dtype
-from .errors import ArtifactError, describe_schema_error, raise_problems
+from .errors import ArtifactError, RequestError, describe_schema_error, raise_problems
 from .gpu.memory import explain_gpu_memory
 from .manifest import Graph, Manifest, Site, read_manifest
 from .memory import explain_memory

@@ -21,7 +21,8 @@ from pathlib import Path
 
 import torch
 
-from prebake.exporter import lower, pipeline
+from prebake.exporter import lower
+from prebake.exporter.load import source
 from prebake.exporter.pipeline import ExportOptions, export
 from prebake.exporter.progress import Progress
 from prebake.exporter.recipe.resolve import resolve
@@ -134,7 +135,7 @@ def full(work: Path) -> list[dict]:
 
 
 def nan(work: Path) -> dict:
-    load = pipeline.source.load_model
+    load = source.load_model
 
     def poisoned(*args):
         loaded = load(*args)
@@ -142,7 +143,7 @@ def nan(work: Path) -> dict:
             loaded.pipe.transformer.proj_out.bias[3] = float("nan")
         return loaded
 
-    pipeline.source.load_model = poisoned
+    source.load_model = poisoned
     return {"said": said(lambda: run(work / "out")), "left": [p.name for p in work.iterdir()]}
 
 

@@ -30,6 +30,7 @@ from prebake.exporter.calibrators import dbcache, firstblock, runner
 from prebake.exporter.calibrators.dynamic_replay import SamplerLoop, dynamic_replay
 from prebake.exporter.cli.main import main
 from prebake.exporter.families import flux
+from prebake.exporter.families.picture import Size
 from prebake.exporter.families.registry import find_family
 from prebake.exporter.pipeline import prepare, write_folder
 from prebake.exporter.progress import open_progress
@@ -115,7 +116,7 @@ def test_changes_are_those_of_diffusers_own_runs_averaged(made, tiny_pipe):
 def test_runs_start_and_end_where_diffusers_own_do(request, kind, guidance):
     pipe = request.getfixturevalue("tiny_pipe" if kind == "flux" else "tiny_sd_pipe")
     family = find_family(pipe)
-    size = family.Size(*(family.defaults(pipe)[n] for n in ("height", "width", "max_sequence_length")))
+    size = Size(*(family.defaults(pipe)[n] for n in ("height", "width", "max_sequence_length")))
     size = SIZE if kind == "flux" else size
     table, denoiser = sampler_table(family, pipe, size, 3, QUIET), family.denoiser(pipe, size)
     (run,) = runner.draw_runs(family, pipe, size, table, ("a red circle",), 1, guidance)

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from ....passes.fx_tools import CASTS, aten, make_contiguous, node_arguments
+from ....private_torch import operator_overload
 from .operators import rotary
 
 
@@ -27,7 +28,7 @@ def call_rotary(gm: fx.GraphModule, node: fx.Node) -> None:
             break
     half = last.meta["val"].dtype == torch.bfloat16
     with gm.graph.inserting_before(node):
-        value = gm.graph.call_function(rotary._opoverload, (make_contiguous(gm, x), cosines, sines, half))
+        value = gm.graph.call_function(operator_overload(rotary), (make_contiguous(gm, x), cosines, sines, half))
         value.meta["val"] = node.meta["val"].to(torch.bfloat16 if half else torch.float32).contiguous()
         for order in views if half else ():
             was = value.meta["val"]

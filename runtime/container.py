@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch._C import _aoti  # pyright: ignore[reportAttributeAccessIssue]  (private, so not in the stubs)
 
 from .errors import ArtifactError
+from .private_torch import make_handles, take_tensors
 
 BIND_FUNCTION = "UpdateUserManagedConstantBufferPairs"
 """Without it a library is older than torch 2.11, and is run by torch's runner."""
@@ -90,24 +90,24 @@ class Container:
         torch 2.13 takes a reference of its own to each and never gives it back (`MaybeOwningAtenTensorHandle`): a mapped file
         stays mapped as long as the process lives, though its pages may leave memory. To bind again costs as little as that.
         """
-        before, fresh = list(self._constants), _aoti.unsafe_alloc_void_ptrs_from_tensors(list(tensors.values()))
+        before, fresh = list(self._constants), make_handles(list(tensors.values()))
         self._constants += fresh
         entries = [
             ConstantEntry(name.encode(), _capsule_pointer(c, None)) for name, c in zip(tensors, fresh, strict=True)
         ]
         self._call(BIND_FUNCTION, self._handle, (ConstantEntry * len(entries))(*entries), len(entries), False, True)
         self._constants[:] = fresh  # in place: it is what `free_container` will free
-        _aoti.alloc_tensors_by_stealing_from_void_ptrs(before)
+        take_tensors(before)
 
     def run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The model's outputs, freshly allocated."""
-        capsules = _aoti.unsafe_alloc_void_ptrs_from_tensors(inputs)  # the model frees what they point at
+        capsules = make_handles(inputs)  # the model frees what they point at
         given = (c_void_p * len(capsules))(*[_capsule_pointer(c, None) for c in capsules])
         made = (c_void_p * self.outputs)()
         stream = torch.cuda.current_stream(self._device).cuda_stream if self._device.type == "cuda" else None
         with self._free:
             self._call(self._run, self._handle, given, len(given), made, len(made), stream, None)
-        return _aoti.alloc_tensors_by_stealing_from_void_ptrs([_new_capsule(h, None, None) for h in made])
+        return take_tensors([_new_capsule(h, None, None) for h in made])
 
     def _call(self, short: str, *arguments: Any) -> None:
         if self._functions[short](*arguments):
@@ -141,4 +141,4 @@ def library_function(library: ctypes.CDLL, short: str, arguments: tuple[Any, ...
 def free_container(delete: Any, handle: c_void_p, constants: list[Any]) -> None:
     """Frees the instances, and then the constants' handles, which the library only borrowed."""
     delete(handle)
-    _aoti.alloc_tensors_by_stealing_from_void_ptrs(constants)
+    take_tensors(constants)

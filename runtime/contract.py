@@ -14,13 +14,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from operator import attrgetter
-from typing import Any
 
 import torch
-from torch._C._dynamo.guards import TensorGuards  # private, torch 2.11 to 2.13
 
 from .errors import ArtifactError, RequestError
 from .manifest import Graph, TensorSpec
+from .private_torch import likeness_guard
 
 PLAIN_TENSOR_TYPES = frozenset((torch.Tensor, torch.nn.Parameter))
 """Compiled code reads memory, and a subclass may keep its numbers elsewhere."""
@@ -50,7 +49,7 @@ class Contract:
             self._refuse_names(given)
         if self._like is None or False in [like(tensor) for like, tensor in zip(self._like, flat, strict=True)]:
             self._refuse_misfits("input", self._inputs, self._taken, flat)
-            self._like = [_likeness_guard(tensor) for tensor in flat]
+            self._like = [likeness_guard(tensor) for tensor in flat]
         return flat
 
     def outputs(self, flat: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -109,17 +108,6 @@ def _has_facts(got: object, fact: TensorFacts) -> bool:
         and not got.is_neg()
         and not got.is_conj()
     )
-
-
-def _likeness_guard(tensor: torch.Tensor) -> Callable[[object], bool]:
-    """Whether something is a tensor of the same class, dtype, device, sizes and strides, and seen alike by torch's dispatcher,
-    which tells apart layouts, devices, views with a sign, and modes such as `torch.inference_mode`.
-
-    It never says so of one that differs, and may deny it of one that does not matter: a stride along a size of 1, or
-    `requires_grad`. The tensor is not kept.
-    """
-    guards: Any = TensorGuards  # whose stub leaves out what it is made of
-    return guards(tensor, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
 
 
 def _describe_given(got: object) -> str:

@@ -9,7 +9,7 @@ import logging
 import os
 import warnings
 
-CHATTY_LIBRARIES = ("torchao", "torch.utils._pytree", "diffusers", "transformers", "torch._inductor", "torch.export")
+CHATTY_LIBRARIES = ("torchao", "diffusers", "transformers")
 
 
 def silence_libraries() -> None:
@@ -22,8 +22,9 @@ def silence_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module="torch|diffusers|transformers|torchao")
+    from ..private_torch import silence_torch_logs  # brings torch
+
+    silence_torch_logs()
     import diffusers.utils.logging
-    import torch  # its own loggers are set up, with a level of their own, when it is imported
 
     diffusers.utils.logging.disable_progress_bar()
-    torch._logging.set_logs(all=logging.ERROR)

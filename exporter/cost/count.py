@@ -14,8 +14,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses import FakeTensorMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode, mm_flop, sdpa_flop_count
 
 from ...runtime.errors import ExportError
@@ -23,6 +21,7 @@ from ...runtime.manifest import Cost
 from ...runtime.plan import Plan
 from ..lower import w8a8
 from ..passes.captured_graph import CapturedGraph
+from ..private_torch import fake_tensor_mode, flatten_tree, map_tree, storage_key
 
 FLOP_FORMULAS = {
     torch.ops.aten._int_mm: lambda a, b, *rest, **kwargs: mm_flop(a, b),
@@ -147,7 +146,7 @@ def plan_share(plan: Plan, shares: Mapping[str, float]) -> float:
 def take_census(graph: CapturedGraph) -> Census:
     """Every operator of the graph, by one run on fake tensors."""
     counter = FlopCounterMode(display=False, custom_mapping=FLOP_FORMULAS)
-    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as fake, counter:
+    with torch.no_grad(), fake_tensor_mode() as fake, counter:
         walk = CensusWalk(graph.gm, fake, counter)
         walk.run(*(fake.from_tensor(t) for t in graph.args))
     return Census(dict(Counter(walk.heavy.values())), tuple(fuse_loops(walk)))
@@ -159,7 +158,7 @@ class CensusWalk(fx.Interpreter):
     `root` is the node that made that memory (a view has its base's), `depth` how many heavy calls must come before.
     """
 
-    def __init__(self, gm: fx.GraphModule, fake: FakeTensorMode, counter: FlopCounterMode) -> None:
+    def __init__(self, gm: fx.GraphModule, fake: Any, counter: FlopCounterMode) -> None:
         super().__init__(gm)
         self.fake, self.counter = fake, counter
         self.heavy: dict[fx.Node, HeavyCall] = {}
@@ -181,10 +180,10 @@ class CensusWalk(fx.Interpreter):
         if n.op == "output":
             self.ends.append(n)
             return value
-        tensors = [t for t in tree_leaves(value) if isinstance(t, Tensor)]
+        tensors = [t for t in flatten_tree(value) if isinstance(t, Tensor)]
         self.bytes[n] = sum(min(t.nbytes, t.untyped_storage().nbytes()) for t in tensors)
         self.values[n] = sum(t.numel() for t in tensors)
-        self.memory[n] = {t.untyped_storage()._cdata for t in tensors}
+        self.memory[n] = {storage_key(t) for t in tensors}
         base = next((a for a in n.all_input_nodes if self.memory[a] & self.memory[n]), None)
         self.root[n] = n if base is None else self.root[base]
         below = max((self.depth[a] for a in n.all_input_nodes), default=0)
@@ -197,9 +196,9 @@ class CensusWalk(fx.Interpreter):
         constants = {t for a in n.all_input_nodes if self.root[a].op == "get_attr" for t in self.memory[a]}
 
         def operand(t: Tensor) -> Operand:
-            return Operand(tuple(t.shape), t.stride(), t.dtype, t.untyped_storage()._cdata in constants)
+            return Operand(tuple(t.shape), t.stride(), t.dtype, storage_key(t) in constants)
 
-        args, kwargs = tree_map_only(Tensor, operand, self.fetch_args_kwargs_from_env(n))
+        args, kwargs = map_tree(Tensor, operand, self.fetch_args_kwargs_from_env(n))
         frozen = tuple(tuple(a) if isinstance(a, list) else a for a in args)
         return HeavyCall(n.target, frozen, tuple(sorted(kwargs.items())), flops)
 
@@ -261,7 +260,7 @@ def group_nodes(walk: CensusWalk, light: Iterable[fx.Node]) -> dict[fx.Node, fx.
 
 def module_flops(module: nn.Module, args: tuple[Tensor, ...]) -> dict[str, int]:
     """FLOPs inside each submodule in one run of `module(*args)`, by its path."""
-    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as fake:
+    with torch.no_grad(), fake_tensor_mode() as fake:
         inputs = [fake.from_tensor(t) for t in args]
         with FlopCounterMode(display=False, custom_mapping=FLOP_FORMULAS) as counter:
             module(*inputs)

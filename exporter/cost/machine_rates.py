@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
+from ..private_torch import map_tree
 from .count import Census, FusedLoop, HeavyCall, Operand
 
 PROBE_FLOPS = 2e9  # a larger call is timed on fewer rows
@@ -134,7 +134,7 @@ def time_call(call: HeavyCall, copies: int, stand_in: StandIn | None = None) -> 
     sets = []
     for _ in range(copies):
         filled = once | {o: make_tensor(o) for o in call.operands if o.constant}
-        sets.append(tree_map_only(Operand, filled.__getitem__, (call.arguments, dict(call.keywords))))
+        sets.append(map_tree(Operand, filled.__getitem__, (call.arguments, dict(call.keywords))))
     runs = [
         (stand_in and stand_in(call.op, *given)) or functools.partial(call.op, *given[0], **given[1]) for given in sets
     ]

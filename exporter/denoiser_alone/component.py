@@ -13,12 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensorMode
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import _disable_current_modes
 
 from ...runtime.attachment.arguments import EmptyContainer, map_leaves, named_leaves
 from ...runtime.errors import ExportError, first_line
+from ..private_torch import fake_tensor_mode, suspend_modes
 from ..sites.component import Component
 from .call_kinds import CallKind
 
@@ -59,7 +58,7 @@ class TraceTimeConstants(TorchFunctionMode):
         given = [leaf for _, leaf in named_leaves([args, kwargs or {}]) if isinstance(leaf, Tensor)]
         if not given or not all(id(t) in self.known for t in given):
             return func(*args, **(kwargs or {}))
-        with _disable_current_modes():
+        with suspend_modes():
             result = func(*args, **(kwargs or {}))
         self.known.update((id(leaf), leaf) for _, leaf in named_leaves(result) if isinstance(leaf, Tensor))
         return result
@@ -106,7 +105,7 @@ def tracing_error(name: str, denoiser: nn.Module, kinds: tuple[CallKind, ...]) -
     for i, kind in enumerate(kinds):
         made = call_component(name, denoiser, kind, i)
         try:
-            with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as fake:
+            with torch.no_grad(), fake_tensor_mode() as fake:
                 made.module(*(fake.from_tensor(t) for t in made.args))
         except Exception as e:  # models raise whatever their arithmetic runs into
             return e

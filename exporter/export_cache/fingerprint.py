@@ -24,6 +24,7 @@ from ..lower import Backend
 from ..lower.toolchain import toolchain_versions
 from ..package.folder import tensor_digest
 from ..passes.captured_graph import CapturedGraph
+from ..private_torch import OpOverload, graph_specs
 from ..recipe.resolve import Recipe
 
 FORMAT_VERSION = 1
@@ -57,7 +58,8 @@ def graph_lines(graph: CapturedGraph, digests: dict[int, str]) -> Iterator[str]:
     gm, constants = graph.gm, graph.constants()
     yield f"inputs {[s.model_dump() for s in graph.inputs]!r} {[value_text(t) for t in graph.args]!r}"
     yield f"outputs {[s.model_dump() for s in graph.outputs]!r}"
-    yield f"structure {getattr(gm, '_in_spec', None)!r} {getattr(gm, '_out_spec', None)!r}"
+    taken, given = graph_specs(gm)
+    yield f"structure {taken!r} {given!r}"
     for node in gm.graph.nodes:
         if node.op == "get_attr" and node.target not in constants:
             raise InexactValueError(f"{node.target} is no tensor")
@@ -82,7 +84,7 @@ def exact_text(given: Any) -> Any:
 
 def operator_name(node: fx.Node) -> str:
     """The name of a node's operator. Raises InexactValueError for a function without a name of its own."""
-    if isinstance(node.target, str | torch._ops.OpOverload):
+    if isinstance(node.target, str | OpOverload):
         return str(node.target)
     module, name = getattr(node.target, "__module__", None), getattr(node.target, "__qualname__", "<")
     if module is None or "<" in name:

@@ -6,6 +6,8 @@ import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 
+from ..private_torch import cpp_compiler
+
 TOOLCHAIN_PACKAGES = ("prebake", "torch", "diffusers", "transformers", "torchao", "tokenizers", "safetensors")
 
 
@@ -22,10 +24,8 @@ def toolchain_versions() -> dict[str, str]:
 
 def compiler_version() -> str:
     """What the C++ compiler that Inductor calls says of itself, `unknown` if there is none."""
-    from torch._inductor.cpp_builder import get_cpp_compiler
-
     try:
-        done = subprocess.run([get_cpp_compiler(), "-dumpfullversion"], capture_output=True, text=True, check=True)
+        done = subprocess.run([cpp_compiler(), "-dumpfullversion"], capture_output=True, text=True, check=True)
     except (OSError, RuntimeError, subprocess.CalledProcessError):
         return "unknown"
     return done.stdout.strip()

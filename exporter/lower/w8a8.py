@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ...runtime.errors import RecipeError
+from ..private_torch import multiply_int8
 
 INT8_LEVELS = 127.5
 """Where the largest magnitude of a token, or of a weight's row, lies among the integers -128 .. 127."""
@@ -32,7 +33,7 @@ def w8a8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tenso
     tokens = x.reshape(-1, x.shape[-1]).float()
     a = token_maxima(tokens)
     q = (tokens / a / (1 / INT8_LEVELS)).round().clamp(-128, 127).to(torch.int8)
-    y = torch._int_mm(q, weight).float() * (scale / INT8_LEVELS) * a
+    y = multiply_int8(q, weight).float() * (scale / INT8_LEVELS) * a
     y = y if bias is None else y + bias
     return y.to(x.dtype).reshape(*x.shape[:-1], -1)
 
@@ -71,7 +72,7 @@ def w8a8_conv2d(
     for tap, columns in enumerate(weight.split(c)):
         i, j = divmod(tap, kernel)
         under = (slice(None), slice(i, i + stride * high, stride), slice(j, j + stride * wide, stride))
-        y += torch._int_mm(q[under].reshape(-1, c), columns).reshape(y.shape) * a[under]
+        y += multiply_int8(q[under].reshape(-1, c), columns).reshape(y.shape) * a[under]
     y = y * (scale / INT8_LEVELS)
     y = y if bias is None else y + bias
     return y.to(x.dtype).permute(0, 3, 1, 2)

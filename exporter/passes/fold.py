@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from ..private_torch import OpOverload
+
 MIN_SHRINK_FACTOR = 8
 """A value made from weights is folded only if it is at least this many times smaller than they are."""
 MAX_TABLE_BYTES = 64 << 20
@@ -67,7 +69,7 @@ def constant_sources(gm: fx.GraphModule) -> dict[fx.Node, frozenset[str]]:
 
 
 def is_random(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
+    return isinstance(node.target, OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
 
 
 def is_on_frontier(node: fx.Node, sources) -> bool:

@@ -12,6 +12,8 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from ..private_torch import HigherOrderOperator, OpOverload, operator_family, operator_schema, overload_name
+
 
 def functionalize_graph(gm: fx.GraphModule) -> bool:
     """Rewrites `gm` in place; False, and `gm` as it was, if something mutates in a way that is not understood here."""
@@ -30,16 +32,16 @@ def functionalize_graph(gm: fx.GraphModule) -> bool:
 
 def is_mutating(node: fx.Node) -> bool:
     """Writes to an argument, or is a higher-order operator, whose body could."""
-    if isinstance(node.target, torch._ops.OpOverload):
-        return node.target._schema.is_mutable
-    return isinstance(node.target, torch._ops.HigherOrderOperator)
+    if isinstance(node.target, OpOverload):
+        return operator_schema(node.target).is_mutable
+    return isinstance(node.target, HigherOrderOperator)
 
 
 def is_understood(node: fx.Node) -> bool:
     """`op_(x, ...)` where a functional `op` exists and nobody else can see the memory of x."""
     target = node.args[0] if node.args else None
     if (
-        not isinstance(node.target, torch._ops.OpOverload)
+        not isinstance(node.target, OpOverload)
         or functional_form(node.target) is None
         or not isinstance(target, fx.Node)
     ):
@@ -48,20 +50,20 @@ def is_understood(node: fx.Node) -> bool:
     return same and has_private_memory(target) and not any(is_view(user) for user in target.users)
 
 
-def functional_form(op: torch._ops.OpOverload) -> torch._ops.OpOverload | None:
+def functional_form(op: OpOverload) -> OpOverload | None:
     """`aten.sub.Tensor` for `aten.sub_.Tensor`, or None."""
-    name = op._schema.name.removeprefix("aten::")
+    name = operator_schema(op).name.removeprefix("aten::")
     packet = (
         getattr(torch.ops.aten, name.removesuffix("_"), None)
         if name.endswith("_") and not name.endswith("__")
         else None
     )
-    return getattr(packet, op._overloadname, None) if packet is not None else None
+    return getattr(packet, overload_name(op), None) if packet is not None else None
 
 
 def has_private_memory(node: fx.Node) -> bool:
     """The node's value is an operator's fresh result, or a view of one that nothing else reads (`(a * b).reshape(...)`)."""
-    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+    if node.op != "call_function" or not isinstance(node.target, OpOverload):
         return False
     if not is_view(node):
         return True
@@ -71,9 +73,17 @@ def has_private_memory(node: fx.Node) -> bool:
 
 def is_view(node: fx.Node) -> bool:
     """Whether the result may share memory with an argument. `to` and `contiguous` may, so they count."""
-    if not isinstance(node.target, torch._ops.OpOverload):
+    if not isinstance(node.target, OpOverload):
         return True
     returns_alias = (
-        any(r.alias_info is not None for r in node.target._schema.returns) and not node.target._schema.is_mutable
+        any(r.alias_info is not None for r in operator_schema(node.target).returns)
+        and not operator_schema(node.target).is_mutable
     )
-    return returns_alias or node.target._opname in ("reshape", "contiguous", "to", "flatten", "type_as", "expand_as")
+    return returns_alias or operator_family(node.target) in (
+        "reshape",
+        "contiguous",
+        "to",
+        "flatten",
+        "type_as",
+        "expand_as",
+    )

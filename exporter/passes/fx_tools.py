@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ..private_torch import operator_overload
+
 aten = torch.ops.aten
 CASTS = (aten.to.dtype, aten._to_copy.default)
 
@@ -31,7 +33,7 @@ def make_contiguous(gm: fx.GraphModule, x: fx.Node, order: torch.memory_format =
 
 
 def replace_call(gm: fx.GraphModule, node: fx.Node, operator: Any, args: tuple[Any, ...]) -> None:
-    fresh = gm.graph.call_function(operator._opoverload, args)
+    fresh = gm.graph.call_function(operator_overload(operator), args)
     fresh.meta["val"] = node.meta["val"]
     node.replace_all_uses_with(fresh)
 

@@ -330,9 +330,9 @@ def _toml_key(name: str) -> str:
 
 def check_inductor_flags(flags: Mapping[str, Any]) -> None:
     """Raises RecipeError, one line per flag, where the installed torch has no such flag or one of another type."""
-    import torch._inductor.config as config
+    from ..private_torch import inductor_config  # brings torch
 
-    known = config.get_config_copy()
+    known = inductor_config().get_config_copy()
     problems = []
     for name, value in flags.items():
         if name not in known:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from ...runtime.errors import ExportError
+from ..private_torch import has_forward_hooks
 
 WAY_OUT = "load a fresh pipeline, and ask for the cache in the recipe's [cache] table instead"
 
@@ -22,7 +23,7 @@ def refuse_hooked(component: str, model: nn.Module) -> None:
             raise ExportError(
                 f"{where} has a patched forward ({vars(module)['forward']!r:.80}), which export cannot trust; {WAY_OUT}"
             )
-        if module._forward_hooks or module._forward_pre_hooks:
+        if has_forward_hooks(module):
             raise ExportError(
                 f"{where} carries torch forward hooks, whose state would be baked into the graph; {WAY_OUT}"
             )

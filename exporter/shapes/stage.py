@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..private_torch import copy_tensors, move_averages
+
 SEED = 20261121
 
 
@@ -27,7 +29,7 @@ class ParameterEma:
 
     def update(self, step: int) -> None:
         decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self.mean, [p.detach() for p in self.live], 1 - decay)
+        move_averages(self.mean, [p.detach() for p in self.live], 1 - decay)
 
     def copy_into_module(self) -> None:
         for p, m in zip(self.live, self.mean, strict=True):
@@ -59,7 +61,7 @@ def run_stage(
         first, spent = saved["step"], saved["seconds"]
         module.load_state_dict(saved["module"])
         if mean:
-            torch._foreach_copy_(mean.mean, saved["ema"])
+            copy_tensors(mean.mean, saved["ema"])
         if first < steps:
             for o, state in zip(optimisers, saved["optimisers"], strict=True):
                 o.load_state_dict(state)

@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensorMode
 from torch.utils.hooks import RemovableHandle
 
 from ...runtime.errors import ExportError
+from ..private_torch import fake_tensor_mode
 from .marks import REST_STREAM, Action, Mark, Variant
 
 
@@ -243,7 +243,7 @@ class VariantModule(nn.Module):
         if not self.coefficients:
             return own
         everything = VariantModule(self.denoiser, self.marks, Variant("shapes", ()), self.own_inputs)
-        with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        with torch.no_grad(), fake_tensor_mode() as fake:
             results = everything(*(fake.from_tensor(t) for t in own))
         fresh = dict(zip(everything.outputs, results, strict=True))
         slots = [fresh[name.partition("@")[0]] for name in self.inputs[len(own) + 1 :]]

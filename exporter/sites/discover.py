@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensorMode
 
+from ..private_torch import fake_tensor_mode
 from .actions import bind_arguments, flat_outputs, submodule
 from .component import Component
 from .guidance import LOW
@@ -38,7 +38,7 @@ def discover_layout(component: Component) -> Layout:
 
             handles.append(module.register_forward_hook(returned, with_kwargs=True))
     try:
-        with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        with torch.no_grad(), fake_tensor_mode() as fake:
             component.module(*(fake.from_tensor(t) for t in component.args))
     finally:
         for handle in handles:

@@ -25,6 +25,7 @@ from ..check.artifact import PublicKey, Trust, status_problems
 from ..errors import RequestError, raise_problems
 from ..gpu.memory import explain_gpu_memory
 from ..plan import DenoiserCall, Plan
+from ..private_torch import is_compiled_module
 from ..replay import Tensors, slot_inputs, store_sites
 from .arguments import argument_name_problems, bind_call, diffusers_class, named_leaves
 from .facts import AttachmentFacts, graph_name, read_facts
@@ -251,7 +252,7 @@ def refuse_denoiser_hooks(name: str, denoiser: nn.Module) -> None:
     """Raises RequestError for what would run beside the replaced forward, or in place of it."""
     if attachment_of(denoiser):
         raise RequestError(f"{name}: an artifact is attached to it already; detach(pipeline) first")
-    if getattr(denoiser, "_compiled_call_impl", None) is not None:
+    if is_compiled_module(denoiser):
         raise RequestError(f"{name}: is compiled by torch.compile; load a fresh pipeline and attach to that")
     for path, module in denoiser.named_modules():
         where = f"{name}.{path}" if path else name

@@ -1,9 +1,10 @@
-"""Every call into AOTInductor's private API, torch 2.11 to 2.13, so that a new torch is a change in this file alone.
+"""AOTInductor's packages: what is in them, and their models, opened and bound.
 
 A path to an unpacked `.so` comes in, a `NativeModel` comes out. The stock loader (`torch._inductor.aoti_load_package`)
 unzips into a temporary folder and runs the C++ compiler hundreds of times to print an advisory; the container runner
 used here only calls dlopen. What the stock runner leaves to chance is refused here: running before the constants are
-bound is a segmentation fault there, an ArtifactError here. It says what is in a library; `container.py` runs it.
+bound is a segmentation fault there, an ArtifactError here. It says what is in a library; `container.py` runs it, and every
+call into AOTInductor's private API is in `private_torch.py`.
 """
 
 from __future__ import annotations
@@ -11,16 +12,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch._C import _aoti  # pyright: ignore[reportAttributeAccessIssue]  (private, so not in the stubs)
 
 from ..container import CONSTANT_ALIGNMENT_BYTES, Container, open_container
 from ..errors import ArtifactError, first_line, raise_problems
 from ..gpu.capability import capability_problems, cuda_of_driver, driver_problems
 from ..libraries import library_problems
 from ..manifest import Manifest, Requires
+from ..private_torch import ModelRunner, open_cpu_runner, open_cuda_runner
 from ..storage.files import read_listed_file
 from ..storage.unpack import read_members, unpack_members
 from . import OpenContext, refuse_unbound_constants
@@ -97,23 +97,12 @@ def open_model(so: Path, device: torch.device, runners: int = 1) -> NativeModel:
     """
     try:
         # One instance: its `run` holds Python's lock, so a second one would never be used.
-        runner = (
-            open_cuda_runner(so, device) if device.type == "cuda" else _aoti.AOTIModelContainerRunnerCpu(str(so), 1)
-        )
+        runner = open_cuda_runner(so, device) if device.type == "cuda" else open_cpu_runner(so)
         return NativeModel(so.parent.name, runner, open_container(so.parent.name, so, runners, device))
     except RuntimeError as e:
         raise ArtifactError(
             f"{so}: expected a model compiled by AOTInductor, but {first_line(e)}; {_open_failure_way_out(so, e)}"
         ) from e
-
-
-def open_cuda_runner(so: Path, device: torch.device) -> Any:
-    """torch's own runner, by the library's single-threaded entry, where this torch lets Python ask for that: a CUDA graph
-    cannot record the other."""
-    try:
-        return _aoti.AOTIModelContainerRunnerCuda(str(so), 1, str(device), "", True)
-    except TypeError:
-        return _aoti.AOTIModelContainerRunnerCuda(str(so), 1, str(device))
 
 
 def _open_failure_way_out(so: Path, error: RuntimeError) -> str:
@@ -128,7 +117,7 @@ def _open_failure_way_out(so: Path, error: RuntimeError) -> str:
 class NativeModel:
     """A model's machine code. `constants` are the names that `bind` wants; call it with flat tensors after that."""
 
-    def __init__(self, name: str, runner: Any, container: Container | None):
+    def __init__(self, name: str, runner: ModelRunner, container: Container | None):
         self.name = name
         self._runner = runner
         self._container = container

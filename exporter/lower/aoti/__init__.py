@@ -28,6 +28,14 @@ from torch import nn
 from ....runtime.errors import ExportError, RecipeError, first_line
 from ...passes.captured_graph import CapturedGraph, GraphPass
 from ...passes.derived_weights import DerivedWeights
+from ...private_torch import (
+    compile_graph_module,
+    cpp_compiler,
+    has_inductor_flag,
+    inductor_config,
+    inductor_key,
+    unwrap_subclass_parameters,
+)
 from ...tables import RecipeTable
 from .. import CodeFiles, GraphCompiler, GraphGroups, w8a8
 from ..options import read_options
@@ -70,9 +78,7 @@ def compile_flags(config: Any) -> dict[str, Any]:
 
 
 def has_line_tables() -> bool:
-    from torch._inductor import config
-
-    return hasattr(config.aot_inductor, LINE_TABLES_FLAG.rpartition(".")[2])
+    return has_inductor_flag(LINE_TABLES_FLAG)
 
 
 def adapt_recipe(recipe: Any) -> tuple[Any, tuple[str, ...]]:
@@ -155,14 +161,11 @@ def reproducible(config: Any) -> bool:
 
 def depends(config: Any) -> dict[str, str]:
     """Inductor's sources and settings, torch's switches, the compiler with what it takes from the environment, and the CPU."""
-    from torch._inductor import config as inductor
-    from torch._inductor.codecache import torch_key
-
-    settings = inductor.save_config_portable()
+    settings = inductor_config().save_config_portable()
     written = {k: v for k, v in settings.pop("aot_inductor.metadata", {}).items() if not k.startswith("AOTI_")}
     switches = (torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled())
     return {
-        "inductor": torch_key().hex(),
+        "inductor": inductor_key().hex(),
         "settings": repr(sorted(settings.items())),
         "metadata": repr(sorted(written.items())),
         "flags": repr(sorted(compile_flags(config).items())),
@@ -176,10 +179,8 @@ def depends(config: Any) -> dict[str, str]:
 def describe_compiler() -> str:
     """Path and version text of the C++ compiler, by which distributions tell their builds apart; empty
     without one, which is an error only where something is to be compiled."""
-    from torch._inductor.cpp_builder import get_cpp_compiler
-
     try:
-        path = shutil.which(get_cpp_compiler()) or ""
+        path = shutil.which(cpp_compiler()) or ""
         plain = {**os.environ, "LC_ALL": "C"}
         said = subprocess.run([path, "--version"], env=plain, capture_output=True, text=True, check=True).stdout
     except (OSError, RuntimeError, subprocess.CalledProcessError):
@@ -213,11 +214,10 @@ def quantize_layers(model: nn.Module, names: set[str], recipe: Any) -> None:
     if has_kernels(recipe.compile):
         w8a8.quantize_layers(model, names, recipe)
         return
-    from torch._functorch._aot_autograd.subclass_parametrization import unwrap_tensor_subclass_parameters
     from torchao.quantization import quantize_
 
     quantize_(model, recipe.quantize.torchao_config(), lambda _, name: name in names)
-    unwrap_tensor_subclass_parameters(model)
+    unwrap_subclass_parameters(model)
 
 
 def stand_in(config: Any) -> Any:
@@ -264,7 +264,7 @@ def compile_graph(graph: CapturedGraph, flags: dict[str, Any], folder: Path | No
         options = {"aot_inductor.output_path": str(sources), **shorten_paths(flags, sources)}
         try:
             with kernels.link_kernels(place, graph.gm, flags.get("cpp.threads") or torch.get_num_threads()) as linked:
-                made: Any = torch._inductor.aot_compile(graph.gm, graph.args, options=options | linked)
+                made = compile_graph_module(graph.gm, graph.args, options | linked)
             files = {Path(f).name: Path(f).read_bytes() for f in made if isinstance(f, str) and is_packaged(f)}
         except ExportError:
             raise
@@ -282,9 +282,7 @@ def shorten_paths(flags: dict[str, Any], sources: Path) -> dict[str, Any]:
 
     torch before 2.13 has no such setting, and other processors than x86 have no `-march=native`; there the flags stay.
     """
-    from torch._inductor import config
-
-    if platform.machine() not in ("x86_64", "AMD64") or not hasattr(config.cpp, "march"):
+    if platform.machine() not in ("x86_64", "AMD64") or not has_inductor_flag("cpp.march"):
         return flags
     short = {sources: "sources", Path(torch.__file__).parent: "torch"}
     maps = (f"-fmacro-prefix-map={shlex.quote(str(path))}={name}" for path, name in short.items())

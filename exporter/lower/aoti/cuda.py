@@ -21,6 +21,7 @@ from ....runtime.errors import ExportError, RecipeError
 from ....runtime.gpu.capability import CAPABILITY_KEY, CUDA_KEY, capability_name
 from ...passes.attention_backend import refuse_attention
 from ...passes.captured_graph import CapturedGraph
+from ...private_torch import multiply_fp8, multiply_int8
 from .. import w8a8
 
 FEATURE_MULTIPLE = 16
@@ -116,7 +117,7 @@ def int8_product(tokens: Tensor, columns: Tensor, scale: Tensor) -> Tensor:
     a = w8a8.token_maxima(x)
     q = (x / a / (1 / w8a8.INT8_LEVELS)).round().clamp(-128, 127).to(torch.int8)
     q = nn.functional.pad(q, (0, 0, 0, MIN_TOKENS - count)) if count < MIN_TOKENS else q
-    return torch._int_mm(q, columns)[:count].float() * (scale / w8a8.INT8_LEVELS) * a
+    return multiply_int8(q, columns)[:count].float() * (scale / w8a8.INT8_LEVELS) * a
 
 
 def fp8_product(tokens: Tensor, columns: Tensor, scale: Tensor) -> Tensor:
@@ -125,7 +126,7 @@ def fp8_product(tokens: Tensor, columns: Tensor, scale: Tensor) -> Tensor:
     a = w8a8.token_maxima(x)
     q = (x / a / (1 / w8a8.FP8_LEVELS)).clamp(-w8a8.FP8_LEVELS, w8a8.FP8_LEVELS).to(w8a8.FP8)
     by_column = scale[None, :]
-    return torch._scaled_mm(q, columns, a / w8a8.FP8_LEVELS, by_column, out_dtype=torch.bfloat16)
+    return multiply_fp8(q, columns, a / w8a8.FP8_LEVELS, by_column)
 
 
 def quantize_layers(model: nn.Module, names: set[str], method: Any) -> None:
@@ -180,7 +181,5 @@ def move_graph(graph: CapturedGraph, device: torch.device) -> CapturedGraph:
 
 def replace_tensor(owner: nn.Module, leaf: str, tensor: Tensor) -> None:
     """Replaces a module's tensor by another of its kind: a parameter, or a buffer."""
-    if leaf in owner._parameters:
-        owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
-    else:
-        owner._buffers[leaf] = tensor
+    is_parameter = isinstance(getattr(owner, leaf), nn.Parameter)
+    setattr(owner, leaf, nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor)

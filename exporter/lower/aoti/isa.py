@@ -6,6 +6,7 @@ import platform
 from pathlib import Path
 
 from ....runtime.errors import ExportError
+from ...private_torch import has_inductor_flag
 
 V3_FLAGS = ("avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe")
 V4_FLAGS = (*V3_FLAGS, "avx512bw", "avx512cd", "avx512dq", "avx512f", "avx512vl")
@@ -54,11 +55,9 @@ def int8_flags() -> tuple[str, ...]:
 
 def inductor_flags(level: str) -> dict[str, object]:
     """The Inductor options that hold generated code to the level. `cpp.march` exists since torch 2.13."""
-    import torch._inductor.config as config
-
     if level == "native":
         return {}
     flags: dict[str, object] = {"cpp.simdlen": SIMDLEN[level]}
-    if hasattr(config.cpp, "march"):
+    if has_inductor_flag("cpp.march"):
         flags["cpp.march"] = level
     return flags

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ....runtime.elf import FLAG_EXECUTABLE, GNU_STACK, read_segments
+from ...private_torch import archive_models
 from .. import CodeFiles
 
 PACKAGED_SUFFIXES = (".so", ".json", ".cubin")
@@ -23,12 +24,10 @@ ZIP_EPOCH = (1980, 1, 1, 0, 0, 0)
 
 def write_package(path: Path, models: Mapping[str, CodeFiles]) -> None:
     """One archive of all models, in torch's own layout, with fixed times and order."""
-    from torch._inductor.package import package_aoti
-
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         raw = Path(scratch) / path.name
-        package_aoti(str(raw), {model: write_files(Path(scratch) / model, files) for model, files in models.items()})
+        archive_models(raw, {model: write_files(Path(scratch) / model, files) for model, files in models.items()})
         with zipfile.ZipFile(raw) as source, zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as target:
             members = {name: source.read(name) for name in sorted(source.namelist())}
             for name, data in members.items():

@@ -27,6 +27,7 @@ from torch.onnx import OnnxExporterError
 
 from ....runtime.errors import ExportError, first_line
 from ...passes.captured_graph import CapturedGraph
+from ...private_torch import ONNX_REGISTRY_LOGGER
 from ..options import DEFAULT_OPSET
 from ..w8a8 import FP8_LEVELS, FP8_OPERATOR, INT8_LEVELS, INT8_OPERATOR, TINY
 from .program import flat_program
@@ -200,7 +201,7 @@ def embed_data(model: onnx.ModelProto, constants: Mapping[str, Tensor]) -> onnx.
 @contextlib.contextmanager
 def silence_torch_onnx() -> Iterator[None]:
     """A context without torch.onnx's notes on packages that nothing here needs."""
-    log = logging.getLogger("torch.onnx._internal.exporter._registration")
+    log = logging.getLogger(ONNX_REGISTRY_LOGGER)
     before = log.level
     log.setLevel(logging.ERROR)
     try:

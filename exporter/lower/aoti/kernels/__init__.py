@@ -20,6 +20,7 @@ import torch
 from torch import fx
 
 from .....runtime.errors import ExportError
+from ....private_torch import cpp_compiler, operator_overload
 from ..isa import ISA_LEVELS, host_flags
 from .operators import attention, few_rows, packed_w8a8, packed_w8a8_conv2d, rotary
 
@@ -40,16 +41,22 @@ COMPILE_ARGUMENTS = (
 
 _HANDLE, _HANDLES = "AtenTensorHandle", "const AtenTensorHandle*"
 DECLARATIONS = {
-    packed_w8a8._opoverload: (
+    operator_overload(packed_w8a8): (
         f"AOTITorchError aoti_torch_cpu_packed_w8a8({_HANDLES}, int64_t, {_HANDLE}, {_HANDLE}, {_HANDLES}, int64_t, {_HANDLE}*)"
     ),
-    packed_w8a8_conv2d._opoverload: (
+    operator_overload(packed_w8a8_conv2d): (
         f"AOTITorchError aoti_torch_cpu_packed_w8a8_conv2d({_HANDLE}, {_HANDLE}, {_HANDLE}, {_HANDLES}, int64_t, int64_t, int64_t, "
         f"int64_t, double, {_HANDLES}, {_HANDLES}, {_HANDLE}*)"
     ),
-    few_rows._opoverload: f"AOTITorchError aoti_torch_cpu_few_rows({_HANDLE}, {_HANDLE}, {_HANDLES}, {_HANDLE}*)",
-    attention._opoverload: f"AOTITorchError aoti_torch_cpu_attention({_HANDLE}, {_HANDLE}, {_HANDLE}, double, {_HANDLE}*)",
-    rotary._opoverload: f"AOTITorchError aoti_torch_cpu_rotary({_HANDLE}, {_HANDLE}, {_HANDLE}, int64_t, {_HANDLE}*)",
+    operator_overload(
+        few_rows
+    ): f"AOTITorchError aoti_torch_cpu_few_rows({_HANDLE}, {_HANDLE}, {_HANDLES}, {_HANDLE}*)",
+    operator_overload(
+        attention
+    ): f"AOTITorchError aoti_torch_cpu_attention({_HANDLE}, {_HANDLE}, {_HANDLE}, double, {_HANDLE}*)",
+    operator_overload(
+        rotary
+    ): f"AOTITorchError aoti_torch_cpu_rotary({_HANDLE}, {_HANDLE}, {_HANDLE}, int64_t, {_HANDLE}*)",
 }
 OPERATORS = tuple(DECLARATIONS)
 
@@ -85,10 +92,8 @@ def build_archive(folder: Path, threads: int) -> Path:
 
     Raises ExportError with what the compiler said.
     """
-    from torch._inductor.cpp_builder import get_cpp_compiler
-
     include = Path(torch.__file__).parent / "include"
-    command = [get_cpp_compiler(), *COMPILE_ARGUMENTS, *(["-fopenmp"] if threads > 1 else []), f"-DTHREADS={threads}"]
+    command = [cpp_compiler(), *COMPILE_ARGUMENTS, *(["-fopenmp"] if threads > 1 else []), f"-DTHREADS={threads}"]
     sources = sorted(HERE.glob("*.cpp"))
     parts = [
         repr(command).encode(),

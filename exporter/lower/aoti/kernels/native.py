@@ -8,18 +8,18 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .....runtime.private_torch import make_handles, take_tensors
 from ... import w8a8
 from . import build_archive, run_command
 from .layers import LINEAR, find_few_rows_obstacle
 from .operators import NO_ACTIVATION, NO_NORM, pack_columns, pack_taps
 from .rewrite import SDPA, find_attention_obstacle
 
-AOTI_HANDLES = cast(Any, torch._C)._aoti  # handles of AOTInductor are pointers to tensors, in Python capsules
 ctypes.pythonapi.PyCapsule_GetPointer.restype = ctypes.c_void_p
 ctypes.pythonapi.PyCapsule_GetPointer.argtypes = [ctypes.py_object, ctypes.c_char_p]
 ctypes.pythonapi.PyCapsule_New.restype = ctypes.py_object
@@ -119,19 +119,14 @@ class NativeKernels:
     def _call(self, name: str, *args: Any) -> Tensor:
         made = ctypes.c_void_p()
         assert self._kernels[name](*args, ctypes.byref(made)) == 0
-        return release_handles([ctypes.pythonapi.PyCapsule_New(made, None, None)])[0]
+        return take_tensors([ctypes.pythonapi.PyCapsule_New(made, None, None)])[0]
 
 
 @contextmanager
 def lend_handles(*tensors: Tensor) -> Iterator[list[ctypes.c_void_p]]:
     """Handles of tensors, which are taken back in the end."""
-    capsules = AOTI_HANDLES.unsafe_alloc_void_ptrs_from_tensors(list(tensors))
+    capsules = make_handles(tensors)
     try:
         yield [ctypes.c_void_p(ctypes.pythonapi.PyCapsule_GetPointer(c, None)) for c in capsules]
     finally:
-        release_handles(capsules)
-
-
-def release_handles(capsules: list[Any]) -> list[Tensor]:
-    """The tensors of handles, which are freed. (torch's function for a single one forgets to.)"""
-    return AOTI_HANDLES.alloc_tensors_by_stealing_from_void_ptrs(capsules)
+        take_tensors(capsules)

@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from ....passes.derived_weights import DerivedWeights
 from ....passes.fx_tools import CASTS, aten, make_contiguous, node_arguments
+from ....private_torch import operator_overload
 from .operators import rotary
 from .refusal import Refusal
 
@@ -31,7 +32,7 @@ def call_rotary(gm: fx.GraphModule, node: fx.Node, weights: DerivedWeights) -> t
             break
     half = last.meta["val"].dtype == torch.bfloat16
     with gm.graph.inserting_before(node):
-        value = gm.graph.call_function(rotary._opoverload, (make_contiguous(gm, x), cosines, sines, half))
+        value = gm.graph.call_function(operator_overload(rotary), (make_contiguous(gm, x), cosines, sines, half))
         value.meta["val"] = node.meta["val"].to(torch.bfloat16 if half else torch.float32).contiguous()
         for order in views if half else ():
             was = value.meta["val"]

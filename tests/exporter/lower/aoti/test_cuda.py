@@ -19,6 +19,7 @@ from prebake.exporter.lower import aoti, w8a8
 from prebake.exporter.lower.aoti import cuda
 from prebake.exporter.quantize import METHODS, Int8Dynamic
 from prebake.exporter.recipe.resolve import resolve
+from prebake.runtime import private_torch
 from prebake.runtime.backends import aoti as runtime_aoti
 from prebake.runtime.errors import ExportError, RecipeError
 from prebake.runtime.gpu import capability as gpu
@@ -173,8 +174,8 @@ def test_torchs_runner_is_asked_for_the_single_threaded_entry_where_it_has_one(m
         return given
 
     fake = SimpleNamespace(AOTIModelContainerRunnerCuda=runner)
-    monkeypatch.setattr(runtime_aoti, "_aoti", fake)
-    made = runtime_aoti.open_cuda_runner(Path("model.so"), torch.device("cuda", 0))
+    monkeypatch.setattr(private_torch, "_aoti", fake)
+    made = private_torch.open_cuda_runner(Path("model.so"), torch.device("cuda", 0))
     assert made == ("model.so", 1, "cuda:0", "", True)[:takes]
 
 

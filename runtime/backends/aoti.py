@@ -15,11 +15,11 @@ from pathlib import Path
 
 import torch
 
-from ..container import CONSTANT_ALIGNMENT_BYTES, Container, open_container
 from ..errors import ArtifactError, first_line, raise_problems
 from ..gpu.capability import capability_problems, cuda_of_driver, driver_problems
-from ..libraries import library_problems
 from ..manifest import Manifest, Requires
+from ..native.container import CONSTANT_ALIGNMENT_BYTES, Container, open_container
+from ..native.libraries import library_problems
 from ..private_torch import ModelRunner, open_cpu_runner, open_cuda_runner
 from ..storage.files import read_listed_file
 from ..storage.unpack import read_members, unpack_members

@@ -11,10 +11,8 @@ from pathlib import Path
 
 from ..backends import backend_module
 from ..errors import ArtifactError
-from ..libraries import (
-    version_numbers,
-)
 from ..manifest import Manifest
+from ..native.libraries import version_numbers
 
 
 def machine_problems(manifest: Manifest) -> Iterator[str]:

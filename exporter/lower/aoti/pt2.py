@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ....runtime.elf import FLAG_EXECUTABLE, GNU_STACK, read_segments
+from ....runtime.native.elf import FLAG_EXECUTABLE, GNU_STACK, read_segments
 from ...private_torch import archive_models
 from .. import CodeFiles
 

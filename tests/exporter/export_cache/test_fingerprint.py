@@ -15,11 +15,7 @@ from torch import nn
 
 from prebake.exporter.capture.capture import capture_graph
 from prebake.exporter.export_cache import fingerprint as fingerprints
-from prebake.exporter.export_cache.fingerprint import (
-    InexactValueError,
-    exact_text,
-    graph_fingerprint,
-)
+from prebake.exporter.export_cache.fingerprint import InexactValueError, exact_text, graph_fingerprint
 from prebake.exporter.lower import load_backend
 from prebake.exporter.passes.captured_graph import CapturedGraph
 from prebake.exporter.recipe.resolve import Compile, Recipe, resolve

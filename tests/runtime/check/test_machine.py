@@ -9,10 +9,11 @@ import subprocess
 import pytest
 
 from prebake.exporter.lower.aoti.pt2 import clear_executable_stack
-from prebake.runtime import ArtifactError, libraries
+from prebake.runtime import ArtifactError
 from prebake.runtime.artifact import open_artifact
-from prebake.runtime.elf import map_elf, read_elf
-from prebake.runtime.libraries import library_problems, loaded_libraries, symbol_versions
+from prebake.runtime.native import libraries
+from prebake.runtime.native.elf import map_elf, read_elf
+from prebake.runtime.native.libraries import library_problems, loaded_libraries, symbol_versions
 from support.paper_artifact import edit, library, relist, write_package
 
 HERE = platform.machine()

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from prebake.runtime.container import Container
+from prebake.runtime.native.container import Container
 from prebake.runtime.storage.unpack import read_members, unpack_members
 from prebake.runtime.weights import map_weights
 from support import toy_model as toy

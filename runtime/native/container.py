@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from .errors import ArtifactError
-from .private_torch import make_handles, take_tensors
+from ..errors import ArtifactError
+from ..private_torch import make_handles, take_tensors
 
 BIND_FUNCTION = "UpdateUserManagedConstantBufferPairs"
 """Without it a library is older than torch 2.11, and is run by torch's runner."""

@@ -1,7 +1,7 @@
 """What replaying uses of torch without a promise of torch's: each such name is here, and in no other file of `runtime/`.
 
-Tried on the CPU with torch 2.13.0 and 2.14.1, and by hand with 2.11 for CUDA. `tests/runtime/test_runtime_private_torch.py`
-holds each name to the signature that is expected of it, so that a new torch is a change in this file alone. What every
+Tried on the CPU with torch 2.13.0 and 2.14.1, and by hand with 2.11 for CUDA. `tests/exporter/test_private_torch.py`
+holds each name to the signature that is expected of it, so that a new torch is a change in this file alone. What an
 export uses besides is in `exporter/private_torch.py`. The functions inside of a compiled library are no part of torch:
 `container.py` lists them. Nothing here imports torch._inductor or torch._dynamo, which are large.
 """

@@ -232,6 +232,7 @@ print(json.dumps(sorted(sys.modules)))
 def test_loading_starts_no_process_and_needs_no_compiler(toy_artifact, cache_dir):
     code = """
 import json, os, sys
+import torch  # a build for CUDA, 2.14.1 for one, asks ldconfig here for its libraries
 started = []
 sys.addaudithook(lambda event, args: started.append(event) if event in ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork") else None)
 from prebake.runtime import load

@@ -24,12 +24,13 @@ prebake = $(VENV)/bin/prebake
 pip     = $(PYTHON) -m pip --python $(python) install --quiet --disable-pip-version-check $(LOCK:%=--constraint %)
 step    = @printf '\n\033[1m%s\033[0m\n'
 
-.PHONY: help demo test test-all fuzz faults works docs lint format install lock clean
+.PHONY: help demo test quick test-all fuzz faults works docs lint format install lock clean
 .NOTPARALLEL:
 
 help:
 	@echo 'make demo     export RECIPE=$(RECIPE) on MODEL=$(MODEL), verify it, and draw PROMPT into $(PICTURE)'
 	@echo 'make test     run the tests'
+	@echo 'make quick    run those that compile nothing, in a minute or two'
 	@echo 'make test-all run all of them, also those that take minutes'
 	@echo 'make fuzz     damage artifacts at random, 12,000 times, and load each'
 	@echo 'make faults   run the tests of all that can go wrong, and write the table in docs/reference/faults.md'
@@ -53,6 +54,10 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(python) -m pytest $(PYTEST)
+
+# Between two edits: nothing is compiled, and no page is held to the code.
+quick: $(VENV)/installed
+	$(python) -m pytest $(PYTEST) -m 'not slow and not compiles and not docs'
 
 # With the slow ones: every recipe compiled on its tiny model, among others.
 test-all: $(VENV)/installed

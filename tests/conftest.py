@@ -15,7 +15,7 @@ import torch
 from support.paths import ROOT
 from support.works_table import pytest_addoption, pytest_collection_modifyitems, pytest_terminal_summary  # noqa: F401  (hooks)
 
-pytest_plugins = ("support.paper_fixtures", "support.toy_fixtures")
+pytest_plugins = ("support.markers", "support.paper_fixtures", "support.toy_fixtures")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)
 

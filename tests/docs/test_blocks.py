@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-import prebake
 from prebake.exporter.recipe.resolve import resolve
 from support.page_blocks import (
     BLOCKS,
@@ -80,16 +79,10 @@ def reader(tmp_path, monkeypatch) -> Reader:
     return Reader()
 
 
-def needs_the_public_names(blocks: list[Block]) -> None:
-    if not hasattr(prebake, "load") and any("import prebake\n" in block.text for block in blocks):
-        pytest.skip("this prebake has no `prebake.load` yet")
-
-
 @pytest.mark.parametrize("page", pages_with("run"))
 def test_a_page_runs(page, tiny_artifact, reader):
     """With a tiny artifact in the place of the demo's."""
     blocks = [block for block in typed(page, "run") if not is_make(block)]
-    needs_the_public_names(blocks)
     shutil.copytree(tiny_artifact, ARTIFACT)
     reader.follow(blocks)
     if "app" in reader.names:
@@ -116,7 +109,6 @@ def demo_artifact(tmp_path_factory) -> Path:
 def test_a_slow_page_runs(page, demo_artifact, reader, monkeypatch):
     """All of it, with the demo's artifact. What one page compiled another one takes from the export cache."""
     blocks = [block for block in typed(page, "run", "slow") if not is_make(block)]
-    needs_the_public_names(blocks)
     monkeypatch.delenv("XDG_CACHE_HOME")
     shutil.copytree(demo_artifact, ARTIFACT)
     reader.follow(blocks)

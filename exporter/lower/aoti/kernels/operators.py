@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ....private_torch import operator_family, operator_overload
 from ...w8a8 import w8a8, w8a8_conv2d
 
 PANEL = 32
@@ -119,7 +120,7 @@ def _(x: Tensor, cosines: Tensor, sines: Tensor, to_half: bool) -> Tensor:
 
 
 OPERATOR_NAMES = {
-    operator._opoverload: operator._opoverload._opname
+    operator_overload(operator): operator_family(operator_overload(operator))
     for operator in (packed_w8a8, packed_w8a8_conv2d, few_rows, attention, rotary)
 }
 

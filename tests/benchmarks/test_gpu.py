@@ -312,12 +312,12 @@ def test_a_checkout_stands_in_for_an_installation(tmp_path):
         "sys.path[:] = [p for p in sys.path if 'editable' not in p]\n"
         "import importlib.util, gpu\n"
         "assert importlib.util.find_spec('prebake') is None\n"
-        "gpu.importable()\n"
+        "gpu.make_importable()\n"
         "import prebake.runtime.gpu.capability as found\n"
         "print(found.__file__)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
-    assert done.stdout.strip() == str(ROOT / "runtime/gpu.py"), done.stderr
+    assert done.stdout.strip() == str(ROOT / "runtime/gpu/capability.py"), done.stderr
 
 
 def test_the_page_claims_nothing_that_was_not_measured(modules):

@@ -62,11 +62,13 @@ def test_push_and_pull_work_in_the_slim_environment(slim_python, tiny_artifact, 
     assert names[0] == names[1]
 
 
-@pytest.mark.parametrize("half", ["exporter.lower", "runtime.backends"])
-def test_a_backend_that_lacks_its_library_names_its_extras(half, slim_python, tmp_path):
+@pytest.mark.parametrize(
+    ("half", "opener"), [("exporter.lower", "load_backend"), ("runtime.backends", "backend_module")]
+)
+def test_a_backend_that_lacks_its_library_names_its_extras(half, opener, slim_python, tmp_path):
     """By the metadata of an installed prebake, which has no list of backends."""
     hidden = "import sys; sys.modules['onnxruntime'] = None"
-    done = run(slim_python, "-c", f"{hidden}; from prebake.{half} import backend; backend('onnxruntime')", cwd=tmp_path)
+    done = run(slim_python, "-c", f"{hidden}; from prebake.{half} import {opener}; {opener}('onnxruntime')", cwd=tmp_path)
     assert re.search(
         r"needs the package (onnx|onnxruntime), which is not installed; pip install 'prebake\[(export|ort)\]'",
         done.stderr,

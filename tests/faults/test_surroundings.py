@@ -118,14 +118,14 @@ REFUSALS = """
 import sys
 from prebake.runtime import ArtifactError
 from prebake.runtime.artifact import open_artifact
-from prebake.runtime.cli.check import problems
+from prebake.runtime.problems import artifact_problems
 from pathlib import Path
 for folder in map(Path, sys.argv[1:]):
     try:
         open_artifact(folder)
     except ArtifactError as e:
         print(e)
-    print(*(problem for _, problem in problems(folder)), sep="\\n")
+    print(*(problem for _, problem in artifact_problems(folder)), sep="\\n")
 """
 
 

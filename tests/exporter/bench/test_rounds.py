@@ -364,7 +364,7 @@ def test_an_attached_artifact_is_timed_in_its_pipeline(tmp_path, monkeypatch):
 def test_the_memory_of_a_fresh_process_is_its_own():
     """`ru_maxrss` would give what the parent holds: see `cold.peak_bytes`."""
     held = bytearray(b"x" * 300_000_000)
-    program = "from prebake.exporter.bench.cold_start import peak_bytes; print(peak_bytes())"
+    program = "from prebake.exporter.bench.cold_start import read_peak_bytes; print(read_peak_bytes())"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert 1e6 < int(done.stdout) < len(held) / 2
 
@@ -378,7 +378,7 @@ def test_what_a_fresh_process_refuses_is_said_as_it_is(tmp_path):
 
 def test_without_baselines_no_diffusers_is_imported(tiny_artifact):
     program = (
-        "import sys; from prebake.exporter import cli; "
+        "import sys; from prebake.exporter.cli import main as cli; "
         "code = cli.main(sys.argv[1:]); "
         "print(code, sorted({n.partition('.')[0] for n in sys.modules} & {'diffusers', 'transformers'}))"
     )

@@ -190,9 +190,9 @@ def test_defaults_that_cannot_be_used_are_refused_with_the_file(copy, text):
 
 def test_a_tiny_model_is_the_same_bytes_in_every_process_and_leaves_nothing():
     script = (
-        "import torch; from prebake.exporter import source;"
-        "loaded = source.load('tiny:sd', None, {'default': torch.float32});"
-        "print(loaded.source.model, loaded.source.sha256, source.find('tiny:sd'))"
+        "import torch; from prebake.exporter.load import source;"
+        "loaded = source.load_model('tiny:sd', None, {'default': torch.float32});"
+        "print(loaded.source.model, loaded.source.sha256, source.find_model('tiny:sd'))"
     )
     runs = [
         subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()

@@ -21,6 +21,7 @@ CASES = {
 }
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("name", [n if n == "flux" else pytest.param(n, marks=pytest.mark.slow) for n in CASES])
 def test_compiled_variants_are_the_eager_ones(name):
     cache, with_guidance = CASES[name]

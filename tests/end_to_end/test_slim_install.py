@@ -68,7 +68,9 @@ def test_push_and_pull_work_in_the_slim_environment(slim_python, tiny_artifact, 
 def test_a_backend_that_lacks_its_library_names_its_extras(half, opener, slim_python, tmp_path):
     """By the metadata of an installed prebake, which has no list of backends."""
     hidden = "import sys; sys.modules['onnxruntime'] = None"
-    done = run(slim_python, "-c", f"{hidden}; from prebake.{half} import {opener}; {opener}('onnxruntime')", cwd=tmp_path)
+    done = run(
+        slim_python, "-c", f"{hidden}; from prebake.{half} import {opener}; {opener}('onnxruntime')", cwd=tmp_path
+    )
     assert re.search(
         r"needs the package (onnx|onnxruntime), which is not installed; pip install 'prebake\[(export|ort)\]'",
         done.stderr,

@@ -421,6 +421,7 @@ def test_a_frozen_plan_computes_where_most_of_cache_dits_runs_did():
     assert sum(len(d.actions) for d in unanimous.decisions) < sum(len(d.actions) for d in got.decisions)
 
 
+@pytest.mark.compiles
 def test_a_frozen_plan_compiles():
     cache = DBCache(Fn_compute_blocks=1, max_warmup_steps=3, residual_diff_threshold=0.2, calibrator_type="taylorseer")
     component, table = denoisers.cogvideox(layers=3), TABLES["ddim"](8)
@@ -434,6 +435,7 @@ def test_a_frozen_plan_compiles():
     assert artifact.error(eager) < 2e-5
 
 
+@pytest.mark.compiles
 def test_forecasts_that_are_stored_compile():
     mask = (1, 1, 0, 0, 1, 0)
     cache = DBCache(**STATIC | {"steps_computation_mask": mask, "calibrator_type": "foca"})

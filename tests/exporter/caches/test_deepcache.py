@@ -255,6 +255,7 @@ def test_pruned_graphs_hold_what_the_tape_says_and_skip_what_is_promised(branch_
     check_variant_costs(component, planned, costs)
 
 
+@pytest.mark.compiles
 def test_the_artifacts_code_is_our_eager_replay():
     component = denoisers.sd_unet(**SMALL)
     planned = make_plans(DeepCache(cache_interval=2, cache_branch_id=1), discover_layout(component), {5: ddim(5)})

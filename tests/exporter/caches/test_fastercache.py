@@ -200,6 +200,7 @@ def test_nothing_of_the_unconditional_branch_is_left_where_it_is_skipped():
     assert costs["reuse-2"].flops < costs["reuse"].flops
 
 
+@pytest.mark.compiles
 def test_the_artifact_is_the_replay():
     component = denoisers.with_guidance(denoisers.pixart(layers=1), planes=True)
     cache, table = FasterCache(unconditional_batch_timestep_skip_range=(-1, 900)), peers.table_of(DDIM, 6)

@@ -239,6 +239,7 @@ def test_branches_decide_apart_where_a_batch_in_diffusers_decides_for_both():
     assert not close(got, together)
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("kind", ["flux", pytest.param("cogvideox, guided", marks=pytest.mark.slow)])
 def test_compiled_variants_are_the_eager_ones(kind):
     component = KINDS[kind]()

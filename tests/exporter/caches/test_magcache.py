@@ -243,6 +243,7 @@ def test_the_uncached_plan_is_the_plain_model():
     assert uncached.error(peers.ours(component, plain, plain.plans[0], start(component))) == 0.0
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("name", ["flux", "sd3-cfg"])
 def test_the_compiled_plan_is_the_eager_one(name):
     component, layout = denoiser(name)

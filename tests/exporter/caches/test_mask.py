@@ -237,9 +237,10 @@ def check(name: str, cache: Mask, table) -> None:
             assert blocks.blocks_run(layout, got, branch) == blocks.blocks_ran(layout, peer)
         else:
             assert [bool(run) for run in peer.ran] == [not d.actions for d in got.decisions]
-    # float32 sums in another order; a wrong coefficient or site is off by 1e-2, as the canary shows
-    assert ours.error(peer) < 1e-5
-    assert float((ours.latents - peer.latents).abs().max() / peer.latents.abs().max()) < 1e-5
+    # float32 sums in another order, which an order of 2 multiplies by 7 in each prediction: 1.05e-5 is the most that was seen, on a
+    # CPU with AVX2; a wrong coefficient or site is off by 1e-2, as the canary shows
+    assert ours.error(peer) < 2e-5
+    assert float((ours.latents - peer.latents).abs().max() / peer.latents.abs().max()) < 2e-5
 
 
 MASKS = st.tuples(st.sampled_from((0, 1, 2)), st.text("01", min_size=1, max_size=3), st.text("01", max_size=3))
@@ -292,6 +293,7 @@ def test_a_mask_of_ones_is_the_plain_model(name):
     assert uncached.error(peers.ours(component, plain, plain.plans[0], start(component))) == 0.0
 
 
+@pytest.mark.compiles
 def test_a_compiled_output_is_the_eager_one():
     component, layout = denoiser("flux")
     table = peers.table_of(SCHEDULERS["ddim"](), 7)

@@ -168,6 +168,7 @@ def test_an_uncached_plan_is_the_plain_model():
     assert ours.error(peers.peer_replay(component, table, latents, lambda model, clock: None)) < CLOSE
 
 
+@pytest.mark.compiles
 def test_the_artifact_is_the_replay():
     _, cache, scheduler, steps = RUNS["pixart, self and cross apart"]
     one = denoisers.pixart(layers=1)

@@ -221,6 +221,7 @@ def test_branches_follow_their_own_errors_where_the_original_mixes_them():
     assert published(mixed, 0.3, 3) == [True] * 4  # the original's table of both skips nothing
 
 
+@pytest.mark.compiles
 def test_compiled_variants_are_the_eager_ones():
     component = denoisers.pixart()
     layout, table, x = discover_layout(component), table_of(0, 4), latents_of(component, 2)

@@ -213,6 +213,7 @@ def test_an_uncached_plan_is_the_plain_model():
     assert ours.error(peers.peer_replay(MADE["sd3"], table, latents, lambda model, clock: None)) < CLOSE
 
 
+@pytest.mark.compiles
 def test_the_artifact_is_the_replay():
     cache, table = TaylorSeer(disable_cache_before_step=2), peers.table_of(FLOW, 6)
     component = denoisers.flux(single=1)

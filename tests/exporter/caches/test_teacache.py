@@ -238,6 +238,7 @@ def test_a_timestep_embedding_decides_the_same_for_any_prompt_and_needs_no_calib
     assert skipped > 10
 
 
+@pytest.mark.compiles
 def test_an_exact_plan_compiles_and_both_branches_skip():
     cache = TeaCache(signal="time_embedding", rel_l1_thresh=0.6, coefficients=(1.0, 0.0))
     component, table = model("cogvideox", guided=True), TABLES["ddim"](8)

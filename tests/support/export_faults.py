@@ -35,8 +35,8 @@ from support.kill_points import killed
 from support.paths import ROOT
 
 TESTS = ROOT / "tests"
-lower.__path__.append(str(TESTS / "backends" / "lower"))
-backends.__path__.append(str(TESTS / "backends" / "opens"))
+lower.__path__.append(str(TESTS / "support" / "backends" / "lower"))
+backends.__path__.append(str(TESTS / "support" / "backends" / "opens"))
 CHANGES = ("compile.backend=eager", "sampler.steps=2", "verify.seeds=1", 'verify.prompts=["a red circle"]')
 
 

@@ -19,7 +19,9 @@ COMPILING_FIXTURES = frozenset(
 DOCS_FOLDERS = tuple(
     ROOT / "tests" / folder for folder in ("docs", "benchmarks", "exporter/html_report", "requirements")
 )
-COMPILING_FOLDERS = tuple(ROOT / "tests" / folder for folder in ("end_to_end",))
+COMPILING_FOLDERS = tuple(
+    ROOT / "tests" / folder for folder in ("end_to_end", "exporter/lower/aoti", "exporter/lower/tensorrt", "faults")
+)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from support.family_parity import FAMILIES, FLOAT32, PLAIN, PROMPTS, exact_int8, expected, relative_error, seeded
+from support.paths import ROOT
 
 onnxruntime: Any = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install 'prebake[ort]'")
 onnx: Any = pytest.importorskip("onnx", reason="onnx is not installed: pip install 'prebake[export]'")
@@ -42,7 +43,7 @@ INT8 = (*FLOAT32, "cache.method=none", "quantize.method=int8_dynamic", "quantize
 LIMIT = 1e-4
 """On latents, relative in L2: float32 sums in another order, over all steps. Seen are 2e-7 to 2e-6."""
 CPU = torch.device("cpu")
-PYPROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text("utf-8"))
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
 DECLARED = PYPROJECT["project"]["optional-dependencies"]
 END = DECLARED["ort"][0].partition("<")[2]
 """The first version that was not tried."""

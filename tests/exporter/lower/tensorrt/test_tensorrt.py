@@ -110,9 +110,10 @@ def test_a_machine_without_a_gpu_refuses_it_in_a_sentence(artifact):
 
 def test_inspect_says_what_it_needs(artifact, capsys):
     assert main(["inspect", str(artifact)]) == 0
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("needs")]
-    assert f"cuda, any, compute_capability sm80 sm86 sm89 sm120, cuda 13, tensorrt_rtx {trt.__version__}" in line
-    assert "None" not in line
+    out = " ".join(capsys.readouterr().out.split())  # its lines are broken at 80 columns
+    needs = out.partition(" needs ")[2].partition(" defaults ")[0]
+    assert f"cuda, any, compute_capability sm80 sm86 sm89 sm120, cuda 13, tensorrt_rtx {trt.__version__}" in needs
+    assert "None" not in needs
 
 
 def test_the_builders_settings_are_in_the_manifest(manifest):
@@ -187,7 +188,7 @@ def run(graph: CapturedGraph, constants: dict[str, torch.Tensor]) -> list[torch.
 
     options = onnxruntime.SessionOptions()
     options.add_session_config_entry("session.disable_quant_qdq", "1")  # it would take products of fp8 for such of int8
-    model = lowering.network(graph).SerializeToString()
+    model = lowering.build_network(graph).SerializeToString()
     session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     feeds = dict(zip([s.name for s in graph.inputs], graph.args, strict=True)) | constants
     shapes = {i.name: tuple(i.shape) for i in session.get_inputs()}
@@ -213,7 +214,7 @@ def test_a_unet_is_built_with_its_attention_fused_and_its_weights_read_where_the
     recipe = resolve("sd-fast", (*BACKEND, *BFLOAT16, "cache.method=none", "quantize.method=none"), "tiny:sd")
     graph = captured(prepared(recipe))["full"]
     graph = run_passes(graph, lowering.list_passes(None))
-    engine, layers = lowering.build(trt, graph, lowering.options(recipe.compile, lowering.Options))
+    engine, layers = lowering.build_engine(trt, graph, lowering.read_options(recipe.compile, lowering.TensorRTOptions))
     assert engine
     heads = [node.args[0].meta["val"].shape[-1] for node in graph.gm.graph.find_nodes(op="call_function", target=SDPA)]
     assert sorted(set(heads)) == [
@@ -229,10 +230,10 @@ def test_opset_23_and_fp8_give_one_fused_kernel_for_each_attention_and_products_
     made = prepared(resolve("flux-fast", (*BACKEND, *BFLOAT16, *settings), "tiny:flux"))
     graph = run_passes(captured(made)["full"], lowering.list_passes(None))
     attentions, quantized = calls(graph, SDPA), sum(what == "fp8" for what, _ in made.layers.values())
-    written = [node.op_type for node in lowering.network(graph, 23).graph.node]
+    written = [node.op_type for node in lowering.build_network(graph, 23).graph.node]
     assert written.count("Attention") == attentions > 0
-    assert "Attention" not in [node.op_type for node in lowering.network(graph).graph.node]
-    _, layers = lowering.build(trt, graph, lowering.options(made.recipe.compile, lowering.Options))
+    assert "Attention" not in [node.op_type for node in lowering.build_network(graph).graph.node]
+    _, layers = lowering.build_engine(trt, graph, lowering.read_options(made.recipe.compile, lowering.TensorRTOptions))
     assert fused_attentions(layers) == attentions
     assert gemms(layers, "FP8") == quantized > 0
     assert gemms(layers, "Int8") == 0  # the canary
@@ -248,14 +249,14 @@ def test_attention_without_a_fused_kernel_is_taken_apart():
     graph = run_passes(
         capture_graph("attention", Attention(), (torch.ones(1, 2, 16, 16),), ("x",), ("y",)), lowering.list_passes(None)
     )
-    model, chosen = lowering.network(graph, 23), options()
-    _, layers = lowering.build_model(trt, "attention", model, chosen)
+    model, chosen = lowering.build_network(graph, 23), options()
+    _, layers = lowering.build_model_engine(trt, "attention", model, chosen)
     assert fused_attentions(layers) == 0
     (node,) = [node for node in model.graph.node if node.op_type == "Attention"]
     (mark,) = [a for a in node.attribute if a.name == "TRT_decomposable"]
     node.attribute.remove(mark)
     with pytest.raises(ExportError, match=r"Attention operation was not supported by a dedicated kernel"):
-        lowering.build_model(trt, "attention", model, chosen)
+        lowering.build_model_engine(trt, "attention", model, chosen)
 
 
 # --- options and refusals --------------------------------------------------------------------------------------------
@@ -276,7 +277,9 @@ class Product(nn.Module):
 
 
 def options(*settings: str) -> Any:
-    return lowering.options(resolve("flux-fast", (*BACKEND, *settings), "tiny:flux").compile, lowering.Options)
+    return lowering.read_options(
+        resolve("flux-fast", (*BACKEND, *settings), "tiny:flux").compile, lowering.TensorRTOptions
+    )
 
 
 def test_what_the_library_cannot_build_is_named():
@@ -284,13 +287,13 @@ def test_what_the_library_cannot_build_is_named():
     with pytest.raises(
         ExportError, match=r"graph 'shifted': tensorrt_rtx .* cannot build it \(.*initializer.*\); set compile\.backend"
     ):
-        lowering.build(trt, graph, options())
+        lowering.build_engine(trt, graph, options())
 
 
 def test_the_same_graph_gives_the_same_bytes_and_other_gpus_give_others():
     graph = capture_graph("product", Product(), (torch.ones(4, 16),), ("x",), ("y",))
     one = "compile.options.compute_capabilities=sm89"
-    first, second, third = (lowering.build(trt, graph, options(*more))[0] for more in ((), (), (one,)))
+    first, second, third = (lowering.build_engine(trt, graph, options(*more))[0] for more in ((), (), (one,)))
     assert first == second
     assert first != third
 
@@ -339,8 +342,8 @@ def test_the_library_builds_no_fp8_for_older_gpus():
         capture_graph("product", module, (torch.ones(16, 64),), ("x",), ("y",)), lowering.list_passes(None)
     )
     with pytest.raises(ExportError, match=r"Cannot compile for target\(s\) sm80, sm86, .*fp8"):
-        lowering.build(trt, graph, options())
-    assert lowering.build(trt, graph, options("compile.options.compute_capabilities=sm89"))
+        lowering.build_engine(trt, graph, options())
+    assert lowering.build_engine(trt, graph, options("compile.options.compute_capabilities=sm89"))
 
 
 class Configuration:
@@ -362,21 +365,21 @@ class Configuration:
 def test_what_the_other_flavour_measured_is_measured_once(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 9))
-    place = lowering.timings_place(trt)
+    place = lowering.timing_cache_name(trt)
     for kept, gpu, given in ((b"", "one", b"empty"), (b"one", "one", b"one"), (b"one", "two", b"empty")):
         if kept:
-            lowering.keep(None, place, kept)
-        lowering.give_timings(trt, configuration := Configuration(gpu))
+            lowering.write_private(None, place, kept)
+        lowering.load_timing_cache(trt, configuration := Configuration(gpu))
         assert configuration.timings == given
 
 
 def test_a_gpu_that_the_library_has_no_kernels_for_is_refused():
     graph = capture_graph("product", Product(), (torch.ones(4, 16),), ("x",), ("y",))
     with pytest.raises(RecipeError, match=r"builds for sm75, sm80, .*sm121, got 'sm90'"):
-        lowering.build(trt, graph, options("compile.options.compute_capabilities=sm89 sm90"))
+        lowering.build_engine(trt, graph, options("compile.options.compute_capabilities=sm89 sm90"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_the_other_flavour_wants_to_be_installed_or_a_gpu():
     with pytest.raises(ExportError, match=r"pip install 'prebake\[trt\]'|set compile\.options\.flavour=rtx"):
-        lowering.library(options("compile.options.flavour=tensorrt"))
+        lowering.import_library(options("compile.options.flavour=tensorrt"))

@@ -94,7 +94,7 @@ def export(
     >>> artifact.status, artifact.plans["2"].psnr_db > 60
     ('verified', True)
     >>> forecast = prebake.export("baseline", model="tiny:flux", overrides={"sampler.steps": [2]}, dry_run=True)
-    >>> forecast.plans["2"]["calls"]
+    >>> forecast.plans["2"].get("calls")
     {'full': 2}
 
     `recipe` is the name of one that ships (`prebake recipes`), the path of a .toml file, or a Recipe. `model` stands in for the

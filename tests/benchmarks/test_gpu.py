@@ -117,20 +117,20 @@ def test_a_stage_apart_that_takes_too_long_is_ended_and_begun_again(modules, mon
     sleeps.write_text("import time\ntime.sleep(60)\n")
     monkeypatch.setattr(gpu, "__file__", str(sleeps))
     args = gpu.argparse.Namespace(work=tmp_path, repeats=1)
-    assert gpu.apart("flux-dev/eager/off", args, 0.5) == {"status": "unfinished", "why": "not done after 0 s"}
+    assert gpu.run_stage_apart("flux-dev/eager/off", args, 0.5) == {"status": "unfinished", "why": "not done after 0 s"}
     sleeps.write_text("import sys\nprint('first')\nsys.exit('it is broken')\n")
-    assert gpu.apart("x", args, 60) == {"status": "failed", "why": "it is broken"}
+    assert gpu.run_stage_apart("x", args, 60) == {"status": "failed", "why": "it is broken"}
     sleeps.write_text("import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)\n")
-    assert gpu.apart("x", args, 60)["why"].startswith("ended by SIGSEGV")
+    assert gpu.run_stage_apart("x", args, 60)["why"].startswith("ended by SIGSEGV")
     sleeps.write_text("import torchao_of_another_name\n")
     missing = "ModuleNotFoundError: No module named 'torchao_of_another_name'"
-    assert gpu.apart("x", args, 60) == {"status": "skipped", "why": missing}
+    assert gpu.run_stage_apart("x", args, 60) == {"status": "skipped", "why": missing}
     sleeps.write_text("print('a library says')\nprint('{\"picture_s\": 1}')\n")
-    assert gpu.apart("x", args, 60) == {"status": "done", "figures": {"picture_s": 1}}
+    assert gpu.run_stage_apart("x", args, 60) == {"status": "done", "figures": {"picture_s": 1}}
     sleeps.write_text("print('{\"picture_s\": 2}')\nprint('0')\nprint('a library ends')\n")
-    assert gpu.apart("x", args, 60) == {"status": "done", "figures": {"picture_s": 2}}
+    assert gpu.run_stage_apart("x", args, 60) == {"status": "done", "figures": {"picture_s": 2}}
     sleeps.write_text("print('0')\n")
-    assert gpu.apart("x", args, 60) == {"status": "failed", "why": "it ended without figures"}
+    assert gpu.run_stage_apart("x", args, 60) == {"status": "failed", "why": "it ended without figures"}
 
 
 def test_a_stage_that_took_too_long_waits_for_the_others(modules, monkeypatch, tmp_path):
@@ -162,7 +162,7 @@ def test_a_stage_that_took_too_long_waits_for_the_others(modules, monkeypatch, t
 
 def test_a_disk_holds_one_artifact_at_a_time(modules, tmp_path, monkeypatch):
     ways, times = modules[2], modules[3]
-    place, folder = times.Place(torch.device("cpu"), tmp_path, 1), tmp_path / "artifacts/this"
+    place, folder = times.StagePlace(torch.device("cpu"), tmp_path, 1), tmp_path / "artifacts/this"
     for name in ("this", "other", ".this.partial"):
         (tmp_path / "artifacts" / name / "weights").mkdir(parents=True)
     ways.make_room(place, folder, 1)
@@ -173,7 +173,7 @@ def test_a_disk_holds_one_artifact_at_a_time(modules, tmp_path, monkeypatch):
 
 def test_a_cold_start_that_fails_costs_no_other_figure(modules, tmp_path):
     ways, times = modules[2], modules[3]
-    made = ways.cold_start(tmp_path / "nothing", times.Place(torch.device("cpu"), tmp_path, 1))
+    made = ways.time_cold_start(tmp_path / "nothing", times.StagePlace(torch.device("cpu"), tmp_path, 1))
     assert made.keys() == {"no_cold_start"}
     assert "expected an artifact folder, found nothing" in made["no_cold_start"]
 
@@ -182,29 +182,29 @@ def test_a_gpu_that_cannot_be_profiled_costs_no_other_figure(modules, monkeypatc
     import torch.profiler
 
     times = modules[3]
-    assert times.launches(lambda: torch.ones(2) + 1, 2) == {"not_profiled": "the profiler saw no launch"}  # on a CPU
+    assert times.count_launches(lambda: torch.ones(2) + 1, 2) == {"not_profiled": "the profiler saw no launch"}  # on a CPU
 
     def refused(**_):
         raise RuntimeError("CUPTI_ERROR_INSUFFICIENT_PRIVILEGES\nand more")
 
     monkeypatch.setattr(torch.profiler, "profile", refused)
-    assert times.launches(lambda: None, 2) == {"not_profiled": "CUPTI_ERROR_INSUFFICIENT_PRIVILEGES"}
+    assert times.count_launches(lambda: None, 2) == {"not_profiled": "CUPTI_ERROR_INSUFFICIENT_PRIVILEGES"}
 
 
 def test_what_is_not_installed_is_named(modules, monkeypatch):
     _, models, ways, _ = modules
-    stage = ways.Stage(models.MODELS["flux-dev"], "flux-fast", "off")
+    stage = ways.Stage(models.GPU_MODELS["flux-dev"], "flux-fast", "off")
     found = ways.importlib.util.find_spec
     monkeypatch.setattr(ways.importlib.util, "find_spec", lambda n: None if n in ("torchao", "diffusers") else found(n))
-    assert ways.lacking(stage, cuda=True) == "diffusers, torchao not installed"
+    assert ways.missing_requirement(stage, cuda=True) == "diffusers, torchao not installed"
 
 
 def test_the_real_models_are_for_a_gpu(modules):
     _, models, ways, _ = modules
-    for model in models.MODELS.values():
-        small, large = ways.Stage(models.tiny(model), "eager", "off"), ways.Stage(model, "eager", "off")
-        assert ways.lacking(small, cuda=False) is None
-        assert ways.lacking(large, cuda=False) == "no CUDA device that this torch can use"
+    for model in models.GPU_MODELS.values():
+        small, large = ways.Stage(models.shrink_model(model), "eager", "off"), ways.Stage(model, "eager", "off")
+        assert ways.missing_requirement(small, cuda=False) is None
+        assert ways.missing_requirement(large, cuda=False) == "no CUDA device that this torch can use"
 
 
 @pytest.mark.parametrize(
@@ -240,9 +240,9 @@ NARROW = {
 def narrow(modules, name: str, folder: Path) -> tuple[Any, Any]:
     """The model at the published sizes, and its denoiser and plan; what goes through is followed, and nothing computed."""
     _, models, ways, times = modules
-    model = replace(models.MODELS[name], config={**models.MODELS[name].config, **NARROW[name]})
+    model = replace(models.GPU_MODELS[name], config={**models.GPU_MODELS[name].config, **NARROW[name]})
     stage = ways.Stage(model, "eager", model.caches[-1])
-    return model, ways.prepared(stage, times.Place(torch.device("cpu"), folder, 1), on_device=True)
+    return model, ways.prepare_subject(stage, times.StagePlace(torch.device("cpu"), folder, 1), on_device=True)
 
 
 @pytest.mark.parametrize("name", NARROW)
@@ -324,23 +324,23 @@ def test_the_page_claims_nothing_that_was_not_measured(modules):
     _, models, ways, _ = modules
     page = (ROOT / "docs/benchmarks/gpu.md").read_text("utf-8")
     assert not (BENCHMARKS / "results/gpu.json").exists(), "there are results: write them into docs/benchmarks/gpu.md"
-    for name, model in models.MODELS.items():
+    for name, model in models.GPU_MODELS.items():
         (row,) = [line for line in page.splitlines() if line.startswith(f"| {name} |")]
         cells = [c.strip() for c in row.strip("|").split("|")][1:]
         assert set(cells) <= {"not measured yet", ""}
-        assert cells.count("not measured yet") == len(model.peers) + len(ways.QUANTIZE)
+        assert cells.count("not measured yet") == len(model.peers) + len(ways.WAY_QUANTIZE_METHODS)
 
 
 def test_pictures_of_a_recorded_loop_are_timed_without_its_first_two_calls(modules, monkeypatch):
     times = modules[3]
-    place = times.Place(torch.device("cpu"), Path(), 3)
+    place = times.StagePlace(torch.device("cpu"), Path(), 3)
     spans = iter([90.0, 80.0, 2.0, 1.0, 3.0])
-    monkeypatch.setattr(times, "replayed", lambda *_: next(spans))
-    subject = times.Subject(*[None] * 8)
-    assert times.looped(subject, {}, place, "loop") == {"recorded_picture_s": 2.0}
+    monkeypatch.setattr(times, "time_replay", lambda *_: next(spans))
+    subject = times.StageSubject(*[None] * 8)
+    assert times.time_loop(subject, {}, place, "loop") == {"recorded_picture_s": 2.0}
 
     def refused(*_):
         raise RuntimeError("operation not permitted\nwhen stream is capturing")
 
-    monkeypatch.setattr(times, "replayed", refused)
-    assert times.looped(subject, {}, place, "loop") == {"not_recorded": "operation not permitted"}
+    monkeypatch.setattr(times, "time_replay", refused)
+    assert times.time_loop(subject, {}, place, "loop") == {"not_recorded": "operation not permitted"}

@@ -107,8 +107,8 @@ def refused(*_, **__):
 def on_a_gpu(monkeypatch, *modules) -> None:
     """What asks for the device in these modules is told of a GPU; tensors stay where they are."""
     for module in modules:
-        asked = module.gpu_memory_for
-        monkeypatch.setattr(module, "gpu_memory_for", lambda *a, asked=asked, **k: asked(*a[:3], GPU, *a[4:], **k))
+        asked = module.explain_gpu_memory
+        monkeypatch.setattr(module, "explain_gpu_memory", lambda *a, asked=asked, **k: asked(*a[:3], GPU, *a[4:], **k))
 
 
 def test_while_weights_are_loaded(toy_artifact, cache_dir, monkeypatch):

@@ -55,9 +55,10 @@ demo: $(VENV)/installed
 test: $(VENV)/installed
 	$(python) -m pytest $(PYTEST)
 
-# Between two edits: nothing is compiled, and no page is held to the code.
+# Between two edits: nothing is compiled, no whole model runs, and no page is held to the code. Of one folder, models too:
+#     make quick PYTEST='tests/exporter/caches -m "not slow and not compiles"'
 quick: $(VENV)/installed
-	$(python) -m pytest $(PYTEST) -m 'not slow and not compiles and not docs'
+	$(python) -m pytest -m 'not slow and not compiles and not docs and not peers' $(PYTEST)
 
 # With the slow ones: every recipe compiled on its tiny model, among others.
 test-all: $(VENV)/installed

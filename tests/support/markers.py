@@ -1,7 +1,8 @@
 """What a test needs, as markers: set here from the fixtures that it asks for and the folder that it lies in.
 
 `compiles`: a compiler runs for it, of graphs, of kernels or of a wheel. `docs`: it holds pages, benchmarks or the HTML report, and no
-code that draws pictures. `make quick` leaves both out; a test that compiles without saying so fails there.
+code that draws pictures. `peers`: whole models run in eager beside diffusers or a cache's authors. `make quick` leaves the three out; a test that
+compiles without saying so fails there.
 """
 
 from __future__ import annotations
@@ -18,6 +19,17 @@ COMPILING_FIXTURES = frozenset(
 )
 DOCS_FOLDERS = tuple(
     ROOT / "tests" / folder for folder in ("docs", "benchmarks", "exporter/html_report", "requirements")
+)
+PEER_FOLDERS = tuple(
+    ROOT / "tests" / folder
+    for folder in (
+        "exporter/caches",
+        "exporter/calibrators",
+        "exporter/families",
+        "exporter/shapes",
+        "exporter/tiny",
+        "runtime/attachment",
+    )
 )
 COMPILING_FOLDERS = tuple(
     ROOT / "tests" / folder for folder in ("end_to_end", "exporter/lower/aoti", "exporter/lower/tensorrt", "faults")
@@ -37,6 +49,8 @@ def mark_needs(item: pytest.Item) -> None:
         item.add_marker("compiles")
     if lies_in(item.path, DOCS_FOLDERS):
         item.add_marker("docs")
+    if lies_in(item.path, PEER_FOLDERS):
+        item.add_marker("peers")
 
 
 def lies_in(path: Path, folders: tuple[Path, ...]) -> bool:

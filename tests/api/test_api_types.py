@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -44,7 +45,7 @@ def said(slim_python, tmp_path_factory) -> dict[str, list[tuple[str, str]]]:
         (folder / f"{name}.py").write_text(code, "utf-8")
     (folder / "pyrightconfig.json").write_text(json.dumps({"typeCheckingMode": "standard", "include": ["."]}))
     done = subprocess.run(
-        ["basedpyright", "--outputjson", "--pythonpath", str(slim_python)],
+        [str(Path(sys.executable).with_name("basedpyright")), "--outputjson", "--pythonpath", str(slim_python)],
         cwd=folder,
         env={"PATH": str(Path(ROOT / ".venv" / "bin")) + ":/usr/bin:/bin", "HOME": str(folder)},
         capture_output=True,

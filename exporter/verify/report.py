@@ -272,7 +272,7 @@ def print_outcome(manifest: Manifest, outcome: Outcome, file: TextIO) -> None:
 
 
 def golden_cells(replays: Mapping[str, Any]) -> Cells:
-    cells: Cells = [("plan", "denoiser error", "final latents", "picture", "allowed", "")]
+    cells: Cells = [("plan", "denoiser", "latents", "picture", "allowed", "")]
     for plan, g in replays.items():
         allowed = f"{g['tolerance']['relative_error']:g}, {g['tolerance']['image_psnr_db']:g} dB"
         how = (
@@ -365,6 +365,7 @@ def format_number(value: float | None, form: str, unit: str = "") -> str:
 
 
 TERMINAL_COLUMNS = 80
+SHORT_CELL = 20  # characters: what is no longer stays on one line
 
 
 def print_cells(title: str, cells: Cells, file: TextIO) -> None:
@@ -379,7 +380,8 @@ def print_cells(title: str, cells: Cells, file: TextIO) -> None:
     table.add_column(cells[0][0], overflow="fold")
     for column in list(zip(*cells, strict=True))[1:]:
         number = any(cell[:1].isdigit() for cell in column[1:])
-        table.add_column(column[0], justify="right" if number else "left", no_wrap=number, overflow="fold")
+        is_short = max(map(len, column)) <= SHORT_CELL
+        table.add_column(column[0], justify="right" if number else "left", no_wrap=number or is_short, overflow="fold")
     for row in cells[1:]:
         table.add_row(*row)
     if file.isatty():

@@ -49,7 +49,7 @@ def test_the_module_is_the_command():
 
 def test_the_installed_one_wins_beside_a_clone(wheel, tmp_path):
     """A folder `prebake/` without `__init__.py` is a namespace package, and the working folder comes first on the path."""
-    site, clone = tmp_path / "site", tmp_path / "work" / "prebake"
+    site, clone = tmp_path / "site", tmp_path / "clones" / "prebake"
     with zipfile.ZipFile(wheel) as packed:
         packed.extractall(site)
     (clone / "runtime").mkdir(parents=True)
@@ -58,4 +58,4 @@ def test_the_installed_one_wins_beside_a_clone(wheel, tmp_path):
     assert python(code, clone.parent, PYTHONPATH=str(site)) == "prebake/runtime/__init__.py"
     (site / "prebake" / "__init__.py").unlink()  # the canary: how it was
     shutil.rmtree(site / "prebake" / "__pycache__", ignore_errors=True)
-    assert python(code, clone.parent, PYTHONPATH=str(site)) == "../work/prebake/runtime/__init__.py"
+    assert python(code, clone.parent, PYTHONPATH=str(site)) == "../clones/prebake/runtime/__init__.py"

@@ -182,7 +182,9 @@ def test_a_gpu_that_cannot_be_profiled_costs_no_other_figure(modules, monkeypatc
     import torch.profiler
 
     times = modules[3]
-    assert times.count_launches(lambda: torch.ones(2) + 1, 2) == {"not_profiled": "the profiler saw no launch"}  # on a CPU
+    assert times.count_launches(lambda: torch.ones(2) + 1, 2) == {
+        "not_profiled": "the profiler saw no launch"
+    }  # on a CPU
 
     def refused(**_):
         raise RuntimeError("CUPTI_ERROR_INSUFFICIENT_PRIVILEGES\nand more")

@@ -221,7 +221,7 @@ def test_the_real_models_are_for_a_gpu(modules):
 def test_models_have_the_published_number_of_parameters(modules, name, cls, billions):
     import diffusers
 
-    module = modules[1].undrawn(getattr(diffusers, cls), modules[1].MODELS[name].config)
+    module = modules[1].meta_module(getattr(diffusers, cls), modules[1].GPU_MODELS[name].config)
     # what the model cards say, to the digits that they give
     assert sum(p.numel() for p in module.parameters()) / 1e9 == pytest.approx(billions, abs=0.01)
 
@@ -274,7 +274,7 @@ def test_random_weights_keep_their_scale(modules):
     from diffusers import FluxTransformer2DModel
 
     config = {
-        **modules[1].FLUX,
+        **modules[1].FLUX_CONFIG,
         "num_layers": 1,
         "num_single_layers": 1,
         "num_attention_heads": 1,
@@ -288,7 +288,7 @@ def test_random_weights_keep_their_scale(modules):
 
 
 def test_a_beginning_has_every_variant_twice_where_it_runs_twice(modules):
-    beginning = modules[3].beginning
+    beginning = modules[3].warm_prefix_length
     assert beginning(["full"] * 28) == 2
     assert beginning(["full", "full", "reuse", "full", "reuse", "reuse"]) == 5
     assert beginning(["full", "reuse", "full"]) == 3

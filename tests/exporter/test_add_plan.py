@@ -293,7 +293,7 @@ def found(copied):
     output = kept.layout.output(slots=3)
     kept = kept.model_copy(update={"marks": (output,), "variants": {"full": {}, "reuse": {output.name: "combine"}}})
     (copied / inputs.PLAN_INPUTS_FILE).unlink()
-    (copied / inputs.PLAN_INPUTS_FILE).write_text(kept.model_dump_json(), "utf-8")
+    (copied / inputs.PLAN_INPUTS_FILE).write_text(kept.model_dump_json(by_alias=True), "utf-8")
     calibrations.write_calibration(copied / calibrations.CALIBRATION_FILE, calibration_of(copied))
     return copied
 

@@ -280,7 +280,7 @@ def test_random_weights_keep_their_scale(modules):
         "num_attention_heads": 1,
         "guidance_embeds": True,
     }
-    model = modules[1].drawn(FluxTransformer2DModel, config, torch.device("cpu"), torch.float32)
+    model = modules[1].random_module(FluxTransformer2DModel, config, torch.device("cpu"), torch.float32)
     with torch.no_grad():
         y = model.proj_out(torch.randn(50, 128))
     assert float(y.std()) == pytest.approx(1.0, abs=0.1)  # 3200 values: a deviation's own error is 0.013

@@ -1,18 +1,11 @@
-"""The page of `prebake report`: what it says is what the files say, it holds everything itself, and it fits a phone."""
+"""The page of `prebake report`: what it says is what the files say, and it holds everything itself."""
 
 from __future__ import annotations
 
 import html
 import io
-import json
 import re
-import shutil
-import statistics
-import sys
-import threading
 from dataclasses import replace
-from html.parser import HTMLParser
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
 from pathlib import Path
 
@@ -20,116 +13,20 @@ import pytest
 import torch
 from PIL import Image
 
-from prebake.exporter.cli import main as cli
-from prebake.exporter.html_report import plan_strip, plots, summary, svg, timing, verification
+from prebake.exporter.html_report import plan_strip, plots, summary, svg, timing
 from prebake.exporter.html_report.build import build_page, write_page
 from prebake.exporter.html_report.facts import PageFacts, ReportOptions, find_layer, gather_facts
 from prebake.exporter.progress import Progress
 from prebake.exporter.verify import picture_sheet as sheet
-from prebake.exporter.verify.measure import DrawnPicture, GraphCall, PictureRow
-from prebake.runtime import ArtifactError, RecipeError
+from prebake.exporter.verify.measure import DrawnPicture, GraphCall
+from prebake.runtime import ArtifactError
 from prebake.runtime.manifest import read_manifest
 from prebake.runtime.plan import DenoiserCall as PlanCall
 from prebake.runtime.plan import Plan
-from support import headless_chromium as chromium
 from support import paper_artifact as paper
+from support.paper_report import NO_TIMES, Tags, described, drawn_row, timed, verify_on_paper, words
 
 HOSTILE = "<script>alert(1)</script>\"'&`$x$"
-NO_TIMES = ReportOptions(runs=0)
-
-
-@pytest.fixture
-def folder(tmp_path) -> Path:
-    return paper.build(tmp_path / "artifact")
-
-
-@pytest.fixture
-def bare(folder) -> PageFacts:
-    """Of an artifact that was never verified, without times."""
-    return gather_facts(folder, NO_TIMES, Progress())
-
-
-class Tags(HTMLParser):
-    """Every tag with its attributes, and whether each that was opened was closed."""
-
-    VOID = ("meta", "link", "img", "br")
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.open: list[str] = []
-        self.text: list[str] = []
-        self.feed(page)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text.append(data)
-
-
-def words(page: str) -> str:
-    return " ".join(" ".join(Tags(page).text).split())
-
-
-# --- a verification on paper ----------------------------------------------------------------------------------------
-
-
-def drawn_row(prompt: str = "a red circle", side: int = 16, shift: float = 0.1) -> PictureRow:
-    image = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0)) * 0.8
-    return PictureRow(prompt, 0, {2: DrawnPicture(image, image, 1.0)}, {"2": DrawnPicture(image + shift, image, 0.5)})
-
-
-def described(**changes) -> dict:
-    """A `verify.json` of the artifact on paper, whose plan "2" has errors 0.01 and 0.2."""
-    near = {"pictures": 3, "psnr_db": 41.25, "psnr_db_min": 33.5, "ssim": 0.99, "ssim_min": 0.9}
-    errors = {"pictures": 3, "max": 0.2, "mean": 0.105, "max_per_evaluation": [0.01, 0.2]}
-    figures = {
-        "evaluations": ["full", "reuse"],
-        "flops_share_percent": 50.0,
-        "pictures": near,
-        "checked_pictures": None,
-        "relative_error": errors,
-        "accuracy_percent": None,
-        "image_s": 0.5,
-        "speedup": 2.125,
-    }
-    verdict = {"plan": "2", "figure": "psnr_db", "value": 41.25, "threshold": 30.0, "passed": True, "over": "mean of 3"}
-    return {
-        "passed": True,
-        "missed": [],
-        "not_measured": ["the moon was not weighed"],
-        "model": {"model": "m", "pipeline": "FluxPipeline", "sha256": "0" * 64},
-        "machine": {"cpu": "a CPU", "threads": 3, "torch": "9.9"},
-        "plans": {"2": figures},
-        "eager": {"2": {"accuracy_percent": None, "image_s": 1.0625}},
-        "verdicts": [verdict],
-    } | changes
-
-
-def verify_on_paper(folder: Path, rows: list[PictureRow], **changes) -> None:
-    (folder / "reports/verify.json").write_text(json.dumps(described(**changes)))
-    sheet.save_sheet(rows, [paper.PLAN], folder / "reports/verify.png")
-
-
-def timed(g: PageFacts) -> PageFacts:
-    """With three rounds of made-up times."""
-    times = timing.PlanTimes()
-    for k in range(3):
-        evaluations = tuple(1.0 + k + e for e, _ in enumerate(g.shown[0].evaluations))
-        times.image_s.append(0.020 + k / 1e3)
-        times.evaluations_ms.append(evaluations)
-        times.stages_ms.append({"text_encoder": 2.0, timing.DENOISER_STAGE: sum(evaluations), timing.REST_STAGE: 1.0})
-    machine = {"cpu": "a CPU", "threads": 1, "torch": "9.9"}
-    return replace(g, times=timing.ReportTimes("a", 3, 0.5, {g.shown[0].name: times}, machine))
 
 
 # --- pictures, in and out of the sheet ------------------------------------------------------------------------------
@@ -169,7 +66,7 @@ def sheet_that_says(folder: Path, said: str | None) -> None:
 )
 def test_another_picture_is_no_sheet(folder, said):
     sheet_that_says(folder, said)
-    with pytest.raises(ArtifactError, match=r"verify\.png.*write it anew"):
+    with pytest.raises(ArtifactError, match=r"verify\.png: expected a sheet .*; write it anew"):
         gather_facts(folder, NO_TIMES, Progress())
 
 
@@ -495,207 +392,3 @@ def test_layers_are_found_in_the_names_of_their_tensors(folder):
     )
     assert find_layer("denoiser.transformer.blocks.0.ff.bias", manifest) == "blocks.0.ff"
     assert find_layer("denoiser.blocks.10.ff.bias", manifest) is None
-
-
-# --- the command, on a compiled artifact ----------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def compiled(tiny_artifact, tmp_path_factory) -> Path:
-    """A copy of the tiny artifact: the page goes into its reports/."""
-    return Path(shutil.copytree(tiny_artifact, tmp_path_factory.mktemp("report") / "tiny"))
-
-
-@pytest.fixture(scope="module")
-def page(compiled) -> Path:
-    assert cli.main(["report", str(compiled), "--runs", "2", "--quiet"]) == 0
-    return compiled / "reports/report.html"
-
-
-def test_a_compiled_artifact_has_every_section(page, compiled):
-    parsed = Tags(page.read_text())
-    sections = [a["id"] for tag, a in parsed.tags if tag == "section"]
-    assert sections == ["pictures", "plan", "closeness", "time", "cost", "use", "contents"]
-    kept = json.loads((compiled / "reports/verify.json").read_text())
-    assert f"{kept['plans']['8']['pictures']['psnr_db']:.1f} dB" in " ".join(parsed.text)
-    parts = {path.name for path in page.parent.glob("report-*.png")}
-    assert parts == {f"report-{n}.png" for n in ("pictures", "plan-8", "errors", "stages", "steps", "cost")}
-    for path in page.parent.glob("report-*.png"):
-        assert Image.open(path).width > 300
-
-
-def test_the_artifact_is_as_it_was_and_still_loads(page, compiled, tiny_artifact):
-    from prebake.runtime import load
-
-    assert (compiled / "manifest.json").read_bytes() == (tiny_artifact / "manifest.json").read_bytes()
-    load(compiled)
-
-
-def test_weights_by_kind_add_up_to_what_is_stored(compiled):
-    g = gather_facts(compiled, NO_TIMES, Progress())
-    stored = sum(e.size for e in g.manifest.files if e.path.startswith("weights/"))
-    assert 0.8 * stored < sum(g.weights.values()) <= stored  # the rest are the files' headers
-    kinds = {name for name, _ in g.weights}
-    assert {"denoiser: attention", "denoiser: feed-forward", "text_encoder", "vae_decoder"} <= kinds
-
-
-def test_source_draws_anew_and_leaves_the_verification_alone(compiled, tiny_folder, tmp_path, capsys):
-    before = {p: p.read_bytes() for p in compiled.rglob("*") if p.is_file() and not p.name.startswith("report")}
-    target = tmp_path / "anew.html"
-    arguments = ["--source", "--model", str(tiny_folder), "--no-timing", "--output", str(target), "--json"]
-    assert cli.main(["report", str(compiled), *arguments]) == 0
-    said = json.loads(capsys.readouterr().out)
-    assert said["page"] == str(target)
-    assert all(Path(part).is_file() for part in said["parts"])
-    assert "Drawn when this page was made" in words(target.read_text())
-    assert {p: p.read_bytes() for p in before} == before
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["--model", "shapes"], "--model: says where the pipeline is; add --source"),
-        (["--output", "page.pdf"], "end it in .html"),
-    ],
-)
-def test_choices_without_effect_are_refused(folder, capsys, arguments, said):
-    assert cli.main(["report", str(folder), *arguments, "--no-timing"]) == RecipeError.exit_code
-    assert said in capsys.readouterr().err
-
-
-def test_a_place_that_cannot_be_written_is_said(bare, tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(RecipeError, match="cannot be written"):
-        write_page(tmp_path / "file" / "page.html", bare)
-
-
-def test_without_jinja_it_says_what_to_install(folder, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "jinja2", None)
-    assert cli.main(["report", str(folder), "--no-timing", "--quiet"]) == 2
-    assert "pip install 'prebake[export]'" in capsys.readouterr().err
-
-
-@pytest.mark.slow  # exports an artifact of its own
-def test_an_attached_artifact_is_timed_in_its_pipeline(tmp_path, capsys):
-    from prebake.exporter.pipeline import ExportOptions, export
-    from support import attach_pipelines as attached
-
-    model = attached.saved("wan", tmp_path / "wan")  # which calls its denoiser twice in a step
-    artifact = tmp_path / "artifact"
-    mask = {"method": "mask", "mask": "1(01)"}
-    export(attached.recipe("wan", model, cache=mask), artifact, ExportOptions(), Progress())
-    assert cli.main(["report", str(artifact), "--runs", "2", "--quiet"]) == RecipeError.exit_code
-    assert "add --model" in capsys.readouterr().err
-    assert cli.main(["report", str(artifact), "--runs", "2", "--quiet", "--model", str(model)]) == 0
-    said = words((artifact / "reports/report.html").read_text())
-    assert 'attach(pipe, "artifact")' in said
-    assert "plan a picture denoiser the rest" in said  # the heads of the table of stages
-
-
-# --- in a browser ---------------------------------------------------------------------------------------------------
-
-WIDTHS = (320, 390, 759, 760, 1280)
-browser = pytest.mark.skipif(chromium.found() is None, reason="no chromium here: apt-get install chromium")
-
-
-def long_page(folder: Path) -> PageFacts:
-    """Names, prompts and numbers of steps far longer than usual, and more sites than a strip has rows."""
-    name = "transformer_blocks." * 6 + "attn"
-    verify_on_paper(folder, [drawn_row("word" * 60), drawn_row("a red circle " * 30)])
-    g = gather_facts(folder, NO_TIMES, Progress())
-    first = paper.PLAN.evaluations[0]
-    plan = paper.PLAN.model_copy(
-        update={"steps": 100, "evaluations": tuple(first.model_copy(update={"step": i}) for i in range(100))}
-    )
-    rows = tuple(
-        plan_strip.StripRow((f"{name}.{i}",), ("compute", "combine", "pass", "zero", "identity") * 20)
-        for i in range(40)
-    )
-    assert g.verification
-    figures = g.verification.verified.plans["2"]
-    assert figures.relative_error
-    errors = figures.relative_error.model_copy(update={"max_per_evaluation": (1e-7, 0.3) * 50})
-    plans = {"2": figures.model_copy(update={"relative_error": errors})}
-    saved = verification.SavedVerification(
-        g.verification.verified.model_copy(update={"plans": plans}), g.verification.shown, g.verification.png
-    )
-    manifest = g.manifest.model_copy(update={"toolchain": {"w" * 90: "1"}, "layers": {"a": ("int8", "why " * 60)}})
-    return timed(
-        replace(
-            g,
-            name="artifact" * 20,
-            manifest=manifest,
-            plans={"2": plan},
-            shown=(plan,),
-            strips={"2": rows},
-            verification=saved,
-        )
-    )
-
-
-def fits(seen: list[dict], dark: bool) -> None:
-    for view in seen:
-        assert view["scroll"] <= view["width"], view
-        assert view["wide"] == [], view  # nothing hangs out of the page where it does not scroll by itself
-        assert view["cut"] == [], view  # nor text out of its plot
-        assert view["images"]
-        assert view["small"] >= 9, view  # pixels of the smallest letters' line
-        channels = [int(c) for c in re.findall(r"\d+", view["background"])[:3]]
-        assert (statistics.fmean(channels) < 60) == dark
-
-
-@browser
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-def test_the_page_fits_a_phone_and_a_screen(page, dark):
-    fits(chromium.measured(page, WIDTHS, dark=dark), dark)
-
-
-@browser
-def test_the_longest_page_fits_too(folder, tmp_path):
-    (path, *_) = write_page(tmp_path / "long.html", long_page(folder))
-    fits(chromium.measured(path, WIDTHS, dark=False), dark=False)
-
-
-@browser
-def test_canary_what_is_too_wide_is_seen(bare, tmp_path):
-    (path, *_) = write_page(tmp_path / "page.html", bare)
-    wide = path.read_text().replace("<main>", '<main><p style="width: 500px">wide</p>')
-    path.write_text(wide)
-    phone, screen = chromium.measured(path, (390, 1280), dark=False)
-    assert phone["scroll"] > phone["width"]
-    assert "wide" in phone["wide"][0]
-    assert screen["scroll"] <= screen["width"]
-
-
-@pytest.fixture
-def elsewhere():
-    """The address of a server, and the list of what it is asked for."""
-    asked: list[str] = []
-
-    class Answer(BaseHTTPRequestHandler):
-        def do_GET(self):
-            asked.append(self.path)
-            self.send_error(404)
-
-        def log_message(self, *_):
-            """Not to the tests' output."""
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Answer)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}", asked
-    server.shutdown()
-    server.server_close()
-
-
-@browser
-def test_a_browser_asks_for_nothing_but_the_page(page, tmp_path, elsewhere):
-    """Nor does it for what somebody put into it: the page's own policy forbids that. Without the policy it would."""
-    address, asked = elsewhere
-    assert chromium.measured(page, (390,), dark=False)[0]["asked"] == []
-    smuggled = tmp_path / "page.html"
-    smuggled.write_text(page.read_text().replace("<main>", f'<main><img src="{address}/picture.png">'))
-    chromium.measured(smuggled, (390,), dark=False)
-    assert asked == []
-    smuggled.write_text(smuggled.read_text().replace("Content-Security-Policy", "X-Nothing"))
-    chromium.measured(smuggled, (390,), dark=False)
-    assert asked == ["/picture.png"]

@@ -62,7 +62,8 @@ def denoiser_name(pipe: Any) -> str:
 
 def pipeline_request(pipe: Any, prompt: str, chosen: Mapping[str, Any], further: Mapping[str, Any]) -> PipelineRequest:
     """Calls of the pipeline for the prompt. `chosen` are passed on as far as the pipeline takes them and they are not None,
-    `further` (the recipe's `attach.arguments`) always; steps and seed are those of the call. Raises RecipeError for one of these that it does not take."""
+    `further` (the recipe's `attach.arguments`) always. Steps and seed come between the two: a model's own number of steps does not
+    replace the one that is asked for. Raises RecipeError for one of `further` that the pipeline does not take."""
     takes = inspect.signature(type(pipe).__call__).parameters
     if unknown := [key for key in further if key not in takes]:
         raise RecipeError(
@@ -72,8 +73,8 @@ def pipeline_request(pipe: Any, prompt: str, chosen: Mapping[str, Any], further:
 
     def arguments(steps: int, seed: int) -> dict[str, Any]:
         of_run = {"num_inference_steps": steps, "generator": torch.Generator().manual_seed(seed)}
-        own = {"output_type": "latent", **usual, **further}
-        return {name: value for name, value in (own | of_run).items() if name in takes}
+        given = {"output_type": "latent", **usual, **of_run, **further}
+        return {name: value for name, value in given.items() if name in takes}
 
     return arguments
 

@@ -427,7 +427,7 @@ def test_calls_of_the_denoiser_alone_are_refused(artifact):
         with pytest.raises(RequestError, match=r"'hidden_states': .*, got bfloat16 .*precision"):
             pipe.transformer(torch.zeros(2, 4, 4, 4, dtype=torch.bfloat16))
         drawn(pipe, "aura_flow")
-        with pytest.raises(RequestError, match="ends after 4 evaluations, and the pipeline calls it once"):
+        with pytest.raises(RequestError, match=r"ends after 4 evaluations, .* calls it once more"):
             direct(pipe)
         swapped_scheduler(pipe)
         with pytest.raises(RequestError, match="got another FlowMatchEulerDiscreteScheduler; detach"):
@@ -456,8 +456,17 @@ def test_a_loop_with_two_denoisers_is_not_exported(tmp_path):
 
 
 def test_arguments_that_the_pipeline_lacks_are_named(folder, tmp_path):
-    with pytest.raises(RecipeError, match=r"attach.arguments.*it takes prompt"):
+    with pytest.raises(RecipeError, match=r"attach.arguments: .*takes no 'speed'; it takes prompt"):
         uncompiled(recipe("aura_flow", folder("aura_flow"), attach={"arguments": {"speed": 2}}), tmp_path)
+
+
+def test_the_steps_that_are_asked_for_replace_the_models_own_and_not_the_recipes():
+    from prebake.exporter.denoiser_alone.observation import pipeline_request
+
+    pipe = pipeline("wan")
+    asked = pipeline_request(pipe, PROMPT, {"num_inference_steps": 8, "height": 16}, {})(2, 0)
+    assert (asked["num_inference_steps"], asked["height"]) == (2, 16)
+    assert pipeline_request(pipe, PROMPT, {}, {"num_inference_steps": 3})(2, 0)["num_inference_steps"] == 3
 
 
 def test_a_whole_pipeline_needs_a_family(folder, tmp_path):

@@ -168,7 +168,7 @@ def test_a_disk_holds_one_artifact_at_a_time(modules, tmp_path, monkeypatch):
         (tmp_path / "artifacts" / name / "weights").mkdir(parents=True)
     ways.make_room(place, folder, 1)
     assert [p.name for p in folder.parent.iterdir()] == ["this"]
-    with pytest.raises(OSError, match=r"an artifact of 1048576 GiB does not fit on its disk, \d+"):
+    with pytest.raises(OSError, match=r"1048576 GiB does not fit on its disk, \d+ are free"):
         ways.make_room(place, folder, 1 << 50)
 
 

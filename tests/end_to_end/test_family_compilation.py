@@ -12,17 +12,10 @@ from support.family_parity import FAMILIES, PLAIN, PROMPTS, expected, relative_e
 
 LIMIT = 1e-4
 """On latents, relative in L2: AOTInductor fuses, and adds in another order; over all steps."""
-# UNets and video take minutes; FLUX's other models have dev's graphs but for an input or for the lengths
-SLOW = ("sd", "sd2", "sdxl", "sdxl-refiner", "cogvideox", "flux-schnell", "flux-kontext")
-
-
-def marked(name: str):
-    marks = [pytest.mark.works(name, "compiled"), *([pytest.mark.slow] if name in SLOW else [])]
-    return pytest.param(name, marks=marks)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [marked(name) for name in FAMILIES])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.works(n, "compiled")) for n in FAMILIES])
 def test_a_compiled_artifact_draws_what_diffusers_draws(name, tmp_path):
     case = FAMILIES[name]
     recipe = resolve(case.recipe, (*PLAIN, *case.overrides), f"tiny:{case.tiny}")

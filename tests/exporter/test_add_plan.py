@@ -198,7 +198,7 @@ def test_an_artifact_of_an_older_export_is_refused_by_name(copied):
     (copied / inputs.PLAN_INPUTS_FILE).unlink()
     files = tuple(f for f in manifest.files if f.path != inputs.PLAN_INPUTS_FILE)
     (copied / "manifest.json").write_text(manifest.model_copy(update={"files": files}).to_json(), "utf-8")
-    with pytest.raises(ArtifactError, match=r"has no replan.json, which says what a plan.*export again"):
+    with pytest.raises(ArtifactError, match=r"has no replan.json, .*; export again"):
         added(copied, 5)
 
 
@@ -343,7 +343,7 @@ def test_without_otherwise_other_steps_are_refused(found):
 def test_another_calibration_than_the_artifacts_own_is_refused(found, tmp_path):
     other = tmp_path / "other.json"
     calibrations.write_calibration(other, calibration_of(found, prompts=2))
-    with pytest.raises(ExportError, match=r"other.json' is not the calibration that the artifact"):
+    with pytest.raises(ExportError, match=r"other.json' is not .* that the artifact carries"):
         planned(found, 8, cache=FOUND.model_copy(update={"calibration": str(other)}))
     calibrations.write_calibration(other, calibration_of(found))
     assert planned(found, 8, cache=FOUND.model_copy(update={"calibration": str(other)}))[0].cache == "auto"
@@ -418,7 +418,7 @@ def test_a_site_that_differs_is_another_one(change):
 
 
 def test_more_slots_than_the_variants_have_is_refused():
-    with pytest.raises(ExportError, match=r"combines 3 stored values, the.*lower the order"):
+    with pytest.raises(ExportError, match=r"combines 3 stored .* room for 2; lower the order"):
         replan.pad_coefficients(A, (3.0, -3.0, 1.0))
 
 

@@ -261,7 +261,7 @@ def test_temporal_attention_has_its_own_range_and_is_chosen_among_diffusers_name
         is_guidance_distilled=True, temporal_attention_block_skip_range=3, spatial_attention_block_identifiers=("^tran", "refiner"),
         spatial_attention_timestep_skip_range=(-1, 1001), temporal_attention_timestep_skip_range=(-1, 850),
     )  # fmt: skip
-    with pytest.raises(ExportError, match=r"cache\.spatial_attention_block_identifiers \['refiner'\]"):
+    with pytest.raises(ExportError, match=r"identifiers \['refiner'\] match no attention"):
         schedule(cache, Layout(places), Trajectory((900.0,)))
     narrowed = cache.model_copy(update={"spatial_attention_block_identifiers": ("^tran",)})
     got = schedule(narrowed, Layout(places), Trajectory((900.0, 880.0, 700.0, 600.0, 500.0)))
@@ -279,7 +279,7 @@ def test_what_a_denoiser_lacks_is_said():
         schedule(FasterCache(), plain, trajectory)
     with pytest.raises(RecipeError, match=r"attention_weight has 2 weights, .*evaluated 3 times"):
         schedule(FasterCache(attention_weight=(0.1, 0.2)), LAYOUTS["pixart"], trajectory)
-    with pytest.raises(ExportError, match=r"\['nowhere'\] match no attention of the model.*it has"):
+    with pytest.raises(ExportError, match=r"\['nowhere'\] match .*; it has transformer_blocks\.0\.a"):
         schedule(FasterCache(spatial_attention_block_identifiers=("nowhere",)), LAYOUTS["pixart"], trajectory)
     assert FasterCache().needs_planes
     assert not FasterCache(is_guidance_distilled=True).needs_planes

@@ -77,7 +77,7 @@ def test_a_named_mask_is_cache_dits_at_every_number_of_steps(name):
 
 def test_a_named_mask_that_starts_too_soon_for_its_order_is_refused_at_those_steps():
     assert bits(Mask(mask="ultra", order=1), 16) == "1100000000000001"
-    with pytest.raises(RecipeError, match=r"mask 'ultra' skips one of the first three steps, .* \(at"):
+    with pytest.raises(RecipeError, match=r"mask 'ultra' skips one of the first .* \(at 16 steps\)"):
         Mask(mask="ultra", order=2).expand(16)
 
 
@@ -97,7 +97,7 @@ def test_a_prediction_from_too_few_values_is_refused(order, mask, sentence):
 
 
 def test_a_mask_of_the_output_selects_no_blocks():
-    with pytest.raises(ValidationError, match=r"blocks = '1:' selects blocks, and site = \"output\""):
+    with pytest.raises(ValidationError, match=r"blocks = '1:' .* site = \"output\" skips them all"):
         Mask(mask="1(01)", site="output", blocks="1:")
 
 
@@ -162,7 +162,7 @@ def test_a_curve_through_two_values_at_one_timestep_is_refused():
     _, layout = denoiser("flux")
     table = peers.table_of(PNDMScheduler(skip_prk_steps=True), 5)
     trajectory = Trajectory(table.timesteps, table.sigmas, table.steps)
-    with pytest.raises(ExportError, match=r"the last 3 computed values, which.*take a lower order"):
+    with pytest.raises(ExportError, match=r"the last 3 computed .*timesteps .*; take a lower order"):
         schedule(Mask(mask="111(0)", order=2), layout, trajectory)
     assert schedule(Mask(mask="111(0)", order=0), layout, trajectory)
 

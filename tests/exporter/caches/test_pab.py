@@ -221,7 +221,7 @@ def test_temporal_identifiers_that_spatial_ones_take_first_are_refused():
         spatial_attention_block_skip_range=2, temporal_attention_block_skip_range=4,
         spatial_attention_timestep_skip_range=ALL, temporal_attention_timestep_skip_range=ALL,
     )  # fmt: skip
-    with pytest.raises(ExportError, match=r"cache\.temporal_attention_block_identifiers .* those"):
+    with pytest.raises(ExportError, match=r"temporal_attention_block.* those come first: temporal_t"):
         schedule(both, Layout(places), Trajectory((900.0, 800.0)))
     apart = both.model_copy(update={"spatial_attention_block_identifiers": ("^transformer_blocks",)})
     got = schedule(apart, Layout(places), Trajectory((900.0, 800.0, 700.0, 600.0)))

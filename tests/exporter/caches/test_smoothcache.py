@@ -239,7 +239,7 @@ def test_what_selects_nothing_or_does_not_fit_is_refused():
     layout, table = discover_layout(denoisers.pixart()), table_of(1, 5)
     steps = Trajectory(table.timesteps)
     made = calibration(table, random_errors(random.Random(0), layout, 5))
-    with pytest.raises(ExportError, match=r"feed-forward of the model is.*it has attn1, attn2, ff"):
+    with pytest.raises(ExportError, match=r"feed-forward .*'mlp'; it has attn1, attn2, ff"):
         schedule(SmoothCache(components_to_wrap=("attn1", "mlp")), layout, steps, made)
     with pytest.raises(ExportError, match=r"'smoothcache' needs .*run `prebake calibrate"):
         schedule(SmoothCache(), layout, steps, None)

@@ -296,7 +296,7 @@ def test_the_comparison_can_fail():
 def test_a_signal_that_depends_on_the_prompt_is_not_exact():
     cache = TeaCache(signal="time_embedding", module="time_text_embed")
     component, table = model("flux"), TABLES["flow"](6)
-    with pytest.raises(ExportError, match="time_text_embed': its output depends on more than the"):
+    with pytest.raises(ExportError, match=r"time_text_embed': .* depends on more than the timestep"):
         teacache.decide_by_timesteps(cache, component, discover_layout(component), {6: table}, timestep_scale=1.0)
     alone = cache.model_copy(update={"module": "time_text_embed.timestep_embedder"})
     made = teacache.decide_by_timesteps(alone, component, discover_layout(component), {6: table}, timestep_scale=1.0)
@@ -306,7 +306,7 @@ def test_a_signal_that_depends_on_the_prompt_is_not_exact():
 def test_a_module_that_does_not_exist_is_refused_with_those_that_do():
     cache = TeaCache(signal="time_embedding")
     component, table = model("flux"), TABLES["flow"](6)
-    with pytest.raises(ExportError, match=r"time_embedding' is not.*there it has .*time_text_embed"):
+    with pytest.raises(ExportError, match=r"time_embedding' is not in the model; .*time_text_embed"):
         teacache.decide_by_timesteps(cache, component, discover_layout(component), {6: table}, timestep_scale=1.0)
 
 

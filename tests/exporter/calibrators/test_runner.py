@@ -184,7 +184,7 @@ def test_everything_has_an_entry_for_each_evaluation(made, shorter):
     part = data["auto"][0] if shorter == "weights" else data[shorter] if part is None else part
     key = shorter if shorter in part else next(iter(part))
     part[key] = part[key][:-1]
-    with pytest.raises(ValidationError, match=rf"{shorter}.*: expected an entry for each of the 5"):
+    with pytest.raises(ValidationError, match=rf"{shorter}.*: .* each of the 5 timesteps, got 4"):
         Calibration.model_validate(data)
 
 
@@ -226,7 +226,7 @@ def load_checked(cache, source, file, size):
 def test_a_calibration_of_another_model_is_refused(file):
     other = Source(model="other", pipeline="FluxPipeline", sha256="f" * 64)
     cache = FirstBlockCache(calibration=file.name)
-    with pytest.raises(RecipeError, match=r"made of model 'model' with sha256 .*, and this is"):
+    with pytest.raises(RecipeError, match=r"of model 'model' .*, and this is 'other' with ffffffffffff"):
         load_checked(cache, other, file, SIZE)
 
 
@@ -267,7 +267,7 @@ def test_an_artifact_carries_the_calibration_that_its_plan_rests_on(made, file, 
 
 def test_other_steps_than_the_calibrations_are_refused(file, tiny_folder):
     recipe = resolve("flux-fast", (*OVERRIDES, "sampler.steps=7", f"cache.calibration={file.name}"), str(tiny_folder))
-    with pytest.raises(ExportError, match=r"made for 5 steps \(5 evaluations\), and the plan has 7"):
+    with pytest.raises(ExportError, match=r"made for 5 steps .*, and the plan has 7 evaluations"):
         prepare(recipe, QUIET, near=file.parent)
 
 

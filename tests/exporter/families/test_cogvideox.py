@@ -236,7 +236,7 @@ def test_what_the_model_cannot_do_is_refused(name, size, sentence):
 
 
 def test_a_layout_that_videos_do_not_have_is_refused():
-    with pytest.raises(ExportError, match=r"^compile\.channels_last_vae.*set it to false$"):
+    with pytest.raises(ExportError, match=r"^compile\.channels_last_vae: .*got true; set it to false$"):
         cogvideox.other_components(eager("cogvideox"), SIZE, channels_last=True)
 
 

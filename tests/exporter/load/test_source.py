@@ -337,14 +337,14 @@ def test_a_single_file_of_another_kind_is_refused_by_its_name(tmp_path):
 def test_a_damaged_single_file_is_refused(single, tmp_path):
     (tmp_path / "damaged.safetensors").write_bytes(b"nonsense")
     for config in (None, str(single.parent / "config")):
-        with pytest.raises(ExportError, match=r"model 'damaged.safetensors': .+ could not read"):
+        with pytest.raises(ExportError, match=r"'damaged.safetensors': .+ not read .+damaged.safetensors"):
             source.load_model(str(tmp_path / "damaged.safetensors"), None, FLOAT32, config)
 
 
 def test_a_configuration_that_is_not_there_or_not_needed_is_refused(single, tiny_folder, tmp_path):
-    with pytest.raises(ExportError, match=r"model.config 'nowhere': expected a folder, here or"):
+    with pytest.raises(ExportError, match=r"model.config 'nowhere': expected a folder.*, found none"):
         source.load_model(str(single), None, FLOAT32, "nowhere")
-    with pytest.raises(ExportError, match=r"model.config .+: expected a folder with a pipeline's"):
+    with pytest.raises(ExportError, match=r"model.config .+: expected .* model_index.json"):
         source.load_model(str(single), None, FLOAT32, str(tmp_path))
     with pytest.raises(ExportError, match=r"model.config goes with one safetensors file"):
         source.load_model(str(tiny_folder), None, FLOAT32, "config")

@@ -403,7 +403,7 @@ def test_a_file_of_other_inputs_is_refused(artifact):
     opened = open_artifact(artifact)
     graph = opened.manifest.graph("vae_decoder")
     session = opened.graphs["full"]._model._session
-    with pytest.raises(ArtifactError, match=r"graph 'vae_decoder': its file takes .* is not what the"):
+    with pytest.raises(ArtifactError, match=r"'vae_decoder': its file takes .* not what the manifest says"):
         opening.SessionModel(graph, session, {}, CPU)
 
 

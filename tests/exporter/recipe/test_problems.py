@@ -162,7 +162,7 @@ def test_a_mask_of_fixed_length_must_fit_every_listed_number_of_steps():
 
 
 def test_a_mask_whose_group_vanishes_may_not_start_with_a_skip():
-    with pytest.raises(RecipeError, match=r"mask '\(10\)01' skips.*start it with 1 \(at 2 steps\)"):
+    with pytest.raises(RecipeError, match=r"'\(10\)01' skips the first step, .*with 1 \(at 2 steps\)"):
         Mask(mask="(10)01").expand(2)
 
 

@@ -163,7 +163,7 @@ def test_artifact_without_golden_vectors_is_refused(copied):
     rewrite_manifest(copied)
     with pytest.raises(
         ArtifactError,
-        match=r"there are no golden.*`prebake verify .* --source`",
+        match=r"no golden .*\(plan 8, 8-uncached\); `prebake verify .* --source`",
     ):
         verify_artifact(copied, VerifyOptions(), Progress())
 

@@ -141,9 +141,19 @@ def test_the_example_in_the_docs_is_a_call_of_the_workflow():
 
 def test_the_tests_workflow_does_what_ci_does():
     targets = re.findall(r"timed (make .*)", (ROOT / ".ci/run").read_text("utf-8"))
-    for job in loaded("tests.yml")["jobs"].values():
-        made = [step["run"] for step in job["steps"] if step.get("run", "").startswith("make")]
-        assert made == targets
+    jobs = loaded("tests.yml")["jobs"]
+    assert commands(jobs["tests"]) == commands(jobs["latest"]) == targets
+
+
+def commands(job: dict) -> list[str]:
+    return [step["run"] for step in job["steps"] if step.get("run", "").startswith("make")]
+
+
+def test_every_week_the_tests_that_take_minutes_run_with_the_lock():
+    slow = loaded("tests.yml")["jobs"]["slow"]
+    assert commands(slow) == ["make install", "make test-all"]
+    assert slow["if"].startswith("github.event_name == 'schedule'")
+    assert "env" not in slow
 
 
 def test_every_week_the_newest_of_everything_is_tried():

@@ -16,7 +16,7 @@ CONTRACT = "runtime/test_contract.py::test_a_wrong_input_is_named_with_what_came
 CONSTANTS = "runtime/test_artifact.py::test_constants_must_be_exactly_the_compiled_ones"
 DAMAGED, DISKS, PROMPTS = "faults/test_damaged.py::", "faults/test_disks.py::", "faults/test_prompts.py::"
 KILLED, EXPORTS, AROUND = "faults/test_killed.py::", "faults/test_exports.py::", "faults/test_surroundings.py::"
-COMPILER = "faults/test_compiler.py::"
+COMPILER, SHELL = "faults/test_compiler.py::", "runtime/cli/test_command.py::"
 MEMORY, FUZZ, TRUST = "faults/test_memory.py::", "runtime/check/test_fuzz.py::", "runtime/check/test_trust.py::"
 
 
@@ -421,6 +421,19 @@ FAULTS: Mapping[str, tuple[Fault, ...]] = {
         Fault("prompt-huge", "a megabyte that is no text", "the same, and short", PROMPTS + "test_a_refusal_is_short_too"),
         Fault("prompt-half", "half of a surrogate pair in a prompt", "`prompt: expected a text, got half a character, ...; decode the text as UTF-8`", PROMPTS + "test_half_a_character_is_refused"),
         Fault("prompt-after", "all of these, one after the other", "the next prompt is drawn as ever", PROMPTS + "test_after_all_of_them_it_draws_what_it_drew"),
+    ),
+    "Command line": (
+        Fault("json-failure", "`--json`, and the command is refused, interrupted, misspelt, or ends in a bug", "stdout is one JSON document with `exit_code`, `kind`, and `problems` of `key` and `sentence`", SHELL + "test_a_failure_is_one_json_document_with_code_kind_key_and_sentence"),
+        Fault("json-bug", "`--json`, and a bug", "the same, and its traceback on stderr", SHELL + "test_a_bug_is_json_too_and_keeps_its_traceback"),
+        Fault("json-usage", "`--json`, and a command line that is none", "the same, and the usage on stderr", SHELL + "test_a_wrong_command_line_is_json_too"),
+        Fault("json-twice", "`--json`, and something fails after the result was printed", "one document all the same", SHELL + "test_what_is_written_after_the_result_and_fails_leaves_one_document"),
+        Fault("misspelt-option", "an option that is abbreviated or misspelt, a command or a choice that is misspelt", "refused, with the nearest that there is", SHELL + "test_an_option_is_written_in_full_and_a_wrong_one_has_a_nearest"),
+        Fault("misspelt-model", "a model's name that is misspelt", "`model 'shape': ...; did you mean 'shapes'?`", "exporter/load/test_source.py::test_a_misspelt_model_has_a_nearest"),
+        Fault("broken-pipe", "a reader of stdout that is gone, as in `prebake inspect ARTIFACT | head -1`", "exit code 141, and nothing on stderr", SHELL + "test_a_reader_that_is_gone_is_no_bug"),
+        Fault("full-stdout", "stdout on a disk that is full", "`stdout: cannot be written (No space left on device); choose another place for it`", SHELL + "test_a_full_disk_behind_stdout_is_one_sentence"),
+        Fault("closed-streams", "stdin, stdout or stderr closed before the command begins, or stderr full", "the exit code is as ever", SHELL + "test_a_stream_that_is_closed_changes_no_exit_code"),
+        Fault("closed-progress", "stderr closed, full or broken while an export tells its progress there", "the export ends well, and its files are whole", SHELL + "test_an_export_goes_on_where_its_progress_cannot_be_written"),
+        Fault("sigterm", "SIGTERM or SIGHUP to a command", "it clears up as for Ctrl-C, and ends with 143 or 129", SHELL + "test_a_signal_ends_a_command_as_ctrl_c_does"),
     ),
 }  # fmt: skip
 EVERY = tuple(fault for faults in FAULTS.values() for fault in faults)

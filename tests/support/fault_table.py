@@ -17,6 +17,7 @@ CONSTANTS = "runtime/test_artifact.py::test_constants_must_be_exactly_the_compil
 DAMAGED, DISKS, PROMPTS = "faults/test_damaged.py::", "faults/test_disks.py::", "faults/test_prompts.py::"
 KILLED, EXPORTS, AROUND = "faults/test_killed.py::", "faults/test_exports.py::", "faults/test_surroundings.py::"
 COMPILER, SHELL = "faults/test_compiler.py::", "runtime/cli/test_command.py::"
+AOTI = "exporter/lower/aoti/test_aoti.py::"
 MEMORY, FUZZ, TRUST = "faults/test_memory.py::", "runtime/check/test_fuzz.py::", "runtime/check/test_trust.py::"
 
 
@@ -101,6 +102,12 @@ FAULTS: Mapping[str, tuple[Fault, ...]] = {
             DISKS + "test_where_code_may_not_run_it_says_what_to_give",
         ),
         Fault(
+            "full-tmpdir",
+            "TMPDIR's disk is full, where a compiler or a library says so in its own words",
+            "`OUTPUT: cannot be written, since TMPDIR/ccX.s says 'No space left on device'; make room, or choose another TMPDIR`",
+            "exporter/package/test_disk.py::test_a_compiler_that_names_a_file_in_tmpdir",
+        ),
+        Fault(
             "read-only-artifact",
             "the artifact lies on a read-only file system",
             "it is loaded; nothing is written there",
@@ -143,6 +150,24 @@ FAULTS: Mapping[str, tuple[Fault, ...]] = {
             "PATH has no compiler, at an export",
             "`graph 'toy': AOTInductor could not compile it (... No working C++ compiler found ...)`",
             COMPILER + "test_an_export_without_a_compiler_says_so",
+        ),
+        Fault(
+            "odd-tmpdir",
+            "TMPDIR has a space, a quote or a backslash in its path, at an export",
+            "`TMPDIR ...: Inductor cannot compile in a folder with a space, ...; set TMPDIR to another folder`, before a model is loaded",
+            AOTI + "test_a_tmpdir_in_which_no_compiler_can_work_is_refused_at_once",
+        ),
+        Fault(
+            "compiler-error",
+            "a compiler that fails, with its error among hundreds of lines",
+            "the line with its error is in the message",
+            AOTI + "test_the_compilers_own_error_is_in_the_message",
+        ),
+        Fault(
+            "growing-tmpdir",
+            "exports with other flags, one after the other",
+            "headers that Inductor compiles are kept in one private folder, the newest four and today's",
+            AOTI + "test_compiled_headers_are_kept_in_bounds",
         ),
         Fault(
             "no-compiler-load",

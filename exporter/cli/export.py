@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ...runtime.cli.command import print_errors
 from ...runtime.cli.signals import describe_interrupt
 from .options import add_output_modes, add_overrides, print_json, progress_mode
+from .summary import summarize_artifact, summary_lines
 
 if TYPE_CHECKING:
     from ..recipe.resolve import Recipe
@@ -123,7 +124,7 @@ def _export_recipe(recipe: Recipe, row: ExportRow, args: argparse.Namespace) -> 
                 result = forecast.describe_forecast(prepared, forecast.forecast_graphs(prepared))
         else:
             artifact = export(recipe, row.output or default_output(recipe), options, shown)
-            result = {"artifact": str(artifact), "graphs": shown.graphs}
+            result = {"artifact": str(artifact), "graphs": shown.graphs, **summarize_artifact(artifact)}
     return {**result, "seconds": shown.seconds}
 
 
@@ -140,6 +141,7 @@ def _result_lines(result: dict[str, Any]) -> Iterator[str]:
 
     if "artifact" in result:
         yield result["artifact"]
+        yield from summary_lines(result)
     if "plans" in result:
         yield from format_forecast(result, sys.stdout.encoding)
 

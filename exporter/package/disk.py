@@ -38,9 +38,9 @@ def find_full_place(error: BaseException, output: Path) -> Path:
     while named is not None:
         if isinstance(filename := getattr(named, "filename", None), str | os.PathLike):
             return Path(filename)
-        if found := re.search(rf"{re.escape(str(temporary))}/[^\s'\":]*", str(named)):
-            if not found[0].startswith(f"{output.parent}/"):
-                return Path(found[0])
+        found = re.search(rf"{re.escape(str(temporary))}/[^\s'\":]*", str(named))
+        if found and not found[0].startswith(f"{output.parent}/"):
+            return Path(found[0])
         named = named.__cause__
     return min((output.parent, temporary), key=free_bytes)
 

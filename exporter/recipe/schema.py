@@ -77,7 +77,8 @@ class Precision(RecipeTable):
 
 
 class Fuse(RecipeTable):
-    """Query, key and value as one matrix product: the same sums, one pass over the input."""
+    """Query, key and value as one matrix product: the same sums, one pass over the input. Where a model has nothing to fuse,
+    the export says so."""
 
     qkv: bool = True
     """In the denoiser."""

@@ -458,6 +458,10 @@ FAULTS: Mapping[str, tuple[Fault, ...]] = {
         Fault("full-stdout", "stdout on a disk that is full", "`stdout: cannot be written (No space left on device); choose another place for it`", SHELL + "test_a_full_disk_behind_stdout_is_one_sentence"),
         Fault("closed-streams", "stdin, stdout or stderr closed before the command begins, or stderr full", "the exit code is as ever", SHELL + "test_a_stream_that_is_closed_changes_no_exit_code"),
         Fault("closed-progress", "stderr closed, full or broken while an export tells its progress there", "the export ends well, and its files are whole", SHELL + "test_an_export_goes_on_where_its_progress_cannot_be_written"),
+        Fault("worst-picture", "one picture of many that is far from eager's", "it is the first in the report and in verify.png, and `worst` in what an export prints", "exporter/verify/test_report.py::test_the_worst_pictures_are_kept_and_come_first"),
+        Fault("export-summary", "an export that succeeds", "it prints PSNR mean and worst, prompt accuracy, speed, size, time and where the report is", "exporter/cli/test_summary.py::test_it_says_what_was_achieved"),
+        Fault("verified-before", "`prebake verify` of an artifact that was compared before", "it says so", "exporter/verify/test_report.py::test_a_replay_alone_says_whether_the_artifact_was_compared_before"),
+        Fault("nothing-to-fuse", "a recipe that fuses, and a model with nothing to fuse", "it is exported, with a note", "exporter/rewrite/test_rewrite.py::test_a_model_with_nothing_to_fuse_is_named"),
         Fault("sigterm", "SIGTERM or SIGHUP to a command", "it clears up as for Ctrl-C, and ends with 143 or 129", SHELL + "test_a_signal_ends_a_command_as_ctrl_c_does"),
     ),
 }  # fmt: skip

@@ -147,7 +147,7 @@ def test_the_compilers_own_error_is_in_the_message(graph, monkeypatch, said):
 def test_a_tmpdir_in_which_no_compiler_can_work_is_refused_at_once(monkeypatch, tmp_path, name):
     (tmp_path / name).mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / name))
-    with pytest.raises(RecipeError, match="TMPDIR .*; set TMPDIR to another folder"):
+    with pytest.raises(RecipeError, match=r"TMPDIR .*; set TMPDIR to another folder"):
         aoti.adapt_recipe(resolve("baseline"))
 
 
@@ -159,7 +159,7 @@ def test_inductors_headers_are_kept_in_the_private_folder(graph, monkeypatch, tm
     monkeypatch.setattr(aoti, "compile_graph_module", lambda *_: seen.append(codecache._HEADER_DIR) or [])
     aoti.compile_graph(graph, {}, tmp_path / "of-a-test")
     assert seen == [str(tmp_path / f"prebake-inductor-{aoti.os.getuid()}" / "headers")]
-    assert codecache._HEADER_DIR == before
+    assert before == codecache._HEADER_DIR
 
 
 def test_compiled_headers_are_kept_in_bounds(tmp_path):

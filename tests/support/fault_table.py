@@ -462,6 +462,7 @@ FAULTS: Mapping[str, tuple[Fault, ...]] = {
         Fault("export-summary", "an export that succeeds", "it prints PSNR mean and worst, prompt accuracy, speed, size, time and where the report is", "exporter/cli/test_summary.py::test_it_says_what_was_achieved"),
         Fault("verified-before", "`prebake verify` of an artifact that was compared before", "it says so", "exporter/verify/test_report.py::test_a_replay_alone_says_whether_the_artifact_was_compared_before"),
         Fault("nothing-to-fuse", "a recipe that fuses, and a model with nothing to fuse", "it is exported, with a note", "exporter/rewrite/test_rewrite.py::test_a_model_with_nothing_to_fuse_is_named"),
+        Fault("foreign-scheduler", "each of diffusers' schedulers, at an export of each family", "what the export takes, diffusers' own pipeline draws with; else it is refused, before anything is compiled", "exporter/families/test_schedulers.py::test_what_is_taken_can_be_drawn"),
         Fault("sigterm", "SIGTERM or SIGHUP to a command", "it clears up as for Ctrl-C, and ends with 143 or 129", SHELL + "test_a_signal_ends_a_command_as_ctrl_c_does"),
     ),
 }  # fmt: skip

@@ -260,6 +260,12 @@ def _impossible_combinations(r: Recipe) -> Iterator[RecipeProblem]:
             ("attention.backend", "attention.dtype", "precision.denoiser"),
             f'backend = "{chosen}" computes in bfloat16 or float16, and attention is in float32; set attention.dtype = "bfloat16"',
         )
+    if r.guidance.batched and r.cache.needs_planes:
+        yield (
+            ("guidance.branches", "cache.method"),
+            f'branches = "batched" runs both branches at once, and cache method "{r.cache.method}" skips the unconditional '
+            'one; set guidance.branches = "sequential", or cache.is_guidance_distilled = true to extrapolate attentions alone',
+        )
     for steps in r.sampler.steps or ():
         try:
             _ = r.cache.expand(steps) if isinstance(r.cache, Mask) else ()

@@ -463,6 +463,10 @@ FAULTS: Mapping[str, tuple[Fault, ...]] = {
         Fault("verified-before", "`prebake verify` of an artifact that was compared before", "it says so", "exporter/verify/test_report.py::test_a_replay_alone_says_whether_the_artifact_was_compared_before"),
         Fault("nothing-to-fuse", "a recipe that fuses, and a model with nothing to fuse", "it is exported, with a note", "exporter/rewrite/test_rewrite.py::test_a_model_with_nothing_to_fuse_is_named"),
         Fault("foreign-scheduler", "each of diffusers' schedulers, at an export of each family", "what the export takes, diffusers' own pipeline draws with; else it is refused, before anything is compiled", "exporter/families/test_schedulers.py::test_what_is_taken_can_be_drawn"),
+        Fault("stdout-image", "`prebake run --output -` with several images, a video, `--json`, or a terminal", "refused before anything is loaded", "runtime/cli/test_main.py::test_what_stdout_cannot_hold_is_refused_before_it_is_made"),
+        Fault("package-branch-id", "a DeepCache id of the package, on a UNet with other than three up layers a block", "with `numbering = \"package\"` the same layer as the package's", "exporter/caches/test_deepcache.py::test_the_packages_ids_are_the_packages_whatever_the_layers_of_a_block"),
+        Fault("batched-fastercache", "`guidance.branches = \"batched\"` with FasterCache", "refused, with the key that says so", "exporter/caches/test_fastercache.py::test_both_branches_at_once_are_refused_by_the_key_that_says_so"),
+        Fault("packed-fastercache", "FasterCache on FLUX with true guidance, whose output is packed tokens", "refused, with the way out", "exporter/caches/test_fastercache.py::test_packed_tokens_are_no_picture"),
         Fault("sigterm", "SIGTERM or SIGHUP to a command", "it clears up as for Ctrl-C, and ends with 143 or 129", SHELL + "test_a_signal_ends_a_command_as_ctrl_c_does"),
     ),
 }  # fmt: skip

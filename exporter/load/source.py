@@ -203,7 +203,7 @@ def read_model_defaults(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        table = tomllib.loads(path.read_text("utf-8")).get("defaults", {})
+        table = tomllib.loads(path.read_text("utf-8-sig")).get("defaults", {})
     except ValueError as e:
         raise ExportError(f"{path}: not valid TOML: {e}; repair or remove it") from e
     if not isinstance(table, dict) or set(table) - set(DEFAULT_TYPES):

@@ -320,9 +320,11 @@ def override_prompts(recipe: Recipe, choices: VerifyOptions) -> Recipe:
 def read_prompts(path: Path) -> tuple[str, ...]:
     """The file's lines that are not empty: one prompt each."""
     try:
-        prompts = tuple(line.strip() for line in path.read_text("utf-8").splitlines() if line.strip())
+        prompts = tuple(line.strip() for line in path.read_text("utf-8-sig").splitlines() if line.strip())
     except OSError as e:
         raise RecipeError(f"--prompts {path}: expected a text file with one prompt a line, but {e.strerror}") from e
+    except ValueError as e:
+        raise RecipeError(f"--prompts {path}: expected text in UTF-8, but {e}; save it so") from e
     if not prompts:
         raise RecipeError(f"--prompts {path}: expected one prompt a line, the file has none")
     return prompts

@@ -467,6 +467,7 @@ FAULTS: Mapping[str, tuple[Fault, ...]] = {
         Fault("package-branch-id", "a DeepCache id of the package, on a UNet with other than three up layers a block", "with `numbering = \"package\"` the same layer as the package's", "exporter/caches/test_deepcache.py::test_the_packages_ids_are_the_packages_whatever_the_layers_of_a_block"),
         Fault("batched-fastercache", "`guidance.branches = \"batched\"` with FasterCache", "refused, with the key that says so", "exporter/caches/test_fastercache.py::test_both_branches_at_once_are_refused_by_the_key_that_says_so"),
         Fault("packed-fastercache", "FasterCache on FLUX with true guidance, whose output is packed tokens", "refused, with the way out", "exporter/caches/test_fastercache.py::test_packed_tokens_are_no_picture"),
+        Fault("byte-order-mark", "a recipe, a matrix or a list of prompts that begins with a byte order mark", "it is read", "exporter/recipe/test_resolve.py::test_a_file_that_begins_with_a_byte_order_mark_is_read"),
         Fault("sigterm", "SIGTERM or SIGHUP to a command", "it clears up as for Ctrl-C, and ends with 143 or 129", SHELL + "test_a_signal_ends_a_command_as_ctrl_c_does"),
     ),
 }  # fmt: skip

@@ -3,6 +3,7 @@
 import io
 import json
 import sys
+import warnings
 from math import inf, nan
 from types import SimpleNamespace
 
@@ -200,3 +201,19 @@ def test_a_picture_that_is_no_number_is_the_worst():
 )
 def test_a_replay_alone_says_whether_the_artifact_was_compared_before(status, unverified, said):
     assert said in not_compared(SimpleNamespace(status=status, unverified=unverified))
+
+
+def test_an_exports_own_prompts_warn_of_nothing(monkeypatch, recwarn):
+    """Eager cuts them at the same place, and nobody wrote them here."""
+
+    def pipe(prompt, **_):
+        warnings.warn("the prompt is longer than 8 tokens of tokenizer; cut off: 'x'", stacklevel=1)
+        warnings.warn("something else", stacklevel=1)
+        return (torch.zeros(1, 3, 2, 2),)
+
+    replayer = object.__new__(Replayer)
+    replayer._pipe, replayer._calls = pipe, []
+    monkeypatch.setattr("prebake.exporter.verify.measure.call_arguments", lambda *_: {})
+    with pytest.raises(StopIteration):  # the fake calls no decoder
+        replayer.draw("a", 0, plan())
+    assert [str(w.message) for w in recwarn] == ["something else"]

@@ -187,6 +187,7 @@ def test_inspect_draws_the_plans_and_counts_layers(toy_artifact, capsys):
     assert "4           █·█·  cache taylor, toy" in lines
     assert "4-uncached  ████  cache none, toy" in lines
     assert "            █ = full, · = reuse" in lines
+    assert any(line.startswith("stored      ") for line in lines)
     assert lines[-1] == "layers  1 int8, 1 kept (--layers says why)"
     assert any(line.startswith("full ") and "33.3%" in line for line in lines)  # 2 of 6 equal calls
 

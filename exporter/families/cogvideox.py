@@ -200,11 +200,7 @@ def prompt_entries(pipe: Any, size: Size) -> list[dict[str, Any]]:
 
 
 def other_components(pipe: Any, size: Size, *, channels_last: bool, picture: bool = False) -> tuple[Component, ...]:
-    """The text encoder, and the VAE's decoder last. Raises ExportError for `channels_last`, which images have."""
-    if channels_last:
-        raise ExportError(
-            "compile.channels_last_vae: expected false, since this VAE's tensors have five dimensions, got true; set it to false"
-        )
+    """The text encoder, and the VAE's decoder last, whose tensors have five dimensions and no `channels_last`."""
     decoder = Decoder(pipe.vae, latent_frames(pipe, size)[1]).eval()
     latents = torch.zeros(1, *latents_shape(pipe, size))
     return (

@@ -180,7 +180,7 @@ class Compile(RecipeTable):
     threads: int | None = Field(default=None, ge=1)
     """Threads that the compiled loops fork. None = as many as torch uses where it is exported. Matrix products ask at run time."""
     channels_last_vae: bool = True
-    """The VAE's images in channels-last order."""
+    """The VAE's images in channels-last order; videos stay as they are."""
     inductor: Flags = Field(default={})
     """Flags of `torch._inductor.config` by their dotted names, compared with the installed torch."""
     options: Flags = Field(default={})

@@ -14,6 +14,7 @@ EXPORT_EXTRA = (
     "matplotlib",
     "jinja2",
     "setuptools",
+    "shtab",
 )
 
 

@@ -17,6 +17,7 @@ from ...runtime.cli.parser import CommandParser
 from .bench import add_bench
 from .cache import add_cache
 from .calibrate import add_calibrate
+from .completion import add_completion
 from .errors import missing_extra
 from .export import add_export
 from .options import add_output_modes, add_overrides, parse_positive, print_json, progress_mode
@@ -64,6 +65,7 @@ def _parser() -> CommandParser:
     add_cache(commands)
     _add_recipes(commands)
     add_runtime_commands(commands)
+    add_completion(commands, parser)
     return parser
 
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from prebake.exporter.cli.export import _result_lines
 from prebake.exporter.cli.summary import summarize_artifact, summary_lines
 
 SAMPLES = {"pictures": 32, "psnr_db": 47.2, "psnr_db_min": 20.2}
@@ -44,6 +45,11 @@ def test_it_says_what_was_achieved(folder):
     assert plan == "28, cache pab    47.2 dB  20.2 dB  96  96.9%  98.4%     0.50     2.12x"
     assert size == "verified, 10MB, exported in 72 s"
     assert report == f"report: {folder}/reports/verify.json; verify.png shows the worst pictures first"
+
+
+def test_the_command_prints_it_below_the_path(folder):
+    lines = list(_result_lines({"artifact": str(folder), **summarize_artifact(folder), "seconds": {"lower": 1.0}}))
+    assert lines == [str(folder), "verified, 10MB, exported in 1 s"]
 
 
 def test_the_worst_may_be_a_checked_picture_and_may_be_no_number(folder):

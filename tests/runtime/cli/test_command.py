@@ -198,10 +198,12 @@ from prebake.exporter.cli.main import main
 sys.exit(main(["export", "--recipe", "baseline"]))
 """
     )
-    for closed in ("2>&-", "2>/dev/full", "2> >(true)"):
+    for closed in ("2>&-", "2>/dev/full", "2> >(true)", "<&- >&- 2>&-"):
         done = shell(f"{sys.executable} {program} {closed}")
-        assert (done.returncode, done.stdout) == (0, "artifacts/baseline-FLUX.1-dev\n"), (closed, done.stderr)
+        printed = "" if ">&- 2" in closed else "artifacts/baseline-FLUX.1-dev\n"
+        assert (done.returncode, done.stdout) == (0, printed), (closed, done.stderr)
         assert (tmp_path / "written").read_text() == "whole"
+        (tmp_path / "written").unlink()
 
 
 # --- signals ----------------------------------------------------------------------------------------------------------

@@ -14,8 +14,8 @@ def add_completion(commands: argparse._SubParsersAction, whole: argparse.Argumen
     parser = commands.add_parser(
         "completion",
         help="print what makes a shell complete this command",
-        description='Prints a script of completions for a shell. bash, in ~/.bashrc: eval "$(prebake completion bash)". zsh: '
-        "prebake completion zsh > a folder of $fpath, as _prebake.",
+        description="Prints a script of completions for a shell. For bash it goes to "
+        "~/.local/share/bash-completion/completions/prebake, for zsh to _prebake in a folder of $fpath.",
     )
     parser.add_argument("shell", choices=SHELLS, help="the shell that reads it")
     parser.set_defaults(run=partial(_completion, whole))

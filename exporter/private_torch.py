@@ -9,8 +9,8 @@ fails at import. torch._inductor is imported where it is needed, because it take
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,20 @@ def cpp_compiler() -> str:
     from torch._inductor.cpp_builder import get_cpp_compiler
 
     return get_cpp_compiler()
+
+
+@contextmanager
+def keep_headers(folder: Path) -> Iterator[None]:
+    """Inside, the C++ headers that Inductor compiles are kept in `folder`, `codecache._HEADER_DIR`; else in one of TMPDIR that
+    grows without end, whatever TORCHINDUCTOR_CACHE_DIR says. Nothing public says where."""
+    from torch._inductor import codecache
+
+    before = codecache._HEADER_DIR, codecache._HEADER_LOCK_DIR
+    codecache._HEADER_DIR, codecache._HEADER_LOCK_DIR = str(folder), str(folder / "locks")
+    try:
+        yield
+    finally:
+        codecache._HEADER_DIR, codecache._HEADER_LOCK_DIR = before
 
 
 def compile_graph_module(gm: fx.GraphModule, args: tuple[Any, ...], options: Mapping[str, Any]) -> list[Any]:

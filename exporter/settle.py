@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..runtime.errors import RecipeError
+from ..runtime.errors import RecipeError, first_line
 from ..runtime.manifest import Defaults
 from .families.picture import Size
 from .families.registry import Family
@@ -64,10 +64,15 @@ def set_scheduler(pipe: Any, name: str) -> None:
 
 
 def build_scheduler(name: str, config: Any) -> Any:
-    """The diffusers scheduler of that name."""
+    """The diffusers scheduler of that name. Raises RecipeError where the configuration is none for it."""
     import diffusers
 
-    return getattr(diffusers, name).from_config(config)
+    try:
+        return getattr(diffusers, name).from_config(config)
+    except Exception as e:  # they raise whatever their arithmetic runs into
+        raise RecipeError(
+            f"sampler.scheduler: {name} cannot be made from the model's scheduler configuration ({first_line(e)}); take another one"
+        ) from e
 
 
 def sampler_table(family: Family, pipe: Any, size: Size, steps: int, progress: Progress) -> SchedulerTable:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from torch import nn
+
 from ..runtime.manifest import Defaults
 from .caches import TeaCache
 from .caches.common.calibration import Calibration
@@ -62,6 +64,11 @@ class WholePipeline:
 
     def rewrite(self, recipe: Recipe, backend: Backend, progress: Progress) -> LayerTreatments:
         """Changes all modules that the recipe names."""
+        if recipe.compile.channels_last_vae and not has_picture_layout(self.pipe.vae):
+            name = type(self.pipe.vae).__name__
+            progress.note(
+                f"compile.channels_last_vae: the tensors of the vae ({name}) have five dimensions, and stay as they are"
+            )
         return rewrite_pipeline(self.pipe, recipe, backend, progress)
 
     def denoisers(self, recipe: Recipe) -> tuple[Component, ...]:
@@ -74,7 +81,9 @@ class WholePipeline:
         return self.family.other_components(
             self.pipe,
             self.size,
-            channels_last=recipe.compile.channels_last_vae and backend.CHANNELS_LAST,
+            channels_last=recipe.compile.channels_last_vae
+            and backend.CHANNELS_LAST
+            and has_picture_layout(self.pipe.vae),
             picture=has_picture_input(recipe, self.family),
         )
 
@@ -99,3 +108,8 @@ class WholePipeline:
         """Tokenizers, and what `prebake plan` makes further plans of."""
         write_plan_inputs(folder, self.pipe.scheduler, layout, planned)
         write_tokenizers(folder, find_tokenizers(self.pipe, self.family.prompt_entries(self.pipe, self.size)))
+
+
+def has_picture_layout(vae: nn.Module) -> bool:
+    """Whether its tensors are pictures [B, C, H, W], which may lie in channels-last order, and not videos."""
+    return not any(isinstance(module, nn.Conv3d) for module in vae.modules())

@@ -18,6 +18,8 @@ EXIT_CODES: Mapping[int, str] = {
     4: "a threshold of the recipe is missed",
     5: "the artifact is refused: it is damaged, or not for this machine",
     130: "interrupted",
+    141: "whoever read its output is gone",
+    143: "ended by SIGTERM",
 }
 
 

@@ -31,7 +31,8 @@ class DeepCache(CacheMethod):
     """One evaluation in `cache_interval` is whole; the others run the UNet's outermost layers. arXiv:2312.00858.
 
     `cache_branch_id` counts the UNet's up layers from the last one inwards, and the others enter there: 0 is the cheapest.
-    With three up layers a block (SD, SDXL) these are the ids of the DeepCache package, which always divides by 3.
+    With three up layers a block (SD, SDXL) these are the ids of the DeepCache package, which always divides by 3; with
+    `numbering = "package"` they are its ids on every model.
     `skip_mode` says where the whole evaluations lie: "uniform"; "pow", closer together at the start; "center", closer
     together around evaluation `center`. The power `pow` is lowered by 0.02 until that many different evaluations result.
     """
@@ -39,6 +40,7 @@ class DeepCache(CacheMethod):
     method: Literal["deepcache"] = "deepcache"
     cache_interval: int = Field(default=1, ge=1)
     cache_branch_id: int = Field(default=0, ge=0)
+    numbering: Literal["layers", "package"] = "layers"
     skip_mode: Literal["uniform", "pow", "center"] = "uniform"
     pow: float = Field(default=1.2, gt=1)
     center: int | None = Field(default=None, ge=0)
@@ -77,26 +79,28 @@ def schedule(cache: DeepCache, layout: Layout, trajectory: Trajectory, calibrati
 
     The helper looks the timestep up in the scheduler's list instead: the same, unless a timestep occurs twice (Heun, PNDM).
     """
-    marks = tuple(mark_entry(cache.cache_branch_id, layout, branch) for branch in layout.branches)
+    marks = tuple(mark_entry(cache, layout, branch) for branch in layout.branches)
     whole = whole_evaluations(cache, len(trajectory.timesteps))
     reuse = Decision.reuse(*marks)
     return Schedule(marks, tuple(Decision() if e in whole else reuse for e in range(len(trajectory.timesteps))))
 
 
-def mark_entry(branch_id: int, layout: Layout, branch: str) -> Mark:
-    """The site of what flows into up layer `branch_id`, counted from the last. Raises ExportError with the valid ids."""
+def mark_entry(cache: DeepCache, layout: Layout, branch: str) -> Mark:
+    """The site of what flows into the up layer of `cache_branch_id`. Raises ExportError with the valid ids."""
+    branch_id = cache.cache_branch_id
     places = [p for p in layout.places if p.branch == branch]
     layers = up_layers(places)
     if not layers:
         raise ExportError(
             "cache.method 'deepcache' is for UNets: the model has no up_blocks with resnets; choose a method for transformers"
         )
-    if branch_id >= len(layers):
+    known = dict(enumerate(layers)) if cache.numbering == "layers" else package_layers(layers)
+    if branch_id not in known:
         raise ExportError(
             f"cache.cache_branch_id {branch_id} is not an up layer of the model; it has "
-            + ", ".join(f"{b} = {p.name}" for b, p in enumerate(layers))
+            + ", ".join(f"{b} = {p.name}" for b, p in known.items())
         )
-    layer = layers[branch_id]
+    layer = known[branch_id]
     before = (p for p in reversed(places[: places.index(layer)]) if not p.name.startswith(f"{layer.name}."))
     return next(before).mark()
 
@@ -104,6 +108,18 @@ def mark_entry(branch_id: int, layout: Layout, branch: str) -> Mark:
 def up_layers(places: list[Place]) -> list[Place]:
     """The layers of a UNet's way up that read skip connections, the last to run first."""
     return [p for p in reversed(places) if UP_LAYER.fullmatch(p.name)]
+
+
+def package_layers(layers: list[Place]) -> dict[int, Place]:
+    """The layers by the ids of the DeepCache package: layer `id % 3` of block `id // 3`, both counted from the last to run.
+
+    A block of fewer than three layers is entered at its first to run by the ids that are too large for it; one of more has
+    layers without an id.
+    """
+    blocks: dict[str, list[Place]] = {}
+    for layer in layers:
+        blocks.setdefault(layer.name.partition(".resnets.")[0], []).append(layer)
+    return {3 * b + i: own[min(i, len(own) - 1)] for b, own in enumerate(blocks.values()) for i in range(3)}
 
 
 def whole_evaluations(cache: DeepCache, count: int) -> frozenset[int]:

@@ -21,7 +21,8 @@ from .common.schedule import Decision, Schedule, Trajectory
 
 class FirstBlockCache(FrozenCache):
     """All blocks but the first are skipped while the first one's residual stays close to what it was; `threshold` as in
-    diffusers' `FirstBlockCacheConfig`, `quorum` and `calibration` as in every method that is frozen from calibration."""
+    diffusers' `FirstBlockCacheConfig`, which decides once for both branches of guidance, as here with `guidance.branches =
+    "batched"`; otherwise each branch has its own decisions. `quorum` and `calibration` as in every method that is frozen from calibration."""
 
     method: Literal["firstblock"] = "firstblock"
     threshold: float = Field(default=0.05, ge=0)

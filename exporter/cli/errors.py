@@ -1,8 +1,6 @@
-"""What a command says on stderr."""
+"""The packages that a command may lack."""
 
 from __future__ import annotations
-
-import sys
 
 EXPORT_EXTRA = (
     "diffusers",
@@ -16,6 +14,7 @@ EXPORT_EXTRA = (
     "matplotlib",
     "jinja2",
     "setuptools",
+    "shtab",
 )
 
 
@@ -25,8 +24,3 @@ def missing_extra(error: Exception, command: str) -> str | None:
     if not isinstance(error, ModuleNotFoundError) or package not in EXPORT_EXTRA:
         return None
     return f"`prebake {command}` needs {package}: pip install 'prebake[export]'"
-
-
-def print_errors(message: str) -> None:
-    for line in message.splitlines():
-        print(f"prebake: error: {line}", file=sys.stderr)

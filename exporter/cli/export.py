@@ -10,7 +10,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...runtime.cli.command import print_errors
+from ...runtime.cli.signals import describe_interrupt
 from .options import add_output_modes, add_overrides, print_json, progress_mode
+from .summary import summarize_artifact, summary_lines
 
 if TYPE_CHECKING:
     from ..recipe.resolve import Recipe
@@ -121,7 +124,7 @@ def _export_recipe(recipe: Recipe, row: ExportRow, args: argparse.Namespace) -> 
                 result = forecast.describe_forecast(prepared, forecast.forecast_graphs(prepared))
         else:
             artifact = export(recipe, row.output or default_output(recipe), options, shown)
-            result = {"artifact": str(artifact), "graphs": shown.graphs}
+            result = {"artifact": str(artifact), "graphs": shown.graphs, **summarize_artifact(artifact)}
     return {**result, "seconds": shown.seconds}
 
 
@@ -138,6 +141,7 @@ def _result_lines(result: dict[str, Any]) -> Iterator[str]:
 
     if "artifact" in result:
         yield result["artifact"]
+        yield from summary_lines(result)
     if "plans" in result:
         yield from format_forecast(result, sys.stdout.encoding)
 
@@ -168,9 +172,9 @@ def _export_rows(rows: Sequence[ExportRow], args: argparse.Namespace) -> int:
             tried.append(_try_row(row, args))
             if args.dry_run and tried[-1].code == 0 and not args.json:
                 _print_result(tried[-1].result, args)
-    except KeyboardInterrupt:
-        print("prebake: interrupted; what was exported before is in place", file=sys.stderr)
-        code = 130
+    except KeyboardInterrupt as e:
+        code, word = describe_interrupt(e)
+        print(f"prebake: {word}; what was exported before is in place", file=sys.stderr)
     code = code or matrix.worst_code(one.code for one in tried)
     if args.json:
         print_json(matrix.matrix_json(tried, code))
@@ -219,7 +223,7 @@ def _row_output(row: ExportRow) -> Path | None:
 def _try_row(row: ExportRow, args: argparse.Namespace) -> RowOutcome:
     """The outcome of one row. A bug is printed with its traceback, and the rows after it are still tried."""
     from ...runtime.errors import PrebakeError
-    from .errors import missing_extra, print_errors
+    from .errors import missing_extra
     from .matrix import RowOutcome
 
     begun = time.perf_counter()
@@ -227,11 +231,11 @@ def _try_row(row: ExportRow, args: argparse.Namespace) -> RowOutcome:
         return RowOutcome(row, 0, result=_export_row(row, args), seconds=time.perf_counter() - begun)
     except PrebakeError as e:
         code, message = e.exit_code, str(e)
-        print_errors(message)
+        print_errors(message, "prebake: ")
     except Exception as e:
         if said := missing_extra(e, args.command):
             code, message = 2, said
-            print_errors(message)
+            print_errors(message, "prebake: ")
         else:
             code, message = 1, f"{type(e).__name__}: {e}"
             traceback.print_exc()

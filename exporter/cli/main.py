@@ -12,11 +12,13 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from ...runtime.cli.streams import escape_unprintable
+from ...runtime.cli.command import CommandLine
+from ...runtime.cli.parser import CommandParser
 from .bench import add_bench
 from .cache import add_cache
 from .calibrate import add_calibrate
-from .errors import missing_extra, print_errors
+from .completion import add_completion
+from .errors import missing_extra
 from .export import add_export
 from .options import add_output_modes, add_overrides, parse_positive, print_json, progress_mode
 from .plan import add_plan
@@ -33,23 +35,7 @@ INTERRUPT_NOTES = {  # by a command that is interrupted
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. What prebake refuses goes to stderr, a line per problem; anything else is a bug and keeps its traceback."""
-    escape_unprintable()
-    args = _parser().parse_args(argv)
-    try:
-        return args.run(args)
-    except KeyboardInterrupt:
-        print("prebake: interrupted" + INTERRUPT_NOTES.get(args.command, ""), file=sys.stderr)
-        return 130
-    except Exception as e:
-        from ...runtime.errors import PrebakeError
-
-        if said := missing_extra(e, args.command):
-            print_errors(said)
-            return 2
-        if not isinstance(e, PrebakeError):
-            raise
-        print_errors(str(e))
-        return e.exit_code
+    return CommandLine(_parser(), "prebake: ", INTERRUPT_NOTES, missing_extra).run(argv)
 
 
 def export_main() -> int:
@@ -57,11 +43,11 @@ def export_main() -> int:
     return main(["export", *sys.argv[1:]])
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> CommandParser:
     from ...runtime.cli.main import add_commands as add_runtime_commands
     from ...runtime.errors import EXIT_CODES
 
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="prebake",
         description="Exports diffusers pipelines ahead of time, and runs what it exported.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -79,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     add_cache(commands)
     _add_recipes(commands)
     add_runtime_commands(commands)
+    add_completion(commands, parser)
     return parser
 
 

@@ -49,7 +49,7 @@ def read_matrix(path: Path, model: str | None, overrides: Sequence[str]) -> tupl
     Raises RecipeError with every problem of the file.
     """
     try:
-        data = tomllib.loads(path.read_text("utf-8"))
+        data = tomllib.loads(path.read_text("utf-8-sig"))
     except OSError as e:
         raise RecipeError(f"--matrix {path}: expected a TOML file, but {e.strerror}; see docs/how-to/ci.md") from e
     except ValueError as e:  # of TOML or of UTF-8

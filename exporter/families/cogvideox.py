@@ -9,7 +9,7 @@ denoiser's graph. Positions are constants.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from ...runtime.errors import ExportError
 from ..recipe.schema import GUIDANCE, Guidance
 from ..sites.component import Component
 from ..sites.guidance import add_guidance
-from .picture import Size, accept_steps, call_pipeline, check_multiples, no_scheduler_arguments
+from .picture import Size, accept_steps, call_pipeline, check_multiples, refuse_foreign_scheduler
 from .text import TextStates, prompt_entry, text_component
 
 PICTURE = None
@@ -200,11 +200,7 @@ def prompt_entries(pipe: Any, size: Size) -> list[dict[str, Any]]:
 
 
 def other_components(pipe: Any, size: Size, *, channels_last: bool, picture: bool = False) -> tuple[Component, ...]:
-    """The text encoder, and the VAE's decoder last. Raises ExportError for `channels_last`, which images have."""
-    if channels_last:
-        raise ExportError(
-            "compile.channels_last_vae: expected false, since this VAE's tensors have five dimensions, got true; set it to false"
-        )
+    """The text encoder, and the VAE's decoder last, whose tensors have five dimensions and no `channels_last`."""
     decoder = Decoder(pipe.vae, latent_frames(pipe, size)[1]).eval()
     latents = torch.zeros(1, *latents_shape(pipe, size))
     return (
@@ -213,7 +209,13 @@ def other_components(pipe: Any, size: Size, *, channels_last: bool, picture: boo
     )
 
 
-scheduler_arguments, check_steps = no_scheduler_arguments, accept_steps
+check_steps = accept_steps
+
+
+def scheduler_arguments(scheduler: Any, latents_shape: Sequence[int], steps: int) -> dict[str, Any]:
+    """Nothing; `step` of CogVideoXDPMScheduler is given the timestep and the output before."""
+    refuse_foreign_scheduler(scheduler, "order", "init_noise_sigma", earlier=True)
+    return {}
 
 
 def facts(pipe: Any, size: Size) -> dict[str, Any]:

@@ -8,7 +8,6 @@ scheduler. Latents travel packed and in float32, [1, N, C]; every graph casts in
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -22,7 +21,16 @@ from ...runtime.families.flux import pack_latents
 from ..recipe.schema import GUIDANCE, Guidance
 from ..sites.component import Component
 from ..sites.guidance import add_guidance
-from .picture import Decoder, Encoder, Size, accept_steps, call_pipeline, check_multiples, vae_components
+from .picture import (
+    Decoder,
+    Encoder,
+    Size,
+    accept_steps,
+    call_pipeline,
+    check_multiples,
+    refuse_foreign_scheduler,
+    vae_components,
+)
 from .text import prompt_entry, refuse_attention_masks, text_component
 
 PICTURE = {"strength": 0.6, "rounded": "down", "redrawn": False}
@@ -197,22 +205,21 @@ def scheduler_arguments(scheduler: Any, latents_shape: Sequence[int], steps: int
     if getattr(scheduler, "init_noise_sigma", 1.0) != 1.0:
         raise ExportError(
             "sampler.scheduler: expected one that starts from noise of deviation 1, as FluxPipeline does, got "
-            f"{type(scheduler).__name__}; take FlowMatchEulerDiscreteScheduler or FlowMatchHeunDiscreteScheduler"
+            f"{type(scheduler).__name__}; take FlowMatchEulerDiscreteScheduler"
         )
     _, h, w = latents_shape
     config = scheduler.config
-    accepts = inspect.signature(type(scheduler).set_timesteps).parameters
     arguments: dict[str, Any] = {}
-    if "sigmas" in accepts and not config.get("use_flow_sigmas", False):
+    if not config.get("use_flow_sigmas", False):
         arguments["sigmas"] = np.linspace(1.0, 1 / steps, steps)
-    if "mu" in accepts:
-        arguments["mu"] = calculate_shift(
-            (h // 2) * (w // 2),
-            config.get("base_image_seq_len", 256),
-            config.get("max_image_seq_len", 4096),
-            config.get("base_shift", 0.5),
-            config.get("max_shift", 1.15),
-        )
+    arguments["mu"] = calculate_shift(
+        (h // 2) * (w // 2),
+        config.get("base_image_seq_len", 256),
+        config.get("max_image_seq_len", 4096),
+        config.get("base_shift", 0.5),
+        config.get("max_shift", 1.15),
+    )
+    refuse_foreign_scheduler(scheduler, "order", arguments=arguments)
     return arguments
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +43,32 @@ def accept_steps(pipe: Any, steps: int) -> None:
 
 def no_scheduler_arguments(scheduler: Any, latents_shape: Sequence[int], steps: int) -> dict[str, Any]:
     """Nothing: `scheduler_arguments` of pipelines that pass the number of steps alone, or besides it `eta=0`, the default."""
+    refuse_foreign_scheduler(scheduler, "order", "init_noise_sigma")
     return {}
+
+
+def refuse_foreign_scheduler(
+    scheduler: Any, *attributes: str, arguments: Mapping[str, Any] | None = None, earlier: bool = False
+) -> None:
+    """Raises ExportError for a scheduler with which diffusers' own pipeline ends in an error: it reads `attributes`, passes
+    `arguments` to `set_timesteps`, and hands `step` the timestep and the output before only where `earlier`."""
+    name = type(scheduler).__name__
+    step, takes = (method_parameters(scheduler, method) for method in ("step", "set_timesteps"))
+    lacking = [f"has no {key}" for key in ("step", *attributes) if not hasattr(scheduler, key)]
+    lacking += [f"takes no {key} in set_timesteps" for key in arguments or {} if key not in takes]
+    if not earlier:
+        lacking += [f"needs {key} in step" for key in ("timestep_back", "old_pred_original_sample") if key in step]
+    if lacking:
+        raise ExportError(
+            f"sampler.scheduler: diffusers' own pipeline cannot draw with {name}, which {', and '.join(lacking)}; "
+            "take the model's own, or another one"
+        )
+
+
+def method_parameters(owner: Any, name: str) -> frozenset[str]:
+    """The parameters of a method; none where there is no such method."""
+    method = getattr(owner, name, None)
+    return frozenset() if method is None else frozenset(inspect.signature(method).parameters)
 
 
 def check_multiples(size: Size, patch: int, why: str) -> None:

@@ -20,7 +20,16 @@ from ...runtime.errors import ExportError
 from ..recipe.schema import GUIDANCE, Guidance
 from ..sites.component import Component
 from ..sites.guidance import add_guidance
-from .picture import Decoder, Encoder, Size, accept_steps, call_pipeline, check_multiples, vae_components
+from .picture import (
+    Decoder,
+    Encoder,
+    Size,
+    accept_steps,
+    call_pipeline,
+    check_multiples,
+    refuse_foreign_scheduler,
+    vae_components,
+)
 from .text import prompt_entry, refuse_attention_masks, text_component
 
 PICTURE = {"strength": 0.6, "inpaint_strength": 0.6, "rounded": "down"}
@@ -179,6 +188,7 @@ def scheduler_arguments(scheduler: Any, latents_shape: Sequence[int], steps: int
             "sampler.scheduler: expected one that starts from noise of deviation 1, as StableDiffusion3Pipeline does, got "
             f"{type(scheduler).__name__}; take FlowMatchEulerDiscreteScheduler or FlowMatchHeunDiscreteScheduler"
         )
+    refuse_foreign_scheduler(scheduler, "order", arguments={"mu": None} if config.get("use_dynamic_shifting") else {})
     if not config.get("use_dynamic_shifting"):
         return {}
     _, h, w = latents_shape

@@ -112,7 +112,7 @@ def pictures_section(g: PageFacts) -> dict[str, Any] | None:
         rows.append({"prompt": shown.prompt, "seed": shown.seed, "eager": data_uri(shown.eager), "plans": of, "small": SafeMarkup(small)})  # fmt: skip
     said = (
         f"Drawn {when}, by the pipeline in float32 and by the artifact from the same noise. Below each is its difference from "
-        f"eager's, times {DIFFERENCE_GAIN}: black is equal. PSNR is from before rounding to 8 bits, and 120 dB is equal."
+        f"eager's, times {DIFFERENCE_GAIN}: black is equal. The pictures with the lowest PSNR of all that were drawn come first. PSNR is from before rounding to 8 bits, and 120 dB is equal."
     )
     return {"rows": rows, "gain": DIFFERENCE_GAIN, "said": said}
 

@@ -18,6 +18,7 @@ import torch
 from ...runtime.errors import ExportError
 from ...runtime.manifest import Source
 from .. import tiny
+from ..recipe.problems import suggest_name
 from . import hub_errors as hub
 from . import single_file
 
@@ -132,6 +133,8 @@ def find_model(model: str, revision: str | None = None) -> Path:
             f"model {model!r}: there is no such file or folder; expected {', '.join(EMBEDDED_MODELS)}, {tiny.TINY_PREFIX}NAME, a "
             "folder, a safetensors file, or a hub id such as black-forest-labs/FLUX.1-dev"
         )
+    if "/" not in model and (near := suggest_name(model, EMBEDDED_MODELS).rstrip(";")):
+        raise ExportError(f"model {model!r}: there is no such file or folder, and a hub id has an owner{near}")
     return hub.download_model(model, revision)
 
 
@@ -157,8 +160,9 @@ def tiny_folder(name: str) -> tempfile.TemporaryDirectory[str]:
     Raises ExportError with the names that exist.
     """
     if name not in tiny.TINY_MODELS:
+        near = suggest_name(name, tiny.TINY_MODELS).rstrip(";").replace("'", f"'{tiny.TINY_PREFIX}", 1)
         known = ", ".join(tiny.TINY_PREFIX + known for known in tiny.TINY_MODELS)
-        raise ExportError(f"model '{tiny.TINY_PREFIX}{name}': expected one of {known}")
+        raise ExportError(f"model '{tiny.TINY_PREFIX}{name}': expected one of {known}{near}")
     folder = tempfile.TemporaryDirectory(prefix="prebake-tiny-")
     tiny.save_tiny_pipeline(name, Path(folder.name))
     return folder
@@ -199,7 +203,7 @@ def read_model_defaults(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        table = tomllib.loads(path.read_text("utf-8")).get("defaults", {})
+        table = tomllib.loads(path.read_text("utf-8-sig")).get("defaults", {})
     except ValueError as e:
         raise ExportError(f"{path}: not valid TOML: {e}; repair or remove it") from e
     if not isinstance(table, dict) or set(table) - set(DEFAULT_TYPES):

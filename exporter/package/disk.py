@@ -6,6 +6,8 @@ import contextlib
 import errno
 import os
 import re
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,11 +23,39 @@ def explain_disk_errors(output: Path) -> Iterator[None]:
         yield
     except Exception as e:
         if reason := find_disk_problem(e):
-            where = getattr(e, "filename", None) or output.parent
+            where = find_full_place(e, output)
+            way_out = "choose another TMPDIR" if is_in_tmpdir(where, output) else "choose another --output or TMPDIR"
             raise ExportError(
-                f"{output}: cannot be written, since {where} says {reason!r}; make room, or choose another --output or TMPDIR"
+                f"{output}: cannot be written, since {where} says {reason!r}; make room, or {way_out}"
             ) from e
         raise
+
+
+def find_full_place(error: BaseException, output: Path) -> Path:
+    """The file that the error names, or one in TMPDIR that a compiler names; else the one of TMPDIR and the output's folder
+    that has less room."""
+    temporary, named = Path(tempfile.gettempdir()), error
+    while named is not None:
+        if isinstance(filename := getattr(named, "filename", None), str | os.PathLike):
+            return Path(filename)
+        found = re.search(rf"{re.escape(str(temporary))}/[^\s'\":]*", str(named))
+        if found and not found[0].startswith(f"{output.parent}/"):
+            return Path(found[0])
+        named = named.__cause__
+    return min((output.parent, temporary), key=free_bytes)
+
+
+def is_in_tmpdir(place: Path, output: Path) -> bool:
+    """Whether the place is one for temporary files, and the output is elsewhere."""
+    temporary = Path(tempfile.gettempdir())
+    return place.is_relative_to(temporary) and not output.is_relative_to(temporary)
+
+
+def free_bytes(folder: Path) -> int:
+    try:
+        return shutil.disk_usage(folder).free
+    except OSError:
+        return 0
 
 
 def find_disk_problem(error: BaseException | None) -> str | None:

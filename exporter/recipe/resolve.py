@@ -133,7 +133,7 @@ def _parse_file(label: str, path: Any) -> RecipeFile:
             f"{label}: expected a recipe file, found {found}; the recipes that ship: {', '.join(recipe_names())}"
         )
     try:
-        text = path.read_text("utf-8")
+        text = path.read_text("utf-8-sig")
         return RecipeFile(label, text, tomllib.loads(text))
     except UnicodeDecodeError as e:
         raise RecipeError(

@@ -77,7 +77,8 @@ class Precision(RecipeTable):
 
 
 class Fuse(RecipeTable):
-    """Query, key and value as one matrix product: the same sums, one pass over the input."""
+    """Query, key and value as one matrix product: the same sums, one pass over the input. Where a model has nothing to fuse,
+    the export says so."""
 
     qkv: bool = True
     """In the denoiser."""
@@ -179,7 +180,7 @@ class Compile(RecipeTable):
     threads: int | None = Field(default=None, ge=1)
     """Threads that the compiled loops fork. None = as many as torch uses where it is exported. Matrix products ask at run time."""
     channels_last_vae: bool = True
-    """The VAE's images in channels-last order."""
+    """The VAE's images in channels-last order; videos stay as they are."""
     inductor: Flags = Field(default={})
     """Flags of `torch._inductor.config` by their dotted names, compared with the installed torch."""
     options: Flags = Field(default={})
@@ -258,6 +259,12 @@ def _impossible_combinations(r: Recipe) -> Iterator[RecipeProblem]:
         yield (
             ("attention.backend", "attention.dtype", "precision.denoiser"),
             f'backend = "{chosen}" computes in bfloat16 or float16, and attention is in float32; set attention.dtype = "bfloat16"',
+        )
+    if r.guidance.batched and r.cache.needs_planes:
+        yield (
+            ("guidance.branches", "cache.method"),
+            f'branches = "batched" runs both branches at once, and cache method "{r.cache.method}" skips the unconditional '
+            'one; set guidance.branches = "sequential", or cache.is_guidance_distilled = true to extrapolate attentions alone',
         )
     for steps in r.sampler.steps or ():
         try:

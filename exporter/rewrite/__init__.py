@@ -33,7 +33,7 @@ def rewrite_pipeline(pipe: Any, recipe: Any, backend: Backend, progress: Progres
         if isinstance(component, nn.Module):
             refuse_hooked(name, component)
     if recipe.fuse.vae_qkv:
-        note_fused("fuse.vae_qkv", "vae", fuse_qkv("vae", pipe.vae, key="fuse.vae_qkv"), progress)
+        fuse_component("fuse.vae_qkv", "vae", pipe.vae, progress)
     name, denoiser = next((n, pipe.components[n]) for n in DENOISER_COMPONENTS if n in pipe.components)
     return rewrite_denoiser(name, denoiser, recipe, backend, progress)
 
@@ -44,17 +44,20 @@ def rewrite_denoiser(
     """Applies `fuse` and `quantize` to the denoiser alone, whose name in its pipeline is `name`."""
     refuse_hooked(name, denoiser)
     if recipe.fuse.qkv:
-        note_fused("fuse.qkv", name, fuse_qkv(name, denoiser, key="fuse.qkv"), progress)
+        fuse_component("fuse.qkv", name, denoiser, progress)
     if name == "unet" and backend.CHANNELS_LAST:
         denoiser.to(memory_format=torch.channels_last)
     quantized = partial(backend.quantize_layers, recipe=recipe)
     return quantize_model(denoiser, recipe.quantize, inner_width(denoiser), quantized)
 
 
-def note_fused(key: str, component: str, count: int, progress: Progress | None) -> None:
-    """Says how many attentions of a component have one product for queries, keys and values now."""
+def fuse_component(key: str, name: str, component: Any, progress: Progress | None) -> None:
+    """Fuses where there is something to fuse, and says how many attentions of the component have one product for queries,
+    keys and values now, or that there is nothing: a recipe may be for every family."""
+    count = fuse_qkv(component)
     if progress:
-        progress.note(f"{key}: {count} attention{'s' if count > 1 else ''} fused in the {component}")
+        said = f"{count} attention{'s' * (count > 1)} fused in the {name}"
+        progress.note(f"{key}: {said if count else f'nothing to fuse in the {name} ({type(component).__name__})'}")
 
 
 def inner_width(denoiser: Any) -> int:

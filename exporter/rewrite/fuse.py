@@ -7,31 +7,26 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...runtime.errors import ExportError
 from .sd3_attention import FusedJointAttention
 
 PROJECTION_NAMES = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
 
 
-def fuse_qkv(component: str, model: Any, *, key: str) -> int:
-    """How many attentions were fused, always at least one: raises ExportError naming `key` when none could be.
+def fuse_qkv(model: Any) -> int:
+    """How many attentions were fused; 0 of a model that has none, or that diffusers cannot fuse.
 
     diffusers keeps the parts beside the fused matrix; they are dropped here, or they would be quantized and stored too.
     """
     from diffusers.models.attention_processor import FusedJointAttnProcessor2_0
 
     if not hasattr(model, "fuse_qkv_projections"):
-        raise ExportError(f"{key}: {type(model).__name__} ({component}) has no fuse_qkv_projections; set {key}=false")
+        return 0
     model.fuse_qkv_projections()
     fused = [
         m
         for m in model.modules()
         if getattr(m, "fused_projections", False) and (hasattr(m, "to_qkv") or hasattr(m, "to_kv"))
     ]
-    if not fused:
-        raise ExportError(
-            f"{key}: diffusers found no attention to fuse in the {component} ({type(model).__name__}); set {key}=false"
-        )
     for attention in fused:
         if isinstance(attention.processor, FusedJointAttnProcessor2_0):  # wrong for SD3.5: see joint.py
             attention.set_processor(FusedJointAttention())

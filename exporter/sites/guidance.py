@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...runtime.errors import ExportError
 from .component import Component
 
 LOW, HIGH = "low", "high"
@@ -163,9 +164,17 @@ def add_guidance(
 
 
 def add_planes(component: Component) -> Component:
-    """A guided component whose unconditional branch passes through `low` and `high`; one without guidance as it is."""
+    """A guided component whose unconditional branch passes through `low` and `high`; one without guidance as it is.
+
+    Raises ExportError for an output of packed tokens, which has no picture's rows and columns to split by frequency.
+    """
     module = component.module
     if isinstance(module, GuidedDenoiser) and not hasattr(module, LOW):
+        if component.args[0].dim() < 4:
+            raise ExportError(
+                "cache.method 'fastercache' splits pictures by frequency, and this denoiser's output is packed tokens "
+                f"{list(component.args[0].shape)}; set cache.is_guidance_distilled=true to extrapolate attentions alone, or guidance.true_cfg=false"
+            )
         module.low = LowPass(*component.args[0].shape[-2:])
         module.high = PassThrough()
     return component

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -66,6 +67,11 @@ def relative_error(value: Tensor, reference: Tensor) -> float:
 def largest_error(errors: Iterable[float]) -> float:
     """The largest, and NaN is larger than any: `max` would pass over it."""
     return max(errors, key=lambda error: (math.isnan(error), error))
+
+
+def smallest_psnr_db(found: Iterable[float]) -> float:
+    """The smallest, and NaN is smaller than any: `min` would pass over it."""
+    return min(found, key=lambda db: (not math.isnan(db), db))
 
 
 # --- drawing --------------------------------------------------------------------------------------------------------
@@ -148,7 +154,9 @@ class Replayer:
         self._calls.clear()
         arguments = call_arguments(self._pipe, seed, plan)
         start = time.perf_counter()
-        output: Any = self._pipe(prompt, **arguments)
+        with warnings.catch_warnings():  # of the exporter's own prompts, which the pipeline cuts at the same place
+            warnings.filterwarnings("ignore", "the prompt is longer")
+            output: Any = self._pipe(prompt, **arguments)
         seconds = time.perf_counter() - start
         calls = tuple(self._calls)
         latents = next(c.inputs["latents"] for c in calls if c.graph == "vae_decoder")
@@ -289,7 +297,7 @@ def compare_row(
 
 @dataclass(frozen=True)
 class Comparison:
-    """All measurements of one run: samples of the recipe's pictures and of the checked ones, and the first few rows.
+    """All measurements of one run: samples of the recipe's pictures and of the checked ones, and the worst rows.
 
     `exact_eager` by number of steps and `exact` by plan are shares, 0..1, over the `checked_pictures`; all empty and 0
     where nothing was checked.
@@ -315,23 +323,37 @@ def measure_pictures(
     The evaluations of seed 0 are compared one by one as well, which costs eager another run of the denoiser each.
     """
     samples: list[Sample] = []
-    rows: list[PictureRow] = []
+    worst = WorstRows()
     progress.announce(f"{len(pictures)} pictures with eager and {len(replayer.artifact.plans)} plans")
     for row in draw_rows(replayer, reference, pictures):
-        samples += compare_row(replayer, reference, row, teacher_forced=row.seed == 0)
-        if row.seed == 0:
-            rows.append(row.drop_calls())
+        samples += worst.add(row, compare_row(replayer, reference, row, teacher_forced=row.seed == 0))
     if checked is None:
-        return Comparison(tuple(samples), rows=tuple(rows[:REPORT_ROWS]))
+        return Comparison(tuple(samples), rows=worst.rows)
     progress.announce(f"prompt accuracy on {len(checked.prompts)} prompts")
     others: list[Sample] = []
     more: list[PictureRow] = []
     for row in draw_rows(replayer, reference, [(prompt, i) for i, prompt in enumerate(checked.prompts)]):
-        others += compare_row(replayer, reference, row, teacher_forced=False)
+        others += worst.add(row, compare_row(replayer, reference, row, teacher_forced=False))
         more.append(row.drop_calls())
-    return Comparison(
-        tuple(samples), tuple(others), tuple((rows or more)[:REPORT_ROWS]), *exact_shares(more, checked), len(more)
-    )
+    return Comparison(tuple(samples), tuple(others), worst.rows, *exact_shares(more, checked), len(more))
+
+
+class WorstRows:
+    """The rows with the lowest PSNR of any plan among all that were drawn, the worst first: means hide pictures."""
+
+    def __init__(self, count: int = REPORT_ROWS) -> None:
+        self._count = count
+        self._kept: list[tuple[float, PictureRow]] = []
+
+    @property
+    def rows(self) -> tuple[PictureRow, ...]:
+        return tuple(row for _, row in self._kept)
+
+    def add(self, row: PictureRow, samples: tuple[Sample, ...]) -> tuple[Sample, ...]:
+        """Keeps the row, if it is among the worst; its samples."""
+        self._kept.append((smallest_psnr_db(s.psnr_db for s in samples), row.drop_calls()))
+        self._kept = sorted(self._kept, key=lambda kept: (not math.isnan(kept[0]), kept[0]))[: self._count]
+        return samples
 
 
 def exact_shares(rows: Sequence[PictureRow], checked: CheckedPrompts) -> tuple[dict[int, float], dict[str, float]]:

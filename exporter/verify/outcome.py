@@ -44,9 +44,7 @@ class Outcome:
     golden: tuple[GoldenReplay, ...]
     comparison: Comparison | None = None
     verdicts: tuple[Verdict, ...] = ()
-    not_measured: tuple[str, ...] = (
-        "the artifact was not compared with the eager pipeline: that is `prebake verify --source`",
-    )
+    not_measured: tuple[str, ...] = ()
 
     @property
     def missed(self) -> tuple[str, ...]:

@@ -21,7 +21,7 @@ from ...runtime.errors import RecipeError
 from ...runtime.manifest import Manifest
 from ...runtime.plan import Plan
 from . import picture_sheet as sheet
-from .measure import Comparison, Sample, largest_error
+from .measure import Comparison, Sample, largest_error, smallest_psnr_db
 
 if TYPE_CHECKING:
     from .outcome import Outcome
@@ -206,7 +206,7 @@ def closeness_figures(samples: Sequence[Sample]) -> dict[str, Any] | None:
     return {
         "pictures": len(samples),
         "psnr_db": statistics.fmean(s.psnr_db for s in samples),
-        "psnr_db_min": min(s.psnr_db for s in samples),
+        "psnr_db_min": smallest_psnr_db(s.psnr_db for s in samples),
         "ssim": statistics.fmean(s.ssim for s in samples),
         "ssim_min": min(s.ssim for s in samples),
         "latents_relative_error": statistics.fmean(s.latents_relative_error for s in samples),
@@ -288,15 +288,16 @@ def golden_cells(replays: Mapping[str, Any]) -> Cells:
 
 def closeness_cells(described: Mapping[str, Any]) -> Cells:
     """How close each plan's pictures and evaluations are to eager's, and what share of the prompts eager and plans draw right."""
-    cells: Cells = [("", "PSNR dB", "SSIM", "max error", "mean", "latents", "right %")]
+    cells: Cells = [("", "PSNR dB", "worst", "SSIM", "max error", "mean", "latents", "right %")]
     for steps, e in described["eager"].items():
-        cells.append((f"eager, {steps} steps", "", "", "", "", "", format_number(e["accuracy_percent"], ".1f")))
+        cells.append((f"eager, {steps} steps", "", "", "", "", "", "", format_number(e["accuracy_percent"], ".1f")))
     for name, plan in described["plans"].items():
         near, errors = plan["pictures"] or plan["checked_pictures"] or {}, plan["relative_error"] or {}
         cells.append(
             (
                 plan_label(name, plan),
                 format_number(near.get("psnr_db"), ".1f"),
+                format_number(near.get("psnr_db_min"), ".1f"),
                 format_number(near.get("ssim"), ".4f"),
                 format_number(errors.get("max"), ".2g"),
                 format_number(errors.get("mean"), ".2g"),

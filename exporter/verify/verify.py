@@ -102,7 +102,8 @@ def verify_artifact(folder: Path, choices: VerifyOptions, progress: Progress) ->
         refuse_nothing_to_replay(folder, manifest)
         replayer = open_replayer(open_artifact(folder, trust="size"), recipe, "")
         with progress.stage("verify", len(replayer.artifact.plans)):
-            return manifest, Outcome(recipe, replayer.artifact.plans, replay_golden_vectors(replayer, progress))
+            golden = replay_golden_vectors(replayer, progress)
+        return manifest, Outcome(recipe, replayer.artifact.plans, golden, not_measured=(not_compared(manifest),))
     recipe = override_prompts(recipe, choices)
     jobs = () if choices.prompt_set == "accuracy" else picture_jobs(recipe, choices.limit)
     checked = (
@@ -158,6 +159,14 @@ def complete_verification(
         return manifest, e.outcome
     progress.note(f"{folder.name} has golden vectors of all plans, and is marked {manifest.status}")
     return manifest, outcome
+
+
+def not_compared(manifest: Manifest) -> str:
+    """What a replay alone leaves open, and whether it was settled before."""
+    if manifest.status != "verified":
+        return "the artifact was not compared with the eager pipeline: that is `prebake verify --source`"
+    others = f", its plan {', '.join(manifest.unverified)} excepted" if manifest.unverified else ""
+    return f"the artifact was compared with the eager pipeline before, and passed{others}; `prebake verify --source` compares again"
 
 
 def refuse_nothing_to_replay(folder: Path, manifest: Manifest) -> None:
@@ -311,9 +320,11 @@ def override_prompts(recipe: Recipe, choices: VerifyOptions) -> Recipe:
 def read_prompts(path: Path) -> tuple[str, ...]:
     """The file's lines that are not empty: one prompt each."""
     try:
-        prompts = tuple(line.strip() for line in path.read_text("utf-8").splitlines() if line.strip())
+        prompts = tuple(line.strip() for line in path.read_text("utf-8-sig").splitlines() if line.strip())
     except OSError as e:
         raise RecipeError(f"--prompts {path}: expected a text file with one prompt a line, but {e.strerror}") from e
+    except ValueError as e:
+        raise RecipeError(f"--prompts {path}: expected text in UTF-8, but {e}; save it so") from e
     if not prompts:
         raise RecipeError(f"--prompts {path}: expected one prompt a line, the file has none")
     return prompts

@@ -30,9 +30,11 @@ from ..text import (
     wrap_entries,
 )
 from .check import add_check
-from .streams import utf8_argument
+from .streams import output_errors, utf8_argument
 from .transfer import add_pull, add_push
 
+STDOUT = Path("-")  # --output of what goes there
+SITES_SHOWN = 4  # of the values that outlive a step
 DEFAULT_FPS = 8  # what CogVideoX was trained on
 UNVERIFIED_NOTE = "added since, and not compared with the pipeline: {}; `prebake verify --source` does that"
 
@@ -68,7 +70,8 @@ def _add_run(subparsers: Any) -> None:
     parser.add_argument(
         "--output",
         metavar="FILE",
-        help="where to write; several are numbered (default: image.png; of videos video.mp4, or video.gif without PyAV)",
+        help="where to write, - for one image as a PNG on stdout; several are numbered (default: image.png; of videos "
+        "video.mp4, or video.gif without PyAV)",
     )
     parser.add_argument("--fps", type=int, metavar="N", help=f"frames per second of a video (default: {DEFAULT_FPS})")
     parser.add_argument("--seed", type=int, help="makes the images reproducible")
@@ -89,7 +92,9 @@ def _add_run(subparsers: Any) -> None:
     )
     parser.add_argument("--public-key", metavar="FILE", help="of whoever signed the artifact, with --trust signature")
     parser.add_argument("--num-images", type=int, default=1, metavar="N", help="images for each prompt (default: 1)")
-    parser.add_argument("--json", action="store_true", help="print JSON in place of text")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    how.add_argument("--json", action="store_true", help="print JSON in place of text")
     parser.set_defaults(run=run)
 
 
@@ -120,8 +125,12 @@ def run(args: argparse.Namespace) -> int:
     )
     seconds = (loaded - started, time.perf_counter() - loaded)
     kind, made = ("video", output.frames) if isinstance(output, VideoOutput) else ("image", output.images)
+    if target == STDOUT:
+        print_image(made[0])
+        return 0
     paths = _write_outputs(made, target, args.fps or DEFAULT_FPS)
-    _print_outputs(kind, paths, seconds, in_json=args.json)
+    if not args.quiet:
+        _print_outputs(kind, paths, seconds, in_json=args.json)
     return 0
 
 
@@ -130,6 +139,9 @@ def _output_path(args: argparse.Namespace, manifest: Manifest) -> Path:
     from ..video import check_video_path, default_video_path
 
     video = manifest.defaults.num_frames is not None
+    if args.output == str(STDOUT):
+        refuse_stdout(args, video)
+        return STDOUT
     target = Path(args.output) if args.output else default_video_path() if video else Path("image.png")
     if video:
         check_video_path(target, DEFAULT_FPS if args.fps is None else args.fps)
@@ -142,6 +154,25 @@ def _output_path(args: argparse.Namespace, manifest: Manifest) -> Path:
             f"{target}: there is no folder {target.parent} to write to; make it, or give another --output"
         )
     return target
+
+
+def refuse_stdout(args: argparse.Namespace, video: bool) -> None:
+    """Raises RequestError where stdout cannot hold what is made: one image as a PNG, and nothing else, not for a terminal."""
+    count = len(args.prompts) * args.num_images
+    if video or count != 1:
+        made = "videos" if video else f"{count} images"
+        raise RequestError(f"--output -: expected one image, and the artifact would make {made}; give a file's name")
+    if args.json or args.fps is not None:
+        raise RequestError(f"--output -: stdout holds the image alone; leave {'--json' if args.json else '--fps'} out")
+    if sys.stdout.isatty():
+        raise RequestError("--output -: stdout is a terminal; send it to a file or a program, or give a file's name")
+
+
+def print_image(image: Any) -> None:
+    """The image as a PNG on stdout."""
+    with output_errors():
+        image.save(sys.stdout.buffer, "PNG")
+        sys.stdout.buffer.flush()
 
 
 def _image_suffixes() -> set[str]:
@@ -300,6 +331,9 @@ def _plan_lines(manifest: Manifest, plans: Mapping[str, Plan]) -> list[str]:
         note = ", unverified" if name in manifest.unverified else ""
         entries.append((name, f"{step_strip(plan, signs)}  cache {plan.cache}, {plan.scheduler}{note}"))
     entries.append(("", ", ".join(f"{sign} = {name}" for name, sign in signs.items())))
+    if manifest.sites:
+        more = f" and {len(manifest.sites) - SITES_SHOWN} more" if len(manifest.sites) > SITES_SHOWN else ""
+        entries.append(("stored", ", ".join(site.name for site in manifest.sites[:SITES_SHOWN]) + more))
     lines = wrap_entries(entries)
     if manifest.unverified:
         lines.append(UNVERIFIED_NOTE.format(", ".join(manifest.unverified)))

@@ -327,8 +327,8 @@ def test_at_other_steps_the_mask_stands_in_with_the_variants_that_are_there(foun
 
 
 def test_with_another_scheduler_or_model_the_mask_stands_in_too(found):
-    plan, notes = planned(found, 8, "sampler.scheduler=FlowMatchHeunDiscreteScheduler")
-    assert (plan.cache, plan.scheduler, len(notes)) == ("mask", "FlowMatchHeunDiscreteScheduler", 1)
+    plan, notes = planned(found, 8, "sampler.scheduler=FlowMatchLCMScheduler")
+    assert (plan.cache, plan.scheduler, len(notes)) == ("mask", "FlowMatchLCMScheduler", 1)
     calibrations.write_calibration(found / calibrations.CALIBRATION_FILE, calibration_of(found, sha256="0" * 64))
     plan, notes = planned(found, 8)
     assert plan.cache == "mask"
@@ -378,7 +378,7 @@ def test_the_first_calibration_of_an_artifact_goes_into_it_and_is_hashed(copied,
         ((), Auto, 0),
         (("sampler.steps=[8,6]",), Mask, 1),
         pytest.param(("shapes.height=64", "shapes.width=64"), Mask, 1, marks=pytest.mark.slow),
-        pytest.param(("sampler.scheduler=FlowMatchHeunDiscreteScheduler",), Mask, 1, marks=pytest.mark.slow),
+        pytest.param(("sampler.scheduler=FlowMatchLCMScheduler",), Mask, 1, marks=pytest.mark.slow),
     ],
 )
 def test_an_export_takes_the_found_plan_only_where_all_its_timesteps_are_the_calibrations(

@@ -162,6 +162,15 @@ def takes(function: Callable[..., Any], *names: str) -> bool:
     return tuple(inspect.signature(function).parameters)[: len(names)] == names
 
 
+def check_header_folder() -> None:
+    from torch._inductor import codecache
+
+    assert Path(codecache._HEADER_DIR).name == "precompiled_headers"
+    assert Path(codecache._HEADER_LOCK_DIR).parent == Path(codecache._HEADER_DIR)
+    reads = inspect.unwrap(codecache._precompile_header).__code__.co_names  # at each call
+    assert {"_HEADER_DIR", "_HEADER_LOCK_DIR"} <= set(reads)
+
+
 def check_inductor_config() -> None:
     config = exporting.inductor_config()
     assert {"cpp.simdlen", "aot_inductor.package", "epilogue_fusion"} <= config.get_config_copy().keys()
@@ -330,6 +339,8 @@ OF_EXPORTER: dict[str, Callable[[], object]] = {
     "torch._inductor.config": check_inductor_config,
     "torch._inductor.codecache.torch_key": check_key,
     "torch._inductor.cpp_builder.get_cpp_compiler": check_compiler,
+    "torch._inductor.codecache._HEADER_DIR": check_header_folder,
+    "torch._inductor.codecache._HEADER_LOCK_DIR": check_header_folder,
     "torch._inductor.aot_compile": check_aot_compile,
     "torch._inductor.package.package_aoti": check_package_aoti,
     "torch._functorch._aot_autograd.subclass_parametrization.unwrap_tensor_subclass_parameters": check_unwrapping,

@@ -16,7 +16,8 @@ CONTRACT = "runtime/test_contract.py::test_a_wrong_input_is_named_with_what_came
 CONSTANTS = "runtime/test_artifact.py::test_constants_must_be_exactly_the_compiled_ones"
 DAMAGED, DISKS, PROMPTS = "faults/test_damaged.py::", "faults/test_disks.py::", "faults/test_prompts.py::"
 KILLED, EXPORTS, AROUND = "faults/test_killed.py::", "faults/test_exports.py::", "faults/test_surroundings.py::"
-COMPILER = "faults/test_compiler.py::"
+COMPILER, SHELL = "faults/test_compiler.py::", "runtime/cli/test_command.py::"
+AOTI = "exporter/lower/aoti/test_aoti.py::"
 MEMORY, FUZZ, TRUST = "faults/test_memory.py::", "runtime/check/test_fuzz.py::", "runtime/check/test_trust.py::"
 
 
@@ -101,6 +102,12 @@ FAULTS: Mapping[str, tuple[Fault, ...]] = {
             DISKS + "test_where_code_may_not_run_it_says_what_to_give",
         ),
         Fault(
+            "full-tmpdir",
+            "TMPDIR's disk is full, where a compiler or a library says so in its own words",
+            "`OUTPUT: cannot be written, since TMPDIR/ccX.s says 'No space left on device'; make room, or choose another TMPDIR`",
+            "exporter/package/test_disk.py::test_a_compiler_that_names_a_file_in_tmpdir",
+        ),
+        Fault(
             "read-only-artifact",
             "the artifact lies on a read-only file system",
             "it is loaded; nothing is written there",
@@ -143,6 +150,24 @@ FAULTS: Mapping[str, tuple[Fault, ...]] = {
             "PATH has no compiler, at an export",
             "`graph 'toy': AOTInductor could not compile it (... No working C++ compiler found ...)`",
             COMPILER + "test_an_export_without_a_compiler_says_so",
+        ),
+        Fault(
+            "odd-tmpdir",
+            "TMPDIR has a space, a quote or a backslash in its path, at an export",
+            "`TMPDIR ...: Inductor cannot compile in a folder with a space, ...; set TMPDIR to another folder`, before a model is loaded",
+            AOTI + "test_a_tmpdir_in_which_no_compiler_can_work_is_refused_at_once",
+        ),
+        Fault(
+            "compiler-error",
+            "a compiler that fails, with its error among hundreds of lines",
+            "the line with its error is in the message",
+            AOTI + "test_the_compilers_own_error_is_in_the_message",
+        ),
+        Fault(
+            "growing-tmpdir",
+            "exports with other flags, one after the other",
+            "headers that Inductor compiles are kept in one private folder, the newest four and today's",
+            AOTI + "test_compiled_headers_are_kept_in_bounds",
         ),
         Fault(
             "no-compiler-load",
@@ -421,6 +446,29 @@ FAULTS: Mapping[str, tuple[Fault, ...]] = {
         Fault("prompt-huge", "a megabyte that is no text", "the same, and short", PROMPTS + "test_a_refusal_is_short_too"),
         Fault("prompt-half", "half of a surrogate pair in a prompt", "`prompt: expected a text, got half a character, ...; decode the text as UTF-8`", PROMPTS + "test_half_a_character_is_refused"),
         Fault("prompt-after", "all of these, one after the other", "the next prompt is drawn as ever", PROMPTS + "test_after_all_of_them_it_draws_what_it_drew"),
+    ),
+    "Command line": (
+        Fault("json-failure", "`--json`, and the command is refused, interrupted, misspelt, or ends in a bug", "stdout is one JSON document with `exit_code`, `kind`, and `problems` of `key` and `sentence`", SHELL + "test_a_failure_is_one_json_document_with_code_kind_key_and_sentence"),
+        Fault("json-bug", "`--json`, and a bug", "the same, and its traceback on stderr", SHELL + "test_a_bug_is_json_too_and_keeps_its_traceback"),
+        Fault("json-usage", "`--json`, and a command line that is none", "the same, and the usage on stderr", SHELL + "test_a_wrong_command_line_is_json_too"),
+        Fault("json-twice", "`--json`, and something fails after the result was printed", "one document all the same", SHELL + "test_what_is_written_after_the_result_and_fails_leaves_one_document"),
+        Fault("misspelt-option", "an option that is abbreviated or misspelt, a command or a choice that is misspelt", "refused, with the nearest that there is", SHELL + "test_an_option_is_written_in_full_and_a_wrong_one_has_a_nearest"),
+        Fault("misspelt-model", "a model's name that is misspelt", "`model 'shape': ...; did you mean 'shapes'?`", "exporter/load/test_source.py::test_a_misspelt_model_has_a_nearest"),
+        Fault("broken-pipe", "a reader of stdout that is gone, as in `prebake inspect ARTIFACT | head -1`", "exit code 141, and nothing on stderr", SHELL + "test_a_reader_that_is_gone_is_no_bug"),
+        Fault("full-stdout", "stdout on a disk that is full", "`stdout: cannot be written (No space left on device); choose another place for it`", SHELL + "test_a_full_disk_behind_stdout_is_one_sentence"),
+        Fault("closed-streams", "stdin, stdout or stderr closed before the command begins, or stderr full", "the exit code is as ever", SHELL + "test_a_stream_that_is_closed_changes_no_exit_code"),
+        Fault("closed-progress", "stderr closed, full or broken while an export tells its progress there", "the export ends well, and its files are whole", SHELL + "test_an_export_goes_on_where_its_progress_cannot_be_written"),
+        Fault("worst-picture", "one picture of many that is far from eager's", "it is the first in the report and in verify.png, and `worst` in what an export prints", "exporter/verify/test_report.py::test_the_worst_pictures_are_kept_and_come_first"),
+        Fault("export-summary", "an export that succeeds", "it prints PSNR mean and worst, prompt accuracy, speed, size, time and where the report is", "exporter/cli/test_summary.py::test_it_says_what_was_achieved"),
+        Fault("verified-before", "`prebake verify` of an artifact that was compared before", "it says so", "exporter/verify/test_report.py::test_a_replay_alone_says_whether_the_artifact_was_compared_before"),
+        Fault("nothing-to-fuse", "a recipe that fuses, and a model with nothing to fuse", "it is exported, with a note", "exporter/rewrite/test_rewrite.py::test_a_model_with_nothing_to_fuse_is_named"),
+        Fault("foreign-scheduler", "each of diffusers' schedulers, at an export of each family", "what the export takes, diffusers' own pipeline draws with; else it is refused, before anything is compiled", "exporter/families/test_schedulers.py::test_what_is_taken_can_be_drawn"),
+        Fault("stdout-image", "`prebake run --output -` with several images, a video, `--json`, or a terminal", "refused before anything is loaded", "runtime/cli/test_main.py::test_what_stdout_cannot_hold_is_refused_before_it_is_made"),
+        Fault("package-branch-id", "a DeepCache id of the package, on a UNet with other than three up layers a block", "with `numbering = \"package\"` the same layer as the package's", "exporter/caches/test_deepcache.py::test_the_packages_ids_are_the_packages_whatever_the_layers_of_a_block"),
+        Fault("batched-fastercache", "`guidance.branches = \"batched\"` with FasterCache", "refused, with the key that says so", "exporter/caches/test_fastercache.py::test_both_branches_at_once_are_refused_by_the_key_that_says_so"),
+        Fault("packed-fastercache", "FasterCache on FLUX with true guidance, whose output is packed tokens", "refused, with the way out", "exporter/caches/test_fastercache.py::test_packed_tokens_are_no_picture"),
+        Fault("byte-order-mark", "a recipe, a matrix or a list of prompts that begins with a byte order mark", "it is read", "exporter/recipe/test_resolve.py::test_a_file_that_begins_with_a_byte_order_mark_is_read"),
+        Fault("sigterm", "SIGTERM or SIGHUP to a command", "it clears up as for Ctrl-C, and ends with 143 or 129", SHELL + "test_a_signal_ends_a_command_as_ctrl_c_does"),
     ),
 }  # fmt: skip
 EVERY = tuple(fault for faults in FAULTS.values() for fault in faults)

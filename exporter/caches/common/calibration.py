@@ -135,7 +135,7 @@ class Calibration(BaseModel):
 def read_calibration(path: Path) -> Calibration:
     """The calibration in a file. Raises RecipeError where there is none."""
     try:
-        return Calibration.model_validate_json(path.read_text("utf-8"))
+        return Calibration.model_validate_json(path.read_text("utf-8-sig"))
     except ValidationError as e:
         raise RecipeError(f"{describe_schema_error(path, e)}; make it again with `{CALIBRATE_COMMAND}`") from e
     except (OSError, UnicodeDecodeError) as e:

@@ -7,17 +7,12 @@ wherever they are made: sources have fixed names, and paths that the compiler wo
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import os
 import platform
 import re
 import shlex
 import shutil
-import stat
 import subprocess
-import tempfile
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ....runtime.errors import ExportError, RecipeError, first_line
+from ....runtime.errors import ExportError, RecipeError
 from ...passes.captured_graph import CapturedGraph, GraphPass
 from ...passes.derived_weights import DerivedWeights
 from ...private_torch import (
@@ -41,6 +36,7 @@ from .. import CodeFiles, GraphCompiler, GraphGroups, w8a8
 from ..options import read_options
 from ..toolchain import glibc_version
 from . import cuda, kernels
+from .building import build_folder, check_build_place, describe_compile_error
 from .isa import choose_isa, host_flags, inductor_flags, int8_flags
 from .kernels.rewrite import replace_operators
 from .pt2 import clear_executable_stack, is_packaged, write_package
@@ -84,6 +80,7 @@ def has_line_tables() -> bool:
 def adapt_recipe(recipe: Any) -> tuple[Any, tuple[str, ...]]:
     """The recipe unchanged. Raises RecipeError for a GPU that is not here, for kernels that this machine cannot run, and for fp8 on the CPU:
     torch makes such products by way of wider numbers there, and slower than those of float32 (docs/reference/backends.md)."""
+    check_build_place()
     chosen = read_options(recipe.compile, AotiOptions)
     if is_on_gpu(recipe.compile):
         if chosen.kernels:
@@ -270,7 +267,7 @@ def compile_graph(graph: CapturedGraph, flags: dict[str, Any], folder: Path | No
             raise
         except Exception as e:
             raise ExportError(
-                f"graph {graph.name!r}: AOTInductor could not compile it ({type(e).__name__}: {first_line(e)})"
+                f"graph {graph.name!r}: AOTInductor could not compile it ({describe_compile_error(e)})"
             ) from e
         shutil.rmtree(sources, ignore_errors=True)
     return {n: clear_executable_stack(data) if n.endswith(".so") else data for n, data in files.items()}
@@ -287,30 +284,3 @@ def shorten_paths(flags: dict[str, Any], sources: Path) -> dict[str, Any]:
     short = {sources: "sources", Path(torch.__file__).parent: "torch"}
     maps = (f"-fmacro-prefix-map={shlex.quote(str(path))}={name}" for path, name in short.items())
     return {**flags, "cpp.march": " ".join((flags.get("cpp.march") or "native", *maps))}
-
-
-@contextlib.contextmanager
-def build_folder(folder: Path | None = None) -> Iterator[Path]:
-    """Inductor's working folder, held by one export at a time: for a user always the same, for the headers compiled in it.
-
-    Raises ExportError when the place is not a private folder of this user (it will hold code that is loaded).
-    """
-    folder = folder or Path(tempfile.gettempdir()) / f"prebake-inductor-{os.getuid()}"
-    with contextlib.suppress(FileExistsError):
-        folder.mkdir(mode=0o700)
-    info = folder.lstat()
-    if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid() or info.st_mode & 0o077:
-        raise ExportError(
-            f"{folder}: expected a folder that only this user can open, because compiled code passes through it; remove it or set TMPDIR"
-        )
-    before = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
-    with (folder / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
-        try:
-            yield folder
-        finally:
-            if before is None:
-                del os.environ["TORCHINDUCTOR_CACHE_DIR"]
-            else:
-                os.environ["TORCHINDUCTOR_CACHE_DIR"] = before

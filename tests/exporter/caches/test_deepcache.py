@@ -127,6 +127,20 @@ def small():
     return {n: (component, discover_layout(component)) for n, component in made.items()}
 
 
+@pytest.mark.parametrize(("layers", "branch_id"), [(n, b) for n in (1, 2, 3) for b in range(6)])
+def test_the_packages_ids_are_the_packages_whatever_the_layers_of_a_block(small, layers, branch_id):
+    component, layout = small[layers]
+    cache = DeepCache(cache_interval=2, cache_branch_id=branch_id, numbering="package")
+    theirs, ours, _ = both(component, layout, ddim(4), cache)
+    assert ours.error(theirs) < TOLERANCE
+
+
+def test_the_two_numberings_differ_where_a_block_has_other_than_three_layers(small):
+    component, layout = small[1]  # two up layers a block
+    theirs, ours, _ = both(component, layout, ddim(4), DeepCache(cache_interval=2, cache_branch_id=2))
+    assert ours.error(theirs) > 10 * TOLERANCE
+
+
 SCHEDULERS = {
     "ddim": lambda: DDIMScheduler(clip_sample=False),
     "trailing": lambda: DDIMScheduler(clip_sample=False, timestep_spacing="trailing"),
@@ -329,6 +343,11 @@ def test_an_id_without_an_up_layer_is_refused_with_those_that_exist():
         match=r"cache_branch_id 9 is .* 0 = up_.*, .* 8 = up_blocks\.0",
     ):
         make_plans(DeepCache(cache_interval=2, cache_branch_id=9), layout, {4: ddim(4)})
+
+
+def test_an_id_that_the_package_has_not_is_refused_with_those_that_exist(small):
+    with pytest.raises(ExportError, match=r"cache_branch_id 6 is not an up layer .* 5 = up_blocks\.0\.resnets\.0$"):
+        make_plans(DeepCache(cache_interval=2, cache_branch_id=6, numbering="package"), small[1][1], {4: ddim(4)})
 
 
 def test_a_transformer_is_refused():

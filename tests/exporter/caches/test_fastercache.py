@@ -22,7 +22,9 @@ from prebake.exporter.cost.count import count_attention_ops, count_cost, module_
 from prebake.exporter.cost.variants import check_variant_costs
 from prebake.exporter.plan import make_plans
 from prebake.exporter.progress import open_progress
+from prebake.exporter.recipe.resolve import resolve
 from prebake.exporter.sites.discover import discover_layout
+from prebake.exporter.sites.guidance import add_planes
 from prebake.exporter.sites.layout import Layout, Place
 from prebake.runtime.errors import ExportError, RecipeError
 from support import cache_peers as peers
@@ -283,6 +285,22 @@ def test_what_a_denoiser_lacks_is_said():
         schedule(FasterCache(spatial_attention_block_identifiers=("nowhere",)), LAYOUTS["pixart"], trajectory)
     assert FasterCache().needs_planes
     assert not FasterCache(is_guidance_distilled=True).needs_planes
+
+
+def test_both_branches_at_once_are_refused_by_the_key_that_says_so():
+    with pytest.raises(RecipeError, match=r"guidance.branches.*set guidance\.branches = \"sequential\""):
+        resolve("pixart-fast", ("cache.method=fastercache", "guidance.branches=batched"))
+    resolve(
+        "pixart-fast", ("cache.method=fastercache", "guidance.branches=batched", "cache.is_guidance_distilled=true")
+    )
+
+
+def test_packed_tokens_are_no_picture():
+    """FLUX with true guidance: [1, N, C] would be filtered across tokens and channels."""
+    guided = denoisers.with_guidance(denoisers.flux())
+    with pytest.raises(ExportError, match=r"is packed tokens \[1, .*set cache\.is_guidance_distilled=true"):
+        add_planes(guided)
+    assert add_planes(denoisers.with_guidance(denoisers.pixart())).module.low
 
 
 def setting(name: str, scheduler: Any, steps: int):

@@ -184,16 +184,15 @@ def test_a_replay_is_diffusers_run(case):
 
 @pytest.mark.parametrize("order", [0, 1, 2])
 def test_factors_stored_in_bfloat16_differ_by_its_rounding_only(order):
-    """diffusers rounds f_0, f_1, ..., we the outputs that they are differences of; 2^-9 of each, so equal at order 0 and
-    not bit-equal above. A prediction multiplies what was rounded by at most |coefficients| on either side."""
+    """diffusers rounds f_0, f_1, ..., we the outputs that they are differences of; 2^-9 of each. At order 0 both round the
+    same, and still the last bit of a float32 sum may turn a rounding on another model. A prediction multiplies what was
+    rounded by at most |coefficients| on either side."""
     cache = TaylorSeer(max_order=order, cache_interval=3)
     ours, theirs, decided = both("flux", cache, FLOW, 10)
     largest = max(sum(map(abs, c)) for d in decided.decisions for c in d.coefficients.values())
     error = ours.error(theirs)
-    if order == 0:
-        assert error < CLOSE
-        return
-    assert CLOSE < error < 2 * largest * 2**-9
+    assert error < 2 * largest * 2**-9
+    assert order == 0 or error > CLOSE
     exact, _, _ = both("flux", cache.model_copy(update=FLOAT32), FLOW, 10)
     assert ours.error(exact) < 2 * largest * 2**-9
     assert theirs.error(exact) < 2 * largest * 2**-9

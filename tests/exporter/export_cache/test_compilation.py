@@ -109,7 +109,7 @@ VARIANTS = {
     "enable_separate_cfg cfg_compute_first cfg_diff_compute_separate num_inference_steps steps_computation_mask "
     "steps_computation_policy force_refresh_step_hint force_refresh_step_policy calibrator_type calibrator_cache_type "
     "taylorseer_order",
-    "deepcache": "cache_interval cache_branch_id skip_mode pow center",
+    "deepcache": "cache_interval cache_branch_id numbering skip_mode pow center",
     "fastercache": "spatial_attention_block_skip_range temporal_attention_block_skip_range "
     "spatial_attention_timestep_skip_range temporal_attention_timestep_skip_range "
     "low_frequency_weight_update_timestep_range high_frequency_weight_update_timestep_range alpha_low_frequency "

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -21,10 +23,12 @@ from prebake.exporter.capture.capture import capture_graph
 from prebake.exporter.families import cogvideox
 from prebake.exporter.families.picture import Size, read_size
 from prebake.exporter.load.source import load_model as load_model
+from prebake.exporter.lower import load_backend
 from prebake.exporter.recipe.resolve import resolve
 from prebake.exporter.tiny import parts
 from prebake.exporter.verify.measure import DrawnPicture, PictureRow, image_array, psnr_db, ssim
 from prebake.exporter.verify.picture_sheet import draw_sheet, scale_picture
+from prebake.exporter.whole_pipeline import WholePipeline, has_picture_layout
 from prebake.runtime.__main__ import main
 from prebake.runtime.errors import ExportError, RequestError
 from prebake.runtime.manifest import Manifest
@@ -235,9 +239,16 @@ def test_what_the_model_cannot_do_is_refused(name, size, sentence):
     cogvideox.check_size(variant("5b"), Size(64, 32, 8, 9))  # turned positions leave both open
 
 
-def test_a_layout_that_videos_do_not_have_is_refused():
-    with pytest.raises(ExportError, match=r"^compile\.channels_last_vae: .*got true; set it to false$"):
-        cogvideox.other_components(eager("cogvideox"), SIZE, channels_last=True)
+def test_the_recipe_for_every_family_leaves_what_a_video_model_has_not():
+    """Its VAE has no attention to fuse, and no tensors of four dimensions: the export goes on, and says both."""
+    recipe, shown = resolve("baseline", ("sampler.steps=2",), "tiny:cogvideox"), mock.Mock()
+    whole = object.__new__(WholePipeline)
+    whole.__dict__["pipe"] = copy.deepcopy(eager("cogvideox"))
+    whole.rewrite(recipe, load_backend("aoti"), shown)
+    notes = " ".join(call.args[0] for call in shown.note.call_args_list)
+    assert "fuse.vae_qkv: nothing to fuse in the vae" in notes
+    assert "compile.channels_last_vae: the tensors of the vae (AutoencoderKLCogVideoX) have five dimensions" in notes
+    assert has_picture_layout(eager("sd").vae)
 
 
 # --- schedulers and caches --------------------------------------------------------------------------------------------

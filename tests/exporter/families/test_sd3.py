@@ -213,7 +213,7 @@ def velocity(pipe) -> torch.Tensor:
 def test_fused_attention_computes_the_same():
     pipe = tiny.build_tiny_pipeline("sd3")
     before, parameters = velocity(pipe), sum(p.numel() for p in pipe.transformer.parameters())
-    assert fuse_qkv("transformer", pipe.transformer, key="fuse.qkv") == 3  # two blocks, and the first one's second
+    assert fuse_qkv(pipe.transformer) == 3  # two blocks, and the first one's second
     names = [n for n, _ in pipe.transformer.named_modules()]
     assert "transformer_blocks.0.attn2.to_qkv" in names
     assert not any(n.endswith((".to_q", ".to_k", ".to_v", "_q_proj", "_k_proj", "_v_proj")) for n in names)

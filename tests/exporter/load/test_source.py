@@ -348,3 +348,9 @@ def test_a_configuration_that_is_not_there_or_not_needed_is_refused(single, tiny
         source.load_model(str(single), None, FLOAT32, str(tmp_path))
     with pytest.raises(ExportError, match=r"model.config goes with one safetensors file"):
         source.load_model(str(tiny_folder), None, FLOAT32, "config")
+
+
+@pytest.mark.parametrize(("name", "nearest"), [("shape", "'shapes'"), ("shapes-ds", "'shapes-sd'"), ("tiny:fluxx", "'tiny:flux'")])  # fmt: skip
+def test_a_misspelt_model_has_a_nearest(name, nearest):
+    with pytest.raises(ExportError, match=f"did you mean {nearest}"):
+        source.find_model(name)

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prebake.exporter.caches import Auto
+from prebake.exporter.cli.matrix import read_matrix
 from prebake.exporter.recipe.resolve import (
     Int8Dynamic,
     Mask,
@@ -26,6 +27,8 @@ from prebake.exporter.recipe.resolve import (
     resolve,
     to_toml,
 )
+from prebake.exporter.verify.verify import read_prompts
+from prebake.runtime.errors import RecipeError
 from support.paths import ROOT
 
 MASKED = ROOT / "tests" / "support" / "masked.toml"
@@ -301,3 +304,20 @@ def write(folder: Path, text: str) -> Path:
     path = folder / "x.toml"
     path.write_text(text, "utf-8")
     return path
+
+
+def test_a_file_that_begins_with_a_byte_order_mark_is_read(tmp_path):
+    """As Windows' editors write it: recipes, and the other files that people write."""
+    own = (ROOT / "recipes/baseline.toml").read_text("utf-8")
+    (tmp_path / "baseline.toml").write_text(own, "utf-8-sig")
+    assert resolve(tmp_path / "baseline.toml") == resolve("baseline")
+    (tmp_path / "prompts.txt").write_text("a red star\n\na blue square\n", "utf-8-sig")
+    assert read_prompts(tmp_path / "prompts.txt") == ("a red star", "a blue square")
+    (tmp_path / "matrix.toml").write_text('[[export]]\nrecipe = "baseline"\n', "utf-8-sig")
+    assert read_matrix(tmp_path / "matrix.toml", None, ())[0].recipe == "baseline"
+
+
+def test_prompts_in_another_encoding_are_refused_in_a_sentence(tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red star", "utf-16")
+    with pytest.raises(RecipeError, match="expected text in UTF-8"):
+        read_prompts(tmp_path / "prompts.txt")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from prebake.exporter.families import flux
 from prebake.exporter.lower import aoti, load_backend
 from prebake.exporter.lower.w8a8 import W8A8Linear
 from prebake.exporter.recipe.resolve import resolve
-from prebake.exporter.rewrite import rewrite_pipeline
+from prebake.exporter.rewrite import fuse_component, rewrite_pipeline
 from prebake.exporter.rewrite.fuse import fuse_qkv
 from prebake.exporter.rewrite.quantize import layer_role, quantize_model
 from prebake.exporter.rewrite.refuse_hooks import refuse_hooked
@@ -45,7 +46,7 @@ def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
 def test_fused_projections_compute_the_same_and_their_parts_are_gone(tiny_pipe):
     before = velocity(tiny_pipe)
     parameters = sum(p.numel() for p in tiny_pipe.transformer.parameters())
-    assert fuse_qkv("transformer", tiny_pipe.transformer, key="fuse.qkv") == 3
+    assert fuse_qkv(tiny_pipe.transformer) == 3
     names = [n for n, _ in tiny_pipe.transformer.named_modules()]
     assert "transformer_blocks.0.attn.to_qkv" in names
     assert "transformer_blocks.0.attn.to_added_qkv" in names
@@ -63,16 +64,11 @@ def test_the_vae_decodes_the_same_with_fused_projections(tiny_pipe):
     latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         before = vae.decode(latents).sample
-        assert fuse_qkv("vae", vae, key="fuse.vae_qkv") == 2  # the middle blocks of encoder and decoder
+        assert fuse_qkv(vae) == 2  # the middle blocks of encoder and decoder
         # as above: another order of float32 sums
         assert relative_error(vae.decode(latents).sample, before) < 1e-5
         vae.decoder.mid_block.attentions[0].to_qkv.weight[-1] += 1.0  # the canary
         assert relative_error(vae.decode(latents).sample, before) > 1e-4
-
-
-def test_a_model_without_fusing_is_refused():
-    with pytest.raises(ExportError, match=r"fuse\.qkv: Linear \(transformer\) .*; set fuse\.qkv=false"):
-        fuse_qkv("transformer", nn.Linear(1, 1), key="fuse.qkv")
 
 
 class NothingToFuse(nn.Module):
@@ -80,12 +76,12 @@ class NothingToFuse(nn.Module):
         """Finds no attention, as diffusers does without a word."""
 
 
-def test_a_model_in_which_nothing_was_fused_is_refused():
-    with pytest.raises(
-        ExportError,
-        match=r"\(NothingToFuse\); set fuse\.vae_qkv=false",
-    ):
-        fuse_qkv("vae", NothingToFuse(), key="fuse.vae_qkv")
+@pytest.mark.parametrize("vae", [nn.Linear(1, 1), NothingToFuse()])
+def test_a_model_with_nothing_to_fuse_is_named(vae):
+    """A recipe that is for every family fuses where there is something to fuse."""
+    shown = mock.Mock()
+    fuse_component("fuse.vae_qkv", "vae", vae, shown)
+    shown.note.assert_called_once_with(f"fuse.vae_qkv: nothing to fuse in the vae ({type(vae).__name__})")
 
 
 # int8

@@ -3,14 +3,16 @@
 import io
 import json
 import sys
+import warnings
 from math import inf, nan
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from prebake.exporter.progress import Progress
 from prebake.exporter.verify import report
-from prebake.exporter.verify.measure import CheckedPrompts, DrawnPicture, PictureRow, Replayer
+from prebake.exporter.verify.measure import CheckedPrompts, DrawnPicture, PictureRow, Replayer, WorstRows
 from prebake.exporter.verify.picture_sheet import (
     GAP,
     LINE,
@@ -20,7 +22,7 @@ from prebake.exporter.verify.picture_sheet import (
     scale_picture,
     sheet_plans,
 )
-from prebake.exporter.verify.verify import VerifyOptions, compare_with_source, verify_artifact
+from prebake.exporter.verify.verify import VerifyOptions, compare_with_source, not_compared, verify_artifact
 from prebake.runtime.artifact import open_artifact
 from prebake.runtime.plan import Evaluation, Plan, Update
 
@@ -98,7 +100,7 @@ def test_report_says_what_was_not_measured(verified, tiny_artifact):
     ]
     replayed = report.describe_outcome(*verify_artifact(tiny_artifact, VerifyOptions(), Progress()))
     assert replayed["not_measured"] == [
-        "the artifact was not compared with the eager pipeline: that is `prebake verify --source`"
+        "the artifact was compared with the eager pipeline before, and passed; `prebake verify --source` compares again"
     ]
     assert "plans" not in replayed
 
@@ -115,6 +117,7 @@ def test_tables_show_every_plan(verified, with_rich, monkeypatch):
         "plan 8, cache pab",
         "plan 8-uncached",
         "PSNR dB",
+        "worst",
         "variants",
         "prompt_accuracy_drop",
         "50.0",
@@ -170,3 +173,47 @@ def test_sheet_shows_the_default_steps_uncached_first(verified):
     assert [p.name for p in sheet_plans(manifest, outcome.plans)] == ["8-uncached", "8"]
     other = {**outcome.plans, "4": plan("4", "none", 4)}
     assert [p.name for p in sheet_plans(manifest, other)] == ["8-uncached", "8"]
+
+
+def test_the_worst_pictures_are_kept_and_come_first():
+    """Of all that were drawn, whatever their seed: means hide pictures."""
+    worst = WorstRows(3)
+    for seed, db in enumerate((50.0, 20.2, 47.0, nan, 60.0, 30.0)):
+        samples = (SimpleNamespace(psnr_db=90.0), SimpleNamespace(psnr_db=db))
+        assert worst.add(PictureRow("a", seed, {}, {}), samples) == samples
+    assert [row.seed for row in worst.rows] == [3, 1, 5]
+
+
+def test_a_picture_that_is_no_number_is_the_worst():
+    figures = report.closeness_figures(
+        [SimpleNamespace(psnr_db=db, ssim=1.0, latents_relative_error=0.0) for db in (40.0, nan, 30.0)]
+    )
+    assert str(figures["psnr_db_min"]) == "nan"
+
+
+@pytest.mark.parametrize(
+    ("status", "unverified", "said"),
+    [
+        ("unverified", (), "was not compared with the eager pipeline: that is `prebake verify --source`"),
+        ("verified", (), "was compared with the eager pipeline before, and passed; `prebake"),
+        ("verified", ("14",), "before, and passed, its plan 14 excepted; `prebake verify --source` compares again"),
+    ],
+)
+def test_a_replay_alone_says_whether_the_artifact_was_compared_before(status, unverified, said):
+    assert said in not_compared(SimpleNamespace(status=status, unverified=unverified))
+
+
+def test_an_exports_own_prompts_warn_of_nothing(monkeypatch, recwarn):
+    """Eager cuts them at the same place, and nobody wrote them here."""
+
+    def pipe(prompt, **_):
+        warnings.warn("the prompt is longer than 8 tokens of tokenizer; cut off: 'x'", stacklevel=1)
+        warnings.warn("something else", stacklevel=1)
+        return (torch.zeros(1, 3, 2, 2),)
+
+    replayer = object.__new__(Replayer)
+    replayer._pipe, replayer._calls = pipe, []
+    monkeypatch.setattr("prebake.exporter.verify.measure.call_arguments", lambda *_: {})
+    with pytest.raises(StopIteration):  # the fake calls no decoder
+        replayer.draw("a", 0, plan())
+    assert [str(w.message) for w in recwarn] == ["something else"]

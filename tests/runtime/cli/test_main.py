@@ -1,5 +1,6 @@
 """`run` and `inspect`, as `python -m prebake.runtime` has them."""
 
+import io
 import json
 import sys
 from types import SimpleNamespace
@@ -81,6 +82,36 @@ class Fake:
         return self.made
 
 
+def test_run_is_quiet_where_that_is_asked_for(monkeypatch, tmp_path, capsys):
+    Fake(monkeypatch, ImageOutput([still("white")]))
+    assert main(["run", "anywhere", "a", "--quiet", "--output", str(tmp_path / "x.png")]) == 0
+    assert capsys.readouterr() == ("", "")
+    assert (tmp_path / "x.png").exists()
+
+
+def test_run_writes_one_image_to_stdout_and_nothing_else(monkeypatch, capfdbinary):
+    Fake(monkeypatch, ImageOutput([still("red")]))
+    assert main(["run", "anywhere", "a", "--output", "-"]) == 0
+    out, err = capfdbinary.readouterr()
+    assert Image.open(io.BytesIO(out)).getpixel((0, 0)) == (255, 0, 0)
+    assert err == b""
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["a", "b"], "--output -: expected one image, and the artifact would make 2 images"),
+        (["a", "--num-images", "3"], "would make 3 images"),
+        (["a", "--json"], "leave --json out"),
+    ],
+)
+def test_what_stdout_cannot_hold_is_refused_before_it_is_made(monkeypatch, capsys, args, words):
+    fake = Fake(monkeypatch, ImageOutput([still("red")]))
+    assert main(["run", "anywhere", *args, "--output", "-"]) == 2
+    assert words in capsys.readouterr().err
+    assert not hasattr(fake, "prompts")
+
+
 def still(colour, size=(16, 24)):
     return Image.new("RGB", size, colour)
 
@@ -156,6 +187,7 @@ def test_inspect_draws_the_plans_and_counts_layers(toy_artifact, capsys):
     assert "4           █·█·  cache taylor, toy" in lines
     assert "4-uncached  ████  cache none, toy" in lines
     assert "            █ = full, · = reuse" in lines
+    assert any(line.startswith("stored      ") for line in lines)
     assert lines[-1] == "layers  1 int8, 1 kept (--layers says why)"
     assert any(line.startswith("full ") and "33.3%" in line for line in lines)  # 2 of 6 equal calls
 

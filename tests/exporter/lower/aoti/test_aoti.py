@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+import time
 import zipfile
 from pathlib import Path
 
@@ -13,10 +14,10 @@ from torch import nn
 
 from prebake.exporter.capture.capture import capture_graph
 from prebake.exporter.lower import aoti
-from prebake.exporter.lower.aoti import isa, pt2
+from prebake.exporter.lower.aoti import building, isa, pt2
 from prebake.exporter.progress import open_progress
-from prebake.exporter.recipe.resolve import Compile
-from prebake.runtime.errors import ExportError
+from prebake.exporter.recipe.resolve import Compile, resolve
+from prebake.runtime.errors import ExportError, RecipeError
 
 V3, V4 = frozenset(isa.V3_FLAGS), frozenset(isa.V4_FLAGS)
 
@@ -120,6 +121,53 @@ def test_a_compiler_error_names_the_graph(graph, monkeypatch):
     fake_compiler(monkeypatch, RuntimeError("g++ has no words\nand a second line"))
     with pytest.raises(ExportError, match=r"^graph 'small': .*\(RuntimeError: g\+\+ has no words\)$"):
         aoti.compile_graph(graph, {})
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "model.cpp:3:5: error: 'x' was not declared",
+        "g++: fatal error: input file '/tmp/a' is the same as output file",
+        "/usr/bin/ld: cannot find -lgomp",
+        "Error writing to /tmp/ccX.s: No space left on device",
+        "g++: fatal error: Killed signal terminated program cc1plus",
+    ],
+)
+def test_the_compilers_own_error_is_in_the_message(graph, monkeypatch, said):
+    noise = "C++ compile error\n\nCommand:\ng++ model.cpp -Wno-error=x\n\nOutput:\nIn file included from x.h:1\n"
+    fake_compiler(monkeypatch, RuntimeError(f"{noise}{said}\ncompilation terminated."))
+    with pytest.raises(ExportError) as e:
+        aoti.compile_graph(graph, {})
+    assert str(e.value).endswith(f"(RuntimeError: C++ compile error: {said})")
+
+
+@pytest.mark.parametrize("name", ["a b", "it's", 'a"b', "a\\b", "a\tb"])
+def test_a_tmpdir_in_which_no_compiler_can_work_is_refused_at_once(monkeypatch, tmp_path, name):
+    (tmp_path / name).mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / name))
+    with pytest.raises(RecipeError, match=r"TMPDIR .*; set TMPDIR to another folder"):
+        aoti.adapt_recipe(resolve("baseline"))
+
+
+def test_inductors_headers_are_kept_in_the_private_folder(graph, monkeypatch, tmp_path):
+    from torch._inductor import codecache
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    before, seen = codecache._HEADER_DIR, []
+    monkeypatch.setattr(aoti, "compile_graph_module", lambda *_: seen.append(codecache._HEADER_DIR) or [])
+    aoti.compile_graph(graph, {}, tmp_path / "of-a-test")
+    assert seen == [str(tmp_path / f"prebake-inductor-{aoti.os.getuid()}" / "headers")]
+    assert before == codecache._HEADER_DIR
+
+
+def test_compiled_headers_are_kept_in_bounds(tmp_path):
+    """The newest four, and what was made within a day, which another export may be using."""
+    for i, age_s in enumerate((10, 20, 30, 40, 50, 100_000, 200_000)):
+        for path in (tmp_path / f"{i}.h", tmp_path / f"{i}.h.gch"):
+            path.write_text("")
+            aoti.os.utime(path, (time.time() - age_s,) * 2)
+    building.prune_headers.__wrapped__(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(f"{i}.h{end}" for i in range(5) for end in ("", ".gch"))
 
 
 def test_inductors_own_cache_folder_is_put_back_after_an_interrupt(graph, monkeypatch):

@@ -31,6 +31,7 @@ from .offload import (
     offloaded_graphs,
 )
 from .plan import Plan
+from .process.usage import Usage
 from .replay import DenoiserVariant, PlanTables, Tensors, tabulate_plan
 from .runners import Runners, default_runner_count
 from .storage.files import descriptor_path, read_listed_file
@@ -40,14 +41,17 @@ from .weights import map_weights
 class BoundGraph:
     """A compiled graph that is ready to be called: constants bound, every call checked against the manifest."""
 
-    def __init__(self, graph: Graph, model: GraphModel, contract: Contract):
+    def __init__(self, graph: Graph, model: GraphModel, contract: Contract, usage: Usage | None = None):
         self.graph = graph
+        self._usage = usage or Usage(f"graph {graph.name!r}")
         self._model = model
         self._contract = contract
 
     def __call__(self, inputs: Mapping[str, torch.Tensor]) -> Tensors:
-        """Outputs by name. Raises RequestError, naming the input, unless the inputs are exactly the manifest's."""
-        return self._contract.outputs(self._model(self._contract.inputs(inputs)))
+        """Outputs by name. Raises RequestError, naming the input, unless the inputs are exactly the manifest's, and what
+        `Usage.inside` raises."""
+        with self._usage.inside():
+            return self._contract.outputs(self._model(self._contract.inputs(inputs)))
 
     def output_dtype(self, name: str) -> torch.dtype:
         return next(torch_dtype(spec.dtype) for spec in self.graph.outputs if spec.name == name)
@@ -141,7 +145,8 @@ def _open_checked(
     with open_checked_files(folder, manifest, trust=trust, public_key=public_key, cache_dir=cache) as files:
         plans = read_plans(folder, manifest)
         device = device_of(manifest)
-        runners = Runners(default_runner_count(device) if count is None else count)
+        usage = Usage(folder, forkable=is_forkable(manifest))
+        runners = Runners(default_runner_count(device) if count is None else count, usage)
         variants = {name for plan in plans.values() for name in plan.variants()}
         away = offloaded_graphs(offload, manifest, variants)
         guests = OffloadedWeights(manifest, away, device) if away else None
@@ -157,7 +162,7 @@ def _open_checked(
             if guests:
                 guests.leave()
         tables = {name: tabulate_plan(plan, device, timestep_scale(manifest)) for name, plan in plans.items()}
-    graphs = open_graphs(folder, manifest, weights, device, cache, runners.count, guests)
+    graphs = open_graphs(folder, manifest, weights, device, cache, runners, guests)
     return Artifact(folder, manifest, device, weights, graphs, plans, tables, runners, away)
 
 
@@ -165,6 +170,11 @@ def device_of(manifest: Manifest) -> torch.device:
     """The manifest's device, a GPU with its number, as tensors on it have it: `cuda` alone is equal to no tensor's device."""
     kind = manifest.requires.device
     return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
+
+
+def is_forkable(manifest: Manifest) -> bool:
+    """Whether its graphs run in a process that was forked after they were opened."""
+    return manifest.requires.device == "cpu" and getattr(backend_module(manifest.backend), "FORKABLE", False)
 
 
 def timestep_scale(manifest: Manifest) -> float:
@@ -197,7 +207,7 @@ def open_graphs(
     weights: Mapping[str, torch.Tensor],
     device: torch.device,
     cache_dir: Path | None,
-    runners: int = 1,
+    runners: Runners | None = None,
     guests: OffloadedWeights | None = None,
 ) -> dict[str, BoundGraph]:
     """Every graph by name, its constants bound to `weights`, those of `guests` when they are there. In the middle of it, the
@@ -207,11 +217,12 @@ def open_graphs(
     visits = {g.name: guests.needed(g.constants) for g in manifest.graphs} if guests else {}
     visits = {name: needed for name, needed in visits.items() if needed}
 
-    opening = OpenContext(folder, manifest, constants, device, cache_dir, runners, deferred_graphs=visits.keys())
+    runners = runners or Runners(1)
+    opening = OpenContext(folder, manifest, constants, device, cache_dir, runners.count, deferred_graphs=visits.keys())
     models = dict(backend_module(manifest.backend).open_models(opening))
     for name, needed in visits.items():
         models[name] = OffloadedModel(cast(RebindableModel, models[name]), constants[name], needed)
-    return {graph.name: BoundGraph(graph, models[graph.name], contracts[graph.name]) for graph in manifest.graphs}
+    return {g.name: BoundGraph(g, models[g.name], contracts[g.name], runners.usage) for g in manifest.graphs}
 
 
 def constants_of(graph: Graph, weights: Mapping[str, torch.Tensor]) -> Tensors:

@@ -29,8 +29,9 @@ from .offload import OffloadRequest as Offload
 from .offload import offloadable_graphs, stay_on_device
 from .pictures import postprocess_frames, postprocess_pictures
 from .plan import Plan
+from .process.fork import came_through_fork, run_beside_fork
 from .replay import PlanTables, StopReplay
-from .runners import CancelFlag, refuse_cancelled
+from .runners import CancelFlag, EitherFlag, refuse_cancelled
 from .start import StartRequest, evaluation_callback, initial_state, steps_to_skip, tables_until
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -117,7 +118,6 @@ class Pipeline(Generic[OutputT]):
         self._loop = loop_of(artifact.manifest)
         self._request = threading.local()
 
-    @torch.no_grad()
     def __call__(
         self,
         prompt: str | list[str] | None = None,
@@ -190,29 +190,38 @@ class Pipeline(Generic[OutputT]):
             guidance_scale = self.artifact.manifest.defaults.guidance_scale
         refuse_nonfinite("guidance_scale", guidance_scale)
         after = self._after_step(callback_on_step_end, callback_on_step_end_tensor_inputs)
-        self._interrupt = False
-        with self.artifact.runners.one(cancel), self._memory():
-            with stay_on_device():
-                conditions = self.family_rules.conditions(given, guidance_scale)
-            conditions = [c for c in conditions for _ in range(count)]
-            generator = choose_generators(seed, generator, len(conditions))
-            with stay_on_device():
-                start = initial_state(self.family_rules, self.artifact, tables.plan, asked, len(conditions), generator)
-            noise = self._noise(tables, start.latents.shape, generator)
-            finals = []
-            for i, condition in enumerate(conditions):
-                refuse_cancelled(cancel)
-                draws = [z[i : i + 1] for z in noise]
-                inputs = {**condition, **{name: t[i : i + 1] for name, t in start.inputs.items()}}
-                watch = watch_cancellation(cancel, evaluation_callback(tables.plan, start.blend(i), after))
-                x = start.latents[i : i + 1]
-                finals.append(
-                    self._loop(tables, self._variants, self._sites, inputs, x, noise=draws, on_evaluation=watch)
-                )
-                if self._interrupt:
-                    break
-            made = torch.cat(finals) if output_type == "latent" else self._decode(finals)
-        return self._output(made, output_type)
+        stop = threading.Event()
+        cancel = EitherFlag(stop, cancel) if came_through_fork() else cancel
+
+        @torch.no_grad()
+        def make() -> OutputT:
+            self._interrupt = False
+            with self.artifact.runners.one(cancel), self._memory():
+                with stay_on_device():
+                    conditions = self.family_rules.conditions(given, guidance_scale)
+                conditions = [c for c in conditions for _ in range(count)]
+                generators = choose_generators(seed, generator, len(conditions))
+                with stay_on_device():
+                    start = initial_state(
+                        self.family_rules, self.artifact, tables.plan, asked, len(conditions), generators
+                    )
+                noise = self._noise(tables, start.latents.shape, generators)
+                finals = []
+                for i, condition in enumerate(conditions):
+                    refuse_cancelled(cancel)
+                    draws = [z[i : i + 1] for z in noise]
+                    inputs = {**condition, **{name: t[i : i + 1] for name, t in start.inputs.items()}}
+                    watch = watch_cancellation(cancel, evaluation_callback(tables.plan, start.blend(i), after))
+                    x = start.latents[i : i + 1]
+                    finals.append(
+                        self._loop(tables, self._variants, self._sites, inputs, x, noise=draws, on_evaluation=watch)
+                    )
+                    if self._interrupt:
+                        break
+                made = torch.cat(finals) if output_type == "latent" else self._decode(finals)
+                return self._output(made, output_type)
+
+        return run_beside_fork(make, stop.set)
 
     # --- what it is -----------------------------------------------------------------------------------------------
 

@@ -26,6 +26,7 @@ from ..storage.unpack import read_members, unpack_members
 from . import OpenContext, refuse_unbound_constants
 
 REBINDS = True
+FORKABLE = True
 
 
 def problems(requires: Requires) -> Iterator[str]:

@@ -20,6 +20,7 @@ import torch
 
 from ..errors import ArtifactError
 from ..private_torch import make_handles, take_tensors
+from ..process.fork import tell_of_forks
 
 BIND_FUNCTION = "UpdateUserManagedConstantBufferPairs"
 """Without it a library is older than torch 2.11, and is run by torch's runner."""
@@ -66,13 +67,19 @@ class Container:
         self._last_error = getattr(library, "AOTInductorGetLastError", None)  # not in torch 2.11
         if self._last_error:
             self._last_error.restype, self._last_error.argtypes = c_int, (POINTER(c_char_p),)
+        self._runners = runners
         self._free = threading.BoundedSemaphore(runners)
+        tell_of_forks(self)
         self._handle = c_void_p()
         self._call("CreateWithDevice", byref(self._handle), runners, str(device).encode(), None)
         self._constants: list[Any] = []
         freed = weakref.finalize(self, free_container, self._functions["Delete"], self._handle, self._constants)
         freed.atexit = False  # a thread may still be inside
         self.inputs, self.outputs = self._count("GetNumInputs"), self._count("GetNumOutputs")
+
+    def after_fork(self) -> None:
+        """Whoever was inside is not in this process."""
+        self._free = threading.BoundedSemaphore(self._runners)
 
     def constant_bytes(self) -> dict[str, int]:
         """Constant, by its name in the model -> how many bytes the code was compiled for, on the CPU rounded up to `CONSTANT_ALIGNMENT_BYTES`."""

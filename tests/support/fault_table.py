@@ -19,6 +19,8 @@ KILLED, EXPORTS, AROUND = "faults/test_killed.py::", "faults/test_exports.py::",
 COMPILER = "faults/test_compiler.py::"
 MEMORY, FUZZ, TRUST = "faults/test_memory.py::", "runtime/check/test_fuzz.py::", "runtime/check/test_trust.py::"
 
+FORKS = "runtime/process/test_fork.py::"
+
 
 @dataclass(frozen=True)
 class Fault:
@@ -421,6 +423,10 @@ FAULTS: Mapping[str, tuple[Fault, ...]] = {
         Fault("prompt-huge", "a megabyte that is no text", "the same, and short", PROMPTS + "test_a_refusal_is_short_too"),
         Fault("prompt-half", "half of a surrogate pair in a prompt", "`prompt: expected a text, got half a character, ...; decode the text as UTF-8`", PROMPTS + "test_half_a_character_is_refused"),
         Fault("prompt-after", "all of these, one after the other", "the next prompt is drawn as ever", PROMPTS + "test_after_all_of_them_it_draws_what_it_drew"),
+    ),
+    "Process state": (
+        Fault("forked-process", "`os.fork` or `multiprocessing` with fork after a call, and a call in the child, with two threads", "the same picture, to the bit; in a child of the child too, and after a load there", FORKS + "test_a_call_gives_the_same_picture"),
+        Fault("forked-at-work", "a fork while another thread is in a call, or by a callback; a graph called by the thread that came through", "one sentence that names the fork and the way out, at once", FORKS + "test_what_cannot_go_on_says_so"),
     ),
 }  # fmt: skip
 EVERY = tuple(fault for faults in FAULTS.values() for fault in faults)

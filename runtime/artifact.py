@@ -19,6 +19,7 @@ from .backends import GraphModel, OpenContext, backend_module
 from .check.artifact import PublicKey, Trust, open_checked_files, plan_problems
 from .contract import Contract, torch_dtype
 from .errors import ArtifactError, RequestError, describe_schema_error, raise_problems
+from .finite import is_finite
 from .gpu.memory import explain_gpu_memory
 from .manifest import Graph, Manifest, Site, read_manifest
 from .memory import explain_memory
@@ -31,6 +32,8 @@ from .offload import (
     offloaded_graphs,
 )
 from .plan import Plan
+from .process.fork import run_beside_fork
+from .process.self_test import refuse_wrong_arithmetic
 from .process.usage import Usage
 from .replay import DenoiserVariant, PlanTables, Tensors, tabulate_plan
 from .runners import Runners, default_runner_count
@@ -130,6 +133,7 @@ def open_artifact(
     """
     folder, cache = Path(folder), Path(cache_dir) if cache_dir else None
     with explain_memory(folder):
+        run_beside_fork(refuse_wrong_arithmetic, lambda: None)
         return _open_checked(folder, cache, trust, public_key, runners, offload)
 
 
@@ -162,6 +166,10 @@ def _open_checked(
             if guests:
                 guests.leave()
         tables = {name: tabulate_plan(plan, device, timestep_scale(manifest)) for name, plan in plans.items()}
+        if huge := [name for name, table in tables.items() if not all(map(is_finite, table.timesteps))]:
+            raise ArtifactError(
+                f"{folder}: manifest.json [pipeline.timestep_scale]: makes timesteps of plan {huge[0]!r} no finite float32; export again"
+            )
     graphs = open_graphs(folder, manifest, weights, device, cache, runners, guests)
     return Artifact(folder, manifest, device, weights, graphs, plans, tables, runners, away)
 

@@ -7,7 +7,6 @@ what diffusers draws from the same generator.
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -21,6 +20,13 @@ from .check.artifact import PublicKey, Trust, status_problems
 from .errors import RequestError, raise_problems
 from .families import artifact_family, family_class
 from .figures import PlanFigures, format_plans, plan_figures
+from .finite import (
+    EvaluationCallback,
+    refuse_nonfinite,
+    refuse_nonfinite_pictures,
+    refuse_nonfinite_result,
+    watch_latents,
+)
 from .gpu.graph_loop import loop_of
 from .gpu.memory import explain_gpu_memory
 from .manifest import ATTACH_FAMILY
@@ -30,6 +36,7 @@ from .offload import offloadable_graphs, stay_on_device
 from .pictures import postprocess_frames, postprocess_pictures
 from .plan import Plan
 from .process.fork import came_through_fork, run_beside_fork
+from .process.self_test import refuse_wrong_arithmetic
 from .replay import PlanTables, StopReplay
 from .runners import CancelFlag, EitherFlag, refuse_cancelled
 from .start import StartRequest, evaluation_callback, initial_state, steps_to_skip, tables_until
@@ -188,7 +195,15 @@ class Pipeline(Generic[OutputT]):
         tables = tables_until(tables, asked.window.end)
         if guidance_scale is None:
             guidance_scale = self.artifact.manifest.defaults.guidance_scale
-        refuse_nonfinite("guidance_scale", guidance_scale)
+        refuse_no_number("guidance_scale", guidance_scale)
+        for name, value in {
+            **given,
+            "guidance_scale": guidance_scale,
+            "latents": latents,
+            "image": image,
+            "mask_image": mask_image,
+        }.items():
+            refuse_nonfinite(name, value)
         after = self._after_step(callback_on_step_end, callback_on_step_end_tensor_inputs)
         stop = threading.Event()
         cancel = EitherFlag(stop, cancel) if came_through_fork() else cancel
@@ -196,6 +211,7 @@ class Pipeline(Generic[OutputT]):
         @torch.no_grad()
         def make() -> OutputT:
             self._interrupt = False
+            refuse_wrong_arithmetic()
             with self.artifact.runners.one(cancel), self._memory():
                 with stay_on_device():
                     conditions = self.family_rules.conditions(given, guidance_scale)
@@ -211,13 +227,17 @@ class Pipeline(Generic[OutputT]):
                     refuse_cancelled(cancel)
                     draws = [z[i : i + 1] for z in noise]
                     inputs = {**condition, **{name: t[i : i + 1] for name, t in start.inputs.items()}}
-                    watch = watch_cancellation(cancel, evaluation_callback(tables.plan, start.blend(i), after))
+                    watch = watch_latents(
+                        tables.plan, self.device, evaluation_callback(tables.plan, start.blend(i), after)
+                    )
+                    watch = watch_cancellation(cancel, watch)
                     x = start.latents[i : i + 1]
                     finals.append(
                         self._loop(tables, self._variants, self._sites, inputs, x, noise=draws, on_evaluation=watch)
                     )
                     if self._interrupt:
                         break
+                refuse_nonfinite_result(tables.plan, torch.cat(finals))
                 made = torch.cat(finals) if output_type == "latent" else self._decode(finals)
                 return self._output(made, output_type)
 
@@ -346,7 +366,9 @@ class Pipeline(Generic[OutputT]):
     def _decode(self, finals: list[torch.Tensor]) -> torch.Tensor:
         """Final latents as the decoder's pictures [B, 3, H, W], or videos [B, T, 3, H, W]."""
         (name,) = (spec.name for spec in self._decoder.graph.outputs)
-        return torch.cat([self._decoder({"latents": x.contiguous()})[name] for x in finals])
+        pictures = torch.cat([self._decoder({"latents": x.contiguous()})[name] for x in finals])
+        refuse_nonfinite_pictures(pictures)
+        return pictures
 
     def _output(self, made: torch.Tensor, output_type: str) -> OutputT:
         """What the caller gets of the final latents, or of what they were decoded to."""
@@ -368,6 +390,7 @@ class Pipeline(Generic[OutputT]):
             if unknown := sorted(returned.keys() - {"latents"}):
                 raise RequestError(f"callback_on_step_end returned {unknown[0]!r}; only latents can be replaced")
             latents = returned.get("latents", latents)
+            refuse_nonfinite("callback_on_step_end: latents", latents)
             if self._interrupt:
                 raise StopReplay(latents)
             return latents
@@ -383,9 +406,6 @@ class VideoPipeline(Pipeline[VideoOutput]):
     """A pipeline whose calls give `frames`."""
 
 
-EvaluationCallback = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor | None]
-
-
 def watch_cancellation(cancel: CancelFlag | None, watch: EvaluationCallback | None) -> EvaluationCallback | None:
     """What `replay` calls after each evaluation, with a look at `cancel` before."""
     if cancel is None:
@@ -398,11 +418,9 @@ def watch_cancellation(cancel: CancelFlag | None, watch: EvaluationCallback | No
     return seen
 
 
-def refuse_nonfinite(name: str, value: Any) -> None:
-    """Raises RequestError for what is no finite number: it would make a picture of nothing."""
+def refuse_no_number(name: str, value: Any) -> None:
+    """Raises RequestError for what is no number at all."""
     try:
-        usable = math.isfinite(value)
-    except (TypeError, ValueError):
-        usable = False
-    if not usable:
-        raise RequestError(f"{name}={value!r}: expected a finite number")
+        float(value)
+    except (TypeError, ValueError) as e:
+        raise RequestError(f"{name}={value!r}: expected a finite number") from e

@@ -19,7 +19,8 @@ KILLED, EXPORTS, AROUND = "faults/test_killed.py::", "faults/test_exports.py::",
 COMPILER = "faults/test_compiler.py::"
 MEMORY, FUZZ, TRUST = "faults/test_memory.py::", "runtime/check/test_fuzz.py::", "runtime/check/test_trust.py::"
 
-FORKS = "runtime/process/test_fork.py::"
+FORKS, SELF_TEST = "runtime/process/test_fork.py::", "runtime/process/test_self_test.py::"
+FINITE = "runtime/test_finite.py::"
 
 
 @dataclass(frozen=True)
@@ -426,6 +427,13 @@ FAULTS: Mapping[str, tuple[Fault, ...]] = {
     ),
     "Process state": (
         Fault("forked-process", "`os.fork` or `multiprocessing` with fork after a call, and a call in the child, with two threads", "the same picture, to the bit; in a child of the child too, and after a load there", FORKS + "test_a_call_gives_the_same_picture"),
+        Fault("wrong-arithmetic", "a process in which torch's products, attention or convolutions come out wrong (OpenMP gives fewer threads than promised)", "refused at load, naming what is wrong, the threads and the OMP_ variables", SELF_TEST + "test_a_wrong_kernel_is_named_at_load"),
+        Fault("wrong-threads", "the same, only after `torch.set_num_threads`", "the next call says it", SELF_TEST + "test_another_number_of_threads_is_tried_at_the_next_call"),
+        Fault("nan-argument", "NaN or infinity in latents, embeddings or guidance", "`latents: expected finite numbers, got 1 NaN of 32`, and the like", FINITE + "test_an_argument_that_is_not_finite_is_named"),
+        Fault("nan-callback", "a callback whose latents are not finite, returned or in place", "its latents are named", FINITE + "test_a_callbacks_latents_are_looked_at"),
+        Fault("nan-evaluation", "a denoiser that gives NaN at one evaluation", "an error that names the evaluation and the plan, in place of a black picture", FINITE + "test_the_evaluation_is_named"),
+        Fault("nan-decoder", "a decoder that gives NaN", "an error that names it", FINITE + "test_the_decoder_is_named"),
+        Fault("huge-plan", "a plan with numbers beyond float32", "refused by the schema", FINITE + "test_a_plans_numbers_are_numbers_of_float32"),
         Fault("forked-at-work", "a fork while another thread is in a call, or by a callback; a graph called by the thread that came through", "one sentence that names the fork and the way out, at once", FORKS + "test_what_cannot_go_on_says_so"),
     ),
 }  # fmt: skip

@@ -7,7 +7,7 @@ out is immutable and may be shared by any number of threads.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
@@ -22,7 +22,7 @@ from .errors import ArtifactError, RequestError, describe_schema_error, raise_pr
 from .finite import is_finite
 from .gpu.memory import explain_gpu_memory
 from .manifest import Graph, Manifest, Site, read_manifest
-from .memory import explain_memory
+from .memory import explain_memory, trim_heap
 from .offload import (
     OffloadedModel,
     OffloadedWeights,
@@ -32,7 +32,7 @@ from .offload import (
     offloaded_graphs,
 )
 from .plan import Plan
-from .process.fork import run_beside_fork
+from .process.fork import run_beside_fork, run_in_new_thread
 from .process.self_test import refuse_wrong_arithmetic
 from .process.usage import Usage
 from .replay import DenoiserVariant, PlanTables, Tensors, tabulate_plan
@@ -56,8 +56,24 @@ class BoundGraph:
         with self._usage.inside():
             return self._contract.outputs(self._model(self._contract.inputs(inputs)))
 
+    def close(self) -> None:
+        """Lets go of its constants."""
+        if close := getattr(self._model, "close", None):
+            close()
+
+    def unload(self) -> None:
+        """Lets go of its machine code, from another thread than `close`."""
+        model, self._model = self._model, closed_model
+        if unload := getattr(model, "unload", None):
+            unload()
+
     def output_dtype(self, name: str) -> torch.dtype:
         return next(torch_dtype(spec.dtype) for spec in self.graph.outputs if spec.name == name)
+
+
+def closed_model(inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """What a closed graph calls; `Usage` refuses before."""
+    raise RequestError("the artifact was closed; load it again")
 
 
 @dataclass(frozen=True)
@@ -68,7 +84,7 @@ class Artifact:
     folder: Path
     manifest: Manifest
     device: torch.device
-    weights: Mapping[str, torch.Tensor]
+    weights: Tensors
     graphs: Mapping[str, BoundGraph]
     plans: Mapping[str, Plan]
     tables: Mapping[str, PlanTables]
@@ -99,6 +115,21 @@ class Artifact:
             tables = tabulate_plan(self.plans[name].tail(step), self.device, timestep_scale(self.manifest))
             self._tails.setdefault((name, step), tables)
         return self._tails[name, step]
+
+    def close(self) -> None:
+        """Waits for calls that are at work, and gives back what the artifact holds: maps, machine code, memory. Later uses
+        raise RequestError, and closing again does nothing. Raises RequestError in a callback of its own call."""
+        if self.runners.usage.close():
+            run_in_new_thread(self._close_graphs)
+            for graph in self.graphs.values():
+                graph.unload()
+            self.weights.clear()
+            self._tails.clear()
+            trim_heap()
+
+    def _close_graphs(self) -> None:
+        for graph in self.graphs.values():
+            graph.close()
 
     @property
     def variants(self) -> dict[str, DenoiserVariant]:
@@ -170,7 +201,8 @@ def _open_checked(
             raise ArtifactError(
                 f"{folder}: manifest.json [pipeline.timestep_scale]: makes timesteps of plan {huge[0]!r} no finite float32; export again"
             )
-    graphs = open_graphs(folder, manifest, weights, device, cache, runners, guests)
+    # a library stays mapped for as long as a thread lives that was in it, so the thread of a server that loads is kept out
+    graphs = run_in_new_thread(lambda: open_graphs(folder, manifest, weights, device, cache, runners, guests))
     return Artifact(folder, manifest, device, weights, graphs, plans, tables, runners, away)
 
 

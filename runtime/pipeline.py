@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar, cast
+from typing import Any, Generic, NamedTuple, Self, TypeVar, cast
 
 import torch
 
@@ -37,7 +37,7 @@ from .pictures import postprocess_frames, postprocess_pictures
 from .plan import Plan
 from .process.fork import came_through_fork, run_beside_fork
 from .process.self_test import refuse_wrong_arithmetic
-from .replay import PlanTables, StopReplay
+from .replay import PlanTables, StopReplay, replay
 from .runners import CancelFlag, EitherFlag, refuse_cancelled
 from .start import StartRequest, evaluation_callback, initial_state, steps_to_skip, tables_until
 
@@ -114,7 +114,8 @@ class Pipeline(Generic[OutputT]):
     """An open artifact. One may be called from many threads: nothing of a call is kept here, and no more calls are at work at
     once than it has runners.
 
-    A callback stops its own call by `pipe._interrupt = True`, as in diffusers; any other thread by the call's `cancel`.
+    A callback stops its own call by `pipe._interrupt = True`, as in diffusers; any other thread by the call's `cancel`. `close`
+    gives back what it holds, and so does leaving a `with` block.
     """
 
     def __init__(self, artifact: Artifact):
@@ -242,6 +243,26 @@ class Pipeline(Generic[OutputT]):
                 return self._output(made, output_type)
 
         return run_beside_fork(make, stop.set)
+
+    # --- its end ------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Waits for the calls that are at work, and gives back all that the artifact holds: its files are mapped no more, so the disk
+        space of one that was replaced is free. A call that begins afterwards, or waits for a runner, raises RequestError, and so
+        does closing in a callback. Closing again does nothing."""
+        self.artifact.close()
+        self._loop = replay  # recordings hold memory of the GPU
+
+    @property
+    def closed(self) -> bool:
+        """Whether it can be called no more."""
+        return self.artifact.runners.usage.closed
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     # --- what it is -----------------------------------------------------------------------------------------------
 

@@ -50,12 +50,15 @@ def came_through_fork() -> bool:
 
 
 def run_beside_fork(work: Callable[[], T], stop: Callable[[], None]) -> T:
-    """What `work` returns or raises: made here, or in a new thread where this one came through a fork.
+    """What `work` returns or raises: made here, or in a new thread where this one came through a fork."""
+    return run_in_new_thread(work, stop) if came_through_fork() else work()
+
+
+def run_in_new_thread(work: Callable[[], T], stop: Callable[[], None] = lambda: None) -> T:
+    """What `work` returns or raises, made in a thread that ends with it.
 
     An exception that this thread gets meanwhile (Ctrl-C) calls `stop`, which should end the work, and waits for that.
     """
-    if not came_through_fork():
-        return work()
     results: list[T] = []
     raised: list[BaseException] = []
 

@@ -18,7 +18,7 @@ import torch
 from ..errors import ArtifactError, first_line, raise_problems
 from ..gpu.capability import capability_problems, cuda_of_driver, driver_problems
 from ..manifest import Manifest, Requires
-from ..native.container import CONSTANT_ALIGNMENT_BYTES, CompiledConstant, Container, empty_tensors, open_container
+from ..native.container import CONSTANT_ALIGNMENT_BYTES, CompiledConstant, Container, empty_tensors, open_container, show_tensors
 from ..native.libraries import library_problems
 from ..private_torch import ModelRunner, open_cpu_runner, open_cuda_runner
 from ..storage.files import read_listed_file
@@ -127,7 +127,7 @@ class NativeModel:
         self._runner = None if isinstance(code, Container) else code
         self._compiled = code.constants() if isinstance(code, Container) else constants_of_runner(code)
         self._bound = not self._compiled
-        self._shown: list[torch.Tensor] = []
+        self._shown: dict[str, torch.Tensor] = {}
 
     @property
     def constants(self) -> frozenset[str]:
@@ -145,10 +145,9 @@ class NativeModel:
             self._container.bind(by_internal_name)
         elif self._runner:
             # torch keeps what it is given for ever, so it is given tensors that can be emptied
-            shown = {name: tensor.detach() for name, tensor in by_internal_name.items()}
-            self._runner.update_constant_buffer(shown, False, True, user_managed=True)
-            empty_tensors(self._shown)
-            self._shown = list(shown.values())
+            emptied = show_tensors(self._shown, by_internal_name)
+            self._runner.update_constant_buffer(self._shown, False, True, user_managed=True)
+            empty_tensors(emptied)
         self._bound = True
 
     def close(self) -> None:
@@ -156,7 +155,7 @@ class NativeModel:
         self._runner = None
         if self._container:
             self._container.close()
-        empty_tensors(self._shown)
+        empty_tensors(self._shown.values())
 
     def unload(self) -> None:
         """Lets go of the code, from another thread than `close`."""

@@ -12,7 +12,7 @@ import _ctypes
 import ctypes
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from ctypes import POINTER, Structure, byref, c_bool, c_char_p, c_int, c_int32, c_size_t, c_void_p
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -85,10 +85,10 @@ class Container:
         self._handle = c_void_p()
         self._call("CreateWithDevice", byref(self._handle), runners, str(device).encode(), None)
         self._constants: list[Any] = []
-        self._bound: list[torch.Tensor] = []
+        self._shown: dict[str, torch.Tensor] = {}
         self._unload = weakref.finalize(self, _ctypes.dlclose, library._handle)  # of two, the later one is called first
         self._free_all = weakref.finalize(
-            self, free_container, self._functions["Delete"], self._handle, self._constants, self._bound
+            self, free_container, self._functions["Delete"], self._handle, self._constants, self._shown
         )
         self._unload.atexit = self._free_all.atexit = False  # a thread may still be inside
         self.inputs, self.outputs = self._count("GetNumInputs"), self._count("GetNumOutputs")
@@ -124,17 +124,14 @@ class Container:
         torch 2.13 takes a reference of its own to each and never gives it back (`MaybeOwningAtenTensorHandle`). So it gets
         tensors made for it, which are emptied when they are not needed any more: some hundred bytes for each constant stay.
         """
-        bound = [tensor.detach() for tensor in tensors.values()]
-        before, fresh = list(self._constants), make_handles(bound)
-        emptied = list(self._bound)
+        emptied = show_tensors(self._shown, tensors)
+        before, fresh = list(self._constants), make_handles([self._shown[name] for name in tensors])
         self._constants += fresh
-        self._bound += bound
         entries = [
             ConstantEntry(name.encode(), _capsule_pointer(c, None)) for name, c in zip(tensors, fresh, strict=True)
         ]
         self._call(BIND_FUNCTION, self._handle, (ConstantEntry * len(entries))(*entries), len(entries), False, True)
         self._constants[:] = fresh  # in place: it is what `free_container` will free
-        self._bound[:] = bound
         take_tensors(before)
         empty_tensors(emptied)
 
@@ -180,14 +177,27 @@ def library_function(library: ctypes.CDLL, short: str, arguments: tuple[Any, ...
     return found
 
 
-def free_container(delete: Any, handle: c_void_p, constants: list[Any], bound: list[torch.Tensor]) -> None:
+def free_container(delete: Any, handle: c_void_p, constants: list[Any], shown: dict[str, torch.Tensor]) -> None:
     """Frees the instances, then the constants' handles, which the library only borrowed, and the memory behind them."""
     delete(handle)
     take_tensors(constants)
-    empty_tensors(bound)
+    empty_tensors(shown.values())
 
 
-def empty_tensors(tensors: Sequence[torch.Tensor]) -> None:
+def show_tensors(shown: dict[str, torch.Tensor], tensors: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+    """Puts a tensor of the same memory as each of `tensors` into `shown`, and gives those that it takes the place of. One that
+    shows the same already stays."""
+    replaced = []
+    for name, tensor in tensors.items():
+        if (before := shown.get(name)) is not None:
+            if before.is_set_to(tensor):
+                continue
+            replaced.append(before)
+        shown[name] = tensor.detach()
+    return replaced
+
+
+def empty_tensors(tensors: Iterable[torch.Tensor]) -> None:
     """Lets go of what they show, for everybody who holds them."""
     with torch.no_grad():
         for tensor in tensors:

@@ -42,9 +42,11 @@ class Usage:
         """The block uses the artifact. Raises RequestError where it is closed, ArtifactError where a fork has spoilt it."""
         ident = threading.get_ident()
         inside = self._inside
+        at_work = ident in inside  # a call that began before `close` goes on to its end
         inside.append(ident)
         try:
-            self.refuse_unusable()
+            if not (at_work and self._closed):
+                self.refuse_unusable()
             yield
         finally:
             inside.remove(ident)

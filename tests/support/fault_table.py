@@ -20,6 +20,7 @@ COMPILER = "faults/test_compiler.py::"
 MEMORY, FUZZ, TRUST = "faults/test_memory.py::", "runtime/check/test_fuzz.py::", "runtime/check/test_trust.py::"
 
 FORKS, SELF_TEST = "runtime/process/test_fork.py::", "runtime/process/test_self_test.py::"
+CLOSE = "runtime/process/test_close.py::"
 FINITE = "runtime/test_finite.py::"
 
 
@@ -434,6 +435,11 @@ FAULTS: Mapping[str, tuple[Fault, ...]] = {
         Fault("nan-evaluation", "a denoiser that gives NaN at one evaluation", "an error that names the evaluation and the plan, in place of a black picture", FINITE + "test_the_evaluation_is_named"),
         Fault("nan-decoder", "a decoder that gives NaN", "an error that names it", FINITE + "test_the_decoder_is_named"),
         Fault("huge-plan", "a plan with numbers beyond float32", "refused by the schema", FINITE + "test_a_plans_numbers_are_numbers_of_float32"),
+        Fault("closed-artifact", "`pipe.close()` after calls", "no file of the artifact is mapped, no descriptor is open", CLOSE + "test_nothing_is_mapped_or_open_after_it"),
+        Fault("call-after-close", "a call or a graph after `close`", "`it was closed; load it again`", CLOSE + "test_a_call_after_it_is_refused_and_closing_again_is_not"),
+        Fault("close-at-work", "`close` while one call is at work and another waits", "the first ends as ever, the other is refused", CLOSE + "test_a_call_at_work_ends_as_ever_and_those_that_wait_are_refused"),
+        Fault("replaced-artifact", "an artifact replaced on the disk and loaded anew in the same process", "the same pictures, and no deleted file is mapped", CLOSE + "test_a_server_reloads_a_replaced_artifact"),
+        Fault("many-loads", "60 times load, call and close", "maps and descriptors as after 20", CLOSE + "test_many_loads_leave_what_a_few_leave"),
         Fault("forked-at-work", "a fork while another thread is in a call, or by a callback; a graph called by the thread that came through", "one sentence that names the fork and the way out, at once", FORKS + "test_what_cannot_go_on_says_so"),
     ),
 }  # fmt: skip

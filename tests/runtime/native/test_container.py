@@ -58,6 +58,7 @@ class Library:
 @pytest.mark.parametrize(("runners", "way"), [(1, "RunSingleThreaded"), (2, "Run")])
 def test_on_a_gpu_a_call_is_queued_on_the_callers_stream(monkeypatch, runners, way):
     asked = []
+    monkeypatch.setattr("_ctypes.dlclose", lambda handle: None)
     monkeypatch.setattr(
         torch.cuda, "current_stream", lambda device: asked.append(device) or SimpleNamespace(cuda_stream=42)
     )

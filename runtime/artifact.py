@@ -32,6 +32,7 @@ from .offload import (
     offloaded_graphs,
 )
 from .plan import Plan
+from .process.default_device import CPU, default_device
 from .process.fork import run_beside_fork, run_in_new_thread
 from .process.self_test import refuse_wrong_arithmetic
 from .process.usage import Usage
@@ -163,7 +164,7 @@ def open_artifact(
     `runners` calls may be at work at once, None = `runners.default_runner_count`; the weights of `offload` visit a GPU (`offload.py`).
     """
     folder, cache = Path(folder), Path(cache_dir) if cache_dir else None
-    with explain_memory(folder):
+    with default_device(CPU), explain_memory(folder):
         run_beside_fork(refuse_wrong_arithmetic, lambda: None)
         return _open_checked(folder, cache, trust, public_key, runners, offload)
 

@@ -35,6 +35,7 @@ from .offload import OffloadRequest as Offload
 from .offload import offloadable_graphs, stay_on_device
 from .pictures import postprocess_frames, postprocess_pictures
 from .plan import Plan
+from .process.default_device import CPU, default_device
 from .process.fork import came_through_fork, run_beside_fork
 from .process.self_test import refuse_wrong_arithmetic
 from .replay import PlanTables, StopReplay, replay
@@ -192,7 +193,8 @@ class Pipeline(Generic[OutputT]):
             **more,
         )
         asked = StartRequest(image, mask_image, strength, latents, self.family_rules.window(given))
-        tables = self._tables(num_inference_steps, cache, steps_to_skip(self.family_rules, asked))
+        with default_device(CPU):
+            tables = self._tables(num_inference_steps, cache, steps_to_skip(self.family_rules, asked))
         tables = tables_until(tables, asked.window.end)
         if guidance_scale is None:
             guidance_scale = self.artifact.manifest.defaults.guidance_scale
@@ -213,7 +215,7 @@ class Pipeline(Generic[OutputT]):
         def make() -> OutputT:
             self._interrupt = False
             refuse_wrong_arithmetic()
-            with self.artifact.runners.one(cancel), self._memory():
+            with default_device(CPU), self.artifact.runners.one(cancel), self._memory():
                 with stay_on_device():
                     conditions = self.family_rules.conditions(given, guidance_scale)
                 conditions = [c for c in conditions for _ in range(count)]
@@ -406,8 +408,11 @@ class Pipeline(Generic[OutputT]):
         if callback is None:
             return None
 
+        callers_device = torch.get_default_device()
+
         def after_step(step: int, timestep: float, latents: torch.Tensor) -> torch.Tensor:
-            returned = callback(self, step, timestep, dict.fromkeys(callback_inputs, latents)) or {}
+            with default_device(callers_device):
+                returned = callback(self, step, timestep, dict.fromkeys(callback_inputs, latents)) or {}
             if unknown := sorted(returned.keys() - {"latents"}):
                 raise RequestError(f"callback_on_step_end returned {unknown[0]!r}; only latents can be replaced")
             latents = returned.get("latents", latents)

@@ -18,7 +18,14 @@ import torch
 from ..errors import ArtifactError, first_line, raise_problems
 from ..gpu.capability import capability_problems, cuda_of_driver, driver_problems
 from ..manifest import Manifest, Requires
-from ..native.container import CONSTANT_ALIGNMENT_BYTES, CompiledConstant, Container, empty_tensors, open_container, show_tensors
+from ..native.container import (
+    CONSTANT_ALIGNMENT_BYTES,
+    CompiledConstant,
+    Container,
+    empty_tensors,
+    open_container,
+    show_tensors,
+)
 from ..native.libraries import library_problems
 from ..private_torch import ModelRunner, open_cpu_runner, open_cuda_runner
 from ..storage.files import read_listed_file

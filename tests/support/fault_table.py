@@ -435,6 +435,7 @@ FAULTS: Mapping[str, tuple[Fault, ...]] = {
         Fault("nan-evaluation", "a denoiser that gives NaN at one evaluation", "an error that names the evaluation and the plan, in place of a black picture", FINITE + "test_the_evaluation_is_named"),
         Fault("nan-decoder", "a decoder that gives NaN", "an error that names it", FINITE + "test_the_decoder_is_named"),
         Fault("huge-plan", "a plan with numbers beyond float32", "refused by the schema", FINITE + "test_a_plans_numbers_are_numbers_of_float32"),
+        Fault("default-device", "another default device, dtype, autocast, inference mode or deterministic mode of torch around load, call or both", "the same picture, to the bit", "runtime/process/test_torch_state.py::test_the_callers_state_changes_no_picture"),
         Fault("closed-artifact", "`pipe.close()` after calls", "no file of the artifact is mapped, no descriptor is open", CLOSE + "test_nothing_is_mapped_or_open_after_it"),
         Fault("call-after-close", "a call or a graph after `close`", "`it was closed; load it again`", CLOSE + "test_a_call_after_it_is_refused_and_closing_again_is_not"),
         Fault("close-at-work", "`close` while one call is at work and another waits", "the first ends as ever, the other is refused", CLOSE + "test_a_call_at_work_ends_as_ever_and_those_that_wait_are_refused"),

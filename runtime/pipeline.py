@@ -35,7 +35,7 @@ from .offload import OffloadRequest as Offload
 from .offload import offloadable_graphs, stay_on_device
 from .pictures import postprocess_frames, postprocess_pictures
 from .plan import Plan
-from .process.default_device import CPU, default_device
+from .process.default_device import CPU, default_device, find_default_device
 from .process.fork import came_through_fork, run_beside_fork
 from .process.self_test import refuse_wrong_arithmetic
 from .replay import PlanTables, StopReplay, replay
@@ -408,7 +408,7 @@ class Pipeline(Generic[OutputT]):
         if callback is None:
             return None
 
-        callers_device = torch.get_default_device()
+        callers_device = find_default_device()
 
         def after_step(step: int, timestep: float, latents: torch.Tensor) -> torch.Tensor:
             with default_device(callers_device):

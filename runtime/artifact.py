@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
@@ -39,6 +40,7 @@ from .process.usage import Usage
 from .replay import DenoiserVariant, PlanTables, Tensors, tabulate_plan
 from .runners import Runners, default_runner_count
 from .storage.files import descriptor_path, read_listed_file
+from .storage.weight_files import WeightFiles, copy_files
 from .weights import map_weights
 
 
@@ -91,6 +93,7 @@ class Artifact:
     tables: Mapping[str, PlanTables]
     runners: Runners = field(default_factory=lambda: Runners(1), compare=False)
     offloaded: tuple[str, ...] = ()
+    mapped: WeightFiles | None = field(default=None, repr=False, compare=False)
     _tails: dict[tuple[str, int], PlanTables] = field(default_factory=dict, repr=False, compare=False)
 
     def plan_name(self, steps: int, cache: bool) -> str:
@@ -116,6 +119,11 @@ class Artifact:
             tables = tabulate_plan(self.plans[name].tail(step), self.device, timestep_scale(self.manifest))
             self._tails.setdefault((name, step), tables)
         return self._tails[name, step]
+
+    def refuse_changed_weights(self) -> None:
+        """Raises ArtifactError for a weight file that is mapped and was written to."""
+        if self.mapped:
+            self.mapped.refuse_changed()
 
     def close(self) -> None:
         """Waits for calls that are at work, and gives back what the artifact holds: maps, machine code, memory. Later uses
@@ -156,17 +164,19 @@ def open_artifact(
     public_key: PublicKey | None = None,
     runners: int | None = None,
     offload: OffloadRequest = False,
+    copy: bool = False,
 ) -> Artifact:
     """The artifact in `folder`, checked and opened. Raises ArtifactError with all that is wrong with it.
 
     Machine code is unpacked to `cache_dir` (default: `$XDG_CACHE_HOME/prebake`), where is noted, too, which files have been
     hashed. `trust` says what is compared before anything is opened, see `check.Trust`; `public_key` goes with "signature".
     `runners` calls may be at work at once, None = `runners.default_runner_count`; the weights of `offload` visit a GPU (`offload.py`).
+    With `copy` weights are read into memory and not mapped.
     """
     folder, cache = Path(folder), Path(cache_dir) if cache_dir else None
     with default_device(CPU), explain_memory(folder):
         run_beside_fork(refuse_wrong_arithmetic, lambda: None)
-        return _open_checked(folder, cache, trust, public_key, runners, offload)
+        return _open_checked(folder, cache, trust, public_key, runners, offload, copy)
 
 
 def _open_checked(
@@ -176,6 +186,7 @@ def _open_checked(
     public_key: PublicKey | None,
     count: int | None,
     offload: OffloadRequest,
+    copy: bool,
 ) -> Artifact:
     manifest = read_manifest(folder)
     with open_checked_files(folder, manifest, trust=trust, public_key=public_key, cache_dir=cache) as files:
@@ -187,9 +198,11 @@ def _open_checked(
         away = offloaded_graphs(offload, manifest, variants)
         guests = OffloadedWeights(manifest, away, device) if away else None
         able = () if away else offloadable_graphs(manifest, variants)
-        with explain_gpu_memory(folder, "weights were loaded", manifest, device, able):
+        paths = weight_files(manifest)
+        copying = copy_files(folder, manifest, files, paths) if copy else nullcontext(files)
+        with explain_gpu_memory(folder, "weights were loaded", manifest, device, able), copying as opened:
             weights = map_weights(
-                {folder / path: descriptor_path(files[path]) for path in weight_files(manifest)},
+                {folder / path: descriptor_path(opened[path]) for path in paths},
                 device,
                 manifest.channels_last,
                 manifest.complex,
@@ -197,6 +210,8 @@ def _open_checked(
             )
             if guests:
                 guests.leave()
+        is_mapped = device.type == "cpu" and not copy
+        mapped = WeightFiles(folder, manifest, {path: files[path] for path in paths} if is_mapped else {})
         tables = {name: tabulate_plan(plan, device, timestep_scale(manifest)) for name, plan in plans.items()}
         if huge := [name for name, table in tables.items() if not all(map(is_finite, table.timesteps))]:
             raise ArtifactError(
@@ -204,7 +219,7 @@ def _open_checked(
             )
     # a library stays mapped for as long as a thread lives that was in it, so the thread of a server that loads is kept out
     graphs = run_in_new_thread(lambda: open_graphs(folder, manifest, weights, device, cache, runners, guests))
-    return Artifact(folder, manifest, device, weights, graphs, plans, tables, runners, away)
+    return Artifact(folder, manifest, device, weights, graphs, plans, tables, runners, away, mapped)
 
 
 def device_of(manifest: Manifest) -> torch.device:

@@ -54,6 +54,7 @@ def load(
     public_key: PublicKey | None = None,
     runners: int | None = None,
     offload: Offload = False,
+    copy: bool = False,
 ) -> ImagePipeline | VideoPipeline:
     """The artifact in `folder`, checked, opened, and ready to be called: `load("artifacts/x")("a red circle").images[0]`.
 
@@ -67,11 +68,12 @@ def load(
     calls, from so many threads, are at work at once while others wait; by default on the CPU as many as there are cores for,
     each with torch's number of threads, and one on a GPU. `offload`, for artifacts of a GPU: True, or graphs such as
     `["text_encoder"]`, keeps the weights of what runs once for a prompt in pinned memory of the host, and on the GPU only
-    while it runs; the denoiser and the decoder stay. Raises ArtifactError with everything that is wrong, or does not fit this
+    while it runs; the denoiser and the decoder stay. `copy` reads the weights into memory of this process, where on the CPU they are
+    else mapped from their files: for files that somebody may write into. Raises ArtifactError with everything that is wrong, or does not fit this
     machine, and RequestError for arguments that mean nothing here, and for an artifact that holds a denoiser alone.
     """
     artifact = open_artifact(
-        folder, cache_dir=cache_dir, trust=trust, public_key=public_key, runners=runners, offload=offload
+        folder, cache_dir=cache_dir, trust=trust, public_key=public_key, runners=runners, offload=offload, copy=copy
     )
     raise_problems(folder, status_problems(artifact.manifest))
     if artifact.manifest.family == ATTACH_FAMILY:
@@ -215,6 +217,7 @@ class Pipeline(Generic[OutputT]):
         def make() -> OutputT:
             self._interrupt = False
             refuse_wrong_arithmetic()
+            self.artifact.refuse_changed_weights()
             with default_device(CPU), self.artifact.runners.one(cancel), self._memory():
                 with stay_on_device():
                     conditions = self.family_rules.conditions(given, guidance_scale)

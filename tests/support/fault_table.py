@@ -21,6 +21,7 @@ MEMORY, FUZZ, TRUST = "faults/test_memory.py::", "runtime/check/test_fuzz.py::",
 
 FORKS, SELF_TEST = "runtime/process/test_fork.py::", "runtime/process/test_self_test.py::"
 CLOSE = "runtime/process/test_close.py::"
+WEIGHTS = "runtime/storage/test_weight_files.py::"
 FINITE = "runtime/test_finite.py::"
 
 
@@ -441,6 +442,9 @@ FAULTS: Mapping[str, tuple[Fault, ...]] = {
         Fault("close-at-work", "`close` while one call is at work and another waits", "the first ends as ever, the other is refused", CLOSE + "test_a_call_at_work_ends_as_ever_and_those_that_wait_are_refused"),
         Fault("replaced-artifact", "an artifact replaced on the disk and loaded anew in the same process", "the same pictures, and no deleted file is mapped", CLOSE + "test_a_server_reloads_a_replaced_artifact"),
         Fault("many-loads", "60 times load, call and close", "maps and descriptors as after 20", CLOSE + "test_many_loads_leave_what_a_few_leave"),
+        Fault("weights-written", "a weight file is written to in place after load (`cp -r new/* live/`)", "the next call names the file, and the way out; a file that holds what it held passes", WEIGHTS + "test_a_file_that_is_written_to_after_load_is_named"),
+        Fault("weights-written-early", "the same between hash and map", "refused, naming the file", WEIGHTS + "test_a_file_that_is_written_to_between_hash_and_map_is_named"),
+        Fault("weights-copied", "the same, and the file cut to nothing, after `load(..., copy=True)`", "the same picture", WEIGHTS + "test_a_copy_is_drawn_with_whatever_is_written"),
         Fault("forked-at-work", "a fork while another thread is in a call, or by a callback; a graph called by the thread that came through", "one sentence that names the fork and the way out, at once", FORKS + "test_what_cannot_go_on_says_so"),
     ),
 }  # fmt: skip

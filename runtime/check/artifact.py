@@ -61,7 +61,7 @@ def open_checked_files(
     raise_problems(folder, file_problems(folder, manifest))
     if public_key is not None:
         raise_problems(folder, signature_problems(folder, manifest, public_key))
-    with open_files(folder, [entry.path for entry in manifest.files]) as files, refuse_changes(folder, files):
+    with open_files(folder, [entry.path for entry in manifest.files]) as files, refuse_changes(folder, manifest, files):
         if trust == "size":
             raise_problems(folder, content_problems(manifest, files, hash_weights=False))
         else:

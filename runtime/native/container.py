@@ -201,4 +201,4 @@ def empty_tensors(tensors: Iterable[torch.Tensor]) -> None:
     """Lets go of what they show, for everybody who holds them."""
     with torch.no_grad():
         for tensor in tensors:
-            tensor.set_(tensor.new_empty(0))
+            tensor.set_(tensor.new_empty(0).untyped_storage())

@@ -30,13 +30,20 @@ def content_states(files: Mapping[str, int]) -> dict[str, FileState]:
 
 
 @contextmanager
-def refuse_changes(folder: Path, files: Mapping[str, int]) -> Iterator[None]:
-    """Raises ArtifactError at the end of the block for a file that was written to in it: what was hashed is not what was mapped."""
-    before = content_states(files)
+def refuse_changes(folder: Path, manifest: Manifest, files: Mapping[str, int]) -> Iterator[None]:
+    """Raises ArtifactError at the end of the block for an open weight file that was written to in it, and does not hold what the
+    manifest says: what was hashed is not what was mapped. Other files are hashed as they are read."""
+    weights = {path: descriptor for path, descriptor in files.items() if path.startswith("weights/")}
+    before = content_states(weights)
     yield
-    now = content_states(files)
-    if changed := [path for path in files if now[path] != before[path]]:
-        raise ArtifactError(f"{folder}: {changed[0]} was written to while it was loaded; {WAY_OUT}")
+    now = content_states(weights)
+    for path in (path for path in weights if now[path] != before[path]):
+        if sha256_of(weights[path]) != expected_sha256(manifest, path):
+            raise ArtifactError(f"{folder}: {path} was written to while it was loaded; {WAY_OUT}")
+
+
+def expected_sha256(manifest: Manifest, path: str) -> str:
+    return next(entry.sha256 for entry in manifest.files if entry.path == path)
 
 
 WAY_OUT = "write files anew beside it, rename them into its place, and load again; or load a copy of its weights: load(..., copy=True)"
@@ -59,9 +66,8 @@ class WeightFiles:
                     self._refuse_written(path, now)
 
     def _refuse_written(self, path: str, now: FileState) -> None:
-        expected = next(entry.sha256 for entry in self._manifest.files if entry.path == path)
         with open_files(self._folder, [path]) as files:
-            if sha256_of(files[path]) != expected:
+            if sha256_of(files[path]) != expected_sha256(self._manifest, path):
                 raise ArtifactError(f"{self._folder}: {path} was written to after it was loaded; {WAY_OUT}")
         self._states[path] = now
 
@@ -74,15 +80,14 @@ def copy_files(
 
     What was copied is hashed, so it is right whatever happens to the file meanwhile. Raises ArtifactError where it is not.
     """
-    listed = {entry.path: entry for entry in manifest.files}
     with ExitStack() as stack:
         copies = {}
         for path in paths:
             copies[path] = copy = os.memfd_create("prebake-weights", os.MFD_CLOEXEC)
             stack.callback(os.close, copy)
             came = copy_file(files[path], copy)
-            if came != listed[path].sha256:
-                raise ArtifactError(f"{folder}: {hash_problem(path, came, listed[path].sha256)}")
+            if came != expected_sha256(manifest, path):
+                raise ArtifactError(f"{folder}: {hash_problem(path, came, expected_sha256(manifest, path))}")
         yield copies
 
 

@@ -193,12 +193,31 @@ def show_tensors(shown: dict[str, torch.Tensor], tensors: Mapping[str, torch.Ten
             if before.is_set_to(tensor):
                 continue
             replaced.append(before)
-        shown[name] = tensor.detach()
+        shown[name] = show_memory(tensor)
     return replaced
 
 
+_spare: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}
+"""Tensors that were emptied. torch holds them for the life of the process, so they are used again: a process that loads one artifact
+after the other needs no more of them than it ever had at once."""
+
+
+def show_memory(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor of the same memory that can be emptied later: a spare one where there is one."""
+    try:
+        spare = _spare[tensor.dtype, tensor.device].pop()
+    except (KeyError, IndexError):
+        return tensor.detach()
+    with torch.no_grad():
+        return spare.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
+
+
 def empty_tensors(tensors: Iterable[torch.Tensor]) -> None:
-    """Lets go of what they show, for everybody who holds them."""
+    """Lets go of what they show, for everybody who holds them, and keeps them for `show_memory`."""
     with torch.no_grad():
         for tensor in tensors:
+            if not tensor.numel() and not tensor.untyped_storage().nbytes():
+                continue  # emptied before
             tensor.set_(tensor.new_empty(0).untyped_storage())
+            if not tensor.is_inference():
+                _spare.setdefault((tensor.dtype, tensor.device), []).append(tensor)

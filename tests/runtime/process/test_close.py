@@ -13,6 +13,7 @@ import torch
 from prebake.runtime import RequestError, load
 from prebake.runtime.process.fork import wait_for_exit
 from support import fault_processes
+from support.heap import heap_bytes
 
 
 @pytest.fixture
@@ -147,3 +148,18 @@ def test_many_loads_leave_what_a_few_leave(toy_artifact, cache_dir):
     assert said["maps"] == [said["maps"][0]] * 3
     assert said["descriptors"] == [said["descriptors"][0]] * 3
     assert said["artifact"] == 0
+
+
+def test_a_load_leaves_little_on_the_heap(toy_artifact, cache_dir):
+    """torch holds each tensor that it was ever bound to; without spare ones that is 8 KiB for each load of the toy."""
+
+    def grown(loads):
+        gc.collect()
+        before = heap_bytes()
+        for _ in range(loads):
+            load(toy_artifact, cache_dir=cache_dir).close()
+        gc.collect()
+        return (heap_bytes() - before) / loads
+
+    grown(5)
+    assert grown(30) < 4096

@@ -37,7 +37,8 @@ START_S = 120
 
 @dataclass(frozen=True)
 class WorkerSample:
-    """Of one worker: bytes of memory, and how many maps, deleted files that are mapped, descriptors and threads it has."""
+    """Of one worker: bytes of memory, and how many maps of files, maps of deleted files, descriptors without connections, and threads
+    it has."""
 
     seconds: float
     worker: int
@@ -54,11 +55,20 @@ def sample_worker(seconds: float, worker: int) -> WorkerSample:
     lines = (line.split() for line in (own / "smaps_rollup").read_text("utf-8").splitlines()[1:])
     kib = {words[0].rstrip(":"): int(words[1]) for words in lines}
     maps = (own / "maps").read_text("utf-8").splitlines()
-    counts = (sum(1 for _ in (own / name).iterdir()) for name in ("fd", "task"))
+    opened = sum(not is_socket(path) for path in (own / "fd").iterdir())
+    threads = sum(1 for _ in (own / "task").iterdir())
     files = [line for line in maps if len(line.split()) > 5 and line.split(maxsplit=5)[5].startswith("/")]
     deleted = sum("(deleted)" in line for line in files)
     private = kib["Private_Dirty"] + kib["Private_Clean"]
-    return WorkerSample(seconds, worker, kib["Rss"] << 10, private << 10, len(files), deleted, *counts)
+    return WorkerSample(seconds, worker, kib["Rss"] << 10, private << 10, len(files), deleted, opened, threads)
+
+
+def is_socket(descriptor: Path) -> bool:
+    """Whether it is a connection, which comes and goes with its request, or is gone already."""
+    try:
+        return os.readlink(descriptor).startswith("socket:")
+    except OSError:
+        return True
 
 
 class Clients:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from numbers import Real
 from typing import Any
@@ -22,8 +23,9 @@ def refuse_nonfinite(name: str, value: Any) -> None:
         for each in value:
             refuse_nonfinite(name, each)
     elif isinstance(value, Real):
-        if not abs(float(value)) <= FLOAT32_MAX:
-            raise RequestError(f"{name}={value!r}: expected a finite number, of float32")
+        if not abs(value) <= FLOAT32_MAX:
+            beyond = ", and float32 ends at 3.4e38" if value == value and abs(value) != math.inf else ""
+            raise RequestError(f"{name}={value!r}: expected a finite number{beyond}")
     elif isinstance(value, torch.Tensor):
         if value.is_floating_point() and not is_finite(value.float()):
             raise RequestError(

@@ -7,6 +7,7 @@ what diffusers draws from the same generator.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -450,6 +451,8 @@ def watch_cancellation(cancel: CancelFlag | None, watch: EvaluationCallback | No
 def refuse_no_number(name: str, value: Any) -> None:
     """Raises RequestError for what is no number at all."""
     try:
-        float(value)
+        math.isfinite(value)
+    except OverflowError:  # a whole number that no float holds; `refuse_nonfinite` says it
+        return
     except (TypeError, ValueError) as e:
         raise RequestError(f"{name}={value!r}: expected a finite number") from e

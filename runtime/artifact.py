@@ -7,7 +7,8 @@ out is immutable and may be shared by any number of threads.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
@@ -19,9 +20,10 @@ from .backends import GraphModel, OpenContext, backend_module
 from .check.artifact import PublicKey, Trust, open_checked_files, plan_problems
 from .contract import Contract, torch_dtype
 from .errors import ArtifactError, RequestError, describe_schema_error, raise_problems
+from .finite import is_finite
 from .gpu.memory import explain_gpu_memory
 from .manifest import Graph, Manifest, Site, read_manifest
-from .memory import explain_memory
+from .memory import explain_memory, trim_heap
 from .offload import (
     OffloadedModel,
     OffloadedWeights,
@@ -31,26 +33,50 @@ from .offload import (
     offloaded_graphs,
 )
 from .plan import Plan
+from .process.default_device import CPU, default_device
+from .process.fork import run_beside_fork, run_in_new_thread
+from .process.self_test import refuse_wrong_arithmetic
+from .process.usage import Usage
 from .replay import DenoiserVariant, PlanTables, Tensors, tabulate_plan
 from .runners import Runners, default_runner_count
 from .storage.files import descriptor_path, read_listed_file
+from .storage.weight_files import WeightFiles, copy_files
 from .weights import map_weights
 
 
 class BoundGraph:
     """A compiled graph that is ready to be called: constants bound, every call checked against the manifest."""
 
-    def __init__(self, graph: Graph, model: GraphModel, contract: Contract):
+    def __init__(self, graph: Graph, model: GraphModel, contract: Contract, usage: Usage | None = None):
         self.graph = graph
+        self._usage = usage or Usage(f"graph {graph.name!r}")
         self._model = model
         self._contract = contract
 
     def __call__(self, inputs: Mapping[str, torch.Tensor]) -> Tensors:
-        """Outputs by name. Raises RequestError, naming the input, unless the inputs are exactly the manifest's."""
-        return self._contract.outputs(self._model(self._contract.inputs(inputs)))
+        """Outputs by name. Raises RequestError, naming the input, unless the inputs are exactly the manifest's, and what
+        `Usage.inside` raises."""
+        with self._usage.inside():
+            return self._contract.outputs(self._model(self._contract.inputs(inputs)))
+
+    def close(self) -> None:
+        """Lets go of its constants."""
+        if close := getattr(self._model, "close", None):
+            close()
+
+    def unload(self) -> None:
+        """Lets go of its machine code, from another thread than `close`."""
+        model, self._model = self._model, closed_model
+        if unload := getattr(model, "unload", None):
+            unload()
 
     def output_dtype(self, name: str) -> torch.dtype:
         return next(torch_dtype(spec.dtype) for spec in self.graph.outputs if spec.name == name)
+
+
+def closed_model(inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """What a closed graph calls; `Usage` refuses before."""
+    raise RequestError("the artifact was closed; load it again")
 
 
 @dataclass(frozen=True)
@@ -61,12 +87,13 @@ class Artifact:
     folder: Path
     manifest: Manifest
     device: torch.device
-    weights: Mapping[str, torch.Tensor]
+    weights: Tensors
     graphs: Mapping[str, BoundGraph]
     plans: Mapping[str, Plan]
     tables: Mapping[str, PlanTables]
     runners: Runners = field(default_factory=lambda: Runners(1), compare=False)
     offloaded: tuple[str, ...] = ()
+    mapped: WeightFiles | None = field(default=None, repr=False, compare=False)
     _tails: dict[tuple[str, int], PlanTables] = field(default_factory=dict, repr=False, compare=False)
 
     def plan_name(self, steps: int, cache: bool) -> str:
@@ -93,6 +120,26 @@ class Artifact:
             self._tails.setdefault((name, step), tables)
         return self._tails[name, step]
 
+    def refuse_changed_weights(self) -> None:
+        """Raises ArtifactError for a weight file that is mapped and was written to."""
+        if self.mapped:
+            self.mapped.refuse_changed()
+
+    def close(self) -> None:
+        """Waits for calls that are at work, and gives back what the artifact holds: maps, machine code, memory. Later uses
+        raise RequestError, and closing again does nothing. Raises RequestError in a callback of its own call."""
+        if self.runners.usage.close():
+            run_in_new_thread(self._close_graphs)
+            for graph in self.graphs.values():
+                graph.unload()
+            self.weights.clear()
+            self._tails.clear()
+            trim_heap()
+
+    def _close_graphs(self) -> None:
+        for graph in self.graphs.values():
+            graph.close()
+
     @property
     def variants(self) -> dict[str, DenoiserVariant]:
         """The denoiser's variants: the graphs that some plan calls."""
@@ -117,16 +164,19 @@ def open_artifact(
     public_key: PublicKey | None = None,
     runners: int | None = None,
     offload: OffloadRequest = False,
+    copy: bool = False,
 ) -> Artifact:
     """The artifact in `folder`, checked and opened. Raises ArtifactError with all that is wrong with it.
 
     Machine code is unpacked to `cache_dir` (default: `$XDG_CACHE_HOME/prebake`), where is noted, too, which files have been
     hashed. `trust` says what is compared before anything is opened, see `check.Trust`; `public_key` goes with "signature".
     `runners` calls may be at work at once, None = `runners.default_runner_count`; the weights of `offload` visit a GPU (`offload.py`).
+    With `copy` weights are read into memory and not mapped.
     """
     folder, cache = Path(folder), Path(cache_dir) if cache_dir else None
-    with explain_memory(folder):
-        return _open_checked(folder, cache, trust, public_key, runners, offload)
+    with default_device(CPU), explain_memory(folder):
+        run_beside_fork(refuse_wrong_arithmetic, lambda: None)
+        return _open_checked(folder, cache, trust, public_key, runners, offload, copy)
 
 
 def _open_checked(
@@ -136,19 +186,23 @@ def _open_checked(
     public_key: PublicKey | None,
     count: int | None,
     offload: OffloadRequest,
+    copy: bool,
 ) -> Artifact:
     manifest = read_manifest(folder)
     with open_checked_files(folder, manifest, trust=trust, public_key=public_key, cache_dir=cache) as files:
         plans = read_plans(folder, manifest)
         device = device_of(manifest)
-        runners = Runners(default_runner_count(device) if count is None else count)
+        usage = Usage(folder, forkable=is_forkable(manifest))
+        runners = Runners(default_runner_count(device) if count is None else count, usage)
         variants = {name for plan in plans.values() for name in plan.variants()}
         away = offloaded_graphs(offload, manifest, variants)
         guests = OffloadedWeights(manifest, away, device) if away else None
         able = () if away else offloadable_graphs(manifest, variants)
-        with explain_gpu_memory(folder, "weights were loaded", manifest, device, able):
+        paths = weight_files(manifest)
+        copying = copy_files(folder, manifest, files, paths) if copy else nullcontext(files)
+        with explain_gpu_memory(folder, "weights were loaded", manifest, device, able), copying as opened:
             weights = map_weights(
-                {folder / path: descriptor_path(files[path]) for path in weight_files(manifest)},
+                {folder / path: descriptor_path(opened[path]) for path in paths},
                 device,
                 manifest.channels_last,
                 manifest.complex,
@@ -156,15 +210,27 @@ def _open_checked(
             )
             if guests:
                 guests.leave()
+        is_mapped = device.type == "cpu" and not copy
+        mapped = WeightFiles(folder, manifest, {path: files[path] for path in paths} if is_mapped else {})
         tables = {name: tabulate_plan(plan, device, timestep_scale(manifest)) for name, plan in plans.items()}
-    graphs = open_graphs(folder, manifest, weights, device, cache, runners.count, guests)
-    return Artifact(folder, manifest, device, weights, graphs, plans, tables, runners, away)
+        if huge := [name for name, table in tables.items() if not all(map(is_finite, table.timesteps))]:
+            raise ArtifactError(
+                f"{folder}: manifest.json [pipeline.timestep_scale]: makes timesteps of plan {huge[0]!r} no finite float32; export again"
+            )
+    # a library stays mapped for as long as a thread lives that was in it, so the thread of a server that loads is kept out
+    graphs = run_in_new_thread(lambda: open_graphs(folder, manifest, weights, device, cache, runners, guests))
+    return Artifact(folder, manifest, device, weights, graphs, plans, tables, runners, away, mapped)
 
 
 def device_of(manifest: Manifest) -> torch.device:
     """The manifest's device, a GPU with its number, as tensors on it have it: `cuda` alone is equal to no tensor's device."""
     kind = manifest.requires.device
     return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
+
+
+def is_forkable(manifest: Manifest) -> bool:
+    """Whether its graphs run in a process that was forked after they were opened."""
+    return manifest.requires.device == "cpu" and getattr(backend_module(manifest.backend), "FORKABLE", False)
 
 
 def timestep_scale(manifest: Manifest) -> float:
@@ -197,7 +263,7 @@ def open_graphs(
     weights: Mapping[str, torch.Tensor],
     device: torch.device,
     cache_dir: Path | None,
-    runners: int = 1,
+    runners: Runners | None = None,
     guests: OffloadedWeights | None = None,
 ) -> dict[str, BoundGraph]:
     """Every graph by name, its constants bound to `weights`, those of `guests` when they are there. In the middle of it, the
@@ -207,11 +273,12 @@ def open_graphs(
     visits = {g.name: guests.needed(g.constants) for g in manifest.graphs} if guests else {}
     visits = {name: needed for name, needed in visits.items() if needed}
 
-    opening = OpenContext(folder, manifest, constants, device, cache_dir, runners, deferred_graphs=visits.keys())
+    runners = runners or Runners(1)
+    opening = OpenContext(folder, manifest, constants, device, cache_dir, runners.count, deferred_graphs=visits.keys())
     models = dict(backend_module(manifest.backend).open_models(opening))
     for name, needed in visits.items():
         models[name] = OffloadedModel(cast(RebindableModel, models[name]), constants[name], needed)
-    return {graph.name: BoundGraph(graph, models[graph.name], contracts[graph.name]) for graph in manifest.graphs}
+    return {g.name: BoundGraph(g, models[g.name], contracts[g.name], runners.usage) for g in manifest.graphs}
 
 
 def constants_of(graph: Graph, weights: Mapping[str, torch.Tensor]) -> Tensors:

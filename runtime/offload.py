@@ -212,6 +212,10 @@ class RebindableModel(Protocol):
 
     def bind(self, tensors: Mapping[str, Tensor]) -> None: ...
 
+    def close(self) -> None: ...
+
+    def unload(self) -> None: ...
+
     def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor]: ...
 
 
@@ -233,6 +237,15 @@ class OffloadedModel:
                     self._model.bind(self._constants)
                     self._bound = addresses
             return self._model(inputs)
+
+    def close(self) -> None:
+        """Lets go of constants, and of the weights that are away."""
+        self._model.close()
+        self._guests, self._constants = (), {}
+
+    def unload(self) -> None:
+        """Lets go of the code."""
+        self._model.unload()
 
 
 class DeviceStay:

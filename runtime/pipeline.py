@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar, cast
+from typing import Any, Generic, NamedTuple, Self, TypeVar, cast
 
 import torch
 
@@ -21,6 +21,13 @@ from .check.artifact import PublicKey, Trust, status_problems
 from .errors import RequestError, raise_problems
 from .families import artifact_family, family_class
 from .figures import PlanFigures, format_plans, plan_figures
+from .finite import (
+    EvaluationCallback,
+    refuse_nonfinite,
+    refuse_nonfinite_pictures,
+    refuse_nonfinite_result,
+    watch_latents,
+)
 from .gpu.graph_loop import loop_of
 from .gpu.memory import explain_gpu_memory
 from .manifest import ATTACH_FAMILY
@@ -29,8 +36,11 @@ from .offload import OffloadRequest as Offload
 from .offload import offloadable_graphs, stay_on_device
 from .pictures import postprocess_frames, postprocess_pictures
 from .plan import Plan
-from .replay import PlanTables, StopReplay
-from .runners import CancelFlag, refuse_cancelled
+from .process.default_device import CPU, default_device, find_default_device
+from .process.fork import came_through_fork, run_beside_fork
+from .process.self_test import refuse_wrong_arithmetic
+from .replay import PlanTables, StopReplay, replay
+from .runners import CancelFlag, EitherFlag, refuse_cancelled
 from .start import StartRequest, evaluation_callback, initial_state, steps_to_skip, tables_until
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -45,6 +55,7 @@ def load(
     public_key: PublicKey | None = None,
     runners: int | None = None,
     offload: Offload = False,
+    copy: bool = False,
 ) -> ImagePipeline | VideoPipeline:
     """The artifact in `folder`, checked, opened, and ready to be called: `load("artifacts/x")("a red circle").images[0]`.
 
@@ -58,11 +69,12 @@ def load(
     calls, from so many threads, are at work at once while others wait; by default on the CPU as many as there are cores for,
     each with torch's number of threads, and one on a GPU. `offload`, for artifacts of a GPU: True, or graphs such as
     `["text_encoder"]`, keeps the weights of what runs once for a prompt in pinned memory of the host, and on the GPU only
-    while it runs; the denoiser and the decoder stay. Raises ArtifactError with everything that is wrong, or does not fit this
+    while it runs; the denoiser and the decoder stay. `copy` reads the weights into memory of this process, where on the CPU they are
+    else mapped from their files: for files that somebody may write into. Raises ArtifactError with everything that is wrong, or does not fit this
     machine, and RequestError for arguments that mean nothing here, and for an artifact that holds a denoiser alone.
     """
     artifact = open_artifact(
-        folder, cache_dir=cache_dir, trust=trust, public_key=public_key, runners=runners, offload=offload
+        folder, cache_dir=cache_dir, trust=trust, public_key=public_key, runners=runners, offload=offload, copy=copy
     )
     raise_problems(folder, status_problems(artifact.manifest))
     if artifact.manifest.family == ATTACH_FAMILY:
@@ -106,7 +118,8 @@ class Pipeline(Generic[OutputT]):
     """An open artifact. One may be called from many threads: nothing of a call is kept here, and no more calls are at work at
     once than it has runners.
 
-    A callback stops its own call by `pipe._interrupt = True`, as in diffusers; any other thread by the call's `cancel`.
+    A callback stops its own call by `pipe._interrupt = True`, as in diffusers; any other thread by the call's `cancel`. `close`
+    gives back what it holds, and so does leaving a `with` block.
     """
 
     def __init__(self, artifact: Artifact):
@@ -117,7 +130,6 @@ class Pipeline(Generic[OutputT]):
         self._loop = loop_of(artifact.manifest)
         self._request = threading.local()
 
-    @torch.no_grad()
     def __call__(
         self,
         prompt: str | list[str] | None = None,
@@ -184,35 +196,79 @@ class Pipeline(Generic[OutputT]):
             **more,
         )
         asked = StartRequest(image, mask_image, strength, latents, self.family_rules.window(given))
-        tables = self._tables(num_inference_steps, cache, steps_to_skip(self.family_rules, asked))
+        with default_device(CPU):
+            tables = self._tables(num_inference_steps, cache, steps_to_skip(self.family_rules, asked))
         tables = tables_until(tables, asked.window.end)
         if guidance_scale is None:
             guidance_scale = self.artifact.manifest.defaults.guidance_scale
-        refuse_nonfinite("guidance_scale", guidance_scale)
+        refuse_no_number("guidance_scale", guidance_scale)
+        for name, value in {
+            **given,
+            "guidance_scale": guidance_scale,
+            "latents": latents,
+            "image": image,
+            "mask_image": mask_image,
+        }.items():
+            refuse_nonfinite(name, value)
         after = self._after_step(callback_on_step_end, callback_on_step_end_tensor_inputs)
-        self._interrupt = False
-        with self.artifact.runners.one(cancel), self._memory():
-            with stay_on_device():
-                conditions = self.family_rules.conditions(given, guidance_scale)
-            conditions = [c for c in conditions for _ in range(count)]
-            generator = choose_generators(seed, generator, len(conditions))
-            with stay_on_device():
-                start = initial_state(self.family_rules, self.artifact, tables.plan, asked, len(conditions), generator)
-            noise = self._noise(tables, start.latents.shape, generator)
-            finals = []
-            for i, condition in enumerate(conditions):
-                refuse_cancelled(cancel)
-                draws = [z[i : i + 1] for z in noise]
-                inputs = {**condition, **{name: t[i : i + 1] for name, t in start.inputs.items()}}
-                watch = watch_cancellation(cancel, evaluation_callback(tables.plan, start.blend(i), after))
-                x = start.latents[i : i + 1]
-                finals.append(
-                    self._loop(tables, self._variants, self._sites, inputs, x, noise=draws, on_evaluation=watch)
-                )
-                if self._interrupt:
-                    break
-            made = torch.cat(finals) if output_type == "latent" else self._decode(finals)
-        return self._output(made, output_type)
+        stop = threading.Event()
+        cancel = EitherFlag(stop, cancel) if came_through_fork() else cancel
+
+        @torch.no_grad()
+        def make() -> OutputT:
+            self._interrupt = False
+            refuse_wrong_arithmetic()
+            self.artifact.refuse_changed_weights()
+            with default_device(CPU), self.artifact.runners.one(cancel), self._memory():
+                with stay_on_device():
+                    conditions = self.family_rules.conditions(given, guidance_scale)
+                conditions = [c for c in conditions for _ in range(count)]
+                generators = choose_generators(seed, generator, len(conditions))
+                with stay_on_device():
+                    start = initial_state(
+                        self.family_rules, self.artifact, tables.plan, asked, len(conditions), generators
+                    )
+                noise = self._noise(tables, start.latents.shape, generators)
+                finals = []
+                for i, condition in enumerate(conditions):
+                    refuse_cancelled(cancel)
+                    draws = [z[i : i + 1] for z in noise]
+                    inputs = {**condition, **{name: t[i : i + 1] for name, t in start.inputs.items()}}
+                    watch = watch_latents(
+                        tables.plan, self.device, evaluation_callback(tables.plan, start.blend(i), after)
+                    )
+                    watch = watch_cancellation(cancel, watch)
+                    x = start.latents[i : i + 1]
+                    finals.append(
+                        self._loop(tables, self._variants, self._sites, inputs, x, noise=draws, on_evaluation=watch)
+                    )
+                    if self._interrupt:
+                        break
+                refuse_nonfinite_result(tables.plan, torch.cat(finals))
+                made = torch.cat(finals) if output_type == "latent" else self._decode(finals)
+                return self._output(made, output_type)
+
+        return run_beside_fork(make, stop.set)
+
+    # --- its end ------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Waits for the calls that are at work, and gives back all that the artifact holds: its files are mapped no more, so the disk
+        space of one that was replaced is free. A call that begins afterwards, or waits for a runner, raises RequestError, and so
+        does closing in a callback. Closing again does nothing."""
+        self.artifact.close()
+        self._loop = replay  # recordings hold memory of the GPU
+
+    @property
+    def closed(self) -> bool:
+        """Whether it can be called no more."""
+        return self.artifact.runners.usage.closed
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     # --- what it is -----------------------------------------------------------------------------------------------
 
@@ -337,7 +393,9 @@ class Pipeline(Generic[OutputT]):
     def _decode(self, finals: list[torch.Tensor]) -> torch.Tensor:
         """Final latents as the decoder's pictures [B, 3, H, W], or videos [B, T, 3, H, W]."""
         (name,) = (spec.name for spec in self._decoder.graph.outputs)
-        return torch.cat([self._decoder({"latents": x.contiguous()})[name] for x in finals])
+        pictures = torch.cat([self._decoder({"latents": x.contiguous()})[name] for x in finals])
+        refuse_nonfinite_pictures(pictures)
+        return pictures
 
     def _output(self, made: torch.Tensor, output_type: str) -> OutputT:
         """What the caller gets of the final latents, or of what they were decoded to."""
@@ -354,11 +412,15 @@ class Pipeline(Generic[OutputT]):
         if callback is None:
             return None
 
+        callers_device = find_default_device()
+
         def after_step(step: int, timestep: float, latents: torch.Tensor) -> torch.Tensor:
-            returned = callback(self, step, timestep, dict.fromkeys(callback_inputs, latents)) or {}
+            with default_device(callers_device):
+                returned = callback(self, step, timestep, dict.fromkeys(callback_inputs, latents)) or {}
             if unknown := sorted(returned.keys() - {"latents"}):
                 raise RequestError(f"callback_on_step_end returned {unknown[0]!r}; only latents can be replaced")
             latents = returned.get("latents", latents)
+            refuse_nonfinite("callback_on_step_end: latents", latents)
             if self._interrupt:
                 raise StopReplay(latents)
             return latents
@@ -374,9 +436,6 @@ class VideoPipeline(Pipeline[VideoOutput]):
     """A pipeline whose calls give `frames`."""
 
 
-EvaluationCallback = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor | None]
-
-
 def watch_cancellation(cancel: CancelFlag | None, watch: EvaluationCallback | None) -> EvaluationCallback | None:
     """What `replay` calls after each evaluation, with a look at `cancel` before."""
     if cancel is None:
@@ -389,11 +448,11 @@ def watch_cancellation(cancel: CancelFlag | None, watch: EvaluationCallback | No
     return seen
 
 
-def refuse_nonfinite(name: str, value: Any) -> None:
-    """Raises RequestError for what is no finite number: it would make a picture of nothing."""
+def refuse_no_number(name: str, value: Any) -> None:
+    """Raises RequestError for what is no number at all."""
     try:
-        usable = math.isfinite(value)
-    except (TypeError, ValueError):
-        usable = False
-    if not usable:
-        raise RequestError(f"{name}={value!r}: expected a finite number")
+        math.isfinite(value)
+    except OverflowError:  # a whole number that no float holds; `refuse_nonfinite` says it
+        return
+    except (TypeError, ValueError) as e:
+        raise RequestError(f"{name}={value!r}: expected a finite number") from e

@@ -7,11 +7,16 @@ Every float is written with `repr`, so that what is read is what was computed.
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from pydantic import BaseModel, ConfigDict, Field
 
 from .errors import RequestError
 
 FROZEN_CONFIG = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+FLOAT32_MAX = (2 - 2**-23) * 2.0**127
+"""The largest finite float32, in which a replay computes."""
+Float32 = Annotated[float, Field(ge=-FLOAT32_MAX, le=FLOAT32_MAX)]
 
 
 class Update(BaseModel):
@@ -23,9 +28,9 @@ class Update(BaseModel):
     """
 
     model_config = FROZEN_CONFIG
-    latents: tuple[float, ...]
-    outputs: tuple[float, ...]
-    noise: float = 0.0
+    latents: tuple[Float32, ...]
+    outputs: tuple[Float32, ...]
+    noise: Float32 = 0.0
     unused_draws: int = Field(default=0, ge=0)
 
 
@@ -53,11 +58,11 @@ class Evaluation(BaseModel):
     model_config = FROZEN_CONFIG
     step: int
     variant: str
-    timestep: float
-    input_scale: float = 1.0
-    coefficients: tuple[float, ...] = ()
+    timestep: Float32
+    input_scale: Float32 = 1.0
+    coefficients: tuple[Float32, ...] = ()
     update: Update
-    marginal: tuple[float, float] | None = None
+    marginal: tuple[Float32, Float32] | None = None
     calls: tuple[DenoiserCall, ...] = ()
 
 
@@ -85,7 +90,7 @@ class Plan(BaseModel):
     steps: int = Field(ge=1)
     cache: str = "none"
     scheduler: str
-    init_noise_sigma: float = 1.0
+    init_noise_sigma: Float32 = 1.0
     sigmas: tuple[float, ...] = ()
     evaluations: tuple[Evaluation, ...]
     tails: tuple[Tail, ...] = ()

@@ -85,3 +85,8 @@ def likeness_guard(tensor: Tensor) -> Callable[[object], bool]:
 def is_compiled_module(module: nn.Module) -> bool:
     """Whether `module.compile()` was called: a call of it then goes past a forward that is replaced."""
     return getattr(module, "_compiled_call_impl", None) is not None
+
+
+def int8_product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b of int8, in int32, by the kernel that quantized layers call. The public `@` does int8 without it."""
+    return torch._int_mm(a, b)

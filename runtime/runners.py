@@ -19,6 +19,8 @@ import torch
 
 from .errors import Cancelled, RequestError
 from .memory import trim_heap
+from .process.fork import tell_of_forks
+from .process.usage import Usage
 
 LONG_CALL_S = 0.25
 """A call that took longer is one of a large model: if nobody is at work after it, what its activations lay in goes back to the
@@ -33,17 +35,36 @@ class CancelFlag(Protocol):
     def is_set(self) -> bool: ...
 
 
+class EitherFlag:
+    """Set where one of several is; None is never."""
+
+    def __init__(self, *flags: CancelFlag | None):
+        self._flags = [flag for flag in flags if flag is not None]
+
+    def is_set(self) -> bool:
+        return any(flag.is_set() for flag in self._flags)
+
+
 class Runners:
     """At most `count` calls at once. A callback may call the pipeline again: it goes on with the runner of its thread."""
 
-    def __init__(self, count: int):
+    def __init__(self, count: int, usage: Usage | None = None):
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise RequestError(f"runners={count!r}: expected how many calls may run at once, 1 or more")
         self.count = count
-        self._lock = threading.Lock()
-        self._free = count
-        self._waiting: deque[threading.Event] = deque()
+        self.usage = usage or Usage("the artifact")
         self._thread = threading.local()
+        self._make_all_free()
+        tell_of_forks(self)
+
+    def _make_all_free(self) -> None:
+        self._lock = threading.Lock()
+        self._free = self.count
+        self._waiting: deque[threading.Event] = deque()
+
+    def after_fork(self) -> None:
+        """Whoever had a runner, or waited for one, is not in this process."""
+        self._make_all_free()
 
     @property
     def free(self) -> int:
@@ -52,8 +73,10 @@ class Runners:
 
     @contextmanager
     def one(self, cancel: CancelFlag | None = None) -> Iterator[None]:
-        """A runner, for the length of the block, whatever ends it. Raises Cancelled, also while it waits for one."""
+        """A runner, for the length of the block, whatever ends it. Raises Cancelled, also while it waits for one, and what
+        `Usage.inside` raises."""
         refuse_cancelled(cancel)
+        self.usage.refuse_unusable()
         if getattr(self._thread, "has_one", False):
             yield
             return
@@ -61,7 +84,8 @@ class Runners:
         self._thread.has_one = True
         began = time.monotonic()
         try:
-            yield
+            with self.usage.inside():
+                yield
         finally:
             self._thread.has_one = False
             self._give_back()
@@ -93,7 +117,7 @@ class Runners:
             if self._waiting:
                 self._waiting.popleft().set()
             else:
-                self._free += 1
+                self._free = min(self._free + 1, self.count)  # a fork within a call has freed it already
 
 
 def refuse_cancelled(cancel: CancelFlag | None) -> None:

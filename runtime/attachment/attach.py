@@ -150,6 +150,7 @@ class Attachment:
     def begin(self, *_: Any, **__: Any) -> None:
         """A new run, at the plan's first evaluation. What an interrupted one had stored is dropped."""
         self._run = None
+        self.artifact.refuse_changed_weights()
         name = self.artifact.plan_name(schedule_steps(self._scheduler), self.cache)
         self._run = PlanCursor(self.artifact.plans[name])
 

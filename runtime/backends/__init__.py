@@ -46,7 +46,9 @@ class OpenContext:
 
 
 class Backend(Protocol):
-    """A module may also have `REBINDS = True`: its models have a method `bind`, for constants whose address has changed."""
+    """A module may also have `REBINDS = True`: its models have a method `bind`, for constants whose address has changed; and
+    `FORKABLE = True`: on the CPU its models run in a process that was forked after they were opened, in a thread that began there. Models may have `close`, which lets go
+    of what they hold, and `unload`, which comes after it from another thread; those that have neither are let go of."""
 
     def problems(self, requires: Requires) -> Iterator[str]:
         """What this process lacks of what the code needs, a sentence each. Nothing of the artifact has been opened."""

@@ -18,7 +18,14 @@ import torch
 from ..errors import ArtifactError, first_line, raise_problems
 from ..gpu.capability import capability_problems, cuda_of_driver, driver_problems
 from ..manifest import Manifest, Requires
-from ..native.container import CONSTANT_ALIGNMENT_BYTES, Container, open_container
+from ..native.container import (
+    CONSTANT_ALIGNMENT_BYTES,
+    CompiledConstant,
+    Container,
+    empty_tensors,
+    open_container,
+    show_tensors,
+)
 from ..native.libraries import library_problems
 from ..private_torch import ModelRunner, open_cpu_runner, open_cuda_runner
 from ..storage.files import read_listed_file
@@ -26,6 +33,7 @@ from ..storage.unpack import read_members, unpack_members
 from . import OpenContext, refuse_unbound_constants
 
 REBINDS = True
+FORKABLE = True
 
 
 def problems(requires: Requires) -> Iterator[str]:
@@ -96,9 +104,12 @@ def open_model(so: Path, device: torch.device, runners: int = 1) -> NativeModel:
     This maps and runs machine code. Raises ArtifactError when the file cannot be opened as an AOTInductor model.
     """
     try:
+        if container := open_container(so.parent.name, so, runners, device):
+            return NativeModel(so.parent.name, container)
         # One instance: its `run` holds Python's lock, so a second one would never be used.
-        runner = open_cuda_runner(so, device) if device.type == "cuda" else open_cpu_runner(so)
-        return NativeModel(so.parent.name, runner, open_container(so.parent.name, so, runners, device))
+        return NativeModel(
+            so.parent.name, open_cuda_runner(so, device) if device.type == "cuda" else open_cpu_runner(so)
+        )
     except RuntimeError as e:
         raise ArtifactError(
             f"{so}: expected a model compiled by AOTInductor, but {first_line(e)}; {_open_failure_way_out(so, e)}"
@@ -117,30 +128,46 @@ def _open_failure_way_out(so: Path, error: RuntimeError) -> str:
 class NativeModel:
     """A model's machine code. `constants` are the names that `bind` wants; call it with flat tensors after that."""
 
-    def __init__(self, name: str, runner: ModelRunner, container: Container | None):
+    def __init__(self, name: str, code: Container | ModelRunner):
         self.name = name
-        self._runner = runner
-        self._container = container
-        self._internal = {fqn: name for name, fqn in runner.get_constant_names_to_original_fqns().items()}
-        self._bound = not self._internal
+        self._container = code if isinstance(code, Container) else None
+        self._runner = None if isinstance(code, Container) else code
+        self._compiled = code.constants() if isinstance(code, Container) else constants_of_runner(code)
+        self._bound = not self._compiled
+        self._shown: dict[str, torch.Tensor] = {}
 
     @property
     def constants(self) -> frozenset[str]:
-        return frozenset(self._internal)
+        return frozenset(self._compiled)
 
     def bind(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Points every constant at the caller's tensor; nothing is copied, so many models can share one tensor.
 
-        References to them are kept for the life of the process, by torch. Raises ArtifactError unless `tensors` has exactly the
+        Until `close` they are held. Raises ArtifactError unless `tensors` has exactly the
         model's constants, with the dtypes and the numbers of bytes that it was compiled for.
         """
         self.check(tensors)
-        by_internal_name = {self._internal[fqn]: tensor for fqn, tensor in tensors.items()}
+        by_internal_name = {self._compiled[fqn].name: tensor for fqn, tensor in tensors.items()}
         if self._container:
             self._container.bind(by_internal_name)
-        else:
-            self._runner.update_constant_buffer(by_internal_name, False, True, user_managed=True)
+        elif self._runner:
+            # torch keeps what it is given for ever, so it is given tensors that can be emptied
+            emptied = show_tensors(self._shown, by_internal_name)
+            self._runner.update_constant_buffer(self._shown, False, True, user_managed=True)
+            empty_tensors(emptied)
         self._bound = True
+
+    def close(self) -> None:
+        """Lets go of constants. Nobody is inside, and nobody comes after it."""
+        self._runner = None
+        if self._container:
+            self._container.close()
+        empty_tensors(self._shown.values())
+
+    def unload(self) -> None:
+        """Lets go of the code, from another thread than `close`."""
+        if self._container:
+            self._container.unload()
 
     def check_counts(self, inputs: int, outputs: int) -> None:
         """Raises ArtifactError unless the model has so many of each: code reads as many pointers as it was compiled for."""
@@ -153,8 +180,11 @@ class NativeModel:
     def __call__(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The model's outputs, freshly allocated. The caller has checked the inputs: nothing below this line does."""
         if not self._bound:
-            raise ArtifactError(f"graph {self.name!r}: called before its {len(self._internal)} constants were bound")
-        return self._container.run(inputs) if self._container else self._runner.run(list(inputs))
+            raise ArtifactError(f"graph {self.name!r}: called before its {len(self._compiled)} constants were bound")
+        if self._container:
+            return self._container.run(inputs)
+        assert self._runner
+        return self._runner.run(list(inputs))
 
     def check(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Raises ArtifactError for what `bind` would not take. Their memory is not looked at."""
@@ -163,22 +193,28 @@ class NativeModel:
             raise ArtifactError(
                 f"graph {self.name!r}: has no constant {unknown[0]!r} ({len(unknown)} in all); export again"
             )
-        codes = self._runner.get_constant_names_to_dtypes()
         for fqn, tensor in tensors.items():
-            if _DTYPE_CODES.get(tensor.dtype) not in (None, codes[self._internal[fqn]]):
+            compiled = self._compiled[fqn]
+            if _DTYPE_CODES.get(tensor.dtype) not in (None, compiled.dtype):
                 raise ArtifactError(
-                    f"graph {self.name!r}: constant {fqn!r} was compiled for {_dtype_of_code(codes[self._internal[fqn]])}, "
+                    f"graph {self.name!r}: constant {fqn!r} was compiled for {_dtype_of_code(compiled.dtype)}, "
                     f"the weight file holds {tensor.dtype}; export again"
                 )
-        for fqn, size in (self._container.constant_bytes() if self._container else {}).items():
-            if size not in (
-                tensors[fqn].nbytes,
-                -(-tensors[fqn].nbytes // CONSTANT_ALIGNMENT_BYTES) * CONSTANT_ALIGNMENT_BYTES,
-            ):
+            aligned = -(-tensor.nbytes // CONSTANT_ALIGNMENT_BYTES) * CONSTANT_ALIGNMENT_BYTES
+            if compiled.nbytes not in (None, tensor.nbytes, aligned):
                 raise ArtifactError(
-                    f"graph {self.name!r}: constant {fqn!r} was compiled for {size} bytes (to the next {CONSTANT_ALIGNMENT_BYTES}), "
-                    f"the weight file holds {tensors[fqn].nbytes} in the shape {list(tensors[fqn].shape)}; export again"
+                    f"graph {self.name!r}: constant {fqn!r} was compiled for {compiled.nbytes} bytes (to the next {CONSTANT_ALIGNMENT_BYTES}), "
+                    f"the weight file holds {tensor.nbytes} in the shape {list(tensor.shape)}; export again"
                 )
+
+
+def constants_of_runner(runner: ModelRunner) -> dict[str, CompiledConstant]:
+    """Constant, by its name in the model -> what the code was compiled for."""
+    codes = runner.get_constant_names_to_dtypes()
+    return {
+        fqn: CompiledConstant(name, codes[name], None)
+        for name, fqn in runner.get_constant_names_to_original_fqns().items()
+    }
 
 
 # c10::ScalarType, which is part of torch's serialization format and does not change.

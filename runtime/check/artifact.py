@@ -22,6 +22,7 @@ from ..plan import Evaluation, Plan
 from ..storage.files import TRUST_WARNING, file_hashes, hash_problem, open_files
 from ..storage.hash_marker import HashMarker
 from ..storage.private_folder import default_cache_folder
+from ..storage.weight_files import refuse_changes
 from .machine import machine_problems
 from .signature import Identity, signature_problems
 
@@ -60,7 +61,7 @@ def open_checked_files(
     raise_problems(folder, file_problems(folder, manifest))
     if public_key is not None:
         raise_problems(folder, signature_problems(folder, manifest, public_key))
-    with open_files(folder, [entry.path for entry in manifest.files]) as files:
+    with open_files(folder, [entry.path for entry in manifest.files]) as files, refuse_changes(folder, manifest, files):
         if trust == "size":
             raise_problems(folder, content_problems(manifest, files, hash_weights=False))
         else:

@@ -8,18 +8,20 @@ functions of torch that Inductor's own wrappers use.
 
 from __future__ import annotations
 
+import _ctypes
 import ctypes
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
-from ctypes import POINTER, Structure, byref, c_bool, c_char_p, c_int, c_size_t, c_void_p
+from collections.abc import Iterable, Mapping, Sequence
+from ctypes import POINTER, Structure, byref, c_bool, c_char_p, c_int, c_int32, c_size_t, c_void_p
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from ..errors import ArtifactError
 from ..private_torch import make_handles, take_tensors
+from ..process.fork import tell_of_forks
 
 BIND_FUNCTION = "UpdateUserManagedConstantBufferPairs"
 """Without it a library is older than torch 2.11, and is run by torch's runner."""
@@ -39,7 +41,9 @@ ARGUMENT_TYPES: dict[str, tuple[Any, ...]] = {
     "GetNumInputs": (c_void_p, POINTER(c_size_t)),
     "GetNumOutputs": (c_void_p, POINTER(c_size_t)),
     "GetNumConstants": (c_void_p, POINTER(c_size_t)),
+    "GetConstantName": (c_void_p, c_size_t, POINTER(c_char_p)),
     "GetConstantOriginalFQN": (c_void_p, c_size_t, POINTER(c_char_p)),
+    "GetConstantDtype": (c_void_p, c_size_t, POINTER(c_int32)),
     "GetConstantDataSize": (c_void_p, c_size_t, POINTER(c_size_t)),
     BIND_FUNCTION: (c_void_p, POINTER(ConstantEntry), c_size_t, c_bool, c_bool),
     "Run": (c_void_p, c_void_p, c_size_t, c_void_p, c_size_t, c_void_p, c_void_p),
@@ -50,6 +54,15 @@ _capsule_pointer = ctypes.pythonapi.PyCapsule_GetPointer
 _capsule_pointer.restype, _capsule_pointer.argtypes = c_void_p, (ctypes.py_object, c_char_p)
 _new_capsule = ctypes.pythonapi.PyCapsule_New
 _new_capsule.restype, _new_capsule.argtypes = ctypes.py_object, (c_void_p, c_char_p, c_void_p)
+
+
+class CompiledConstant(NamedTuple):
+    """A constant in a library: its name there, its dtype as c10::ScalarType, and its bytes, on the CPU rounded up to
+    `CONSTANT_ALIGNMENT_BYTES`; None where they are not known."""
+
+    name: str
+    dtype: int
+    nbytes: int | None
 
 
 class Container:
@@ -66,31 +79,53 @@ class Container:
         self._last_error = getattr(library, "AOTInductorGetLastError", None)  # not in torch 2.11
         if self._last_error:
             self._last_error.restype, self._last_error.argtypes = c_int, (POINTER(c_char_p),)
+        self._runners = runners
         self._free = threading.BoundedSemaphore(runners)
+        tell_of_forks(self)
         self._handle = c_void_p()
         self._call("CreateWithDevice", byref(self._handle), runners, str(device).encode(), None)
         self._constants: list[Any] = []
-        freed = weakref.finalize(self, free_container, self._functions["Delete"], self._handle, self._constants)
-        freed.atexit = False  # a thread may still be inside
+        self._shown: dict[str, torch.Tensor] = {}
+        self._unload = weakref.finalize(self, _ctypes.dlclose, library._handle)  # of two, the later one is called first
+        self._free_all = weakref.finalize(
+            self, free_container, self._functions["Delete"], self._handle, self._constants, self._shown
+        )
+        self._unload.atexit = self._free_all.atexit = False  # a thread may still be inside
         self.inputs, self.outputs = self._count("GetNumInputs"), self._count("GetNumOutputs")
 
-    def constant_bytes(self) -> dict[str, int]:
-        """Constant, by its name in the model -> how many bytes the code was compiled for, on the CPU rounded up to `CONSTANT_ALIGNMENT_BYTES`."""
-        sizes = {}
+    def after_fork(self) -> None:
+        """Whoever was inside is not in this process."""
+        self._free = threading.BoundedSemaphore(self._runners)
+
+    def close(self) -> None:
+        """Frees the instances and the constants. Nobody is inside, and nobody comes after it."""
+        self._free_all()
+
+    def unload(self) -> None:
+        """Closes the library, which the linker unmaps if all threads have ended that were in it, `close` included: each has a
+        variable there whose destructor is in the library. Otherwise a later `unload`, of any library, does it."""
+        self._unload()
+
+    def constants(self) -> dict[str, CompiledConstant]:
+        """Constant, by its name in the model -> what the code was compiled for."""
+        found = {}
         for i in range(self._count("GetNumConstants")):
-            name, size = c_char_p(), c_size_t()
-            self._call("GetConstantOriginalFQN", self._handle, i, byref(name))
+            name, fqn, dtype, size = c_char_p(), c_char_p(), c_int32(), c_size_t()
+            self._call("GetConstantName", self._handle, i, byref(name))
+            self._call("GetConstantOriginalFQN", self._handle, i, byref(fqn))
+            self._call("GetConstantDtype", self._handle, i, byref(dtype))
             self._call("GetConstantDataSize", self._handle, i, byref(size))
-            sizes[(name.value or b"").decode()] = size.value
-        return sizes
+            found[(fqn.value or b"").decode()] = CompiledConstant((name.value or b"").decode(), dtype.value, size.value)
+        return found
 
     def bind(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Points every constant, by its name in the library, at the tensor. Nothing is copied.
 
-        torch 2.13 takes a reference of its own to each and never gives it back (`MaybeOwningAtenTensorHandle`): a mapped file
-        stays mapped as long as the process lives, though its pages may leave memory. To bind again costs as little as that.
+        torch 2.13 takes a reference of its own to each and never gives it back (`MaybeOwningAtenTensorHandle`). So it gets
+        tensors made for it, which are emptied when they are not needed any more: some hundred bytes for each constant stay.
         """
-        before, fresh = list(self._constants), make_handles(list(tensors.values()))
+        emptied = show_tensors(self._shown, tensors)
+        before, fresh = list(self._constants), make_handles([self._shown[name] for name in tensors])
         self._constants += fresh
         entries = [
             ConstantEntry(name.encode(), _capsule_pointer(c, None)) for name, c in zip(tensors, fresh, strict=True)
@@ -98,6 +133,7 @@ class Container:
         self._call(BIND_FUNCTION, self._handle, (ConstantEntry * len(entries))(*entries), len(entries), False, True)
         self._constants[:] = fresh  # in place: it is what `free_container` will free
         take_tensors(before)
+        empty_tensors(emptied)
 
     def run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The model's outputs, freshly allocated."""
@@ -125,8 +161,11 @@ class Container:
 
 def open_container(name: str, so: Path, runners: int, device: torch.device) -> Container | None:
     """The library, opened; None where only torch's own runner can run it: it is older than `BIND_FUNCTION`, or calls operators
-    by way of torch's dispatcher, which are listed in a file beside it."""
-    library = ctypes.CDLL(str(so))
+    by way of torch's dispatcher, which are listed in a file beside it. Raises RuntimeError for what the linker does not open."""
+    try:
+        library = ctypes.CDLL(str(so))
+    except OSError as e:
+        raise RuntimeError(str(e)) from e
     if so.with_suffix(".json").exists() or not hasattr(library, f"AOTInductorModelContainer{BIND_FUNCTION}"):
         return None
     return Container(name, library, runners, device)
@@ -138,7 +177,47 @@ def library_function(library: ctypes.CDLL, short: str, arguments: tuple[Any, ...
     return found
 
 
-def free_container(delete: Any, handle: c_void_p, constants: list[Any]) -> None:
-    """Frees the instances, and then the constants' handles, which the library only borrowed."""
+def free_container(delete: Any, handle: c_void_p, constants: list[Any], shown: dict[str, torch.Tensor]) -> None:
+    """Frees the instances, then the constants' handles, which the library only borrowed, and the memory behind them."""
     delete(handle)
     take_tensors(constants)
+    empty_tensors(shown.values())
+
+
+def show_tensors(shown: dict[str, torch.Tensor], tensors: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+    """Puts a tensor of the same memory as each of `tensors` into `shown`, and gives those that it takes the place of. One that
+    shows the same already stays."""
+    replaced = []
+    for name, tensor in tensors.items():
+        if (before := shown.get(name)) is not None:
+            if before.is_set_to(tensor):
+                continue
+            replaced.append(before)
+        shown[name] = show_memory(tensor)
+    return replaced
+
+
+_spare: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}
+"""Tensors that were emptied. torch holds them for the life of the process, so they are used again: a process that loads one artifact
+after the other needs no more of them than it ever had at once."""
+
+
+def show_memory(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor of the same memory that can be emptied later: a spare one where there is one."""
+    try:
+        spare = _spare[tensor.dtype, tensor.device].pop()
+    except (KeyError, IndexError):
+        return tensor.detach()
+    with torch.no_grad():
+        return spare.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
+
+
+def empty_tensors(tensors: Iterable[torch.Tensor]) -> None:
+    """Lets go of what they show, for everybody who holds them, and keeps them for `show_memory`."""
+    with torch.no_grad():
+        for tensor in tensors:
+            if not tensor.numel() and not tensor.untyped_storage().nbytes():
+                continue  # emptied before
+            tensor.set_(tensor.new_empty(0).untyped_storage())
+            if not tensor.is_inference():
+                _spare.setdefault((tensor.dtype, tensor.device), []).append(tensor)

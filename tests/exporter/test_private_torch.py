@@ -374,6 +374,7 @@ OF_RUNTIME: dict[str, Callable[[], object]] = {
     "torch._C._aoti.alloc_tensors_by_stealing_from_void_ptrs": check_handles,
     "torch._C._dynamo.guards.TensorGuards": check_guards,
     "._compiled_call_impl": check_compiled_module,
+    "torch._int_mm": check_int8,
 }
 SIDES = {exporting: OF_EXPORTER, replaying: OF_RUNTIME}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -26,6 +25,7 @@ from prebake.runtime.offload import (
     pack_offsets,
     stay_on_device,
 )
+from support.heap import heap_bytes
 
 CPU = torch.device("cpu")
 
@@ -268,23 +268,6 @@ def test_what_binding_again_leaves_behind_is_small(toy_artifact, cache_dir):
     grown(10)
     assert grown(2000) < 40  # 32, and 160 kB of what else the process may take meanwhile
     assert grown(50, []) > 40  # the canary: a kilobyte more at each
-
-
-class Mallinfo2(ctypes.Structure):
-    """glibc's account of its heap, exact where the pages that are resident depend on what else the machine does."""
-
-    FIELDS = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
-    _fields_ = tuple((name, ctypes.c_size_t) for name in FIELDS)
-
-
-def heap_bytes() -> int:
-    """What malloc has given out in this process: of its arenas, and mapped one by one."""
-    mallinfo2 = getattr(ctypes.CDLL(None), "mallinfo2", None)
-    if mallinfo2 is None:
-        pytest.skip("mallinfo2 came with glibc 2.33")
-    mallinfo2.restype = Mallinfo2
-    told = mallinfo2()
-    return told.uordblks + told.hblkhd
 
 
 # --- what may leave ---------------------------------------------------------------------------------------------------

@@ -20,6 +20,11 @@ COMPILER, SHELL = "faults/test_compiler.py::", "runtime/cli/test_command.py::"
 AOTI = "exporter/lower/aoti/test_aoti.py::"
 MEMORY, FUZZ, TRUST = "faults/test_memory.py::", "runtime/check/test_fuzz.py::", "runtime/check/test_trust.py::"
 
+FORKS, SELF_TEST = "runtime/process/test_fork.py::", "runtime/process/test_self_test.py::"
+CLOSE = "runtime/process/test_close.py::"
+WEIGHTS = "runtime/storage/test_weight_files.py::"
+FINITE = "runtime/test_finite.py::"
+
 
 @dataclass(frozen=True)
 class Fault:
@@ -469,6 +474,26 @@ FAULTS: Mapping[str, tuple[Fault, ...]] = {
         Fault("packed-fastercache", "FasterCache on FLUX with true guidance, whose output is packed tokens", "refused, with the way out", "exporter/caches/test_fastercache.py::test_packed_tokens_are_no_picture"),
         Fault("byte-order-mark", "a recipe, a matrix or a list of prompts that begins with a byte order mark", "it is read", "exporter/recipe/test_resolve.py::test_a_file_that_begins_with_a_byte_order_mark_is_read"),
         Fault("sigterm", "SIGTERM or SIGHUP to a command", "it clears up as for Ctrl-C, and ends with 143 or 129", SHELL + "test_a_signal_ends_a_command_as_ctrl_c_does"),
+    ),
+    "Process state": (
+        Fault("forked-process", "`os.fork` or `multiprocessing` with fork after a call, and a call in the child, with two threads", "the same picture, to the bit; in a child of the child too, and after a load there", FORKS + "test_a_call_gives_the_same_picture"),
+        Fault("wrong-arithmetic", "a process in which torch's products, attention or convolutions come out wrong (OpenMP gives fewer threads than promised)", "refused at load, naming what is wrong, the threads and the OMP_ variables", SELF_TEST + "test_a_wrong_kernel_is_named_at_load"),
+        Fault("wrong-threads", "the same, only after `torch.set_num_threads`", "the next call says it", SELF_TEST + "test_another_number_of_threads_is_tried_at_the_next_call"),
+        Fault("nan-argument", "NaN or infinity in latents, embeddings or guidance", "`latents: expected finite numbers, got 1 NaN of 32`, and the like", FINITE + "test_an_argument_that_is_not_finite_is_named"),
+        Fault("nan-callback", "a callback whose latents are not finite, returned or in place", "its latents are named", FINITE + "test_a_callbacks_latents_are_looked_at"),
+        Fault("nan-evaluation", "a denoiser that gives NaN at one evaluation", "an error that names the evaluation and the plan, in place of a black picture", FINITE + "test_the_evaluation_is_named"),
+        Fault("nan-decoder", "a decoder that gives NaN", "an error that names it", FINITE + "test_the_decoder_is_named"),
+        Fault("huge-plan", "a plan with numbers beyond float32", "refused by the schema", FINITE + "test_a_plans_numbers_are_numbers_of_float32"),
+        Fault("default-device", "another default device, dtype, autocast, inference mode or deterministic mode of torch around load, call or both", "the same picture, to the bit", "runtime/process/test_torch_state.py::test_the_callers_state_changes_no_picture"),
+        Fault("closed-artifact", "`pipe.close()` after calls", "no file of the artifact is mapped, no descriptor is open", CLOSE + "test_nothing_is_mapped_or_open_after_it"),
+        Fault("call-after-close", "a call or a graph after `close`", "`it was closed; load it again`", CLOSE + "test_a_call_after_it_is_refused_and_closing_again_is_not"),
+        Fault("close-at-work", "`close` while one call is at work and another waits", "the first ends as ever, the other is refused", CLOSE + "test_a_call_at_work_ends_as_ever_and_those_that_wait_are_refused"),
+        Fault("replaced-artifact", "an artifact replaced on the disk and loaded anew in the same process", "the same pictures, and no deleted file is mapped", CLOSE + "test_a_server_reloads_a_replaced_artifact"),
+        Fault("many-loads", "60 times load, call and close", "maps and descriptors as after 20", CLOSE + "test_many_loads_leave_what_a_few_leave"),
+        Fault("weights-written", "a weight file is written to in place after load (`cp -r new/* live/`)", "the next call names the file, and the way out; a file that holds what it held passes", WEIGHTS + "test_a_file_that_is_written_to_after_load_is_named"),
+        Fault("weights-written-early", "the same between hash and map", "refused, naming the file", WEIGHTS + "test_a_file_that_is_written_to_between_hash_and_map_is_named"),
+        Fault("weights-copied", "the same, and the file cut to nothing, after `load(..., copy=True)`", "the same picture", WEIGHTS + "test_a_copy_is_drawn_with_whatever_is_written"),
+        Fault("forked-at-work", "a fork while another thread is in a call, or by a callback; a graph called by the thread that came through", "one sentence that names the fork and the way out, at once", FORKS + "test_what_cannot_go_on_says_so"),
     ),
 }  # fmt: skip
 EVERY = tuple(fault for faults in FAULTS.values() for fault in faults)

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from prebake.exporter.lower.aoti.pt2 import weaken_unique_symbols
 from prebake.runtime.check.machine import cpu_flags
 from prebake.runtime.manifest import Cost, Defaults, FileEntry, Graph, Manifest, Requires, Site, Source, TensorSpec
 from prebake.runtime.plan import Evaluation, Plan, Update
@@ -163,7 +164,11 @@ def compile_package(path, modules):
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     package_aoti(str(path), files)
-    rewrite_zip(path, lambda name, data: None if name.endswith(".cpp") else (name, data))
+    rewrite_zip(path, lambda name, data: None if name.endswith(".cpp") else (name, closable(name, data)))
+
+
+def closable(name, data):
+    return weaken_unique_symbols(data) if name.endswith(".so") else data
 
 
 def rewrite_zip(path, change):

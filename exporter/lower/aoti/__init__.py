@@ -39,7 +39,7 @@ from . import cuda, kernels
 from .building import build_folder, check_build_place, describe_compile_error
 from .isa import choose_isa, host_flags, inductor_flags, int8_flags
 from .kernels.rewrite import replace_operators
-from .pt2 import clear_executable_stack, is_packaged, write_package
+from .pt2 import clear_executable_stack, is_packaged, weaken_unique_symbols, write_package
 
 LINE_TABLES_FLAG = "aot_inductor.enable_line_tables"
 """A flag that torch 2.11 has not, nor such tables."""
@@ -270,7 +270,10 @@ def compile_graph(graph: CapturedGraph, flags: dict[str, Any], folder: Path | No
                 f"graph {graph.name!r}: AOTInductor could not compile it ({describe_compile_error(e)})"
             ) from e
         shutil.rmtree(sources, ignore_errors=True)
-    return {n: clear_executable_stack(data) if n.endswith(".so") else data for n, data in files.items()}
+    return {
+        n: weaken_unique_symbols(clear_executable_stack(data)) if n.endswith(".so") else data
+        for n, data in files.items()
+    }
 
 
 def shorten_paths(flags: dict[str, Any], sources: Path) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The `.pt2` of a component: compiled files of all its graphs in, one archive out, equal bytes for equal files.
 
 Of what the compiler leaves, sources and flags are not kept: a loader would compile or run them. Libraries lose the wish for
-a stack that code could run on. `runtime/storage/unpack.py` reads the archive.
+a stack that code could run on, and what would keep them mapped for ever. `runtime/storage/unpack.py` reads the archive.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from ...private_torch import archive_models
 from .. import CodeFiles
 
 PACKAGED_SUFFIXES = (".so", ".json", ".cubin")
+DYNAMIC_SYMBOLS, SYMBOL_BYTES = 11, 24  # SHT_DYNSYM, and the size of one of its entries
+WEAK, UNIQUE = 2, 10  # STB_WEAK, STB_GNU_UNIQUE
 ZIP_EPOCH = (1980, 1, 1, 0, 0, 0)
 
 
@@ -53,6 +55,24 @@ def clear_executable_stack(library: bytes) -> bytes:
     for segment in read_segments(library):
         if segment.kind == GNU_STACK:
             struct.pack_into("<I", changed, segment.flags_at, segment.flags & ~FLAG_EXECUTABLE)
+    return bytes(changed)
+
+
+def weaken_unique_symbols(library: bytes) -> bytes:
+    """The ELF library with weak symbols in place of those that GCC makes unique (STB_GNU_UNIQUE) for templates' static data.
+
+    A library with a unique symbol is never unmapped, whoever closes it, so a process that loads one artifact after the other
+    would keep the code of all. Nothing here is shared with another library by such a symbol.
+    """
+    changed = bytearray(library)
+    (sections,), (size, count) = struct.unpack_from("<Q", library, 40), struct.unpack_from("<HH", library, 58)
+    for at in range(sections, sections + count * size, size):
+        kind, start, length = struct.unpack_from("<4xI16xQQ", library, at)
+        if kind == DYNAMIC_SYMBOLS:
+            for symbol in range(start, start + length, SYMBOL_BYTES):
+                binding, kind_of_symbol = divmod(library[symbol + 4], 16)
+                if binding == UNIQUE:
+                    changed[symbol + 4] = WEAK * 16 + kind_of_symbol
     return bytes(changed)
 
 

@@ -37,14 +37,14 @@ def constants(folder, container) -> dict[str, str]:
     with unpack_members(read_members("p", data), "x") as libraries:
         model = aoti.open_model(libraries["vae_decoder"], torch.device("cpu"))
     keys = read_manifest(folder).graph("vae_decoder").constants
-    return {model._internal[fqn]: key for fqn, key in keys.items()}
+    return {model._compiled[fqn].name: key for fqn, key in keys.items()}
 
 
 class Library:
     """Notes what is called; every call succeeds, and has no outputs."""
 
     def __init__(self):
-        self.calls = []
+        self.calls, self._handle = [], 0
         self.AOTInductorGetLastError = SimpleNamespace()
 
     def __getitem__(self, name):
@@ -58,6 +58,7 @@ class Library:
 @pytest.mark.parametrize(("runners", "way"), [(1, "RunSingleThreaded"), (2, "Run")])
 def test_on_a_gpu_a_call_is_queued_on_the_callers_stream(monkeypatch, runners, way):
     asked = []
+    monkeypatch.setattr("_ctypes.dlclose", lambda handle: None)
     monkeypatch.setattr(
         torch.cuda, "current_stream", lambda device: asked.append(device) or SimpleNamespace(cuda_stream=42)
     )

@@ -6,7 +6,6 @@ out is immutable and may be shared by any number of threads.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from pydantic import ValidationError
 
 from .backends import GraphModel, OpenContext, backend_module
+from .bounds import MAX_PLAN_BYTES, parse_json
 from .check.artifact import PublicKey, Trust, open_checked_files, plan_problems
 from .contract import Contract, torch_dtype
 from .errors import ArtifactError, RequestError, describe_schema_error, raise_problems
@@ -30,7 +30,7 @@ from .offload import (
     offloadable_graphs,
     offloaded_graphs,
 )
-from .plan import Plan
+from .plan import MAX_TIMESTEP, Plan
 from .replay import DenoiserVariant, PlanTables, Tensors, tabulate_plan
 from .runners import Runners, default_runner_count
 from .storage.files import descriptor_path, read_listed_file
@@ -170,8 +170,10 @@ def device_of(manifest: Manifest) -> torch.device:
 def timestep_scale(manifest: Manifest) -> float:
     """What the plans' timesteps are multiplied with for the denoiser. Raises ArtifactError where that is no number."""
     scale = manifest.pipeline.get("timestep_scale", 1.0)
-    if not isinstance(scale, int | float) or not abs(scale) <= sys.float_info.max:
-        raise ArtifactError(f"manifest.json [pipeline.timestep_scale]: {scale!r} is not a number; export again")
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not abs(scale) <= MAX_TIMESTEP:
+        raise ArtifactError(
+            f"manifest.json [pipeline.timestep_scale]: {scale!r:.80} is not a number, or not one up to {MAX_TIMESTEP:g}; export again"
+        )
     return float(scale)
 
 
@@ -179,12 +181,19 @@ def read_plans(folder: Path, manifest: Manifest) -> dict[str, Plan]:
     """Every plan by name, in the manifest's order. Raises ArtifactError for one that no loop could run."""
     plans = {}
     for name, path in manifest.plans.items():
-        try:
-            plans[name] = Plan.model_validate_json(read_listed_file(folder, manifest, path))
-        except ValidationError as e:
-            raise ArtifactError(f"{describe_schema_error(folder / path, e)}; export again") from e
+        plans[name] = parse_plan(folder / path, read_listed_file(folder, manifest, path, MAX_PLAN_BYTES))
     raise_problems(folder, plan_problems(plans, manifest))
     return plans
+
+
+def parse_plan(path: Path, data: bytes) -> Plan:
+    """The plan that the file `path` holds. Raises ArtifactError for what is none."""
+    try:
+        return Plan.model_validate(parse_json(data))
+    except ValidationError as e:
+        raise ArtifactError(f"{describe_schema_error(path, e)}; export again") from e
+    except ValueError as e:
+        raise ArtifactError(f"{path}: expected JSON, but {e}; restore the file or export again") from e
 
 
 def weight_files(manifest: Manifest) -> list[str]:

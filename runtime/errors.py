@@ -90,8 +90,8 @@ def describe_schema_error(file: object, error: ValidationError, *inside: str) ->
 
     `inside` are the keys that lead to the validated part of the file. What is wrong with a whole file names no key.
     """
-    first, count = error.errors()[0], error.error_count()
-    where = ".".join((*inside, *(str(part) for part in first["loc"])))
+    first, count = error.errors(include_url=False, include_context=False, include_input=False)[0], error.error_count()
+    where = ".".join((*inside, *(f"{part!s:.80}" for part in first["loc"])))
     at = f" [{where}]" if where else ""
     what = "is not a key that this version knows" if first["type"] == "extra_forbidden" else first["msg"]
     return f"{file}{at}: {what.removeprefix('Value error, ')}" + (f" ({count} problems in all)" if count > 1 else "")

@@ -16,7 +16,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import ArtifactError, RequestError
+from ..bounds import MAX_PLAN_BYTES, parse_json
+from ..errors import ArtifactError, RequestError, first_line
 from ..manifest import Manifest, read_manifest
 from ..plan import Plan
 from ..text import (
@@ -222,13 +223,20 @@ def inspect(args: argparse.Namespace) -> int:
 
 def _read_plan(folder: Path, path: str) -> Plan:
     from ..check.artifact import is_plain_name
+    from ..storage.files import open_plain_file
 
     if not is_plain_name(path):
         raise ArtifactError(f"{folder}: manifest.json [plans]: {path!r} is not a plain name inside the folder")
+    with open(open_plain_file(folder, path), "rb") as file:
+        data = file.read(MAX_PLAN_BYTES + 1)
     try:
-        return Plan.model_validate_json((folder / path).read_bytes())
-    except (OSError, ValueError) as e:
-        raise ArtifactError(f"{folder / path}: expected a plan, but {e}; restore the file or export again") from e
+        if len(data) > MAX_PLAN_BYTES:
+            raise ValueError(f"it has more than {MAX_PLAN_BYTES} bytes")
+        return Plan.model_validate(parse_json(data))
+    except ValueError as e:
+        raise ArtifactError(
+            f"{folder / path}: expected a plan, but {first_line(e)}; restore the file or export again"
+        ) from e
 
 
 def inspection_json(manifest: Manifest, plans: Mapping[str, Plan]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ these types.
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
 from collections.abc import Hashable
 from typing import Annotated, Any, TypeVar
@@ -90,3 +91,6 @@ Shape = Annotated[
 ]
 Float32 = Annotated[float, Field(ge=-MAX_FLOAT32, le=MAX_FLOAT32)]
 """What does not overflow in float32, in which it is computed with."""
+Float64 = Annotated[float, Field(ge=-sys.float_info.max, le=sys.float_info.max)]
+PlainInteger = Annotated[int, Field(ge=-(1 << 63), lt=1 << 64)]
+"""What a pipeline may give its denoiser beside tensors."""

@@ -202,11 +202,6 @@ def reference_problems(manifest: Manifest) -> Iterator[str]:
     yield from repeated_names("manifest.json [plans]", manifest.plans.values())
     if unknown := sorted(set(manifest.unverified) - manifest.plans.keys()):
         yield f"manifest.json [unverified]: {unknown[0]!r} is not in plans; export again"
-    if str(manifest.defaults.num_inference_steps) not in manifest.plans:
-        yield (
-            f"manifest.json [defaults.num_inference_steps]: there is no plan of {manifest.defaults.num_inference_steps} steps, "
-            f"it has {', '.join(manifest.plans) or 'none'}; export again"
-        )
     for path in sorted({graph.package for graph in manifest.graphs} | set(manifest.plans.values())):
         if path not in files:
             yield f"manifest.json: {path!r} is used but not in files; export again"

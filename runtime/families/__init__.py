@@ -61,11 +61,11 @@ class PictureInput(BaseModel):
 
 
 class Settings(BaseModel):
-    """`manifest.pipeline`. `latents_shape` is that of one image's noise, without the batch; `timestep_scale` times a
+    """`manifest.pipeline`. `latents_shape` is that of one image's noise [C, h, w], without the batch; `timestep_scale` times a
     plan's timestep is the denoiser's. Families with facts of their own extend it."""
 
     model_config = FROZEN_CONFIG
-    latents_shape: Annotated[tuple[Pixels, ...], Field(min_length=3, max_length=4)]
+    latents_shape: Annotated[tuple[Pixels, ...], Field(min_length=3, max_length=3)]
     timestep_scale: Float32
     text: TextSettings
     picture: PictureInput | None = None

@@ -7,21 +7,16 @@ fit each other or their family are found here, by `load` and `prebake check` ali
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
-
-import torch
 
 from ..artifact import Artifact
 from ..bounds import MAX_EMBEDDING, MAX_LATENTS
-from ..contract import torch_dtype
+from ..contract import describe_misfits, spec_facts, torch_dtype
 from ..manifest import Graph, TensorSpec
 
 if TYPE_CHECKING:
     from . import Family, PictureInput
-
-Facts = Mapping[str, tuple[tuple[int, ...], str]]
-"""Name -> shape and dtype."""
 
 
 def call_problems(artifact: Artifact, family: Family) -> Iterator[str]:
@@ -30,17 +25,13 @@ def call_problems(artifact: Artifact, family: Family) -> Iterator[str]:
     defaults, kind = manifest.defaults, family.output_kind
     if (defaults.num_frames is None) != (kind == "images"):
         yield f"[defaults.num_frames]: is {defaults.num_frames}, this family makes {kind}"
+    if str(defaults.num_inference_steps) not in manifest.plans:
+        had = ", ".join(manifest.plans) or "none"
+        yield f"[defaults.num_inference_steps]: there is no plan of {defaults.num_inference_steps} steps, it has {had}"
     if math.prod(settings.latents_shape) > MAX_LATENTS:
         yield f"[pipeline.latents_shape]: {list(settings.latents_shape)} has more than {MAX_LATENTS} numbers"
         return
-    try:
-        loop = tuple(family.arranged(torch.empty(1, *settings.latents_shape, device="meta")).shape)
-    except (RuntimeError, ValueError):
-        loop = None
-    if loop != (1, *family.latents_shape):
-        yield f"[pipeline.latents_shape]: {list(settings.latents_shape)} is no shape of this family's latents"
-        return
-    latents = TensorSpec(name="hidden_states", shape=loop, dtype="float32")
+    latents = TensorSpec(name="hidden_states", shape=(1, *family.latents_shape), dtype="float32")
     yield from _denoiser_problems(artifact, family, latents)
     yield from _decoder_problems(
         artifact.graph("vae_decoder").graph, latents, (3, defaults.height, defaults.width), kind
@@ -71,13 +62,13 @@ def _denoiser_problems(artifact: Artifact, family: Family, latents: TensorSpec) 
             yield f"[graphs.{graph.name}.inputs]: takes coefficients, and combines nothing"
         if taken.pop("coefficients", ((0,), "float32"))[1] != "float32":
             yield f"[graphs.{graph.name}.inputs]: its coefficients are not float32"
-        yield from _misfits(f"[graphs.{graph.name}.inputs]", given, taken)
+        yield from describe_misfits(f"[graphs.{graph.name}.inputs]", given, taken)
         made = spec_facts(spec for spec in graph.outputs if spec.name == "sample")
-        yield from _misfits(f"[graphs.{graph.name}.outputs]", {"sample": (latents.shape, latents.dtype)}, made)
-    yield from _slot_misfits(artifact)
+        yield from describe_misfits(f"[graphs.{graph.name}.outputs]", {"sample": (latents.shape, latents.dtype)}, made)
+    yield from _slotdescribe_misfits(artifact)
 
 
-def _slot_misfits(artifact: Artifact) -> Iterator[str]:
+def _slotdescribe_misfits(artifact: Artifact) -> Iterator[str]:
     """What one variant stores, another combines: it is of one shape and dtype."""
     stored: dict[str, tuple[tuple[int, ...], str]] = {}
     graphs = [variant.graph for variant in artifact.variants.values()]
@@ -99,7 +90,7 @@ def _slot_misfits(artifact: Artifact) -> Iterator[str]:
 
 def _decoder_problems(graph: Graph, latents: TensorSpec, picture: tuple[int, int, int], kind: str) -> Iterator[str]:
     taken = spec_facts(graph.inputs)
-    yield from _misfits(f"[graphs.{graph.name}.inputs]", {"latents": (latents.shape, latents.dtype)}, taken)
+    yield from describe_misfits(f"[graphs.{graph.name}.inputs]", {"latents": (latents.shape, latents.dtype)}, taken)
     made = [tuple(spec.shape) for spec in graph.outputs if torch_dtype(spec.dtype).is_floating_point]
     rank = 4 if kind == "images" else 5
     if (
@@ -115,28 +106,8 @@ def _decoder_problems(graph: Graph, latents: TensorSpec, picture: tuple[int, int
 def _encoder_problems(graph: Graph, picture: PictureInput, latents: tuple[int, ...]) -> Iterator[str]:
     taken = spec_facts(graph.inputs)
     image = ((1, 3, picture.height, picture.width), "float32")
-    yield from _misfits(f"[graphs.{graph.name}.inputs]", {"image": image}, taken)
+    yield from describe_misfits(f"[graphs.{graph.name}.inputs]", {"image": image}, taken)
     made = spec_facts(graph.outputs)
-    yield from _misfits(
+    yield from describe_misfits(
         f"[graphs.{graph.name}.outputs]", dict.fromkeys(("mean", "std"), ((1, *latents), "float32")), made
     )
-
-
-def _misfits(
-    where: str,
-    expected: Facts,
-    came: Facts,
-) -> Iterator[str]:
-    """Names, shapes and dtypes that are not as expected."""
-    for name in sorted(expected.keys() | came.keys()):
-        if name not in came:
-            yield f"{where}: has no {name!r}, which a call of this family needs"
-        elif name not in expected:
-            yield f"{where}: has {name!r}, which no call of this family knows"
-        elif expected[name] != came[name]:
-            (shape, dtype), (found, of) = expected[name], came[name]
-            yield f"{where}: {name!r} is {of} {list(found)}, a call has {dtype} {list(shape)}"
-
-
-def spec_facts(specs: Iterable[TensorSpec]) -> Facts:
-    return {spec.name: (spec.shape, spec.dtype) for spec in specs}

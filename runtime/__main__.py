@@ -4,7 +4,7 @@ import argparse
 import sys
 
 from .cli.main import add_commands
-from .cli.streams import escape_unprintable
+from .cli.streams import escape_unprintable, print_lines
 from .errors import PrebakeError
 
 
@@ -19,7 +19,7 @@ def main(argv: list[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except PrebakeError as e:
-        print(f"error: {e}", file=sys.stderr)
+        print_lines(*f"error: {e}".split("\n"), file=sys.stderr)
         return e.exit_code
 
 

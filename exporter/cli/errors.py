@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 
+from ...runtime.cli.streams import print_lines
+
 EXPORT_EXTRA = (
     "diffusers",
     "transformers",
@@ -28,5 +30,4 @@ def missing_extra(error: Exception, command: str) -> str | None:
 
 
 def print_errors(message: str) -> None:
-    for line in message.splitlines():
-        print(f"prebake: error: {line}", file=sys.stderr)
+    print_lines(*(f"prebake: error: {line}" for line in message.split("\n")), file=sys.stderr)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from ...runtime.cli.streams import escape_unprintable
+from ...runtime.cli.streams import escape_unprintable, print_lines
 from .bench import add_bench
 from .cache import add_cache
 from .calibrate import add_calibrate
@@ -220,7 +220,7 @@ def _verify(args: argparse.Namespace) -> int:
     if args.json:
         print(report.format_json(report.describe_outcome(manifest, outcome)), end="")
     elif args.quiet:
-        print(*outcome.missed, sep="\n", end="\n" if outcome.missed else "", file=sys.stderr)
+        print_lines(*outcome.missed, file=sys.stderr)
     else:
         report.print_outcome(manifest, outcome, sys.stdout)
     if args.output or args.source:  # last, so that a folder that cannot be written costs no result

@@ -69,6 +69,7 @@ def read_facts(artifact: Artifact) -> AttachmentFacts:
 
 def attached_call_problems(artifact: Artifact, facts: AttachmentFacts) -> Iterator[str]:
     """What the pipeline's calls would give to the graphs, or take from them, that they have not."""
+    yield from unstored_site_problems(artifact)
     called = {(e.variant, c.of) for plan in artifact.plans.values() for e in plan.evaluations for c in e.calls}
     for variant, of in sorted(called):
         graph = artifact.graph(graph_name(variant, of)).graph
@@ -77,3 +78,16 @@ def attached_call_problems(artifact: Artifact, facts: AttachmentFacts) -> Iterat
         yield from describe_misfits(f"[graphs.{graph.name}.inputs]", given, taken)
         if "sample" not in {spec.name for spec in graph.outputs}:
             yield f"[graphs.{graph.name}.outputs]: has no 'sample', which a call needs"
+
+
+def unstored_site_problems(artifact: Artifact) -> Iterator[str]:
+    """What a call would combine that none before it has stored: each of an evaluation's calls has stored values of its own."""
+    for name, plan in artifact.plans.items():
+        stored: dict[int, set[str]] = {}
+        for e, evaluation in enumerate(plan.evaluations):
+            for branch, call in enumerate(evaluation.calls):
+                graph = artifact.graph(graph_name(evaluation.variant, call.of)).graph
+                before = stored.setdefault(branch, set())
+                if early := sorted(set(graph.combines) - before):
+                    yield f"[plans.{name}]: call {branch + 1} of evaluation {e} combines {early[0]!r} before any call stored it"
+                before.update(graph.stores)

@@ -31,7 +31,7 @@ from ..text import (
     wrap_entries,
 )
 from .check import add_check
-from .streams import utf8_argument
+from .streams import json_text, print_lines, utf8_argument
 from .transfer import add_pull, add_push
 
 DEFAULT_FPS = 8  # what CogVideoX was trained on
@@ -215,9 +215,9 @@ def inspect(args: argparse.Namespace) -> int:
     manifest = read_manifest(folder)
     plans = {name: _read_plan(folder, path) for name, path in manifest.plans.items()}
     if args.json:
-        print(json.dumps(inspection_json(manifest, plans), indent=2, ensure_ascii=False))
+        print(json_text(inspection_json(manifest, plans), indent=2))
     else:
-        print("\n".join(inspection_lines(folder, manifest, plans, layers=args.layers)))
+        print_lines(*inspection_lines(folder, manifest, plans, layers=args.layers))
     return 0
 
 

@@ -8,6 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .streams import print_lines
+
 if TYPE_CHECKING:
     from ..transfer.progress import TransferProgressMode
     from ..transfer.pull import TransferResult
@@ -93,4 +95,4 @@ def print_transfer(moved: TransferResult, args: argparse.Namespace) -> None:
         print(json.dumps(asdict(moved), indent=2))
     elif not args.quiet:
         at = f", commit {moved.revision}" if moved.revision else ""
-        print(f"{moved.place}: {moved.files} files, {format_bytes(moved.size)}, all as the manifest says{at}")
+        print_lines(f"{moved.place}: {moved.files} files, {format_bytes(moved.size)}, all as the manifest says{at}")

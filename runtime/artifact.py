@@ -115,18 +115,19 @@ def open_artifact(
     cache_dir: str | Path | None = None,
     trust: Trust = "hash",
     public_key: PublicKey | None = None,
+    minimum_release: int | None = None,
     runners: int | None = None,
     offload: OffloadRequest = False,
 ) -> Artifact:
     """The artifact in `folder`, checked and opened. Raises ArtifactError with all that is wrong with it.
 
     Machine code is unpacked to `cache_dir` (default: `$XDG_CACHE_HOME/prebake`), where is noted, too, which files have been
-    hashed. `trust` says what is compared before anything is opened, see `check.Trust`; `public_key` goes with "signature".
+    hashed. `trust` says what is compared before anything is opened, see `check.Trust`; `public_key` and `minimum_release` go with "signature".
     `runners` calls may be at work at once, None = `runners.default_runner_count`; the weights of `offload` visit a GPU (`offload.py`).
     """
     folder, cache = Path(folder), Path(cache_dir) if cache_dir else None
     with explain_memory(folder):
-        return _open_checked(folder, cache, trust, public_key, runners, offload)
+        return _open_checked(folder, cache, trust, public_key, minimum_release, runners, offload)
 
 
 def _open_checked(
@@ -134,11 +135,14 @@ def _open_checked(
     cache: Path | None,
     trust: Trust,
     public_key: PublicKey | None,
+    minimum_release: int | None,
     count: int | None,
     offload: OffloadRequest,
 ) -> Artifact:
     manifest = read_manifest(folder)
-    with open_checked_files(folder, manifest, trust=trust, public_key=public_key, cache_dir=cache) as files:
+    with open_checked_files(
+        folder, manifest, trust=trust, public_key=public_key, minimum_release=minimum_release, cache_dir=cache
+    ) as files:
         plans = read_plans(folder, manifest)
         device = device_of(manifest)
         runners = Runners(default_runner_count(device) if count is None else count)

@@ -161,10 +161,12 @@ class Manifest(BaseModel):
     bytes again, which it is not where kernels were chosen by their times. `unverified` are plans that were added after `status` was settled, and that nobody has compared with the pipeline.
     `layers` says of each Linear of the denoiser, and of convolutions if they were asked for, whether it is "int8" or "kept", and why. `channels_last` are the keys
     of stored tensors that lie in memory as N H W C; they are bound as N C H W views of it. `complex` are
-    those of stored [..., 2] of real and imaginary parts, bound as complex numbers."""
+    those of stored [..., 2] of real and imaginary parts, bound as complex numbers. `release` is what its signer counts up, so
+    that an older one can be told from it; 0, which is not written, is none."""
 
     model_config = FROZEN_CONFIG
     schema_version: Literal[1] = SCHEMA_VERSION
+    release: Count = 0
     status: Literal["unverified", "verified", "failed"] = "unverified"
     unverified: Names = ()
     family: Name
@@ -193,7 +195,8 @@ class Manifest(BaseModel):
 
     def to_json(self) -> str:
         """The exact bytes of `manifest.json`: sorted keys, two spaces, a final newline."""
-        return json.dumps(self.model_dump(mode="json"), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        said = self.model_dump(mode="json", exclude=None if self.release else {"release"})
+        return json.dumps(said, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -11,7 +11,7 @@ from .manifest import Manifest, read_manifest
 
 
 def artifact_problems(folder: Path) -> Iterator[tuple[str, str]]:
-    """(kind, sentence) of all that is wrong; the kinds are manifest, machine, files, plans, weights and code."""
+    """(kind, sentence) of all that is wrong; the kinds are manifest, machine, files, signature, plans, weights and code."""
     try:
         manifest = read_manifest(folder)
     except ArtifactError as e:
@@ -19,6 +19,7 @@ def artifact_problems(folder: Path) -> Iterator[tuple[str, str]]:
         return
     from .check.artifact import file_name_problems, reference_problems
     from .check.machine import machine_problems
+    from .check.signature import coverage_problems
 
     names, references = list(file_name_problems(manifest)), list(reference_problems(manifest))
     yield from label_problems("manifest", [*names, *references])
@@ -27,6 +28,7 @@ def artifact_problems(folder: Path) -> Iterator[tuple[str, str]]:
         return
     broken = list(damaged_file_problems(folder, manifest))
     yield from label_problems("files", broken)
+    yield from label_problems("signature", coverage_problems(folder, manifest))
     if not broken and not references:
         yield from load_problems(folder, manifest)
 

@@ -21,7 +21,7 @@ from .export import add_export
 from .options import add_output_modes, add_overrides, parse_positive, print_json, progress_mode
 from .plan import add_plan
 from .report import add_report
-from .sign import add_sign, add_signature, refuse_signature_choices, verify_signature
+from .sign import add_key, add_sign, add_signature, note_on_stderr, refuse_signature_choices, verify_signature
 
 INTERRUPT_NOTES = {  # by a command that is interrupted
     "export": "; nothing was written",
@@ -199,6 +199,7 @@ def _add_verify(commands: argparse._SubParsersAction) -> None:
         help="where the report goes (default with --source: ARTIFACT/reports; else nowhere)",
     )
     add_signature(parser)
+    add_key(parser)
     add_output_modes(parser, json_result="the report as JSON")
     parser.set_defaults(run=_verify)
 
@@ -208,6 +209,7 @@ def _verify(args: argparse.Namespace) -> int:
         return verify_signature(args)
     refuse_signature_choices(args)
     from ...runtime.errors import QualityError
+    from ..package.sign import keep_signed
     from ..progress import open_progress
     from ..verify import report
     from ..verify.verify import VerifyOptions, verify_artifact
@@ -215,7 +217,7 @@ def _verify(args: argparse.Namespace) -> int:
 
     silence_libraries()
     choices = VerifyOptions(args.source, args.model, args.prompts, args.prompt_set, args.seeds, args.limit)
-    with open_progress(progress_mode(args)) as shown:
+    with open_progress(progress_mode(args)) as shown, keep_signed(args.artifact, args.key, note_on_stderr):
         manifest, outcome = verify_artifact(args.artifact, choices, shown)
     if args.json:
         print(report.format_json(report.describe_outcome(manifest, outcome)), end="")

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from ...runtime.check.signature import SIGNATURE_FILE
 from ...runtime.errors import ExportError, RequestError
 from ...runtime.manifest import FileEntry, Manifest
 from ...runtime.plan import Plan
@@ -210,7 +211,9 @@ def link_or_copy(source: str, target: str) -> None:
 
 
 def update_manifest(folder: Path, manifest: Manifest, known: Manifest) -> Manifest:
-    """The manifest with the folder's files, written. Weights and graphs are as in `known`, and not read again."""
+    """The manifest with the folder's files, written. Weights and graphs are as in `known`, and not read again. A signature of
+    what was there before is taken out: it would hold for nobody."""
+    (folder / SIGNATURE_FILE).unlink(missing_ok=True)
     same = {e.path: e for e in known.files if e.path.startswith(("weights/", "graphs/"))}
     manifest = manifest.model_copy(update={"files": file_entries(folder, same)})
     target = folder / "manifest.json"

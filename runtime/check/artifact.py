@@ -23,7 +23,7 @@ from ..storage.files import TRUST_WARNING, file_hashes, hash_problem, open_files
 from ..storage.hash_marker import HashMarker
 from ..storage.private_folder import default_cache_folder
 from .machine import machine_problems
-from .signature import Identity, signature_problems
+from .signature import Identity, release_problems, signature_problems
 
 UNCHECKED_FOLDER = "reports"  # anything may lie in this folder; nothing in it is ever opened
 UNLISTED_FILES = {"manifest.json", "signature.json"}  # neither can hold its own hash; see signature.py
@@ -49,6 +49,7 @@ def open_checked_files(
     *,
     trust: Trust = "hash",
     public_key: PublicKey | None = None,
+    minimum_release: int | None = None,
     cache_dir: Path | None = None,
 ) -> Iterator[dict[str, int]]:
     """Path -> descriptor of every listed file, compared with the manifest, for the length of the block.
@@ -56,7 +57,8 @@ def open_checked_files(
     Files that this user has found right before, and that nobody has touched since, are not hashed again: see verified.py.
     Raises ArtifactError as `check_artifact` does, and as `signature_problems` does for `trust="signature"`.
     """
-    check_trust(trust, public_key)
+    check_trust(trust, public_key, minimum_release)
+    raise_problems(folder, release_problems(manifest, minimum_release))
     raise_problems(folder, [*file_name_problems(manifest), *machine_problems(manifest), *reference_problems(manifest)])
     raise_problems(folder, file_problems(folder, manifest))
     if public_key is not None:
@@ -72,8 +74,16 @@ def open_checked_files(
         yield files
 
 
-def check_trust(trust: str, public_key: PublicKey | None) -> None:
+def check_trust(trust: str, public_key: PublicKey | None, minimum_release: int | None = None) -> None:
     """Raises RequestError for a policy that does not exist, or whose key is missing or of no use."""
+    if minimum_release is not None and (isinstance(minimum_release, bool) or not isinstance(minimum_release, int)):
+        raise RequestError(
+            f"minimum_release={minimum_release!r}: expected a whole number, as `prebake sign --release` takes"
+        )
+    if minimum_release is not None and trust != "signature":
+        raise RequestError(
+            f"minimum_release: anyone can write another number, and trust={trust!r} asks for no signature; give trust='signature' with it"
+        )
     if trust not in get_args(Trust):
         raise RequestError(f"trust={trust!r}: expected one of {', '.join(get_args(Trust))}")
     if trust == "signature" and public_key is None:

@@ -89,6 +89,9 @@ def _add_run(subparsers: Any) -> None:
         help="what is compared before code is opened: every file's hash (default), a signature too, or of weights the size alone",
     )
     parser.add_argument("--public-key", metavar="FILE", help="of whoever signed the artifact, with --trust signature")
+    parser.add_argument(
+        "--minimum-release", type=int, metavar="N", help="refuse what was signed with a lower --release, or with none"
+    )
     parser.add_argument("--num-images", type=int, default=1, metavar="N", help="images for each prompt (default: 1)")
     parser.add_argument("--json", action="store_true", help="print JSON in place of text")
     parser.set_defaults(run=run)
@@ -105,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
     from ..pipeline import VideoOutput, load
 
     image, mask = (None if path is None else open_picture(path) for path in (args.image, args.mask))
-    pipe = load(args.artifact, trust=args.trust, public_key=args.public_key)
+    pipe = load(args.artifact, trust=args.trust, public_key=args.public_key, minimum_release=args.minimum_release)
     loaded = time.perf_counter()
     output = pipe(
         args.prompts,

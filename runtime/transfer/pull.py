@@ -29,7 +29,7 @@ from ..check.artifact import (
     reference_problems,
 )
 from ..check.machine import machine_problems
-from ..check.signature import MAX_SIGNATURE_BYTES, signature_problems
+from ..check.signature import MAX_SIGNATURE_BYTES, release_problems, signature_problems
 from ..check.signature import SIGNATURE_FILE as SIGNATURE
 from ..errors import ArtifactError, RecipeError, raise_problems
 from ..manifest import FileEntry, Manifest, read_manifest
@@ -60,11 +60,13 @@ class Origin(Protocol):
 
 @dataclass(frozen=True)
 class PullOptions:
-    """`public_key`: the PEM file of who must have signed it. `any_machine`: also what this machine could not run."""
+    """`public_key`: the PEM file of who must have signed it. `any_machine`: also what this machine could not run.
+    `minimum_release`: of what was signed, nothing older."""
 
     public_key: Path | None = None
     any_machine: bool = False
     force: bool = False
+    minimum_release: int | None = None
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,9 @@ def fetch_manifest(origin: Origin, ahead: Path, choices: PullOptions, bar: Trans
             raise_problems(ahead, machine_problems(manifest))
         if choices.public_key:
             raise_problems(ahead, signature_problems(ahead, manifest, choices.public_key))
+            raise_problems(ahead, release_problems(manifest, choices.minimum_release))
+        elif choices.minimum_release is not None:
+            raise RecipeError("--minimum-release: anyone can write another number; give --public-key with it")
     return manifest
 
 

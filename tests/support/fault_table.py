@@ -322,7 +322,7 @@ FAULTS: Mapping[str, tuple[Fault, ...]] = {
             "a signature finds it (`trust=\"signature\"`); without one it is another artifact",
             "exporter/package/test_sign.py::test_a_changed_manifest",
         ),
-        Fault("negative-size", "a size of -1", "`PATH has N bytes, the manifest says -1`", DAMAGED + "test_a_size_that_is_none"),
+        Fault("negative-size", "a size of -1", "`manifest.json [files.0.size]: Input should be greater than or equal to 0; ...`", DAMAGED + "test_a_size_that_is_none"),
         Fault("lfs", "a clone without Git LFS", "`PATH is a pointer of Git LFS, not the file itself; ...`", f"{HOSTILE}[a pointer of Git LFS]"),
         Fault("deeper", "an artifact that was unpacked one folder deeper", "`expected manifest.json ..., found none; there is one in ...`", f"{HOSTILE}[one folder deeper]"),
         Fault("unlisted", "a `.git` in the folder, or the rest of another artifact", "`.git/ has 30 files that are not in the manifest, such as ...`", f"{HOSTILE}[a repository]"),

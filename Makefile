@@ -32,7 +32,7 @@ help:
 	@echo 'make test     run the tests'
 	@echo 'make quick    run those that compile nothing, in a minute or two'
 	@echo 'make test-all run all of them, also those that take minutes'
-	@echo 'make fuzz     damage artifacts at random, 12,000 times, and load each'
+	@echo 'make fuzz     damage artifacts at random, 23,400 times, and load each'
 	@echo 'make faults   run the tests of all that can go wrong, and write the table in docs/reference/faults.md'
 	@echo 'make works    run the tests of what each family can do, and write the table in docs/reference/families.md'
 	@echo 'make docs     build the documentation into site/'
@@ -64,7 +64,7 @@ quick: $(VENV)/installed
 test-all: $(VENV)/installed
 	$(python) -m pytest $(PYTEST) -m ''
 
-# Another 2,000 for each of six kinds of damage at every run; `make test` does the same 100 each.
+# Another 2,000 for each of six kinds of damage and 11,400 contradictions at every run; `make test` does the same 100 each.
 fuzz: $(VENV)/installed
 	PREBAKE_FUZZ=2000 $(python) -m pytest tests/runtime/check/test_fuzz.py
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -63,8 +63,8 @@ class ModelPart(Protocol):
         """The plans of every number of steps. Raises ExportError for a cache that does not fit the model."""
         ...
 
-    def facts(self, components: Collection[str]) -> dict[str, Any]:
-        """The manifest's `pipeline` table; `components` are what the artifact has graphs of."""
+    def facts(self, graphs: Mapping[str, Sequence[CapturedGraph]]) -> dict[str, Any]:
+        """The manifest's `pipeline` table; `graphs` are the artifact's, by component."""
         ...
 
     def write_files(self, folder: Path, layout: Layout, planned: PlanSet) -> None:

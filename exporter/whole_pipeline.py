@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,10 +15,11 @@ from .caches.common.calibration import Calibration
 from .calibrators import teacache
 from .families.picture import VAE_ENCODER, Size
 from .families.registry import Family, family_name, find_family
-from .families.text import find_tokenizers
+from .families.text import TEXT_ENCODER, find_tokenizers, refuse_ids_without_rows
 from .load.source import LoadedPipeline
 from .lower import Backend
 from .package.folder import write_tokenizers
+from .passes.captured_graph import CapturedGraph, find_embeddings
 from .plan import PlanSet, TailTables, make_plans
 from .plan.inputs import write_plan_inputs
 from .plan.sampler import SchedulerTable
@@ -48,6 +49,7 @@ class WholePipeline:
         """The loaded pipeline with the recipe's sizes and steps. Raises ExportError where it has no family."""
         pipe, family = loaded.pipe, find_family(loaded.pipe)
         defaults, size, steps = settle(recipe, family, loaded)
+        refuse_ids_without_rows(pipe, family.prompt_entries(pipe, size))
         return cls(
             family=family,
             pipe=pipe,
@@ -96,10 +98,15 @@ class WholePipeline:
             decisions = teacache.decide_by_timesteps(recipe.cache, denoiser, layout, self.tables, timestep_scale=scale)
         return make_plans(recipe.cache, layout, self.tables, decisions, tails=self.tails)
 
-    def facts(self, components: Collection[str]) -> dict[str, Any]:
-        """The family's facts, and what pictures it takes."""
+    def facts(self, graphs: Mapping[str, Sequence[CapturedGraph]]) -> dict[str, Any]:
+        """The family's facts, where each tokenizer's ids are looked up, and what pictures it takes."""
         facts = self.family.facts(self.pipe, self.size)
-        if "picture" in facts or VAE_ENCODER not in components:
+        tables = {
+            name: table for graph in graphs.get(TEXT_ENCODER, ()) for name, table in find_embeddings(graph).items()
+        }
+        prompts = [{**prompt, "embedding": tables.get(prompt["input"])} for prompt in facts["text"]["prompts"]]
+        facts = {**facts, "text": {**facts["text"], "prompts": prompts}}
+        if "picture" in facts or VAE_ENCODER not in graphs:
             return facts
         picture = {"height": self.size.height, "width": self.size.width, **(self.family.PICTURE or {})}
         return {**facts, "picture": picture}

@@ -6,7 +6,6 @@ out is immutable and may be shared by any number of threads.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ import torch
 from pydantic import ValidationError
 
 from .backends import GraphModel, OpenContext, backend_module
+from .bounds import MAX_PLAN_BYTES, parse_json
 from .check.artifact import PublicKey, Trust, open_checked_files, plan_problems
 from .contract import Contract, torch_dtype
 from .errors import ArtifactError, RequestError, describe_schema_error, raise_problems
@@ -32,7 +32,7 @@ from .offload import (
     offloadable_graphs,
     offloaded_graphs,
 )
-from .plan import Plan
+from .plan import MAX_TIMESTEP, Plan
 from .process.default_device import CPU, default_device
 from .process.fork import run_beside_fork, run_in_new_thread
 from .process.self_test import refuse_wrong_arithmetic
@@ -162,6 +162,7 @@ def open_artifact(
     cache_dir: str | Path | None = None,
     trust: Trust = "hash",
     public_key: PublicKey | None = None,
+    minimum_release: int | None = None,
     runners: int | None = None,
     offload: OffloadRequest = False,
     copy: bool = False,
@@ -169,14 +170,14 @@ def open_artifact(
     """The artifact in `folder`, checked and opened. Raises ArtifactError with all that is wrong with it.
 
     Machine code is unpacked to `cache_dir` (default: `$XDG_CACHE_HOME/prebake`), where is noted, too, which files have been
-    hashed. `trust` says what is compared before anything is opened, see `check.Trust`; `public_key` goes with "signature".
+    hashed. `trust` says what is compared before anything is opened, see `check.Trust`; `public_key` and `minimum_release` go with "signature".
     `runners` calls may be at work at once, None = `runners.default_runner_count`; the weights of `offload` visit a GPU (`offload.py`).
     With `copy` weights are read into memory and not mapped.
     """
     folder, cache = Path(folder), Path(cache_dir) if cache_dir else None
     with default_device(CPU), explain_memory(folder):
         run_beside_fork(refuse_wrong_arithmetic, lambda: None)
-        return _open_checked(folder, cache, trust, public_key, runners, offload, copy)
+        return _open_checked(folder, cache, trust, public_key, minimum_release, runners, offload, copy)
 
 
 def _open_checked(
@@ -184,12 +185,15 @@ def _open_checked(
     cache: Path | None,
     trust: Trust,
     public_key: PublicKey | None,
+    minimum_release: int | None,
     count: int | None,
     offload: OffloadRequest,
     copy: bool,
 ) -> Artifact:
     manifest = read_manifest(folder)
-    with open_checked_files(folder, manifest, trust=trust, public_key=public_key, cache_dir=cache) as files:
+    with open_checked_files(
+        folder, manifest, trust=trust, public_key=public_key, minimum_release=minimum_release, cache_dir=cache
+    ) as files:
         plans = read_plans(folder, manifest)
         device = device_of(manifest)
         usage = Usage(folder, forkable=is_forkable(manifest))
@@ -236,8 +240,10 @@ def is_forkable(manifest: Manifest) -> bool:
 def timestep_scale(manifest: Manifest) -> float:
     """What the plans' timesteps are multiplied with for the denoiser. Raises ArtifactError where that is no number."""
     scale = manifest.pipeline.get("timestep_scale", 1.0)
-    if not isinstance(scale, int | float) or not abs(scale) <= sys.float_info.max:
-        raise ArtifactError(f"manifest.json [pipeline.timestep_scale]: {scale!r} is not a number; export again")
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not abs(scale) <= MAX_TIMESTEP:
+        raise ArtifactError(
+            f"manifest.json [pipeline.timestep_scale]: {scale!r:.80} is not a number, or not one up to {MAX_TIMESTEP:g}; export again"
+        )
     return float(scale)
 
 
@@ -245,12 +251,19 @@ def read_plans(folder: Path, manifest: Manifest) -> dict[str, Plan]:
     """Every plan by name, in the manifest's order. Raises ArtifactError for one that no loop could run."""
     plans = {}
     for name, path in manifest.plans.items():
-        try:
-            plans[name] = Plan.model_validate_json(read_listed_file(folder, manifest, path))
-        except ValidationError as e:
-            raise ArtifactError(f"{describe_schema_error(folder / path, e)}; export again") from e
+        plans[name] = parse_plan(folder / path, read_listed_file(folder, manifest, path, MAX_PLAN_BYTES))
     raise_problems(folder, plan_problems(plans, manifest))
     return plans
+
+
+def parse_plan(path: Path, data: bytes) -> Plan:
+    """The plan that the file `path` holds. Raises ArtifactError for what is none."""
+    try:
+        return Plan.model_validate(parse_json(data))
+    except ValidationError as e:
+        raise ArtifactError(f"{describe_schema_error(path, e)}; export again") from e
+    except ValueError as e:
+        raise ArtifactError(f"{path}: expected JSON, but {e}; restore the file or export again") from e
 
 
 def weight_files(manifest: Manifest) -> list[str]:

@@ -11,7 +11,7 @@ tensors was, and a later one that is like it, by one look of torch's own at each
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from operator import attrgetter
 
@@ -83,6 +83,26 @@ class Contract:
             near = get_close_matches(name, [n for n in names if n not in given], n=1)
             wrong.append(f"{name!r} is not an input" + (f", did you mean {near[0]!r}?" if near else ""))
         raise RequestError(f"graph {self._graph!r}: {'; '.join(wrong)}; it takes {', '.join(names)}")
+
+
+SpecFacts = Mapping[str, tuple[tuple[int, ...], str]]
+"""Name -> shape and dtype, as the manifest says them."""
+
+
+def spec_facts(specs: Iterable[TensorSpec]) -> SpecFacts:
+    return {spec.name: (spec.shape, spec.dtype) for spec in specs}
+
+
+def describe_misfits(where: str, expected: SpecFacts, came: SpecFacts) -> Iterator[str]:
+    """What of a graph's inputs or outputs is not what a call gives or takes, a sentence each; `where` they are in the manifest."""
+    for name in sorted(expected.keys() | came.keys()):
+        if name not in came:
+            yield f"{where}: has no {name!r}, which a call needs"
+        elif name not in expected:
+            yield f"{where}: has {name!r}, which no call knows"
+        elif expected[name] != came[name]:
+            (shape, dtype), (found, of) = expected[name], came[name]
+            yield f"{where}: {name!r} is {of} {list(found)}, a call has {dtype} {list(shape)}"
 
 
 def torch_dtype(name: str) -> torch.dtype:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import islice
 from typing import TYPE_CHECKING
+from unicodedata import category
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -21,6 +23,9 @@ EXIT_CODES: Mapping[int, str] = {
     141: "whoever read its output is gone",
     143: "ended by SIGTERM",
 }
+
+
+MAX_TOLD = 1000  # problems in one error
 
 
 class PrebakeError(Exception):
@@ -81,10 +86,13 @@ class Cancelled(PrebakeError):
 
 
 def raise_problems(folder: object, problems: Iterable[str]) -> None:
-    """One ArtifactError, a line for each problem, or nothing when there are none."""
-    lines = list(problems)
+    """One ArtifactError, a line for each problem, or nothing when there are none. Of very many the first are told."""
+    told = iter(problems)
+    lines = [printable_line(f"{folder}: {line}") for line in islice(told, MAX_TOLD)]
+    if next(told, None) is not None:
+        lines.append(f"{folder}: and more problems than these {MAX_TOLD}")
     if lines:
-        raise ArtifactError("\n".join(f"{folder}: {line}" for line in lines))
+        raise ArtifactError("\n".join(lines))
 
 
 def describe_schema_error(file: object, error: ValidationError, *inside: str) -> str:
@@ -92,11 +100,20 @@ def describe_schema_error(file: object, error: ValidationError, *inside: str) ->
 
     `inside` are the keys that lead to the validated part of the file. What is wrong with a whole file names no key.
     """
-    first, count = error.errors()[0], error.error_count()
-    where = ".".join((*inside, *(str(part) for part in first["loc"])))
+    first, count = error.errors(include_url=False, include_context=False, include_input=False)[0], error.error_count()
+    where = ".".join((*inside, *(f"{part!s:.80}" for part in first["loc"])))
     at = f" [{where}]" if where else ""
     what = "is not a key that this version knows" if first["type"] == "extra_forbidden" else first["msg"]
     return f"{file}{at}: {what.removeprefix('Value error, ')}" + (f" ({count} problems in all)" if count > 1 else "")
+
+
+def printable_line(text: str) -> str:
+    """The text with an escape in place of what moves the cursor, begins a line or turns the direction of writing: names in an
+    artifact are a stranger's, and a terminal obeys what it is sent."""
+    if text.isprintable():
+        return text
+    shown = (c if c.isprintable() or category(c) == "Zs" else c.encode("unicode_escape").decode() for c in text)
+    return "".join(shown)
 
 
 def first_line(error: BaseException) -> str:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .errors import printable_line
 from .manifest import Manifest
 from .plan import Plan
 from .text import align_columns
@@ -57,7 +58,7 @@ class PlanFigures:
 
 def format_plans(plans: Mapping[str, PlanFigures]) -> list[str]:
     """A line for each plan, in aligned columns."""
-    return align_columns([plan.cells() for plan in plans.values()], right=(4, 6))
+    return [printable_line(line) for line in align_columns([plan.cells() for plan in plans.values()], right=(4, 6))]
 
 
 def plan_figures(folder: Path, manifest: Manifest, plans: Mapping[str, Plan]) -> dict[str, PlanFigures]:

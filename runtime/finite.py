@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from .bounds import MAX_FLOAT32
 from .errors import ArtifactError, RequestError
-from .plan import FLOAT32_MAX, Plan
+from .plan import Plan
 
 EvaluationCallback = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor | None]
 
@@ -23,7 +24,7 @@ def refuse_nonfinite(name: str, value: Any) -> None:
         for each in value:
             refuse_nonfinite(name, each)
     elif isinstance(value, Real):
-        if not abs(value) <= FLOAT32_MAX:
+        if not abs(value) <= MAX_FLOAT32:
             beyond = ", and float32 ends at 3.4e38" if value == value and abs(value) != math.inf else ""
             raise RequestError(f"{name}={value!r}: expected a finite number{beyond}")
     elif isinstance(value, torch.Tensor):

@@ -8,25 +8,46 @@ and toolchain give the same bytes. Measured times therefore live in `reports/`, 
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError
 
+from .bounds import (
+    MAX_ITEMS,
+    MAX_MANIFEST_BYTES,
+    Bytes,
+    Count,
+    Float32,
+    Name,
+    Names,
+    Pixels,
+    Sha256,
+    Shape,
+    Steps,
+    parse_json,
+)
 from .errors import ArtifactError, describe_read_error, describe_schema_error
 from .plan import FROZEN_CONFIG
+from .storage.files import read_plain_file
 
 SCHEMA_VERSION = 1
+MANIFEST_FILE = "manifest.json"
+Listed = Field(max_length=MAX_ITEMS, fail_fast=True)
+"""Of a list."""
+Mapped = Field(max_length=MAX_ITEMS)
+"""Of an object."""
 
 
 class TensorSpec(BaseModel):
     """One input or output of a graph: contiguous, on the manifest's device. `dtype` is torch's name, e.g. `bfloat16`."""
 
     model_config = FROZEN_CONFIG
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
+    name: Name
+    shape: Shape
+    dtype: Name
 
 
 class Cost(BaseModel):
@@ -37,12 +58,12 @@ class Cost(BaseModel):
     """
 
     model_config = FROZEN_CONFIG
-    flops: int
-    flops_by_class: dict[str, int] = {}
-    moved_bytes: int = 0
-    ops: int
-    constants: int
-    constants_bytes: int
+    flops: Count
+    flops_by_class: Annotated[dict[Name, Count], Mapped] = {}
+    moved_bytes: Count = 0
+    ops: Count
+    constants: Count
+    constants_bytes: Count
 
 
 class Site(BaseModel):
@@ -53,9 +74,9 @@ class Site(BaseModel):
     """
 
     model_config = FROZEN_CONFIG
-    name: str
-    slots: int = Field(ge=1)
-    tensors: tuple[str, ...]
+    name: Name
+    slots: int = Field(ge=1, le=1024)
+    tensors: Names
 
 
 class KernelRefusal(BaseModel):
@@ -63,10 +84,10 @@ class KernelRefusal(BaseModel):
     lies in."""
 
     model_config = FROZEN_CONFIG
-    kernel: str
-    reason: str
-    places: int = Field(ge=1)
-    first: str
+    kernel: Name
+    reason: Name
+    places: int = Field(ge=1, le=1 << 31)
+    first: Name
 
 
 class Graph(BaseModel):
@@ -78,34 +99,34 @@ class Graph(BaseModel):
     """
 
     model_config = FROZEN_CONFIG
-    name: str
-    package: str
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
-    stores: tuple[str, ...] = ()
-    combines: tuple[str, ...] = ()
-    zeros: tuple[str, ...] = ()
-    identities: tuple[str, ...] = ()
-    constants: dict[str, str]
+    name: Name
+    package: Name
+    inputs: Annotated[tuple[TensorSpec, ...], Listed]
+    outputs: Annotated[tuple[TensorSpec, ...], Listed]
+    stores: Names = ()
+    combines: Names = ()
+    zeros: Names = ()
+    identities: Names = ()
+    constants: Annotated[dict[Name, Name], Mapped]
     cost: Cost
-    kernels: dict[str, int] = {}
-    refusals: tuple[KernelRefusal, ...] = ()
+    kernels: Annotated[dict[Name, Count], Mapped] = {}
+    refusals: Annotated[tuple[KernelRefusal, ...], Listed] = ()
 
 
 class FileEntry(BaseModel):
     model_config = FROZEN_CONFIG
-    path: str
-    size: int
-    sha256: str
+    path: Name
+    size: Bytes
+    sha256: Sha256
 
 
 class Source(BaseModel):
     """Where the weights came from: the id or folder name as given, the pipeline class, and a hash over its files."""
 
     model_config = FROZEN_CONFIG
-    model: str
-    pipeline: str
-    sha256: str
+    model: Name
+    pipeline: Name
+    sha256: Name
 
 
 class Requires(BaseModel):
@@ -114,25 +135,25 @@ class Requires(BaseModel):
     and GPUs, with their versions, which the backend compares. `isa` are /proc/cpuinfo flags."""
 
     model_config = FROZEN_CONFIG
-    system: str
-    machine: str
+    system: Name
+    machine: Name
     device: Literal["cpu", "cuda"]
-    isa_level: str
-    isa: tuple[str, ...]
-    torch: str | None = None
-    glibc: str | None = None
-    packages: dict[str, str] = {}
+    isa_level: Name
+    isa: Names
+    torch: Name | None = None
+    glibc: Name | None = None
+    packages: Annotated[dict[Name, Name], Mapped] = {}
 
 
 class Defaults(BaseModel):
     """What a call uses where the caller is silent. `num_frames` is None of models that make pictures."""
 
     model_config = FROZEN_CONFIG
-    num_inference_steps: int
-    guidance_scale: float
-    height: int
-    width: int
-    num_frames: int | None = None
+    num_inference_steps: Steps
+    guidance_scale: Float32
+    height: Pixels
+    width: Pixels
+    num_frames: Pixels | None = None
 
 
 class Manifest(BaseModel):
@@ -140,28 +161,30 @@ class Manifest(BaseModel):
     bytes again, which it is not where kernels were chosen by their times. `unverified` are plans that were added after `status` was settled, and that nobody has compared with the pipeline.
     `layers` says of each Linear of the denoiser, and of convolutions if they were asked for, whether it is "int8" or "kept", and why. `channels_last` are the keys
     of stored tensors that lie in memory as N H W C; they are bound as N C H W views of it. `complex` are
-    those of stored [..., 2] of real and imaginary parts, bound as complex numbers."""
+    those of stored [..., 2] of real and imaginary parts, bound as complex numbers. `release` is what its signer counts up, so
+    that an older one can be told from it; 0, which is not written, is none."""
 
     model_config = FROZEN_CONFIG
     schema_version: Literal[1] = SCHEMA_VERSION
+    release: Count = 0
     status: Literal["unverified", "verified", "failed"] = "unverified"
-    unverified: tuple[str, ...] = ()
-    family: str
+    unverified: Names = ()
+    family: Name
     backend: str = Field(default="aoti", pattern=r"^[a-z][a-z0-9_]*$")
     reproducible: bool = True
     requires: Requires
     source: Source
-    toolchain: dict[str, str]
+    toolchain: Annotated[dict[Name, Name], Mapped]
     recipe: dict[str, Any]
     defaults: Defaults
     pipeline: dict[str, Any]
-    layers: dict[str, tuple[str, str]] = {}
-    channels_last: tuple[str, ...] = ()
-    complex: tuple[str, ...] = ()
-    sites: tuple[Site, ...] = ()
-    graphs: tuple[Graph, ...]
-    plans: dict[str, str]
-    files: tuple[FileEntry, ...]
+    layers: Annotated[dict[Name, tuple[Name, Name]], Mapped] = {}
+    channels_last: Names = ()
+    complex: Names = ()
+    sites: Annotated[tuple[Site, ...], Listed] = ()
+    graphs: Annotated[tuple[Graph, ...], Listed]
+    plans: Annotated[dict[Name, Name], Mapped]
+    files: Annotated[tuple[FileEntry, ...], Listed]
 
     def graph(self, name: str) -> Graph:
         """The graph of that name; raises ArtifactError naming those that exist."""
@@ -172,23 +195,31 @@ class Manifest(BaseModel):
 
     def to_json(self) -> str:
         """The exact bytes of `manifest.json`: sorted keys, two spaces, a final newline."""
-        return json.dumps(self.model_dump(mode="json"), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        said = self.model_dump(mode="json", exclude=None if self.release else {"release"})
+        return json.dumps(said, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The folder's manifest. Raises ArtifactError when it is missing, not JSON, of another version, or not to schema."""
-    path = folder / "manifest.json"
+    """The folder's manifest. Raises ArtifactError when it is missing, no plain file, not JSON, too large, too deep, of another
+    version, or not to schema."""
+    path = folder / MANIFEST_FILE
     try:
-        raw = json.loads(path.read_text("utf-8"))
+        content = read_plain_file(folder, MANIFEST_FILE, MAX_MANIFEST_BYTES + 1)
     except OSError as e:
         raise ArtifactError(f"{folder}: {_describe_unreadable_manifest(folder, e)}") from e
-    except (ValueError, RecursionError) as e:
-        came = e if path.stat().st_size else "the file is empty"
+    if len(content) > MAX_MANIFEST_BYTES:
+        raise ArtifactError(
+            f"{path}: has more than {MAX_MANIFEST_BYTES} bytes, which no manifest needs; restore the file or export again"
+        )
+    try:
+        raw = parse_json(content)
+    except ValueError as e:
+        came = e if content else "the file is empty"
         raise ArtifactError(f"{path}: expected JSON, but {came}; restore the file or export again") from e
     version = raw.get("schema_version") if isinstance(raw, dict) else None
     if version != SCHEMA_VERSION:
         raise ArtifactError(
-            f"{path} [schema_version]: this runtime reads version {SCHEMA_VERSION}, the file says {version!r}; "
+            f"{path} [schema_version]: this runtime reads version {SCHEMA_VERSION}, the file says {version!r:.100}; "
             "export again with this prebake, or install the one that wrote it"
         )
     try:
@@ -210,6 +241,13 @@ def _describe_unreadable_manifest(folder: Path, error: OSError) -> str:
         return f"expected manifest.json in an artifact folder, found none; {way_out}"
     if isinstance(error, IsADirectoryError):
         return "manifest.json is a folder; restore the file or export again"
+    if error.errno == errno.ELOOP:
+        return (
+            "manifest.json is a symbolic link, an artifact holds plain files only; copy the file in its place, or copy "
+            "the artifact with `prebake pull`"
+        )
+    if error.errno == errno.EINVAL:
+        return "manifest.json is not a plain file; restore the file or export again"
     return f"manifest.json: {describe_read_error(error, folder)}"
 
 

@@ -53,6 +53,7 @@ def load(
     cache_dir: str | Path | None = None,
     trust: Trust = "hash",
     public_key: PublicKey | None = None,
+    minimum_release: int | None = None,
     runners: int | None = None,
     offload: Offload = False,
     copy: bool = False,
@@ -63,7 +64,8 @@ def load(
 
     An artifact holds machine code: take it only from someone you trust. `trust` is what is compared before any of it is
     opened: "hash", every file with the manifest; "signature", the manifest with its signature too, by the holder of
-    `public_key`; "size", weights by their sizes alone, which saves most of the time for large models. `cache_dir` is where
+    `public_key`; "size", weights by their sizes alone, which saves most of the time for large models. With "signature", an artifact whose
+    release (`prebake sign --release`) is below `minimum_release` is refused: an older one is as well signed. `cache_dir` is where
     code is unpacked (default: `$XDG_CACHE_HOME/prebake`, private to the user), and where is noted which files were found
     right, so that they are not hashed again until they change; what that cannot see is in verified.py. `runners` is how many
     calls, from so many threads, are at work at once while others wait; by default on the CPU as many as there are cores for,
@@ -74,7 +76,14 @@ def load(
     machine, and RequestError for arguments that mean nothing here, and for an artifact that holds a denoiser alone.
     """
     artifact = open_artifact(
-        folder, cache_dir=cache_dir, trust=trust, public_key=public_key, runners=runners, offload=offload, copy=copy
+        folder,
+        cache_dir=cache_dir,
+        trust=trust,
+        public_key=public_key,
+        minimum_release=minimum_release,
+        runners=runners,
+        offload=offload,
+        copy=copy,
     )
     raise_problems(folder, status_problems(artifact.manifest))
     if artifact.manifest.family == ATTACH_FAMILY:

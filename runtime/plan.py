@@ -11,12 +11,17 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from .bounds import MAX_ITEMS, MAX_STEPS, Float32, Name, Steps
 from .errors import RequestError
 
 FROZEN_CONFIG = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-FLOAT32_MAX = (2 - 2**-23) * 2.0**127
-"""The largest finite float32, in which a replay computes."""
-Float32 = Annotated[float, Field(ge=-FLOAT32_MAX, le=FLOAT32_MAX)]
+MAX_EVALUATIONS = 4 * MAX_STEPS  # no scheduler evaluates more than four times a step
+MAX_TIMESTEP = 1e9  # also of what they are multiplied with, so their products are numbers in float32
+
+
+Numbers = Field(max_length=MAX_ITEMS, fail_fast=True)
+Evaluations = Field(max_length=MAX_EVALUATIONS, fail_fast=True)
+Timestep = Annotated[float, Field(ge=-MAX_TIMESTEP, le=MAX_TIMESTEP)]
 
 
 class Update(BaseModel):
@@ -28,10 +33,10 @@ class Update(BaseModel):
     """
 
     model_config = FROZEN_CONFIG
-    latents: tuple[Float32, ...]
-    outputs: tuple[Float32, ...]
+    latents: Annotated[tuple[Float32, ...], Numbers]
+    outputs: Annotated[tuple[Float32, ...], Numbers]
     noise: Float32 = 0.0
-    unused_draws: int = Field(default=0, ge=0)
+    unused_draws: int = Field(default=0, ge=0, le=16)
 
 
 class DenoiserCall(BaseModel):
@@ -39,8 +44,8 @@ class DenoiserCall(BaseModel):
     `values` what the arguments that follow the schedule hold there, one number where all of a tensor's are that one."""
 
     model_config = FROZEN_CONFIG
-    of: int = Field(default=0, ge=0)
-    values: dict[str, tuple[float, ...]] = {}
+    of: int = Field(default=0, ge=0, le=MAX_ITEMS)
+    values: Annotated[dict[Name, Annotated[tuple[Float32, ...], Numbers]], Field(max_length=MAX_ITEMS)] = {}
 
 
 class Evaluation(BaseModel):
@@ -56,14 +61,14 @@ class Evaluation(BaseModel):
     """
 
     model_config = FROZEN_CONFIG
-    step: int
-    variant: str
-    timestep: Float32
+    step: int = Field(ge=0, lt=MAX_STEPS)
+    variant: Name
+    timestep: Timestep
     input_scale: Float32 = 1.0
-    coefficients: tuple[Float32, ...] = ()
+    coefficients: Annotated[tuple[Float32, ...], Numbers] = ()
     update: Update
     marginal: tuple[Float32, Float32] | None = None
-    calls: tuple[DenoiserCall, ...] = ()
+    calls: Annotated[tuple[DenoiserCall, ...], Numbers] = ()
 
 
 class Tail(BaseModel):
@@ -74,9 +79,9 @@ class Tail(BaseModel):
     """
 
     model_config = FROZEN_CONFIG
-    step: int = Field(ge=1)
-    begin: int = Field(ge=1)
-    head: tuple[Evaluation, ...] = ()
+    step: int = Field(ge=1, lt=MAX_STEPS)
+    begin: int = Field(ge=1, lt=MAX_EVALUATIONS)
+    head: Annotated[tuple[Evaluation, ...], Evaluations] = ()
 
 
 class Plan(BaseModel):
@@ -86,14 +91,14 @@ class Plan(BaseModel):
     """
 
     model_config = FROZEN_CONFIG
-    name: str
-    steps: int = Field(ge=1)
-    cache: str = "none"
-    scheduler: str
+    name: Name
+    steps: Steps
+    cache: Name = "none"
+    scheduler: Name
     init_noise_sigma: Float32 = 1.0
-    sigmas: tuple[float, ...] = ()
-    evaluations: tuple[Evaluation, ...]
-    tails: tuple[Tail, ...] = ()
+    sigmas: Annotated[tuple[Float32, ...], Evaluations] = ()
+    evaluations: Annotated[tuple[Evaluation, ...], Evaluations]
+    tails: Annotated[tuple[Tail, ...], Field(max_length=MAX_STEPS, fail_fast=True)] = ()
 
     def variants(self) -> tuple[str, ...]:
         """The distinct variants that this plan calls, in order of first use; last those that only a tail calls."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from .manifest import Manifest, read_manifest
 
 
 def artifact_problems(folder: Path) -> Iterator[tuple[str, str]]:
-    """(kind, sentence) of all that is wrong; the kinds are manifest, machine, files, plans, weights and code."""
+    """(kind, sentence) of all that is wrong; the kinds are manifest, machine, files, signature, plans, weights and code."""
     try:
         manifest = read_manifest(folder)
     except ArtifactError as e:
@@ -19,6 +19,7 @@ def artifact_problems(folder: Path) -> Iterator[tuple[str, str]]:
         return
     from .check.artifact import file_name_problems, reference_problems
     from .check.machine import machine_problems
+    from .check.signature import coverage_problems
 
     names, references = list(file_name_problems(manifest)), list(reference_problems(manifest))
     yield from label_problems("manifest", [*names, *references])
@@ -27,6 +28,7 @@ def artifact_problems(folder: Path) -> Iterator[tuple[str, str]]:
         return
     broken = list(damaged_file_problems(folder, manifest))
     yield from label_problems("files", broken)
+    yield from label_problems("signature", coverage_problems(folder, manifest))
     if not broken and not references:
         yield from load_problems(folder, manifest)
 
@@ -60,19 +62,15 @@ def load_problems(folder: Path, manifest: Manifest) -> Iterator[tuple[str, str]]
     """What is wrong inside files that are all there and are what the manifest says."""
     import torch
 
-    from .artifact import constants_of, read_plans, timestep_scale, weight_files
+    from .artifact import constants_of, read_plans, timestep_scale
     from .backends import backend_module
     from .contract import Contract
-    from .storage.files import descriptor_path, open_files
-    from .weights import map_weights
 
     yield from label_problems("manifest", collect_problems(folder, lambda: timestep_scale(manifest)))
     yield from label_problems("plans", collect_problems(folder, lambda: read_plans(folder, manifest)))
 
     def bind() -> None:
-        with open_files(folder, weight_files(manifest)) as files:
-            named = {folder / path: descriptor_path(files[path]) for path in files}
-            weights = map_weights(named, torch.device("cpu"), manifest.channels_last, manifest.complex)
+        weights = map_listed_weights(folder, manifest)
         for graph in manifest.graphs:
             constants_of(graph, weights)
 
@@ -88,7 +86,8 @@ def load_problems(folder: Path, manifest: Manifest) -> Iterator[tuple[str, str]]
 
 
 def pipeline_problems(folder: Path) -> Iterator[tuple[str, str]]:
-    """What an artifact that opens is refused for as a pipeline: its verification, its family, its settings and tokenizers."""
+    """What an artifact that opens is refused for as a pipeline: its verification, its family, its settings, graphs and
+    tokenizers."""
     import torch
 
     from .artifact import Artifact, BoundGraph, read_plans
@@ -101,9 +100,23 @@ def pipeline_problems(folder: Path) -> Iterator[tuple[str, str]]:
     manifest, cpu = read_manifest(folder), torch.device("cpu")
     yield from label_problems("manifest", status_problems(manifest))
     unopened = {graph.name: BoundGraph(graph, list, Contract(graph, cpu)) for graph in manifest.graphs}
-    artifact = Artifact(folder, manifest, cpu, {}, unopened, read_plans(folder, manifest), {})
+    plans, weights = read_plans(folder, manifest), map_listed_weights(folder, manifest)
+    artifact = Artifact(folder, manifest, cpu, weights, unopened, plans, {})
     look = read_facts if manifest.family == ATTACH_FAMILY else artifact_family
     yield from label_problems("manifest", collect_problems(folder, lambda: look(artifact)))
+
+
+def map_listed_weights(folder: Path, manifest: Manifest) -> Mapping[str, Any]:
+    """Key -> tensor of all weight files, mapped. Raises ArtifactError, see `map_weights`."""
+    import torch
+
+    from .artifact import weight_files
+    from .storage.files import descriptor_path, open_files
+    from .weights import map_weights
+
+    with open_files(folder, weight_files(manifest)) as files:
+        named = {folder / path: descriptor_path(files[path]) for path in files}
+        return map_weights(named, torch.device("cpu"), manifest.channels_last, manifest.complex)
 
 
 def collect_problems(folder: Path, look: Any) -> list[str]:

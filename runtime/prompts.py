@@ -3,17 +3,21 @@ the text encoders' graph, which joins and pads what it gives so that the denoise
 
 from __future__ import annotations
 
+import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from pydantic import BaseModel
-from tokenizers import Tokenizer
+from pydantic import BaseModel, Field
+from tokenizers import Encoding, Tokenizer
 
 from .artifact import Artifact
-from .errors import ArtifactError, RequestError
+from .bounds import MAX_ITEMS, MAX_TOKENIZER_BYTES, MAX_TOKENS, Name
+from .errors import ArtifactError, RequestError, first_line
+from .manifest import Graph
 from .plan import FROZEN_CONFIG
 from .replay import Tensors
 from .storage.files import read_listed_file
@@ -23,17 +27,19 @@ SHOWN_CHARACTERS = 200  # characters of a text, in what is said of it: a server'
 
 class TokenizerSettings(BaseModel):
     """One tokenizer. The text is diffusers' argument `argument`, ids enter the graph as `input`, and which of them are
-    text and not padding as `mask`, where the graph wants to know. `lower` is for models trained on lower case."""
+    text and not padding as `mask`, where the graph wants to know. `lower` is for models trained on lower case. `embedding` is
+    the graph's constant whose rows the ids are numbers of; where it is not said, that with the most rows."""
 
     model_config = FROZEN_CONFIG
-    tokenizer: str
-    argument: str = "prompt"
-    input: str = "input_ids"
-    mask: str | None = None
-    max_length: int
-    pad_id: int
-    pad_token: str
+    tokenizer: Name
+    argument: Name = "prompt"
+    input: Name = "input_ids"
+    mask: Name | None = None
+    max_length: int = Field(ge=1, le=MAX_TOKENS)
+    pad_id: int = Field(ge=0, lt=1 << 31)
+    pad_token: Name
     lower: bool = False
+    embedding: Name | None = None
 
 
 class TextSettings(BaseModel):
@@ -41,9 +47,9 @@ class TextSettings(BaseModel):
     outputs. `zero_negative`: where no negative prompt is given, its embeddings are zero and not those of an empty text."""
 
     model_config = FROZEN_CONFIG
-    graph: str = "text_encoder"
-    prompts: tuple[TokenizerSettings, ...]
-    embeds: dict[str, str]
+    graph: Name = "text_encoder"
+    prompts: Annotated[tuple[TokenizerSettings, ...], Field(min_length=1, max_length=16)]
+    embeds: Annotated[dict[Name, Name], Field(min_length=1, max_length=MAX_ITEMS)]
     zero_negative: bool = False
 
 
@@ -51,28 +57,16 @@ class TextEncoder:
     """A `TextSettings` of an open artifact, ready to be called."""
 
     def __init__(self, artifact: Artifact, text: TextSettings):
-        files = {entry.path for entry in artifact.manifest.files}
-        if lacking := [p.tokenizer for p in text.prompts if p.tokenizer not in files]:
-            raise ArtifactError(
-                f"{artifact.folder}: manifest.json [pipeline.text]: {lacking[0]!r} is not in files; export again"
-            )
         self.text = text
         self._device = artifact.device
         self._graph = artifact.graph(text.graph)
         self._shapes = {spec.name: spec.shape for spec in self._graph.graph.outputs}
         self._names = list(dict.fromkeys(("prompt", *(p.argument for p in text.prompts))))
-        if foreign := sorted(set(text.embeds.values()) - set(self._shapes)):
-            raise ArtifactError(
-                f"{artifact.folder}: manifest.json [pipeline.text.embeds]: graph {text.graph!r} has no output {foreign[0]!r}; export again"
-            )
+        if wrong := text_problem(artifact, self._graph.graph, text):
+            raise ArtifactError(f"{artifact.folder}: manifest.json [pipeline.text{wrong}; export again")
         # JSON has them by name, the graph in the order of its outputs
         self._embeds = dict(sorted(text.embeds.items(), key=lambda item: list(self._shapes).index(item[1])))
-        self._tokenizers = [
-            PromptTokenizer(
-                artifact.folder / p.tokenizer, read_listed_file(artifact.folder, artifact.manifest, p.tokenizer), p
-            )
-            for p in text.prompts
-        ]
+        self._tokenizers = [open_tokenizer(artifact, self._graph.graph, p) for p in text.prompts]
 
     @property
     def max_sequence_length(self) -> int:
@@ -120,6 +114,11 @@ class TextEncoder:
             for name in self._embeds.values()
         }
 
+    def zero_arguments(self, prefix: str) -> dict[str, torch.Tensor]:
+        """diffusers' arguments for embeddings, saying nothing."""
+        zeros = self.zeros()
+        return {prefix + name: zeros[output] for name, output in self._embeds.items()}
+
     def _encode(self, row: Mapping[str, str]) -> Tensors:
         inputs: Tensors = {}
         for prompt, tokenize in zip(self.text.prompts, self._tokenizers, strict=True):
@@ -163,26 +162,72 @@ def text_list(name: str, value: object) -> list[str]:
     return each
 
 
-class PromptTokenizer:
-    """One tokenizer with a fixed length: what is shorter is padded, what is longer is cut off with a warning."""
+def text_problem(artifact: Artifact, graph: Graph, text: TextSettings) -> str:
+    """What of these settings does not fit the graph, from the key on, or nothing."""
+    files = {entry.path for entry in artifact.manifest.files}
+    if lacking := [p.tokenizer for p in text.prompts if p.tokenizer not in files]:
+        return f"]: {lacking[0]!r} is not in files"
+    outputs = {spec.name for spec in graph.outputs}
+    if foreign := sorted(outputs ^ set(text.embeds.values())):
+        kind = "is no argument's embedding" if foreign[0] in outputs else "is not among its outputs"
+        return f".embeds]: of graph {graph.name!r}, {foreign[0]!r} {kind}"
+    if len(set(text.embeds.values())) < len(text.embeds):
+        return ".embeds]: two arguments are one output"
+    given = [(name, (1, p.max_length), "int64") for p in text.prompts for name in (p.input, p.mask) if name]
+    taken = [(spec.name, tuple(spec.shape), spec.dtype) for spec in graph.inputs]
+    if sorted(given) != sorted(taken):
+        return f".prompts]: give {sorted(given)}, graph {graph.name!r} takes {sorted(taken)}"
+    return ""
 
-    def __init__(self, path: Path, data: bytes, prompt: TokenizerSettings):
-        """`data` is what the file holds."""
-        try:
-            self._tokenizer = Tokenizer.from_buffer(data)
-        except Exception as e:  # tokenizers raises bare Exception
-            raise ArtifactError(f"{path}: expected a tokenizer.json, but {e}; restore the file or export again") from e
-        self._tokenizer.enable_truncation(prompt.max_length)
-        self._tokenizer.enable_padding(length=prompt.max_length, pad_id=prompt.pad_id, pad_token=prompt.pad_token)
+
+def open_tokenizer(artifact: Artifact, graph: Graph, prompt: TokenizerSettings) -> PromptTokenizer:
+    """The artifact's tokenizer of these settings. Raises ArtifactError for what is none, or does not fit the graph."""
+    data = read_listed_file(artifact.folder, artifact.manifest, prompt.tokenizer, MAX_TOKENIZER_BYTES)
+    return PromptTokenizer(artifact.folder / prompt.tokenizer, data, prompt, embedding_rows(artifact, graph, prompt))
+
+
+def embedding_rows(artifact: Artifact, graph: Graph, prompt: TokenizerSettings) -> int | None:
+    """How many ids the embedding has rows for; None of a graph whose constants do not lie in the artifact's weights. Raises
+    ArtifactError where the settings name another constant."""
+    keys = graph.constants
+    if prompt.embedding is not None and prompt.embedding not in keys:
+        raise ArtifactError(
+            f"{artifact.folder}: manifest.json [pipeline.text.prompts]: graph {graph.name!r} has no constant {prompt.embedding!r}; "
+            "export again"
+        )
+    names = keys if prompt.embedding is None else [prompt.embedding]
+    tables = [artifact.weights[keys[name]] for name in names if keys[name] in artifact.weights]
+    return max((len(table) for table in tables if table.dim() == 2), default=None)
+
+
+class PromptTokenizer:
+    """One tokenizer with a fixed length: what is shorter is padded, what is longer is cut off with a warning.
+
+    Every id that it can give is one of the embedding's `rows`, None where these are not known: code that looks up another
+    reads beyond the table, or ends the process.
+    """
+
+    def __init__(self, path: Path, data: bytes, prompt: TokenizerSettings, rows: int | None = None):
+        """`data` is what the file holds. Raises ArtifactError for what is no tokenizer, or not one of these settings."""
+        self._path, self._prompt, self._rows = path, prompt, rows
         self._name = path.parent.name
-        self._prompt = prompt
+        with self._explain_errors("expected a tokenizer.json"):
+            self._tokenizer = Tokenizer.from_buffer(data)
+            self._tokenizer.enable_truncation(prompt.max_length)
+            self._tokenizer.enable_padding(length=prompt.max_length, pad_id=prompt.pad_id, pad_token=prompt.pad_token)
+            ids = possible_ids(self._tokenizer) | {prompt.pad_token: prompt.pad_id}
+        token, largest = max(ids.items(), key=lambda item: item[1])
+        if rows is not None and largest >= rows:
+            raise ArtifactError(f"{path}: the token {token!r:.80} has the id {largest}, {self._describe_rows()}")
+        for text in ("", "a " * prompt.max_length):
+            self._encode(text)
 
     def __call__(self, text: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids and the mask of what is no padding, int64 [1, L] with L = max_length. Warns with the text that did
-        not fit."""
+        not fit. Raises ArtifactError where the tokenizer cannot read it."""
         if self._prompt.lower:
             text = text.lower().strip()
-        encoding = self._tokenizer.encode(text)
+        encoding = self._encode(text)
         if encoding.overflowing:
             lost = text[max(end for _, end in encoding.offsets) :].strip()
             warnings.warn(
@@ -191,3 +236,53 @@ class PromptTokenizer:
                 stacklevel=2,
             )
         return torch.tensor([encoding.ids]), torch.tensor([encoding.attention_mask])
+
+    def _encode(self, text: str) -> Encoding:
+        with self._explain_errors("expected a tokenizer that reads any text"):
+            encoding = self._tokenizer.encode(text)
+        if len(encoding.ids) != self._prompt.max_length:
+            raise ArtifactError(
+                f"{self._path}: gives {len(encoding.ids)} ids of a text, where manifest.json [pipeline.text] says {self._prompt.max_length}; "
+                "restore the file or export again"
+            )
+        if self._rows is not None and (largest := max(encoding.ids)) >= self._rows:
+            raise ArtifactError(f"{self._path}: gives the id {largest}, {self._describe_rows()}")
+        return encoding
+
+    def _describe_rows(self) -> str:
+        return (
+            f"the text encoder's embedding has {self._rows} rows; restore the file, or export again with the tokenizer "
+            "that belongs to the model"
+        )
+
+    @contextmanager
+    def _explain_errors(self, expected: str) -> Iterator[None]:
+        try:
+            yield
+        except BaseException as e:  # tokenizers raises bare Exception, and where it panics not even that
+            if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
+                raise
+            raise ArtifactError(
+                f"{self._path}: {expected}, but {first_line(e)}; restore the file or export again"
+            ) from e
+
+
+def possible_ids(tokenizer: Tokenizer) -> dict[str, int]:
+    """Token -> id, of all that the tokenizer can give: its vocabulary, and what its post-processor adds, which may be any number."""
+    ids = dict(tokenizer.get_vocab(with_added_tokens=True))
+    if tokenizer.post_processor is not None:
+        for token, number in added_ids(json.loads(tokenizer.post_processor.__getstate__())):
+            ids[token] = max(number, ids.get(token, 0))
+    return ids
+
+
+def added_ids(processor: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    """(token, id) of what a post-processor puts around a text, from its settings in tokenizer.json."""
+    for inner in processor.get("processors", ()):  # Sequence
+        yield from added_ids(inner)
+    for side in ("cls", "sep"):  # BertProcessing, RobertaProcessing
+        if side in processor:
+            token, number = processor[side]
+            yield token, number
+    for token, special in processor.get("special_tokens", {}).items():  # TemplateProcessing
+        yield from ((token, number) for number in special["ids"])

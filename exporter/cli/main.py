@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ...runtime.cli.command import CommandLine
 from ...runtime.cli.parser import CommandParser
+from ...runtime.cli.streams import print_lines
 from .bench import add_bench
 from .cache import add_cache
 from .calibrate import add_calibrate
@@ -23,7 +24,7 @@ from .export import add_export
 from .options import add_output_modes, add_overrides, parse_positive, print_json, progress_mode
 from .plan import add_plan
 from .report import add_report
-from .sign import add_sign, add_signature, refuse_signature_choices, verify_signature
+from .sign import add_key, add_sign, add_signature, note_on_stderr, refuse_signature_choices, verify_signature
 
 INTERRUPT_NOTES = {  # by a command that is interrupted
     "export": "; nothing was written",
@@ -186,6 +187,7 @@ def _add_verify(commands: argparse._SubParsersAction) -> None:
         help="where the report goes (default with --source: ARTIFACT/reports; else nowhere)",
     )
     add_signature(parser)
+    add_key(parser)
     add_output_modes(parser, json_result="the report as JSON")
     parser.set_defaults(run=_verify)
 
@@ -195,6 +197,7 @@ def _verify(args: argparse.Namespace) -> int:
         return verify_signature(args)
     refuse_signature_choices(args)
     from ...runtime.errors import QualityError
+    from ..package.sign import keep_signed
     from ..progress import open_progress
     from ..verify import report
     from ..verify.verify import VerifyOptions, verify_artifact
@@ -202,12 +205,12 @@ def _verify(args: argparse.Namespace) -> int:
 
     silence_libraries()
     choices = VerifyOptions(args.source, args.model, args.prompts, args.prompt_set, args.seeds, args.limit)
-    with open_progress(progress_mode(args)) as shown:
+    with open_progress(progress_mode(args)) as shown, keep_signed(args.artifact, args.key, note_on_stderr):
         manifest, outcome = verify_artifact(args.artifact, choices, shown)
     if args.json:
         print(report.format_json(report.describe_outcome(manifest, outcome)), end="")
     elif args.quiet:
-        print(*outcome.missed, sep="\n", end="\n" if outcome.missed else "", file=sys.stderr)
+        print_lines(*outcome.missed, file=sys.stderr)
     else:
         report.print_outcome(manifest, outcome, sys.stdout)
     if args.output or args.source:  # last, so that a folder that cannot be written costs no result

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 from typing import Literal
+
+from ...runtime.cli.streams import json_text
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:
@@ -44,4 +45,4 @@ def parse_positive(text: str) -> int:
 
 
 def print_json(value: object) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+    print(json_text(value, indent=2))

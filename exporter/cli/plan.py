@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .options import add_output_modes, parse_positive, print_json, progress_mode
+from .sign import add_key, note_on_stderr
 
 if TYPE_CHECKING:
     from ...runtime.manifest import Manifest
@@ -46,6 +47,7 @@ def add_plan(commands: argparse._SubParsersAction) -> None:
         metavar="ID|FOLDER|FILE|shapes|tiny:FAMILY",
         help="where the pipeline is, if not where the manifest says; with --verify",
     )
+    add_key(parser)
     add_output_modes(parser)
     parser.set_defaults(run=_plan)
 
@@ -53,12 +55,13 @@ def add_plan(commands: argparse._SubParsersAction) -> None:
 def _plan(args: argparse.Namespace) -> int:
     from .. import add_plan as replan
     from ..cost.forecast import format_forecast
+    from ..package.sign import keep_signed
     from ..progress import open_progress
     from .quiet import silence_libraries
 
     silence_libraries()
     folder = args.artifact.resolve()
-    with open_progress(progress_mode(args)) as shown:
+    with open_progress(progress_mode(args)) as shown, keep_signed(folder, args.key, note_on_stderr):
         if args.remove is not None:
             result = {"removed": args.remove, "plans_left": list(replan.remove_plan(folder, args.remove).plans)}
         else:

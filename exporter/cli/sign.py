@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,12 @@ def add_sign(commands: argparse._SubParsersAction) -> None:
         action="store_true",
         help=f"sign as the person or workflow that you are to sigstore: ${TOKEN_VARIABLE}, or what the CI gives, or a browser",
     )
+    parser.add_argument(
+        "--release",
+        type=int,
+        metavar="N",
+        help="the number that this one gets, 1 or more and counted up, for those who load it with a minimum_release",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON in place of text")
     parser.set_defaults(run=_sign)
 
@@ -40,12 +47,24 @@ def _sign(args: argparse.Namespace) -> int:
     from ...runtime.check.signature import SIGNATURE_FILE
     from ..package.sign import SigstoreSigner, sign_artifact
 
-    files = sign_artifact(args.artifact, SigstoreSigner(os.environ.get(TOKEN_VARIABLE)) if args.sigstore else args.key)
+    signer = SigstoreSigner(os.environ.get(TOKEN_VARIABLE)) if args.sigstore else args.key
+    files = sign_artifact(args.artifact, signer, args.release)
     if args.json:
         print_json({"signature": str(args.artifact / SIGNATURE_FILE), "files": files})
     else:
         print(f"{args.artifact / SIGNATURE_FILE}: {files} files signed")
     return 0
+
+
+def add_key(parser: argparse.ArgumentParser) -> None:
+    """The option of commands that may change a signed artifact."""
+    parser.add_argument(
+        "--key", type=Path, metavar="FILE", help="sign the artifact again if it changes, see `prebake sign`"
+    )
+
+
+def note_on_stderr(text: str) -> None:
+    print(f"prebake: note: {text}", file=sys.stderr)
 
 
 def add_signature(parser: argparse.ArgumentParser) -> None:

@@ -7,7 +7,7 @@ are the denoiser's only, one set for each kind of call that `recording.py` saw, 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,6 +19,7 @@ from ..families.registry import family_name
 from ..load.prompts import picture_prompts
 from ..load.source import LoadedPipeline
 from ..lower import Backend
+from ..passes.captured_graph import CapturedGraph
 from ..plan import PlanSet, make_plans
 from ..plan.sampler import SchedulerTable
 from ..progress import Progress
@@ -83,7 +84,7 @@ class DenoiserAlone:
         planned = make_plans(recipe.cache, layout, self.tables, calibration)
         return replace(planned, plans=tuple(self.recording.with_calls(p) for p in planned.plans))
 
-    def facts(self, components: Collection[str]) -> dict[str, Any]:
+    def facts(self, graphs: Mapping[str, Sequence[CapturedGraph]]) -> dict[str, Any]:
         """What `attach` holds a pipeline to."""
         return self.recording.facts.model_dump(mode="json")
 

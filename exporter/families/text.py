@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ...runtime.errors import ExportError
+from ...runtime.prompts import possible_ids
 from ..sites.component import Component
 
 TEXT_ENCODER = "text_encoder"
@@ -62,6 +63,23 @@ def find_tokenizers(pipe: Any, prompts: Sequence[Mapping[str, Any]]) -> dict[str
     """Artifact path -> fast tokenizer, whose `tokenizer.json` is stored there."""
     folders = [prompt["tokenizer"].removesuffix("/tokenizer.json") for prompt in prompts]
     return {folder: getattr(pipe, folder.removeprefix("tokenizers/")) for folder in folders}
+
+
+def refuse_ids_without_rows(pipe: Any, prompts: Sequence[Mapping[str, Any]]) -> None:
+    """Raises ExportError for a tokenizer that can give an id for which its text encoder's embedding has no row."""
+    for folder, tokenizer in find_tokenizers(pipe, prompts).items():
+        encoder = getattr(pipe, folder.removeprefix("tokenizers/").replace("tokenizer", "text_encoder"), None)
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if encoder is None or backend is None:  # `write_tokenizers` tells of the latter
+            continue
+        rows = len(encoder.get_input_embeddings().weight)
+        ids = {**possible_ids(backend), tokenizer.pad_token: tokenizer.pad_token_id}
+        token, largest = max(ids.items(), key=lambda item: item[1])
+        if largest >= rows:
+            raise ExportError(
+                f"{folder.removeprefix('tokenizers/')}: the token {token!r} has the id {largest}, the embedding of its text encoder "
+                f"has {rows} rows; call resize_token_embeddings({largest + 1}) and save the model, or take the tokenizer that belongs to it"
+            )
 
 
 def refuse_attention_masks(pipe: Any, *names: str) -> None:

@@ -19,10 +19,17 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from ...runtime.check.signature import SIGNATURE_FILE
 from ...runtime.errors import ExportError, RequestError
 from ...runtime.manifest import FileEntry, Manifest
 from ...runtime.plan import Plan
-from ...runtime.storage.rename import is_artifact, make_readable, recover_artifact, rename_if_free, replace_folder
+from ...runtime.storage.rename import (
+    make_readable,
+    recover_artifact,
+    rename_if_free,
+    replace_folder,
+    replacement_problem,
+)
 from ...runtime.storage.scratch import remove_abandoned, scratch_folder
 from ..passes.captured_graph import CapturedGraph
 from .disk import explain_disk_errors
@@ -45,13 +52,11 @@ def stage_folder(output: Path, *, force: bool) -> Iterator[Path]:
     if output.exists():
         if not force:
             raise RequestError(f"{output}: already exists; choose another --output, or replace it with --force")
-        if not is_artifact(output) and (not output.is_dir() or any(output.iterdir())):
-            raise RequestError(
-                f"{output}: --force replaces artifacts only, and this has no manifest.json of one; choose another --output"
-            )
+        if problem := replacement_problem(output):
+            raise RequestError(f"{output}: --force replaces artifacts only, and {problem}; choose another --output")
     with explain_disk_errors(output), scratch_folder(output.parent, f".{output.name}.", PARTIAL_SUFFIX) as folder:
         yield folder
-        make_readable(folder)
+        make_readable(folder, output if output.is_dir() and any(output.iterdir()) else None)
         if force:
             replace_folder(folder, output)
         elif not rename_if_free(folder, output):
@@ -206,7 +211,9 @@ def link_or_copy(source: str, target: str) -> None:
 
 
 def update_manifest(folder: Path, manifest: Manifest, known: Manifest) -> Manifest:
-    """The manifest with the folder's files, written. Weights and graphs are as in `known`, and not read again."""
+    """The manifest with the folder's files, written. Weights and graphs are as in `known`, and not read again. A signature of
+    what was there before is taken out: it would hold for nobody."""
+    (folder / SIGNATURE_FILE).unlink(missing_ok=True)
     same = {e.path: e for e in known.files if e.path.startswith(("weights/", "graphs/"))}
     manifest = manifest.model_copy(update={"files": file_entries(folder, same)})
     target = folder / "manifest.json"

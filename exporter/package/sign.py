@@ -7,12 +7,15 @@ with that hash, in the format of model-signing (OpenSSF), so that its own verifi
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...runtime.bounds import MAX_MANIFEST_BYTES
 from ...runtime.check.artifact import file_name_problems, file_problems, hash_problems
 from ...runtime.check.signature import (
     SIGN_EXTRA_HINT,
@@ -24,7 +27,9 @@ from ...runtime.check.signature import (
     signed_hashes,
 )
 from ...runtime.errors import ArtifactError, ExportError, RecipeError, raise_problems
-from ...runtime.manifest import Manifest, read_manifest
+from ...runtime.manifest import MANIFEST_FILE, Manifest, read_manifest
+from ...runtime.storage.files import read_plain_file
+from .folder import stage_linked_copy, update_manifest
 
 
 @dataclass(frozen=True)
@@ -34,8 +39,9 @@ class SigstoreSigner:
     token: str | None = None
 
 
-def sign_artifact(folder: Path, signer: Path | SigstoreSigner) -> int:
-    """Writes `signature.json`, in place of an earlier one, and returns the number of files that it covers.
+def sign_artifact(folder: Path, signer: Path | SigstoreSigner, release: int | None = None) -> int:
+    """Writes `signature.json`, in place of an earlier one, and returns the number of files that it covers. The manifest has
+    the number `release` from then on, where one is given.
 
     `signer` is a PEM file of a private elliptic curve key (P-256, P-384 or P-521) without a password, or sigstore. The artifact
     need not be one that this machine can run. Raises ArtifactError for one that is not as its manifest says or that missed its
@@ -46,6 +52,8 @@ def sign_artifact(folder: Path, signer: Path | SigstoreSigner) -> int:
     if manifest.status == "failed":
         raise ArtifactError(f"{folder}: missed its thresholds, and its manifest says so; sign one that holds")
     check_files(folder, manifest)
+    if release is not None:
+        manifest = set_release(folder, manifest, release)
     hashes = signed_hashes(folder, manifest)
     signing.set_hashing_config(known_hashing_config(hashes))
     try:
@@ -55,6 +63,43 @@ def sign_artifact(folder: Path, signer: Path | SigstoreSigner) -> int:
             f"{folder / SIGNATURE_FILE}: cannot be written ({e.strerror or e}); make room, or sign a copy"
         ) from e
     return len(hashes)
+
+
+def set_release(folder: Path, manifest: Manifest, release: int) -> Manifest:
+    """The manifest with that number, written. Raises RecipeError for one that is lower than the manifest's."""
+    if release < max(manifest.release, 1):
+        raise RecipeError(f"--release {release}: expected {max(manifest.release, 1)} or more; releases are counted up")
+    if release == manifest.release:
+        return manifest
+    with stage_linked_copy(folder.resolve()) as fresh:
+        return update_manifest(fresh, manifest.model_copy(update={"release": release}), manifest)
+
+
+@contextlib.contextmanager
+def keep_signed(folder: Path, key: Path | None, note: Callable[[str], None]) -> Iterator[None]:
+    """Around what may change an artifact: with `key` it is signed again if it was changed, and else it is said that its
+    signature is gone. Raises as `sign_artifact` does, for a key that is none before anything is done."""
+    signed, before = (folder / SIGNATURE_FILE).is_file(), manifest_bytes(folder)
+    if key is not None:
+        signing_config(key)
+    try:
+        yield
+    finally:  # also where the command ends in an error later on
+        if manifest_bytes(folder) != before:
+            if key is not None:
+                sign_artifact(folder, key)
+            elif signed:
+                note(
+                    f"{SIGNATURE_FILE} was of the artifact as it was before, and is gone; `prebake sign {folder} --key FILE` "
+                    "signs it again"
+                )
+
+
+def manifest_bytes(folder: Path) -> bytes | None:
+    try:
+        return read_plain_file(folder, MANIFEST_FILE, MAX_MANIFEST_BYTES + 1)
+    except OSError:  # the command itself says so
+        return None
 
 
 def verify_signed_artifact(folder: Path, whose: Path | Identity) -> int:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from ...runtime.manifest import KernelRefusal, TensorSpec
@@ -52,6 +54,25 @@ def output_nodes(gm: fx.GraphModule) -> list[fx.Node]:
     flat: list[fx.Node] = []
     fx.map_arg(output.args, lambda n: flat.append(n))
     return flat
+
+
+def find_embeddings(graph: CapturedGraph) -> dict[str, str]:
+    """Input -> the constant whose rows its numbers are looked up in."""
+    placeholders = graph.gm.graph.find_nodes(op="placeholder")
+    inputs = {node: spec.name for spec, node in zip(graph.inputs, placeholders, strict=True)}
+    found: dict[str, str] = {}
+    for node in graph.gm.graph.find_nodes(op="call_function", target=torch.ops.aten.embedding.default):
+        table, ids = (first_origin(argument) for argument in node.args[:2])
+        if table.op == "get_attr" and ids in inputs:
+            found[inputs[ids]] = str(table.target)
+    return found
+
+
+def first_origin(node: Any) -> fx.Node:
+    """Where what is viewed or cast comes from: along each operator's first argument, as long as that is its only tensor."""
+    while node.op == "call_function" and node.args and node.all_input_nodes == [node.args[0]]:
+        node = node.args[0]
+    return node
 
 
 def run_passes(graph: CapturedGraph, passes: Sequence[GraphPass]) -> CapturedGraph:

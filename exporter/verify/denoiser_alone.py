@@ -15,7 +15,6 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ...runtime.artifact import Artifact
@@ -31,7 +30,7 @@ from ..load.prompts import picture_prompts
 from ..recipe.resolve import Recipe
 from ..settle import component_dtypes, load_pipeline
 from ..sites.component import Component
-from .golden import GOLDEN_BYTES, GoldenReplay, check_finite, golden_path, save_golden, tolerance_of
+from .golden import GOLDEN_BYTES, GoldenReplay, check_finite, golden_error, read_golden, save_golden, tolerance_of
 from .measure import DrawnPicture, GraphCall, GraphTap, relative_error
 
 
@@ -202,7 +201,7 @@ def attached_golden_tensors(evaluations: Sequence[EvaluationCall]) -> dict[str, 
 
 def replay_attached_golden(artifact: Artifact, plan: Plan) -> GoldenReplay:
     """The stored calls made again."""
-    stored = load_file(artifact.folder / golden_path(plan.name))
+    stored = read_golden(artifact, plan.name)
     facts, run = read_facts(artifact), PlanCursor(plan)
     errors: list[list[float]] = []
     bitwise = True
@@ -210,13 +209,20 @@ def replay_attached_golden(artifact: Artifact, plan: Plan) -> GoldenReplay:
         e, b = run.evaluation, run.branch
         names = (a.name for a in facts.calls[call.of] if a.is_input)
         given = {n: stored.get(f"input.{b}.{n}", stored.get(f"input.{e}.{b}.{n}")) for n in names}
-        sample = run_denoiser(
-            artifact, run, call, {n: t.to(artifact.device) for n, t in given.items() if t is not None}
-        )
+        try:
+            sample = run_denoiser(
+                artifact, run, call, {n: t.to(artifact.device) for n, t in given.items() if t is not None}
+            )
+        except RequestError as error:  # of the stored inputs: nobody asked for anything
+            raise golden_error(plan, f"'input.{e}.{b}' does not fit: {error}") from error
         reference = stored[f"output.{e}.{b}"].to(artifact.device)
+        if (reference.shape, reference.dtype) != (sample.shape, sample.dtype):
+            raise golden_error(plan, f"'output.{e}.{b}' is not what the graph returns")
         errors += [[]] if b == 0 else []
         errors[e].append(relative_error(sample, reference))
         bitwise = bitwise and torch.equal(sample, reference)
+    if not errors:
+        raise golden_error(plan, "has no output of the first evaluation")
     return GoldenReplay(
         plan=plan.name,
         evaluations=tuple(range(len(errors))),

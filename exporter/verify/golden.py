@@ -7,18 +7,21 @@ is for `verify.py` to say.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
 from torch import Tensor
 
+from ...runtime.artifact import Artifact
 from ...runtime.check.machine import cpu_flags
-from ...runtime.errors import ExportError
+from ...runtime.errors import ArtifactError, ExportError
 from ...runtime.manifest import Manifest
 from ...runtime.plan import Plan
+from ...runtime.storage.files import read_listed_file, read_plain_file
 from ..families.picture import VAE_ENCODER
 from ..families.text import TEXT_ENCODER
 from ..load.prompts import picture_prompts
@@ -26,6 +29,10 @@ from ..recipe.resolve import Recipe
 from .measure import DrawnPicture, GraphCall, Replayer, image_array, largest_error, psnr_db, relative_error
 
 GOLDEN_BYTES = 64 << 20  # of one plan's denoiser outputs
+MAX_GOLDEN_BYTES = (
+    1 << 30
+)  # of a golden file: at least one evaluation, embeddings and a picture, or a video, lie in it too
+GOLDEN_TENSORS = {"prompt", "seed", "evaluations", "initial_latents", "outputs", "final_latents", "image"}
 
 
 @dataclass(frozen=True)
@@ -173,9 +180,11 @@ class GoldenReplay:
 def replay_golden(replayer: Replayer, plan: Plan) -> GoldenReplay:
     """The stored prompt and seed drawn again."""
     artifact = replayer.artifact
-    stored = load_file(artifact.folder / golden_path(plan.name))
-    prompt, seed, kept = bytes(stored["prompt"].tolist()).decode(), int(stored["seed"]), stored["evaluations"].tolist()
-    fresh = golden_tensors(replayer, replayer.draw(prompt, seed, plan), prompt, seed, kept, stored["outputs"].dtype)
+    stored = read_golden(artifact, plan.name)
+    prompt, seed, kept = read_golden_request(stored, plan)
+    dtype = torch.float16 if stored["outputs"].dtype == torch.float16 else torch.float32
+    fresh = golden_tensors(replayer, replayer.draw(prompt, seed, plan), prompt, seed, kept, dtype)
+    refuse_other_tensors(plan, stored, fresh)
     embeddings = [name for name in stored if name.startswith("embeddings.")]
     starts = fresh["initial_latents"], stored["initial_latents"]
     tolerance = tolerance_of(artifact.manifest)
@@ -194,6 +203,55 @@ def replay_golden(replayer: Replayer, plan: Plan) -> GoldenReplay:
         bitwise=all(torch.equal(fresh[name], stored[name]) for name in stored),
         tolerance=tolerance,
     )
+
+
+def read_golden(artifact: Artifact, plan: str) -> dict[str, Tensor]:
+    """The tensors of a plan's golden file. Raises ArtifactError for what is no such file, or not the listed one."""
+    path, folder = golden_path(plan), artifact.folder
+    listed = path in {entry.path for entry in artifact.manifest.files}
+    try:
+        if listed:
+            return load(read_listed_file(folder, artifact.manifest, path, MAX_GOLDEN_BYTES))
+        return load(
+            read_plain_file(folder, path, MAX_GOLDEN_BYTES)
+        )  # written just now: nothing opens with unlisted files
+    except SafetensorError as e:
+        raise ArtifactError(f"{artifact.folder / path}: expected safetensors, but {e}; export again") from e
+
+
+def read_golden_request(stored: Mapping[str, Tensor], plan: Plan) -> tuple[str, int, list[int]]:
+    """Prompt, seed, and which evaluations' outputs are kept. Raises ArtifactError for vectors that are not of this plan."""
+    if lacking := sorted(GOLDEN_TENSORS - stored.keys()):
+        raise golden_error(plan, f"has no {lacking[0]!r}")
+    prompt, seed, kept = (stored[name] for name in ("prompt", "seed", "evaluations"))
+    count = len(plan.evaluations)
+    if prompt.dtype != torch.uint8 or prompt.dim() != 1:
+        raise golden_error(plan, "'prompt' is no text")
+    if seed.dtype != torch.int64 or seed.numel() != 1:
+        raise golden_error(plan, "'seed' is no whole number")
+    if kept.dtype != torch.int64 or kept.dim() != 1 or not 1 <= len(kept) <= count:
+        raise golden_error(plan, f"'evaluations' are not 1 to {count} numbers")
+    numbers = kept.tolist()
+    if numbers != sorted(set(numbers)) or not 0 <= numbers[0] <= numbers[-1] < count:
+        raise golden_error(plan, f"'evaluations' are not some of the plan's {count}")
+    try:
+        return bytes(prompt.tolist()).decode(), int(seed), numbers
+    except UnicodeDecodeError as e:
+        raise golden_error(plan, "'prompt' is no text") from e
+
+
+def refuse_other_tensors(plan: Plan, stored: Mapping[str, Tensor], fresh: Mapping[str, Tensor]) -> None:
+    """Raises ArtifactError unless both have the same names, shapes and dtypes."""
+    for name in sorted(stored.keys() | fresh.keys()):
+        if name not in stored or name not in fresh:
+            raise golden_error(plan, f"has no {name!r}" if name in fresh else f"has {name!r}, which no replay gives")
+        if (stored[name].shape, stored[name].dtype) != (fresh[name].shape, fresh[name].dtype):
+            (a, b), (c, d) = ((list(t[name].shape), t[name].dtype) for t in (stored, fresh))
+            raise golden_error(plan, f"{name!r} is {b} {a}, the replay's is {d} {c}".replace("torch.", ""))
+
+
+def golden_error(plan: Plan, what: str) -> ArtifactError:
+    return ArtifactError(f"{golden_path(plan.name)}: {what}; restore the file, or export again")
 
 
 def tolerance_of(manifest: Manifest) -> Tolerance:

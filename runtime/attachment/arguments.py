@@ -12,16 +12,17 @@ import hashlib
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, Field
 from torch import Tensor
 
+from ..bounds import MAX_ITEMS, Count, Float64, Name, PlainInteger, Shape
 from ..errors import ArtifactError
 from ..plan import FROZEN_CONFIG
 
-PlainValue = bool | int | float | str | None
+PlainValue = bool | PlainInteger | Float64 | Name | None
 ArgumentRole = Literal["latents", "fixed", "step", "baked", "constant"]
 STEP_TOLERANCE = 1e-4  # relative: other machines' timesteps differ by float32 rounding, those of 1000 steps by 1e-3
 CALL_WAY_OUT = (
@@ -53,13 +54,13 @@ class Argument(BaseModel):
     """
 
     model_config = FROZEN_CONFIG
-    name: str
+    name: Name
     role: ArgumentRole
-    shape: tuple[int, ...] = ()
-    dtype: str = ""
+    shape: Shape = ()
+    dtype: Name = ""
     value: PlainValue | EmptyContainer = None
-    sha256: str = ""
-    nonzero: int = Field(default=0, ge=0)
+    sha256: Name = ""
+    nonzero: Count = 0
 
     @property
     def is_input(self) -> bool:
@@ -199,8 +200,8 @@ class OutputStructure(BaseModel):
 
     model_config = FROZEN_CONFIG
     kind: Literal["tensor", "constant", "tuple", "list", "dict"]
-    cls: str = ""
-    items: dict[str, OutputStructure] = {}
+    cls: Name = ""
+    items: Annotated[dict[Name, OutputStructure], Field(max_length=MAX_ITEMS)] = {}
     value: PlainValue = None
 
     def wrap_tensor(self, tensor: Tensor, classes: Mapping[str, type]) -> Any:

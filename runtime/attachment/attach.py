@@ -42,16 +42,19 @@ def attach(
     cache_dir: str | Path | None = None,
     trust: Trust = "hash",
     public_key: PublicKey | None = None,
+    minimum_release: int | None = None,
 ) -> Attachment:
     """Puts the artifact's denoiser into `pipeline`, until `detach(pipeline)` or the end of a `with` block.
 
     From then on the pipeline's own call runs the plan for its number of steps, with the cache or, if `cache` is False,
-    without. `cache_dir`, `trust` and `public_key` are as for `load`. Compared with the export now: the classes of pipeline,
+    without. `cache_dir`, `trust`, `public_key` and `minimum_release` are as for `load`. Compared with the export now: the classes of pipeline,
     denoiser and scheduler, the denoiser's config, and of each of its weights name, shape, dtype and 16 numbers. Not
     compared: the other numbers. Raises RequestError for what differs, and for a denoiser that carries hooks, and ArtifactError as `load` does.
     """
     if not isinstance(artifact, Artifact):
-        artifact = open_artifact(artifact, cache_dir=cache_dir, trust=trust, public_key=public_key)
+        artifact = open_artifact(
+            artifact, cache_dir=cache_dir, trust=trust, public_key=public_key, minimum_release=minimum_release
+        )
     raise_problems(artifact.folder, status_problems(artifact.manifest))
     return attach_opened(pipeline, artifact, cache)
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ValidationError
 
 from ..artifact import Artifact
-from ..errors import ArtifactError, RequestError, describe_schema_error
-from ..manifest import ATTACH_FAMILY
+from ..bounds import Name
+from ..contract import describe_misfits, spec_facts
+from ..errors import ArtifactError, RequestError, describe_schema_error, raise_problems
+from ..manifest import ATTACH_FAMILY, Listed
 from ..plan import FROZEN_CONFIG
 from .arguments import Argument, OutputStructure
 
@@ -18,11 +21,11 @@ class AttachmentFacts(BaseModel):
     of one; a plan's evaluations name them by position. `config` is the denoiser's, without what starts with `_`."""
 
     model_config = FROZEN_CONFIG
-    denoiser: str
-    denoiser_class: str
+    denoiser: Name
+    denoiser_class: Name
     config: dict[str, Any]
-    weights: str
-    calls: tuple[tuple[Argument, ...], ...]
+    weights: Name
+    calls: Annotated[tuple[Annotated[tuple[Argument, ...], Listed], ...], Listed]
     output: OutputStructure
 
 
@@ -58,4 +61,33 @@ def read_facts(artifact: Artifact) -> AttachmentFacts:
                 raise ArtifactError(
                     f"{folder}: {manifest.plans[name]} [evaluation {e}]: its calls are not among the artifact's; export again"
                 )
+    raise_problems(
+        folder, (f"manifest.json {problem}; export again" for problem in attached_call_problems(artifact, facts))
+    )
     return facts
+
+
+def attached_call_problems(artifact: Artifact, facts: AttachmentFacts) -> Iterator[str]:
+    """What the pipeline's calls would give to the graphs, or take from them, that they have not."""
+    yield from unstored_site_problems(artifact)
+    called = {(e.variant, c.of) for plan in artifact.plans.values() for e in plan.evaluations for c in e.calls}
+    for variant, of in sorted(called):
+        graph = artifact.graph(graph_name(variant, of)).graph
+        given = {a.name: (a.shape, a.dtype) for a in facts.calls[of] if a.is_input}
+        taken = spec_facts(s for s in graph.inputs if "@" not in s.name and s.name != "coefficients")
+        yield from describe_misfits(f"[graphs.{graph.name}.inputs]", given, taken)
+        if "sample" not in {spec.name for spec in graph.outputs}:
+            yield f"[graphs.{graph.name}.outputs]: has no 'sample', which a call needs"
+
+
+def unstored_site_problems(artifact: Artifact) -> Iterator[str]:
+    """What a call would combine that none before it has stored: each of an evaluation's calls has stored values of its own."""
+    for name, plan in artifact.plans.items():
+        stored: dict[int, set[str]] = {}
+        for e, evaluation in enumerate(plan.evaluations):
+            for branch, call in enumerate(evaluation.calls):
+                graph = artifact.graph(graph_name(evaluation.variant, call.of)).graph
+                before = stored.setdefault(branch, set())
+                if early := sorted(set(graph.combines) - before):
+                    yield f"[plans.{name}]: call {branch + 1} of evaluation {e} combines {early[0]!r} before any call stored it"
+                before.update(graph.stores)

@@ -10,9 +10,9 @@ from __future__ import annotations
 import os
 import stat
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path, PurePosixPath
 from typing import Literal, get_args
 
@@ -24,11 +24,12 @@ from ..storage.hash_marker import HashMarker
 from ..storage.private_folder import default_cache_folder
 from ..storage.weight_files import refuse_changes
 from .machine import machine_problems
-from .signature import Identity, signature_problems
+from .signature import Identity, release_problems, signature_problems
 
 UNCHECKED_FOLDER = "reports"  # anything may lie in this folder; nothing in it is ever opened
 UNLISTED_FILES = {"manifest.json", "signature.json"}  # neither can hold its own hash; see signature.py
 MAX_NAMED_FILES = 5  # unlisted files of one folder that are named one by one
+MAX_CHECKED_EVALUATIONS = 2_000_000  # of 1,000 steps that can begin anywhere there are half as many
 LFS_BYTES = 1024  # a pointer of Git LFS is smaller
 Trust = Literal["hash", "signature", "size"]
 """`hash`: every file is what the manifest says. `signature`: so, and the holder of a key says that of the manifest. `size`:
@@ -49,6 +50,7 @@ def open_checked_files(
     *,
     trust: Trust = "hash",
     public_key: PublicKey | None = None,
+    minimum_release: int | None = None,
     cache_dir: Path | None = None,
 ) -> Iterator[dict[str, int]]:
     """Path -> descriptor of every listed file, compared with the manifest, for the length of the block.
@@ -56,7 +58,8 @@ def open_checked_files(
     Files that this user has found right before, and that nobody has touched since, are not hashed again: see verified.py.
     Raises ArtifactError as `check_artifact` does, and as `signature_problems` does for `trust="signature"`.
     """
-    check_trust(trust, public_key)
+    check_trust(trust, public_key, minimum_release)
+    raise_problems(folder, release_problems(manifest, minimum_release))
     raise_problems(folder, [*file_name_problems(manifest), *machine_problems(manifest), *reference_problems(manifest)])
     raise_problems(folder, file_problems(folder, manifest))
     if public_key is not None:
@@ -72,8 +75,16 @@ def open_checked_files(
         yield files
 
 
-def check_trust(trust: str, public_key: PublicKey | None) -> None:
+def check_trust(trust: str, public_key: PublicKey | None, minimum_release: int | None = None) -> None:
     """Raises RequestError for a policy that does not exist, or whose key is missing or of no use."""
+    if minimum_release is not None and (isinstance(minimum_release, bool) or not isinstance(minimum_release, int)):
+        raise RequestError(
+            f"minimum_release={minimum_release!r}: expected a whole number, as `prebake sign --release` takes"
+        )
+    if minimum_release is not None and trust != "signature":
+        raise RequestError(
+            f"minimum_release: anyone can write another number, and trust={trust!r} asks for no signature; give trust='signature' with it"
+        )
     if trust not in get_args(Trust):
         raise RequestError(f"trust={trust!r}: expected one of {', '.join(get_args(Trust))}")
     if trust == "signature" and public_key is None:
@@ -194,9 +205,14 @@ def status_problems(manifest: Manifest) -> Iterator[str]:
 def reference_problems(manifest: Manifest) -> Iterator[str]:
     """Names in the manifest that point at nothing, or at two things."""
     files = {entry.path for entry in manifest.files}
-    for name, count in Counter(graph.name for graph in manifest.graphs).items():
-        if count > 1:
-            yield f"manifest.json [graphs]: {name!r} occurs {count} times; export again"
+    for table, named in (("graphs", manifest.graphs), ("sites", manifest.sites)):
+        yield from repeated_names(f"manifest.json [{table}]", (each.name for each in named))
+    for graph in manifest.graphs:
+        for table, specs in (("inputs", graph.inputs), ("outputs", graph.outputs)):
+            yield from repeated_names(f"manifest.json [graphs.{graph.name}.{table}]", (spec.name for spec in specs))
+    yield from repeated_names("manifest.json [plans]", manifest.plans.values())
+    if unknown := sorted(set(manifest.unverified) - manifest.plans.keys()):
+        yield f"manifest.json [unverified]: {unknown[0]!r} is not in plans; export again"
     for path in sorted({graph.package for graph in manifest.graphs} | set(manifest.plans.values())):
         if path not in files:
             yield f"manifest.json: {path!r} is used but not in files; export again"
@@ -209,8 +225,22 @@ def reference_problems(manifest: Manifest) -> Iterator[str]:
             yield from _slot_problems(graph, manifest)
 
 
+def repeated_names(where: str, names: Iterable[str]) -> Iterator[str]:
+    """The names that occur more than once."""
+    for name, count in Counter(names).items():
+        if count > 1:
+            yield f"{where}: {name!r} occurs {count} times; export again"
+
+
 def _slot_problems(graph: Graph, manifest: Manifest) -> Iterator[str]:
     sites = {site.name: site for site in manifest.sites}
+    wanted = sum(len(sites[name].tensors) * sites[name].slots for name in graph.combines)
+    if wanted > len(graph.inputs):  # known before any of them is named: they may be many
+        yield (
+            f"manifest.json [graphs.{graph.name}]: combines need {wanted} inputs of stored tensors, it has {len(graph.inputs)} "
+            "inputs in all; export again"
+        )
+        return
     expected = {f"{t}@{k}" for name in graph.combines for t in sites[name].tensors for k in range(sites[name].slots)}
     taken = {spec.name for spec in graph.inputs if "@" in spec.name}
     if expected != taken:
@@ -226,11 +256,19 @@ def plan_problems(plans: Mapping[str, Plan], manifest: Manifest) -> Iterator[str
     A tail is checked as the plan that it stands for.
     """
     graphs = {graph.name: graph for graph in manifest.graphs}
+    looked_at = 0
     for name, plan in plans.items():
         path = manifest.plans[name]
+        looked_at += len(plan.evaluations) * (1 + len(plan.tails))
+        if looked_at > MAX_CHECKED_EVALUATIONS:
+            yield f"{path}: the plans and their later starts have more than {MAX_CHECKED_EVALUATIONS} evaluations; export again"
+            return
+        yield from _plan_name_problems(name, plan, path)
         yield from _evaluation_problems(plan.evaluations, graphs, f"{path} [")
         if not plan.evaluations:
             yield f"{path}: has no evaluations; export again"
+            continue
+        yield from _step_problems(plan.evaluations, 0, plan.steps, path)
         for step, count in Counter(tail.step for tail in plan.tails).items():
             if count > 1:
                 yield f"{path} [tail {step}]: occurs {count} times; export again"
@@ -246,7 +284,29 @@ def plan_problems(plans: Mapping[str, Plan], manifest: Manifest) -> Iterator[str
                 evaluations = plan.evaluations_of(tail)
                 if evaluations[0].marginal is None:
                     yield f"{where}]: has no marginal to begin with; export again"
+                yield from _step_problems(evaluations, tail.step, plan.steps, f"{where}]")
                 yield from _evaluation_problems(evaluations, graphs, f"{where}, ")
+
+
+def _plan_name_problems(name: str, plan: Plan, path: str) -> Iterator[str]:
+    """A name says what is called by it: the number of steps, and whether they go without the cache."""
+    uncached = f"{plan.steps}-uncached"
+    if plan.name != name:
+        yield f"{path}: is the plan {plan.name!r}, the manifest has it as {name!r}; export again"
+    elif name not in (str(plan.steps), uncached):
+        yield f"{path}: the plan {name!r} has {plan.steps} steps; export again"
+    elif name == uncached and plan.cache != "none":
+        yield f"{path}: the plan {name!r} has the cache {plan.cache!r}; export again"
+
+
+def _step_problems(evaluations: Sequence[Evaluation], first: int, steps: int, where: str) -> Iterator[str]:
+    """The evaluations take every step from `first` to the last, in their order. PNDM begins a later start with the second
+    evaluation of the step before it."""
+    taken = [evaluation.step for evaluation in evaluations]
+    begins = taken[0] == first or taken[0] == first - 1
+    if not begins or taken[-1] != steps - 1 or any(b - a not in (0, 1) for a, b in pairwise(taken)):
+        came = ", ".join(map(str, [*taken[:4], *(["..."] if len(taken) > 5 else []), *taken[4:][-1:]]))
+        yield f"{where}: expected evaluations of the steps {first} to {steps - 1}, one after the other, got {came}; export again"
 
 
 def _evaluation_problems(

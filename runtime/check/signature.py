@@ -8,14 +8,17 @@ hashes the files against the manifest (`check.hash_problems`) holds them against
 
 from __future__ import annotations
 
+import base64
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from ..bounds import MAX_MANIFEST_BYTES, parse_json
 from ..errors import ArtifactError, RecipeError
-from ..manifest import Manifest
+from ..manifest import MANIFEST_FILE, Manifest
+from ..storage.files import read_plain_file
 
 SIGNATURE_FILE = "signature.json"
 UNSIGNED_PATHS = (
@@ -53,6 +56,42 @@ def signature_problems(folder: Path, manifest: Manifest, public_key: Path | str 
         yield f"{SIGNATURE_FILE} has {file.stat().st_size} bytes, {MAX_SIGNATURE_BYTES} at most are expected; sign the artifact again"
     else:
         yield from _statement_problems(folder, file, manifest, verifying, public_key)
+
+
+def coverage_problems(folder: Path, manifest: Manifest) -> Iterator[str]:
+    """Why a signature that lies there cannot hold, whoever's it is: what it signs is not this artifact. Nothing without one.
+
+    No key is asked for, so this says nothing about who has signed.
+    """
+    try:
+        said = signed_resources(read_plain_file(folder, SIGNATURE_FILE, MAX_SIGNATURE_BYTES + 1))
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, KeyError, TypeError):
+        yield f"{SIGNATURE_FILE} is no signature of an artifact; sign it again, or remove the file"
+        return
+    there = signed_hashes(folder, manifest)
+    if other := sorted(path for path in said.keys() | there.keys() if said.get(path) != there.get(path)):
+        more = f" and {len(other) - 1} files more" if len(other) > 1 else ""
+        yield (
+            f"{SIGNATURE_FILE} is of another state of the artifact: {other[0]}{more} changed since; sign it again with "
+            "`prebake sign`, or restore what was signed"
+        )
+
+
+def signed_resources(bundle: bytes) -> dict[str, str]:
+    """Path -> sha256, as the bundle says without proof. Raises ValueError, KeyError or TypeError for what is no bundle."""
+    if len(bundle) > MAX_SIGNATURE_BYTES:
+        raise ValueError("too large")
+    statement = parse_json(base64.b64decode(parse_json(bundle)["dsseEnvelope"]["payload"]))
+    return {str(each["name"]): str(each["digest"]) for each in statement["predicate"]["resources"]}
+
+
+def release_problems(manifest: Manifest, minimum: int | None) -> Iterator[str]:
+    """Why an artifact is older than what is asked for: an older one is as well signed as the latest."""
+    if minimum is not None and manifest.release < minimum:
+        came = f"is release {manifest.release}" if manifest.release else "has no number of a release"
+        yield f"{came}, at least {minimum} was asked for; get the newer one, or ask for less"
 
 
 def _statement_problems(
@@ -104,8 +143,8 @@ def signed_hashes(folder: Path, manifest: Manifest) -> dict[str, str]:
     """
     path = folder / "manifest.json"
     try:
-        raw = path.read_bytes()
-        same = Manifest.model_validate_json(raw) == manifest
+        raw = read_plain_file(folder, MANIFEST_FILE, MAX_MANIFEST_BYTES + 1)
+        same = Manifest.model_validate(parse_json(raw)) == manifest
     except (OSError, ValueError):
         same, raw = False, b""
     if not same:

@@ -7,12 +7,12 @@ looked at as far as the ones before allow.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 from ..errors import ArtifactError
 from ..problems import artifact_problems, pipeline_problems
+from .streams import json_text, print_lines
 
 
 def add_check(subparsers: Any) -> None:
@@ -35,9 +35,9 @@ def check(args: argparse.Namespace) -> int:
         for kind, problem in [*artifact_problems(folder)] or [*pipeline_problems(folder)]
     ]
     if args.json:
-        print(json.dumps({"artifact": str(folder), "ok": not found, "problems": found}, indent=2, ensure_ascii=False))
+        print(json_text({"artifact": str(folder), "ok": not found, "problems": found}, indent=2))
     else:
-        print(*(each["problem"] for each in found), sep="\n", end="\n" if found else "")
         count = f"{len(found)} problem{'s' * (len(found) > 1)}"
-        print(f"{folder}: {count if found else 'nothing is wrong, and this machine can run it'}")
+        summary = f"{folder}: {count if found else 'nothing is wrong, and this machine can run it'}"
+        print_lines(*(each["problem"] for each in found), summary)
     return ArtifactError.exit_code if found else 0

@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import errno
 import io
-import json
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +19,7 @@ from typing import Any
 from ..errors import PrebakeError, RequestError
 from .parser import CommandParser, UsageError
 from .signals import describe_interrupt, end_by_exception
-from .streams import OutputError, standard_streams
+from .streams import OutputError, json_text, print_lines, standard_streams
 
 READER_GONE = 141  # as a shell tells SIGPIPE
 SUBJECT = re.compile(r"(?P<key>(?:(?!, |; |: ).){1,300}): ")
@@ -37,7 +36,7 @@ class Failure:
 
     def as_json(self) -> dict[str, Any]:
         """`exit_code`, `kind` (the exception's name) and `problems`, each with its `sentence` and the `key` that this begins with."""
-        problems = [{"key": problem_key(line), "sentence": line} for line in self.message.splitlines()]
+        problems = [{"key": problem_key(line), "sentence": line} for line in self.message.split("\n")]
         return {"exit_code": self.exit_code, "kind": self.kind, "problems": problems}
 
 
@@ -89,7 +88,7 @@ class CommandLine:
         if failure is None:
             print(printed.getvalue(), end="")
         else:
-            print(json.dumps(failure.as_json(), indent=2, ensure_ascii=False))
+            print(json_text(failure.as_json(), indent=2))
         if bug:
             raise bug
         return code
@@ -118,8 +117,7 @@ class CommandLine:
 
 def print_errors(message: str, prefix: str) -> None:
     """One line on stderr for each problem."""
-    for line in message.splitlines():
-        print(f"{prefix}error: {line}", file=sys.stderr)
+    print_lines(*(f"{prefix}error: {line}" for line in message.split("\n")), file=sys.stderr)
 
 
 def asks_for_json(arguments: Sequence[str]) -> bool:

@@ -16,7 +16,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import ArtifactError, RequestError
+from ..bounds import MAX_PLAN_BYTES, parse_json
+from ..errors import ArtifactError, RequestError, first_line
 from ..manifest import Manifest, read_manifest
 from ..plan import Plan
 from ..text import (
@@ -30,7 +31,7 @@ from ..text import (
     wrap_entries,
 )
 from .check import add_check
-from .streams import output_errors, utf8_argument
+from .streams import json_text, output_errors, print_lines, utf8_argument
 from .transfer import add_pull, add_push
 
 STDOUT = Path("-")  # --output of what goes there
@@ -91,6 +92,9 @@ def _add_run(subparsers: Any) -> None:
         help="what is compared before code is opened: every file's hash (default), a signature too, or of weights the size alone",
     )
     parser.add_argument("--public-key", metavar="FILE", help="of whoever signed the artifact, with --trust signature")
+    parser.add_argument(
+        "--minimum-release", type=int, metavar="N", help="refuse what was signed with a lower --release, or with none"
+    )
     parser.add_argument("--num-images", type=int, default=1, metavar="N", help="images for each prompt (default: 1)")
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--quiet", action="store_true", help="print nothing but errors")
@@ -109,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
     from ..pipeline import VideoOutput, load
 
     image, mask = (None if path is None else open_picture(path) for path in (args.image, args.mask))
-    pipe = load(args.artifact, trust=args.trust, public_key=args.public_key)
+    pipe = load(args.artifact, trust=args.trust, public_key=args.public_key, minimum_release=args.minimum_release)
     loaded = time.perf_counter()
     output = pipe(
         args.prompts,
@@ -245,21 +249,28 @@ def inspect(args: argparse.Namespace) -> int:
     manifest = read_manifest(folder)
     plans = {name: _read_plan(folder, path) for name, path in manifest.plans.items()}
     if args.json:
-        print(json.dumps(inspection_json(manifest, plans), indent=2, ensure_ascii=False))
+        print(json_text(inspection_json(manifest, plans), indent=2))
     else:
-        print("\n".join(inspection_lines(folder, manifest, plans, layers=args.layers)))
+        print_lines(*inspection_lines(folder, manifest, plans, layers=args.layers))
     return 0
 
 
 def _read_plan(folder: Path, path: str) -> Plan:
     from ..check.artifact import is_plain_name
+    from ..storage.files import open_plain_file
 
     if not is_plain_name(path):
         raise ArtifactError(f"{folder}: manifest.json [plans]: {path!r} is not a plain name inside the folder")
+    with open(open_plain_file(folder, path), "rb") as file:
+        data = file.read(MAX_PLAN_BYTES + 1)
     try:
-        return Plan.model_validate_json((folder / path).read_bytes())
-    except (OSError, ValueError) as e:
-        raise ArtifactError(f"{folder / path}: expected a plan, but {e}; restore the file or export again") from e
+        if len(data) > MAX_PLAN_BYTES:
+            raise ValueError(f"it has more than {MAX_PLAN_BYTES} bytes")
+        return Plan.model_validate(parse_json(data))
+    except ValueError as e:
+        raise ArtifactError(
+            f"{folder / path}: expected a plan, but {first_line(e)}; restore the file or export again"
+        ) from e
 
 
 def inspection_json(manifest: Manifest, plans: Mapping[str, Plan]) -> dict[str, Any]:

@@ -5,10 +5,16 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
+import json
 import os
+import re
 import sys
 from collections.abc import Iterator
 from typing import Any, TextIO
+
+from ..errors import printable_line
+
+BEYOND_ASCII = re.compile(r"[^\n -~]")
 
 
 def escape_unprintable(*streams: TextIO) -> None:
@@ -16,6 +22,24 @@ def escape_unprintable(*streams: TextIO) -> None:
     for stream in streams:
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="backslashreplace")
+
+
+def print_lines(*lines: str, file: TextIO | None = None) -> None:
+    """Prints lines that may hold a stranger's names, see `printable_line`."""
+    for line in lines:
+        print(printable_line(line), file=file)
+
+
+def json_text(value: object, indent: int | None = None) -> str:
+    """JSON in UTF-8 in which no character but the indentation moves a terminal's cursor: such ones are its own escapes."""
+
+    def escape(found: re.Match[str]) -> str:
+        character = found[0]
+        if character.isprintable():
+            return character
+        return f"\\u{ord(character):04x}" if ord(character) < 1 << 16 else json.dumps(character)[1:-1]
+
+    return BEYOND_ASCII.sub(escape, json.dumps(value, indent=indent, ensure_ascii=False))
 
 
 def utf8_argument(argument: str) -> str:

@@ -8,6 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .streams import print_lines
+
 if TYPE_CHECKING:
     from ..transfer.progress import TransferProgressMode
     from ..transfer.pull import TransferResult
@@ -42,6 +44,9 @@ def add_pull(subparsers: Any) -> None:
     parser.add_argument("source", metavar=PLACE_METAVAR, help="where it lies")
     parser.add_argument("folder", type=Path, metavar="ARTIFACT", help="the artifact's folder, which is made")
     parser.add_argument("--public-key", type=Path, metavar="FILE", help="of whoever must have signed it, in PEM")
+    parser.add_argument(
+        "--minimum-release", type=int, metavar="N", help="refuse what was signed with a lower --release, or with none"
+    )
     parser.add_argument("--any-machine", action="store_true", help="fetch also what this machine could not run")
     parser.add_argument("--force", action="store_true", help="replace another artifact that is there")
     add_progress_options(parser)
@@ -74,7 +79,7 @@ def pull(args: argparse.Namespace) -> int:
     from ..transfer.pull import pull as fetch
     from ..transfer.push import origin_of
 
-    choices = PullOptions(args.public_key, args.any_machine, args.force)
+    choices = PullOptions(args.public_key, args.any_machine, args.force, args.minimum_release)
     with open_transfer_progress(progress_mode(args)) as shown:
         moved = fetch(origin_of(args.source), args.folder, choices, shown)
     print_transfer(moved, args)
@@ -93,4 +98,4 @@ def print_transfer(moved: TransferResult, args: argparse.Namespace) -> None:
         print(json.dumps(asdict(moved), indent=2))
     elif not args.quiet:
         at = f", commit {moved.revision}" if moved.revision else ""
-        print(f"{moved.place}: {moved.files} files, {format_bytes(moved.size)}, all as the manifest says{at}")
+        print_lines(f"{moved.place}: {moved.files} files, {format_bytes(moved.size)}, all as the manifest says{at}")

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import torch
 from pydantic import BaseModel, Field, ValidationError
 
 from ..artifact import Artifact
-from ..errors import ArtifactError, RequestError, describe_schema_error
+from ..bounds import Float32, Pixels
+from ..errors import ArtifactError, RequestError, describe_schema_error, raise_problems
 from ..noise import Generators, draw_noise
 from ..plan import FROZEN_CONFIG
 from ..prompts import TextEncoder, TextSettings
 from ..replay import Tensors
+from .call_contract import call_problems
 
 FAMILY_CLASSES = {
     "cogvideox": "CogVideoX",
@@ -30,6 +32,9 @@ FAMILY_CLASSES = {
     "pixart": "PixArt",
 }
 SettingsT = TypeVar("SettingsT", bound=BaseModel)
+
+
+Strength = Annotated[float, Field(ge=0, le=1)]
 
 
 class PictureInput(BaseModel):
@@ -45,23 +50,23 @@ class PictureInput(BaseModel):
 
     model_config = FROZEN_CONFIG
     role: Literal["start", "reference"] = "start"
-    height: int
-    width: int
+    height: Pixels
+    width: Pixels
     sampled: bool = True
     required: bool = False
     redrawn: bool = True
-    strength: float = 1.0
-    inpaint_strength: float | None = None
+    strength: Strength = 1.0
+    inpaint_strength: Strength | None = None
     rounded: Literal["down", "up"] = "up"
 
 
 class Settings(BaseModel):
-    """`manifest.pipeline`. `latents_shape` is that of one image's noise, without the batch; `timestep_scale` times a
+    """`manifest.pipeline`. `latents_shape` is that of one image's noise [C, h, w], without the batch; `timestep_scale` times a
     plan's timestep is the denoiser's. Families with facts of their own extend it."""
 
     model_config = FROZEN_CONFIG
-    latents_shape: tuple[int, ...] = Field(min_length=3, max_length=4)
-    timestep_scale: float
+    latents_shape: Annotated[tuple[Pixels, ...], Field(min_length=3, max_length=3)]
+    timestep_scale: Float32
     text: TextSettings
     picture: PictureInput | None = None
 
@@ -143,6 +148,14 @@ class Family:
             for negative, prompt in zip(negatives, prompts, strict=True)
         ]
 
+    def example_condition(self) -> Tensors:
+        """The denoiser's inputs that are equal at every step, of embeddings that say nothing: what a call gives, by shape and
+        dtype."""
+        given = dict(self._text.zero_arguments(""))
+        if self.branches:
+            given |= self._text.zero_arguments("negative_")
+        return self.conditions(given, 2.0)[0]
+
     def window(self, given: Mapping[str, Any]) -> ScheduleWindow:
         """Which part of the schedule the caller asked for."""
         return WHOLE_SCHEDULE
@@ -171,8 +184,13 @@ class Family:
 
 
 def artifact_family(artifact: Artifact) -> Family:
-    """The artifact's family. Raises ArtifactError for one that is not known, or settings that are not to its schema."""
-    return family_class(artifact)(artifact)
+    """The artifact's family. Raises ArtifactError for one that is not known, settings that are not to its schema, and graphs
+    that a call of it does not fit."""
+    family = family_class(artifact)(artifact)
+    raise_problems(
+        artifact.folder, (f"manifest.json {problem}; export again" for problem in call_problems(artifact, family))
+    )
+    return family
 
 
 def family_class(artifact: Artifact) -> type[Family]:

@@ -8,17 +8,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 import torch
+from pydantic import AfterValidator, Field
 
+from ..bounds import Pixels
 from ..replay import Tensors
-from . import Family
+from . import Family, Settings
+
+
+def refuse_odd_sides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape. Raises ValueError unless its patches of 2 x 2 are whole."""
+    if any(side % 2 for side in shape[1:]):
+        raise ValueError(f"expected an even height and width, for patches of 2 x 2, got {list(shape)}")
+    return shape
+
+
+class FluxSettings(Settings):
+    """`latents_shape` is that of the latents before they are packed."""
+
+    latents_shape: Annotated[tuple[Pixels, ...], Field(min_length=3, max_length=3), AfterValidator(refuse_odd_sides)]
 
 
 class Flux(Family):
     """Family `flux`. `true_cfg_scale` and negative prompts are arguments of artifacts that have both branches."""
 
+    settings_type: ClassVar[type[Settings]] = FluxSettings
     latents_name = "packed latents"
 
     @property

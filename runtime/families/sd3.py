@@ -7,13 +7,16 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from pydantic import Field
+
+from ..bounds import MAX_TOKENS
 from . import Family, Settings
 
 
 class SD3Settings(Settings):
     """`max_sequence_length` is T5's, in tokens: where an artifact has no T5, its zeros are as long."""
 
-    max_sequence_length: int
+    max_sequence_length: int = Field(ge=1, le=MAX_TOKENS)
 
 
 class StableDiffusion3(Family):

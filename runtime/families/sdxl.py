@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
+from pydantic import Field
 
 from ..artifact import Artifact
 from ..errors import RequestError
@@ -26,7 +27,7 @@ class SDXLSettings(Settings):
     `num_train_timesteps` are the scheduler's, of which `denoising_start` and `denoising_end` are fractions."""
 
     scored: bool
-    num_train_timesteps: int
+    num_train_timesteps: int = Field(ge=1, le=1_000_000)
 
 
 class StableDiffusionXL(Family):

@@ -6,6 +6,7 @@ A folder and a plain name in it come in; a descriptor, or bytes whose hash is th
 from __future__ import annotations
 
 import _thread
+import errno
 import hashlib
 import os
 import stat
@@ -14,9 +15,12 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import ArtifactError, describe_read_error
-from ..manifest import Manifest
+
+if TYPE_CHECKING:
+    from ..manifest import Manifest
 
 TRUST_WARNING = "an artifact holds machine code, so take it only from someone you trust"
 BLOCK_BYTES = 1 << 20  # bytes read at a time: no file is ever whole in memory to be hashed
@@ -29,22 +33,37 @@ def open_plain_file(folder: Path, path: str) -> int:
 
     Raises ArtifactError for what is no such file (any more).
     """
-    *parents, name = path.split("/")
     try:
-        with ExitStack() as stack:
-            at = _close_with(stack, os.open(folder, FOLDER_FLAGS))
-            for parent in parents:
-                at = _close_with(stack, os.open(parent, FOLDER_FLAGS | os.O_NOFOLLOW, dir_fd=at))
-            file = os.open(name, FILE_FLAGS, dir_fd=at)
+        return _open_plain(folder, path)
     except OSError as e:
         if isinstance(e, PermissionError):
             raise ArtifactError(f"{folder}: {path}: {describe_read_error(e, folder)}") from e
+        if e.errno in (errno.EINVAL, errno.EISDIR, errno.ENXIO):
+            raise ArtifactError(f"{folder}: {path} is not a plain file; restore the file or export again") from e
         raise ArtifactError(
             f"{folder}: {path} cannot be opened as a plain file ({e.strerror}); restore the file or export again"
         ) from e
-    if not stat.S_ISREG(os.fstat(file).st_mode):
+
+
+def read_plain_file(folder: Path, path: str, most: int) -> bytes:
+    """The first `most` bytes of such a file. Raises OSError: with ELOOP for a link, EISDIR for a folder, EINVAL for what is
+    neither that nor a file."""
+    with open(_open_plain(folder, path), "rb") as file:
+        return file.read(most)
+
+
+def _open_plain(folder: Path, path: str) -> int:
+    *parents, name = path.split("/")
+    with ExitStack() as stack:
+        at = _close_with(stack, os.open(folder, FOLDER_FLAGS))
+        for parent in parents:
+            at = _close_with(stack, os.open(parent, FOLDER_FLAGS | os.O_NOFOLLOW, dir_fd=at))
+        file = os.open(name, FILE_FLAGS, dir_fd=at)
+    mode = os.fstat(file).st_mode
+    if not stat.S_ISREG(mode):
         os.close(file)
-        raise ArtifactError(f"{folder}: {path} is not a plain file; restore the file or export again")
+        number = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
+        raise OSError(number, os.strerror(number), path)
     return file
 
 
@@ -65,9 +84,14 @@ def descriptor_path(descriptor: int) -> Path:
     return Path(f"/proc/self/fd/{descriptor}")
 
 
-def read_listed_file(folder: Path, manifest: Manifest, path: str) -> bytes:
-    """The bytes of a listed file, read once: what was hashed is what comes back. Raises ArtifactError where they are others."""
+def read_listed_file(folder: Path, manifest: Manifest, path: str, most: int | None = None) -> bytes:
+    """The bytes of a listed file, read once: what was hashed is what comes back. Raises ArtifactError where they are others,
+    or more than `most`."""
     expected = next(entry for entry in manifest.files if entry.path == path)
+    if most is not None and expected.size > most:
+        raise ArtifactError(
+            f"{folder}: {path} has {expected.size} bytes, at most {most} are read of such a file; export again"
+        )
     with open_files(folder, [path]) as files, open(files[path], "rb", closefd=False) as file:
         try:
             data = file.read(expected.size + 1)

@@ -18,10 +18,12 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..manifest import Manifest
 from .user_cache import read_private, write_private
+
+if TYPE_CHECKING:
+    from ..manifest import Manifest
 
 MARKER_FOLDER = "verified"
 RECENT_NS = 2_000_000_000  # clocks of file systems tick up to this slowly, so a later change might show the same time

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import json
 import os
+from contextlib import suppress
 from pathlib import Path
 
+from ..bounds import MAX_MANIFEST_BYTES, parse_json
+from .files import read_plain_file
 from .scratch import abandoned_folders, remove_path, scratch_folder
 
 ASIDE_SUFFIX = ".old"
@@ -15,17 +17,56 @@ ASIDE_SUFFIX = ".old"
 
 def is_artifact(folder: Path) -> bool:
     """Whether there is a manifest of any version of prebake; other tools' manifest.json files are none."""
+    return listed_paths(folder) is not None
+
+
+def listed_paths(folder: Path) -> set[str] | None:
+    """The files that the folder's manifest lists, None where there is no manifest of any version of prebake."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(manifest, dict) and "schema_version" in manifest
+        manifest = parse_json(read_plain_file(folder, "manifest.json", MAX_MANIFEST_BYTES + 1))
+        if not {"schema_version", "graphs", "plans"} <= manifest.keys():
+            return None
+        return {str(entry["path"]) for entry in manifest["files"] if {"size", "sha256"} <= entry.keys()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
-def make_readable(folder: Path) -> None:
-    """Everyone may read it, as with any file that is written; safetensors and mkdtemp let the owner alone."""
+def replacement_problem(folder: Path) -> str:
+    """Why the folder may not be replaced by an artifact: it is none itself, or more than one. Nothing for one, or an empty one."""
+    if not folder.is_dir():
+        return "this is a file"
+    if not any(folder.iterdir()):
+        return ""
+    listed = listed_paths(folder)
+    if listed is None:
+        return "this has no manifest.json of one"
+    free = {"manifest.json", "signature.json", *listed}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        if (path.is_symlink() or not path.is_dir()) and name.as_posix() not in free and name.parts[0] != "reports":
+            return f"{name.as_posix()!r} in it is no file of one; move it away"
+    return ""
+
+
+def make_readable(folder: Path, earlier: Path | None = None) -> None:
+    """Everyone may read it whom the umask lets, as with any file that is written; safetensors and mkdtemp let the owner alone.
+
+    Where an `earlier` folder is replaced, its modes stay: what was private does not become readable.
+    """
+    mask = process_umask()
+    kept = earlier.stat().st_mode & 0o777 if earlier else 0o777 & ~mask
     for path in (folder, *folder.rglob("*")):
-        path.chmod(0o755 if path.is_dir() else 0o644)
+        if path.is_dir():
+            path.chmod(kept)
+        else:
+            path.chmod(kept & 0o666 if earlier else 0o666 & ~mask)
+
+
+def process_umask() -> int:
+    """This process's umask. `os.umask` cannot be asked without being set, for all threads at once."""
+    with suppress(OSError, StopIteration, ValueError), open("/proc/self/status") as status:
+        return int(next(line for line in status if line.startswith("Umask:")).split()[1], 8)
+    return 0o022
 
 
 def rename_if_free(folder: Path, output: Path) -> bool:

@@ -23,6 +23,7 @@ from .rename import rename_if_free, replace_folder
 from .scratch import remove_abandoned, scratch_folder
 
 MEMBER_SUFFIXES = (".so", ".json", ".cubin")
+MAX_NAME_BYTES = 255  # of one file or folder, on every file system that Linux has
 ARCHIVE_VERSION = b"0"  # of torch's archive format
 ARCHIVE_ERRORS = (zipfile.BadZipFile, EOFError, NotImplementedError, OSError, RuntimeError, ValueError, struct.error)
 """What zipfile raises of an archive whose tables say nonsense."""
@@ -90,6 +91,8 @@ def _refusal_reason(info: zipfile.ZipInfo, seen: set[str]) -> str | None:
     parts = name.split("/")
     if name != info.filename or "\\" in name or name.startswith("/") or ".." in parts or "" in parts[:-1]:
         return "has a name that could leave the package's folder"
+    if "." in parts or not name.isprintable() or max(len(part.encode()) for part in parts) > MAX_NAME_BYTES:
+        return "has a name that no file can have"
     if name in seen:
         return "occurs twice"
     if stat.S_ISLNK(info.external_attr >> 16):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -41,6 +42,13 @@ class FolderOrigin:
             bar.file(path, size)
             (into / path).parent.mkdir(parents=True, exist_ok=True)
             with open(open_plain_file(self.folder, path), "rb") as source, open(into / path, "xb") as target:
-                while block := source.read(BLOCK_BYTES):
-                    target.write(block)
+                if (there := os.fstat(source.fileno()).st_size) != size:
+                    raise ArtifactError(
+                        f"{self.folder}: {path} has {there} bytes, {size} were expected; restore the file, or push it again"
+                    )
+                left = size
+                while block := source.read(
+                    min(BLOCK_BYTES, left)
+                ):  # a file that grows meanwhile ends here all the same
+                    left -= target.write(block)
                     bar.advance(len(block))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import glob
 import hashlib
-import json
 import shutil
 import socket
 import tempfile
@@ -18,8 +17,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from ..bounds import MAX_MANIFEST_BYTES, parse_json
 from ..errors import ArtifactError, RecipeError
-from ..storage.files import sha256_of
+from ..storage.files import read_plain_file, sha256_of
 from .progress import TransferProgress
 
 HUB_SCHEME = "hf://"
@@ -146,9 +146,9 @@ class HubRepository:
         with tempfile.TemporaryDirectory(prefix="prebake-") as temporary:
             self.fetch({"manifest.json": 0}, Path(temporary), TransferProgress())
             try:
-                files = json.loads((Path(temporary) / "manifest.json").read_bytes())["files"]
-                return {entry["path"] for entry in files}
-            except (ValueError, KeyError, TypeError, RecursionError):
+                files = parse_json(read_plain_file(Path(temporary), "manifest.json", MAX_MANIFEST_BYTES + 1))["files"]
+                return {str(entry["path"]) for entry in files}
+            except (OSError, ValueError, KeyError, TypeError):
                 return set()
 
 

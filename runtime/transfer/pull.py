@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from ..bounds import MAX_MANIFEST_BYTES
 from ..check.artifact import (
     UNCHECKED_FOLDER,
     file_name_problems,
@@ -28,13 +29,13 @@ from ..check.artifact import (
     reference_problems,
 )
 from ..check.machine import machine_problems
+from ..check.signature import MAX_SIGNATURE_BYTES, release_problems, signature_problems
 from ..check.signature import SIGNATURE_FILE as SIGNATURE
-from ..check.signature import signature_problems
 from ..errors import ArtifactError, RecipeError, raise_problems
 from ..manifest import FileEntry, Manifest, read_manifest
-from ..storage.files import FOLDER_FLAGS, file_hashes, open_files
+from ..storage.files import FOLDER_FLAGS, file_hashes, open_files, read_plain_file
 from ..storage.private_folder import is_private_folder
-from ..storage.rename import is_artifact, make_readable, replace_folder
+from ..storage.rename import is_artifact, make_readable, replace_folder, replacement_problem
 from .progress import TransferProgress
 
 MANIFEST_FILE = "manifest.json"
@@ -59,11 +60,13 @@ class Origin(Protocol):
 
 @dataclass(frozen=True)
 class PullOptions:
-    """`public_key`: the PEM file of who must have signed it. `any_machine`: also what this machine could not run."""
+    """`public_key`: the PEM file of who must have signed it. `any_machine`: also what this machine could not run.
+    `minimum_release`: of what was signed, nothing older."""
 
     public_key: Path | None = None
     any_machine: bool = False
     force: bool = False
+    minimum_release: int | None = None
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,9 @@ def pull(origin: Origin, target: Path, choices: PullOptions, bar: TransferProgre
         with lock_stage(target) as stage:
             fetched = fetch_missing(origin, stage, manifest, target, bar)
             shutil.copytree(ahead, stage, dirs_exist_ok=True)
-            make_readable(stage)  # before it is compared: a later change of mode would look like one of content
+            make_readable(
+                stage, target if is_artifact(target) else None
+            )  # before it is compared: a later change of mode would look like one of content
             bar.begin("verify")
             with attribute_errors(
                 origin, stage, f"{target} is as it was; pull again, and only what is wrong is fetched"
@@ -120,7 +125,11 @@ def fetch_manifest(origin: Origin, ahead: Path, choices: PullOptions, bar: Trans
     sizes = origin.sizes()
     if MANIFEST_FILE not in sizes:
         raise ArtifactError(f"{origin}: expected an artifact, which has a {MANIFEST_FILE}, and there is none")
-    origin.fetch({path: sizes[path] for path in (MANIFEST_FILE, SIGNATURE) if path in sizes}, ahead, TransferProgress())
+    first = {path: sizes[path] for path in (MANIFEST_FILE, SIGNATURE) if path in sizes}
+    for path, size in first.items():
+        if size > (most := MAX_MANIFEST_BYTES if path == MANIFEST_FILE else MAX_SIGNATURE_BYTES):
+            raise ArtifactError(f"{origin}: {path} has {size} bytes, at most {most} are read of such a file")
+    origin.fetch(first, ahead, TransferProgress())
     with attribute_errors(origin, ahead):
         manifest = read_manifest(ahead)
         if manifest.status == "failed":
@@ -130,19 +139,25 @@ def fetch_manifest(origin: Origin, ahead: Path, choices: PullOptions, bar: Trans
             raise_problems(ahead, machine_problems(manifest))
         if choices.public_key:
             raise_problems(ahead, signature_problems(ahead, manifest, choices.public_key))
+            raise_problems(ahead, release_problems(manifest, choices.minimum_release))
+        elif choices.minimum_release is not None:
+            raise RecipeError("--minimum-release: anyone can write another number; give --public-key with it")
     return manifest
 
 
 def is_same_artifact(ahead: Path, target: Path) -> bool:
     """Whether manifest and signature at the target are those that were fetched."""
     try:
-        return all(read_optional(ahead / name) == read_optional(target / name) for name in (MANIFEST_FILE, SIGNATURE))
+        return all(read_optional(ahead, name) == read_optional(target, name) for name in (MANIFEST_FILE, SIGNATURE))
     except OSError:
         return False
 
 
-def read_optional(path: Path) -> bytes | None:
-    return path.read_bytes() if path.exists() else None
+def read_optional(folder: Path, name: str) -> bytes | None:
+    try:
+        return read_plain_file(folder, name, MAX_SIGNATURE_BYTES + 1)
+    except FileNotFoundError:
+        return None
 
 
 def refuse_existing_target(target: Path, *, force: bool) -> None:
@@ -151,8 +166,8 @@ def refuse_existing_target(target: Path, *, force: bool) -> None:
         return
     if not force:
         raise RecipeError(f"{target}: already exists, and is not that artifact; replace it with --force")
-    if not is_artifact(target) and (not target.is_dir() or any(target.iterdir())):
-        raise RecipeError(f"{target}: --force replaces artifacts only, and this is none; choose another folder")
+    if problem := replacement_problem(target):
+        raise RecipeError(f"{target}: --force replaces artifacts only, and {problem}; choose another folder")
 
 
 # --- fetching ---------------------------------------------------------------------------------------------------------
@@ -193,7 +208,12 @@ def fetch_missing(
     bar.begin("compare")
     clear_stage(stage, manifest)
     link_unchanged(earlier, stage, [entry for entry in manifest.files if not (stage / entry.path).exists()])
-    wanted = {e.path: e.size for e in manifest.files if not (stage / e.path).exists()} | report_sizes(origin, bar)
+    listed = {e.path: e.size for e in manifest.files if not (stage / e.path).exists()}
+    there = origin.sizes()
+    for path, size in listed.items():
+        if there.get(path, size) != size:
+            raise ArtifactError(f"{origin}: {path} has {there[path]} bytes, the manifest says {size}; push it again")
+    wanted = listed | report_sizes(origin, bar)
     free = shutil.disk_usage(stage).free
     if sum(wanted.values()) > free:
         raise ArtifactError(f"{origin}: has {sum(wanted.values())} bytes to fetch, {free} are free here; make room")

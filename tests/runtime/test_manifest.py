@@ -18,7 +18,7 @@ TINY = """\
   "files": [
     {
       "path": "plans/2.json",
-      "sha256": "00",
+      "sha256": "0000000000000000000000000000000000000000000000000000000000000000",
       "size": 1
     }
   ],
@@ -73,7 +73,7 @@ def tiny():
         layers={"é": ("int8", "large")},
         graphs=(),
         plans={"2": "plans/2.json"},
-        files=(FileEntry(path="plans/2.json", size=1, sha256="00"),),
+        files=(FileEntry(path="plans/2.json", size=1, sha256="0" * 64),),
     )
 
 

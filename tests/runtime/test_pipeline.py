@@ -7,8 +7,11 @@ import numpy as np
 import pytest
 import torch
 
+from prebake.exporter.package.folder import file_entries
 from prebake.runtime import ArtifactError, RequestError, load
+from prebake.runtime.artifact import read_plans
 from prebake.runtime.families import flux
+from prebake.runtime.manifest import read_manifest
 from prebake.runtime.noise import draw_noise
 from support import toy_model as toy
 
@@ -258,7 +261,12 @@ def test_cache_false_without_an_uncached_plan_lists_the_plans(artifact_copy, cac
 
 
 def test_a_plan_that_has_no_cache_serves_both_choices(artifact_copy, cache_dir):
-    toy.edit_manifest(artifact_copy, plans={"4": "plans/4-uncached.json"})
+    uncached = artifact_copy / "plans/4-uncached.json"
+    plan = read_plans(artifact_copy, read_manifest(artifact_copy))["4-uncached"].model_copy(update={"name": "4"})
+    (artifact_copy / "plans/4.json").write_text(plan.model_dump_json())
+    uncached.unlink()
+    files = [entry.model_dump() for entry in file_entries(artifact_copy)]
+    toy.edit_manifest(artifact_copy, plans={"4": "plans/4.json"}, files=files)
     pipe = load(artifact_copy, cache_dir=cache_dir)
     assert torch.equal(latents(pipe, "red", seed=1, cache=False), latents(pipe, "red", seed=1))
 

@@ -40,7 +40,7 @@ def opened(prepared: PreparedExport, folder: Path) -> Pipeline:
     manifest = describe_artifact(
         folder,
         prepared,
-        StoredWeights({name: {} for name in captured(prepared)}, ()),
+        StoredWeights({name: {key: key for key in g.constants()} for name, g in captured(prepared).items()}, ()),
         dict.fromkeys(captured(prepared), ""),
     )
     graphs = {g.name: bound(g, captured(prepared)[g.name]) for g in manifest.graphs}

@@ -18,6 +18,7 @@ DAMAGED, DISKS, PROMPTS = "faults/test_damaged.py::", "faults/test_disks.py::", 
 KILLED, EXPORTS, AROUND = "faults/test_killed.py::", "faults/test_exports.py::", "faults/test_surroundings.py::"
 COMPILER, SHELL = "faults/test_compiler.py::", "runtime/cli/test_command.py::"
 AOTI = "exporter/lower/aoti/test_aoti.py::"
+FIRST = "runtime/check/test_first_call.py::"
 MEMORY, FUZZ, TRUST = "faults/test_memory.py::", "runtime/check/test_fuzz.py::", "runtime/check/test_trust.py::"
 
 FORKS, SELF_TEST = "runtime/process/test_fork.py::", "runtime/process/test_self_test.py::"
@@ -352,7 +353,7 @@ FAULTS: Mapping[str, tuple[Fault, ...]] = {
             "a signature finds it (`trust=\"signature\"`); without one it is another artifact",
             "exporter/package/test_sign.py::test_a_changed_manifest",
         ),
-        Fault("negative-size", "a size of -1", "`PATH has N bytes, the manifest says -1`", DAMAGED + "test_a_size_that_is_none"),
+        Fault("negative-size", "a size of -1", "`manifest.json [files.0.size]: Input should be greater than or equal to 0; ...`", DAMAGED + "test_a_size_that_is_none"),
         Fault("lfs", "a clone without Git LFS", "`PATH is a pointer of Git LFS, not the file itself; ...`", f"{HOSTILE}[a pointer of Git LFS]"),
         Fault("deeper", "an artifact that was unpacked one folder deeper", "`expected manifest.json ..., found none; there is one in ...`", f"{HOSTILE}[one folder deeper]"),
         Fault("unlisted", "a `.git` in the folder, or the rest of another artifact", "`.git/ has 30 files that are not in the manifest, such as ...`", f"{HOSTILE}[a repository]"),
@@ -368,6 +369,110 @@ FAULTS: Mapping[str, tuple[Fault, ...]] = {
             "a weight that becomes one in the artifact",
             "`weights/...: sha256 is ...`",
             DAMAGED + "test_not_a_number_among_the_weights_is_found_by_its_hash",
+        ),
+    ),
+    "Artifacts of strangers": (
+        Fault(
+            "manifest-file",
+            "a manifest that is a pipe, a link to /dev/zero, 5 GB, 300 or 1,500 deep, or a million values",
+            "refused in a sentence, within seconds and with little memory, before any hash",
+            FIRST + "test_a_manifest_costs_little_before_it_is_trusted",
+        ),
+        Fault(
+            "unbounded",
+            "a number, name or list without a bound in the schema of manifest, plan, settings or calls",
+            "there is none",
+            FIRST + "test_every_number_of_the_schema_has_a_bound",
+        ),
+        Fault(
+            "contradictions",
+            "numbers, names, plans, shapes and tokenizers that do not fit each other, with right hashes",
+            "`prebake check` says it and `load` refuses it, each in its own sentence",
+            FIRST + "test_check_and_load_say_the_same",
+        ),
+        Fault(
+            "fuzzed-contradictions",
+            "the same at random: 11,400 of them by `make fuzz`",
+            "refused by both, or it draws; no raw error, none takes 5 s or 2 GiB",
+            FUZZ + "test_a_contradiction",
+        ),
+        Fault(
+            "id-at-a-call",
+            "a tokenizer that gives an id beyond the embedding for one word",
+            "`tokenizer.json: gives the id 3, the text encoder's embedding has 3 rows; ...`, before the graph sees it",
+            FIRST + "test_a_word_that_only_some_texts_have_is_refused_when_it_comes",
+        ),
+        Fault(
+            "id-at-export",
+            "a token that was added to a tokenizer and has no row in the text encoder",
+            "`tokenizer: the token '<new>' has the id 1000, the embedding of its text encoder has 1000 rows; ...`, before anything is captured",
+            "exporter/families/test_text.py::test_a_token_that_was_added_without_a_row_is_refused_before_anything_is_captured",
+        ),
+        Fault(
+            "golden-of-another-plan",
+            "golden vectors without evaluations, of evaluation 10**9, without a picture, of other shapes",
+            "`golden/2.safetensors: ...; restore the file, or export again`, exit code 5",
+            "exporter/verify/test_golden.py::test_vectors_of_another_plan_are_refused",
+        ),
+        Fault(
+            "golden-shapes",
+            "golden vectors with other tensors than a replay gives",
+            "the name, and what it is",
+            "exporter/verify/test_golden.py::test_other_tensors_than_the_replays_are_refused",
+        ),
+        Fault(
+            "terminal",
+            "escape sequences and new lines in names and fields, under `check`, `inspect`, `run` and `pull`",
+            "they are shown, and move no cursor and begin no line",
+            "runtime/cli/test_streams.py::test_names_move_no_cursor_and_begin_no_line",
+        ),
+        Fault(
+            "pull-size",
+            "a file of 3 GB, where the manifest says 84 bytes, in a folder that is pulled",
+            "refused by its size; nothing of it is copied",
+            "runtime/transfer/test_folder.py::test_no_more_is_written_than_was_said",
+        ),
+        Fault(
+            "pull-growing",
+            "a file that grows while it is pulled",
+            "no more is written than was said",
+            "runtime/transfer/test_folder.py::test_a_file_that_grows_while_it_is_copied_is_cut_off",
+        ),
+        Fault(
+            "force-others",
+            "`--force` to a folder with an artifact and a file of the user's",
+            "`'notes/thesis.tex' in it is no file of one; move it away`, and it stays",
+            "exporter/package/test_package.py::test_force_never_replaces_what_is_not_the_artifacts",
+        ),
+        Fault(
+            "umask",
+            "an umask of 077 or 027 at export",
+            "nobody may read the artifact whom it does not let",
+            "exporter/package/test_package.py::test_the_umask_says_who_may_read",
+        ),
+        Fault(
+            "private",
+            "an artifact that is private, and is changed or replaced",
+            "it stays private",
+            "exporter/package/test_package.py::test_what_was_private_stays_so",
+        ),
+        Fault(
+            "plan-after-sign",
+            "`prebake plan` or `verify --source` on a signed artifact",
+            "it says that the signature is gone, or signs again with `--key`",
+            "exporter/package/test_sign.py::test_plan_and_verify_watch_the_signature",
+        ),
+        Fault(
+            "void-signature",
+            "a signature of another state of the artifact",
+            "`prebake check` and `push` refuse it: `signature.json is of another state of the artifact: ...`",
+            "exporter/package/test_sign.py::test_check_and_push_say_that_a_signature_does_not_hold",
+        ),
+        Fault(
+            "older-release",
+            "an older artifact, as well signed, in the place of the new one",
+            "`is release 3, at least 4 was asked for; ...`, with `minimum_release`",
+            "exporter/package/test_sign.py::test_an_older_release_is_refused_though_it_is_signed",
         ),
     ),
     "Hostile artifacts": (

@@ -131,6 +131,74 @@ def manifest_of(folder):
     )
 
 
+# --- a whole pipeline -------------------------------------------------------------------------------------------------
+
+TOKENS = {"<pad>": 0, "a": 1, "red": 2, "circle": 3, "<unk>": 4}
+TOKENIZER = "tokenizers/tokenizer/tokenizer.json"
+PROMPT = {"tokenizer": TOKENIZER, "max_length": 4, "pad_id": 0, "pad_token": "<pad>", "embedding": "table"}
+
+
+def tokenizer(vocab=TOKENS, post_processor=None, **more):
+    """A tokenizer.json whose words are whole."""
+    raw = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Whitespace"},
+        "post_processor": post_processor,
+        "decoder": None,
+        "model": {"type": "WordLevel", "vocab": vocab, "unk_token": "<unk>"},
+    }
+    return json.dumps(raw | more)
+
+
+def pipeline_manifest(folder):
+    """The manifest of a FLUX on paper: 6 tokens of 4 numbers, pictures of 8 x 8, an embedding of 5 rows."""
+    spec, manifest = TensorSpec, manifest_of(folder)
+    states = spec(name="encoder_hidden_states", shape=(1, 4, 2), dtype="float32")
+    pooled = spec(name="pooled_projections", shape=(1, 2), dtype="float32")
+    latents = spec(name="hidden_states", shape=(1, 6, 4), dtype="float32")
+    sample = spec(name="sample", shape=(1, 6, 4), dtype="float32")
+    variants = [
+        graph.model_copy(
+            update={"inputs": (latents, states, pooled, *graph.inputs[1:]), "outputs": (sample, *graph.outputs[1:])}
+        )
+        for graph in manifest.graphs
+    ]
+    text = Graph(
+        name="text_encoder",
+        package="graphs/components.pt2",
+        inputs=(spec(name="input_ids", shape=(1, 4), dtype="int64"),),
+        outputs=(states, pooled),
+        constants={"table": "text_encoder.table"},
+        cost=COST,
+    )
+    decoder = Graph(
+        name="vae_decoder",
+        package="graphs/components.pt2",
+        inputs=(spec(name="latents", shape=(1, 6, 4), dtype="float32"),),
+        outputs=(spec(name="image", shape=(1, 3, 8, 8), dtype="float32"),),
+        constants={},
+        cost=COST,
+    )
+    embeds = {"prompt_embeds": "encoder_hidden_states", "pooled_prompt_embeds": "pooled_projections"}
+    settings = {"latents_shape": [1, 4, 6], "timestep_scale": 1.0, "text": {"prompts": [PROMPT], "embeds": embeds}}
+    return manifest.model_copy(update={"graphs": (*variants, text, decoder), "pipeline": settings})
+
+
+def build_pipeline(folder):
+    """Writes to `folder` a paper artifact that `load` takes: its graphs fit each other and their family."""
+    build(folder)
+    write_package(folder / "graphs/components.pt2", models=("text_encoder", "vae_decoder"))
+    save_file({"text_encoder.table": torch.zeros(5, 2)}, folder / "weights/text_encoder.safetensors")
+    (folder / TOKENIZER).parent.mkdir(parents=True)
+    (folder / TOKENIZER).write_text(tokenizer())
+    relist(folder)
+    return folder
+
+
 def build(folder):
     """Writes the paper artifact to `folder`."""
     for name in ("graphs", "plans", "weights", "reports"):
@@ -144,7 +212,8 @@ def build(folder):
 
 def relist(folder):
     """Writes the manifest anew for the files as they are."""
-    (folder / "manifest.json").write_text(manifest_of(folder).to_json(), "utf-8")
+    manifest = pipeline_manifest if (folder / "graphs/components.pt2").exists() else manifest_of
+    (folder / "manifest.json").write_text(manifest(folder).to_json(), "utf-8")
 
 
 def edit(folder, change):
@@ -156,10 +225,16 @@ def edit(folder, change):
 
 
 class PaperModel:
-    """What stands where machine code would: it takes its constants, and what was in its file is kept."""
+    """What stands where machine code would: it takes its constants, what was in its file is kept, and where the manifest is
+    given, it returns zeros."""
 
-    def __init__(self, so):
+    def __init__(self, so, manifest=None):
         self.name, self.code, self.constants = so.parent.name, so.read_bytes(), {}
+        self.manifest = manifest
+
+    def __call__(self, inputs):
+        outputs = self.manifest.graph(self.name).outputs
+        return [torch.zeros(spec.shape, dtype=getattr(torch, spec.dtype)) for spec in outputs]
 
     def bind(self, tensors):
         self.constants = dict(tensors)

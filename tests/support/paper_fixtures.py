@@ -10,6 +10,12 @@ def paper(tmp_path):
 
 
 @pytest.fixture
+def paper_pipeline(tmp_path):
+    """The same with all that a pipeline has, so that `load` takes it."""
+    return paper_artifact.build_pipeline(tmp_path / "pipeline")
+
+
+@pytest.fixture
 def never_opened(monkeypatch, tmp_path):
     """Fails the test when anything gets as far as dlopen; the cache is a folder of the test."""
     import prebake.runtime.backends.aoti

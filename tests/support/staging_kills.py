@@ -19,7 +19,14 @@ from prebake.runtime.errors import RequestError
 from prebake.runtime.storage import rename as place
 from support.kill_points import die_at, killed
 
-FILES = {"manifest.json": '{"schema_version": 1}', "weights/a": "a" * 100, "graphs/b": "b" * 100}
+LISTED = {"weights/a": "a" * 100, "graphs/b": "b" * 100}
+MANIFEST = {
+    "schema_version": 1,
+    "graphs": [],
+    "plans": {},
+    "files": [{"path": p, "size": 100, "sha256": ""} for p in LISTED],
+}
+FILES = {"manifest.json": json.dumps(MANIFEST), **LISTED}
 
 
 def main(work: Path) -> dict[str, list[dict]]:

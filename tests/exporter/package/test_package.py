@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import zipfile
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from prebake.exporter.package import folder as package
 from prebake.runtime.errors import ExportError, RequestError
 from prebake.runtime.weights import map_weights
 
-MANIFEST = json.dumps({"schema_version": 1})
+OLD = {"path": "old", "size": 3, "sha256": ""}
+MANIFEST = json.dumps({"schema_version": 1, "graphs": [], "plans": {}, "files": [OLD]})
 
 
 def listing(folder: Path) -> list[str]:
@@ -77,7 +79,15 @@ def test_force_takes_an_empty_folder(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", [None, "{}", "no json", '["schema_version"]', '{"name": "an extension", "manifest_version": 3}']
+    "content",
+    [
+        None,
+        "{}",
+        "no json",
+        '["schema_version"]',
+        '{"name": "an extension", "manifest_version": 3}',
+        '{"schema_version": 1}',
+    ],
 )
 def test_force_never_replaces_what_is_not_an_artifact(tmp_path, content):
     (tmp_path / "out").mkdir()
@@ -91,6 +101,37 @@ def test_force_never_replaces_what_is_not_an_artifact(tmp_path, content):
     ):
         staged(tmp_path / "out", force=True)
     assert listing(tmp_path) == before
+
+
+def test_force_never_replaces_what_is_not_the_artifacts(artifact):
+    (artifact / "reports").mkdir()
+    (artifact / "reports" / "log.txt").write_text("anything may lie here")
+    (artifact / "notes").mkdir()
+    (artifact / "notes" / "thesis.tex").write_text("years of work")
+    with pytest.raises(RequestError, match=r"and 'notes/thesis\.tex' in it is no file of one; move it away"):
+        staged(artifact, force=True)
+    assert (artifact / "notes" / "thesis.tex").read_text() == "years of work"
+
+
+@pytest.mark.parametrize(
+    ("umask", "folder", "file"), [(0o022, 0o755, 0o644), (0o077, 0o700, 0o600), (0o027, 0o750, 0o640)]
+)
+def test_the_umask_says_who_may_read(tmp_path, umask, folder, file):
+    before = os.umask(umask)
+    try:
+        staged(tmp_path / "out")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "out").stat().st_mode & 0o777 == folder
+    assert (tmp_path / "out" / "new").stat().st_mode & 0o777 == file
+
+
+def test_what_was_private_stays_so(artifact):
+    artifact.chmod(0o700)
+    with package.stage_linked_copy(artifact) as fresh:
+        (fresh / "new").write_text("new")
+    assert artifact.stat().st_mode & 0o777 == 0o700
+    assert {path.stat().st_mode & 0o077 for path in artifact.rglob("*")} == {0}
 
 
 def test_force_never_replaces_a_file(tmp_path):

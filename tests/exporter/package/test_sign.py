@@ -24,13 +24,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from prebake.exporter.cli.main import main
+from prebake.exporter.package import folder as package
 from prebake.exporter.package import sign as signs
 from prebake.exporter.package.sign import SigstoreSigner, sign_artifact, verify_signed_artifact
 from prebake.runtime.artifact import open_artifact
 from prebake.runtime.backends import aoti
 from prebake.runtime.check.signature import Identity, signature_problems
-from prebake.runtime.errors import ArtifactError, ExportError, RecipeError
+from prebake.runtime.errors import ArtifactError, ExportError, RecipeError, RequestError
 from prebake.runtime.manifest import read_manifest
+from prebake.runtime.problems import artifact_problems
 from support import paper_artifact as paper
 
 WEIGHTS = "weights/denoiser.safetensors"
@@ -70,6 +72,121 @@ def refused(folder, public) -> list[str]:
     with pytest.raises(ArtifactError) as e:
         verify_signed_artifact(folder, public)
     return [line.removeprefix(f"{folder}: ") for line in str(e.value).splitlines()]
+
+
+# what changes a signed artifact, and what is older than another
+
+
+def changed(folder):
+    """What `prebake plan` and a verification do to a manifest."""
+    manifest = read_manifest(folder)
+    with package.stage_linked_copy(folder) as fresh:
+        package.update_manifest(fresh, manifest.model_copy(update={"status": "verified"}), manifest)
+
+
+def test_a_change_takes_a_signature_out_and_says_so(signed, keys):
+    notes = []
+    with signs.keep_signed(signed, None, notes.append):
+        changed(signed)
+    assert not (signed / "signature.json").exists()
+    (note,) = notes
+    assert note.startswith("signature.json was of the artifact as it was before, and is gone; `prebake sign ")
+
+
+def test_a_change_with_the_key_is_signed_again(signed, keys):
+    notes = []
+    with signs.keep_signed(signed, keys[0], notes.append):
+        changed(signed)
+    assert (problems(signed, keys[1]), notes) == ([], [])
+
+
+def test_what_did_not_change_keeps_its_signature(signed, keys):
+    before, notes = (signed / "signature.json").read_bytes(), []
+    with signs.keep_signed(signed, keys[0], notes.append):
+        pass
+    assert ((signed / "signature.json").read_bytes(), notes) == (before, [])
+
+
+def test_a_key_that_is_none_stops_a_change_before_it_begins(signed, keys):
+    with pytest.raises(RecipeError, match="expected a private key"), signs.keep_signed(signed, keys[1], print):
+        pytest.fail("it began")
+
+
+@pytest.mark.parametrize("command", [["plan", "--remove", "9"], ["verify", "--source"]])
+def test_plan_and_verify_watch_the_signature(signed, capsys, monkeypatch, command):
+    """Whatever the command does inside: here it changes the manifest and no more."""
+    from prebake.exporter import add_plan
+    from prebake.exporter.verify import verify
+
+    def change(folder, *_):
+        changed(folder)
+        raise ArtifactError("it ends here")
+
+    monkeypatch.setattr(add_plan, "remove_plan", change)
+    monkeypatch.setattr(verify, "verify_artifact", change)
+    assert main([command[0], str(signed), *command[1:], "--quiet"]) == 5
+    assert "signature.json was of the artifact as it was before, and is gone" in capsys.readouterr().err
+
+
+def test_check_and_push_say_that_a_signature_does_not_hold(signed, capsys, tmp_path):
+    signature = (signed / "signature.json").read_bytes()
+    assert not [kind for kind, _ in artifact_problems(signed) if kind == "signature"]
+    changed(signed)
+    (signed / "signature.json").write_bytes(signature)
+    (line,) = [line for kind, line in artifact_problems(signed) if kind == "signature"]
+    assert line.startswith("signature.json is of another state of the artifact: manifest.json changed since")
+    assert main(["check", str(signed)]) == 5
+    assert main(["push", str(signed), str(tmp_path / "there"), "--quiet"]) == 5
+    assert "signature.json is of another state of the artifact" in capsys.readouterr().err
+    assert not (tmp_path / "there").exists()
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"dsseEnvelope": {"payload": "e30="}}', "[" * 100_000])
+def test_check_says_that_a_signature_is_none(artifact, text):
+    (artifact / "signature.json").write_text(text)
+    (line,) = [line for kind, line in artifact_problems(artifact) if kind == "signature"]
+    assert line.startswith("signature.json is no signature of an artifact; sign it again, or remove the file")
+
+
+def test_an_older_release_is_refused_though_it_is_signed(artifact, keys, monkeypatch):
+    monkeypatch.setattr(aoti, "open_model", lambda so, device, runners: paper.PaperModel(so))
+    asked = {"trust": "signature", "public_key": keys[1]}
+    sign_artifact(artifact, keys[0], release=3)
+    assert read_manifest(artifact).release == 3
+    open_artifact(artifact, minimum_release=3, **asked)
+    with pytest.raises(ArtifactError, match="is release 3, at least 4 was asked for"):
+        open_artifact(artifact, minimum_release=4, **asked)
+    sign_artifact(artifact, keys[0], release=4)
+    open_artifact(artifact, minimum_release=4, **asked)
+    with pytest.raises(RecipeError, match="--release 3: expected 4 or more"):
+        sign_artifact(artifact, keys[0], release=3)
+
+
+def test_no_release_is_older_than_any(signed, keys, tmp_path, capsys):
+    asked = {"trust": "signature", "public_key": keys[1]}
+    with pytest.raises(ArtifactError, match="has no number of a release, at least 1 was asked for"):
+        open_artifact(signed, minimum_release=1, **asked)
+    pulling = ["pull", str(signed), str(tmp_path / "there"), "--minimum-release", "1", "--quiet"]
+    assert main([*pulling, "--public-key", str(keys[1])]) == 5
+    assert main(pulling) == 2
+    assert not (tmp_path / "there").exists()
+
+
+@pytest.mark.parametrize("minimum", [True, "1", 1.0])
+def test_a_minimum_is_a_whole_number(signed, keys, minimum):
+    with pytest.raises(RequestError, match="expected a whole number"):
+        open_artifact(signed, trust="signature", public_key=keys[1], minimum_release=minimum)
+
+
+def test_a_minimum_without_a_signature_means_nothing(signed):
+    with pytest.raises(RequestError, match="asks for no signature"):
+        open_artifact(signed, minimum_release=1)
+
+
+def test_a_release_is_in_the_manifest_only_where_it_is_said(artifact, keys):
+    assert '"release"' not in (artifact / "manifest.json").read_text()
+    sign_artifact(artifact, keys[0], release=1)
+    assert '"release": 1' in (artifact / "manifest.json").read_text()
 
 
 # good ones
@@ -413,7 +530,7 @@ def test_sign_json(artifact, keys, capsys):
 
 def test_the_token_of_sigstore_comes_from_the_environment(artifact, monkeypatch):
     seen = []
-    monkeypatch.setattr(signs, "sign_artifact", lambda folder, signer: seen.append(signer) or 1)
+    monkeypatch.setattr(signs, "sign_artifact", lambda folder, signer, release: seen.append(signer) or 1)
     monkeypatch.delenv("SIGSTORE_ID_TOKEN", raising=False)
     main(["sign", str(artifact), "--sigstore"])
     monkeypatch.setenv("SIGSTORE_ID_TOKEN", "secret")

@@ -1,15 +1,18 @@
 """Artifacts that are damaged at random: one is refused by an ArtifactError, or what comes out is exactly what its bytes say.
 
-`make fuzz` runs the long version, PREBAKE_FUZZ examples for each kind of file. Whatever the damage, nothing but the cache
-is written, `prebake check` is of one opinion with `load`, and an example takes no longer than LONGEST.
+`make fuzz` runs the long version, PREBAKE_FUZZ examples for each kind of file, and six times as many contradictions: whole
+pipelines whose hashes are right and whose numbers, names, shapes and tokenizers need not fit. Whatever the damage, nothing but
+the cache is written, `prebake check` is of one opinion with `load`, and an example takes no longer than LONGEST.
 """
 
 import contextlib
 import copy
 import datetime
+import hashlib
 import json
 import math
 import os
+import resource
 import shutil
 import struct
 import zipfile
@@ -20,16 +23,20 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import prebake.runtime.backends.aoti
-from prebake.runtime import ArtifactError
+from prebake.runtime import ArtifactError, RequestError, load
 from prebake.runtime.artifact import open_artifact
+from prebake.runtime.cli.main import inspection_json, inspection_lines
+from prebake.runtime.manifest import read_manifest
 from prebake.runtime.plan import Plan
-from prebake.runtime.problems import artifact_problems
+from prebake.runtime.problems import artifact_problems, pipeline_problems
 from support import paper_artifact as paper
 
+EXAMPLES = int(os.environ.get("PREBAKE_FUZZ", "100"))
+MOST_KIB = 2 << 20  # of memory that an example may take beyond what the process had
 LONGEST = datetime.timedelta(seconds=5)  # a good one takes some 10 ms on a quiet core
 WEIGHTS, PLAN, PACKAGE = "weights/denoiser.safetensors", "plans/2.json", "graphs/denoiser.pt2"
 fuzzed = settings(
-    max_examples=int(os.environ.get("PREBAKE_FUZZ", "100")),
+    max_examples=EXAMPLES,
     derandomize="PREBAKE_FUZZ" not in os.environ,  # the short version is the same every time
     database=None,
     deadline=LONGEST,
@@ -307,3 +314,151 @@ def test_what_the_manifest_does_not_know_is_never_opened(base, change, path):
     data = change(base.files[path])
     with base.holding(path, data, listed=False):
         assert (base.opened() is None) == (data != base.files[path])
+
+
+# --- contradictions ---------------------------------------------------------------------------------------------------
+
+MANIFEST, TOKENIZER = "manifest.json", paper.TOKENIZER
+NUMBERS = [0, -1, 1, 2, 3, 4, 5, 7, 8, 28, 1000, 2**31, 2**31 - 1, 2**63, 10**9, 10**400, 0.5, -0.5, 1e39, 1e300, True]
+TEXTS = [
+    "",
+    "x",
+    "s",
+    "a@1",
+    "cuda",
+    "sdxl",
+    "sd",
+    "attach",
+    "float64",
+    "load",
+    "\x1b[2J",
+    "a\nb",
+    "y" * 300,
+    "z" * 5000,
+    "\ud800",
+]
+PROCESSORS = [
+    {"type": "BertProcessing", "sep": ["s", 5], "cls": ["c", 1]},
+    {"type": "BertProcessing", "sep": ["s", 2], "cls": ["c", 1]},
+    {"type": "TemplateProcessing", "single": [], "pair": [], "special_tokens": {}},
+    {"type": "Sequence", "processors": []},
+    None,
+]
+
+
+@st.composite
+def contradictions(draw):
+    """Changes of places in manifest, plan and tokenizer that leave each of them JSON of nearly the same structure: a list of
+    (which file, where in it, how, with what)."""
+    files = st.sampled_from([MANIFEST, MANIFEST, MANIFEST, PLAN, TOKENIZER])
+    share = st.floats(0, 1, exclude_max=True)
+    return draw(st.lists(st.tuples(files, share, share, share), min_size=1, max_size=4))
+
+
+def contradict(holder, where, how, what):
+    """One change of parsed JSON: a number for a number, a name for a name, lists and objects with items too few or too many."""
+    spots = list(places(holder))[1:]
+    *keys, last = spots[int(where * len(spots))]
+    inside = holder
+    for key in keys:
+        inside = inside[key]
+    value = inside[last]
+    if isinstance(value, bool) or value is None or (how < 0.1 and not isinstance(value, dict | list)):
+        pool = [None, True, False, "x", 1, *PROCESSORS]
+    elif isinstance(value, int | float):
+        pool = NUMBERS
+    elif isinstance(value, str):
+        pool = [*TEXTS, *names_in(holder)]
+    elif isinstance(value, list):
+        first, *_ = value or [0]
+        pool = [[], [*value, first], value[::-1], value[1:], [*value, *value], [first] * 50]
+    else:
+        last_key = next(reversed(value), "")
+        less = {key: inner for key, inner in value.items() if key != last_key}
+        renamed = {(key + "x" if key == last_key else key): inner for key, inner in value.items()}
+        swapped = dict(zip(value, [*value.values()][::-1], strict=True))
+        pool = [{}, less, renamed, swapped, {**value, "new": 1}]
+    inside[last] = copy.deepcopy(pool[int(what * len(pool))])
+
+
+def names_in(value):
+    """Every text of at most 40 letters, so that a name may become any other name."""
+    found = {v for v in leaves(value) if isinstance(v, str) and len(v) <= 40}
+    return sorted(found)
+
+
+def leaves(value):
+    if isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from leaves(inner)
+    else:
+        yield value
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A whole pipeline on paper, whose graphs return zeros, and a function that writes it with these contents and right hashes."""
+    folder = paper.build_pipeline(tmp_path_factory.mktemp("whole") / "artifact")
+    good = {path: json.loads((folder / path).read_text()) for path in (MANIFEST, PLAN, TOKENIZER)}
+
+    def write(contents):
+        manifest = contents[MANIFEST]
+        for path in (PLAN, TOKENIZER):
+            data = json.dumps(contents[path]).encode("utf-8", "surrogatepass")
+            (folder / path).write_bytes(data)
+            listed = manifest.get("files") if isinstance(manifest, dict) else None
+            for entry in listed if isinstance(listed, list) else ():
+                if isinstance(entry, dict) and entry.get("path") == path:
+                    entry |= {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        (folder / MANIFEST).write_text(json.dumps(manifest))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder.parent / "cache"))
+        patch.setattr(
+            prebake.runtime.backends.aoti,
+            "open_model",
+            lambda so, device, runners: paper.PaperModel(so, read_manifest(folder)),
+        )
+        yield folder, good, write
+
+
+@settings(fuzzed, max_examples=max(EXAMPLES, (EXAMPLES - 100) * 6))  # `make fuzz`: 11,400
+@given(changes=contradictions())
+def test_a_contradiction(whole, changes):
+    """It is refused by both, or draws: no crash, no raw error, and neither time nor memory without bound."""
+    folder, good, write = whole
+    contents = copy.deepcopy(good)
+    for path, *change in changes:
+        with contextlib.suppress(KeyError, IndexError, TypeError):  # the place went with an earlier change
+            contradict(contents[path], *change)
+    write(contents)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    told = [*artifact_problems(folder)] or [*pipeline_problems(folder)]
+    pipe, refusal = None, None
+    try:
+        pipe = load(folder)
+    except (ArtifactError, RequestError) as e:  # the latter: an artifact of a denoiser alone
+        refusal = str(e)
+    assert bool(told) == bool(refusal), (told, refusal)
+    if pipe is not None:
+        for steps in pipe.steps:
+            assert pipe("a red circle", seed=0, num_inference_steps=steps).images
+        plans = pipe.artifact.plans
+        assert inspection_lines(folder, pipe.artifact.manifest, plans, layers=True)
+        assert inspection_json(pipe.artifact.manifest, plans)
+        assert repr(pipe)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < MOST_KIB
+
+
+def test_the_contradictions_reach_what_they_are_for(whole):
+    """The canary of the generator: of the changes that it makes some are refused, by a schema or behind it, and some draw."""
+    folder, good, write = whole
+    kinds = set()
+    for i in range(60):
+        contents = copy.deepcopy(good)
+        with contextlib.suppress(KeyError, IndexError, TypeError):
+            contradict(contents[(MANIFEST, PLAN, TOKENIZER)[i % 3]], (i * 0.618) % 1, 0.5, (i * 0.414) % 1)
+        write(contents)
+        told = [*artifact_problems(folder)]
+        kinds |= {kind for kind, _ in told} or {"pipeline" if [*pipeline_problems(folder)] else "draws"}
+    assert {"manifest", "plans", "pipeline", "draws"} <= kinds

@@ -14,7 +14,7 @@ from prebake.runtime.artifact import open_artifact
 from prebake.runtime.native import libraries
 from prebake.runtime.native.elf import map_elf, read_elf
 from prebake.runtime.native.libraries import library_problems, loaded_libraries, symbol_versions
-from support.paper_artifact import edit, library, relist, write_package
+from support.paper_artifact import TOKENIZER, edit, library, relist, write_package
 
 HERE = platform.machine()
 LIBC = "libc.so.6"
@@ -169,13 +169,13 @@ def told(capsys, folder, *more):
     return code, capsys.readouterr().out
 
 
-def test_check_says_that_nothing_is_wrong(paper, never_opened, capsys):
-    assert told(capsys, paper) == (0, f"{paper}: nothing is wrong, and this machine can run it\n")
+def test_check_says_that_nothing_is_wrong(paper_pipeline, never_opened, capsys):
+    assert told(capsys, paper_pipeline) == (0, f"{paper_pipeline}: nothing is wrong, and this machine can run it\n")
 
 
-def test_check_says_it_in_json_too(paper, never_opened, capsys):
-    code, out = told(capsys, paper, "--json")
-    assert (code, json.loads(out)) == (0, {"artifact": str(paper), "ok": True, "problems": []})
+def test_check_says_it_in_json_too(paper_pipeline, never_opened, capsys):
+    code, out = told(capsys, paper_pipeline, "--json")
+    assert (code, json.loads(out)) == (0, {"artifact": str(paper_pipeline), "ok": True, "problems": []})
 
 
 def test_check_tells_problems_of_all_kinds_at_once(paper, never_opened, capsys):
@@ -213,24 +213,21 @@ NO_PIPELINE = {
 
 
 @pytest.mark.parametrize("what", NO_PIPELINE)
-def test_check_refuses_what_opens_and_is_no_pipeline(paper, never_opened, capsys, what):
+def test_check_refuses_what_opens_and_is_no_pipeline(paper_pipeline, never_opened, capsys, what):
     changes, start = NO_PIPELINE[what]
-    edit(paper, lambda m: m.update(changes))
-    code, out = told(capsys, paper)
+    edit(paper_pipeline, lambda m: m.update(changes))
+    code, out = told(capsys, paper_pipeline)
     line, last = out.splitlines()
-    assert (code, last) == (5, f"{paper}: 1 problem")
+    assert (code, last) == (5, f"{paper_pipeline}: 1 problem")
     assert line.startswith(start)
 
 
-def test_check_looks_into_tokenizers(paper, never_opened, capsys):
-    (paper / "tokenizers").mkdir()
-    (paper / "tokenizers/x.json").write_text("{}")
-    relist(paper)
-    prompt = {"tokenizer": "tokenizers/x.json", "input": "ids", "max_length": 4, "pad_id": 0, "pad_token": ""}
-    edit(paper, lambda m: m["pipeline"]["text"].update(prompts=[prompt]))
-    code, out = told(capsys, paper)
+def test_check_looks_into_tokenizers(paper_pipeline, never_opened, capsys):
+    (paper_pipeline / TOKENIZER).write_text("{}")
+    relist(paper_pipeline)
+    code, out = told(capsys, paper_pipeline)
     assert code == 5
-    assert out.startswith("tokenizers/x.json: expected a tokenizer.json, but ")
+    assert out.startswith(f"{TOKENIZER}: expected a tokenizer.json, but ")
 
 
 def test_check_looks_into_files_that_are_as_listed(paper, never_opened, capsys):
@@ -263,7 +260,7 @@ def test_check_of_no_artifact(tmp_path, capsys):
 
 
 def test_check_follows_no_name_that_leads_out(paper, never_opened, capsys):
-    edit(paper, lambda m: m["files"].append({"path": "../secret", "size": 1, "sha256": "00"}))
+    edit(paper, lambda m: m["files"].append({"path": "../secret", "size": 1, "sha256": "0" * 64}))
     (paper.parent / "secret").mkdir()  # its size is not told: it is not looked at
     code, out = told(capsys, paper)
     assert code == 5

@@ -286,8 +286,52 @@ def test_force_replaces_artifacts_only(artifact, target):
     target.mkdir(parents=True)
     (target / "thesis.tex").write_text("years of work")
     (line,) = refused(RecipeError, pulled, FolderOrigin(artifact), target, force=True)
-    assert line == f"{target}: --force replaces artifacts only, and this is none; choose another folder"
+    assert line.startswith(f"{target}: --force replaces artifacts only, and this has no manifest.json of one")
     assert held(target) == {"thesis.tex": b"years of work"}
+
+
+def test_force_does_not_take_other_files_with_it(artifact, target, tmp_path):
+    pulled(FolderOrigin(artifact), target)
+    (target / "thesis.tex").write_text("years of work")
+    (line,) = refused(RecipeError, pulled, FolderOrigin(another(artifact, tmp_path / "newer")), target, force=True)
+    assert "'thesis.tex' in it is no file of one" in line
+    assert (target / "thesis.tex").read_text() == "years of work"
+
+
+def test_what_was_private_stays_so(artifact, target, tmp_path):
+    pulled(FolderOrigin(artifact), target)
+    target.chmod(0o700)
+    pulled(FolderOrigin(another(artifact, tmp_path / "newer")), target, force=True)
+    assert target.stat().st_mode & 0o777 == 0o700
+    assert (target / WEIGHTS).stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.parametrize("path", [WEIGHTS, "manifest.json", "signature.json"])
+def test_no_more_is_written_than_was_said(artifact, target, path, monkeypatch):
+    """3 GB, where the manifest says 3 MB, are refused by their size, and none of them is copied."""
+    with (artifact / path).open("ab") as file:
+        file.truncate(3 << 30)
+    (line, *_) = refused(ArtifactError, pulled, FolderOrigin(artifact), target)
+    assert f"{path} has 3221225472 bytes" in line
+    assert sum(p.stat().st_size for p in target.parent.rglob("*")) < 1 << 20 if target.parent.exists() else True
+
+
+def test_a_file_that_grows_while_it_is_copied_is_cut_off(artifact, target):
+    class Growing(Noting):
+        def advance(self, count):
+            if self.files[-1] == WEIGHTS and (artifact / WEIGHTS).stat().st_size < 1 << 22:
+                with (artifact / WEIGHTS).open("ab") as file:
+                    file.truncate(1 << 22)
+
+    size = (artifact / WEIGHTS).stat().st_size
+    pulled(FolderOrigin(artifact), target, Growing())
+    assert (target / WEIGHTS).stat().st_size == size
+
+
+def test_a_target_whose_manifest_is_a_pipe_is_not_waited_for(artifact, target):
+    target.mkdir(parents=True)
+    os.mkfifo(target / "manifest.json")
+    refused(RecipeError, pulled, FolderOrigin(artifact), target, force=True)
 
 
 def test_two_at_once(artifact, target):

@@ -1,0 +1,113 @@
+"""The call contract: what a call of a family gives to an artifact's graphs and takes from them, held against the manifest.
+
+An open artifact and its family come in, sentences come out. Code takes whatever memory it is given, so graphs that do not
+fit each other or their family are found here, by `load` and `prebake check` alike, and not by the first call.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from ..artifact import Artifact
+from ..bounds import MAX_EMBEDDING, MAX_LATENTS
+from ..contract import describe_misfits, spec_facts, torch_dtype
+from ..manifest import Graph, TensorSpec
+
+if TYPE_CHECKING:
+    from . import Family, PictureInput
+
+
+def call_problems(artifact: Artifact, family: Family) -> Iterator[str]:
+    """What a call would give to the graphs, or take from them, that they have not; nothing is computed for it."""
+    manifest, settings = artifact.manifest, family.settings
+    defaults, kind = manifest.defaults, family.output_kind
+    if (defaults.num_frames is None) != (kind == "images"):
+        yield f"[defaults.num_frames]: is {defaults.num_frames}, this family makes {kind}"
+    if str(defaults.num_inference_steps) not in manifest.plans:
+        had = ", ".join(manifest.plans) or "none"
+        yield f"[defaults.num_inference_steps]: there is no plan of {defaults.num_inference_steps} steps, it has {had}"
+    if math.prod(settings.latents_shape) > MAX_LATENTS:
+        yield f"[pipeline.latents_shape]: {list(settings.latents_shape)} has more than {MAX_LATENTS} numbers"
+        return
+    latents = TensorSpec(name="hidden_states", shape=(1, *family.latents_shape), dtype="float32")
+    yield from _denoiser_problems(artifact, family, latents)
+    yield from _decoder_problems(
+        artifact.graph("vae_decoder").graph, latents, (3, defaults.height, defaults.width), kind
+    )
+    if settings.picture:
+        yield from _encoder_problems(artifact.graph("vae_encoder").graph, settings.picture, settings.latents_shape)
+
+
+def _denoiser_problems(artifact: Artifact, family: Family, latents: TensorSpec) -> Iterator[str]:
+    """What the loop gives to each variant, and takes from it."""
+    text = artifact.graph(family.settings.text.graph).graph
+    if large := [spec.name for spec in text.outputs if math.prod(spec.shape) > MAX_EMBEDDING]:
+        yield f"[graphs.{text.name}.outputs]: {large[0]!r} has more than {MAX_EMBEDDING} numbers"
+        return
+    if empty := [spec.name for spec in text.outputs if spec.shape[:1] != (1,)]:
+        yield f"[graphs.{text.name}.outputs]: {empty[0]!r} is not of one text"
+        return
+    given = {latents.name: (latents.shape, latents.dtype), "timestep": ((1,), "float32")}
+    given |= {
+        name: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in family.example_condition().items()
+    }
+    if (picture := family.settings.picture) and picture.role == "reference":
+        given["image_latents"] = (latents.shape, latents.dtype)
+    for variant in artifact.variants.values():
+        graph = variant.graph
+        taken = dict(spec_facts(spec for spec in graph.inputs if "@" not in spec.name))
+        if not graph.combines and "coefficients" in taken:
+            yield f"[graphs.{graph.name}.inputs]: takes coefficients, and combines nothing"
+        if taken.pop("coefficients", ((0,), "float32"))[1] != "float32":
+            yield f"[graphs.{graph.name}.inputs]: its coefficients are not float32"
+        yield from describe_misfits(f"[graphs.{graph.name}.inputs]", given, taken)
+        made = spec_facts(spec for spec in graph.outputs if spec.name == "sample")
+        yield from describe_misfits(f"[graphs.{graph.name}.outputs]", {"sample": (latents.shape, latents.dtype)}, made)
+    yield from _slotdescribe_misfits(artifact)
+
+
+def _slotdescribe_misfits(artifact: Artifact) -> Iterator[str]:
+    """What one variant stores, another combines: it is of one shape and dtype."""
+    stored: dict[str, tuple[tuple[int, ...], str]] = {}
+    graphs = [variant.graph for variant in artifact.variants.values()]
+    tensors = {site.name: site.tensors for site in artifact.manifest.sites}
+    for graph in graphs:
+        names = {name for site in graph.stores for name in tensors[site]}
+        for spec in graph.outputs:
+            if spec.name in names and stored.setdefault(spec.name, (spec.shape, spec.dtype)) != (
+                spec.shape,
+                spec.dtype,
+            ):
+                yield f"[graphs.{graph.name}.outputs]: stores {spec.name!r} in another shape or dtype than other variants"
+    for graph in graphs:
+        for spec in graph.inputs:
+            name, at, _ = spec.name.rpartition("@")
+            if at and name in stored and stored[name] != (spec.shape, spec.dtype):
+                yield f"[graphs.{graph.name}.inputs]: {spec.name!r} has another shape or dtype than what is stored"
+
+
+def _decoder_problems(graph: Graph, latents: TensorSpec, picture: tuple[int, int, int], kind: str) -> Iterator[str]:
+    taken = spec_facts(graph.inputs)
+    yield from describe_misfits(f"[graphs.{graph.name}.inputs]", {"latents": (latents.shape, latents.dtype)}, taken)
+    made = [tuple(spec.shape) for spec in graph.outputs if torch_dtype(spec.dtype).is_floating_point]
+    rank = 4 if kind == "images" else 5
+    if (
+        len(graph.outputs) != 1
+        or len(made) != 1
+        or len(made[0]) != rank
+        or (made[0][0], *made[0][-3:]) != (1, *picture)
+    ):
+        size = f"[1, {'' if kind == 'images' else 'T, '}{', '.join(map(str, picture))}]"
+        yield f"[graphs.{graph.name}.outputs]: expected one tensor {size} of floats, by the defaults' height and width"
+
+
+def _encoder_problems(graph: Graph, picture: PictureInput, latents: tuple[int, ...]) -> Iterator[str]:
+    taken = spec_facts(graph.inputs)
+    image = ((1, 3, picture.height, picture.width), "float32")
+    yield from describe_misfits(f"[graphs.{graph.name}.inputs]", {"image": image}, taken)
+    made = spec_facts(graph.outputs)
+    yield from describe_misfits(
+        f"[graphs.{graph.name}.outputs]", dict.fromkeys(("mean", "std"), ((1, *latents), "float32")), made
+    )

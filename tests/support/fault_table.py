@@ -16,6 +16,7 @@ CONTRACT = "runtime/test_contract.py::test_a_wrong_input_is_named_with_what_came
 CONSTANTS = "runtime/test_artifact.py::test_constants_must_be_exactly_the_compiled_ones"
 DAMAGED, DISKS, PROMPTS = "faults/test_damaged.py::", "faults/test_disks.py::", "faults/test_prompts.py::"
 KILLED, EXPORTS, AROUND = "faults/test_killed.py::", "faults/test_exports.py::", "faults/test_surroundings.py::"
+SOURCE = "exporter/load/test_source.py::"
 COMPILER = "faults/test_compiler.py::"
 MEMORY, FUZZ, TRUST = "faults/test_memory.py::", "runtime/check/test_fuzz.py::", "runtime/check/test_trust.py::"
 
@@ -421,6 +422,32 @@ FAULTS: Mapping[str, tuple[Fault, ...]] = {
         Fault("prompt-huge", "a megabyte that is no text", "the same, and short", PROMPTS + "test_a_refusal_is_short_too"),
         Fault("prompt-half", "half of a surrogate pair in a prompt", "`prompt: expected a text, got half a character, ...; decode the text as UTF-8`", PROMPTS + "test_half_a_character_is_refused"),
         Fault("prompt-after", "all of these, one after the other", "the next prompt is drawn as ever", PROMPTS + "test_after_all_of_them_it_draws_what_it_drew"),
+    ),
+    "Models": (
+        Fault(
+            "weights-missing",
+            "a component's file that lacks two weights, of every component in turn",
+            "`model 'NAME': unet lacks conv_out.bias, ...; download or save the whole model again`, before anything is captured",
+            SOURCE + "test_a_component_that_lacks_weights_is_named_with_them",
+        ),
+        Fault(
+            "weights-missing-variant",
+            "the same, of a variant (`*.fp16.safetensors`) and of a `.bin` file",
+            "the same, of all components that lack some",
+            SOURCE + "test_of_a_variant_and_of_torch_files_weights_are_missed_too",
+        ),
+        Fault(
+            "weights-missing-single",
+            "the same, of a single file in the original layout",
+            "the same, by diffusers' names",
+            SOURCE + "test_a_single_file_that_lacks_weights_names_the_component_and_them",
+        ),
+        Fault(
+            "weights-meta",
+            "a loaded pipeline with weights that hold no numbers (torch's `meta` device)",
+            "the same",
+            "api/test_pipeline_copy.py::test_weights_without_numbers_are_refused_by_name",
+        ),
     ),
 }  # fmt: skip
 EVERY = tuple(fault for faults in FAULTS.values() for fault in faults)

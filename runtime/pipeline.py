@@ -7,6 +7,7 @@ what diffusers draws from the same generator.
 
 from __future__ import annotations
 
+import inspect
 import math
 import threading
 from collections.abc import Callable, Sequence
@@ -17,6 +18,15 @@ from typing import Any, Generic, NamedTuple, TypeVar, cast
 import torch
 
 from .artifact import Artifact, open_artifact
+from .call.arguments import (
+    describe_argument,
+    real_number,
+    real_number_or_none,
+    truth_value,
+    unknown_argument_error,
+    whole_number,
+    whole_number_or_none,
+)
 from .check.artifact import PublicKey, Trust, status_problems
 from .errors import RequestError, raise_problems
 from .families import artifact_family, family_class
@@ -33,6 +43,7 @@ from .replay import PlanTables, StopReplay
 from .runners import CancelFlag, refuse_cancelled
 from .start import StartRequest, evaluation_callback, initial_state, steps_to_skip, tables_until
 
+PROMPT_ARGUMENTS = ("negative_prompt", "prompt_embeds", "negative_prompt_embeds")  # a family takes them, or not
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 StepCallback = Callable[["Pipeline[Any]", int, float, dict[str, torch.Tensor]], dict[str, torch.Tensor] | None]
 
@@ -172,8 +183,10 @@ class Pipeline(Generic[OutputT]):
 
         Raises RequestError for what the artifact was not exported for, naming what it has.
         """
+        cache = truth_value("cache", cache)
+        steps = whole_number_or_none("num_inference_steps", num_inference_steps)
         self._check_size(height, width, num_frames, max_sequence_length)
-        self._check_choices(output_type, callback_on_step_end_tensor_inputs)
+        self._check_choices(output_type, callback_on_step_end_tensor_inputs, callback_on_step_end, cancel)
         count = self._count(num_images_per_prompt, num_videos_per_prompt)
         given = self._given(
             prompt=prompt,
@@ -183,11 +196,13 @@ class Pipeline(Generic[OutputT]):
             negative_prompt_embeds=negative_prompt_embeds,
             **more,
         )
+        strength = real_number_or_none("strength", strength)
         asked = StartRequest(image, mask_image, strength, latents, self.family_rules.window(given))
-        tables = self._tables(num_inference_steps, cache, steps_to_skip(self.family_rules, asked))
+        tables = self._tables(steps, cache, steps_to_skip(self.family_rules, asked))
         tables = tables_until(tables, asked.window.end)
         if guidance_scale is None:
             guidance_scale = self.artifact.manifest.defaults.guidance_scale
+        guidance_scale = real_number("guidance_scale", guidance_scale)
         refuse_nonfinite("guidance_scale", guidance_scale)
         after = self._after_step(callback_on_step_end, callback_on_step_end_tensor_inputs)
         self._interrupt = False
@@ -277,7 +292,10 @@ class Pipeline(Generic[OutputT]):
         self, height: int | None, width: int | None, num_frames: int | None, max_sequence_length: int | None
     ) -> None:
         defaults, length = self.artifact.manifest.defaults, self.family_rules.max_sequence_length
-        if (height or defaults.height, width or defaults.width) != (defaults.height, defaults.width):
+        height, width = whole_number_or_none("height", height), whole_number_or_none("width", width)
+        num_frames = whole_number_or_none("num_frames", num_frames)
+        max_sequence_length = whole_number_or_none("max_sequence_length", max_sequence_length)
+        if height not in (None, defaults.height) or width not in (None, defaults.width):
             raise RequestError(
                 f"height={height}, width={width}: the artifact makes {self.family_rules.output_kind} of height {defaults.height}, "
                 f"width {defaults.width} only; export again for another size"
@@ -297,6 +315,7 @@ class Pipeline(Generic[OutputT]):
                 f"num_videos_per_prompt={videos}: expected num_images_per_prompt alone, which every artifact takes"
             )
         name, count = ("images", images) if videos is None else ("videos", videos)
+        count = whole_number(f"num_{name}_per_prompt", count)
         if count < 1:
             raise RequestError(f"num_{name}_per_prompt={count}: expected 1 or more")
         return count
@@ -308,22 +327,26 @@ class Pipeline(Generic[OutputT]):
         doing = f"{self.family_rules.output_kind} were made"
         return explain_gpu_memory(artifact.folder, doing, artifact.manifest, artifact.device, able)
 
-    def _check_choices(self, output_type: str, callback_inputs: Sequence[str]) -> None:
+    def _check_choices(
+        self, output_type: str, callback_inputs: Sequence[str], callback: object, cancel: object
+    ) -> None:
         if output_type not in OUTPUT_TYPES:
             raise RequestError(f"output_type={output_type!r}: expected one of {', '.join(OUTPUT_TYPES)}")
         if unknown := [name for name in callback_inputs if name != "latents"]:
             raise RequestError(
                 f"callback_on_step_end_tensor_inputs: {unknown[0]!r} is not a tensor of the loop; it has latents"
             )
+        if callback is not None and not callable(callback):
+            raise RequestError(f"callback_on_step_end: expected a function, got {describe_argument(callback)}")
+        if cancel is not None and not callable(getattr(cancel, "is_set", None)):
+            raise RequestError(f"cancel: expected a threading.Event, got {describe_argument(cancel)}")
 
     def _given(self, **arguments: Any) -> dict[str, Any]:
         """What the caller said of what to draw. Raises RequestError for what the family does not know."""
         given = {name: value for name, value in arguments.items() if value is not None}
         if foreign := [name for name in given if name not in self.family_rules.arguments]:
-            raise RequestError(
-                f"{foreign[0]}: an artifact of {self.artifact.manifest.source.pipeline} does not take it; "
-                f"it takes {', '.join(self.family_rules.arguments)}"
-            )
+            known = dict.fromkeys((*self.family_rules.arguments, *CALL_ARGUMENTS))
+            raise unknown_argument_error(foreign[0], f"an artifact of {self.artifact.manifest.source.pipeline}", known)
         return given
 
     # --- noise and images ---------------------------------------------------------------------------------------
@@ -372,6 +395,14 @@ class ImagePipeline(Pipeline[ImageOutput]):
 
 class VideoPipeline(Pipeline[VideoOutput]):
     """A pipeline whose calls give `frames`."""
+
+
+CALL_ARGUMENTS = tuple(
+    name
+    for name, parameter in inspect.signature(Pipeline.__call__).parameters.items()
+    if parameter.kind is inspect.Parameter.KEYWORD_ONLY and name not in PROMPT_ARGUMENTS
+)
+"""What every artifact's call takes; what else it takes is its family's."""
 
 
 EvaluationCallback = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor | None]

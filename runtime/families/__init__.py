@@ -14,6 +14,7 @@ import torch
 from pydantic import BaseModel, Field, ValidationError
 
 from ..artifact import Artifact
+from ..call.arguments import real_number
 from ..errors import ArtifactError, RequestError, describe_schema_error
 from ..noise import Generators, draw_noise
 from ..plan import FROZEN_CONFIG
@@ -155,7 +156,7 @@ class Family:
         """What else a call says in numbers: `guidance_rescale`, 0 where the caller is silent."""
         if "guidance_rescale" not in self.inputs:
             return {}
-        return {"guidance_rescale": self.scalar(float(given.get("guidance_rescale", 0.0)))}
+        return {"guidance_rescale": self.scalar(real_number("guidance_rescale", given.get("guidance_rescale", 0.0)))}
 
     def scalar(self, value: float) -> torch.Tensor:
         """float32 [1] on the artifact's device."""

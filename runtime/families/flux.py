@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..call.arguments import real_number
 from ..replay import Tensors
 from . import Family
 
@@ -38,7 +39,8 @@ class Flux(Family):
     def branch_guidance(self, given: Mapping[str, Any], guidance_scale: float) -> float:
         """`true_cfg_scale`, which has an effect with a negative prompt only, as in `FluxPipeline`."""
         negative = any(name.startswith("negative_prompt") for name in given)
-        return float(given.get("true_cfg_scale", 1.0)) if negative else 1.0
+        scale = real_number("true_cfg_scale", given.get("true_cfg_scale", 1.0))
+        return scale if negative else 1.0
 
     def scalars(self, given: Mapping[str, Any], guidance_scale: float) -> Tensors:
         """The guidance that is embedded."""

@@ -16,6 +16,7 @@ CONTRACT = "runtime/test_contract.py::test_a_wrong_input_is_named_with_what_came
 CONSTANTS = "runtime/test_artifact.py::test_constants_must_be_exactly_the_compiled_ones"
 DAMAGED, DISKS, PROMPTS = "faults/test_damaged.py::", "faults/test_disks.py::", "faults/test_prompts.py::"
 KILLED, EXPORTS, AROUND = "faults/test_killed.py::", "faults/test_exports.py::", "faults/test_surroundings.py::"
+ARGUMENTS = "runtime/call/test_arguments.py::"
 SOURCE = "exporter/load/test_source.py::"
 COMPILER = "faults/test_compiler.py::"
 MEMORY, FUZZ, TRUST = "faults/test_memory.py::", "runtime/check/test_fuzz.py::", "runtime/check/test_trust.py::"
@@ -416,6 +417,9 @@ FAULTS: Mapping[str, tuple[Fault, ...]] = {
         Fault("wrong-dtype", "another dtype", "the same", f"{CONTRACT}[dtype]"),
         Fault("wrong-strides", "strides that are not contiguous", "the same", f"{CONTRACT}[strides]"),
         Fault("wrong-scalar", "a number in place of a tensor", "the same", f"{CONTRACT}[scalar]"),
+        Fault("number-types", "a seed, a size, a number of steps or a guidance as NumPy's number, or as a tensor of one", "the same bits as with Python's number", ARGUMENTS + "test_a_number_means_itself_whatever_its_type"),
+        Fault("no-number", "a seed of 65 bits or in words, a list where one number belongs, a number as generator, a text as latents, ...", "`NAME: expected a whole number, got 'x'`", ARGUMENTS + "test_what_is_none_is_refused_in_a_sentence"),
+        Fault("misspelt", "an argument that the call does not have", "`num_infernce_steps: ... does not take it; did you mean num_inference_steps? it takes ...`", ARGUMENTS + "test_a_misspelt_argument_is_answered_with_the_nearest_and_all"),
         Fault("prompt-long", "a prompt of 10,000 tokens", "drawn; a short warning says what was cut off", PROMPTS + "test_ten_thousand_tokens_are_cut_and_the_warning_is_short"),
         Fault("prompt-strange", "a prompt that is empty, blank, of emoji, right to left, with a zero byte, or one word of 100,000 letters", "drawn, without a warning", PROMPTS + "test_it_is_drawn"),
         Fault("prompt-none", "a prompt that is no text", "`prompt: expected a text or a list of texts, got 7`", PROMPTS + "test_what_is_no_text_is_refused"),

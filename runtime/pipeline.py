@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import inspect
 import math
-import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar, cast
+from typing import Any, Generic, NamedTuple, Self, TypeVar, cast
 
 import torch
 
@@ -27,6 +26,9 @@ from .call.arguments import (
     whole_number,
     whole_number_or_none,
 )
+from .call.attributes import absent_attribute_error, refuse_move
+from .call.progress import Advance, check_bar_options, step_bar
+from .call.state import CallState
 from .check.artifact import PublicKey, Trust, status_problems
 from .errors import RequestError, raise_problems
 from .families import artifact_family, family_class
@@ -39,7 +41,7 @@ from .offload import OffloadRequest as Offload
 from .offload import offloadable_graphs, stay_on_device
 from .pictures import postprocess_frames, postprocess_pictures
 from .plan import Plan
-from .replay import PlanTables, StopReplay
+from .replay import PlanTables, StopReplay, is_step_end, replay
 from .runners import CancelFlag, refuse_cancelled
 from .start import StartRequest, evaluation_callback, initial_state, steps_to_skip, tables_until
 
@@ -117,7 +119,8 @@ class Pipeline(Generic[OutputT]):
     """An open artifact. One may be called from many threads: nothing of a call is kept here, and no more calls are at work at
     once than it has runners.
 
-    A callback stops its own call by `pipe._interrupt = True`, as in diffusers; any other thread by the call's `cancel`.
+    A callback stops its own call by `pipe._interrupt = True`, as in diffusers; any other thread by the call's `cancel`. It changes
+    the guidance of the steps that follow by `pipe._guidance_scale`. What else diffusers' pipelines have raises, and says why.
     """
 
     def __init__(self, artifact: Artifact):
@@ -126,7 +129,8 @@ class Pipeline(Generic[OutputT]):
         self._decoder = artifact.graph("vae_decoder")
         self._variants, self._sites = artifact.variants, artifact.sites
         self._loop = loop_of(artifact.manifest)
-        self._request = threading.local()
+        self._progress_bar_config: dict[str, Any] = {}
+        self._request = CallState()  # the last: from now on no other attribute can be set
 
     @torch.no_grad()
     def __call__(
@@ -215,17 +219,24 @@ class Pipeline(Generic[OutputT]):
                 start = initial_state(self.family_rules, self.artifact, tables.plan, asked, len(conditions), generator)
             noise = self._noise(tables, start.latents.shape, generator)
             finals = []
-            for i, condition in enumerate(conditions):
-                refuse_cancelled(cancel)
-                draws = [z[i : i + 1] for z in noise]
-                inputs = {**condition, **{name: t[i : i + 1] for name, t in start.inputs.items()}}
-                watch = watch_cancellation(cancel, evaluation_callback(tables.plan, start.blend(i), after))
-                x = start.latents[i : i + 1]
-                finals.append(
-                    self._loop(tables, self._variants, self._sites, inputs, x, noise=draws, on_evaluation=watch)
-                )
-                if self._interrupt:
-                    break
+            with step_bar(self._progress_bar_config, tables.plan.steps * len(conditions)) as advance:
+                for i, condition in enumerate(conditions):
+                    refuse_cancelled(cancel)
+                    draws = [z[i : i + 1] for z in noise]
+                    inputs = {**condition, **{name: t[i : i + 1] for name, t in start.inputs.items()}}
+                    watch = evaluation_callback(tables.plan, start.blend(i), after)
+                    # a recorded loop is not looked into for a bar's sake
+                    by_step = advance if watch or self._loop is replay else None
+                    watch = watch_cancellation(cancel, watch_steps(tables.plan, by_step, watch))
+                    x = start.latents[i : i + 1]
+                    with self._request.drawing(tables.plan.steps, guidance_scale, inputs):
+                        finals.append(
+                            self._loop(tables, self._variants, self._sites, inputs, x, noise=draws, on_evaluation=watch)
+                        )
+                    if advance and not by_step:
+                        advance(tables.plan.steps)
+                    if self._interrupt:
+                        break
             made = torch.cat(finals) if output_type == "latent" else self._decode(finals)
         return self._output(made, output_type)
 
@@ -274,11 +285,68 @@ class Pipeline(Generic[OutputT]):
 
     @property
     def _interrupt(self) -> bool:
-        return getattr(self._request, "interrupt", False)
+        return self._request.interrupt
 
     @_interrupt.setter
     def _interrupt(self, value: bool) -> None:
         self._request.interrupt = value
+
+    # --- what diffusers' pipelines have besides their call ----------------------------------------------------------
+
+    @property
+    def num_timesteps(self) -> int:
+        """The steps of the call that this thread is in, or was in last; before any, those that a call takes by default."""
+        last = self._request.last
+        return last.steps if last else self.artifact.manifest.defaults.num_inference_steps
+
+    @property
+    def guidance_scale(self) -> float:
+        """The guidance of the step that this thread's call is in, or was in last; before any the default."""
+        last = self._request.last
+        return last.guidance_scale if last else self.artifact.manifest.defaults.guidance_scale
+
+    @property
+    def _guidance_scale(self) -> float:
+        return self.guidance_scale
+
+    @_guidance_scale.setter
+    def _guidance_scale(self, value: float) -> None:
+        self._request.change_guidance(value, by_step=self.family_rules.guides_by_step)
+
+    @property
+    def _guidance_rescale(self) -> float:
+        last = self._request.last
+        return float(last.inputs["guidance_rescale"]) if last and "guidance_rescale" in last.inputs else 0.0
+
+    @_guidance_rescale.setter
+    def _guidance_rescale(self, value: float) -> None:
+        self._request.change_rescale(value)
+
+    def set_progress_bar_config(self, **options: Any) -> None:
+        """How a call shows its progress, by tqdm's options in place of those before: `disable=True` never, `disable=False` always.
+
+        By default a call shows its steps on standard error where that is a terminal. Raises RequestError for other options.
+        """
+        check_bar_options(options)
+        self._progress_bar_config = options
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Itself, for the device that it is on and the dtype that it has. Raises RequestError for others: code is compiled for one."""
+        if unknown := sorted(kwargs.keys() - {"device", "dtype", "silence_dtype_warnings"}):
+            raise unknown_argument_error(unknown[0], "to", ("device", "dtype", "silence_dtype_warnings"))
+        asked = (*args, *(kwargs[name] for name in ("device", "dtype") if kwargs.get(name) is not None))
+        refuse_move(asked, self.device, self.artifact.manifest.recipe.get("precision", {}).get("denoiser", ""))
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        """Raises AbsentAttributeError, which says how to have what diffusers' attribute of that name does."""
+        raise absent_attribute_error(type(self).__name__, name, dir(type(self)))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Sets what there is. Raises AbsentAttributeError for anything else: it would have no effect."""
+        if "_request" in vars(self) and name not in vars(self) and not hasattr(type(self), name):
+            raise absent_attribute_error(type(self).__name__, name, dir(type(self)))
+        super().__setattr__(name, value)
 
     # --- what the caller asked for, against what the artifact has -----------------------------------------------
 
@@ -406,6 +474,20 @@ CALL_ARGUMENTS = tuple(
 
 
 EvaluationCallback = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor | None]
+
+
+def watch_steps(plan: Plan, advance: Advance | None, watch: EvaluationCallback | None) -> EvaluationCallback | None:
+    """What `replay` calls after each evaluation, with a step of the bar at the end of each."""
+    if advance is None:
+        return watch
+
+    def seen(e: int, output: torch.Tensor, latents: torch.Tensor) -> torch.Tensor | None:
+        replaced = watch(e, output, latents) if watch else None
+        if is_step_end(plan, e):
+            advance(1)
+        return replaced
+
+    return seen
 
 
 def watch_cancellation(cancel: CancelFlag | None, watch: EvaluationCallback | None) -> EvaluationCallback | None:

@@ -143,6 +143,7 @@ class Replayer:
         sites = {tensor for site in artifact.manifest.sites for tensor in site.tensors}
         taps = {name: GraphTap(bound, sites, self._calls) for name, bound in artifact.graphs.items()}
         self._pipe = Pipeline(replace(artifact, graphs=taps))
+        self._pipe.set_progress_bar_config(disable=True)
 
     def draw(self, prompt: str, seed: int, plan: Plan) -> DrawnPicture:
         self._calls.clear()

@@ -83,12 +83,14 @@ class Family:
 
     `latents_shape` is that of one image in the loop, without the batch, and `latents_name` what to call it. Both
     branches of classifier-free guidance, where there are two, are in the denoiser's graph, which takes what differs
-    between them as [2, ...], the negative prompt's first, as diffusers stacks it. `output_kind` is `images` or `frames`.
+    between them as [2, ...], the negative prompt's first, as diffusers stacks it. `output_kind` is `images` or `frames`. `guides_by_step`: its pipeline reads
+    `guidance_scale` at every step, so that a callback may change it.
     """
 
     settings_type: ClassVar[type[Settings]] = Settings
     latents_name: ClassVar[str] = "latents"
     output_kind: ClassVar[Literal["images", "frames"]] = "images"
+    guides_by_step: ClassVar[bool] = True
 
     def __init__(self, artifact: Artifact):
         self.settings = read_settings(self.settings_type, artifact)

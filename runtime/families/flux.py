@@ -21,6 +21,7 @@ class Flux(Family):
     """Family `flux`. `true_cfg_scale` and negative prompts are arguments of artifacts that have both branches."""
 
     latents_name = "packed latents"
+    guides_by_step = False  # `guidance_scale` is embedded before the loop
 
     @property
     def arguments(self) -> tuple[str, ...]:

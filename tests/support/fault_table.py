@@ -17,6 +17,7 @@ CONSTANTS = "runtime/test_artifact.py::test_constants_must_be_exactly_the_compil
 DAMAGED, DISKS, PROMPTS = "faults/test_damaged.py::", "faults/test_disks.py::", "faults/test_prompts.py::"
 KILLED, EXPORTS, AROUND = "faults/test_killed.py::", "faults/test_exports.py::", "faults/test_surroundings.py::"
 ARGUMENTS = "runtime/call/test_arguments.py::"
+ATTRIBUTES = "runtime/call/test_attributes.py::"
 SOURCE = "exporter/load/test_source.py::"
 COMPILER = "faults/test_compiler.py::"
 MEMORY, FUZZ, TRUST = "faults/test_memory.py::", "runtime/check/test_fuzz.py::", "runtime/check/test_trust.py::"
@@ -420,6 +421,11 @@ FAULTS: Mapping[str, tuple[Fault, ...]] = {
         Fault("number-types", "a seed, a size, a number of steps or a guidance as NumPy's number, or as a tensor of one", "the same bits as with Python's number", ARGUMENTS + "test_a_number_means_itself_whatever_its_type"),
         Fault("no-number", "a seed of 65 bits or in words, a list where one number belongs, a number as generator, a text as latents, ...", "`NAME: expected a whole number, got 'x'`", ARGUMENTS + "test_what_is_none_is_refused_in_a_sentence"),
         Fault("misspelt", "an argument that the call does not have", "`num_infernce_steps: ... does not take it; did you mean num_inference_steps? it takes ...`", ARGUMENTS + "test_a_misspelt_argument_is_answered_with_the_nearest_and_all"),
+        Fault("no-effect", "reading or setting what diffusers' pipelines have and this one has not: `scheduler`, `load_lora_weights`, `enable_model_cpu_offload`, ...", "`scheduler: ImagePipeline has no such attribute, for its schedules were tabulated at export; ...`", ATTRIBUTES + "test_what_is_diffusers_alone_is_refused_with_the_way_out"),
+        Fault("misspelt-attribute", "`pipe._interupt = True`", "`_interupt: ... did you mean _interrupt?`", ATTRIBUTES + "test_a_misspelt_attribute_is_answered_with_the_nearest"),
+        Fault("moved", "`pipe.to(...)` with another device or dtype", "`to('cuda'): the artifact was compiled for cpu, ...`", ATTRIBUTES + "test_to_somewhere_else_is_refused_with_the_way_there"),
+        Fault("guidance-in-callback", "`pipe._guidance_scale = ...` in a callback", "the steps that follow have that guidance, as in diffusers, to 1e-5", "exporter/families/test_sd.py::test_a_callback_changes_the_guidance_of_the_steps_that_follow"),
+        Fault("guidance-embedded", "the same, with a model that is told its guidance before the first step", "`_guidance_scale: this model is told its guidance before the first step; ...`", ATTRIBUTES + "test_guidance_that_is_embedded_before_the_loop_cannot_be_changed_in_it"),
         Fault("prompt-long", "a prompt of 10,000 tokens", "drawn; a short warning says what was cut off", PROMPTS + "test_ten_thousand_tokens_are_cut_and_the_warning_is_short"),
         Fault("prompt-strange", "a prompt that is empty, blank, of emoji, right to left, with a zero byte, or one word of 100,000 letters", "drawn, without a warning", PROMPTS + "test_it_is_drawn"),
         Fault("prompt-none", "a prompt that is no text", "`prompt: expected a text or a list of texts, got 7`", PROMPTS + "test_what_is_no_text_is_refused"),

@@ -257,3 +257,59 @@ def test_the_least_strength_that_the_refusal_names_is_taken():
     latents = from_picture(PROMPTS[0], strength=0.125, generator=seeded(1))
     drawn = got("sd", PROMPTS[0], *PICTURES, image=PICTURE, strength=0.125, seed=1)
     assert relative_error(drawn, latents) < TOLERANCE
+
+
+# --- guidance that a callback changes ---------------------------------------------------------------------------------
+
+
+def guidance_below(timestep: int, **changed: float):
+    """A callback that sets the guidance of the steps after that timestep, for either pipeline. Diffusers calls it after each
+    evaluation, of which PNDM's first step has two."""
+
+    def callback(pipe, _, now, tensors):
+        if now >= timestep or pipe.guidance_scale == changed["guidance_scale"]:
+            return tensors
+        for name, value in changed.items():
+            setattr(pipe, f"_{name}", value)
+        if changed["guidance_scale"] <= 1 and "prompt_embeds" in tensors:  # diffusers then wants one branch's
+            tensors["prompt_embeds"] = tensors["prompt_embeds"].chunk(2)[-1]
+        return tensors
+
+    return callback
+
+
+CHANGES = {
+    "more": {"guidance_scale": 9.0},
+    "less": {"guidance_scale": 1.5},
+    "none": {"guidance_scale": 0.0},
+    "rescaled": {"guidance_scale": 9.0, "guidance_rescale": 0.7},
+}
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_a_callback_changes_the_guidance_of_the_steps_that_follow(case):
+    changed = guidance_below(700, **CHANGES[case])
+    call = {"guidance_scale": 5.0, "negative_prompt": ["blue", "square"]}
+    theirs = {"callback_on_step_end": changed, "callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds"]}
+    latents = expected("sd", TWO, generator=seeded(1), **call, **theirs)
+    drawn = got("sd", TWO, seed=1, callback_on_step_end=changed, **call)
+    assert relative_error(drawn, latents) < TOLERANCE
+    assert relative_error(got("sd", TWO, seed=1, **call), latents) > 1e-3  # the canary: it has an effect
+    assert torch.equal(got("sd", TWO, seed=1, callback_on_step_end=changed, **call), drawn)  # and none on the next call
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "told"),
+    [
+        (1.0, 5.0, r"^_guidance_scale=5: the call began without guidance"),
+        (5.0, "5", r"^_guidance_scale: expected a number, got '5'"),
+        (5.0, float("nan"), r"^_guidance_scale=nan: expected a finite number"),
+    ],
+)
+def test_guidance_that_a_step_cannot_have_is_refused(first, then, told):
+    def callback(pipe, *_):
+        pipe._guidance_scale = then
+        return {}
+
+    with pytest.raises(RequestError, match=told):
+        got("sd", "snow", seed=1, guidance_scale=first, callback_on_step_end=callback)

@@ -85,3 +85,14 @@ def likeness_guard(tensor: Tensor) -> Callable[[object], bool]:
 def is_compiled_module(module: nn.Module) -> bool:
     """Whether `module.compile()` was called: a call of it then goes past a forward that is replaced."""
     return getattr(module, "_compiled_call_impl", None) is not None
+
+
+def count_writes(tensor: Tensor) -> int:
+    """How often the tensor's memory was written to through it or a view of it, in a number that only grows. Writes through `.data`
+    are not counted, nor any to a tensor that was made in inference mode."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def count_hooks(module: nn.Module) -> int:
+    """How many hooks a call of the module would run, before its forward and after it."""
+    return len(module._forward_pre_hooks) + len(module._forward_hooks)

@@ -18,6 +18,7 @@ DAMAGED, DISKS, PROMPTS = "faults/test_damaged.py::", "faults/test_disks.py::", 
 KILLED, EXPORTS, AROUND = "faults/test_killed.py::", "faults/test_exports.py::", "faults/test_surroundings.py::"
 ARGUMENTS = "runtime/call/test_arguments.py::"
 ATTRIBUTES = "runtime/call/test_attributes.py::"
+ATTACHED = "runtime/attachment/test_attach.py::"
 SOURCE = "exporter/load/test_source.py::"
 COMPILER = "faults/test_compiler.py::"
 MEMORY, FUZZ, TRUST = "faults/test_memory.py::", "runtime/check/test_fuzz.py::", "runtime/check/test_trust.py::"
@@ -457,6 +458,24 @@ FAULTS: Mapping[str, tuple[Fault, ...]] = {
             "a loaded pipeline with weights that hold no numbers (torch's `meta` device)",
             "the same",
             "api/test_pipeline_copy.py::test_weights_without_numbers_are_refused_by_name",
+        ),
+        Fault(
+            "attached-changed",
+            "`attach`, and then a LoRA that is loaded or fused, a weight written to (also through `.data`), another processor, a hook, FreeU, ...",
+            "the next call is refused: `transformer: its weight 'proj_out.weight' was changed since the artifact was attached, ...; undo it, or detach(pipeline) ...`",
+            ATTACHED + "test_a_denoiser_that_was_changed_since_is_refused_by_name",
+        ),
+        Fault(
+            "attached-replaced",
+            "`attach`, and then another denoiser in the pipeline",
+            "`the pipeline has another transformer since the artifact was attached, ...`, and `detach` gives its scheduler back",
+            ATTACHED + "test_another_denoiser_in_the_pipeline_is_refused_and_can_be_detached",
+        ),
+        Fault(
+            "attached-offloaded",
+            "`attach`, and then accelerate's hooks on the denoiser",
+            "the next call is refused, and so is `detach`, until they are removed",
+            ATTACHED + "test_offloading_that_was_set_up_since_is_refused_and_can_be_undone",
         ),
     ),
 }  # fmt: skip

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -129,6 +130,7 @@ class Pipeline(Generic[OutputT]):
         self._decoder = artifact.graph("vae_decoder")
         self._variants, self._sites = artifact.variants, artifact.sites
         self._loop = loop_of(artifact.manifest)
+        self._told_plans: set[str] = set()
         self._progress_bar_config: dict[str, Any] = {}
         self._request = CallState()  # the last: from now on no other attribute can be set
 
@@ -273,9 +275,7 @@ class Pipeline(Generic[OutputT]):
         manifest = self.artifact.manifest
         frames = "" if manifest.defaults.num_frames is None else f"{manifest.defaults.num_frames} frames of "
         sizes = ", ".join(f"{frames}{width} x {height}" for height, width in self.sizes)
-        head = (
-            f"{type(self).__name__} {self.artifact.folder}: {self.family} on {self.device}, {sizes}, {manifest.status}"
-        )
+        head = f"{type(self).__name__} {self.artifact.folder}: {self.family} on {self.device}, {sizes}, {manifest.standing}"
         return "\n".join([head, *(f"  {line}" for line in format_plans(self.plans))])
 
     @property
@@ -354,6 +354,13 @@ class Pipeline(Generic[OutputT]):
         """The plan for that number of steps, with its cache or without, from the step on where the call begins."""
         usual = self.artifact.manifest.defaults.num_inference_steps
         name = self.artifact.plan_name(usual if steps is None else steps, cache)
+        if name in self.artifact.manifest.unverified and name not in self._told_plans:
+            self._told_plans.add(name)
+            warnings.warn(
+                f"plan {name} of {self.artifact.folder} was added since its export, and never compared with the pipeline; "
+                f"`prebake verify {self.artifact.folder} --source` does that",
+                stacklevel=4,  # where the pipeline is called: torch.no_grad is in between
+            )
         return self.artifact.tables_from(name, left_out(self.artifact.plans[name]))
 
     def _check_size(

@@ -13,6 +13,9 @@ from .errors import RequestError
 
 FROZEN_CONFIG = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
+PLAN_INPUTS_FILE = "replan.json"
+"""What `prebake plan` makes further plans of; an artifact without it has the plans of its export alone."""
+
 
 class Update(BaseModel):
     """The scheduler's step as numbers: `x' = sum latents[k] x[e-k] + sum outputs[k] m[e-k] + noise z[e]`.

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ArtifactError, RecipeError
+from ..hub_address import HUB_SCHEME
 from ..storage.files import sha256_of
 from .progress import TransferProgress
 
-HUB_SCHEME = "hf://"
 HUB_EXTRA_HINT = f"{HUB_SCHEME} needs huggingface_hub: pip install 'prebake[hub]'"
 
 

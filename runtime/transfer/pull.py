@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Protocol
 
 from ..check.artifact import (
+    MANIFEST_FILE,
     UNCHECKED_FOLDER,
     file_name_problems,
     file_problems,
@@ -36,8 +37,6 @@ from ..storage.files import FOLDER_FLAGS, file_hashes, open_files
 from ..storage.private_folder import is_private_folder
 from ..storage.rename import is_artifact, make_readable, replace_folder
 from .progress import TransferProgress
-
-MANIFEST_FILE = "manifest.json"
 
 
 class Origin(Protocol):

@@ -195,6 +195,7 @@ def test_inspect_marks_plans_that_nobody_verified(artifact_copy, capsys):
     toy.edit_manifest(artifact_copy, status="verified", unverified=["4"])
     assert main(["inspect", str(artifact_copy)]) == 0
     lines = capsys.readouterr().out.splitlines()
+    assert "verified, plan 4 never compared)" in " ".join(line.strip() for line in lines[:4])
     assert "4           █·█·  cache taylor, toy, unverified" in lines
     assert "4-uncached  ████  cache none, toy" in lines
     assert "added since, and not compared with the pipeline: 4; `prebake verify --source` does that" in lines

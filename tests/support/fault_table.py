@@ -19,6 +19,7 @@ KILLED, EXPORTS, AROUND = "faults/test_killed.py::", "faults/test_exports.py::",
 ARGUMENTS = "runtime/call/test_arguments.py::"
 ATTRIBUTES = "runtime/call/test_attributes.py::"
 ATTACHED = "runtime/attachment/test_attach.py::"
+REGISTRY = "exporter/families/test_registry.py::"
 SOURCE = "exporter/load/test_source.py::"
 COMPILER = "faults/test_compiler.py::"
 MEMORY, FUZZ, TRUST = "faults/test_memory.py::", "runtime/check/test_fuzz.py::", "runtime/check/test_trust.py::"
@@ -462,6 +463,18 @@ FAULTS: Mapping[str, tuple[Fault, ...]] = {
             "a loaded pipeline with weights that hold no numbers (torch's `meta` device)",
             "the same",
             "api/test_pipeline_copy.py::test_weights_without_numbers_are_refused_by_name",
+        ),
+        Fault(
+            "picture-pipeline",
+            "a folder of a pipeline for image to image or inpainting: `StableDiffusionInpaintPipeline`, `FluxImg2ImgPipeline`, ...",
+            "exported as its family's; a warning names `sampler.image_to_image` where calls could not begin from a picture",
+            REGISTRY + "test_a_folder_of_such_a_pipeline_is_exported_as_its_family_is",
+        ),
+        Fault(
+            "picture-needed",
+            "one that no family takes, and that cannot be called with a prompt alone",
+            "`StableDiffusionImg2ImgPipeline: could not be called with prompt, ...; it draws with image, which no recipe can give: ...`",
+            REGISTRY + "test_a_pipeline_that_cannot_be_called_with_a_prompt_alone_is_refused_in_a_sentence",
         ),
         Fault(
             "attached-changed",

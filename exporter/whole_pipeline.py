@@ -11,7 +11,7 @@ from ..runtime.manifest import Defaults
 from .caches import TeaCache
 from .caches.common.calibration import Calibration
 from .calibrators import teacache
-from .families.picture import VAE_ENCODER, Size
+from .families.picture import VAE_ENCODER, Size, encodes_distribution
 from .families.registry import Family, family_name, find_family
 from .families.text import find_tokenizers
 from .load.source import LoadedPipeline
@@ -31,7 +31,8 @@ from .sites.layout import Layout
 
 @dataclass(frozen=True, kw_only=True)
 class WholePipeline:
-    """A `ModelPart`: a pipeline that has a family, at one size. `tails` are the tables of later starts, by number of steps."""
+    """A `ModelPart`: a pipeline that has a family, at one size. `tails` are the tables of later starts, by number of steps. `sampled`:
+    whether latents of a picture are drawn, and not the encoder's own."""
 
     stage: ClassVar[str] = "settle"
     family: Family
@@ -40,6 +41,7 @@ class WholePipeline:
     defaults: Defaults
     tables: Mapping[int, SchedulerTable]
     tails: Mapping[int, TailTables]
+    sampled: bool
 
     @classmethod
     def of(cls, recipe: Recipe, loaded: LoadedPipeline, progress: Progress) -> WholePipeline:
@@ -53,6 +55,7 @@ class WholePipeline:
             defaults=defaults,
             tables={n: sampler_table(family, pipe, size, n, progress) for n in steps},
             tails={n: sampler_tails(recipe, family, pipe, size, n) for n in steps},
+            sampled=not has_picture_input(recipe, family) or encodes_distribution(pipe.vae),
         )
 
     @property
@@ -90,10 +93,11 @@ class WholePipeline:
     def facts(self, components: Collection[str]) -> dict[str, Any]:
         """The family's facts, and what pictures it takes."""
         facts = self.family.facts(self.pipe, self.size)
-        if "picture" in facts or VAE_ENCODER not in components:
+        if "picture" not in facts and VAE_ENCODER not in components:
             return facts
-        picture = {"height": self.size.height, "width": self.size.width, **(self.family.PICTURE or {})}
-        return {**facts, "picture": picture}
+        usual = {"height": self.size.height, "width": self.size.width, **(self.family.PICTURE or {})}
+        drawn = {} if self.sampled else {"sampled": False}
+        return {**facts, "picture": {**facts.get("picture", usual), **drawn}}
 
     def write_files(self, folder: Path, layout: Layout, planned: PlanSet) -> None:
         """Tokenizers, and what `prebake plan` makes further plans of."""

@@ -172,7 +172,7 @@ def initial_state(
     mask = preprocess_masks(asked.mask_image, picture.height, picture.width, h, w).to(artifact.device)
     if batch % len(mask):
         raise RequestError(f"mask_image: expected one mask, or a number that divides {batch}; got {len(mask)}")
-    if pixels.shape[1:] != family.settings.latents_shape:
+    if picture.sampled and pixels.shape[1:] != family.settings.latents_shape:
         # diffusers draws here for the latents of the masked pictures, which go unused
         masked = max(len(pixels), len(mask))
         draw_noise((masked, *family.settings.latents_shape), first_generators(generator, masked))

@@ -477,6 +477,12 @@ FAULTS: Mapping[str, tuple[Fault, ...]] = {
             REGISTRY + "test_a_pipeline_that_cannot_be_called_with_a_prompt_alone_is_refused_in_a_sentence",
         ),
         Fault(
+            "tiny-vae",
+            "`AutoencoderTiny` in a pipeline whose calls begin from a picture",
+            "drawn as diffusers draws it, to 1e-5, also with a mask and with a generator each",
+            "exporter/families/test_sd.py::test_pictures_of_a_tiny_vae",
+        ),
+        Fault(
             "attached-changed",
             "`attach`, and then a LoRA that is loaded or fused, a weight written to (also through `.data`), another processor, a hook, FreeU, ...",
             "the next call is refused: `transformer: its weight 'proj_out.weight' was changed since the artifact was attached, ...; undo it, or detach(pipeline) ...`",

@@ -52,6 +52,7 @@ def test_run_numbers_several_images_and_speaks_json(toy_artifact, tmp_path, caps
         (["--mask", __file__], f"error: {__file__}: expected a picture, such as a .png or .jpg, but "),
         (["--strength", "0.5"], "error: strength: "),
         (["--guidance-scale", "nan"], "error: guidance_scale=nan: expected a finite number"),
+        (["--seed", str(2**64)], "error: seed=18446744073709551616: expected a whole number of 64 bits"),
     ],
 )
 def test_an_error_is_one_line_and_exit_code_2(toy_artifact, capsys, args, words):

@@ -64,7 +64,7 @@ def denoiser_name(pipe: Any) -> str:
 
 def pipeline_request(pipe: Any, prompt: str, chosen: Mapping[str, Any], further: Mapping[str, Any]) -> PipelineRequest:
     """Calls of the pipeline for the prompt. `chosen` are passed on as far as the pipeline takes them and they are not None,
-    `further` (the recipe's `attach.arguments`) always. Raises RecipeError for one of these that it does not take."""
+    `further` (the recipe's `attach.arguments`) always; steps and seed are those of the call. Raises RecipeError for one of these that it does not take."""
     takes = inspect.signature(type(pipe).__call__).parameters
     if unknown := [key for key in further if key not in takes]:
         raise RecipeError(
@@ -75,10 +75,7 @@ def pipeline_request(pipe: Any, prompt: str, chosen: Mapping[str, Any], further:
     def arguments(steps: int, seed: int) -> dict[str, Any]:
         of_run = {"num_inference_steps": steps, "generator": torch.Generator().manual_seed(seed)}
         own = {"output_type": "latent", **usual, **further}
-        return {
-            **{name: v for name, v in of_run.items() if name in takes},
-            **{n: v for n, v in own.items() if n in takes},
-        }
+        return {name: value for name, value in (own | of_run).items() if name in takes}
 
     return arguments
 

@@ -47,6 +47,7 @@ def run(tmp_path_factory) -> tuple[Path, str, dict[str, Any]]:
     return work, *smoke(work, "flux-dev/*,sdxl/*/deepcache")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_a_smoke_run_measures_what_it_can_and_says_what_lacks(run):
     _, said, stages = run
@@ -167,7 +168,7 @@ def test_a_disk_holds_one_artifact_at_a_time(modules, tmp_path, monkeypatch):
         (tmp_path / "artifacts" / name / "weights").mkdir(parents=True)
     ways.make_room(place, folder, 1)
     assert [p.name for p in folder.parent.iterdir()] == ["this"]
-    with pytest.raises(OSError, match=r"an artifact of 1048576 GiB does not fit on its disk, \d+ are free"):
+    with pytest.raises(OSError, match=r"an artifact of 1048576 GiB does not fit on its disk, \d+"):
         ways.make_room(place, folder, 1 << 50)
 
 

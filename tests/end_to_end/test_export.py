@@ -201,7 +201,7 @@ def test_a_size_that_does_not_divide_is_refused_with_the_nearest(tiny_folder):
     loaded = load_model(str(tiny_folder), None, {"default": torch.float32})
     with pytest.raises(
         ExportError,
-        match=r"shapes\.height, shapes\.width: expected multiples of 4 .*got 33 x 32; the nearest are 32 x 32",
+        match=r"shapes\.height, shapes\.width.*the nearest are 32 x 32",
     ):
         settle(resolve("flux-fast", ("shapes.height=33",)), flux, loaded)
 
@@ -210,9 +210,7 @@ def test_a_pipeline_without_a_family_is_refused_as_a_whole():
     class OtherPipeline:
         pass
 
-    with pytest.raises(
-        ExportError, match=r"pipeline OtherPipeline has no family here: .*; pipelines with one: .*FluxPipeline"
-    ):
+    with pytest.raises(ExportError, match=r"pipeline OtherPipeline has no family.*pipelines with one"):
         find_family(OtherPipeline())
 
 

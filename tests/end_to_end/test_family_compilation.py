@@ -21,6 +21,7 @@ def marked(name: str):
     return pytest.param(name, marks=marks)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [marked(name) for name in FAMILIES])
 def test_a_compiled_artifact_draws_what_diffusers_draws(name, tmp_path):
     case = FAMILIES[name]

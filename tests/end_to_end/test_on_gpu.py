@@ -175,9 +175,7 @@ def test_memory_that_runs_out_is_told_in_a_sentence(artifact):
             with contextlib.suppress(torch.OutOfMemoryError):
                 while True:
                     hoard.append(torch.empty(1 << power, dtype=torch.uint8, device="cuda"))
-        with pytest.raises(
-            ArtifactError, match=r"the GPU's memory ran out while images were made: .* GiB of them free"
-        ):
+        with pytest.raises(ArtifactError, match=r"the GPU's memory ran out while images were made: .* GiB"):
             pipe(PROMPT, seed=0)
     finally:
         hoard.clear()

@@ -144,9 +144,7 @@ def test_a_cache_whose_variants_are_not_compiled_is_refused_with_those_that_are(
 
 def test_a_cache_that_reads_weights_is_refused_with_keys_that_exist(copied):
     signal = ("cache.method=teacache", "cache.signal=time_embedding")
-    with pytest.raises(
-        ExportError, match=r"signal = 'time_embedding' decides .*; set cache.signal=modulated and name a"
-    ):
+    with pytest.raises(ExportError, match=r"'time_embedding' decides .*cache.signal=modulated"):
         added(copied, 6, *signal)
     with pytest.raises(ExportError, match="needs a calibration"):
         added(copied, 6, *signal, "cache.signal=modulated")
@@ -203,7 +201,7 @@ def test_an_artifact_of_an_older_export_is_refused_by_name(copied):
     (copied / inputs.PLAN_INPUTS_FILE).unlink()
     files = tuple(f for f in manifest.files if f.path != inputs.PLAN_INPUTS_FILE)
     (copied / "manifest.json").write_text(manifest.model_copy(update={"files": files}).to_json(), "utf-8")
-    with pytest.raises(ArtifactError, match=r"has no replan.json, which says what a plan is made of; export again"):
+    with pytest.raises(ArtifactError, match=r"has no replan.json, which says what a plan.*export again"):
         added(copied, 5)
 
 
@@ -348,7 +346,7 @@ def test_without_otherwise_other_steps_are_refused(found):
 def test_another_calibration_than_the_artifacts_own_is_refused(found, tmp_path):
     other = tmp_path / "other.json"
     calibrations.write_calibration(other, calibration_of(found, prompts=2))
-    with pytest.raises(ExportError, match=r"other.json' is not the calibration that the artifact carries"):
+    with pytest.raises(ExportError, match=r"other.json' is not the calibration that the artifact"):
         planned(found, 8, cache=FOUND.model_copy(update={"calibration": str(other)}))
     calibrations.write_calibration(other, calibration_of(found))
     assert planned(found, 8, cache=FOUND.model_copy(update={"calibration": str(other)}))[0].cache == "auto"
@@ -382,8 +380,8 @@ def test_the_first_calibration_of_an_artifact_goes_into_it_and_is_hashed(copied,
     [
         ((), Auto, 0),
         (("sampler.steps=[8,6]",), Mask, 1),
-        (("shapes.height=64", "shapes.width=64"), Mask, 1),
-        (("sampler.scheduler=FlowMatchHeunDiscreteScheduler",), Mask, 1),
+        pytest.param(("shapes.height=64", "shapes.width=64"), Mask, 1, marks=pytest.mark.slow),
+        pytest.param(("sampler.scheduler=FlowMatchHeunDiscreteScheduler",), Mask, 1, marks=pytest.mark.slow),
     ],
 )
 def test_an_export_takes_the_found_plan_only_where_all_its_timesteps_are_the_calibrations(
@@ -423,9 +421,7 @@ def test_a_site_that_differs_is_another_one(change):
 
 
 def test_more_slots_than_the_variants_have_is_refused():
-    with pytest.raises(
-        ExportError, match=r"combines 3 stored values, the artifact's variants have room for 2; lower the order"
-    ):
+    with pytest.raises(ExportError, match=r"combines 3 stored values, the.*lower the order"):
         replan.pad_coefficients(A, (3.0, -3.0, 1.0))
 
 

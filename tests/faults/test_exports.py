@@ -2,12 +2,15 @@
 
 import signal
 
+import pytest
+
 from support.fault_processes import script
 
 STAGES = ("load", "settle", "rewrite", "plan", "capture", "lower", "package", "verify")
 HARMLESS = {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "TZ": "Pacific/Kiritimati"}
 
 
+@pytest.mark.slow
 def test_killed_at_every_moment(tmp_path):
     """The artifact before stays as it was, nothing has the name of a new one, and the next export clears up."""
     found = script("export_faults.py", tmp_path, "killed")
@@ -19,6 +22,7 @@ def test_killed_at_every_moment(tmp_path):
     assert found["after that"] == ["new", "old"]
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full(tmp_path):
     """From no room at all up to room for the whole artifact: each is a sentence, and leaves nothing."""
     mounts = f"mkdir {tmp_path}/disk; mount -t tmpfs -o size=64m none {tmp_path}/disk"
@@ -42,6 +46,7 @@ def test_a_weight_that_is_not_a_number(tmp_path):
     assert found["left"] == []
 
 
+@pytest.mark.slow
 def test_two_exports_to_one_output(tmp_path):
     found = script("export_faults.py", tmp_path, "two")
     refused = (
@@ -52,6 +57,7 @@ def test_two_exports_to_one_output(tmp_path):
     assert found["force True"] == {"codes": [0, 0], "said": ["", ""], "left": "the whole", "hidden": []}
 
 
+@pytest.mark.slow
 def test_another_locale_time_zone_and_day(tmp_path):
     """The same bytes, but for the code of this backend, which torch numbers anew in each export."""
     (tmp_path / "a").mkdir()

@@ -129,7 +129,7 @@ def test_no_tensor_of_a_call_is_kept():
 def test_every_input_of_every_call_is_looked_at(artifact, graph, name):
     inputs = {s.name: torch.ones(s.shape) for s in artifact.graph(graph).graph.inputs}
     artifact.graph(graph)(inputs)
-    with pytest.raises(RequestError, match=f"graph '{graph}': input '{name}': expected contiguous float32"):
+    with pytest.raises(RequestError, match=f"'{graph}': input '{name}': .*contiguous float32"):
         artifact.graph(graph)({**inputs, name: inputs[name].half()})
     artifact.graph(graph)(inputs)
 
@@ -190,7 +190,7 @@ def test_a_graph_whose_code_has_another_number_of_inputs_is_not_opened(artifact_
 
 
 def test_an_unknown_graph_is_answered_with_those_that_exist(artifact):
-    with pytest.raises(ArtifactError, match="graph 'x' is not in the artifact; it has full, reuse, text_encoder"):
+    with pytest.raises(ArtifactError, match=r"graph 'x' is not in the artifact.*it has full, reuse"):
         artifact.graph("x")
 
 
@@ -204,10 +204,7 @@ def test_no_argument_of_the_diffusers_pipeline_is_ignored(pipe):
     ours = set(inspect.signature(pipe.__call__).parameters) | set(pipe.family_rules.arguments)
     assert {"sigmas", "true_cfg_scale", "joint_attention_kwargs", "ip_adapter_image"} <= theirs - ours
     for name in sorted(theirs - ours):
-        with pytest.raises(
-            RequestError,
-            match=f"^{name}: an artifact of FluxPipeline does not take it; (did you mean .+)?it takes prompt, ",
-        ):
+        with pytest.raises(RequestError, match=f"^{name}: .*FluxPipeline does not take it; .*it takes prompt"):
             pipe("red", **{name: 3.0})
 
 

@@ -179,7 +179,7 @@ def test_a_host_without_that_much_memory_is_told():
         def pinned(self, count):
             raise RuntimeError("CUDA error: out of memory\nand a stack")
 
-    with pytest.raises(ArtifactError, match=r"0\.0 GiB of weights could not be pinned .*\(CUDA error: out of memory\)"):
+    with pytest.raises(ArtifactError, match=r"could not be pinned .*\(CUDA error: out of memory\)"):
         OffloadedGroup(WEIGHTS, CPU, Poor())
 
 

@@ -156,9 +156,7 @@ def test_a_file_without_a_picture_is_refused(photo, tmp_path):
     photo.save(tmp_path / "whole.png")
     (tmp_path / "half.png").write_bytes((tmp_path / "whole.png").read_bytes()[:2000])
     for name in ("words.png", "half.png", "absent.png", "."):
-        with pytest.raises(
-            RequestError, match=r"expected a picture, such as a .png or .jpg, but .*; give another file"
-        ):
+        with pytest.raises(RequestError, match=r"expected a picture, such as a .png or.*give another file"):
             open_picture(tmp_path / name)
 
 
@@ -307,7 +305,7 @@ def test_the_name_says_what_is_written(tmp_path, monkeypatch):
     with pytest.raises(RequestError, match="expected one frame or more"):
         write_video([], tmp_path / "x.gif")
     monkeypatch.setitem(sys.modules, "av", None)
-    with pytest.raises(RequestError, match=r"pip install 'prebake\[video\]', or give a name that ends in .gif"):
+    with pytest.raises(RequestError, match=r"'prebake\[video\]', or .*name that ends in .gif"):
         check_video_path(tmp_path / "x.mp4", 8)
     assert default_video_path().name == "video.gif"
 
@@ -315,9 +313,7 @@ def test_the_name_says_what_is_written(tmp_path, monkeypatch):
 def test_an_mp4_of_odd_size_or_in_no_folder_is_refused(tmp_path):
     pytest.importorskip("av", reason="needs the extra `video`")
     assert default_video_path().name == "video.mp4"
-    with pytest.raises(
-        RequestError, match=r"an .mp4 has an even width and height, the frames are 15 x 24; give a .gif"
-    ):
+    with pytest.raises(RequestError, match=r"an .mp4 has an even width and height, the.*give a .gif"):
         write_video(moving(2, (15, 24)), tmp_path / "x.mp4")
     with pytest.raises(RequestError, match="could not be written"):
         write_video(moving(2), tmp_path / "absent/x.mp4")

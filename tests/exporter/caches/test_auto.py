@@ -161,6 +161,7 @@ def test_the_aim_leads_back_to_the_uncached_run():
     assert not torch.allclose(astray.latents, examples.uncached[2], rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.compiles
 def test_a_found_plan_compiles_to_itself():
     component, table = component_of("flux"), table_of("ddim")

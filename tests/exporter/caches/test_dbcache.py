@@ -421,6 +421,7 @@ def test_a_frozen_plan_computes_where_most_of_cache_dits_runs_did():
     assert sum(len(d.actions) for d in unanimous.decisions) < sum(len(d.actions) for d in got.decisions)
 
 
+@pytest.mark.slow
 @pytest.mark.compiles
 def test_a_frozen_plan_compiles():
     cache = DBCache(Fn_compute_blocks=1, max_warmup_steps=3, residual_diff_threshold=0.2, calibrator_type="taylorseer")
@@ -435,6 +436,7 @@ def test_a_frozen_plan_compiles():
     assert artifact.error(eager) < 2e-5
 
 
+@pytest.mark.slow
 @pytest.mark.compiles
 def test_forecasts_that_are_stored_compile():
     mask = (1, 1, 0, 0, 1, 0)
@@ -459,7 +461,7 @@ def test_more_blocks_than_a_list_has_are_refused_with_the_lists():
 def test_a_list_whose_blocks_others_run_between_is_refused():
     order = ("a.0", "a.1", "b.0", "a.2", "b.1", "b.2")
     layout = Layout(tuple(Place(name, "", name, "block", ("hidden_states",)) for name in order))
-    with pytest.raises(ExportError, match=r"between those of a; the model runs a\.0, a\.1, b\.0, a\.2, b\.1, b\.2"):
+    with pytest.raises(ExportError, match=r"between those of a.*the model runs a\.0, a\.1"):
         find_block_lists(DBCache(Fn_compute_blocks=1), layout)
 
 

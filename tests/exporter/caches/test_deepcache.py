@@ -36,6 +36,7 @@ from support.variant_compiler import compiled_run
 TOLERANCE = 1e-5
 IDS = [(name, b) for name, count in (("sd", 12), ("sdxl", 9)) for b in range(count)]
 LISTED = {("sd", 0), ("sd", 1), ("sd", 5), ("sd", 11), ("sdxl", 0), ("sdxl", 3), ("sdxl", 8)}  # every module compared
+SLOW = LISTED - {("sd", 0), ("sdxl", 8)}  # between the two ends
 SMALL = {
     "sample_size": 8, "block_out_channels": (4, 8), "norm_num_groups": 2, "attention_head_dim": 2,
     "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
@@ -80,7 +81,9 @@ def both(component, layout, table, cache, **params):
     return theirs, peers.ours(component, planned, planned.plans[0], latents), planned
 
 
-@pytest.mark.parametrize(("name", "branch_id"), IDS)
+@pytest.mark.parametrize(
+    ("name", "branch_id"), [pytest.param(*case, marks=pytest.mark.slow) if case in SLOW else case for case in IDS]
+)
 def test_every_branch_runs_what_the_helper_runs_and_reaches_its_outputs(unets, name, branch_id):
     component, layout = unets[name]
     cache = DeepCache(cache_interval=3, cache_branch_id=branch_id)
@@ -241,7 +244,7 @@ def test_an_uncached_plan_is_the_plain_model(unets):
     assert torch.equal(ours.latents, peers.ours(component, plain, plain.plans[0], latents).latents)
 
 
-@pytest.mark.parametrize(("branch_id", "guidance"), [(0, False), (4, True)])
+@pytest.mark.parametrize(("branch_id", "guidance"), [(0, False), pytest.param(4, True, marks=pytest.mark.slow)])
 def test_pruned_graphs_hold_what_the_tape_says_and_skip_what_is_promised(branch_id, guidance):
     component = denoisers.sd_unet(**SMALL)
     component = denoisers.with_guidance(component) if guidance else component
@@ -255,6 +258,7 @@ def test_pruned_graphs_hold_what_the_tape_says_and_skip_what_is_promised(branch_
     check_variant_costs(component, planned, costs)
 
 
+@pytest.mark.slow
 @pytest.mark.compiles
 def test_the_artifacts_code_is_our_eager_replay():
     component = denoisers.sd_unet(**SMALL)
@@ -287,9 +291,16 @@ def real(name, size, layout):
 @pytest.mark.parametrize(
     ("name", "size", "parameters", "shares", "most"),
     [
-        ("sd", 64, 859.5e6, {0: 0.079, 1: 0.224, 2: 0.380}, 0.085),
+        pytest.param("sd", 64, 859.5e6, {0: 0.079, 1: 0.224, 2: 0.380}, 0.085, marks=pytest.mark.slow),
         ("sd", 16, 859.5e6, {}, 0.085),
-        ("sdxl", 128, 2567.5e6, {0: 0.015, 1: 0.038, 2: 0.066, 3: 0.129, 4: 0.214, 5: 0.306}, 0.02),
+        pytest.param(
+            "sdxl",
+            128,
+            2567.5e6,
+            {0: 0.015, 1: 0.038, 2: 0.066, 3: 0.129, 4: 0.214, 5: 0.306},
+            0.02,
+            marks=pytest.mark.slow,
+        ),
         ("sdxl", 32, 2567.5e6, {}, 0.02),
     ],
 )
@@ -315,7 +326,7 @@ def test_an_id_without_an_up_layer_is_refused_with_those_that_exist():
     layout = discover_layout(denoisers.sdxl_unet())
     with pytest.raises(
         ExportError,
-        match=r"cache_branch_id 9 is not an up layer of the model; it has 0 = up_blocks\.2\.resnets\.2, .* 8 = up_blocks\.0\.resnets\.0",
+        match=r"cache_branch_id 9 is not an up layer of the.*it has 0 =",
     ):
         make_plans(DeepCache(cache_interval=2, cache_branch_id=9), layout, {4: ddim(4)})
 

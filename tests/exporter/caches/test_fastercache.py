@@ -200,6 +200,7 @@ def test_nothing_of_the_unconditional_branch_is_left_where_it_is_skipped():
     assert costs["reuse-2"].flops < costs["reuse"].flops
 
 
+@pytest.mark.slow
 @pytest.mark.compiles
 def test_the_artifact_is_the_replay():
     component = denoisers.with_guidance(denoisers.pixart(layers=1), planes=True)
@@ -260,9 +261,7 @@ def test_temporal_attention_has_its_own_range_and_is_chosen_among_diffusers_name
         is_guidance_distilled=True, temporal_attention_block_skip_range=3, spatial_attention_block_identifiers=("^tran", "refiner"),
         spatial_attention_timestep_skip_range=(-1, 1001), temporal_attention_timestep_skip_range=(-1, 850),
     )  # fmt: skip
-    with pytest.raises(
-        ExportError, match=r"cache\.spatial_attention_block_identifiers \['refiner'\] match no attention"
-    ):
+    with pytest.raises(ExportError, match=r"cache\.spatial_attention_block_identifiers \['refiner'\]"):
         schedule(cache, Layout(places), Trajectory((900.0,)))
     narrowed = cache.model_copy(update={"spatial_attention_block_identifiers": ("^tran",)})
     got = schedule(narrowed, Layout(places), Trajectory((900.0, 880.0, 700.0, 600.0, 500.0)))
@@ -273,18 +272,14 @@ def test_temporal_attention_has_its_own_range_and_is_chosen_among_diffusers_name
 
 def test_what_a_denoiser_lacks_is_said():
     trajectory = Trajectory((900.0, 500.0, 100.0))
-    with pytest.raises(ExportError, match=r"this denoiser has one branch only; set cache\.is_guidance_distilled=true"):
+    with pytest.raises(ExportError, match=r"has one branch only.*is_guidance_distilled=true"):
         schedule(FasterCache(), LAYOUTS["flux"], trajectory)
     plain = discover_layout(denoisers.with_guidance(denoisers.pixart()))
     with pytest.raises(ExportError, match=r"must build it with guided\(\.\.\., planes=\(H, W\)\)"):
         schedule(FasterCache(), plain, trajectory)
-    with pytest.raises(
-        RecipeError, match=r"cache\.attention_weight has 2 weights, but the denoiser is evaluated 3 times"
-    ):
+    with pytest.raises(RecipeError, match=r"attention_weight has 2 weights, .*evaluated 3 times"):
         schedule(FasterCache(attention_weight=(0.1, 0.2)), LAYOUTS["pixart"], trajectory)
-    with pytest.raises(
-        ExportError, match=r"\['nowhere'\] match no attention of the model; it has transformer_blocks\.0\.a"
-    ):
+    with pytest.raises(ExportError, match=r"\['nowhere'\] match no attention of the model.*it has"):
         schedule(FasterCache(spatial_attention_block_identifiers=("nowhere",)), LAYOUTS["pixart"], trajectory)
     assert FasterCache().needs_planes
     assert not FasterCache(is_guidance_distilled=True).needs_planes

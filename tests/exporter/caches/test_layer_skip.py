@@ -311,6 +311,7 @@ def test_an_uncached_plan_is_the_plain_model(dits):
 # --- what is compiled -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.compiles
 def test_the_artifacts_code_is_our_eager_replay():
     component = denoisers.with_guidance(denoisers.pixart(layers=1))

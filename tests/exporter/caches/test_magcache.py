@@ -243,6 +243,7 @@ def test_the_uncached_plan_is_the_plain_model():
     assert uncached.error(peers.ours(component, plain, plain.plans[0], start(component))) == 0.0
 
 
+@pytest.mark.slow
 @pytest.mark.compiles
 @pytest.mark.parametrize("name", ["flux", "sd3-cfg"])
 def test_the_compiled_plan_is_the_eager_one(name):
@@ -339,11 +340,9 @@ def test_no_ratios_and_two_sources_of_them_are_refused():
     _, layout = denoiser("sd3-cfg")
     trajectory = Trajectory((900.0, 600.0))
     for seen in (None, calibration({}), calibration({"cond": (1.0,) * 8})):
-        with pytest.raises(
-            ExportError, match=r"has no ratios for branch 'uncond'; run `prebake calibrate .*mag_ratios"
-        ):
+        with pytest.raises(ExportError, match=r"branch 'uncond'; run `prebake calibrate .*mag_ratios"):
             schedule(MagCache(), layout, trajectory, seen)
-    with pytest.raises(ValidationError, match=r"mag_ratios and calibration = 'a\.json' both say what the ratios are"):
+    with pytest.raises(ValidationError, match=r"mag_ratios and calibration = 'a\.json' both say what the"):
         MagCache(mag_ratios="flux", calibration="a.json")
 
 
@@ -351,9 +350,7 @@ def test_the_number_of_steps_is_the_plans():
     _, layout = denoiser("flux")
     given = MagCache(mag_ratios="flux", num_inference_steps=2)
     assert schedule(given, layout, Trajectory((900.0, 600.0)))
-    with pytest.raises(
-        RecipeError, match=r"num_inference_steps = 2, and this plan has 3 evaluations; leave the key out"
-    ):
+    with pytest.raises(RecipeError, match=r"num_inference_steps = 2, and this.*leave the key out"):
         schedule(given, layout, Trajectory((900.0, 600.0, 300.0)))
 
 
@@ -370,7 +367,5 @@ def test_what_is_no_list_of_ratios_is_refused(ratios):
 
 
 def test_a_unet_has_no_stack_of_blocks():
-    with pytest.raises(
-        ExportError, match=r"'magcache' needs a stack of transformer blocks, .* take method 'deepcache'"
-    ):
+    with pytest.raises(ExportError, match=r"'magcache' needs a stack .*method 'deepcache'"):
         schedule(MagCache(mag_ratios="flux"), denoiser("sd")[1], Trajectory((900.0, 600.0)))

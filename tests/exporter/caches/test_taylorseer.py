@@ -213,6 +213,7 @@ def test_an_uncached_plan_is_the_plain_model():
     assert ours.error(peers.peer_replay(MADE["sd3"], table, latents, lambda model, clock: None)) < CLOSE
 
 
+@pytest.mark.slow
 @pytest.mark.compiles
 def test_the_artifact_is_the_replay():
     cache, table = TaylorSeer(disable_cache_before_step=2), peers.table_of(FLOW, 6)
@@ -234,9 +235,7 @@ def test_default_identifiers_that_match_no_whole_name_are_refused_where_diffuser
     theirs = peers.peer_replay(MADE["pixart"], table, latents, peer_of(TaylorSeer()))
     plain = peers.peer_replay(MADE["pixart"], table, latents, lambda model, clock: None)
     assert theirs.error(plain) == 0
-    with pytest.raises(
-        ExportError, match=r"match no whole module name; the model's attentions are transformer_blocks\.0\.attn1, t"
-    ):
+    with pytest.raises(ExportError, match=r"match no whole module name.*the model's attentions are"):
         schedule(TaylorSeer(), LAYOUTS["pixart"], Trajectory(table.timesteps))
 
 
@@ -262,9 +261,7 @@ def test_a_first_step_without_computing_is_refused_where_diffusers_raises():
             skeletons.model_of(MADE["flux"]), ("transformer_blocks.0.attn",), (900.0,),
             lambda model, clock: (apply_taylorseer_cache(model, config), skeletons.in_context(model))[1],
         )  # fmt: skip
-    with pytest.raises(
-        RecipeError, match="disable_cache_before_step = 0 predicts the first step from nothing; set it to"
-    ):
+    with pytest.raises(RecipeError, match=r"disable_cache_before_step = 0 predicts the.*set it to"):
         resolve("flux-fast", ["cache.method=taylorseer", "cache.disable_cache_before_step=0"])
 
 

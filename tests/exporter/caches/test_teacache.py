@@ -238,6 +238,7 @@ def test_a_timestep_embedding_decides_the_same_for_any_prompt_and_needs_no_calib
     assert skipped > 10
 
 
+@pytest.mark.slow
 @pytest.mark.compiles
 def test_an_exact_plan_compiles_and_both_branches_skip():
     cache = TeaCache(signal="time_embedding", rel_l1_thresh=0.6, coefficients=(1.0, 0.0))
@@ -295,7 +296,7 @@ def test_the_comparison_can_fail():
 def test_a_signal_that_depends_on_the_prompt_is_not_exact():
     cache = TeaCache(signal="time_embedding", module="time_text_embed")
     component, table = model("flux"), TABLES["flow"](6)
-    with pytest.raises(ExportError, match=r"time_text_embed': its output depends on more than the timestep"):
+    with pytest.raises(ExportError, match="time_text_embed': its output depends on more than the"):
         teacache.decide_by_timesteps(cache, component, discover_layout(component), {6: table}, timestep_scale=1.0)
     alone = cache.model_copy(update={"module": "time_text_embed.timestep_embedder"})
     made = teacache.decide_by_timesteps(alone, component, discover_layout(component), {6: table}, timestep_scale=1.0)
@@ -305,7 +306,7 @@ def test_a_signal_that_depends_on_the_prompt_is_not_exact():
 def test_a_module_that_does_not_exist_is_refused_with_those_that_do():
     cache = TeaCache(signal="time_embedding")
     component, table = model("flux"), TABLES["flow"](6)
-    with pytest.raises(ExportError, match=r"time_embedding' is not in the model; there it has .*time_text_embed"):
+    with pytest.raises(ExportError, match=r"time_embedding' is not.*there it has .*time_text_embed"):
         teacache.decide_by_timesteps(cache, component, discover_layout(component), {6: table}, timestep_scale=1.0)
 
 
@@ -332,7 +333,7 @@ def test_polynomials_are_numbers_or_names():
         TeaCache().polynomial == POLYNOMIALS["flux"] == (498.651651, -283.781631, 55.8554382, -3.82021401, 0.264230861)
     )
     assert TeaCache(coefficients=[1.0, 0.0]).polynomial == (1.0, 0.0)
-    with pytest.raises(ValidationError, match=r"no polynomial is called 'fluxx'; give numbers, or one of flux, "):
+    with pytest.raises(ValidationError, match=r"is called 'fluxx'; .*one of flux, "):
         TeaCache(coefficients="fluxx")
     rng = random.Random(3)
     for coefficients in POLYNOMIALS.values():

@@ -96,14 +96,12 @@ def test_an_exception_without_words_is_named_by_its_type():
     def f(m, a):
         raise KeyError
 
-    with pytest.raises(ExportError, match=r"graph 'g': torch\.export could not trace it \(KeyError: KeyError\)"):
+    with pytest.raises(ExportError, match=r"graph 'g': .*not trace it \(KeyError: KeyError\)"):
         captured(f, torch.ones(2))
 
 
 def test_a_strided_output_is_refused_by_its_name():
-    with pytest.raises(
-        ExportError, match=r"graph 'g': outputs turned are not contiguous, which the call contract asks for"
-    ):
+    with pytest.raises(ExportError, match="graph 'g': outputs turned are not contiguous, which the"):
         captured(lambda m, a: (a + 1, a.t()), torch.ones(2, 3), outputs=("plain", "turned"))
 
 

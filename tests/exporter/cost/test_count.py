@@ -112,7 +112,7 @@ def test_a_variant_that_skips_nothing_is_refused(reused):
     costs = {"full": count_cost(full), "reuse": count_cost(full)}
     with pytest.raises(
         ExportError,
-        match=r"variant 'reuse' skips nothing: [\d,]+ FLOPs, the full graph has [\d,]+; its sites feed values that are computed anyway",
+        match=r"variant 'reuse' skips nothing: .*its sites feed values",
     ):
         check_variant_costs(denoiser, planned, costs)
 
@@ -150,7 +150,7 @@ def of(flops: int) -> Cost:
 def test_a_variant_dearer_than_promised_is_refused():
     with pytest.raises(
         ExportError,
-        match=r"variant 'reuse' should cost 6,000 FLOPs after skipping its sites, its graph has 6,101; something outside the sites reads",
+        match=r"'reuse' should cost 6,000 FLOPs .*graph has 6,101;",
     ):
         check_skips(of(10_000), of(6_101), "reuse", 4_000)
 

@@ -93,7 +93,7 @@ def test_numbers_of_frames_that_the_decoder_does_not_give_back_are_refused(frame
     pipe, size = eager("cogvideox"), Size(16, 16, 16, frames)
     decoder = cogvideox.other_components(pipe, size, channels_last=False)[-1]
     assert decoder.module(*decoder.args)[0].shape[1] == made
-    with pytest.raises(ExportError, match=rf"shapes\.num_frames: .* got {frames}, the nearest are {nearest}$"):
+    with pytest.raises(ExportError, match=rf"shapes\.num_frames: .* the nearest are {nearest}$"):
         cogvideox.check_size(pipe, size)
 
 
@@ -236,9 +236,7 @@ def test_what_the_model_cannot_do_is_refused(name, size, sentence):
 
 
 def test_a_layout_that_videos_do_not_have_is_refused():
-    with pytest.raises(
-        ExportError, match=r"^compile\.channels_last_vae: expected false, .* got true; set it to false$"
-    ):
+    with pytest.raises(ExportError, match=r"^compile\.channels_last_vae.*set it to false$"):
         cogvideox.other_components(eager("cogvideox"), SIZE, channels_last=True)
 
 

@@ -10,9 +10,15 @@ from support.family_parity import FAMILIES, PROMPTS, TOLERANCE, eager, expected,
 GUIDED = [name for name, case in FAMILIES.items() if case.negatives]
 
 
-def families(ability: str, names=tuple(FAMILIES)):
-    """The parameter `name`, and for the docs' table which ability of it a test shows."""
-    return pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.works(n, ability)) for n in names])
+def families(ability: str, names=tuple(FAMILIES), slow=()):
+    """The parameter `name`, and for the docs' table which ability of it a test shows. `slow`: whose near kin is tried at every run."""
+    return pytest.mark.parametrize(
+        "name",
+        [
+            pytest.param(n, marks=[pytest.mark.works(n, ability), *([pytest.mark.slow] if n in slow else [])])
+            for n in names
+        ],
+    )
 
 
 @families("a prompt")
@@ -53,7 +59,7 @@ def test_a_guidance_of_one_ignores_the_negative_prompt(name):
     )
 
 
-@families("batched guidance", GUIDED)
+@families("batched guidance", GUIDED, slow=("sd2", "sdxl-refiner"))
 def test_both_branches_at_once(name):
     negative = "blurry"
     latents = expected(name, PROMPTS[0], negative_prompt=negative, generator=seeded(1))

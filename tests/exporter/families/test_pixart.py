@@ -76,7 +76,7 @@ def test_the_mask_says_what_of_the_embeddings_is_text():
         latents = latents_of(eager("pixart"), None, negative_prompt=None, generator=seeded(1), **call)
         assert relative_error(got("pixart", None, seed=1, **call), latents) < TOLERANCE
     assert relative_error(got("pixart", PROMPTS[0], seed=1), latents) > 1e-3  # the canary: the padding counts
-    with pytest.raises(RequestError, match=r"expected either prompt,? or prompt_embeds and prompt_attention_mask"):
+    with pytest.raises(RequestError, match=r"expected either prompt,? or prompt_embeds and"):
         pipe(prompt_embeds=states)
 
 
@@ -227,7 +227,7 @@ def test_sizes_that_the_model_cannot_draw_are_refused(size, message):
 
 def test_there_is_no_image_to_image(tmp_path):
     recipe = resolve("pixart-fast", (*PLAIN, "sampler.image_to_image=true"), "tiny:pixart")
-    with pytest.raises(RecipeError, match=r"sampler\.image_to_image: this family's pipelines start from noise alone"):
+    with pytest.raises(RecipeError, match=r"sampler\.image_to_image: this family's pipelines start"):
         uncompiled(recipe, tmp_path)
 
 

@@ -213,7 +213,13 @@ SCHEDULERS = (
 
 
 @pytest.mark.works("sd", "other schedulers")
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        pytest.param(s, marks=pytest.mark.slow) if s in ("DDIMScheduler", "UniPCMultistepScheduler") else s
+        for s in SCHEDULERS
+    ],
+)
 def test_another_scheduler(scheduler):
     override = f"sampler.scheduler={scheduler}"
     pipe = peer(StableDiffusionPipeline, "sd", scheduler)
@@ -295,7 +301,7 @@ def test_a_unet_that_sees_a_picture_is_refused():
         unet = UNet2DConditionModel(**{**eager("sd").unet.config, "in_channels": 9})
         vae, tokenizer, vae_scale_factor = eager("sd").vae, eager("sd").tokenizer, 2
 
-    with pytest.raises(ExportError, match=r"in_channels: expected 4 as the VAE's latents have, got 9: UNets that see"):
+    with pytest.raises(ExportError, match="in_channels: expected 4 as the VAE's latents have, got"):
         sd.check_size(Inpainting, Size(32, 32, 16))
 
 

@@ -365,6 +365,7 @@ def test_a_callback_counts_the_steps_of_the_part():
 # --- caches ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @works("caches")
 def test_the_recipes_cache_is_that_of_its_package():
     deepcache = ("cache.method=deepcache", "cache.cache_interval=3", "cache.cache_branch_id=0")

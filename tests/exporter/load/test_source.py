@@ -60,7 +60,7 @@ def test_an_unknown_id_without_a_network_is_refused_with_the_way_out(monkeypatch
 def test_a_path_that_is_not_there_never_reaches_the_hub(model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(DiffusionPipeline, "download", lambda *_, **__: pytest.fail("asked the hub"))
-    with pytest.raises(ExportError, match=r"there is no such file or folder; expected shapes, .+, or a hub id such as"):
+    with pytest.raises(ExportError, match=r"no such file or folder; expected shapes, .+, or a hub id"):
         source.load_model(model, None, FLOAT32)
 
 
@@ -125,7 +125,7 @@ def test_what_the_hub_refuses_comes_with_the_way_out(error, way_out, wrapped, mo
 def test_a_folder_without_a_pipeline_is_refused(tmp_path):
     with pytest.raises(
         ExportError,
-        match=r"expected a pipeline folder with model_index\.json, as save_pretrained writes it, found none",
+        match=r"pipeline folder with model_index\.json, .*found none",
     ):
         source.load_model(str(tmp_path), None, FLOAT32)
 
@@ -214,9 +214,7 @@ def test_a_tiny_model_is_built_once_and_brings_its_defaults():
 
 
 def test_an_unknown_tiny_model_is_refused_with_those_that_exist():
-    with pytest.raises(
-        ExportError, match=r"model 'tiny:fluks': expected one of tiny:flux, tiny:flux-schnell, .*tiny:sd"
-    ):
+    with pytest.raises(ExportError, match=r"model 'tiny:fluks': expected one of .*tiny:sd"):
         source.load_model("tiny:fluks", None, FLOAT32)
 
 
@@ -333,23 +331,21 @@ def test_a_single_file_without_its_configuration_says_which_and_the_way_out(sing
 
 def test_a_single_file_of_another_kind_is_refused_by_its_name(tmp_path):
     save_file({"clip_txt_mapper.weight": torch.zeros(1536, 1)}, tmp_path / "cascade.safetensors")
-    with pytest.raises(
-        ExportError, match=r"'cascade.safetensors': diffusers takes its weights for 'stable_cascade_stage_c_lite'"
-    ):
+    with pytest.raises(ExportError, match=r"'cascade.safetensors': .*'stable_cascade_stage_c_lite'"):
         source.load_model(str(tmp_path / "cascade.safetensors"), None, FLOAT32)
 
 
 def test_a_damaged_single_file_is_refused(single, tmp_path):
     (tmp_path / "damaged.safetensors").write_bytes(b"nonsense")
     for config in (None, str(single.parent / "config")):
-        with pytest.raises(ExportError, match=r"model 'damaged.safetensors': .+ could not read .+damaged.safetensors"):
+        with pytest.raises(ExportError, match=r"model 'damaged.safetensors': .+ could not read"):
             source.load_model(str(tmp_path / "damaged.safetensors"), None, FLOAT32, config)
 
 
 def test_a_configuration_that_is_not_there_or_not_needed_is_refused(single, tiny_folder, tmp_path):
-    with pytest.raises(ExportError, match=r"model.config 'nowhere': expected a folder, here or beside .+, found none"):
+    with pytest.raises(ExportError, match=r"model.config 'nowhere': expected a folder, here or"):
         source.load_model(str(single), None, FLOAT32, "nowhere")
-    with pytest.raises(ExportError, match=r"model.config .+: expected a folder with a pipeline's model_index.json"):
+    with pytest.raises(ExportError, match=r"model.config .+: expected a folder with a pipeline's"):
         source.load_model(str(single), None, FLOAT32, str(tmp_path))
     with pytest.raises(ExportError, match=r"model.config goes with one safetensors file"):
         source.load_model(str(tiny_folder), None, FLOAT32, "config")

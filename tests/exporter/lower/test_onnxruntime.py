@@ -383,7 +383,7 @@ def test_a_session_on_another_provider_is_refused(artifact, monkeypatch):
             return ["CPUExecutionProvider"]
 
     monkeypatch.setattr(opening.onnxruntime, "InferenceSession", lambda *_, **__: Elsewhere())
-    with pytest.raises(ArtifactError, match="it would run on CPUExecutionProvider, not on CUDAExecutionProvider"):
+    with pytest.raises(ArtifactError, match=r"run on CPU.*, not on CUDAExecutionProvider"):
         opening.open_session(b"", artifact, {}, torch.device("cuda"), 1, prepack=False)
 
 
@@ -403,7 +403,7 @@ def test_a_file_of_other_inputs_is_refused(artifact):
     opened = open_artifact(artifact)
     graph = opened.manifest.graph("vae_decoder")
     session = opened.graphs["full"]._model._session
-    with pytest.raises(ArtifactError, match=r"graph 'vae_decoder': its file takes .* is not what the manifest says"):
+    with pytest.raises(ArtifactError, match=r"graph 'vae_decoder': its file takes .* is not what the"):
         opening.SessionModel(graph, session, {}, CPU)
 
 
@@ -433,15 +433,13 @@ def test_options_that_there_are_not(option, problem):
 @pytest.mark.parametrize("backend", ["onnxruntime", "aoti"])
 def test_fp8_is_refused_where_nothing_multiplies_it(backend):
     recipe = resolve("flux-fast", (f"compile.backend={backend}", "quantize.method=fp8_dynamic"), "tiny:flux")
-    with pytest.raises(
-        RecipeError, match=r"^quantize\.method 'fp8_dynamic': .*set quantize\.method=int8_dynamic, or .*tensorrt$"
-    ):
+    with pytest.raises(RecipeError, match=r"method 'fp8_dynamic': .*int8_dynamic, or .*tensorrt$"):
         importlib.import_module(f"prebake.exporter.lower.{backend}").adapt_recipe(recipe)
 
 
 def test_aoti_has_other_options():
     recipe = resolve("flux-fast", ("compile.backend=aoti", "compile.options.prepack=true"), "tiny:flux")
-    with pytest.raises(RecipeError, match=r"compile\.options \[prepack\].*options of this backend: kernels"):
+    with pytest.raises(RecipeError, match=r"\[prepack\].*options of this backend: kernels"):
         aoti.adapt_recipe(recipe)
 
 

@@ -60,7 +60,7 @@ def test_an_earlier_artifact_survives_an_error(artifact, error):
 
 
 def test_an_existing_output_is_refused_before_any_work(artifact):
-    with pytest.raises(RequestError, match=r"out: already exists; choose another --output, or replace it with --force"):
+    with pytest.raises(RequestError, match=r"out: already exists.*choose another --output, or"):
         staged(artifact)
     assert listing(artifact) == ["manifest.json", "old"]
 
@@ -87,7 +87,7 @@ def test_force_never_replaces_what_is_not_an_artifact(tmp_path, content):
     before = listing(tmp_path)
     with pytest.raises(
         RequestError,
-        match=r"out: --force replaces artifacts only, and this has no manifest\.json of one; choose another --output",
+        match=r"out: --force replaces artifacts.*choose another --output",
     ):
         staged(tmp_path / "out", force=True)
     assert listing(tmp_path) == before
@@ -188,9 +188,7 @@ def test_every_dtype_comes_back_bit_by_bit(tmp_path, dtype):
 
 
 def test_other_strides_are_refused():
-    with pytest.raises(
-        ExportError, match=r"a constant of shape \(3, 2\) has strides \(1, 3\), which safetensors cannot keep"
-    ):
+    with pytest.raises(ExportError, match=r"a constant of shape \(3, 2\) has strides \(1, 3\), which"):
         package.to_memory_order(torch.ones(2, 3).t())
 
 

@@ -162,7 +162,7 @@ def test_a_mask_of_fixed_length_must_fit_every_listed_number_of_steps():
 
 
 def test_a_mask_whose_group_vanishes_may_not_start_with_a_skip():
-    with pytest.raises(RecipeError, match=r"mask '\(10\)01' skips the first step, .*; start it with 1 \(at 2 steps\)"):
+    with pytest.raises(RecipeError, match=r"mask '\(10\)01' skips.*start it with 1 \(at 2 steps\)"):
         Mask(mask="(10)01").expand(2)
 
 
@@ -224,7 +224,7 @@ def test_scheduler_is_looked_up_in_the_installed_diffusers():
     check_scheduler("FlowMatchEulerDiscreteScheduler")
     with pytest.raises(
         RecipeError,
-        match=r"has no scheduler 'EulerDiscretScheduler'; did you mean 'EulerDiscreteScheduler'\? 'model' takes",
+        match=r"'EulerDiscretScheduler'; .*'EulerDiscreteScheduler'",
     ):
         check_scheduler("EulerDiscretScheduler")
 

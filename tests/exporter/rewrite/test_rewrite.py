@@ -71,9 +71,7 @@ def test_the_vae_decodes_the_same_with_fused_projections(tiny_pipe):
 
 
 def test_a_model_without_fusing_is_refused():
-    with pytest.raises(
-        ExportError, match=r"fuse\.qkv: Linear \(transformer\) has no fuse_qkv_projections; set fuse\.qkv=false"
-    ):
+    with pytest.raises(ExportError, match=r"fuse\.qkv.*set fuse\.qkv=false"):
         fuse_qkv("transformer", nn.Linear(1, 1), key="fuse.qkv")
 
 
@@ -85,7 +83,7 @@ class NothingToFuse(nn.Module):
 def test_a_model_in_which_nothing_was_fused_is_refused():
     with pytest.raises(
         ExportError,
-        match=r"fuse\.vae_qkv: diffusers found no attention to fuse in the vae \(NothingToFuse\); set fuse\.vae_qkv=false",
+        match=r"fuse\.vae_qkv.*set fuse\.vae_qkv=false",
     ):
         fuse_qkv("vae", NothingToFuse(), key="fuse.vae_qkv")
 
@@ -184,7 +182,7 @@ def test_include_and_exclude_choose_by_name(tiny_pipe):
 def test_quantizing_nothing_is_refused_with_the_reasons(tiny_pipe):
     with pytest.raises(
         ExportError,
-        match=r"quantize\.method 'int8_dynamic' fits none of the model's 28 Linear layers \(attention, 64x192 is smaller than 6400; .*embedding.*\); relax quantize\.include, exclude or min_width_ratio",
+        match=r"none of the model's 28 Linear .*relax quantize\.include",
     ):
         rewrite_pipeline(tiny_pipe, recipe("quantize.min_width_ratio=100"), AOTI)
 
@@ -218,7 +216,7 @@ def test_a_diffusers_cache_hook_is_refused_by_name(tiny_pipe):
     apply_pyramid_attention_broadcast(tiny_pipe.transformer, config)
     with pytest.raises(
         ExportError,
-        match=r"transformer\.transformer_blocks\.0\.attn carries the diffusers hook pyramid_attention_broadcast, .*recipe's \[cache\] table",
+        match=r"attn carries .*pyramid_attention.*\[cache\] table",
     ):
         rewrite_pipeline(tiny_pipe, recipe(), AOTI)
 
@@ -239,9 +237,7 @@ def test_a_pre_hook_is_refused_too():
 def test_a_patched_forward_is_refused_by_place():
     model = nn.Sequential(nn.Linear(1, 1))
     model[0].forward = lambda x: x
-    with pytest.raises(
-        ExportError, match=r"transformer\.0 has a patched forward \(<function .*\), which export cannot trust"
-    ):
+    with pytest.raises(ExportError, match=r"transformer\.0 has a patched forward \(<function .*\)"):
         refuse_hooked("transformer", model)
 
 

@@ -117,7 +117,7 @@ def test_no_hook_stays_behind_also_after_an_error(denoiser, attentions):
 def test_an_unknown_site_is_refused_with_those_that_exist(denoiser):
     with pytest.raises(
         ExportError,
-        match=r"site 'transformer\.transformer_blocks\.30' is not in the model; there it has transformer\.transformer_blocks\.0",
+        match=r"transformer_blocks\.30' is not .*transformer_blocks\.0",
     ):
         submodule(denoiser.module, "transformer.transformer_blocks.30")
 

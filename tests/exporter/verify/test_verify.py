@@ -154,9 +154,7 @@ def test_values_that_are_not_finite_are_refused(replayer):
     broken = [
         replace(c, outputs={"sample": c.outputs["sample"] * inf}) if c.graph == "full" else c for c in drawn.calls
     ]
-    with pytest.raises(
-        ExportError, match=r"plan '8', evaluation 0 \(variant 'full'\): .* not finite; set precision.denoiser"
-    ):
+    with pytest.raises(ExportError, match=r"plan '8', evaluation 0 .* set precision.denoiser"):
         golden.check_finite(replayer.evaluations(replace(drawn, calls=tuple(broken))), "8")
 
 
@@ -165,7 +163,7 @@ def test_artifact_without_golden_vectors_is_refused(copied):
     rewrite_manifest(copied)
     with pytest.raises(
         ArtifactError,
-        match=r"there are no golden vectors to replay \(plan 8, 8-uncached\); `prebake verify .* --source` .* writes them",
+        match=r"there are no golden.*`prebake verify .* --source`",
     ):
         verify_artifact(copied, VerifyOptions(), Progress())
 

@@ -433,7 +433,5 @@ def test_a_report_may_lie_beside(paper, never_opened):
 
 
 def test_what_is_not_machine_code_is_an_error_of_ours(paper, tmp_path):
-    with pytest.raises(
-        ArtifactError, match=r"a\.wrapper\.so: expected a model compiled by AOTInductor, but .*; export again"
-    ):
+    with pytest.raises(ArtifactError, match=r"a\.wrapper\.so.*export again"):
         open_artifact(paper, cache_dir=tmp_path / "cache")

@@ -97,9 +97,7 @@ def test_a_recording_that_fails_leaves_the_next_call_to_try_again():
 
     loop = RecordedLoop(fails_once)
     through(loop, 0)
-    with pytest.raises(
-        ArtifactError, match=r"could not record plan 'p' \(the stream does not record this\); export again"
-    ):
+    with pytest.raises(ArtifactError, match=r"could not record plan 'p' \(the stream.*export again"):
         through(loop, 1)
     assert torch.equal(through(loop, 2), through(replay, 2))
 

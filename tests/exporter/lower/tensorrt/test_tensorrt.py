@@ -165,8 +165,8 @@ def test_no_engine_holds_a_weight(artifact, manifest):
     ("method", "names", "room"),
     [
         ("none", ("full", "text_encoder", "vae_decoder"), CLOSE),
-        ("int8_dynamic", ("full",), CLOSE_INT8),
-        ("fp8_dynamic", ("full",), CLOSE_FP8),
+        pytest.param("int8_dynamic", ("full",), CLOSE_INT8, marks=pytest.mark.slow),
+        pytest.param("fp8_dynamic", ("full",), CLOSE_FP8, marks=pytest.mark.slow),
     ],
 )
 def test_what_the_parser_gets_computes_what_the_graph_does(method, names, room):
@@ -284,9 +284,7 @@ def options(*settings: str) -> Any:
 
 def test_what_the_library_cannot_build_is_named():
     graph = capture_graph("shifted", Shifted(), (torch.ones(2, 3, dtype=torch.int32),), ("x",), ("y",))
-    with pytest.raises(
-        ExportError, match=r"graph 'shifted': tensorrt_rtx .* cannot build it \(.*initializer.*\); set compile\.backend"
-    ):
+    with pytest.raises(ExportError, match=r"'shifted': .*initializer.*set compile\.backend"):
         lowering.build_engine(trt, graph, options())
 
 
@@ -330,7 +328,7 @@ def test_fp8_is_for_gpus_that_multiply_it():
     assert lowering.adapt_recipe(adapted) == (adapted, ())
     other = fp8("compile.options.flavour=tensorrt")  # which builds for the GPU that it is on
     assert lowering.adapt_recipe(other) == (other, ())
-    with pytest.raises(RecipeError, match=r"multiply fp8 from sm89 on, got 'sm80'; leave out .* quantize\.method=int8"):
+    with pytest.raises(RecipeError, match=r"fp8 from sm89 on, got 'sm80'.*quantize\.method=int8"):
         lowering.adapt_recipe(fp8("compile.options.compute_capabilities=sm80 sm89"))
 
 
@@ -381,5 +379,5 @@ def test_a_gpu_that_the_library_has_no_kernels_for_is_refused():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_the_other_flavour_wants_to_be_installed_or_a_gpu():
-    with pytest.raises(ExportError, match=r"pip install 'prebake\[trt\]'|set compile\.options\.flavour=rtx"):
+    with pytest.raises(ExportError, match=r"'prebake\[trt\]'|set compile\.options\.flavour=rtx"):
         lowering.import_library(options("compile.options.flavour=tensorrt"))

@@ -242,9 +242,7 @@ def test_kernels_are_for_machines_that_have_the_instructions(monkeypatch):
 
 def test_kernels_that_cannot_be_verified_here_are_refused(monkeypatch):
     monkeypatch.setattr(kernels, "host_flags", lambda: frozenset({"avx2"}))
-    with pytest.raises(
-        RecipeError, match=r"^compile.options.kernels: they need avx512_bf16, avx512_vnni and x86-64-v4"
-    ):
+    with pytest.raises(RecipeError, match=r"^compile.options.kernels: .*avx512_vnni and x86-64-v4"):
         aoti.adapt_recipe(recipe("compile.options.kernels=true"))
     assert aoti.adapt_recipe(recipe())[1] == ()
 
@@ -270,7 +268,5 @@ def test_a_compiler_that_fails_is_named(tmp_path, monkeypatch):
     from prebake.runtime.errors import ExportError
 
     monkeypatch.setattr(kernels, "COMPILE_ARGUMENTS", ("-std=c++98",))
-    with pytest.raises(
-        ExportError, match=r"^the CPU kernels could not be compiled \(.*; set compile.options.kernels=false"
-    ):
+    with pytest.raises(ExportError, match=r"kernels could not be compiled .*options.kernels=false"):
         kernels.build_archive(tmp_path, 1)

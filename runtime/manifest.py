@@ -15,7 +15,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field, ValidationError
 
 from .errors import ArtifactError, describe_read_error, describe_schema_error
-from .hub_address import pull_command
+from .hub.address import pull_command
 from .plan import FROZEN_CONFIG
 
 SCHEMA_VERSION = 1

@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Literal, get_args
 
 from ..errors import RequestError, describe_read_error, raise_problems
-from ..hub_address import link_way_out
+from ..hub.address import link_way_out
 from ..manifest import FileEntry, Graph, Manifest
 from ..plan import Evaluation, Plan
 from ..storage.files import TRUST_WARNING, file_hashes, hash_problem, open_files

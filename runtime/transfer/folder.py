@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..check.artifact import MANIFEST_FILE, UNCHECKED_FOLDER, UNLISTED_FILES
 from ..errors import ArtifactError
-from ..hub_address import link_way_out
+from ..hub.address import link_way_out
 from ..storage.files import BLOCK_BYTES, open_plain_file
 from .progress import TransferProgress
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ArtifactError, RecipeError
-from ..hub_address import HUB_SCHEME
+from ..hub.address import HUB_SCHEME
 from ..storage.files import sha256_of
 from .progress import TransferProgress
 

@@ -13,7 +13,7 @@ from urllib.parse import unquote, urlsplit
 from ..check.artifact import UNCHECKED_FOLDER
 from ..check.signature import SIGNATURE_FILE as SIGNATURE
 from ..errors import ArtifactError, RecipeError, raise_problems
-from ..hub_address import HUB_SCHEME
+from ..hub.address import HUB_SCHEME
 from ..manifest import Manifest, read_manifest
 from ..problems import artifact_problems
 from .folder import FolderOrigin

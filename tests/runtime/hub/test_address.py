@@ -7,7 +7,7 @@ import pytest
 
 from prebake.runtime import ArtifactError, load
 from prebake.runtime.__main__ import main
-from prebake.runtime.hub_address import pull_command
+from prebake.runtime.hub.address import pull_command
 from prebake.runtime.manifest import read_manifest
 
 

@@ -75,7 +75,7 @@ def test_a_folder_of_such_a_pipeline_is_exported_as_its_family_is(kind, tmp_path
     folder = tmp_path / kind
     as_class(tiny, kind, requires_safety_checker=False).save_pretrained(folder)
     plain = resolve(name, ("sampler.image_to_image=false",), str(folder))
-    with pytest.warns(UserWarning, match=f"{kind} is exported as {base}, .+ set sampler.image_to_image=true"):
+    with pytest.warns(UserWarning, match=f"{kind} is exported as {base}, .+image_to_image=true"):
         loaded = load_pipeline(plain, component_dtypes(plain))
     assert type(loaded.pipe).__name__ == loaded.source.pipeline == base
     assert find_family(loaded.pipe) is load_family(tiny)
@@ -107,9 +107,7 @@ def test_a_unet_that_sees_the_mask_is_refused_in_a_sentence():
 def test_a_pipeline_that_cannot_be_called_with_a_prompt_alone_is_refused_in_a_sentence(kind):
     """Where its denoiser alone is asked for, or where no family takes it."""
     pipe = as_class("sd", kind, requires_safety_checker=False)
-    with pytest.raises(
-        ExportError, match=rf"^{kind}: could not be called .+draws with image.*, which no recipe can give"
-    ) as refused:
+    with pytest.raises(ExportError, match=rf"^{kind}: could not be called .+ which no recipe can give") as refused:
         record_pipeline(pipe, pipeline_request(pipe, "a red circle", {"height": 32}, {}), (2,))
     assert "\n" not in str(refused.value)
     assert "forward" not in vars(pipe.unet)

@@ -32,7 +32,7 @@ def test_the_command_is_for_what_the_path_names(place, command):
 
 @pytest.mark.parametrize("act", [load, lambda place: read_manifest(Path(place))])
 def test_an_address_of_the_hub_is_answered_with_the_command_that_fetches_it(act):
-    with pytest.raises(ArtifactError, match=r"fetch one with `prebake pull hf://owner/name@v1 name`, and open that$"):
+    with pytest.raises(ArtifactError, match=r"`prebake pull hf://owner/name@v1 name`, and open that$"):
         act("hf://owner/name@v1")
 
 

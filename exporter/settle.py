@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,7 +11,7 @@ import torch
 from ..runtime.errors import RecipeError, first_line
 from ..runtime.manifest import Defaults
 from .families.picture import Size
-from .families.registry import Family
+from .families.registry import Family, as_base_pipeline
 from .load import source
 from .plan.sampler import SchedulerTable, tabulate_scheduler, tabulate_tails
 from .progress import Progress
@@ -52,9 +54,26 @@ def settle(recipe: Recipe, family: Family, loaded: source.LoadedPipeline) -> tup
 def load_pipeline(recipe: Recipe, dtypes: dict[str, torch.dtype], model: str | None = None) -> source.LoadedPipeline:
     """The recipe's pipeline, read from `model` if that is where it lies, with the recipe's scheduler and no progress bar."""
     loaded = source.load_model(model or recipe.model.id, recipe.model.revision, dtypes, recipe.model.config)
+    if recipe.model.part != "denoiser":
+        loaded = take_base_pipeline(recipe, loaded)
     loaded.pipe.set_progress_bar_config(disable=True)
     set_scheduler(loaded.pipe, recipe.sampler.scheduler)
     return loaded
+
+
+def take_base_pipeline(recipe: Recipe, loaded: source.LoadedPipeline) -> source.LoadedPipeline:
+    """The pipeline as its family is exported. A warning says so of one that draws with a picture, where no artifact of it would."""
+    pipe = as_base_pipeline(loaded.pipe)
+    if pipe is loaded.pipe:
+        return loaded
+    name = type(pipe).__name__
+    if not recipe.sampler.image_to_image and name != "StableDiffusionXLImg2ImgPipeline":
+        warnings.warn(
+            f"model {recipe.model.id!r}: {type(loaded.pipe).__name__} is exported as {name}, whose components it has; "
+            "set sampler.image_to_image=true for calls with image and mask_image",
+            stacklevel=3,
+        )
+    return replace(loaded, pipe=pipe, source=loaded.source.model_copy(update={"pipeline": name}))
 
 
 def set_scheduler(pipe: Any, name: str) -> None:

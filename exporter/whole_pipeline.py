@@ -13,7 +13,7 @@ from ..runtime.manifest import Defaults
 from .caches import TeaCache
 from .caches.common.calibration import Calibration
 from .calibrators import teacache
-from .families.picture import VAE_ENCODER, Size
+from .families.picture import VAE_ENCODER, Size, encodes_distribution
 from .families.registry import Family, family_name, find_family
 from .families.text import TEXT_ENCODER, find_tokenizers, refuse_ids_without_rows
 from .load.source import LoadedPipeline
@@ -34,7 +34,8 @@ from .sites.layout import Layout
 
 @dataclass(frozen=True, kw_only=True)
 class WholePipeline:
-    """A `ModelPart`: a pipeline that has a family, at one size. `tails` are the tables of later starts, by number of steps."""
+    """A `ModelPart`: a pipeline that has a family, at one size. `tails` are the tables of later starts, by number of steps. `sampled`:
+    whether latents of a picture are drawn, and not the encoder's own."""
 
     stage: ClassVar[str] = "settle"
     family: Family
@@ -43,6 +44,7 @@ class WholePipeline:
     defaults: Defaults
     tables: Mapping[int, SchedulerTable]
     tails: Mapping[int, TailTables]
+    sampled: bool
 
     @classmethod
     def of(cls, recipe: Recipe, loaded: LoadedPipeline, progress: Progress) -> WholePipeline:
@@ -57,6 +59,7 @@ class WholePipeline:
             defaults=defaults,
             tables={n: sampler_table(family, pipe, size, n, progress) for n in steps},
             tails={n: sampler_tails(recipe, family, pipe, size, n) for n in steps},
+            sampled=not has_picture_input(recipe, family) or encodes_distribution(pipe.vae),
         )
 
     @property
@@ -106,10 +109,11 @@ class WholePipeline:
         }
         prompts = [{**prompt, "embedding": tables.get(prompt["input"])} for prompt in facts["text"]["prompts"]]
         facts = {**facts, "text": {**facts["text"], "prompts": prompts}}
-        if "picture" in facts or VAE_ENCODER not in graphs:
+        if "picture" not in facts and VAE_ENCODER not in graphs:
             return facts
-        picture = {"height": self.size.height, "width": self.size.width, **(self.family.PICTURE or {})}
-        return {**facts, "picture": picture}
+        usual = {"height": self.size.height, "width": self.size.width, **(self.family.PICTURE or {})}
+        drawn = {} if self.sampled else {"sampled": False}
+        return {**facts, "picture": {**facts.get("picture", usual), **drawn}}
 
     def write_files(self, folder: Path, layout: Layout, planned: PlanSet) -> None:
         """Tokenizers, and what `prebake plan` makes further plans of."""

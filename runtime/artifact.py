@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from shlex import quote
 from typing import cast
 
 import torch
@@ -32,7 +33,7 @@ from .offload import (
     offloadable_graphs,
     offloaded_graphs,
 )
-from .plan import MAX_TIMESTEP, Plan
+from .plan import MAX_TIMESTEP, PLAN_INPUTS_FILE, Plan
 from .process.default_device import CPU, default_device
 from .process.fork import run_beside_fork, run_in_new_thread
 from .process.self_test import refuse_wrong_arithmetic
@@ -104,9 +105,16 @@ class Artifact:
         if name not in self.plans:
             asked = f"num_inference_steps={steps}" + ("" if cache else ", cache=False")
             raise RequestError(
-                f"{asked}: the artifact has the plans {', '.join(self.plans)}; export again with another one"
+                f"{asked}: the artifact has the plans {', '.join(self.plans)}; {self._way_to_plan(steps)}export again with another one"
             )
         return name
+
+    def _way_to_plan(self, steps: int) -> str:
+        """What adds a plan of that many steps, where something does."""
+        extensible = any(entry.path == PLAN_INPUTS_FILE for entry in self.manifest.files)
+        if not extensible or str(steps) in self.plans or steps < 1:
+            return ""
+        return f"`prebake plan {quote(str(self.folder))} --steps {steps}` adds one without compiling where its variants are there, or "
 
     def tables_from(self, name: str, step: int) -> PlanTables:
         """The tables of the plan of that name without its first `step` steps, made at their first use.

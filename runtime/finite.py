@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from numbers import Real
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -24,8 +24,9 @@ def refuse_nonfinite(name: str, value: Any) -> None:
         for each in value:
             refuse_nonfinite(name, each)
     elif isinstance(value, Real):
-        if not abs(value) <= MAX_FLOAT32:
-            beyond = ", and float32 ends at 3.4e38" if value == value and abs(value) != math.inf else ""
+        number = cast(float, value)
+        if not abs(number) <= MAX_FLOAT32:
+            beyond = ", and float32 ends at 3.4e38" if number == number and abs(number) != math.inf else ""
             raise RequestError(f"{name}={value!r}: expected a finite number{beyond}")
     elif isinstance(value, torch.Tensor):
         if value.is_floating_point() and not is_finite(value.float()):

@@ -30,6 +30,7 @@ from .bounds import (
     parse_json,
 )
 from .errors import ArtifactError, describe_read_error, describe_schema_error
+from .hub.address import pull_command
 from .plan import FROZEN_CONFIG
 from .storage.files import read_plain_file
 
@@ -186,6 +187,14 @@ class Manifest(BaseModel):
     plans: Annotated[dict[Name, Name], Mapped]
     files: Annotated[tuple[FileEntry, ...], Listed]
 
+    @property
+    def standing(self) -> str:
+        """`status`, and the plans that it says nothing of."""
+        if not self.unverified or self.status == "unverified":
+            return self.status
+        plans = "plan" if len(self.unverified) == 1 else "plans"
+        return f"{self.status}, {plans} {', '.join(self.unverified)} never compared"
+
     def graph(self, name: str) -> Graph:
         """The graph of that name; raises ArtifactError naming those that exist."""
         for graph in self.graphs:
@@ -232,6 +241,8 @@ def _describe_unreadable_manifest(folder: Path, error: OSError) -> str:
     """What is in the way of reading the folder's manifest."""
     if isinstance(error, PermissionError):
         return f"manifest.json: {describe_read_error(error, folder)}"
+    if not folder.exists() and (command := pull_command(folder)):
+        return f"expected an artifact's folder on this machine; fetch one with `{command}`, and open that"
     if not folder.is_dir():
         found = "a file" if folder.exists() else "nothing"
         return f"expected an artifact folder, found {found}; make one with `prebake export`"

@@ -7,8 +7,9 @@ what diffusers draws from the same generator.
 
 from __future__ import annotations
 
-import math
+import inspect
 import threading
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -17,6 +18,18 @@ from typing import Any, Generic, NamedTuple, Self, TypeVar, cast
 import torch
 
 from .artifact import Artifact, open_artifact
+from .call.arguments import (
+    describe_argument,
+    real_number,
+    real_number_or_none,
+    truth_value,
+    unknown_argument_error,
+    whole_number,
+    whole_number_or_none,
+)
+from .call.attributes import absent_attribute_error, refuse_move
+from .call.progress import Advance, check_bar_options, step_bar
+from .call.state import CallState
 from .check.artifact import PublicKey, Trust, status_problems
 from .errors import RequestError, raise_problems
 from .families import artifact_family, family_class
@@ -39,10 +52,11 @@ from .plan import Plan
 from .process.default_device import CPU, default_device, find_default_device
 from .process.fork import came_through_fork, run_beside_fork
 from .process.self_test import refuse_wrong_arithmetic
-from .replay import PlanTables, StopReplay, replay
+from .replay import PlanTables, StopReplay, is_step_end, replay
 from .runners import CancelFlag, EitherFlag, refuse_cancelled
 from .start import StartRequest, evaluation_callback, initial_state, steps_to_skip, tables_until
 
+PROMPT_ARGUMENTS = ("negative_prompt", "prompt_embeds", "negative_prompt_embeds")  # a family takes them, or not
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 StepCallback = Callable[["Pipeline[Any]", int, float, dict[str, torch.Tensor]], dict[str, torch.Tensor] | None]
 
@@ -127,8 +141,9 @@ class Pipeline(Generic[OutputT]):
     """An open artifact. One may be called from many threads: nothing of a call is kept here, and no more calls are at work at
     once than it has runners.
 
-    A callback stops its own call by `pipe._interrupt = True`, as in diffusers; any other thread by the call's `cancel`. `close`
-    gives back what it holds, and so does leaving a `with` block.
+    A callback stops its own call by `pipe._interrupt = True`, as in diffusers; any other thread by the call's `cancel`. It changes
+    the guidance of the steps that follow by `pipe._guidance_scale`. What else diffusers' pipelines have raises, and says why.
+    `close` gives back what the artifact holds, and so does leaving a `with` block.
     """
 
     def __init__(self, artifact: Artifact):
@@ -137,7 +152,9 @@ class Pipeline(Generic[OutputT]):
         self._decoder = artifact.graph("vae_decoder")
         self._variants, self._sites = artifact.variants, artifact.sites
         self._loop = loop_of(artifact.manifest)
-        self._request = threading.local()
+        self._told_plans: set[str] = set()
+        self._progress_bar_config: dict[str, Any] = {}
+        self._request = CallState()  # the last: from now on no other attribute can be set
 
     def __call__(
         self,
@@ -193,8 +210,10 @@ class Pipeline(Generic[OutputT]):
 
         Raises RequestError for what the artifact was not exported for, naming what it has.
         """
+        cache = truth_value("cache", cache)
+        steps = whole_number_or_none("num_inference_steps", num_inference_steps)
         self._check_size(height, width, num_frames, max_sequence_length)
-        self._check_choices(output_type, callback_on_step_end_tensor_inputs)
+        self._check_choices(output_type, callback_on_step_end_tensor_inputs, callback_on_step_end, cancel)
         count = self._count(num_images_per_prompt, num_videos_per_prompt)
         given = self._given(
             prompt=prompt,
@@ -204,13 +223,14 @@ class Pipeline(Generic[OutputT]):
             negative_prompt_embeds=negative_prompt_embeds,
             **more,
         )
+        strength = real_number_or_none("strength", strength)
         asked = StartRequest(image, mask_image, strength, latents, self.family_rules.window(given))
         with default_device(CPU):
-            tables = self._tables(num_inference_steps, cache, steps_to_skip(self.family_rules, asked))
+            tables = self._tables(steps, cache, steps_to_skip(self.family_rules, asked))
         tables = tables_until(tables, asked.window.end)
         if guidance_scale is None:
             guidance_scale = self.artifact.manifest.defaults.guidance_scale
-        refuse_no_number("guidance_scale", guidance_scale)
+        guidance_scale = real_number("guidance_scale", guidance_scale)
         for name, value in {
             **given,
             "guidance_scale": guidance_scale,
@@ -239,20 +259,27 @@ class Pipeline(Generic[OutputT]):
                     )
                 noise = self._noise(tables, start.latents.shape, generators)
                 finals = []
-                for i, condition in enumerate(conditions):
-                    refuse_cancelled(cancel)
-                    draws = [z[i : i + 1] for z in noise]
-                    inputs = {**condition, **{name: t[i : i + 1] for name, t in start.inputs.items()}}
-                    watch = watch_latents(
-                        tables.plan, self.device, evaluation_callback(tables.plan, start.blend(i), after)
-                    )
-                    watch = watch_cancellation(cancel, watch)
-                    x = start.latents[i : i + 1]
-                    finals.append(
-                        self._loop(tables, self._variants, self._sites, inputs, x, noise=draws, on_evaluation=watch)
-                    )
-                    if self._interrupt:
-                        break
+                with step_bar(self._progress_bar_config, tables.plan.steps * len(conditions)) as advance:
+                    for i, condition in enumerate(conditions):
+                        refuse_cancelled(cancel)
+                        draws = [z[i : i + 1] for z in noise]
+                        inputs = {**condition, **{name: t[i : i + 1] for name, t in start.inputs.items()}}
+                        watch = evaluation_callback(tables.plan, start.blend(i), after)
+                        # a recorded loop is not looked into for a bar's sake
+                        by_step = advance if watch or self._loop is replay else None
+                        watch = watch_latents(tables.plan, self.device, watch_steps(tables.plan, by_step, watch))
+                        watch = watch_cancellation(cancel, watch)
+                        x = start.latents[i : i + 1]
+                        with self._request.drawing(tables.plan.steps, guidance_scale, inputs):
+                            finals.append(
+                                self._loop(
+                                    tables, self._variants, self._sites, inputs, x, noise=draws, on_evaluation=watch
+                                )
+                            )
+                        if advance and not by_step:
+                            advance(tables.plan.steps)
+                        if self._interrupt:
+                            break
                 refuse_nonfinite_result(tables.plan, torch.cat(finals))
                 made = torch.cat(finals) if output_type == "latent" else self._decode(finals)
                 return self._output(made, output_type)
@@ -312,9 +339,7 @@ class Pipeline(Generic[OutputT]):
         manifest = self.artifact.manifest
         frames = "" if manifest.defaults.num_frames is None else f"{manifest.defaults.num_frames} frames of "
         sizes = ", ".join(f"{frames}{width} x {height}" for height, width in self.sizes)
-        head = (
-            f"{type(self).__name__} {self.artifact.folder}: {self.family} on {self.device}, {sizes}, {manifest.status}"
-        )
+        head = f"{type(self).__name__} {self.artifact.folder}: {self.family} on {self.device}, {sizes}, {manifest.standing}"
         return "\n".join([head, *(f"  {line}" for line in format_plans(self.plans))])
 
     @property
@@ -324,11 +349,68 @@ class Pipeline(Generic[OutputT]):
 
     @property
     def _interrupt(self) -> bool:
-        return getattr(self._request, "interrupt", False)
+        return self._request.interrupt
 
     @_interrupt.setter
     def _interrupt(self, value: bool) -> None:
         self._request.interrupt = value
+
+    # --- what diffusers' pipelines have besides their call ----------------------------------------------------------
+
+    @property
+    def num_timesteps(self) -> int:
+        """The steps of the call that this thread is in, or was in last; before any, those that a call takes by default."""
+        last = self._request.last
+        return last.steps if last else self.artifact.manifest.defaults.num_inference_steps
+
+    @property
+    def guidance_scale(self) -> float:
+        """The guidance of the step that this thread's call is in, or was in last; before any the default."""
+        last = self._request.last
+        return last.guidance_scale if last else self.artifact.manifest.defaults.guidance_scale
+
+    @property
+    def _guidance_scale(self) -> float:
+        return self.guidance_scale
+
+    @_guidance_scale.setter
+    def _guidance_scale(self, value: float) -> None:
+        self._request.change_guidance(value, by_step=self.family_rules.guides_by_step)
+
+    @property
+    def _guidance_rescale(self) -> float:
+        last = self._request.last
+        return float(last.inputs["guidance_rescale"]) if last and "guidance_rescale" in last.inputs else 0.0
+
+    @_guidance_rescale.setter
+    def _guidance_rescale(self, value: float) -> None:
+        self._request.change_rescale(value)
+
+    def set_progress_bar_config(self, **options: Any) -> None:
+        """How a call shows its progress, by tqdm's options in place of those before: `disable=True` never, `disable=False` always.
+
+        By default a call shows its steps on standard error where that is a terminal. Raises RequestError for other options.
+        """
+        check_bar_options(options)
+        self._progress_bar_config = options
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Itself, for the device that it is on and the dtype that it has. Raises RequestError for others: code is compiled for one."""
+        if unknown := sorted(kwargs.keys() - {"device", "dtype", "silence_dtype_warnings"}):
+            raise unknown_argument_error(unknown[0], "to", ("device", "dtype", "silence_dtype_warnings"))
+        asked = (*args, *(kwargs[name] for name in ("device", "dtype") if kwargs.get(name) is not None))
+        refuse_move(asked, self.device, self.artifact.manifest.recipe.get("precision", {}).get("denoiser", ""))
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        """Raises AbsentAttributeError, which says how to have what diffusers' attribute of that name does."""
+        raise absent_attribute_error(type(self).__name__, name, dir(type(self)))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Sets what there is. Raises AbsentAttributeError for anything else: it would have no effect."""
+        if "_request" in vars(self) and name not in vars(self) and not hasattr(type(self), name):
+            raise absent_attribute_error(type(self).__name__, name, dir(type(self)))
+        super().__setattr__(name, value)
 
     # --- what the caller asked for, against what the artifact has -----------------------------------------------
 
@@ -336,13 +418,23 @@ class Pipeline(Generic[OutputT]):
         """The plan for that number of steps, with its cache or without, from the step on where the call begins."""
         usual = self.artifact.manifest.defaults.num_inference_steps
         name = self.artifact.plan_name(usual if steps is None else steps, cache)
+        if name in self.artifact.manifest.unverified and name not in self._told_plans:
+            self._told_plans.add(name)
+            warnings.warn(
+                f"plan {name} of {self.artifact.folder} was added since its export, and never compared with the pipeline; "
+                f"`prebake verify {self.artifact.folder} --source` does that",
+                stacklevel=3,  # where the pipeline is called
+            )
         return self.artifact.tables_from(name, left_out(self.artifact.plans[name]))
 
     def _check_size(
         self, height: int | None, width: int | None, num_frames: int | None, max_sequence_length: int | None
     ) -> None:
         defaults, length = self.artifact.manifest.defaults, self.family_rules.max_sequence_length
-        if (height or defaults.height, width or defaults.width) != (defaults.height, defaults.width):
+        height, width = whole_number_or_none("height", height), whole_number_or_none("width", width)
+        num_frames = whole_number_or_none("num_frames", num_frames)
+        max_sequence_length = whole_number_or_none("max_sequence_length", max_sequence_length)
+        if height not in (None, defaults.height) or width not in (None, defaults.width):
             raise RequestError(
                 f"height={height}, width={width}: the artifact makes {self.family_rules.output_kind} of height {defaults.height}, "
                 f"width {defaults.width} only; export again for another size"
@@ -362,6 +454,7 @@ class Pipeline(Generic[OutputT]):
                 f"num_videos_per_prompt={videos}: expected num_images_per_prompt alone, which every artifact takes"
             )
         name, count = ("images", images) if videos is None else ("videos", videos)
+        count = whole_number(f"num_{name}_per_prompt", count)
         if count < 1:
             raise RequestError(f"num_{name}_per_prompt={count}: expected 1 or more")
         return count
@@ -373,22 +466,26 @@ class Pipeline(Generic[OutputT]):
         doing = f"{self.family_rules.output_kind} were made"
         return explain_gpu_memory(artifact.folder, doing, artifact.manifest, artifact.device, able)
 
-    def _check_choices(self, output_type: str, callback_inputs: Sequence[str]) -> None:
+    def _check_choices(
+        self, output_type: str, callback_inputs: Sequence[str], callback: object, cancel: object
+    ) -> None:
         if output_type not in OUTPUT_TYPES:
             raise RequestError(f"output_type={output_type!r}: expected one of {', '.join(OUTPUT_TYPES)}")
         if unknown := [name for name in callback_inputs if name != "latents"]:
             raise RequestError(
                 f"callback_on_step_end_tensor_inputs: {unknown[0]!r} is not a tensor of the loop; it has latents"
             )
+        if callback is not None and not callable(callback):
+            raise RequestError(f"callback_on_step_end: expected a function, got {describe_argument(callback)}")
+        if cancel is not None and not callable(getattr(cancel, "is_set", None)):
+            raise RequestError(f"cancel: expected a threading.Event, got {describe_argument(cancel)}")
 
     def _given(self, **arguments: Any) -> dict[str, Any]:
         """What the caller said of what to draw. Raises RequestError for what the family does not know."""
         given = {name: value for name, value in arguments.items() if value is not None}
         if foreign := [name for name in given if name not in self.family_rules.arguments]:
-            raise RequestError(
-                f"{foreign[0]}: an artifact of {self.artifact.manifest.source.pipeline} does not take it; "
-                f"it takes {', '.join(self.family_rules.arguments)}"
-            )
+            known = dict.fromkeys((*self.family_rules.arguments, *CALL_ARGUMENTS))
+            raise unknown_argument_error(foreign[0], f"an artifact of {self.artifact.manifest.source.pipeline}", known)
         return given
 
     # --- noise and images ---------------------------------------------------------------------------------------
@@ -445,6 +542,28 @@ class VideoPipeline(Pipeline[VideoOutput]):
     """A pipeline whose calls give `frames`."""
 
 
+CALL_ARGUMENTS = tuple(
+    name
+    for name, parameter in inspect.signature(Pipeline.__call__).parameters.items()
+    if parameter.kind is inspect.Parameter.KEYWORD_ONLY and name not in PROMPT_ARGUMENTS
+)
+"""What every artifact's call takes; what else it takes is its family's."""
+
+
+def watch_steps(plan: Plan, advance: Advance | None, watch: EvaluationCallback | None) -> EvaluationCallback | None:
+    """What `replay` calls after each evaluation, with a step of the bar at the end of each."""
+    if advance is None:
+        return watch
+
+    def seen(e: int, output: torch.Tensor, latents: torch.Tensor) -> torch.Tensor | None:
+        replaced = watch(e, output, latents) if watch else None
+        if is_step_end(plan, e):
+            advance(1)
+        return replaced
+
+    return seen
+
+
 def watch_cancellation(cancel: CancelFlag | None, watch: EvaluationCallback | None) -> EvaluationCallback | None:
     """What `replay` calls after each evaluation, with a look at `cancel` before."""
     if cancel is None:
@@ -455,13 +574,3 @@ def watch_cancellation(cancel: CancelFlag | None, watch: EvaluationCallback | No
         return watch(e, output, latents) if watch else None
 
     return seen
-
-
-def refuse_no_number(name: str, value: Any) -> None:
-    """Raises RequestError for what is no number at all."""
-    try:
-        math.isfinite(value)
-    except OverflowError:  # a whole number that no float holds; `refuse_nonfinite` says it
-        return
-    except (TypeError, ValueError) as e:
-        raise RequestError(f"{name}={value!r}: expected a finite number") from e

@@ -23,6 +23,9 @@ Numbers = Field(max_length=MAX_ITEMS, fail_fast=True)
 Evaluations = Field(max_length=MAX_EVALUATIONS, fail_fast=True)
 Timestep = Annotated[float, Field(ge=-MAX_TIMESTEP, le=MAX_TIMESTEP)]
 
+PLAN_INPUTS_FILE = "replan.json"
+"""What `prebake plan` makes further plans of; an artifact without it has the plans of its export alone."""
+
 
 class Update(BaseModel):
     """The scheduler's step as numbers: `x' = sum latents[k] x[e-k] + sum outputs[k] m[e-k] + noise z[e]`.

@@ -90,3 +90,14 @@ def is_compiled_module(module: nn.Module) -> bool:
 def int8_product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b of int8, in int32, by the kernel that quantized layers call. The public `@` does int8 without it."""
     return torch._int_mm(a, b)
+
+
+def count_writes(tensor: Tensor) -> int:
+    """How often the tensor's memory was written to through it or a view of it, in a number that only grows. Writes through `.data`
+    are not counted, nor any to a tensor that was made in inference mode."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def count_hooks(module: nn.Module) -> int:
+    """How many hooks a call of the module would run, before its forward and after it."""
+    return len(module._forward_pre_hooks) + len(module._forward_hooks)

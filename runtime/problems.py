@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import ArtifactError, PrebakeError
 from .manifest import Manifest, read_manifest
+
+if TYPE_CHECKING:
+    from .weights import Tensors
 
 
 def artifact_problems(folder: Path) -> Iterator[tuple[str, str]]:
@@ -106,7 +109,7 @@ def pipeline_problems(folder: Path) -> Iterator[tuple[str, str]]:
     yield from label_problems("manifest", collect_problems(folder, lambda: look(artifact)))
 
 
-def map_listed_weights(folder: Path, manifest: Manifest) -> Mapping[str, Any]:
+def map_listed_weights(folder: Path, manifest: Manifest) -> Tensors:
     """Key -> tensor of all weight files, mapped. Raises ArtifactError, see `map_weights`."""
     import torch
 

@@ -17,6 +17,7 @@ from typing import Protocol
 
 import torch
 
+from .call.arguments import whole_number
 from .errors import Cancelled, RequestError
 from .memory import trim_heap
 from .process.fork import tell_of_forks
@@ -49,8 +50,9 @@ class Runners:
     """At most `count` calls at once. A callback may call the pipeline again: it goes on with the runner of its thread."""
 
     def __init__(self, count: int, usage: Usage | None = None):
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise RequestError(f"runners={count!r}: expected how many calls may run at once, 1 or more")
+        count = whole_number("runners", count)
+        if count < 1:
+            raise RequestError(f"runners={count}: expected how many calls may run at once, 1 or more")
         self.count = count
         self.usage = usage or Usage("the artifact")
         self._thread = threading.local()

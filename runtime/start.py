@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from .artifact import Artifact
+from .call.arguments import describe_argument
 from .errors import RequestError
 from .families import WHOLE_SCHEDULE, Family, PictureInput, ScheduleWindow
 from .noise import Generators, draw_noise
@@ -171,7 +172,7 @@ def initial_state(
     mask = preprocess_masks(asked.mask_image, picture.height, picture.width, h, w).to(artifact.device)
     if batch % len(mask):
         raise RequestError(f"mask_image: expected one mask, or a number that divides {batch}; got {len(mask)}")
-    if pixels.shape[1:] != family.settings.latents_shape:
+    if picture.sampled and pixels.shape[1:] != family.settings.latents_shape:
         # diffusers draws here for the latents of the masked pictures, which go unused
         masked = max(len(pixels), len(mask))
         draw_noise((masked, *family.settings.latents_shape), first_generators(generator, masked))
@@ -184,6 +185,9 @@ def noise_latents(
     """The caller's latents or drawn ones, as the plan's first step expects them."""
     shape = (batch, *family.latents_shape)
     latents = family.draw_latents(batch, generator) if asked.latents is None else asked.latents
+    if not isinstance(latents, torch.Tensor) or not latents.dtype.is_floating_point:
+        got = latents.dtype if isinstance(latents, torch.Tensor) else describe_argument(latents)
+        raise RequestError(f"latents: expected a tensor of floats, got {got}")
     if tuple(latents.shape) != shape:
         raise RequestError(f"latents: expected {family.latents_name} {list(shape)}, got {list(latents.shape)}")
     latents = latents.to(artifact.device, torch.float32).contiguous()

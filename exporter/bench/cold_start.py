@@ -136,6 +136,7 @@ def start_artifact(start: ColdStart, caches: Path, stages: StageTimes) -> DrawCa
     torch.set_num_threads(start.threads)
     with stages.of("load"):
         pipe = load(start.artifact, cache_dir=caches / "code")
+    pipe.set_progress_bar_config(disable=True)
     given: dict[str, Any] = {}
     if (picture := pipe.family_rules.settings.picture) and picture.required:
         from ..verify.measure import example_arguments

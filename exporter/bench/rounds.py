@@ -241,6 +241,7 @@ PictureTimer = Callable[[str, int, Plan], float]
 def plain_picture_timer(artifact: Artifact) -> PictureTimer:
     """Seconds of a picture as the runtime draws it for its user."""
     pipe = Pipeline(artifact)
+    pipe.set_progress_bar_config(disable=True)
 
     def picture(prompt: str, seed: int, plan: Plan) -> float:
         arguments = call_arguments(pipe, seed, plan)

@@ -18,9 +18,11 @@ from torch import Tensor, nn
 
 from ...runtime.attachment.arguments import EmptyContainer, OutputStructure, bind_call, map_leaves, named_leaves
 from ...runtime.attachment.scheduler_observer import SchedulerObserver, schedule_steps
-from ...runtime.errors import ExportError, RecipeError
+from ...runtime.errors import ExportError, PrebakeError, RecipeError, first_line
 from ..plan.sampler import floats
 from ..rewrite import DENOISER_COMPONENTS
+
+PICTURE_ARGUMENTS = ("image", "mask_image", "control_image", "video")
 
 
 @dataclass(frozen=True)
@@ -132,10 +134,30 @@ def watch_pipeline(
         for method, then in (("set_timesteps", begun), ("step", stepped)):
             stack.callback(vars(scheduler).pop, method, None)
             setattr(scheduler, method, SchedulerObserver(scheduler, method, then))
-        with torch.no_grad(), hide_progress_bar(pipe):
+        with torch.no_grad(), hide_progress_bar(pipe), explain_call_errors(pipe, arguments):
             run.result = pipe(**arguments)
     check_loop(type(pipe).__name__, name, run, pending, others)
     return run
+
+
+@contextlib.contextmanager
+def explain_call_errors(pipe: Any, arguments: Mapping[str, Any]) -> Iterator[None]:
+    """Raises ExportError for whatever the pipeline's own call raises: as a rule it lacks an argument, such as a picture."""
+    try:
+        yield
+    except PrebakeError:
+        raise
+    except Exception as e:
+        takes = inspect.signature(type(pipe).__call__).parameters
+        pictures = [name for name in PICTURE_ARGUMENTS if name in takes and name not in arguments]
+        way_out = (
+            f"it draws with {', '.join(pictures)}, which no recipe can give: take the pipeline that draws from a prompt alone"
+            if pictures
+            else "give what it lacks in attach.arguments"
+        )
+        raise ExportError(
+            f"{type(pipe).__name__}: could not be called with {', '.join(arguments)} ({type(e).__name__}: {first_line(e)}); {way_out}"
+        ) from e
 
 
 @contextlib.contextmanager

@@ -15,8 +15,8 @@ from typing import Any
 
 from torch import nn
 
-from ...runtime.attachment.attach import config_of, weights_digest
 from ...runtime.attachment.facts import AttachmentFacts
+from ...runtime.attachment.snapshot import config_of, weights_digest
 from ...runtime.errors import ExportError
 from ...runtime.plan import DenoiserCall, Plan, Update
 from ..plan.sampler import SchedulerTable, user_steps

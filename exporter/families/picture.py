@@ -17,6 +17,7 @@ from ..sites.component import Component
 
 VAE_ENCODER = "vae_encoder"
 """The graph's name."""
+PROBE_PIXELS = 64  # a side that every VAE takes
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ class Encoder(nn.Module):
     """float32 image [1, 3, H, W] in -1..1 -> mean and deviation, float32 [1, C, h, w], of its latents.
 
     Both are scaled and shifted as the loop's latents are: `mean + std * noise` is what diffusers' `retrieve_latents`
-    draws and its pipelines scale.
+    draws and its pipelines scale. Of a VAE that gives latents, and no distribution of them (AutoencoderTiny), the deviation is 0.
     """
 
     def __init__(self, vae: Any, *, channels_last: bool, shift: float = 0.0) -> None:
@@ -125,12 +126,21 @@ class Encoder(nn.Module):
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        posterior = self.vae.encode(
-            image.to(self.dtype).contiguous(memory_format=self.memory_format), return_dict=False
-        )[0]
+        encoded = self.vae.encode(image.to(self.dtype).contiguous(memory_format=self.memory_format), return_dict=False)[
+            0
+        ]
         scale = self.vae.config.scaling_factor
-        mean = (posterior.mean.float() - self.shift) * scale if self.shift else posterior.mean.float() * scale
-        return mean.contiguous(), (posterior.std.float() * scale).contiguous()
+        latents = (encoded if isinstance(encoded, Tensor) else encoded.mean).float()
+        mean = (latents - self.shift) * scale if self.shift else latents * scale
+        std = torch.zeros_like(mean) if isinstance(encoded, Tensor) else encoded.std.float() * scale
+        return mean.contiguous(), std.contiguous()
+
+
+def encodes_distribution(vae: Any) -> bool:
+    """Whether the VAE's encoder gives a distribution, which diffusers draws latents from, and not the latents themselves."""
+    with torch.no_grad():
+        pixels = torch.zeros(1, 3, PROBE_PIXELS, PROBE_PIXELS, dtype=vae.dtype, device=vae.device)
+        return not isinstance(vae.encode(pixels, return_dict=False)[0], Tensor)
 
 
 def encoder_component(encoder: nn.Module, height: int, width: int) -> Component:

@@ -7,6 +7,7 @@ A family is a module here and one of the same name in `runtime/families`, a line
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -29,6 +30,17 @@ FAMILIES = {
     "sdxl": ("StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLPipeline"),
 }
 """Family -> the classes of its pipelines."""
+BASE_CLASSES = {
+    "FluxImg2ImgPipeline": "FluxPipeline",
+    "FluxInpaintPipeline": "FluxPipeline",
+    "StableDiffusion3Img2ImgPipeline": "StableDiffusion3Pipeline",
+    "StableDiffusion3InpaintPipeline": "StableDiffusion3Pipeline",
+    "StableDiffusionImg2ImgPipeline": "StableDiffusionPipeline",
+    "StableDiffusionInpaintPipeline": "StableDiffusionPipeline",
+    "StableDiffusionXLInpaintPipeline": "StableDiffusionXLPipeline",
+}
+"""Classes that have the components of a family's, and draw with a picture: the family's artifacts do that too, where
+`sampler.image_to_image` says so."""
 
 
 class Family(Protocol):
@@ -87,6 +99,20 @@ class Family(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """Final latents, and image or frames in 0..1, of the plain diffusers call: what an artifact is held against."""
         ...
+
+
+def as_base_pipeline(pipe: Any) -> Any:
+    """The pipeline itself, or another around its components, of the class that its family is exported with."""
+    name = BASE_CLASSES.get(type(pipe).__name__)
+    if name is None:
+        return pipe
+    import diffusers
+
+    if pipe.config.get("requires_aesthetics_score"):  # trained as SDXL's refiner
+        name = "StableDiffusionXLImg2ImgPipeline"
+    kind = getattr(diffusers, name)
+    given = {**dict(pipe.config), **pipe.components}
+    return kind(**{name: given[name] for name in inspect.signature(kind.__init__).parameters if name in given})
 
 
 def family_name(pipe: Any) -> str | None:

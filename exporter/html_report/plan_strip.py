@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...runtime.manifest import Manifest
-from ...runtime.plan import Plan
+from ...runtime.plan import PLAN_INPUTS_FILE, Plan
 from ..plan import inputs
 from ..sites.marks import Action
 
@@ -41,7 +41,7 @@ class StripRow:
 def variant_actions(folder: Path, manifest: Manifest) -> dict[str, dict[str, Action]]:
     """Variant -> site -> action, for sites that do not compute. An artifact that gets no further plans says it less finely:
     there it is what the graphs combine and leave out."""
-    if any(entry.path == inputs.PLAN_INPUTS_FILE for entry in manifest.files):
+    if any(entry.path == PLAN_INPUTS_FILE for entry in manifest.files):
         return inputs.read_plan_inputs(folder, manifest).variants
     found: dict[str, dict[str, Action]] = {}
     for graph in manifest.graphs:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ...runtime.errors import ExportError, RequestError
 from ..rewrite.refuse_hooks import refuse_hooked
+from .missing_weights import empty_tensors, refuse_lacking
 
 UNNAMED_KEYS = ("_name_or_path",)  # where a component was loaded from
 
@@ -36,6 +37,7 @@ def copy_pipeline(pipe: Any, folder: Path) -> Path:
         refuse_adapters(name, model)
         refuse_quantized(name, model)
         refuse_hooked(name, model)
+    refuse_lacking(type(pipe).__name__, {name: [*empty_tensors(model)] for name, model in models.items()})
     plain = {name: plain_model(name, model) for name, model in models.items()}
     shell = type(pipe)(**{**construction_arguments(pipe), **components, **plain})
     shell.save_pretrained(folder, safe_serialization=True)

@@ -14,6 +14,7 @@ import torch
 
 from ...runtime.errors import ExportError
 from .hub_errors import download_failure, error_summary
+from .missing_weights import refuse_empty_tensors
 
 PIPELINE_CLASSES = {
     "v1": "StableDiffusionPipeline",
@@ -33,7 +34,7 @@ SUFFIX = ".safetensors"
 def load_single_file(file: Path, config: Path | None, dtypes: dict[str, torch.dtype]) -> Any:
     """The pipeline of `file`; `config` is a pipeline folder, None = the hub's. `dtypes` as `source.load_model` takes them.
 
-    Raises ExportError for a file that diffusers does not read, and for a configuration that cannot be had.
+    Raises ExportError for a file that diffusers does not read, or that lacks weights, and for a configuration that cannot be had.
     """
     import diffusers
 
@@ -49,6 +50,7 @@ def load_single_file(file: Path, config: Path | None, dtypes: dict[str, torch.dt
             dtype=shared.pop() if len(shared) == 1 else dtypes["default"],
         )
     except Exception as e:
+        refuse_empty_tensors(file.name, getattr(diffusers, name), e)
         if repository and not isinstance(e, ValueError | KeyError):
             raise ExportError(
                 f"model {file.name!r}: its configuration is that of {repository}, and {download_failure(repository, None, e)}; or "

@@ -21,6 +21,7 @@ from .. import tiny
 from ..recipe.problems import suggest_name
 from . import hub_errors as hub
 from . import single_file
+from .missing_weights import record_missing_weights, refuse_missing_weights
 
 EMBEDDED_MODELS = {
     "shapes": Path(__file__).parents[1] / "shapes" / "model",
@@ -57,21 +58,23 @@ def load_model(
     """The pipeline on the CPU in eval mode, weights frozen; `dtypes` maps component -> dtype (`default` for the rest).
 
     `config` is the folder of a pipeline whose configuration a single file takes: see `find_config_folder`.
-    Raises ExportError when nothing of that name can be read.
+    Raises ExportError when nothing of that name can be read, and for files that lack weights.
     """
-    if is_single_file(model):
-        file = Path(model).expanduser()
-        folder = find_config_folder(config, file)
-        pipe, sha256 = single_file.load_single_file(file, folder, dtypes), model_fingerprint(folder, file)
-        defaults = read_model_defaults(folder) if folder else {}
-    elif config is not None:
-        raise ExportError(
-            f"model.config goes with one safetensors file, and model {model!r} brings its own; leave it out"
-        )
-    else:
-        folder = find_model(model, revision)
-        pipe, sha256 = read_pipeline(model, folder, dtypes), model_fingerprint(folder)
-        defaults = read_model_defaults(folder)
+    with record_missing_weights() as missing:
+        if is_single_file(model):
+            file = Path(model).expanduser()
+            folder = find_config_folder(config, file)
+            pipe, sha256 = single_file.load_single_file(file, folder, dtypes), model_fingerprint(folder, file)
+            defaults = read_model_defaults(folder) if folder else {}
+        elif config is not None:
+            raise ExportError(
+                f"model.config goes with one safetensors file, and model {model!r} brings its own; leave it out"
+            )
+        else:
+            folder = find_model(model, revision)
+            pipe, sha256 = read_pipeline(model, folder, dtypes), model_fingerprint(folder)
+            defaults = read_model_defaults(folder)
+    refuse_missing_weights(model_name(model), pipe.components, missing)
     for component in pipe.components.values():
         if isinstance(component, torch.nn.Module):
             component.eval().requires_grad_(False)

@@ -13,11 +13,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ...runtime.errors import ArtifactError, describe_schema_error
 from ...runtime.manifest import Manifest
+from ...runtime.plan import PLAN_INPUTS_FILE
 from ..sites.layout import Layout
 from ..sites.marks import Action, Mark, Variant
 from . import PlanSet
-
-PLAN_INPUTS_FILE = "replan.json"
 
 
 class PlanInputs(BaseModel):

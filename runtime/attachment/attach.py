@@ -9,15 +9,13 @@ it runs. This module imports no diffusers; `exporter/denoiser_alone/recording.py
 from __future__ import annotations
 
 import functools
-import hashlib
 import inspect
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..artifact import Artifact, open_artifact
@@ -30,8 +28,7 @@ from ..replay import Tensors, slot_inputs, store_sites
 from .arguments import argument_name_problems, bind_call, diffusers_class, named_leaves
 from .facts import AttachmentFacts, graph_name, read_facts
 from .scheduler_observer import SchedulerObserver, schedule_steps
-
-WEIGHT_SAMPLES = 16  # numbers of each weight that are compared
+from .snapshot import WEIGHT_SAMPLES, DenoiserSnapshot, config_of, differing_keys, weights_digest
 
 
 def attach(
@@ -49,7 +46,8 @@ def attach(
     From then on the pipeline's own call runs the plan for its number of steps, with the cache or, if `cache` is False,
     without. `cache_dir`, `trust`, `public_key` and `minimum_release` are as for `load`. Compared with the export now: the classes of pipeline,
     denoiser and scheduler, the denoiser's config, and of each of its weights name, shape, dtype and 16 numbers. Not
-    compared: the other numbers. Raises RequestError for what differs, and for a denoiser that carries hooks, and ArtifactError as `load` does.
+    compared: the other numbers. What is changed of the denoiser afterwards (a LoRA, weights, modules, config) is refused by the
+    pipeline's next call. Raises RequestError for what differs, and for a denoiser that carries hooks, and ArtifactError as `load` does.
     """
     if not isinstance(artifact, Artifact):
         artifact = open_artifact(
@@ -70,10 +68,11 @@ def attach_opened(pipeline: Any, artifact: Artifact, cache: bool) -> Attachment:
 
 def detach(pipeline: Any) -> None:
     """Gives the pipeline its own denoiser back. Raises RequestError where none is attached."""
-    found = [a for part in pipeline_components(pipeline).values() if (a := attachment_of(part))]
+    parts = pipeline_components(pipeline).values()
+    found = {id(a): a for part in parts for a in (attachment_of(part), followed_by(part)) if a}
     if not found:
         raise RequestError(f"{type(pipeline).__name__}: nothing is attached to it, so there is nothing to detach")
-    for attached in found:
+    for attached in found.values():
         attached.remove()
 
 
@@ -128,6 +127,7 @@ class Attachment:
         self._scheduler = pipeline.scheduler
         self._classes = {name: diffusers_class(name) for name in sorted(facts.output.class_names())}
         self._run: PlanCursor | None = None
+        self._snapshot = DenoiserSnapshot.of(denoiser)
         functools.update_wrapper(self, denoiser.forward)
         self._signature = inspect.signature(denoiser.forward)
 
@@ -135,8 +135,7 @@ class Attachment:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if attachment_of(self.denoiser) is self:
-            self.remove()
+        self.remove()
 
     def install(self) -> None:
         """Takes the place of the denoiser's forward, and follows the scheduler: a run begins where a schedule is set."""
@@ -144,9 +143,16 @@ class Attachment:
         self._scheduler.set_timesteps = SchedulerObserver(self._scheduler, "set_timesteps", self.begin)
 
     def remove(self) -> None:
-        """Leaves denoiser and scheduler as they were."""
-        del self.denoiser.forward
-        if isinstance(vars(self._scheduler).get("set_timesteps"), SchedulerObserver):
+        """Leaves denoiser and scheduler as they were; once more does nothing. Raises RequestError where another forward is around
+        it by now."""
+        if self in vars(self.denoiser).values() and attachment_of(self.denoiser) is not self:
+            raise RequestError(
+                f"{self.facts.denoiser}: its forward was replaced since the artifact was attached; undo that first (of accelerate: "
+                "pipeline.remove_all_hooks()), then detach"
+            )
+        if attachment_of(self.denoiser) is self:
+            del self.denoiser.forward
+        if followed_by(self._scheduler) is self:
             del self._scheduler.set_timesteps
         self._run = None
 
@@ -154,8 +160,24 @@ class Attachment:
         """A new run, at the plan's first evaluation. What an interrupted one had stored is dropped."""
         self._run = None
         self.artifact.refuse_changed_weights()
+        self._refuse_changes()
         name = self.artifact.plan_name(schedule_steps(self._scheduler), self.cache)
         self._run = PlanCursor(self.artifact.plans[name])
+
+    def _refuse_changes(self) -> None:
+        """Raises RequestError for a denoiser that is not what it was: the artifact would draw on as if it were."""
+        name = self.facts.denoiser
+        if pipeline_components(self.pipeline).get(name) is not self.denoiser:
+            change = f"the pipeline has another {name}"
+        elif attachment_of(self.denoiser) is not self or is_compiled_module(self.denoiser):
+            change = f"{name}: its forward was replaced or compiled"
+        elif change := self._snapshot.describe_change(self.denoiser):
+            change = f"{name}: {change}"
+        if change:
+            raise RequestError(
+                f"{change} since the artifact was attached, which its graphs know nothing of; undo it, or detach(pipeline) to draw with "
+                "it, or export again"
+            )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """One forward of the denoiser. Raises RequestError, before anything runs, for a call that the plan does not have."""
@@ -234,9 +256,13 @@ def match_denoiser(pipeline: Any, artifact: Artifact, facts: AttachmentFacts) ->
         "move the pipeline, or export for its device",
     )
     config = config_of(denoiser)
-    for key in sorted(facts.config.keys() | config.keys()):
+    for key in sorted(differing_keys(facts.config, config)):
         refuse_mismatch(
             f"{facts.denoiser}.config.{key}", facts.config.get(key), config.get(key), "load the export's model"
+        )
+    if empty := [name for name, tensor in denoiser.state_dict().items() if tensor.is_meta]:
+        raise RequestError(
+            f"{facts.denoiser}: its weight {empty[0]} holds no numbers ({len(empty)} in all); load the export's whole model"
         )
     if weights_digest(denoiser) != facts.weights:
         raise RequestError(
@@ -290,24 +316,9 @@ def attachment_of(denoiser: Any) -> Attachment | None:
     return forward if isinstance(forward, Attachment) else None
 
 
-def config_of(denoiser: Any) -> dict[str, Any]:
-    """The model's config as JSON has it, without what starts with `_`."""
-    return {key: json_value(value) for key, value in dict(denoiser.config).items() if not key.startswith("_")}
-
-
-def json_value(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): json_value(v) for key, v in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [json_value(v) for v in value]
-    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
-
-
-def weights_digest(denoiser: nn.Module) -> str:
-    """sha256 over name, shape, dtype and `WEIGHT_SAMPLES` evenly spaced numbers of every parameter and stored buffer."""
-    whole = hashlib.sha256()
-    for name, tensor in sorted(denoiser.state_dict().items()):
-        flat = tensor.detach().reshape(-1)
-        few = flat[:: max(1, flat.numel() // WEIGHT_SAMPLES)][:WEIGHT_SAMPLES].cpu().contiguous()
-        whole.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode() + few.view(torch.uint8).numpy().tobytes())
-    return whole.hexdigest()
+def followed_by(scheduler: Any) -> Attachment | None:
+    """The attachment that follows the scheduler's schedules."""
+    observer = vars(scheduler).get("set_timesteps") if hasattr(scheduler, "__dict__") else None
+    begin = getattr(observer, "then", None) if isinstance(observer, SchedulerObserver) else None
+    owner = getattr(begin, "__self__", None)
+    return owner if isinstance(owner, Attachment) else None

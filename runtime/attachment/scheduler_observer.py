@@ -12,13 +12,13 @@ class SchedulerObserver:
     has its plain method again."""
 
     def __init__(self, owner: Any, name: str, then: Callable[..., None]) -> None:
-        self._owner, self._name, self._then = owner, name, then
+        self._owner, self._name, self.then = owner, name, then
         self._method = getattr(owner, name)
         functools.update_wrapper(self, self._method)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         result = self._method(*args, **kwargs)
-        self._then(result, *args, **kwargs)
+        self.then(result, *args, **kwargs)
         return result
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:

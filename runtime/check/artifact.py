@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Literal, get_args
 
 from ..errors import RequestError, describe_read_error, raise_problems
+from ..hub.address import link_way_out
 from ..manifest import FileEntry, Graph, Manifest
 from ..plan import Evaluation, Plan
 from ..storage.files import TRUST_WARNING, file_hashes, hash_problem, open_files
@@ -27,7 +28,8 @@ from .machine import machine_problems
 from .signature import Identity, release_problems, signature_problems
 
 UNCHECKED_FOLDER = "reports"  # anything may lie in this folder; nothing in it is ever opened
-UNLISTED_FILES = {"manifest.json", "signature.json"}  # neither can hold its own hash; see signature.py
+MANIFEST_FILE = "manifest.json"
+UNLISTED_FILES = {MANIFEST_FILE, "signature.json"}  # neither can hold its own hash; see signature.py
 MAX_NAMED_FILES = 5  # unlisted files of one folder that are named one by one
 MAX_CHECKED_EVALUATIONS = 2_000_000  # of 1,000 steps that can begin anywhere there are half as many
 LFS_BYTES = 1024  # a pointer of Git LFS is smaller
@@ -116,12 +118,20 @@ def is_plain_name(path: str) -> bool:
 def file_problems(folder: Path, manifest: Manifest) -> Iterator[str]:
     """Files that are missing, of another size, links, or not listed."""
     present = set(_walk_files(folder))
-    for path in sorted(path for path in present if (folder / path).is_symlink()):
-        yield f"{path} is a symbolic link, an artifact holds plain files only; copy the file in its place"
+    yield from link_problems(folder, sorted(path for path in present if (folder / path).is_symlink()))
     listed = {entry.path: entry for entry in manifest.files}
     for entry in listed.values():
         yield from file_problem(folder, entry)
     yield from unlisted_problems(present - listed.keys() - UNLISTED_FILES)
+
+
+def link_problems(folder: Path, links: Sequence[str]) -> Iterator[str]:
+    """A sentence on the links in the folder. Where all is links, it is somebody's cache or store, and a copy is the way out."""
+    if MANIFEST_FILE not in links:
+        for path in links:
+            yield f"{path} is a symbolic link, an artifact holds plain files only; copy the file in its place"
+        return
+    yield f"{len(links)} of its files are symbolic links, such as {MANIFEST_FILE}, and an artifact holds plain files only; {link_way_out(folder)}"
 
 
 def unlisted_problems(paths: Collection[str]) -> Iterator[str]:

@@ -306,7 +306,7 @@ def inspection_lines(folder: Path, manifest: Manifest, plans: Mapping[str, Plan]
     frames = "" if defaults.num_frames is None else f"{defaults.num_frames} frames of "
     lines = wrap_entries(
         [
-            ("artifact", f"{folder} ({manifest.family}, {manifest.status})"),
+            ("artifact", f"{folder} ({manifest.family}, {manifest.standing})"),
             ("source", f"{manifest.source.model} ({manifest.source.pipeline}, sha256 {manifest.source.sha256[:12]}..)"),
             ("needs", f"{needs.system} {needs.machine}, {needs.device}, {needs.isa_level}{packages}"),
             (

@@ -15,6 +15,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from ..artifact import Artifact
 from ..bounds import Float32, Pixels
+from ..call.arguments import real_number
 from ..errors import ArtifactError, RequestError, describe_schema_error, raise_problems
 from ..noise import Generators, draw_noise
 from ..plan import FROZEN_CONFIG
@@ -87,12 +88,14 @@ class Family:
 
     `latents_shape` is that of one image in the loop, without the batch, and `latents_name` what to call it. Both
     branches of classifier-free guidance, where there are two, are in the denoiser's graph, which takes what differs
-    between them as [2, ...], the negative prompt's first, as diffusers stacks it. `output_kind` is `images` or `frames`.
+    between them as [2, ...], the negative prompt's first, as diffusers stacks it. `output_kind` is `images` or `frames`. `guides_by_step`: its pipeline reads
+    `guidance_scale` at every step, so that a callback may change it.
     """
 
     settings_type: ClassVar[type[Settings]] = Settings
     latents_name: ClassVar[str] = "latents"
     output_kind: ClassVar[Literal["images", "frames"]] = "images"
+    guides_by_step: ClassVar[bool] = True
 
     def __init__(self, artifact: Artifact):
         self.settings = read_settings(self.settings_type, artifact)
@@ -168,7 +171,7 @@ class Family:
         """What else a call says in numbers: `guidance_rescale`, 0 where the caller is silent."""
         if "guidance_rescale" not in self.inputs:
             return {}
-        return {"guidance_rescale": self.scalar(float(given.get("guidance_rescale", 0.0)))}
+        return {"guidance_rescale": self.scalar(real_number("guidance_rescale", given.get("guidance_rescale", 0.0)))}
 
     def scalar(self, value: float) -> torch.Tensor:
         """float32 [1] on the artifact's device."""

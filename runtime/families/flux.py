@@ -14,6 +14,7 @@ import torch
 from pydantic import AfterValidator, Field
 
 from ..bounds import Pixels
+from ..call.arguments import real_number
 from ..replay import Tensors
 from . import Family, Settings
 
@@ -36,6 +37,7 @@ class Flux(Family):
 
     settings_type: ClassVar[type[Settings]] = FluxSettings
     latents_name = "packed latents"
+    guides_by_step = False  # `guidance_scale` is embedded before the loop
 
     @property
     def arguments(self) -> tuple[str, ...]:
@@ -54,7 +56,8 @@ class Flux(Family):
     def branch_guidance(self, given: Mapping[str, Any], guidance_scale: float) -> float:
         """`true_cfg_scale`, which has an effect with a negative prompt only, as in `FluxPipeline`."""
         negative = any(name.startswith("negative_prompt") for name in given)
-        return float(given.get("true_cfg_scale", 1.0)) if negative else 1.0
+        scale = real_number("true_cfg_scale", given.get("true_cfg_scale", 1.0))
+        return scale if negative else 1.0
 
     def scalars(self, given: Mapping[str, Any], guidance_scale: float) -> Tensors:
         """The guidance that is embedded."""

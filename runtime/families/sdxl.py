@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from pydantic import Field
 
 from ..artifact import Artifact
+from ..call.arguments import describe_argument, real_number, real_number_or_none
 from ..errors import RequestError
 from ..replay import Tensors
 from . import Family, ScheduleWindow, Settings
@@ -61,9 +63,10 @@ class StableDiffusionXL(Family):
 
     def window(self, given: Mapping[str, Any]) -> ScheduleWindow:
         """From `denoising_start` and to `denoising_end`, fractions of the schedule: base and refiner share one so."""
-        start, end = (given.get(name) for name in ("denoising_start", "denoising_end"))
-        for name, value in (("denoising_start", start), ("denoising_end", end)):
-            if value is not None and not (isinstance(value, float) and 0 < value < 1):
+        names = ("denoising_start", "denoising_end")
+        start, end = (real_number_or_none(name, given.get(name)) for name in names)
+        for name, value in zip(names, (start, end), strict=True):
+            if value is not None and not 0 < value < 1:
                 raise RequestError(f"{name}: expected a number between 0 and 1, a part of the schedule, got {value!r}")
         if start is not None and end is not None and start >= end:
             raise RequestError(f"denoising_start: expected less than denoising_end, which is {end}, got {start}")
@@ -109,14 +112,11 @@ def size_numbers(given: Mapping[str, Any], usual: tuple[int, int], scored: bool)
 def read_pair(given: Mapping[str, Any], name: str, usual: tuple[float, ...]) -> tuple[float, ...]:
     """The argument as two numbers, `usual` where it is not given."""
     value = given.get(name, usual)
-    if not isinstance(value, (tuple, list)) or len(value) != 2 or not all(isinstance(x, (int, float)) for x in value):
-        raise RequestError(f"{name}: expected two numbers of pixels, down and across, got {value!r}")
-    return tuple(map(float, value))
+    if not isinstance(value, (tuple, list, np.ndarray)) or len(value) != 2:
+        raise RequestError(f"{name}: expected two numbers of pixels, down and across, got {describe_argument(value)}")
+    return tuple(real_number(name, number) for number in value)
 
 
 def read_number(given: Mapping[str, Any], name: str, usual: float) -> float:
     """The argument as a number, `usual` where it is not given."""
-    value = given.get(name, usual)
-    if not isinstance(value, (int, float)):
-        raise RequestError(f"{name}: expected a number, got {value!r}")
-    return float(value)
+    return real_number(name, given.get(name, usual))

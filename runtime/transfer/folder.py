@@ -6,8 +6,9 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..check.artifact import UNCHECKED_FOLDER, UNLISTED_FILES
+from ..check.artifact import MANIFEST_FILE, UNCHECKED_FOLDER, UNLISTED_FILES
 from ..errors import ArtifactError
+from ..hub.address import link_way_out
 from ..storage.files import BLOCK_BYTES, open_plain_file
 from .progress import TransferProgress
 
@@ -31,6 +32,8 @@ class FolderOrigin:
         if not self.folder.is_dir():
             found = "a file" if self.folder.exists() else "nothing"
             raise ArtifactError(f"{self.folder}: expected an artifact folder, found {found}")
+        if (self.folder / MANIFEST_FILE).is_symlink():
+            raise ArtifactError(f"{self.folder}: {MANIFEST_FILE} is a symbolic link; {link_way_out(self.folder)}")
         free = [path for path in (self.folder / UNCHECKED_FOLDER).rglob("*") if path.is_symlink() or not path.is_dir()]
         named = [path for name in sorted(UNLISTED_FILES) if (path := self.folder / name).is_file()]
         return {p.relative_to(self.folder).as_posix(): p.lstat().st_size for p in (*named, *sorted(free))}

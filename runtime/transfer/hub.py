@@ -19,10 +19,10 @@ from typing import Any
 
 from ..bounds import MAX_MANIFEST_BYTES, parse_json
 from ..errors import ArtifactError, RecipeError
+from ..hub.address import HUB_SCHEME
 from ..storage.files import read_plain_file, sha256_of
 from .progress import TransferProgress
 
-HUB_SCHEME = "hf://"
 HUB_EXTRA_HINT = f"{HUB_SCHEME} needs huggingface_hub: pip install 'prebake[hub]'"
 
 

@@ -20,6 +20,7 @@ from typing import Protocol
 
 from ..bounds import MAX_MANIFEST_BYTES
 from ..check.artifact import (
+    MANIFEST_FILE,
     UNCHECKED_FOLDER,
     file_name_problems,
     file_problems,
@@ -37,8 +38,6 @@ from ..storage.files import FOLDER_FLAGS, file_hashes, open_files, read_plain_fi
 from ..storage.private_folder import is_private_folder
 from ..storage.rename import is_artifact, make_readable, replace_folder, replacement_problem
 from .progress import TransferProgress
-
-MANIFEST_FILE = "manifest.json"
 
 
 class Origin(Protocol):

@@ -13,10 +13,11 @@ from urllib.parse import unquote, urlsplit
 from ..check.artifact import UNCHECKED_FOLDER
 from ..check.signature import SIGNATURE_FILE as SIGNATURE
 from ..errors import ArtifactError, RecipeError, raise_problems
+from ..hub.address import HUB_SCHEME
 from ..manifest import Manifest, read_manifest
 from ..problems import artifact_problems
 from .folder import FolderOrigin
-from .hub import HUB_SCHEME, HubRepository, hub_differences
+from .hub import HubRepository, hub_differences
 from .progress import TransferProgress
 from .pull import MANIFEST_FILE, Origin, PullOptions, TransferResult, pull, report_sizes
 

@@ -87,3 +87,10 @@ def test_weights_that_the_config_does_not_have_are_refused(tiny_pipe, tmp_path):
 def test_what_is_no_pipeline_is_refused(tmp_path):
     with pytest.raises(RequestError, match="expected a name, a path or a diffusers pipeline, got int"):
         copy_pipeline(7, tmp_path / "x")
+
+
+def test_weights_without_numbers_are_refused_by_name(tiny_pipe, tmp_path):
+    tiny_pipe.vae.decoder.conv_out.to("meta")
+    with pytest.raises(ExportError, match=r"vae lacks decoder.conv_out.bias, decoder.conv_out.weight; "):
+        copy_pipeline(tiny_pipe, tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()

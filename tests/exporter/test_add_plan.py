@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from types import SimpleNamespace
@@ -68,6 +69,8 @@ def test_a_plan_that_the_export_made_comes_out_again_to_the_byte(copied):
 
 def test_an_added_plan_is_run_listed_and_replayed(copied):
     weights = next((copied / "weights").iterdir()).stat().st_ino
+    with pytest.raises(RequestError, match=rf"`prebake plan {re.escape(str(copied))} --steps 5` adds one"):
+        load(copied)("red", num_inference_steps=5)
     manifest, plans = added(copied, 5)
     assert list(plans) == ["5", "5-uncached"]
     assert manifest.unverified == ("5", "5-uncached")

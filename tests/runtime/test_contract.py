@@ -204,13 +204,13 @@ def test_no_argument_of_the_diffusers_pipeline_is_ignored(pipe):
     ours = set(inspect.signature(pipe.__call__).parameters) | set(pipe.family_rules.arguments)
     assert {"sigmas", "true_cfg_scale", "joint_attention_kwargs", "ip_adapter_image"} <= theirs - ours
     for name in sorted(theirs - ours):
-        with pytest.raises(RequestError, match=f"^{name}: .*FluxPipeline does not take it; it takes prompt"):
+        with pytest.raises(RequestError, match=f"^{name}: .*FluxPipeline does not take it; .*it takes prompt"):
             pipe("red", **{name: 3.0})
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), "3", [3.0]])
 def test_guidance_that_is_no_number_is_refused(pipe, value):
-    with pytest.raises(RequestError, match=r"^guidance_scale=.*: expected a finite number$"):
+    with pytest.raises(RequestError, match=r"^guidance_scale.*: expected a (finite )?number"):
         pipe("red", guidance_scale=value)
 
 

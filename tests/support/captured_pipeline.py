@@ -3,18 +3,22 @@ seconds. What compiling changes is tested with real artifacts."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from unittest import mock
 
 import torch
 
+from prebake.exporter.capture import variants
 from prebake.exporter.package import folder as package
 from prebake.exporter.package.folder import StoredWeights
 from prebake.exporter.package.manifest import describe_artifact
 from prebake.exporter.passes.captured_graph import CapturedGraph
 from prebake.exporter.pipeline import prepare
 from prebake.exporter.prepared_export import PreparedExport
-from prebake.exporter.progress import open_progress
+from prebake.exporter.progress import Progress, open_progress
 from prebake.exporter.recipe.resolve import Recipe
+from prebake.exporter.sites.component import Component
 from prebake.runtime.artifact import Artifact, BoundGraph, read_plans
 from prebake.runtime.contract import Contract
 from prebake.runtime.manifest import Graph
@@ -25,8 +29,34 @@ CPU = torch.device("cpu")
 
 
 def uncompiled(recipe: Recipe, folder: Path) -> Pipeline:
-    """The recipe's artifact as `load` would return it. Plans and tokenizers lie in `folder`."""
-    return opened(prepared(recipe), folder)
+    """The recipe's artifact as `load` would return it. Plans and tokenizers lie in `folder`.
+
+    Text encoders and the VAE are captured once for all recipes that differ in the denoiser's part alone: most of the time goes
+    there, and nobody rewrites these graphs.
+    """
+    with mock.patch.object(variants, "capture_components", remember_components(recipe)):
+        return opened(prepared(recipe), folder)
+
+
+_components: dict[str, tuple[CapturedGraph, ...]] = {}
+
+
+def remember_components(recipe: Recipe) -> Callable[..., tuple[CapturedGraph, ...]]:
+    """`capture_components` of a recipe's text encoders and VAE, for a tiny model what it gave before."""
+    parts = recipe.model_dump_json(
+        exclude={"name", "description", "cache", "guidance", "verify", "sampler", "attention"}
+    )
+    key = f"{parts} {recipe.sampler.image_to_image}"
+    capture = variants.capture_components
+
+    def capture_once(components: Sequence[Component], progress: Progress) -> tuple[CapturedGraph, ...]:
+        if not recipe.model.id.startswith("tiny:"):  # a folder may hold other weights by now
+            return capture(components, progress)
+        if key not in _components:
+            _components[key] = capture(components, progress)
+        return _components[key]
+
+    return capture_once
 
 
 def prepared(recipe: Recipe) -> PreparedExport:

@@ -19,6 +19,11 @@ KILLED, EXPORTS, AROUND = "faults/test_killed.py::", "faults/test_exports.py::",
 COMPILER, SHELL = "faults/test_compiler.py::", "runtime/cli/test_command.py::"
 AOTI = "exporter/lower/aoti/test_aoti.py::"
 FIRST = "runtime/check/test_first_call.py::"
+ARGUMENTS = "runtime/call/test_arguments.py::"
+ATTRIBUTES = "runtime/call/test_attributes.py::"
+ATTACHED = "runtime/attachment/test_attach.py::"
+REGISTRY = "exporter/families/test_registry.py::"
+SOURCE = "exporter/load/test_source.py::"
 MEMORY, FUZZ, TRUST = "faults/test_memory.py::", "runtime/check/test_fuzz.py::", "runtime/check/test_trust.py::"
 
 FORKS, SELF_TEST = "runtime/process/test_fork.py::", "runtime/process/test_self_test.py::"
@@ -550,6 +555,18 @@ FAULTS: Mapping[str, tuple[Fault, ...]] = {
         Fault("wrong-dtype", "another dtype", "the same", f"{CONTRACT}[dtype]"),
         Fault("wrong-strides", "strides that are not contiguous", "the same", f"{CONTRACT}[strides]"),
         Fault("wrong-scalar", "a number in place of a tensor", "the same", f"{CONTRACT}[scalar]"),
+        Fault("number-types", "a seed, a size, a number of steps or a guidance as NumPy's number, or as a tensor of one", "the same bits as with Python's number", ARGUMENTS + "test_a_number_means_itself_whatever_its_type"),
+        Fault("no-number", "a seed of 65 bits or in words, a list where one number belongs, a number as generator, a text as latents, ...", "`NAME: expected a whole number, got 'x'`", ARGUMENTS + "test_what_is_none_is_refused_in_a_sentence"),
+        Fault("misspelt", "an argument that the call does not have", "`num_infernce_steps: ... does not take it; did you mean num_inference_steps? it takes ...`", ARGUMENTS + "test_a_misspelt_argument_is_answered_with_the_nearest_and_all"),
+        Fault("no-effect", "reading or setting what diffusers' pipelines have and this one has not: `scheduler`, `load_lora_weights`, `enable_model_cpu_offload`, ...", "`scheduler: ImagePipeline has no such attribute, for its schedules were tabulated at export; ...`", ATTRIBUTES + "test_what_is_diffusers_alone_is_refused_with_the_way_out"),
+        Fault("misspelt-attribute", "`pipe._interupt = True`", "`_interupt: ... did you mean _interrupt?`", ATTRIBUTES + "test_a_misspelt_attribute_is_answered_with_the_nearest"),
+        Fault("moved", "`pipe.to(...)` with another device or dtype", "`to('cuda'): the artifact was compiled for cpu, ...`", ATTRIBUTES + "test_to_somewhere_else_is_refused_with_the_way_there"),
+        Fault("guidance-in-callback", "`pipe._guidance_scale = ...` in a callback", "the steps that follow have that guidance, as in diffusers, to 1e-5", "exporter/families/test_sd.py::test_a_callback_changes_the_guidance_of_the_steps_that_follow"),
+        Fault("guidance-embedded", "the same, with a model that is told its guidance before the first step", "`_guidance_scale: this model is told its guidance before the first step; ...`", ATTRIBUTES + "test_guidance_that_is_embedded_before_the_loop_cannot_be_changed_in_it"),
+        Fault("no-plan", "a number of steps that the artifact has no plan for", "`num_inference_steps=14: the artifact has the plans 4, 8; prebake plan ARTIFACT --steps 14 adds one without compiling where its variants are there, or ...`", "runtime/test_pipeline.py::test_a_number_of_steps_without_a_plan_says_how_to_add_it"),
+        Fault("never-compared", "a plan that was added, and that nobody compared with the pipeline", "drawn, with one warning; the first line of `inspect` and of `repr` says it", "runtime/test_pipeline.py::test_a_plan_that_was_never_compared_says_so_once"),
+        Fault("hub-address", "`load(\"hf://owner/name\")`", "`...; fetch one with prebake pull hf://owner/name name, and open that`", "runtime/hub/test_address.py::test_an_address_of_the_hub_is_answered_with_the_command_that_fetches_it"),
+        Fault("folder-of-links", "a folder whose files are links, as in the Hub's cache", "`4 of its files are symbolic links, such as manifest.json, ...; make a folder of its own with ...`", "runtime/hub/test_address.py::test_a_folder_of_links_is_answered_in_one_sentence_with_the_way_out"),
         Fault("prompt-long", "a prompt of 10,000 tokens", "drawn; a short warning says what was cut off", PROMPTS + "test_ten_thousand_tokens_are_cut_and_the_warning_is_short"),
         Fault("prompt-strange", "a prompt that is empty, blank, of emoji, right to left, with a zero byte, or one word of 100,000 letters", "drawn, without a warning", PROMPTS + "test_it_is_drawn"),
         Fault("prompt-none", "a prompt that is no text", "`prompt: expected a text or a list of texts, got 7`", PROMPTS + "test_what_is_no_text_is_refused"),
@@ -599,6 +616,68 @@ FAULTS: Mapping[str, tuple[Fault, ...]] = {
         Fault("weights-written-early", "the same between hash and map", "refused, naming the file", WEIGHTS + "test_a_file_that_is_written_to_between_hash_and_map_is_named"),
         Fault("weights-copied", "the same, and the file cut to nothing, after `load(..., copy=True)`", "the same picture", WEIGHTS + "test_a_copy_is_drawn_with_whatever_is_written"),
         Fault("forked-at-work", "a fork while another thread is in a call, or by a callback; a graph called by the thread that came through", "one sentence that names the fork and the way out, at once", FORKS + "test_what_cannot_go_on_says_so"),
+    ),
+    "Models": (
+        Fault(
+            "weights-missing",
+            "a component's file that lacks two weights, of every component in turn",
+            "`model 'NAME': unet lacks conv_out.bias, ...; download or save the whole model again`, before anything is captured",
+            SOURCE + "test_a_component_that_lacks_weights_is_named_with_them",
+        ),
+        Fault(
+            "weights-missing-variant",
+            "the same, of a variant (`*.fp16.safetensors`) and of a `.bin` file",
+            "the same, of all components that lack some",
+            SOURCE + "test_of_a_variant_and_of_torch_files_weights_are_missed_too",
+        ),
+        Fault(
+            "weights-missing-single",
+            "the same, of a single file in the original layout",
+            "the same, by diffusers' names",
+            SOURCE + "test_a_single_file_that_lacks_weights_names_the_component_and_them",
+        ),
+        Fault(
+            "weights-meta",
+            "a loaded pipeline with weights that hold no numbers (torch's `meta` device)",
+            "the same",
+            "api/test_pipeline_copy.py::test_weights_without_numbers_are_refused_by_name",
+        ),
+        Fault(
+            "picture-pipeline",
+            "a folder of a pipeline for image to image or inpainting: `StableDiffusionInpaintPipeline`, `FluxImg2ImgPipeline`, ...",
+            "exported as its family's; a warning names `sampler.image_to_image` where calls could not begin from a picture",
+            REGISTRY + "test_a_folder_of_such_a_pipeline_is_exported_as_its_family_is",
+        ),
+        Fault(
+            "picture-needed",
+            "one that no family takes, and that cannot be called with a prompt alone",
+            "`StableDiffusionImg2ImgPipeline: could not be called with prompt, ...; it draws with image, which no recipe can give: ...`",
+            REGISTRY + "test_a_pipeline_that_cannot_be_called_with_a_prompt_alone_is_refused_in_a_sentence",
+        ),
+        Fault(
+            "tiny-vae",
+            "`AutoencoderTiny` in a pipeline whose calls begin from a picture",
+            "drawn as diffusers draws it, to 1e-5, also with a mask and with a generator each",
+            "exporter/families/test_sd.py::test_pictures_of_a_tiny_vae",
+        ),
+        Fault(
+            "attached-changed",
+            "`attach`, and then a LoRA that is loaded or fused, a weight written to (also through `.data`), another processor, a hook, FreeU, ...",
+            "the next call is refused: `transformer: its weight 'proj_out.weight' was changed since the artifact was attached, ...; undo it, or detach(pipeline) ...`",
+            ATTACHED + "test_a_denoiser_that_was_changed_since_is_refused_by_name",
+        ),
+        Fault(
+            "attached-replaced",
+            "`attach`, and then another denoiser in the pipeline",
+            "`the pipeline has another transformer since the artifact was attached, ...`, and `detach` gives its scheduler back",
+            ATTACHED + "test_another_denoiser_in_the_pipeline_is_refused_and_can_be_detached",
+        ),
+        Fault(
+            "attached-offloaded",
+            "`attach`, and then accelerate's hooks on the denoiser",
+            "the next call is refused, and so is `detach`, until they are removed",
+            ATTACHED + "test_offloading_that_was_set_up_since_is_refused_and_can_be_undone",
+        ),
     ),
 }  # fmt: skip
 EVERY = tuple(fault for faults in FAULTS.values() for fault in faults)

@@ -109,7 +109,7 @@ def test_refused_calls(case):
     call, sentence = REFUSED[case]
     with pytest.raises(RequestError) as caught:
         got(NAME, "snow", **call)
-    assert str(caught.value) == sentence
+    assert str(caught.value).startswith(sentence)
 
 
 def test_a_size_that_does_not_divide_is_refused():

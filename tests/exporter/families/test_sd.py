@@ -14,8 +14,10 @@ from PIL import Image
 
 from prebake.exporter.families import sd
 from prebake.exporter.families.picture import Size, example_picture
+from prebake.exporter.recipe.resolve import resolve
 from prebake.runtime.errors import ExportError, RequestError
-from support.family_parity import PICTURE, PROMPTS, TOLERANCE, eager, expected, got, relative_error, seeded
+from support.captured_pipeline import uncompiled
+from support.family_parity import PICTURE, PLAIN, PROMPTS, TOLERANCE, eager, expected, got, relative_error, seeded
 
 PICTURES = ("sampler.image_to_image=true",)
 TWO = list(PROMPTS[:2])
@@ -131,6 +133,58 @@ def test_draws_are_in_the_order_of_diffusers(batch, each, scheduler):
     generators = [seeded(i) for i in range(4)] if each else seeded(1)
     drawn = got("sd", TWO, *PICTURES, f"sampler.scheduler={scheduler}", generator=generators, **call)
     assert relative_error(drawn, latents) < TOLERANCE
+
+
+# --- a VAE that gives latents, and no distribution ---------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def with_tiny_vae(tmp_path_factory):
+    """The model with `AutoencoderTiny`, as people put it there for speed: diffusers' pipeline, and the artifact."""
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderTiny(
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+        scaling_factor=0.7,
+    )
+    pipe = StableDiffusionPipeline(**{**eager("sd").components, "vae": vae.eval()}, requires_safety_checker=False)
+    folder = tmp_path_factory.mktemp("tiny-vae")
+    pipe.save_pretrained(folder / "model")
+    recipe = resolve(
+        "sd-fast",
+        (*PLAIN, *PICTURES, "shapes.height=32", "shapes.width=32", "fuse.vae_qkv=false", "sampler.steps=4"),
+        str(folder / "model"),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, uncompiled(recipe, folder)
+
+
+@works_pictures
+@pytest.mark.parametrize("kind", [StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline])
+@pytest.mark.parametrize("each", [False, True], ids=["one generator", "a generator each"])
+def test_pictures_of_a_tiny_vae(with_tiny_vae, kind, each):
+    """Nothing is drawn for the picture's latents, nor for a mask's, so that what is drawn afterwards is the same."""
+    pipe, artifact = with_tiny_vae
+    theirs = kind(**pipe.components, requires_safety_checker=False)
+    theirs.set_progress_bar_config(disable=True)
+    masked = {"mask_image": MASK} if kind is StableDiffusionInpaintPipeline else {}
+    size = {"height": 32, "width": 32} if masked else {}
+    call = {
+        "image": [PICTURE, OTHER],
+        "strength": 0.5,
+        "num_inference_steps": 4,
+        "guidance_scale": 5.0,
+        "output_type": "latent",
+        **masked,
+    }
+    generators = [[seeded(1), seeded(2)] if each else seeded(1) for _ in range(2)]
+    latents = theirs(TWO, generator=generators[0], **call, **size)[0]
+    drawn = artifact(TWO, generator=generators[1], **call)[0]
+    assert relative_error(drawn, latents) < TOLERANCE
+    other = artifact(TWO, seed=2, **call)[0]
+    assert relative_error(other, latents) > 0.01  # the canary
 
 
 # --- guidance ---------------------------------------------------------------------------------------------------------
@@ -263,3 +317,59 @@ def test_the_least_strength_that_the_refusal_names_is_taken():
     latents = from_picture(PROMPTS[0], strength=0.125, generator=seeded(1))
     drawn = got("sd", PROMPTS[0], *PICTURES, image=PICTURE, strength=0.125, seed=1)
     assert relative_error(drawn, latents) < TOLERANCE
+
+
+# --- guidance that a callback changes ---------------------------------------------------------------------------------
+
+
+def guidance_below(timestep: int, **changed: float):
+    """A callback that sets the guidance of the steps after that timestep, for either pipeline. Diffusers calls it after each
+    evaluation, of which PNDM's first step has two."""
+
+    def callback(pipe, _, now, tensors):
+        if now >= timestep or pipe.guidance_scale == changed["guidance_scale"]:
+            return tensors
+        for name, value in changed.items():
+            setattr(pipe, f"_{name}", value)
+        if changed["guidance_scale"] <= 1 and "prompt_embeds" in tensors:  # diffusers then wants one branch's
+            tensors["prompt_embeds"] = tensors["prompt_embeds"].chunk(2)[-1]
+        return tensors
+
+    return callback
+
+
+CHANGES = {
+    "more": {"guidance_scale": 9.0},
+    "less": {"guidance_scale": 1.5},
+    "none": {"guidance_scale": 0.0},
+    "rescaled": {"guidance_scale": 9.0, "guidance_rescale": 0.7},
+}
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_a_callback_changes_the_guidance_of_the_steps_that_follow(case):
+    changed = guidance_below(700, **CHANGES[case])
+    call = {"guidance_scale": 5.0, "negative_prompt": ["blue", "square"]}
+    theirs = {"callback_on_step_end": changed, "callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds"]}
+    latents = expected("sd", TWO, generator=seeded(1), **call, **theirs)
+    drawn = got("sd", TWO, seed=1, callback_on_step_end=changed, **call)
+    assert relative_error(drawn, latents) < TOLERANCE
+    assert relative_error(got("sd", TWO, seed=1, **call), latents) > 1e-3  # the canary: it has an effect
+    assert torch.equal(got("sd", TWO, seed=1, callback_on_step_end=changed, **call), drawn)  # and none on the next call
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "told"),
+    [
+        (1.0, 5.0, r"^_guidance_scale=5: the call began without guidance"),
+        (5.0, "5", r"^_guidance_scale: expected a number, got '5'"),
+        (5.0, float("nan"), r"^_guidance_scale=nan: expected a finite number"),
+    ],
+)
+def test_guidance_that_a_step_cannot_have_is_refused(first, then, told):
+    def callback(pipe, *_):
+        pipe._guidance_scale = then
+        return {}
+
+    with pytest.raises(RequestError, match=told):
+        got("sd", "snow", seed=1, guidance_scale=first, callback_on_step_end=callback)

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from DeepCache import DeepCacheSDHelper
@@ -325,6 +326,12 @@ def test_a_part_from_the_middle():
     image = torch.randn(1, 4, 16, 16, generator=seeded(3))
     latents = from_picture(PROMPTS[0], image=image, generator=seeded(1), **call)
     assert relative_error(got("sdxl", PROMPTS[0], image=image, seed=1, **call), latents) < TOLERANCE
+    of_numpy = {
+        name: np.float32(part) for name, part in call.items()
+    }  # which diffusers takes for no part of the schedule
+    assert torch.equal(
+        got("sdxl", PROMPTS[0], image=image, seed=1, **of_numpy), got("sdxl", PROMPTS[0], image=image, seed=1, **call)
+    )
     strong = from_picture(PROMPTS[0], image=PICTURE, strength=0.7, denoising_end=0.6, generator=seeded(1))
     drawn = got("sdxl", PROMPTS[0], image=PICTURE, strength=0.7, denoising_end=0.6, seed=1)
     assert relative_error(drawn, strong) < TOLERANCE
@@ -477,7 +484,7 @@ def test_refused_calls(case):
     name, call, sentence = REFUSED[case]
     with pytest.raises(RequestError) as caught:
         got(name, "snow", **call)
-    assert str(caught.value) == sentence
+    assert str(caught.value).startswith(sentence)
 
 
 def test_the_refiner_takes_scores_in_place_of_the_target():

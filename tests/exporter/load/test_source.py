@@ -10,9 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from huggingface_hub import constants, errors
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 
 from prebake.exporter import tiny
 from prebake.exporter.load import source
@@ -354,3 +355,66 @@ def test_a_configuration_that_is_not_there_or_not_needed_is_refused(single, tiny
 def test_a_misspelt_model_has_a_nearest(name, nearest):
     with pytest.raises(ExportError, match=f"did you mean {nearest}"):
         source.find_model(name)
+
+
+# --- files that lack weights ----------------------------------------------------------------------------------------
+
+
+def drop_weights(folder: Path, count: int = 2) -> list[str]:
+    """Leaves the first weights out of a component's file; their names."""
+    (file,) = folder.glob("*.safetensors")
+    weights = load_file(file)
+    gone = sorted(weights)[:count]
+    save_file({k: v for k, v in weights.items() if k not in gone}, file, metadata={"format": "pt"})
+    return gone
+
+
+@pytest.mark.parametrize("component", ["transformer", "vae", "text_encoder", "text_encoder_2"])
+def test_a_component_that_lacks_weights_is_named_with_them(copy, component):
+    gone = drop_weights(copy / component)
+    with pytest.raises(ExportError, match=r"download or save the whole model again$") as refused:
+        source.load_model(str(copy), None, {**FLOAT32, "transformer": torch.bfloat16})
+    assert f"model 'copy': {component} lacks {gone[0]}, {gone[1]}; " in str(refused.value)
+
+
+def test_of_a_variant_and_of_torch_files_weights_are_missed_too(copy):
+    as_variant(copy, "transformer", "vae", "text_encoder", "text_encoder_2")
+    gone = drop_weights(copy / "text_encoder", 6)
+    file = copy / "vae" / "diffusion_pytorch_model.fp16.safetensors"
+    weights = load_file(file)
+    weights.pop("decoder.conv_out.bias")
+    torch.save(weights, file.with_suffix(".bin"))
+    file.unlink()
+    with pytest.warns(UserWarning, match="the variant 'fp16'"), pytest.raises(ExportError) as refused:
+        source.load_model(str(copy), None, FLOAT32)
+    assert f"text_encoder lacks {', '.join(gone[:4])} and 2 more" in str(refused.value)
+    assert "vae lacks decoder.conv_out.bias" in str(refused.value)
+
+
+def test_a_whole_model_lacks_nothing_and_the_libraries_are_as_they_were(copy):
+    before = [vars(kind)["from_pretrained"] for kind in (ModelMixin, PreTrainedModel)]
+    source.load_model(str(copy), None, FLOAT32)
+    drop_weights(copy / "vae")
+    with pytest.raises(ExportError):
+        source.load_model(str(copy), None, FLOAT32)
+    assert [vars(kind)["from_pretrained"] for kind in (ModelMixin, PreTrainedModel)] == before
+
+
+@pytest.mark.parametrize(
+    ("gone", "told"),
+    [
+        ("model.diffusion_model.out.2.bias", "unet lacks conv_out.bias; "),
+        ("first_stage_model.decoder.norm_out.bias", "vae lacks decoder.conv_norm_out.bias; "),
+        (
+            "cond_stage_model.transformer.text_model.encoder.layers.0.self_attn.v_proj.bias",
+            "text_encoder lacks encoder.layers.0.self_attn.v_proj.bias; ",
+        ),
+    ],
+)
+def test_a_single_file_that_lacks_weights_names_the_component_and_them(single, tmp_path, gone, told):
+    weights = load_file(single)
+    del weights[gone]
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(ExportError) as refused:
+        source.load_model(str(tmp_path / "model.safetensors"), None, FLOAT32, str(single.parent / "config"))
+    assert str(refused.value).startswith(f"model 'model.safetensors': {told}")

@@ -30,6 +30,7 @@ from prebake.exporter.verify.measure import relative_error
 from prebake.exporter.verify.verify import VerifyOptions, verify_artifact
 from prebake.runtime import ArtifactError, ExportError, RecipeError, RequestError, attach, detach, load
 from prebake.runtime.artifact import Artifact, open_artifact
+from prebake.runtime.attachment.snapshot import DenoiserSnapshot, stored_samples, weight_states, weights_digest
 from prebake.runtime.manifest import read_manifest
 from support.attach_pipelines import (
     BUILDERS,
@@ -364,6 +365,151 @@ def test_a_pipeline_that_does_not_fit_is_refused(change, artifact):
     with pytest.raises(RequestError, match=UNFIT[change]) as refused:
         attach(pipe, artifact("aura_flow"))
     assert "\n" not in str(refused.value)
+
+
+# --- refusals: what was changed since -------------------------------------------------------------------------------
+
+
+def lora_beside(denoiser: nn.Module) -> None:
+    """As `load_lora_weights` and `add_adapter` put one there (PEFT)."""
+    layer = nn.Module()
+    layer.base_layer, layer.lora_A = denoiser.proj_out, nn.Linear(8, 2)
+    denoiser.proj_out = layer
+
+
+def lora_fused(denoiser: nn.Module) -> None:
+    """As `fuse_lora` does it: past torch's count of writes."""
+    denoiser.proj_out.weight.data += 1e-3
+
+
+def one_number(denoiser: nn.Module) -> None:
+    with torch.no_grad():
+        denoiser.proj_out.weight[1, 1] += 1
+
+
+def other_memory(denoiser: nn.Module) -> None:
+    denoiser.proj_out.weight = nn.Parameter(denoiser.proj_out.weight + 1e-3)
+
+
+def fewer_weights(denoiser: nn.Module) -> None:
+    denoiser.proj_out.bias = None
+
+
+def other_kind(denoiser: nn.Module) -> None:
+    """As tomesd does it."""
+    block = denoiser.single_transformer_blocks[0]
+    block.__class__ = type("Merged", (type(block),), {})
+
+
+def other_processor(denoiser: nn.Module) -> None:
+    """As `load_ip_adapter` and `set_attn_processor` do it."""
+    for module in denoiser.modules():
+        if hasattr(module, "processor"):
+            module.processor = object()
+
+
+def free_u(denoiser: nn.Module) -> None:
+    denoiser.single_transformer_blocks[0].s1 = 0.9
+
+
+def another_config(denoiser: nn.Module) -> None:
+    denoiser.register_to_config(sample_size=16)
+
+
+def hooked(denoiser: nn.Module) -> None:
+    denoiser.proj_out.register_forward_hook(lambda *_: None)
+
+
+def inner_forward(denoiser: nn.Module) -> None:
+    denoiser.proj_out.forward = lambda x: x
+
+
+def compiled_since(denoiser: nn.Module) -> None:
+    denoiser.compile()
+
+
+CHANGED = {
+    lora_beside: r"transformer: the weight 'proj_out.base_layer.weight' \(\d in all\) was added to it since",
+    lora_fused: "transformer: its weight 'proj_out.weight' was changed since",
+    one_number: "transformer: its weight 'proj_out.weight' was changed since",
+    other_memory: "transformer: its weight 'proj_out.weight' was changed since",
+    fewer_weights: "transformer: its weight 'proj_out.bias' was taken away since",
+    other_kind: "transformer: 'class' of its module single_transformer_blocks.0 was changed since",
+    other_processor: r"transformer: 'processor' of its module .*attn was changed since",
+    free_u: "transformer: 's1' of its module single_transformer_blocks.0 was changed since",
+    another_config: "transformer: its config 'sample_size' was changed since",
+    hooked: "transformer: 'forward hooks' of its module proj_out was changed since",
+    inner_forward: "transformer: 'forward' of its module proj_out was changed since",
+    compiled_since: "transformer: its forward was replaced or compiled since",
+}
+
+
+@pytest.mark.parametrize("change", CHANGED, ids=lambda change: change.__name__)
+def test_a_denoiser_that_was_changed_since_is_refused_by_name(change, artifact):
+    pipe = pipeline("aura_flow")
+    if change is fewer_weights:
+        pipe.transformer.proj_out.bias = nn.Parameter(torch.zeros(pipe.transformer.proj_out.out_features))
+    made = fitted(artifact("aura_flow"), pipe)
+    attach(pipe, made)
+    drawn(pipe, "aura_flow")
+    change(pipe.transformer)
+    for _ in range(2):
+        with pytest.raises(RequestError, match=CHANGED[change]) as refused:
+            drawn(pipe, "aura_flow")
+        assert "or detach(pipeline) to draw with it" in str(refused.value)
+        assert "\n" not in str(refused.value)
+    detach(pipe)
+    assert "set_timesteps" not in vars(pipe.scheduler)
+
+
+def fitted(made: Artifact, pipe: Any) -> Artifact:
+    """The artifact, as if it had been exported with the pipeline's present weights."""
+    facts = {**made.manifest.pipeline, "weights": weights_digest(pipe.transformer)}
+    return replace(made, manifest=made.manifest.model_copy(update={"pipeline": facts}))
+
+
+def test_another_denoiser_in_the_pipeline_is_refused_and_can_be_detached(artifact):
+    pipe, other = pipeline("aura_flow"), pipeline("aura_flow").transformer
+    attach(pipe, artifact("aura_flow"))
+    pipe.transformer = other
+    with pytest.raises(RequestError, match="the pipeline has another transformer since"):
+        drawn(pipe, "aura_flow")
+    detach(pipe)
+    assert drawn(pipe, "aura_flow").isfinite().all()
+
+
+def test_offloading_that_was_set_up_since_is_refused_and_can_be_undone(artifact):
+    from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+
+    pipe = pipeline("aura_flow")
+    attach(pipe, artifact("aura_flow"))
+    add_hook_to_module(pipe.transformer, ModelHook())
+    with pytest.raises(RequestError, match="its forward was replaced or compiled since"):
+        drawn(pipe, "aura_flow")
+    with pytest.raises(RequestError, match=r"pipeline.remove_all_hooks\(\)"):
+        detach(pipe)
+    remove_hook_from_module(pipe.transformer)
+    drawn(pipe, "aura_flow")
+    detach(pipe)
+
+
+def test_weights_without_numbers_are_refused(artifact):
+    pipe = pipeline("aura_flow")
+    pipe.transformer.proj_out.to("meta")
+    with pytest.raises(RequestError, match=r"transformer: its weight proj_out\.\w+ holds no numbers"):
+        attach(pipe, artifact("aura_flow"))
+
+
+def test_looking_for_changes_copies_no_weight():
+    """In the layouts that models have; a look at each call must not cost what the call saves."""
+    layer = nn.Conv2d(64, 64, 3).to(memory_format=torch.channels_last).requires_grad_(False)
+    samples = stored_samples(layer.weight)
+    assert samples.untyped_storage().data_ptr() == layer.weight.untyped_storage().data_ptr()
+    before = DenoiserSnapshot(weight_states(layer), {}, {})
+    layer.weight.data[-1, -1, 0, 0] += 1  # not among the samples, and not counted
+    assert weight_states(layer) == before.weights
+    layer.weight.data += 1
+    assert weight_states(layer) != before.weights
 
 
 def test_two_are_not_attached_at_once(artifact):

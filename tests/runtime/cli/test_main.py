@@ -53,6 +53,7 @@ def test_run_numbers_several_images_and_speaks_json(toy_artifact, tmp_path, caps
         (["--mask", __file__], f"error: {__file__}: expected a picture, such as a .png or .jpg, but "),
         (["--strength", "0.5"], "error: strength: "),
         (["--guidance-scale", "nan"], "error: guidance_scale=nan: expected a finite number"),
+        (["--seed", str(2**64)], "error: seed=18446744073709551616: expected a whole number of 64 bits"),
     ],
 )
 def test_an_error_is_one_line_and_exit_code_2(toy_artifact, capsys, args, words):
@@ -227,6 +228,7 @@ def test_inspect_marks_plans_that_nobody_verified(artifact_copy, capsys):
     toy.edit_manifest(artifact_copy, status="verified", unverified=["4"])
     assert main(["inspect", str(artifact_copy)]) == 0
     lines = capsys.readouterr().out.splitlines()
+    assert "verified, plan 4 never compared)" in " ".join(line.strip() for line in lines[:4])
     assert "4           █·█·  cache taylor, toy, unverified" in lines
     assert "4-uncached  ████  cache none, toy" in lines
     assert "added since, and not compared with the pipeline: 4; `prebake verify --source` does that" in lines

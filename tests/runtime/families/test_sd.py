@@ -166,7 +166,7 @@ def test_a_call_is_refused_in_words(name, pipe):
     kwargs, words = REFUSED[name]
     with pytest.raises(RequestError) as caught:
         pipe(**{"prompt": "red", **kwargs})
-    assert str(caught.value) == words
+    assert str(caught.value).startswith(words)
 
 
 def test_clip_skip_is_no_argument(pipe):

@@ -39,8 +39,8 @@ def real_number(name: str, value: Any) -> float:
     if isinstance(number, numbers.Real) and not is_truth_value(value):
         try:
             return float(number)
-        except OverflowError:
-            pass
+        except OverflowError as e:
+            raise RequestError(f"{name}: expected a finite number, got {describe_argument(value)}") from e
     raise RequestError(f"{name}: expected a number, got {describe_argument(value)}")
 
 

@@ -36,9 +36,9 @@ def test_an_argument_that_is_not_finite_is_named(pipe, name, value):
         pipe(**given, seed=1)
 
 
-@pytest.mark.parametrize("value", [1e39, -1e39, 10**400, np.float64(1e300), np.float32(INF)])
+@pytest.mark.parametrize("value", [1e39, -1e39, pytest.param(10**400, id="1e400"), np.float64(1e300), np.float32(INF)])  # fmt: skip
 def test_a_number_beyond_float32_is_refused(pipe, value):
-    with pytest.raises(RequestError, match=r"^guidance_scale=.*finite number"):
+    with pytest.raises(RequestError, match=r"^guidance_scale.*finite number"):
         pipe("red", seed=1, guidance_scale=value)
 
 

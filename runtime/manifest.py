@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import json
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -30,7 +31,7 @@ from .bounds import (
     parse_json,
 )
 from .errors import ArtifactError, describe_read_error, describe_schema_error
-from .hub.address import pull_command
+from .hub.address import describe_links, pull_command
 from .plan import FROZEN_CONFIG
 from .storage.files import read_plain_file
 
@@ -253,10 +254,7 @@ def _describe_unreadable_manifest(folder: Path, error: OSError) -> str:
     if isinstance(error, IsADirectoryError):
         return "manifest.json is a folder; restore the file or export again"
     if error.errno == errno.ELOOP:
-        return (
-            "manifest.json is a symbolic link, an artifact holds plain files only; copy the file in its place, or copy "
-            "the artifact with `prebake pull`"
-        )
+        return describe_links(folder, sum(path.is_symlink() for path in islice(folder.rglob("*"), MAX_ITEMS)))
     if error.errno == errno.EINVAL:
         return "manifest.json is not a plain file; restore the file or export again"
     return f"manifest.json: {describe_read_error(error, folder)}"

@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Literal, get_args
 
 from ..errors import RequestError, describe_read_error, raise_problems
-from ..hub.address import link_way_out
+from ..hub.address import describe_links
 from ..manifest import FileEntry, Graph, Manifest
 from ..plan import Evaluation, Plan
 from ..storage.files import TRUST_WARNING, file_hashes, hash_problem, open_files
@@ -131,7 +131,7 @@ def link_problems(folder: Path, links: Sequence[str]) -> Iterator[str]:
         for path in links:
             yield f"{path} is a symbolic link, an artifact holds plain files only; copy the file in its place"
         return
-    yield f"{len(links)} of its files are symbolic links, such as {MANIFEST_FILE}, and an artifact holds plain files only; {link_way_out(folder)}"
+    yield describe_links(folder, len(links))
 
 
 def unlisted_problems(paths: Collection[str]) -> Iterator[str]:

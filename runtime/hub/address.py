@@ -23,6 +23,16 @@ def pull_command(folder: Path) -> str:
     return f"prebake pull {quote(f'{HUB_SCHEME}{repo}{revision}')} {quote(repo.partition('/')[2])}"
 
 
+def describe_links(folder: Path, count: int) -> str:
+    """What a folder is refused for whose manifest, and so probably all else, is a link: somebody's cache or store."""
+    counted = (
+        f"{count} of its files are symbolic links, such as manifest.json"
+        if count > 1
+        else "manifest.json is a symbolic link"
+    )
+    return f"{counted}, and an artifact holds plain files only; {link_way_out(folder)}"
+
+
 def link_way_out(folder: Path) -> str:
     """What makes an artifact of a folder whose files are links."""
     return (

@@ -141,7 +141,7 @@ def with_plan(pipe: Pipeline, scheduler) -> Pipeline:
 REFUSED = {
     "prompt_2": (
         {"prompt_2": "blue"},
-        "prompt_2: an artifact of StableDiffusionPipeline does not take it; it takes prompt, prompt_embeds, negative_prompt, negative_prompt_embeds, guidance_rescale",
+        "prompt_2: an artifact of StableDiffusionPipeline does not take it; did you mean prompt? it takes prompt, prompt_embeds, ",
     ),
     "negative": (
         {"negative_prompt": ["a", "b"]},

@@ -21,7 +21,8 @@ from prebake.runtime import private_torch as replaying
 
 ROOTS = [Path(next(iter(package.__path__))) for package in (prebake.exporter, prebake.runtime)]
 OF_OTHERS = {
-    "argparse": {"_SubParsersAction"},
+    "argparse": {"_SubParsersAction", "_actions"},
+    "ctypes": {"_handle"},
     "diffusers": {
         "_diffusers_hook",
         "_get_positional_embeddings",

@@ -149,6 +149,7 @@ def verify(
     prompt_set: Literal["recipe", "accuracy", "all"] = "all",
     seeds: int | None = None,
     limit: int | None = None,
+    budget: str | None = None,
     output: str | os.PathLike[str] | None = None,
     progress: bool = False,
 ) -> VerifyResult:
@@ -161,7 +162,8 @@ def verify(
     With `source` the eager float32 pipeline draws the same prompts and seeds, and the recipe's thresholds decide; what the
     artifact has unverified is then marked as verified, and the report goes to `output`, or to the artifact's `reports/`. `model`
     says where the pipeline is, if not where the manifest says, as for `export`. `prompts` is a file with one a line in place of the
-    recipe's, `prompt_set` which sets are drawn, `seeds` and `limit` how many of each.
+    recipe's, `prompt_set` which sets are drawn, `seeds` and `limit` how many of each, `budget`
+    the time for it ("90s", "10m", "2h" or "full") in place of the recipe's.
 
     Raises ArtifactError for a folder that cannot be opened here, and RecipeError for choices that do not fit it. A threshold
     that is missed is no error: see `missed`.
@@ -173,7 +175,7 @@ def verify(
         from .runtime.figures import describe_plan, plan_report
 
         folder = Path(artifact)
-        options = VerifyOptions(source, found, Path(prompts) if prompts else None, prompt_set, seeds, limit)
+        options = VerifyOptions(source, found, Path(prompts) if prompts else None, prompt_set, seeds, limit, budget)
         with open_progress("rich" if progress else "quiet") as shown:
             manifest, outcome = verify_artifact(folder, options, shown)
         described = report.describe_outcome(manifest, outcome)

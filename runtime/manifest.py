@@ -158,9 +158,32 @@ class Defaults(BaseModel):
     num_frames: Pixels | None = None
 
 
+Compared = tuple[Count, Count]
+"""How many were compared, and how many the recipe asks for."""
+
+
+class Verification(BaseModel):
+    """What a status rests on: how many pictures, evaluations at equal inputs and checked prompts were compared with eager's
+    within the recipe's `budget`, and of each plan the mean PSNR in dB with the ends of its 95 % confidence interval, where
+    two pictures or more were drawn. Where the budget left things out, the numbers depend on the machine's speed."""
+
+    model_config = FROZEN_CONFIG
+    budget: Name
+    pictures: Compared
+    evaluations: Compared
+    checked_prompts: Compared
+    psnr_db: Annotated[dict[Name, tuple[Float32, Float32, Float32]], Mapped] = {}
+
+    def describe(self) -> str:
+        """`16 of 16 pictures, 112 of 112 evaluations`."""
+        counted = {"pictures": self.pictures, "evaluations": self.evaluations, "checked prompts": self.checked_prompts}
+        return ", ".join(f"{made} of {asked} {what}" for what, (made, asked) in counted.items() if asked)
+
+
 class Manifest(BaseModel):
     """`backend` is the module of `runtime/backends` that opens the graphs. `reproducible`: whether its code would be the same
-    bytes again, which it is not where kernels were chosen by their times. `unverified` are plans that were added after `status` was settled, and that nobody has compared with the pipeline.
+    bytes again, which it is not where kernels were chosen by their times. `unverified` are plans that were added after `status` was settled, and that nobody has compared with the pipeline;
+    `verification` is what `status` rests on, not written where there is none.
     `layers` says of each Linear of the denoiser, and of convolutions if they were asked for, whether it is "int8" or "kept", and why. `channels_last` are the keys
     of stored tensors that lie in memory as N H W C; they are bound as N C H W views of it. `complex` are
     those of stored [..., 2] of real and imaginary parts, bound as complex numbers. `release` is what its signer counts up, so
@@ -171,6 +194,7 @@ class Manifest(BaseModel):
     release: Count = 0
     status: Literal["unverified", "verified", "failed"] = "unverified"
     unverified: Names = ()
+    verification: Verification | None = None
     family: Name
     backend: str = Field(default="aoti", pattern=r"^[a-z][a-z0-9_]*$")
     reproducible: bool = True
@@ -205,7 +229,8 @@ class Manifest(BaseModel):
 
     def to_json(self) -> str:
         """The exact bytes of `manifest.json`: sorted keys, two spaces, a final newline."""
-        said = self.model_dump(mode="json", exclude=None if self.release else {"release"})
+        silent = {"release": self.release, "verification": self.verification}
+        said = self.model_dump(mode="json", exclude={name for name, value in silent.items() if not value})
         return json.dumps(said, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
 

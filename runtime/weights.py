@@ -6,6 +6,7 @@ process on the same artifact, adds no memory for weights.
 
 from __future__ import annotations
 
+import json
 import mmap
 import os
 from collections.abc import Callable, Collection, Mapping
@@ -18,6 +19,23 @@ from .errors import ArtifactError
 from .gpu.upload import move_to_device
 
 Tensors = dict[str, torch.Tensor]
+LENGTH_BYTES = 8  # in which a safetensors file says how long its header is
+DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "C64": torch.complex64,
+}
+"""safetensors' names."""
 
 
 def map_weights(
@@ -38,13 +56,12 @@ def map_weights(
     for path, where in files.items():
         try:
             refuse_unmappable(where)
-            with safe_open(where, framework="pt", device="cpu") as file:
-                for key in file.keys():  # noqa: SIM118  (safe_open is not iterable)
-                    if key in tensors:
-                        raise ArtifactError(f"{path}: key {key!r} is in another weight file too; export again")
-                    tensors[key] = file.get_tensor(key)
+            fresh = map_file(where)
         except (SafetensorError, OSError) as e:
             raise ArtifactError(f"{path}: expected safetensors, but {e}; restore the file or export again") from e
+        if twice := sorted(fresh.keys() & tensors.keys()):
+            raise ArtifactError(f"{path}: key {twice[0]!r} is in another weight file too; export again")
+        tensors |= fresh
     tensors = to_device(tensors) if to_device else move_to_device(tensors, device)
     for key in channels_last:
         if key not in tensors or tensors[key].dim() != 4:
@@ -57,6 +74,30 @@ def map_weights(
             raise ArtifactError(f"manifest.json [complex]: {key!r} is not a stored tensor [..., 2]; export again")
         tensors[key] = torch.view_as_complex(tensors[key])
     return tensors
+
+
+def map_file(file: Path) -> Tensors:
+    """The tensors of one safetensors file, views of one private mapping of it. Raises SafetensorError for what is no such file.
+
+    safetensors checks the header. Its own `get_tensor` (0.8) keeps two Python numbers for each tensor for ever, 60 bytes, which a
+    process that loads again and again would not get back.
+    """
+    with safe_open(file, framework="pt", device="cpu"), file.open("rb") as opened:
+        header_bytes = int.from_bytes(opened.read(LENGTH_BYTES), "little")
+        header = json.loads(opened.read(header_bytes))
+        size = os.fstat(opened.fileno()).st_size
+    data = torch.UntypedStorage.from_file(str(file), False, size)[LENGTH_BYTES + header_bytes :]
+    return {name: view_bytes(data, name, **said) for name, said in header.items() if name != "__metadata__"}
+
+
+def view_bytes(
+    data: torch.UntypedStorage, name: str, dtype: str, shape: list[int], data_offsets: list[int]
+) -> torch.Tensor:
+    """The tensor that the header describes, in the bytes that follow it."""
+    if dtype not in DTYPES:
+        raise SafetensorError(f"{name!r} is of {dtype}, which no artifact has")
+    begin, end = data_offsets
+    return torch.empty(0, dtype=DTYPES[dtype]).set_(data[begin:end]).view(shape)
 
 
 def refuse_unmappable(file: Path) -> None:

@@ -181,6 +181,9 @@ def _add_verify(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--limit", type=parse_positive, metavar="N", help="at most N prompts of each set")
     parser.add_argument(
+        "--budget", metavar="TIME", help="90s, 10m, 2h or full: the time for it, in place of the recipe's verify.budget"
+    )
+    parser.add_argument(
         "--output",
         type=Path,
         metavar="DIR",
@@ -204,7 +207,7 @@ def _verify(args: argparse.Namespace) -> int:
     from .quiet import silence_libraries
 
     silence_libraries()
-    choices = VerifyOptions(args.source, args.model, args.prompts, args.prompt_set, args.seeds, args.limit)
+    choices = VerifyOptions(args.source, args.model, args.prompts, args.prompt_set, args.seeds, args.limit, args.budget)
     with open_progress(progress_mode(args)) as shown, keep_signed(args.artifact, args.key, note_on_stderr):
         manifest, outcome = verify_artifact(args.artifact, choices, shown)
     if args.json:

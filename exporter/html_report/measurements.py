@@ -61,9 +61,11 @@ def errors_section(found: Sequence[tuple[Plan, PlanFigures]]) -> dict[str, Any]:
     if not having:
         return {"plot": None}
     longest = max(len(e.max_per_evaluation) for _, e in having)
+    columns = [(*e.max_per_evaluation, *[None] * (longest - len(e.max_per_evaluation))) for _, e in having]
     rows = [
-        (str(i + 1), *(f"{e.max_per_evaluation[i]:.2e}" if i < len(e.max_per_evaluation) else "" for _, e in having))
-        for i in range(longest)
+        (str(i + 1), *("" if error is None else f"{error:.2e}" for error in row))
+        for i, row in enumerate(zip(*columns, strict=True))
+        if any(error is not None for error in row)
     ]
     table = HtmlTable(
         "Error of each evaluation",

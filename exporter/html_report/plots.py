@@ -119,13 +119,18 @@ def plot_errors(
     values = []
     for (plan, figures), (color, marker) in zip(plans, SERIES_STYLES, strict=False):
         assert figures.relative_error is not None
-        ys = figures.relative_error.max_per_evaluation
-        values += ys
-        xs = range(1, len(ys) + 1)
+        compared = {e: y for e, y in enumerate(figures.relative_error.max_per_evaluation) if y is not None}
+        values += compared.values()
         style = {"marker": marker, "ms": 5, "color": palette[color]}
-        ax.plot(xs, ys, **style, lw=1.4, label=plan_title(plan).removeprefix("plan "))
-        hollow = [e for e, evaluation in enumerate(plan.evaluations) if evaluation.variant not in whole]
-        ax.plot([e + 1 for e in hollow], [ys[e] for e in hollow], **style, ls="none", mfc=palette["card"])
+        ax.plot(
+            [e + 1 for e in compared],
+            list(compared.values()),
+            **style,
+            lw=1.4,
+            label=plan_title(plan).removeprefix("plan "),
+        )
+        hollow = [e for e in compared if plan.evaluations[e].variant not in whole]
+        ax.plot([e + 1 for e in hollow], [compared[e] for e in hollow], **style, ls="none", mfc=palette["card"])
     if threshold:
         ax.axhline(threshold, color=palette["red"], lw=1.2, ls=(0, (5, 4)), label="threshold where all is computed")
     if all(0 < v < math.inf for v in values):

@@ -38,7 +38,7 @@ class ErrorFigures(BaseModel):
     pictures: int
     max: float
     mean: float
-    max_per_evaluation: tuple[float, ...]
+    max_per_evaluation: tuple[float | None, ...]
 
 
 class PlanFigures(BaseModel):

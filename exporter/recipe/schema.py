@@ -18,6 +18,7 @@ from ...runtime.errors import RecipeError
 from ..caches import Cache, Mask, NoCache
 from ..quantize import NoQuantize, Quantize
 from ..tables import ConflictError, RecipeProblem, RecipeTable
+from .duration import DURATION
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -190,6 +191,8 @@ class Compile(RecipeTable):
 class Verify(RecipeTable):
     """What the artifact must reach against the eager pipeline, or the export fails."""
 
+    budget: str = Field(default="10m", pattern=DURATION)
+    """The time that the comparison may take, `90s`, `10m` or `2h`: it draws as much as fits, and says what it left out. `full` = all."""
     psnr_db: float = Field(default=45.0, gt=0)
     """The least mean PSNR over prompts and seeds, of a plan without cache."""
     cached_psnr_db: float | None = Field(default=None, gt=0)

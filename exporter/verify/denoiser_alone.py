@@ -22,7 +22,7 @@ from ...runtime.attachment.attach import PlanCursor, attach_opened, run_denoiser
 from ...runtime.attachment.facts import graph_name, read_facts
 from ...runtime.attachment.scheduler_observer import SchedulerObserver
 from ...runtime.errors import ExportError, RequestError
-from ...runtime.plan import Plan
+from ...runtime.plan import Evaluation, Plan
 from ..denoiser_alone.part import recipe_request
 from ..denoiser_alone.recording import record_pipeline
 from ..load import source
@@ -30,8 +30,9 @@ from ..load.prompts import picture_prompts
 from ..recipe.resolve import Recipe
 from ..settle import component_dtypes, load_pipeline
 from ..sites.component import Component
+from .budget import count_opening_steps
 from .golden import GOLDEN_BYTES, GoldenReplay, check_finite, golden_error, read_golden, save_golden, tolerance_of
-from .measure import DrawnPicture, GraphCall, GraphTap, relative_error
+from .measure import CallRecord, DrawnPicture, EnoughCallsError, GraphCall, GraphTap, relative_error
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,9 @@ class AttachedReplayer:
 
     def __init__(self, artifact: Artifact, recipe: Recipe, model: str) -> None:
         self.artifact, self.recipe, self.model = artifact, recipe, model
-        self._calls: list[GraphCall] = []
+        self._record = CallRecord()
         sites = {tensor for site in artifact.manifest.sites for tensor in site.tensors}
-        taps = {name: GraphTap(bound, sites, self._calls) for name, bound in artifact.graphs.items()}
+        taps = {name: GraphTap(bound, sites, self._record) for name, bound in artifact.graphs.items()}
         self._tapped = replace(artifact, graphs=taps)
 
     @cached_property
@@ -63,30 +64,53 @@ class AttachedReplayer:
 
     def draw(self, prompt: str, seed: int, plan: Plan) -> DrawnPicture:
         """One picture, by that plan. Raises ExportError for a prompt that the artifact does not cover."""
-        self._calls.clear()
+        self._record.calls.clear()
         with attach_opened(self.loaded.pipe, self._tapped, plan.cache != "none"):
             try:
-                return draw_picture(self.recipe, self.loaded, prompt, seed, plan.steps, self._calls)
+                return draw_picture(self.recipe, self.loaded, prompt, seed, plan.steps, self._record.calls)
             except RequestError as e:
                 raise ExportError(f"prompt {prompt!r}: {e}; or set verify.prompts to prompts that it covers") from e
+
+    @property
+    def graph_seconds(self) -> Mapping[str, float]:
+        """The least seconds of a call, of each graph that was ever called."""
+        return self._record.seconds
+
+    def trace(self, prompt: str, seed: int, plan: Plan, steps: int) -> tuple[EvaluationCall, ...]:
+        """The evaluations of the plan's first steps, after which the pipeline's call is given up."""
+        opening = [e for e in plan.evaluations if e.step < steps]
+        self._record.limit = sum(len(e.calls) for e in opening)
+        try:
+            self.draw(prompt, seed, plan)
+        except EnoughCallsError:
+            pass
+        finally:
+            self._record.limit = None
+        return join_evaluations(opening, self._record.calls)
 
     def only(self, plans: Mapping[str, Plan]) -> AttachedReplayer:
         """A replayer of the same artifact with these plans alone."""
         fewer = AttachedReplayer(replace(self.artifact, plans=plans), self.recipe, self.model)
         if "loaded" in vars(self):
             fewer.loaded = self.loaded
+        fewer._record.seconds.update(self._record.seconds)
         return fewer
 
     def evaluations(self, drawn: DrawnPicture) -> tuple[EvaluationCall, ...]:
         """The denoiser's calls joined evaluation by evaluation, in the plan's order."""
-        calls = iter(drawn.calls)
         plan = next(p for p in self.artifact.plans.values() if has_plan_calls(p, drawn.calls))
-        return tuple(join_calls(e.variant, [next(calls) for _ in e.calls]) for e in plan.evaluations)
+        return join_evaluations(plan.evaluations, drawn.calls)
 
 
 def has_plan_calls(plan: Plan, calls: Sequence[GraphCall]) -> bool:
     """True if these are the graphs that the plan calls, in its order."""
     return [graph_name(e.variant, c.of) for e in plan.evaluations for c in e.calls] == [c.graph for c in calls]
+
+
+def join_evaluations(evaluations: Sequence[Evaluation], made: Sequence[GraphCall]) -> tuple[EvaluationCall, ...]:
+    """The calls that were made, evaluation by evaluation."""
+    calls = iter(made)
+    return tuple(join_calls(e.variant, [next(calls) for _ in e.calls]) for e in evaluations)
 
 
 def join_calls(variant: str, parts: Sequence[GraphCall]) -> EvaluationCall:
@@ -172,8 +196,8 @@ def write_attached_plan_golden(replayer: AttachedReplayer, recipe: Recipe, name:
     `input.<e>.<b>.<name>` and `output.<e>.<b>` are of the b-th call of evaluation e; an input that is equal at every
     evaluation stands there once, as `input.<b>.<name>`.
     """
-    artifact = replayer.artifact
-    evaluations = replayer.evaluations(replayer.draw(picture_prompts(recipe)[0], 0, artifact.plans[name]))
+    artifact, plan = replayer.artifact, replayer.artifact.plans[name]
+    evaluations = replayer.trace(picture_prompts(recipe)[0], 0, plan, count_opening_steps(plan))
     check_finite(evaluations, name)
     save_golden(artifact.folder, name, attached_golden_tensors(evaluations))
 

@@ -1,4 +1,4 @@
-"""Golden vectors: one picture for each plan, tensor by tensor, so that any machine can see whether it computes the same.
+"""Golden vectors: the first steps of one picture for each plan, tensor by tensor, so that any machine can see whether it computes the same.
 
 In: a staged artifact; out: `golden/<plan>.safetensors`. Later, in: an artifact; out: a
 `GoldenReplay` for each plan, which fails where the difference is more than other kernels explain. Equal is not good: that
@@ -26,6 +26,7 @@ from ..families.picture import VAE_ENCODER
 from ..families.text import TEXT_ENCODER
 from ..load.prompts import picture_prompts
 from ..recipe.resolve import Recipe
+from .budget import count_opening_steps
 from .measure import DrawnPicture, GraphCall, Replayer, image_array, largest_error, psnr_db, relative_error
 
 GOLDEN_BYTES = 64 << 20  # of one plan's denoiser outputs
@@ -61,10 +62,11 @@ NO_VNNI_HINT = "this CPU has no VNNI, so sums of int8 products saturate at 16 bi
 def write_plan_golden(replayer: Replayer, recipe: Recipe, name: str) -> None:
     """The golden vectors of one plan, in the folder of the replayer's artifact."""
     plan, prompt = replayer.artifact.plans[name], picture_prompts(recipe)[0]
-    drawn = replayer.draw(prompt, 0, plan)
+    drawn = replayer.draw(prompt, 0, plan, count_opening_steps(plan))
     check_finite(replayer.evaluations(drawn), name)
     kept, dtype = golden_evaluations(replayer, drawn)
-    save_golden(replayer.artifact.folder, name, golden_tensors(replayer, drawn, prompt, 0, kept, dtype))
+    tensors = golden_tensors(replayer, drawn, prompt, 0, kept, dtype)
+    save_golden(replayer.artifact.folder, name, {**tensors, "steps": torch.tensor([count_opening_steps(plan)])})
 
 
 def save_golden(folder: Path, plan: str, tensors: dict[str, Tensor]) -> None:
@@ -183,7 +185,12 @@ def replay_golden(replayer: Replayer, plan: Plan) -> GoldenReplay:
     stored = read_golden(artifact, plan.name)
     prompt, seed, kept = read_golden_request(stored, plan)
     dtype = torch.float16 if stored["outputs"].dtype == torch.float16 else torch.float32
-    fresh = golden_tensors(replayer, replayer.draw(prompt, seed, plan), prompt, seed, kept, dtype)
+    drawn = replayer.draw(prompt, seed, plan, read_golden_steps(stored, plan))
+    if kept[-1] >= len(replayer.evaluations(drawn)):
+        raise golden_error(plan, "'evaluations' are not of its 'steps'")
+    fresh = golden_tensors(replayer, drawn, prompt, seed, kept, dtype)
+    if "steps" in stored:
+        fresh["steps"] = stored["steps"]
     refuse_other_tensors(plan, stored, fresh)
     embeddings = [name for name in stored if name.startswith("embeddings.")]
     starts = fresh["initial_latents"], stored["initial_latents"]
@@ -238,6 +245,16 @@ def read_golden_request(stored: Mapping[str, Tensor], plan: Plan) -> tuple[str, 
         return bytes(prompt.tolist()).decode(), int(seed), numbers
     except UnicodeDecodeError as e:
         raise golden_error(plan, "'prompt' is no text") from e
+
+
+def read_golden_steps(stored: Mapping[str, Tensor], plan: Plan) -> int:
+    """How many of the plan's steps were drawn: all, where the file does not say. Raises ArtifactError for what cannot be."""
+    if "steps" not in stored:
+        return plan.steps
+    steps = stored["steps"]
+    if steps.dtype != torch.int64 or steps.numel() != 1 or not 1 <= int(steps) <= plan.steps:
+        raise golden_error(plan, f"'steps' is not one of 1 to {plan.steps}")
+    return int(steps)
 
 
 def refuse_other_tensors(plan: Plan, stored: Mapping[str, Tensor], fresh: Mapping[str, Tensor]) -> None:

@@ -12,7 +12,7 @@ import math
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -29,11 +29,10 @@ from ..families.registry import Family
 from ..load.source import EMBEDDED_MODELS
 from ..progress import Progress
 from ..recipe.schema import Guidance
+from .budget import Costs, PictureJob, Workload, count_opening_steps
 
 REPORT_ROWS = 6  # that a report shows
 MIN_MSE = 1e-12  # pictures closer than this are equal: 120 dB
-PictureJob = tuple[str, int]
-"""A prompt and the seed of its noise."""
 
 
 def psnr_db(a: Tensor, b: Tensor) -> float:
@@ -74,6 +73,23 @@ def smallest_psnr_db(found: Iterable[float]) -> float:
     return min(found, key=lambda db: (not math.isnan(db), db))
 
 
+def mean_interval(values: Sequence[float]) -> tuple[float, float, float] | None:
+    """The mean, and the ends of its 95 % confidence interval by Student's t, to 0.1; None for fewer than two values, which have
+    none, and where one is no number."""
+    if len(values) < 2 or not all(map(math.isfinite, values)):
+        return None
+    from scipy.special import stdtrit
+
+    mean = statistics.fmean(values)
+    half = float(stdtrit(len(values) - 1, 0.975)) * statistics.stdev(values) / math.sqrt(len(values))
+    return round(mean, 1), round(mean - half, 1), round(mean + half, 1)
+
+
+def covered_share(count: int) -> float:
+    """The share of all evaluations, 0..1, that 95 % confidence says are no worse than the worst of `count` drawn at random."""
+    return 0.05 ** (1 / count)
+
+
 # --- drawing --------------------------------------------------------------------------------------------------------
 
 
@@ -98,12 +114,32 @@ class DrawnPicture:
     calls: tuple[GraphCall, ...] = ()
 
 
+class EnoughCallsError(Exception):
+    """As many calls are on record as were asked for."""
+
+
+class CallRecord:
+    """The calls of a picture, and the least seconds that a call of each graph ever took. With a `limit`, the call that reaches
+    it raises EnoughCallsError to whoever draws."""
+
+    def __init__(self) -> None:
+        self.calls: list[GraphCall] = []
+        self.seconds: dict[str, float] = {}
+        self.limit: int | None = None
+
+    def add(self, call: GraphCall) -> None:
+        self.calls.append(call)
+        self.seconds[call.graph] = min(call.ms / 1e3, self.seconds.get(call.graph, math.inf))
+        if len(self.calls) == self.limit:
+            raise EnoughCallsError
+
+
 class GraphTap(BoundGraph):
     """A bound graph that puts every call on record, in the CPU's memory: the pipeline that it is compared with is there."""
 
-    def __init__(self, bound: BoundGraph, sites: Iterable[str], calls: list[GraphCall]) -> None:
+    def __init__(self, bound: BoundGraph, sites: Iterable[str], record: CallRecord) -> None:
         self.graph: Graph = bound.graph
-        self._bound, self._sites, self._calls = bound, frozenset(sites), calls
+        self._bound, self._sites, self._record = bound, frozenset(sites), record
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         start = time.perf_counter()
@@ -113,7 +149,7 @@ class GraphTap(BoundGraph):
         ms = (time.perf_counter() - start) * 1e3
         given = {name: t.cpu() for name, t in inputs.items() if "@" not in name}
         came = {name: t.cpu() for name, t in outputs.items() if name not in self._sites}
-        self._calls.append(GraphCall(self.graph.name, given, came, ms))
+        self._record.add(GraphCall(self.graph.name, given, came, ms))
         return outputs
 
 
@@ -122,7 +158,10 @@ class ArtifactReplayer(Protocol):
 
     artifact: Artifact
 
+    @property
+    def graph_seconds(self) -> Mapping[str, float]: ...
     def draw(self, prompt: str, seed: int, plan: Plan) -> DrawnPicture: ...
+    def trace(self, prompt: str, seed: int, plan: Plan, steps: int) -> Sequence[GraphCall]: ...
     def only(self, plans: Mapping[str, Plan]) -> ArtifactReplayer: ...
     def evaluations(self, drawn: DrawnPicture) -> Sequence[GraphCall]: ...
 
@@ -145,34 +184,58 @@ class Replayer:
     def __init__(self, artifact: Artifact) -> None:
         self.artifact = artifact
         self.variants = frozenset(artifact.variants)
-        self._calls: list[GraphCall] = []
+        self._record = CallRecord()
         sites = {tensor for site in artifact.manifest.sites for tensor in site.tensors}
-        taps = {name: GraphTap(bound, sites, self._calls) for name, bound in artifact.graphs.items()}
+        taps = {name: GraphTap(bound, sites, self._record) for name, bound in artifact.graphs.items()}
         compared = artifact.manifest.model_copy(
             update={"unverified": ()}
         )  # or about to be, so that nobody need be told
         self._pipe = Pipeline(replace(artifact, graphs=taps, manifest=compared))
         self._pipe.set_progress_bar_config(disable=True)
 
-    def draw(self, prompt: str, seed: int, plan: Plan) -> DrawnPicture:
-        self._calls.clear()
+    @property
+    def graph_seconds(self) -> Mapping[str, float]:
+        """The least seconds of a call, of each graph that was ever called."""
+        return self._record.seconds
+
+    def draw(self, prompt: str, seed: int, plan: Plan, steps: int | None = None) -> DrawnPicture:
+        """One picture by that plan, or what the decoder makes of the latents after its first `steps`."""
+        self._record.calls.clear()
         arguments = call_arguments(self._pipe, seed, plan)
+        if steps is not None and steps < plan.steps:
+            arguments["callback_on_step_end"] = stop_after(steps)
         start = time.perf_counter()
         with warnings.catch_warnings():  # of the exporter's own prompts, which the pipeline cuts at the same place
             warnings.filterwarnings("ignore", "the prompt is longer")
             output: Any = self._pipe(prompt, **arguments)
         seconds = time.perf_counter() - start
-        calls = tuple(self._calls)
+        calls = tuple(self._record.calls)
         latents = next(c.inputs["latents"] for c in calls if c.graph == "vae_decoder")
         return DrawnPicture(output[0].cpu(), latents, seconds, calls)
 
+    def trace(self, prompt: str, seed: int, plan: Plan, steps: int) -> tuple[GraphCall, ...]:
+        """The denoiser's calls of the plan's first steps."""
+        return self.evaluations(self.draw(prompt, seed, plan, steps))
+
     def only(self, plans: Mapping[str, Plan]) -> Replayer:
         """A replayer of the same artifact with these plans alone."""
-        return Replayer(replace(self.artifact, plans=plans))
+        fewer = Replayer(replace(self.artifact, plans=plans))
+        fewer._record.seconds.update(self._record.seconds)
+        return fewer
 
     def evaluations(self, drawn: DrawnPicture) -> tuple[GraphCall, ...]:
         """The denoiser's calls, in the order of the plan's evaluations."""
         return tuple(c for c in drawn.calls if c.graph in self.variants)
+
+
+def stop_after(steps: int) -> Callable[..., dict[str, Tensor]]:
+    """A callback that interrupts a call after its first steps."""
+
+    def interrupt(pipe: Any, step: int, _timestep: float, _tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        pipe._interrupt = step + 1 >= steps
+        return {}
+
+    return interrupt
 
 
 def call_arguments(pipe: Pipeline, seed: int, plan: Plan) -> dict[str, Any]:
@@ -242,30 +305,40 @@ class PictureRow:
 class Sample:
     """One picture of one plan against the eager one of the same prompt, seed and number of steps.
 
-    `evaluation_errors` are teacher-forced: eager at the artifact's own inputs of that evaluation; `eager_ms` are those
-    calls' times. Both are empty where that was not asked for.
+    `evaluation_errors` are teacher-forced: eager at the artifact's own inputs of that evaluation, None of one that was left out;
+    `eager_ms` are the times of those calls. Both are empty where that was not asked for.
     """
 
     plan: str
     psnr_db: float
     ssim: float
     latents_relative_error: float
-    evaluation_errors: tuple[float, ...]
+    evaluation_errors: tuple[float | None, ...]
     eager_ms: tuple[float, ...]
     variant_ms: tuple[tuple[str, float], ...]
     seconds: float
     eager_seconds: float
 
 
+@dataclass(frozen=True)
+class Trace:
+    """The first evaluations of one plan that the artifact drew alone; as in `Sample`, None was not held against eager."""
+
+    plan: str
+    evaluation_errors: tuple[float | None, ...]
+    eager_ms: tuple[float, ...]
+    variant_ms: tuple[tuple[str, float], ...]
+
+
 def draw_rows(
-    replayer: ArtifactReplayer, reference: EagerReference, jobs: Sequence[PictureJob]
+    replayer: ArtifactReplayer, reference: EagerReference, jobs: Sequence[PictureJob], *, warm_up: bool
 ) -> Iterator[PictureRow]:
     """Draws every job; eager and plans take turns, so that what slows this machine down slows all of them down.
 
-    The first job is drawn once more before, unseen: the first call of anything is slow.
+    With `warm_up` the first job is drawn once more before, unseen: the first call of anything is slow.
     """
     plans = replayer.artifact.plans
-    for prompt, seed in jobs[:1]:
+    for prompt, seed in jobs[: int(warm_up)]:
         reference.draw(prompt, seed, min(p.steps for p in plans.values()))
         for plan in plans.values():
             replayer.draw(prompt, seed, plan)
@@ -275,22 +348,22 @@ def draw_rows(
 
 
 def compare_row(
-    replayer: ArtifactReplayer, reference: EagerReference, row: PictureRow, *, teacher_forced: bool
+    replayer: ArtifactReplayer, reference: EagerReference, row: PictureRow, forced: Mapping[str, Collection[int]]
 ) -> tuple[Sample, ...]:
-    """The figures of a row, plan by plan."""
+    """The figures of a row, plan by plan, with the errors of the evaluations in `forced`, by plan."""
     samples = []
     for name, drawn in row.plans.items():
         eager = row.eager[replayer.artifact.plans[name].steps]
         calls = replayer.evaluations(drawn)
-        forced = [(c.outputs["sample"], *reference.evaluate(c)) for c in calls] if teacher_forced else []
+        errors, eager_ms = compare_evaluations(reference, calls, forced.get(name, ()))
         samples.append(
             Sample(
                 plan=name,
                 psnr_db=psnr_db(drawn.image, eager.image),
                 ssim=ssim(drawn.image, eager.image),
                 latents_relative_error=relative_error(drawn.latents, eager.latents),
-                evaluation_errors=tuple(relative_error(ours, theirs) for ours, theirs, _ in forced),
-                eager_ms=tuple(ms for _, _, ms in forced),
+                evaluation_errors=errors,
+                eager_ms=eager_ms,
                 variant_ms=tuple((c.graph, c.ms) for c in calls),
                 seconds=drawn.seconds,
                 eager_seconds=eager.seconds,
@@ -299,9 +372,53 @@ def compare_row(
     return tuple(samples)
 
 
+def compare_evaluations(
+    reference: EagerReference, calls: Sequence[GraphCall], forced: Collection[int]
+) -> tuple[tuple[float | None, ...], tuple[float, ...]]:
+    """Teacher-forced errors of the calls, None of those that are not in `forced`, and eager's milliseconds for the others.
+    Nothing at all where none is."""
+    errors: list[float | None] = []
+    eager_ms = []
+    for e, call in enumerate(calls if forced else ()):
+        if e in forced:
+            theirs, ms = reference.evaluate(call)
+            errors.append(relative_error(call.outputs["sample"], theirs))
+            eager_ms.append(ms)
+        else:
+            errors.append(None)
+    return tuple(errors), tuple(eager_ms)
+
+
+def measure_costs(replayer: ArtifactReplayer, reference: EagerReference, job: PictureJob) -> Costs:
+    """What things cost here: variants that have not run yet are run, and eager makes one evaluation. What runs once for a
+    picture is taken to cost eager as many times more as an evaluation does."""
+    plans = replayer.artifact.plans
+    variants = {name for plan in plans.values() for name in plan.variants()}
+    first = next(iter(plans.values()))
+    call = replayer.trace(*job, first, 1)[0]
+    _, ms = reference.evaluate(call)
+    for plan in plans.values():
+        if not variant_seconds(replayer, plan.variants()).keys() >= set(plan.variants()):
+            replayer.trace(*job, plan, count_opening_steps(plan))
+    seconds = variant_seconds(replayer, variants)
+    once = sum(s for name, s in replayer.graph_seconds.items() if name.partition(".call")[0] not in variants)
+    return Costs(seconds, ms / 1e3, once, once * max(1.0, ms / 1e3 / max(seconds.values())))
+
+
+def variant_seconds(replayer: ArtifactReplayer, variants: Collection[str]) -> dict[str, float]:
+    """Variant -> seconds of its graphs, all calls of an evaluation together, of those that have run."""
+    found: dict[str, float] = {}
+    for graph, seconds in replayer.graph_seconds.items():
+        name = graph.partition(".call")[0]
+        if name in variants:
+            found[name] = found.get(name, 0.0) + seconds
+    return found
+
+
 @dataclass(frozen=True)
 class Comparison:
-    """All measurements of one run: samples of the recipe's pictures and of the checked ones, and the worst rows.
+    """All measurements of one run: samples of the recipe's pictures and of the checked ones, and the worst rows; or, without
+    pictures, `traces`. `workload` is what was to be drawn.
 
     `exact_eager` by number of steps and `exact` by plan are shares, 0..1, over the `checked_pictures`; all empty and 0
     where nothing was checked.
@@ -313,33 +430,63 @@ class Comparison:
     exact_eager: Mapping[int, float] = field(default_factory=dict)
     exact: Mapping[str, float] = field(default_factory=dict)
     checked_pictures: int = 0
+    traces: tuple[Trace, ...] = ()
+    workload: Workload | None = None
+
+    @property
+    def evaluated(self) -> tuple[Sample | Trace, ...]:
+        """Whatever has evaluations that were held against eager's."""
+        return (*self.pictures, *self.traces)
 
 
 def measure_pictures(
     replayer: ArtifactReplayer,
     reference: EagerReference,
-    pictures: Sequence[PictureJob],
+    workload: Workload,
     checked: CheckedPrompts | None,
     progress: Progress,
 ) -> Comparison:
-    """Draws all `pictures` and, if there are any, the `checked` prompts.
+    """Draws the workload's pictures, and as many of the `checked` prompts as it says.
 
-    The evaluations of seed 0 are compared one by one as well, which costs eager another run of the denoiser each.
+    Each evaluation that is held against eager's costs eager another run of the denoiser.
     """
+    plans, jobs = replayer.artifact.plans, workload.jobs
     samples: list[Sample] = []
+    traces: list[Trace] = []
     worst = WorstRows()
-    progress.announce(f"{len(pictures)} pictures with eager and {len(replayer.artifact.plans)} plans")
-    for row in draw_rows(replayer, reference, pictures):
-        samples += worst.add(row, compare_row(replayer, reference, row, teacher_forced=row.seed == 0))
-    if checked is None:
-        return Comparison(tuple(samples), rows=worst.rows)
+    if workload.traced:
+        progress.announce(f"{workload.count.evaluations} evaluations of {len(plans)} plans, held against eager's")
+        for name, plan in plans.items():
+            traces.append(trace_plan(replayer, reference, workload, plan, workload.forced[name]))
+    if jobs:
+        progress.announce(f"{len(jobs)} pictures with eager and {len(plans)} plans")
+    forced_jobs = [job for job in jobs if job[1] == 0][: workload.forced_jobs]
+    for row in draw_rows(replayer, reference, jobs, warm_up=workload.is_whole):
+        forced = workload.forced if (row.prompt, row.seed) in forced_jobs else {}
+        samples += worst.add(row, compare_row(replayer, reference, row, forced))
+    if checked is None or not workload.checked:
+        return Comparison(tuple(samples), rows=worst.rows, traces=tuple(traces), workload=workload)
+    checked = replace(checked, prompts=checked.prompts[: workload.checked])
     progress.announce(f"prompt accuracy on {len(checked.prompts)} prompts")
     others: list[Sample] = []
     more: list[PictureRow] = []
-    for row in draw_rows(replayer, reference, [(prompt, i) for i, prompt in enumerate(checked.prompts)]):
-        others += worst.add(row, compare_row(replayer, reference, row, teacher_forced=False))
+    numbered = [(prompt, i) for i, prompt in enumerate(checked.prompts)]
+    for row in draw_rows(replayer, reference, numbered, warm_up=workload.is_whole):
+        others += worst.add(row, compare_row(replayer, reference, row, {}))
         more.append(row.drop_calls())
-    return Comparison(tuple(samples), tuple(others), worst.rows, *exact_shares(more, checked), len(more))
+    return Comparison(
+        tuple(samples), tuple(others), worst.rows, *exact_shares(more, checked), len(more), workload=workload
+    )
+
+
+def trace_plan(
+    replayer: ArtifactReplayer, reference: EagerReference, workload: Workload, plan: Plan, forced: Collection[int]
+) -> Trace:
+    """The artifact draws the first steps of its picture, and eager judges evaluations of it."""
+    assert workload.traced is not None
+    calls = replayer.trace(*workload.traced, plan, workload.steps[plan.name])
+    errors, eager_ms = compare_evaluations(reference, calls, forced)
+    return Trace(plan.name, errors, eager_ms, tuple((c.graph, c.ms) for c in calls))
 
 
 class WorstRows:

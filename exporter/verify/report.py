@@ -21,7 +21,15 @@ from ...runtime.errors import RecipeError
 from ...runtime.manifest import Manifest
 from ...runtime.plan import Plan
 from . import picture_sheet as sheet
-from .measure import Comparison, Sample, largest_error, smallest_psnr_db
+from .measure import (
+    Comparison,
+    Sample,
+    Trace,
+    covered_share,
+    largest_error,
+    mean_interval,
+    smallest_psnr_db,
+)
 
 if TYPE_CHECKING:
     from .outcome import Outcome
@@ -31,6 +39,8 @@ VERIFY_METHOD_NOTES = {
     "psnr_db": "mean over pictures of each picture's PSNR against eager float32, same prompt, seed and steps, before rounding to 8 bits; of a video over all its frames; 120 = equal",
     "ssim": "mean over pictures of scikit-image's structural_similarity, per colour channel, 7 x 7 windows; of a video the mean over its frames",
     "relative_error": "L2 norm of the difference over L2 norm of eager's output; eager's denoiser is given the artifact's own inputs, on the pictures of seed 0",
+    "psnr_db_interval_95": "95 % confidence interval of the mean over all pictures, by Student's t over those that were drawn",
+    "covered_share_95": "the share of all evaluations that is, with 95 % confidence, no worse than the worst that was compared",
     "latents_relative_error": "the same of the final latents, each from its own trajectory",
     "accuracy_percent": "share of pictures that show everything that their prompt says, by the model's checker",
     "times": "medians over pictures, of a plan's evaluations the mean within each; eager and artifact took turns in one process on the machine named here",
@@ -82,6 +92,12 @@ def describe_outcome(manifest: Manifest, outcome: Outcome) -> dict[str, Any]:
         "golden": {g.plan: golden_figures(g) for g in outcome.golden},
     }
     if comparison := outcome.comparison:
+        if workload := comparison.workload:
+            described["compared"] = {
+                "budget": outcome.recipe.verify.budget,
+                "predicted_s": workload.seconds,
+                **{name: [made, getattr(workload.asked, name)] for name, made in vars(workload.count).items()},
+            }
         shares = flops_shares(manifest, outcome.plans)
         described["method"] = VERIFY_METHOD_NOTES
         described["eager"] = eager_figures(outcome.plans, comparison)
@@ -146,9 +162,10 @@ def eager_figures(plans: Mapping[str, Plan], comparison: Comparison) -> dict[str
     found = {}
     for steps in sorted({p.steps for p in plans.values()}):
         samples = [s for s in all_samples(comparison) if plans[s.plan].steps == steps]
+        timed = [*samples, *(t for t in comparison.traces if plans[t.plan].steps == steps)]
         found[str(steps)] = {
             "image_s": median_or_none([s.eager_seconds for s in samples]),
-            "evaluation_ms": median_or_none([statistics.fmean(s.eager_ms) for s in samples if s.eager_ms]),
+            "evaluation_ms": median_or_none([statistics.fmean(s.eager_ms) for s in timed if s.eager_ms]),
             "accuracy_percent": to_percent(comparison.exact_eager.get(steps)),
         }
     return found
@@ -159,6 +176,7 @@ def verified_plan_figures(plan: Plan, shares: Mapping[str, float], comparison: C
     pictures = [s for s in comparison.pictures if s.plan == plan.name]
     checked = [s for s in comparison.checked if s.plan == plan.name]
     samples = pictures + checked
+    timed = [*samples, *(t for t in comparison.traces if t.plan == plan.name)]
     return {
         "cache": plan.cache,
         "steps": plan.steps,
@@ -166,10 +184,10 @@ def verified_plan_figures(plan: Plan, shares: Mapping[str, float], comparison: C
         "flops_share_percent": statistics.fmean(shares[e.variant] for e in plan.evaluations),
         "pictures": closeness_figures(pictures),
         "checked_pictures": closeness_figures(checked),
-        "relative_error": evaluation_error_figures(plan, pictures),
+        "relative_error": evaluation_error_figures(plan, [s for s in comparison.evaluated if s.plan == plan.name]),
         "accuracy_percent": to_percent(comparison.exact.get(plan.name)),
         "image_s": median_or_none([s.seconds for s in samples]),
-        "evaluation_ms": median_or_none([statistics.fmean(ms for _, ms in s.variant_ms) for s in samples]),
+        "evaluation_ms": median_or_none([statistics.fmean(ms for _, ms in s.variant_ms) for s in timed]),
         "speedup": ratio_or_none(
             median_or_none([s.eager_seconds for s in samples]), median_or_none([s.seconds for s in samples])
         ),
@@ -184,10 +202,8 @@ def flops_shares(manifest: Manifest, plans: Mapping[str, Plan]) -> dict[str, flo
 
 def variant_figures(shares: Mapping[str, float], comparison: Comparison) -> dict[str, Any]:
     """Each variant's measured time beside its FLOP share: where time is the larger one, the skip is not worth its promise."""
-    ms = {
-        name: median_or_none([t for s in all_samples(comparison) for variant, t in s.variant_ms if variant == name])
-        for name in shares
-    }
+    timed = [*all_samples(comparison), *comparison.traces]
+    ms = {name: median_or_none([t for s in timed for variant, t in s.variant_ms if variant == name]) for name in shares}
     whole = next(ms[name] for name, share in shares.items() if share == 100)
     return {
         name: {
@@ -206,6 +222,7 @@ def closeness_figures(samples: Sequence[Sample]) -> dict[str, Any] | None:
     return {
         "pictures": len(samples),
         "psnr_db": statistics.fmean(s.psnr_db for s in samples),
+        "psnr_db_interval_95": list(mean_interval([s.psnr_db for s in samples]) or ())[1:] or None,
         "psnr_db_min": smallest_psnr_db(s.psnr_db for s in samples),
         "ssim": statistics.fmean(s.ssim for s in samples),
         "ssim_min": min(s.ssim for s in samples),
@@ -214,22 +231,25 @@ def closeness_figures(samples: Sequence[Sample]) -> dict[str, Any] | None:
     }
 
 
-def evaluation_error_figures(plan: Plan, samples: Sequence[Sample]) -> dict[str, Any] | None:
+def evaluation_error_figures(plan: Plan, samples: Sequence[Sample | Trace]) -> dict[str, Any] | None:
     """Teacher-forced errors of the plan's evaluations over the pictures of seed 0, or None without any."""
     table = [s.evaluation_errors for s in samples if s.evaluation_errors]
     if not table:
         return None
-    columns = list(zip(*table, strict=True))  # per evaluation, over pictures
+    # per evaluation, over pictures; those that were drawn and not compared are empty
+    columns = [[x for x in column if x is not None] for column in zip(*table, strict=True)]
     by_variant = {
-        v: [x for e, column in zip(plan.evaluations, columns, strict=True) if e.variant == v for x in column]
+        v: [x for e, column in zip(plan.evaluations, columns, strict=False) if e.variant == v for x in column]
         for v in plan.variants()
     }
     return {
         "pictures": len(table),
+        "evaluations": sum(map(len, columns)),
+        "covered_share_95": covered_share(sum(map(len, columns))),
         "max": largest_error(x for column in columns for x in column),
         "mean": statistics.fmean(x for column in columns for x in column),
-        "max_per_evaluation": [largest_error(column) for column in columns],
-        "max_per_variant": {name: largest_error(errors) for name, errors in by_variant.items()},
+        "max_per_evaluation": [largest_error(column) if column else None for column in columns],
+        "max_per_variant": {name: largest_error(errors) for name, errors in by_variant.items() if errors},
     }
 
 

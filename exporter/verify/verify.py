@@ -9,6 +9,7 @@ the code runs on another machine, `verify_artifact` settles there.
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,29 +21,33 @@ from pydantic import ValidationError
 from ...runtime.artifact import Artifact, open_artifact
 from ...runtime.check.artifact import check_artifact
 from ...runtime.errors import ArtifactError, QualityError, RecipeError, describe_schema_error
-from ...runtime.manifest import ATTACH_FAMILY, Manifest, read_manifest
+from ...runtime.manifest import ATTACH_FAMILY, Manifest, Verification, read_manifest
 from ...runtime.plan import Plan
 from ..families.registry import load_family
 from ..load import source
 from ..load.prompts import picture_prompts
 from ..package.folder import file_entries, stage_linked_copy, update_manifest
 from ..progress import Progress
+from ..recipe.duration import parse_duration
 from ..recipe.resolve import Recipe
 from ..settle import load_pipeline
 from . import denoiser_alone as attached
 from . import report
+from .budget import Costs, PictureJob, Workload, choose_workload
 from .golden import GoldenReplay, plans_without_golden, replay_golden, write_plan_golden
 from .measure import (
     ArtifactReplayer,
     CheckedPrompts,
     Comparison,
     EagerReference,
-    PictureJob,
     Reference,
     Replayer,
     Sample,
+    Trace,
     checked_prompts,
     largest_error,
+    mean_interval,
+    measure_costs,
     measure_pictures,
 )
 from .outcome import Outcome, Verdict
@@ -54,7 +59,8 @@ class VerifyOptions:
 
     `model` says where the pipeline is, if not where the manifest says. `prompts` and `seeds` stand in for the recipe's;
     `prompt_set` is "recipe", "accuracy" (the prompts that the model's checker judges), or "all". `limit` is the largest
-    number of prompts of each.
+    number of prompts of each. `budget` stands in for the recipe's `verify.budget`; what is chosen by one of the others is drawn
+    however long it takes.
     """
 
     with_source: bool = False
@@ -63,6 +69,7 @@ class VerifyOptions:
     prompt_set: str = "all"
     seeds: int | None = None
     limit: int | None = None
+    budget: str | None = None
 
     @property
     def is_complete(self) -> bool:
@@ -82,7 +89,8 @@ def settle_verdict(folder: Path, manifest: Manifest, recipe: Recipe, keep_failed
     if outcome.missed and not keep_failed:
         way_out = "the artifact is not written; --keep-failed writes it all the same, marked as failed"
         raise QualityError("\n".join([*outcome.missed, way_out]))
-    manifest = manifest.model_copy(update={"status": "failed" if outcome.missed else "verified"})
+    status = "failed" if outcome.missed else "verified"
+    manifest = manifest.model_copy(update={"status": status, "verification": describe_verification(outcome)})
     (folder / "manifest.json").write_text(manifest.to_json(), "utf-8")
     report.write_verify_report(folder / "reports", manifest, outcome)
 
@@ -153,7 +161,9 @@ def complete_verification(
                 raise MissedThreshold(outcome)
             status = "failed" if manifest.status == "failed" else "verified"
             left = tuple(name for name in manifest.unverified if name not in outcome.plans)
-            changed = manifest.model_copy(update={"status": status, "unverified": left})
+            changed = manifest.model_copy(
+                update={"status": status, "unverified": left, "verification": describe_verification(outcome)}
+            )
             manifest = update_manifest(fresh, changed, manifest)
     except MissedThreshold as e:
         return manifest, e.outcome
@@ -185,6 +195,7 @@ def refuse_source_options(choices: VerifyOptions) -> None:
         "--prompts": choices.prompts,
         "--seeds": choices.seeds,
         "--limit": choices.limit,
+        "--budget": choices.budget,
     }
     given = [name for name, value in chosen.items() if value is not None] + ["--prompt-set"] * (
         choices.prompt_set != "all"
@@ -216,7 +227,10 @@ def compare_with_source(
         for name, p in artifact.plans.items()
         if name not in plans
     )
-    comparison = measure_pictures(replayer.only(plans), reference, jobs, checked, progress)
+    chosen = replayer.only(plans)
+    workload = choose_work(chosen, reference, recipe, jobs, checked)
+    progress.note(f"compared with eager within verify.budget = {recipe.verify.budget}: {workload.describe()}")
+    comparison = measure_pictures(chosen, reference, workload, checked, progress)
     verdicts = judge_comparison(manifest, recipe, plans, comparison)
     return Outcome(
         recipe,
@@ -226,6 +240,23 @@ def compare_with_source(
         verdicts,
         (*comparison_gaps(recipe, plans, comparison), *others, *not_replayed),
     )
+
+
+def choose_work(
+    replayer: ArtifactReplayer,
+    reference: EagerReference,
+    recipe: Recipe,
+    jobs: Sequence[PictureJob],
+    checked: CheckedPrompts | None,
+) -> Workload:
+    """What the recipe's budget allows of the pictures and the checked prompts."""
+    plans, prompts = replayer.artifact.plans, checked.prompts if checked else ()
+    budget = parse_duration(recipe.verify.budget)
+    start = time.perf_counter()
+    job = (*jobs, *((prompt, 0) for prompt in prompts))[0]
+    costs = measure_costs(replayer, reference, job) if plans else Costs({}, 0.0)
+    left = None if budget is None else max(0.0, budget - (time.perf_counter() - start))
+    return choose_workload(left, costs, plans, whole_variants(replayer.artifact.manifest), jobs, len(prompts))
 
 
 def write_golden(folder: Path, manifest: Manifest, recipe: Recipe) -> Manifest:
@@ -310,8 +341,17 @@ def manifest_recipe(folder: Path, manifest: Manifest) -> Recipe:
 
 
 def override_prompts(recipe: Recipe, choices: VerifyOptions) -> Recipe:
-    """The recipe with the prompts and seeds of the command line. Raises RecipeError for a file without prompts."""
+    """The recipe with the prompts, seeds and budget of the command line. Raises RecipeError for a file without prompts, and for a
+    budget that is no time."""
     changes: dict[str, Any] = {} if choices.seeds is None else {"seeds": choices.seeds}
+    if choices.budget is not None:
+        try:
+            parse_duration(choices.budget)
+        except ValueError as e:
+            raise RecipeError(f"--budget {e}") from e
+        changes["budget"] = choices.budget
+    elif not choices.is_complete:
+        changes["budget"] = "full"
     if choices.prompts is not None:
         changes["prompts"] = read_prompts(choices.prompts)
     return recipe.model_copy(update={"verify": recipe.verify.model_copy(update=changes)})
@@ -355,10 +395,10 @@ def judge_comparison(
     """Every threshold of the recipe that this comparison can be held to."""
     verdicts = []
     for name, plan in plans.items():
-        samples = [s for s in comparison.pictures if s.plan == name]
-        if samples:
+        if samples := [s for s in comparison.pictures if s.plan == name]:
             verdicts.append(judge_psnr(recipe, plan, samples))
-            verdicts.append(judge_evaluations(manifest, recipe, plan, samples))
+        if evaluated := [s for s in comparison.evaluated if s.plan == name]:
+            verdicts.append(judge_evaluations(manifest, recipe, plan, evaluated))
         if comparison.exact and recipe.verify.prompt_accuracy_drop is not None:
             verdicts.append(judge_accuracy(recipe, plan, comparison))
     return tuple(verdicts)
@@ -375,14 +415,14 @@ def judge_psnr(recipe: Recipe, plan: Plan, samples: Sequence[Sample]) -> Verdict
     return Verdict(plan.name, key, value, threshold, True, f"mean of {len(samples)} pictures", way_out)
 
 
-def judge_evaluations(manifest: Manifest, recipe: Recipe, plan: Plan, samples: Sequence[Sample]) -> Verdict:
+def judge_evaluations(manifest: Manifest, recipe: Recipe, plan: Plan, samples: Sequence[Sample | Trace]) -> Verdict:
     """The largest error of an evaluation that computes everything; what a cache predicts is judged by its pictures."""
     whole = whole_variants(manifest)
     errors = [
         error
         for s in samples
         for error, (variant, _) in zip(s.evaluation_errors, s.variant_ms, strict=False)
-        if variant in whole
+        if variant in whole and error is not None
     ]
     value = largest_error(errors)
     way_out = "quantize fewer layers (quantize.exclude), take a wider precision, or raise verify.relative_error"
@@ -400,6 +440,21 @@ def judge_accuracy(recipe: Recipe, plan: Plan, comparison: Comparison) -> Verdic
     )
 
 
+def describe_verification(outcome: Outcome) -> Verification | None:
+    """What the verdict rests on, for the manifest."""
+    if not outcome.comparison or not (workload := outcome.comparison.workload):
+        return None
+    made, asked = workload.count, workload.asked
+    found = {name: [s.psnr_db for s in outcome.comparison.pictures if s.plan == name] for name in outcome.plans}
+    return Verification(
+        budget=outcome.recipe.verify.budget,
+        pictures=(made.pictures, asked.pictures),
+        evaluations=(made.evaluations, asked.evaluations),
+        checked_prompts=(made.checked, asked.checked),
+        psnr_db={name: interval for name, values in found.items() if (interval := mean_interval(values))},
+    )
+
+
 def whole_variants(manifest: Manifest) -> frozenset[str]:
     """Graphs in which every site computes."""
     return frozenset(g.name for g in manifest.graphs if not (g.combines or g.zeros or g.identities))
@@ -408,7 +463,14 @@ def whole_variants(manifest: Manifest) -> frozenset[str]:
 def comparison_gaps(recipe: Recipe, plans: Mapping[str, Plan], comparison: Comparison) -> tuple[str, ...]:
     """Sentences on what the recipe asks for and this comparison cannot say."""
     found = []
-    if not comparison.pictures:
+    if (workload := comparison.workload) and not workload.is_whole:
+        found.append(
+            f"not everything was compared within verify.budget = {recipe.verify.budget}: {workload.describe()}; "
+            "`prebake verify --source --budget full` compares all"
+        )
+    if comparison.traces:
+        found.append("PSNR was not held to the recipe: one picture in eager takes longer than verify.budget")
+    elif not comparison.pictures:
         found.append(
             "PSNR and evaluations were not held to the recipe: its own prompts were not drawn (--prompt-set accuracy)"
         )

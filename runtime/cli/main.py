@@ -307,6 +307,7 @@ def inspection_lines(folder: Path, manifest: Manifest, plans: Mapping[str, Plan]
     lines = wrap_entries(
         [
             ("artifact", f"{folder} ({manifest.family}, {manifest.standing})"),
+            *([("compared", manifest.verification.describe())] if manifest.verification else []),
             ("source", f"{manifest.source.model} ({manifest.source.pipeline}, sha256 {manifest.source.sha256[:12]}..)"),
             ("needs", f"{needs.system} {needs.machine}, {needs.device}, {needs.isa_level}{packages}"),
             (

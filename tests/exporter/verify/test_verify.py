@@ -17,6 +17,8 @@ from prebake.exporter.progress import Progress
 from prebake.exporter.recipe.resolve import Recipe
 from prebake.exporter.verify import golden
 from prebake.exporter.verify import measure as quality
+from prebake.exporter.verify import verify as verification
+from prebake.exporter.verify.budget import Costs, choose_workload
 from prebake.exporter.verify.golden import TOLERANCES, GoldenReplay, replay_golden, tolerance_of
 from prebake.exporter.verify.measure import (
     CheckedPrompts,
@@ -67,6 +69,13 @@ def rewrite_manifest(folder, **changes):
     manifest = read_manifest(folder).model_copy(update={"files": file_entries(folder), **changes})
     (folder / "manifest.json").write_text(manifest.to_json(), "utf-8")
     return manifest
+
+
+def whole_work(replayer, jobs, checked=None):
+    """All of it, however long it takes."""
+    plans, count = replayer.artifact.plans, len(checked.prompts) if checked else 0
+    costs = Costs(dict.fromkeys(("full", "reuse"), 1.0) | dict.fromkeys(replayer.variants, 1.0), 1.0)
+    return choose_workload(None, costs, plans, {"full"}, jobs, count)
 
 
 # --- golden vectors
@@ -276,14 +285,89 @@ def test_evaluations_are_compared_at_the_artifacts_own_inputs(replayer, tiny_art
     """Errors of one evaluation do not add up over steps, and a denoiser with one other weight is noticed at once."""
     manifest, recipe = asking(tiny_artifact, tiny_folder)
     reference = load_reference(manifest, recipe, str(tiny_folder))
-    found = measure_pictures(replayer, reference, [(PROMPTS[0], 0), (PROMPTS[0], 1)], None, Progress())
+    found = measure_pictures(
+        replayer, reference, whole_work(replayer, [(PROMPTS[0], 0), (PROMPTS[0], 1)]), None, Progress()
+    )
     uncached = [s for s in found.pictures if s.plan == "8-uncached"]
     assert [len(s.evaluation_errors) for s in uncached] == [8, 0]  # seed 0 only
     assert max(uncached[0].evaluation_errors) < 0.03
     with torch.no_grad():
         reference._pipe.transformer.proj_out.weight[0] += 1.0
-    other = measure_pictures(replayer, reference, [(PROMPTS[0], 0)], None, Progress())
+    other = measure_pictures(replayer, reference, whole_work(replayer, [(PROMPTS[0], 0)]), None, Progress())
     assert min(e for s in other.pictures for e in s.evaluation_errors) > 0.03
+
+
+@pytest.fixture
+def slow_eager(monkeypatch):
+    """As at real size: a picture in eager takes longer than the budget."""
+    costs = Costs(dict.fromkeys(("full", "reuse"), 1.0), 60.0)
+    monkeypatch.setattr(
+        verification,
+        "measure_costs",
+        lambda replayer, *_: replace(costs, variants=dict.fromkeys(replayer.variants, 1.0)),
+    )
+
+
+def test_with_less_time_than_one_picture_takes_evaluations_decide(slow_eager, copied, tiny_folder, capsys):
+    rewrite_manifest(copied, status="unverified")
+    settle_verdict(copied, *asking(copied, tiny_folder, budget="5m"), False, Progress())
+    manifest = read_manifest(copied)
+    assert manifest.status == "verified"
+    made = manifest.verification
+    assert (made.pictures, made.checked_prompts, made.psnr_db) == ((0, 2), (0, 0), {})
+    assert made.evaluations == (4, 32)  # 16 s for the artifact's steps, and 60 s each
+    report = json.loads((copied / "reports/verify.json").read_text())
+    assert {v["figure"] for v in report["verdicts"]} == {"relative_error"}
+    assert report["compared"]["evaluations"] == [4, 32]
+    errors = report["plans"]["8"]["relative_error"]
+    assert [e is None for e in errors["max_per_evaluation"]].count(False) == errors["evaluations"] == 2
+    assert any("compared within verify.budget = 5m" in said for said in report["not_measured"])
+    assert any("PSNR was not held to the recipe" in said for said in report["not_measured"])
+    assert main(["inspect", str(copied)]) == 0
+    assert "0 of 2 pictures, 4 of 32 evaluations" in capsys.readouterr().out
+
+
+def test_evaluations_alone_miss_an_artifact_that_is_broken(slow_eager, copied, tiny_folder):
+    """The canary: one bias of the last layer is another one, and its hash fits."""
+    path = copied / "weights/denoiser.safetensors"
+    weights = load_file(path)
+    name = next(n for n in weights if n.endswith("proj_out.bias") and weights[n].numel() == 16)
+    save_file({**weights, name: weights[name] + 1.0}, path)
+    rewrite_manifest(copied)
+    with pytest.raises(ExportError) as refused:
+        settle_verdict(copied, *asking(copied, tiny_folder, budget="5m"), False, Progress())
+    assert "plan '8-uncached': relative_error is " in str(refused.value)
+
+
+def test_a_golden_file_of_a_long_plan_has_its_opening(replayer, copied, monkeypatch):
+    """Of a plan that is too long to draw whole: enough steps for each variant, and the picture of the latents there."""
+    from prebake.exporter.verify import budget
+
+    monkeypatch.setattr(budget, "WHOLE_EVALUATIONS", 2)
+    plan = replayer.artifact.plans["8-uncached"]
+    steps = budget.count_opening_steps(plan)
+    assert steps == 4
+    shutil.rmtree(copied / "golden")
+    rewrite_manifest(copied)
+    own = Replayer(open_artifact(copied))
+    golden.write_plan_golden(own, Recipe.model_validate(own.artifact.manifest.recipe), plan.name)
+    stored = load_file(copied / f"golden/{plan.name}.safetensors")
+    assert stored["steps"].tolist() == [4]
+    assert stored["evaluations"].tolist() == [0, 1, 2, 3]
+    replayed = replay_golden(own, plan)
+    assert replayed.bitwise
+    assert replayed.problems == ()
+    whole = replayer.draw(PROMPTS[0], 0, plan)
+    assert not torch.equal(whole.latents, stored["final_latents"])
+
+
+@pytest.mark.parametrize("steps", [torch.tensor([9]), torch.tensor([0]), torch.tensor([1.0]), torch.tensor([2])])
+def test_steps_of_a_golden_file_that_cannot_be_are_refused(replayer, monkeypatch, steps):
+    plan = replayer.artifact.plans["8"]
+    stored = golden.read_golden(replayer.artifact, "8")
+    monkeypatch.setattr(golden, "read_golden", lambda *_: {**stored, "steps": steps})
+    with pytest.raises(ArtifactError, match=r"golden/8.*'steps'"):
+        replay_golden(replayer, plan)
 
 
 def test_the_reference_is_the_plain_pipeline(tiny_artifact, tiny_folder, tiny_pipe):
@@ -305,7 +389,8 @@ def test_checked_prompts_are_drawn_with_their_index_as_seed(replayer, tiny_artif
         seen.append((len(images), images[0].shape, prompts))
         return 0.75
 
-    found = measure_pictures(replayer, reference, [], CheckedPrompts(PROMPTS, exact), Progress())
+    checked = CheckedPrompts(PROMPTS, exact)
+    found = measure_pictures(replayer, reference, whole_work(replayer, [], checked), checked, Progress())
     assert seen == [(2, (32, 32, 3), list(PROMPTS))] * 3  # eager and two plans
     assert [row.seed for row in found.rows] == [0, 1]
     assert found.exact_eager == {8: 0.75}

@@ -1,14 +1,14 @@
 """What a captured graph costs, counted on the graph itself, and whether a variant skips what its plan promises.
 
 Nothing here depends on the machine: FLOPs by class of operator, and bytes that must move between memory and the fused
-loops in between. `speed.py` turns a `Census` into a time on this machine.
+loops in between. `machine_rates.py` turns a `Census` into a time on this machine.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -120,11 +120,11 @@ class Census:
         return dict(sorted(counted.items()))
 
 
-def count_cost(graph: CapturedGraph) -> Cost:
+def count_cost(graph: CapturedGraph, census: Census | None = None) -> Cost:
     """FLOPs (2 per multiply-add) in all and by class, ATen calls, bytes that the other operators move, and the constants
-    that the graph reads, each once."""
+    that the graph reads, each once. `census` is the graph's, where it is known."""
     constants = {t.data_ptr(): t.nbytes for t in graph.constants().values()}
-    counted = take_census(graph)
+    counted = census or take_census(graph)
     return Cost(
         flops=counted.flops,
         flops_by_class=counted.flops_by_class(),
@@ -133,6 +133,15 @@ def count_cost(graph: CapturedGraph) -> Cost:
         constants=len(constants),
         constants_bytes=sum(constants.values()),
     )
+
+
+def count_costs(
+    groups: Mapping[str, Sequence[CapturedGraph]],
+) -> tuple[dict[str, Census], dict[str, Cost]]:
+    """Graph -> its census, and graph -> its cost, for the graphs of all components."""
+    graphs = [g for group in groups.values() for g in group]
+    censuses = {g.name: take_census(g) for g in graphs}
+    return censuses, {g.name: count_cost(g, censuses[g.name]) for g in graphs}
 
 
 def plan_share(plan: Plan, shares: Mapping[str, float]) -> float:

@@ -17,7 +17,7 @@ from ...runtime.plan import Plan
 from ...runtime.text import VARIANT_SIGNS, align_columns, block_signs, format_bytes, format_count, step_strip
 
 if TYPE_CHECKING:
-    from ...runtime.storage.rates_file import Machine
+    from ...runtime.rates.rates_file import Machine
     from ..lower import Backend
     from ..prepared_export import PreparedExport
     from ..progress import Progress
@@ -46,7 +46,7 @@ def describe_machine(config: Compile, backend: Backend) -> Machine:
     """What rates depend on, of this machine, torch and the backend."""
     import torch
 
-    from ...runtime.storage.rates_file import Machine
+    from ...runtime.rates.rates_file import Machine
 
     flags = hashlib.sha256(" ".join(sorted(cpu_flags())).encode()).hexdigest()[:12]
     kernels = getattr(backend, "kernel_version", None)

@@ -10,7 +10,7 @@ The fused loops in between take what their bytes take at the bandwidth measured 
 take to compute, whichever is more, and a little for being started.
 
 A table is measured as a whole when the first graph needs it, and then kept with all others of this kind of machine
-(`runtime/storage/rates_file.py`): the CPU and its flags, the number of threads, torch, the backend, its kernels and its
+(`runtime/rates/rates_file.py`): the CPU and its flags, the number of threads, torch, the backend, its kernels and its
 instruction set. A point that would take longer than `MAX_POINT_SECONDS` has the rate of the nearest one that was measured.
 """
 
@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ...runtime.storage.rates_file import Machine, RateTable, rates_path, read_rates, write_rates
+from ...runtime.rates.rates_file import Machine, RateTable, rates_path, read_rates, write_rates
 from ..progress import Progress
 from .count import Census, FusedLoop, HeavyCall, Operand
 from .rate_grid import GridKind, grid_call, grid_points, interpolate_rate, place_call

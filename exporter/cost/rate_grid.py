@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ...runtime.storage.rates_file import RateTable
+from ...runtime.rates.rates_file import RateTable
 from ..lower import w8a8
 from .count import HeavyCall, Operand
 

@@ -25,8 +25,8 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ..bounds import parse_json
-from .private_folder import default_cache_folder
-from .user_cache import read_private, write_private
+from ..storage.private_folder import default_cache_folder
+from ..storage.user_cache import read_private, write_private
 
 RATES_FOLDER = "rates"
 MAX_RATES_BYTES = 4 << 20
@@ -85,9 +85,14 @@ class Rates(BaseModel):
     call_ms: Positive | None = None
 
 
+def rates_folder() -> Path:
+    """Where the files are."""
+    return default_cache_folder() / RATES_FOLDER
+
+
 def rates_path(machine: Machine) -> Path:
     """Where the rates of that machine are kept."""
-    return default_cache_folder() / RATES_FOLDER / machine.file_name
+    return rates_folder() / machine.file_name
 
 
 def read_rates(machine: Machine) -> Rates:
@@ -104,7 +109,7 @@ def write_rates(rates: Rates) -> None:
 
 def list_rates() -> Mapping[Path, Rates]:
     """The files that are right, by their paths, sorted."""
-    folder = default_cache_folder() / RATES_FOLDER
+    folder = rates_folder()
     try:
         names = sorted(p.name for p in folder.iterdir() if p.suffix == ".json")
     except OSError:

@@ -11,7 +11,8 @@ take to compute, whichever is more, and a little for being started.
 
 A table is measured as a whole when the first graph needs it, and then kept with all others of this kind of machine
 (`runtime/rates/rates_file.py`): the CPU and its flags, the number of threads, torch, the backend, its kernels and its
-instruction set. A point that would take longer than `MAX_POINT_SECONDS` has the rate of the nearest one that was measured.
+instruction set. A point that would take longer than `MAX_POINT_SECONDS` has the rate of the nearest one that was measured,
+and none has a lower rate than one with fewer rows, pixels or queries.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from .count import Census, FusedLoop, HeavyCall, Operand
 from .rate_grid import GridKind, grid_call, grid_points, interpolate_rate, place_call
 from .timing import StandIn, reduce_rows, time_call, time_runs
 
-MAX_POINT_SECONDS = 0.1
+MAX_POINT_SECONDS = 0.25
 MEASURING_NOTE = "this machine's rates are not known yet and are measured now, once, for up to a minute; {} keeps them"
 COLD_BYTES = 64 << 20  # more than the caches hold
 MIN_LOOP_BYTES = 1 << 14  # bytes
@@ -158,6 +159,9 @@ def measure_rates(kind: GridKind, stand_in: StandIn | None) -> list[float]:
         long = near and calls[at].flops / rates[near] / 1e9 > MAX_POINT_SECONDS
         ms = None if long else time_call(calls[at], stand_in)
         rates[at] = calls[at].flops / ms / 1e6 if ms else rates[near or at]
+    for at in points:  # more rows, pixels or queries could be done in parts, so what is slower at them was disturbed
+        fewer = [n for n in next(iter(kind.axes.values())) if n < at[0]]
+        rates[at] = max([rates[at], *(rates[n, *at[1:]] for n in fewer)])
     return [rates[at] for at in points]
 
 

@@ -28,8 +28,8 @@ class SingleCalls:
         self._opset, self._threads, self._prepack = opset, threads, prepack
         self._models: dict[str, onnx.ModelProto] = {}
 
-    def stand_in(self, op: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Callable[[], Any] | None:
-        """What takes as long as a session does for this call."""
+    def stand_in(self, op: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Callable[[], Tensor]:
+        """What takes as long as a session does for this call, and gives what it gives."""
         graph = single_call_graph(op, arguments, keywords)
         inputs = [ort_value(t) for t in graph.args]
         graph = rewrite_graph(graph)
@@ -41,11 +41,11 @@ class SingleCalls:
             binding.bind_ortvalue_input(spec.name, value)
         result = torch.empty(graph.outputs[0].shape, dtype=getattr(torch, graph.outputs[0].dtype))
         binding.bind_ortvalue_output(graph.outputs[0].name, ort_value(result))
-        held = (constants, inputs, result)  # the session has their addresses only
+        held = (constants, inputs)  # the session has their addresses only
 
-        def run() -> Any:
+        def run(held: Any = held) -> Tensor:
             session.run_with_iobinding(binding)
-            return held
+            return result
 
         return run
 

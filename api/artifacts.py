@@ -133,7 +133,7 @@ def export(
             if dry_run:
                 prepared = prepare(asked, shown, near=near)
                 with shown.stage("forecast"):
-                    return Forecast(**describe_forecast(prepared, forecast_graphs(prepared)))
+                    return Forecast(**describe_forecast(prepared, forecast_graphs(prepared, shown)))
             store = Store(Path(cache_dir) if cache_dir else default_store_folder()) if cache else None
             options = ExportOptions(force=force, keep_failed=keep_failed, verify=verify, near=near, store=store)
             folder = export_recipe(asked, Path(output) if output else default_output(asked), options, shown)

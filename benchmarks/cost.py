@@ -2,8 +2,8 @@
 
     python benchmarks/cost.py artifacts/flux-fast-shapes --model shapes
 
-Predictions come from the captured graphs and from kernels timed alone (`exporter/speed.py`); nothing of the artifact is
-run for them. Then its variants take turns (A B A B ...). Medians; the share is of the variant that computes everything.
+Predictions come from the captured graphs and from this machine's rates (`exporter/cost/machine_rates.py`), which are
+measured where they are not known; nothing of the artifact is run for them. Then its variants take turns (A B A B ...). Medians; the share is of the variant that computes everything.
 With one thread, the time is that of this process on its core, so other processes do not count.
 """
 
@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from denoiser import variant_call
 
-from prebake.exporter.cost.count import take_census
 from prebake.exporter.cost.forecast import build_rates
 from prebake.exporter.pipeline import prepare
 from prebake.exporter.progress import open_progress
@@ -51,10 +50,10 @@ def main() -> None:
 def compare_costs(prepared: Any, artifact: Artifact, repeats: int) -> dict[str, Any]:
     """Variant -> predicted milliseconds by class, and the measured median."""
     measured = time_artifact_variants(prepared, artifact, repeats)
-    speed = build_rates(prepared.backend, prepared.recipe.compile)
+    speed = build_rates(prepared.recipe.compile, prepared.backend)
     found: dict[str, Any] = {}
     for graph in prepared.graphs["denoiser"]:
-        counted = take_census(graph)
+        counted = prepared.censuses[graph.name]
         start = time.perf_counter()
         forecast = speed.forecast(counted, prepared.costs[graph.name].constants_bytes)
         found[graph.name] = {

@@ -240,7 +240,7 @@ def export_stage(stage: Stage, place: StagePlace) -> tuple[StageSubject, Path, b
     """The artifact, and whether it was made now; code that an earlier run has compiled is taken from its cache."""
     from prebake.exporter import pipeline as exporter
     from prebake.exporter.capture.variants import capture_variants
-    from prebake.exporter.cost.count import count_cost
+    from prebake.exporter.cost.count import count_costs
     from prebake.exporter.export_cache.store import Store
     from prebake.exporter.lower import load_backend
     from prebake.exporter.package import folder as package
@@ -278,6 +278,7 @@ def export_stage(stage: Stage, place: StagePlace) -> tuple[StageSubject, Path, b
             height=subject.size.height,
             width=subject.size.width,
         )
+        censuses, costs = count_costs({"denoiser": graphs})
         whole = PreparedExport(
             recipe=recipe,
             backend=backend,
@@ -290,7 +291,8 @@ def export_stage(stage: Stage, place: StagePlace) -> tuple[StageSubject, Path, b
             layout=subject.layout,
             planned=planned,
             graphs={"denoiser": graphs},
-            costs={g.name: count_cost(g) for g in graphs},
+            costs=costs,
+            censuses=censuses,
         )
         whole, paths = exporter.lower(partial, whole, quiet, Store(place.work / "compiled"))
         exporter.write_folder(partial, whole, paths, quiet)

@@ -16,8 +16,7 @@ from ..runtime.manifest import Manifest
 from .caches.common.calibration import CALIBRATION_FILE, write_calibration
 from .caches.common.fallback import settle_cache
 from .capture.variants import capture_part
-from .cost.count import count_cost
-from .cost.variants import check_variant_costs
+from .cost.variants import count_and_check
 from .denoiser_alone.part import DenoiserAlone, is_denoiser_alone
 from .export_cache.compilation import CompileOrReuse
 from .export_cache.store import Store
@@ -67,8 +66,7 @@ def prepare(recipe: Recipe, progress: Progress, *, near: Path | None = None) -> 
     others = part.other_components(recipe, backend)
     with progress.stage("capture", len(planned.variants) * len(denoisers) + len(others)):
         planned, graphs = capture_part(denoisers, others, planned, progress, recipe.attention.dtype)
-        costs = {g.name: count_cost(g) for group in graphs.values() for g in group}
-        check_variant_costs(denoisers[0], planned, costs)
+        censuses, costs = count_and_check(denoisers[0], planned, graphs)
     return PreparedExport(
         recipe=recipe,
         backend=backend,
@@ -80,6 +78,7 @@ def prepare(recipe: Recipe, progress: Progress, *, near: Path | None = None) -> 
         planned=planned,
         graphs=graphs,
         costs=costs,
+        censuses=censuses,
     )
 
 

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
     from ..runtime.manifest import Cost, Defaults, Source
     from .caches.common.calibration import Calibration, PictureSize
+    from .cost.count import Census
     from .export_cache.store import Store
     from .lower import Backend
     from .passes.captured_graph import CapturedGraph
@@ -99,3 +100,4 @@ class PreparedExport:
     planned: PlanSet
     graphs: dict[str, tuple[CapturedGraph, ...]]
     costs: dict[str, Cost]
+    censuses: dict[str, Census]

@@ -107,6 +107,24 @@ def suspend_modes() -> AbstractContextManager[Any]:
     return _disable_current_modes()
 
 
+@contextmanager
+def trace_sparingly() -> Iterator[None]:
+    """Inside, graphs are traced without what nobody reads, a third of the time: no stack trace for each node
+    (`torch.fx.config.do_not_emit_stack_traces`, which older torch has not), and no Python code of a graph before it is called
+    (`torch.fx._lazy_graph_module._use_lazy_graph_module`, which Inductor uses)."""
+    from torch.fx import config
+    from torch.fx._lazy_graph_module import _use_lazy_graph_module
+
+    settings: Any = config
+    before = getattr(settings, "do_not_emit_stack_traces", False)
+    settings.do_not_emit_stack_traces = True
+    try:
+        with _use_lazy_graph_module(True):
+            yield
+    finally:
+        settings.do_not_emit_stack_traces = before
+
+
 def flatten_tree(tree: Any) -> list[Any]:
     """The leaves of nested tuples, lists and dicts, `torch.utils._pytree.tree_leaves`. torch exports no pytree by a public name;
     `optree` is one."""

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 
+from ...runtime.check.machine import cpu_name
 from ...runtime.errors import ArtifactError
-from ..verify.report import Cells, cpu_name, format_json, format_number, print_cells
+from ..verify.report import Cells, format_json, format_number, print_cells
 from .cold_start import STAGES
 
 if TYPE_CHECKING:

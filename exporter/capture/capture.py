@@ -19,6 +19,7 @@ from ..passes.fold import fold_constants
 from ..passes.functionalize import functionalize_graph
 from ..passes.prune import prune_dead_code
 from ..passes.register_constants import register_constants
+from ..private_torch import trace_sparingly
 
 CAPTURE_PASSES: tuple[GraphPass, ...] = (
     register_constants,  # first: the others know tensors as parameters and buffers
@@ -32,7 +33,7 @@ def capture_graph(
     name: str, module: nn.Module, args: tuple[Tensor, ...], inputs: tuple[str, ...], outputs: tuple[str, ...]
 ) -> CapturedGraph:
     """`module(*args)` as a graph. Raises ExportError naming the graph when torch.export cannot trace it."""
-    with torch.no_grad(), warnings.catch_warnings():
+    with torch.no_grad(), trace_sparingly(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             program = torch.export.export(module, args, strict=False)

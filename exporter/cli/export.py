@@ -121,7 +121,7 @@ def _export_recipe(recipe: Recipe, row: ExportRow, args: argparse.Namespace) -> 
         if args.dry_run:
             prepared = prepare(recipe, shown, near=near)
             with shown.stage("forecast"):
-                result = forecast.describe_forecast(prepared, forecast.forecast_graphs(prepared))
+                result = forecast.describe_forecast(prepared, forecast.forecast_graphs(prepared, shown))
         else:
             artifact = export(recipe, row.output or default_output(recipe), options, shown)
             result = {"artifact": str(artifact), "graphs": shown.graphs, **summarize_artifact(artifact)}

@@ -1,14 +1,14 @@
 """What a captured graph costs, counted on the graph itself, and whether a variant skips what its plan promises.
 
 Nothing here depends on the machine: FLOPs by class of operator, and bytes that must move between memory and the fused
-loops in between. `speed.py` turns a `Census` into a time on this machine.
+loops in between. `machine_rates.py` turns a `Census` into a time on this machine.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -120,11 +120,11 @@ class Census:
         return dict(sorted(counted.items()))
 
 
-def count_cost(graph: CapturedGraph) -> Cost:
+def count_cost(graph: CapturedGraph, census: Census | None = None) -> Cost:
     """FLOPs (2 per multiply-add) in all and by class, ATen calls, bytes that the other operators move, and the constants
-    that the graph reads, each once."""
+    that the graph reads, each once. `census` is the graph's, where it is known."""
     constants = {t.data_ptr(): t.nbytes for t in graph.constants().values()}
-    counted = take_census(graph)
+    counted = census or take_census(graph)
     return Cost(
         flops=counted.flops,
         flops_by_class=counted.flops_by_class(),
@@ -133,6 +133,15 @@ def count_cost(graph: CapturedGraph) -> Cost:
         constants=len(constants),
         constants_bytes=sum(constants.values()),
     )
+
+
+def count_costs(
+    groups: Mapping[str, Sequence[CapturedGraph]],
+) -> tuple[dict[str, Census], dict[str, Cost]]:
+    """Graph -> its census, and graph -> its cost, for the graphs of all components."""
+    graphs = [g for group in groups.values() for g in group]
+    censuses = {g.name: take_census(g) for g in graphs}
+    return censuses, {g.name: count_cost(g, censuses[g.name]) for g in graphs}
 
 
 def plan_share(plan: Plan, shares: Mapping[str, float]) -> float:
@@ -152,6 +161,22 @@ def take_census(graph: CapturedGraph) -> Census:
     return Census(dict(Counter(walk.heavy.values())), tuple(fuse_loops(walk)))
 
 
+@dataclass(frozen=True)
+class Result:
+    """What a tensor of memory of its own is made by."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, t: Tensor) -> Result:
+        return cls(tuple(t.shape), t.stride(), t.dtype)
+
+    def make(self) -> Tensor:
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype)
+
+
 class CensusWalk(fx.Interpreter):
     """One run that notes, for every node, its FLOPs, its bytes, and whose memory its value is.
 
@@ -168,15 +193,14 @@ class CensusWalk(fx.Interpreter):
         self.bytes: dict[fx.Node, int] = {}
         self.values: dict[fx.Node, int] = {}
         self.memory: dict[fx.Node, set[Any]] = {}
+        self.seen: dict[str, tuple[Any, int]] = {}
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         value = super().get_attr(target, args, kwargs)
         return self.fake.from_tensor(value) if isinstance(value, Tensor) else value
 
     def run_node(self, n: fx.Node) -> Any:
-        before = self.counter.get_total_flops()
-        value = super().run_node(n)
-        flops = self.counter.get_total_flops() - before
+        value, flops = self.run_once(n)
         if n.op == "output":
             self.ends.append(n)
             return value
@@ -191,6 +215,27 @@ class CensusWalk(fx.Interpreter):
         if flops:
             self.heavy[n] = self.describe_call(n, flops)
         return value
+
+    def run_once(self, n: fx.Node) -> tuple[Any, int]:
+        """The node's value and its FLOPs. Of equal calls (layers of one shape) one alone is run; the others' results are made by
+        its shapes, unless they share memory with an argument."""
+        if n.op != "call_function":
+            return super().run_node(n), 0
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        key = repr((n.target, map_tree(Tensor, lambda t: (tuple(t.shape), t.stride(), t.dtype), (args, kwargs))))
+        if key in self.seen:
+            made, flops = self.seen[key]
+            with self.fake:
+                return map_tree(Result, Result.make, made), flops
+        before = self.counter.get_total_flops()
+        value = super().run_node(n)
+        flops = self.counter.get_total_flops() - before
+        given = {storage_key(t) for t in flatten_tree((args, kwargs)) if isinstance(t, Tensor)}
+        results = [t for t in flatten_tree(value) if isinstance(t, Tensor)]
+        memory = {storage_key(t) for t in results}
+        if len(memory) == len(results) and not memory & given:
+            self.seen[key] = map_tree(Tensor, Result.of, value), flops
+        return value, flops
 
     def describe_call(self, n: fx.Node, flops: int) -> HeavyCall:
         constants = {t for a in n.all_input_nodes if self.root[a].op == "get_attr" for t in self.memory[a]}

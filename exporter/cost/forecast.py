@@ -6,36 +6,59 @@ same evaluations all computed, and the speed-up that this should give.
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain, repeat
 from typing import TYPE_CHECKING, Any
 
+from ...runtime.check.machine import cpu_flags, cpu_name
 from ...runtime.plan import Plan
 from ...runtime.text import VARIANT_SIGNS, align_columns, block_signs, format_bytes, format_count, step_strip
 
 if TYPE_CHECKING:
+    from ...runtime.rates.rates_file import Machine
     from ..lower import Backend
     from ..prepared_export import PreparedExport
+    from ..progress import Progress
     from ..recipe.resolve import Compile
     from .machine_rates import GraphForecast, MachineRates
 
 
-def forecast_graphs(prepared: PreparedExport) -> dict[str, GraphForecast]:
-    """Graph -> its predicted time, measured from this machine's own kernels at the graph's shapes."""
-    from .count import take_census
+def forecast_graphs(prepared: PreparedExport, progress: Progress) -> dict[str, GraphForecast]:
+    """Graph -> its predicted time, by this machine's rates: where they are not known yet they are measured, which `progress`
+    is told."""
+    rates = build_rates(prepared.recipe.compile, prepared.backend, progress)
+    return {
+        name: rates.forecast(census, prepared.costs[name].constants_bytes) for name, census in prepared.censuses.items()
+    }
 
-    speed = build_rates(prepared.backend, prepared.recipe.compile)
-    graphs = [g for group in prepared.graphs.values() for g in group]
-    return {g.name: speed.forecast(take_census(g), prepared.costs[g.name].constants_bytes) for g in graphs}
 
-
-def build_rates(backend: Backend, config: Compile) -> MachineRates:
+def build_rates(config: Compile, backend: Backend, progress: Progress | None = None) -> MachineRates:
     """This machine's rates, for code that is compiled so."""
     from .machine_rates import MachineRates
 
     stand_in = getattr(backend, "stand_in", None)
-    return MachineRates(stand_in(config) if stand_in else None)
+    return MachineRates(describe_machine(config, backend), lambda: stand_in(config) if stand_in else None, progress)
+
+
+def describe_machine(config: Compile, backend: Backend) -> Machine:
+    """What rates depend on, of this machine, torch and the backend."""
+    import torch
+
+    from ...runtime.rates.rates_file import Machine
+
+    flags = hashlib.sha256(" ".join(sorted(cpu_flags())).encode()).hexdigest()[:12]
+    kernels = getattr(backend, "kernel_version", None)
+    return Machine(
+        cpu=cpu_name(),
+        flags=flags,
+        threads=torch.get_num_threads(),
+        torch=torch.__version__,
+        kernels=kernels(config) if kernels else "",
+        backend=config.backend,
+        isa=config.isa,
+    )
 
 
 def describe_forecast(prepared: PreparedExport, predicted: Mapping[str, GraphForecast]) -> dict[str, Any]:

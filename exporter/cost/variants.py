@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...runtime.manifest import Cost
+from ..passes.captured_graph import CapturedGraph
 from ..plan import PlanSet
-from .count import check_skips, module_flops
+from .count import Census, check_skips, count_costs, module_flops
+
+
+def count_and_check(
+    denoiser: Any, planned: PlanSet, groups: Mapping[str, Sequence[CapturedGraph]]
+) -> tuple[dict[str, Census], dict[str, Cost]]:
+    """Graph -> its census, and graph -> its cost. Raises ExportError for a variant that does not skip what it promises."""
+    censuses, costs = count_costs(groups)
+    check_variant_costs(denoiser, planned, costs)
+    return censuses, costs
 
 
 def check_variant_costs(denoiser: Any, planned: PlanSet, costs: dict[str, Cost]) -> None:

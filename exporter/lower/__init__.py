@@ -35,7 +35,8 @@ class Backend(Protocol):
     reorder others at every call. A module may also have `bind(folder, paths, bound)`: called when the weight files are there,
     for code that says where its constants lie. `bound` is graph -> {constant: key in the weight files}. And it may have
     `depends(config)`: what its code depends on besides graph, `config`, versions and `toolchain`, as `toolchain` has it, for
-    the export cache; and `stand_in(config)`, a `speed.StandIn`: what its code calls in the place of operators of a graph."""
+    the export cache; and `stand_in(config)`, a `timing.StandIn`: what its code calls in the place of operators of a graph, with
+    `kernel_version(config)`, which changes with that code."""
 
     CHANNELS_LAST: bool
 

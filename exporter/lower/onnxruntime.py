@@ -30,11 +30,13 @@ __all__ = [
     "CHANNELS_LAST",
     "adapt_recipe",
     "bind",
+    "kernel_version",
     "list_passes",
     "lower",
     "quantize_layers",
     "reproducible",
     "requires",
+    "stand_in",
     "toolchain",
 ]
 
@@ -92,6 +94,19 @@ def lower(folder: Path, groups: GraphGroups, config: Any, made: GraphCompiler) -
             paths[graph.name] = f"graphs/{graph.name}.onnx"
             (folder / paths[graph.name]).write_bytes(made(component, graph, translated)[MODEL_FILE])
     return paths
+
+
+def stand_in(config: Any) -> Any:
+    """What a session runs in the place of an operator, for forecasts."""
+    from .onnx.single_call import SingleCalls
+
+    chosen = read_options(config, OnnxRuntimeOptions)
+    return SingleCalls(chosen.opset, config.threads or torch.get_num_threads(), prepack=bool(chosen.prepack)).stand_in
+
+
+def kernel_version(config: Any) -> str:
+    """ONNX Runtime's."""
+    return f"onnxruntime {onnxruntime.__version__}"
 
 
 def reproducible(config: Any) -> bool:

@@ -41,8 +41,9 @@ def fold_constants(gm: fx.GraphModule) -> fx.GraphModule:
             constant = gm.graph.get_attr(name)
         constant.meta = dict(node.meta)
         node.replace_all_uses_with(constant)
-    gm.graph.lint()
-    gm.recompile()
+    if folded:
+        gm.graph.lint()
+        gm.recompile()
     return gm
 
 

@@ -20,6 +20,8 @@ def functionalize_graph(gm: fx.GraphModule) -> bool:
     mutating = [n for n in gm.graph.nodes if n.op == "call_function" and is_mutating(n)]
     if any(not is_understood(n) for n in mutating):
         return False
+    if not mutating:
+        return True
     order = {node: i for i, node in enumerate(gm.graph.nodes)}
     for node in mutating:
         target = node.args[0]

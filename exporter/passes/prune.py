@@ -15,10 +15,11 @@ from torch import fx
 
 def prune_dead_code(gm: fx.GraphModule) -> fx.GraphModule:
     """`gm` without nodes that no output reads, and without the parameters that these alone read."""
-    gm.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
-    gm.graph.lint()
+    changed = gm.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
     drop_unused_tensors(gm)
-    gm.recompile()
+    if changed:
+        gm.graph.lint()
+        gm.recompile()
     return gm
 
 

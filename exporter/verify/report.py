@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 
+from ...runtime.check.machine import cpu_name
 from ...runtime.errors import RecipeError
 from ...runtime.manifest import Manifest
 from ...runtime.plan import Plan
@@ -128,16 +129,6 @@ def machine_facts() -> dict[str, Any]:
         "python": platform.python_version(),
         **{n: version(n) for n in names},
     }
-
-
-def cpu_name() -> str:
-    """The CPU's name as Linux gives it, else what Python knows."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-    except OSError:
-        lines = []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or platform.machine())
 
 
 def golden_figures(replayed: Any) -> dict[str, Any]:

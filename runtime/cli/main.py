@@ -231,9 +231,16 @@ def _add_inspect(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "inspect",
         help="say what is in an artifact",
-        description="Says what is in an artifact, without opening its machine code.",
+        description="Says what is in an artifact, without opening its machine code. With --machine: the rates of this machine that "
+        "forecasts go by.",
     )
-    parser.add_argument("artifact", metavar="ARTIFACT", help="an artifact's folder")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("artifact", nargs="?", metavar="ARTIFACT", help="an artifact's folder")
+    what.add_argument(
+        "--machine",
+        action="store_true",
+        help="show the rates that `prebake export --dry-run` has measured here, and where they are kept; takes no artifact",
+    )
     parser.add_argument(
         "--layers",
         action="store_true",
@@ -244,7 +251,13 @@ def _add_inspect(subparsers: Any) -> None:
 
 
 def inspect(args: argparse.Namespace) -> int:
-    """Prints what the manifest and the plans say. Raises ArtifactError when they cannot be read."""
+    """Prints what the manifest and the plans say, or with --machine the rates of this machine. Raises ArtifactError when manifest
+    or plans cannot be read."""
+    if args.machine:
+        from .machine import print_rates
+
+        print_rates(in_json=args.json)
+        return 0
     folder = Path(args.artifact)
     manifest = read_manifest(folder)
     plans = {name: _read_plan(folder, path) for name, path in manifest.plans.items()}

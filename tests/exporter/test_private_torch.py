@@ -215,6 +215,18 @@ def check_modes() -> None:
             assert type(torch.ones(2)) is torch.Tensor
 
 
+def check_lazy_modules() -> None:
+    from torch.fx import config
+
+    with exporting.trace_sparingly():
+        program = torch.export.export(nn.Linear(2, 2), (torch.ones(1, 2),))
+        lazy = program.graph_module
+    assert not any(n.meta.get("stack_trace") for n in program.graph.nodes)
+    assert torch.equal(program.module()(torch.ones(1, 2)), program.module()(torch.ones(1, 2)))
+    assert "linear" in lazy.code
+    assert not getattr(config, "do_not_emit_stack_traces", False)
+
+
 def check_storage() -> None:
     with exporting.fake_tensor_mode():
         x, other = torch.ones(4), torch.ones(4)
@@ -363,6 +375,7 @@ OF_EXPORTER: dict[str, Callable[[], object]] = {
     "torch._functorch._aot_autograd.subclass_parametrization.unwrap_tensor_subclass_parameters": check_unwrapping,
     "torch._subclasses.FakeTensorMode": check_fake_tensors,
     "torch.utils._python_dispatch._disable_current_modes": check_modes,
+    "torch.fx._lazy_graph_module._use_lazy_graph_module": check_lazy_modules,
     "torch.utils._pytree.tree_leaves": check_trees,
     "torch.utils._pytree.tree_map_only": check_trees,
     "torch.utils._pytree": check_loggers,

@@ -30,6 +30,7 @@ FORKS, SELF_TEST = "runtime/process/test_fork.py::", "runtime/process/test_self_
 CLOSE = "runtime/process/test_close.py::"
 WEIGHTS = "runtime/storage/test_weight_files.py::"
 FINITE = "runtime/test_finite.py::"
+RATES = "exporter/cost/test_machine_rates.py::"
 
 
 @dataclass(frozen=True)
@@ -319,6 +320,12 @@ FAULTS: Mapping[str, tuple[Fault, ...]] = {
         ),
     ),
     "Damaged files": (
+        Fault(
+            "rates-broken",
+            "the file of this machine's rates: cut, empty, of another format or machine, with numbers that are none",
+            "a forecast measures the rates again and writes the file anew; `prebake inspect --machine` leaves the broken one out",
+            RATES + "test_a_file_that_is_broken_or_foreign_is_measured_again",
+        ),
         Fault(
             "flipped",
             "one bit of any file: of a header, code, a number, a weight, JSON, a zip's directory",
@@ -618,6 +625,18 @@ FAULTS: Mapping[str, tuple[Fault, ...]] = {
         Fault("forked-at-work", "a fork while another thread is in a call, or by a callback; a graph called by the thread that came through", "one sentence that names the fork and the way out, at once", FORKS + "test_what_cannot_go_on_says_so"),
     ),
     "Models": (
+        Fault(
+            "forecast-many-shapes",
+            "a forecast of a model of real size, whose products, convolutions and attentions have a hundred shapes",
+            "rates are measured once for the machine, on a grid; a graph of other shapes needs no measurement",
+            RATES + "test_a_graph_of_other_shapes_needs_no_measurement",
+        ),
+        Fault(
+            "forecast-slow-kernel",
+            "a dtype that the CPU has no instructions for, so that a kernel is a hundred times slower than others",
+            "points of the grid that would take long are not timed; their rate is that of the nearest one that was",
+            RATES + "test_a_kernel_that_is_slow_is_not_timed_on_what_takes_long",
+        ),
         Fault(
             "weights-missing",
             "a component's file that lacks two weights, of every component in turn",

@@ -227,6 +227,11 @@ def stand_in(config: Any) -> Any:
         return NativeKernels(place, thread_count(config)).stand_in
 
 
+def kernel_version(config: Any) -> str:
+    """A hash of the kernels' sources; empty without them."""
+    return kernels.sources_hash() if has_kernels(config) else ""
+
+
 def list_passes(config: Any) -> tuple[GraphPass, ...]:
     """Calls of kernels where they fit; the rest is for Inductor's own passes."""
     return (partial(replace_operators, weights=DerivedWeights()),) if has_kernels(config) else ()

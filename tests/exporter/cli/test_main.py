@@ -204,7 +204,9 @@ def forecast_of_a_second(monkeypatch):
     from prebake.exporter.cost.machine_rates import GraphForecast
 
     predicted = GraphForecast({"matmul float32": 900.0}, 100.0)
-    monkeypatch.setattr(forecast, "forecast_graphs", lambda prepared: dict.fromkeys(prepared.costs, predicted))
+    monkeypatch.setattr(
+        forecast, "forecast_graphs", lambda prepared, progress: dict.fromkeys(prepared.costs, predicted)
+    )
 
 
 def test_dry_run_says_what_would_be_compiled_and_exports_nothing(fake_pipeline, forecast_of_a_second, capsys):

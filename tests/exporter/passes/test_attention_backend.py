@@ -179,6 +179,7 @@ def test_the_denoiser_is_what_it_is_for(graph, monkeypatch, tmp_path):
         source=Source(model="", pipeline="", sha256=""),
         graphs=groups,
         costs={},
+        censuses={},
         **dict.fromkeys(UNUSED),
     )
     lowered: dict[str, Any] = {}

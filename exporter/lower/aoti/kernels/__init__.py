@@ -87,6 +87,12 @@ def link_kernels(folder: Path, gm: fx.GraphModule, threads: int) -> Iterator[dic
             os.environ["LIBRARY_PATH"] = before
 
 
+def sources_hash() -> str:
+    """A short hash of the kernels' sources and of how they are compiled."""
+    sources = [p.read_bytes() for p in sorted([*HERE.glob("*.cpp"), *HERE.glob("*.h")])]
+    return hashlib.sha256(b"".join([repr(COMPILE_ARGUMENTS).encode(), *sources])).hexdigest()[:12]
+
+
 def build_archive(folder: Path, threads: int) -> Path:
     """The static library of kernels whose loops fork so many threads, in a folder named by all that goes into it.
 

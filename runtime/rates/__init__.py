@@ -1,0 +1,1 @@
+"""What is known of how fast this machine is, kept between processes."""

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -80,11 +80,42 @@ def prepare_output(output: Path) -> None:
 @dataclass(frozen=True)
 class StoredWeights:
     """What was stored: graph name -> {constant name: key}, the keys whose tensors are stored as N H W C, and those of
-    complex numbers, stored as [..., 2] of real and imaginary parts: safetensors has no complex128."""
+    complex numbers, stored as [..., 2] of real and imaginary parts: safetensors has no complex128. `quantized` is of components
+    with weights of 8 bits: their `QuantizedBytes`."""
 
     bound: dict[str, dict[str, str]]
     channels_last: tuple[str, ...]
     complex: tuple[str, ...] = ()
+    quantized: Mapping[str, QuantizedBytes] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class QuantizedBytes:
+    """Of the tensors that are stored for a component: bytes of all, numbers of 8 bits among them, and bytes of their scales."""
+
+    stored: int
+    eight_bit: int
+    scales: int
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, torch.Tensor]) -> QuantizedBytes:
+        """Scales are the floats that lie beside a weight of 8 bits, by their names, but for its bias."""
+        eight_bit = {key: t for key, t in tensors.items() if t.dtype in (torch.int8, torch.float8_e4m3fn)}
+        places = {key.rpartition(".")[0] for key in eight_bit}
+        scales = [
+            t
+            for key, t in tensors.items()
+            if key.rpartition(".")[0] in places and t.is_floating_point() and key not in eight_bit and ".bias" not in key
+        ]
+        return cls(
+            stored=sum(t.nbytes for t in tensors.values()),
+            eight_bit=sum(t.numel() for t in eight_bit.values()),
+            scales=sum(t.nbytes for t in scales),
+        )
+
+    def unquantized(self, dtype: torch.dtype) -> int:
+        """What they would take with the weights in `dtype`, and without scales."""
+        return self.stored - self.scales + self.eight_bit * (dtype.itemsize - 1)
 
 
 def write_weights(folder: Path, groups: Mapping[str, Sequence[CapturedGraph]]) -> StoredWeights:
@@ -94,6 +125,7 @@ def write_weights(folder: Path, groups: Mapping[str, Sequence[CapturedGraph]]) -
     bound: dict[str, dict[str, str]] = {}
     permuted: list[str] = []
     pairs: list[str] = []
+    quantized: dict[str, QuantizedBytes] = {}
     (folder / "weights").mkdir()
     for component, graphs in groups.items():
         fresh: dict[str, torch.Tensor] = {}
@@ -109,8 +141,10 @@ def write_weights(folder: Path, groups: Mapping[str, Sequence[CapturedGraph]]) -
                     if is_channels_last(tensor):
                         permuted.append(stored[content])
                 names[name] = stored[content]
+        if (told := QuantizedBytes.of(fresh)).eight_bit:
+            quantized[component] = told
         save_file(fresh, folder / "weights" / f"{component}.safetensors")
-    return StoredWeights(bound, tuple(sorted(permuted)), tuple(sorted(pairs)))
+    return StoredWeights(bound, tuple(sorted(permuted)), tuple(sorted(pairs)), quantized)
 
 
 def real_parts(tensor: torch.Tensor) -> torch.Tensor:

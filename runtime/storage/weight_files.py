@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -16,8 +17,16 @@ from ..errors import ArtifactError
 from ..manifest import Manifest
 from .files import BLOCK_BYTES, hash_problem, open_files, sha256_of
 
+WEIGHT_FILE_NAME = re.compile(r"weights/(?P<component>.+?)(-\d{5}-of-\d{5})?\.safetensors")
+"""One file of a component, or one of its shards, named as diffusers and transformers name theirs."""
 FileState = tuple[int, int, int, int]
 """Device, inode, size and time of the last change of content."""
+
+
+def component_name(path: str) -> str:
+    """The component whose weights a file holds, by the file's name."""
+    found = WEIGHT_FILE_NAME.fullmatch(path)
+    return found["component"] if found else path
 
 
 def content_state(info: os.stat_result) -> FileState:

@@ -126,8 +126,10 @@ def w8a8_translator(levels: float, dtype: int) -> Any:
 
 def translate_int8_weight_linear(x: Any, weight: Any, scale: Any, bias: Any = None) -> Any:
     """Translates `prebake::int8_weight_linear`. ONNX Runtime leaves a dequantizing node of a constant in the graph, so that the
-    session holds the weight in int8; a cast of one it would compute once and keep."""
-    y = op.MatMul(x, cast_from_float(op.DequantizeLinear(weight, scale, axis=1), x))
+    session holds the weight in int8; a cast of one it would compute once and keep. Scales are multiplied in apart: of a product
+    with a dequantized weight it makes MatMulNBits (1.32), which quantizes activations too, unasked."""
+    dequantized = op.Mul(op.DequantizeLinear(weight, op.Constant(value_float=1.0)), scale)
+    y = op.MatMul(x, cast_from_float(dequantized, x))
     return y if bias is None else op.Add(y, cast_like(bias, x))
 
 

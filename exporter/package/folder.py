@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 
 from ...runtime.check.signature import SIGNATURE_FILE
 from ...runtime.errors import ExportError, RequestError
 from ...runtime.manifest import FileEntry, Manifest
 from ...runtime.plan import Plan
+from ...runtime.storage.files import file_hashes, open_files
 from ...runtime.storage.rename import (
     make_readable,
     recover_artifact,
@@ -36,6 +38,8 @@ from .disk import explain_disk_errors
 
 PARTIAL_SUFFIX = ".partial"
 UNLISTED_PATHS = ("manifest.json", "signature.json", "reports")
+MAX_SHARD_BYTES = 4_999_000_000
+"""Bytes of tensors in a weight file, which with its header has at most 5 GB; a tensor that has more has a file of its own."""
 
 
 @contextlib.contextmanager
@@ -119,8 +123,8 @@ class QuantizedBytes:
 
 
 def write_weights(folder: Path, groups: Mapping[str, Sequence[CapturedGraph]]) -> StoredWeights:
-    """Writes `weights/<component>.safetensors`, each distinct tensor once: in the first component that reads it, under
-    `<component>.<its name there>`."""
+    """Writes `weights/<component>.safetensors`, or its shards, each distinct tensor once: in the first component that reads it,
+    under `<component>.<its name there>`."""
     stored: dict[str, str] = {}
     bound: dict[str, dict[str, str]] = {}
     permuted: list[str] = []
@@ -143,8 +147,20 @@ def write_weights(folder: Path, groups: Mapping[str, Sequence[CapturedGraph]]) -
                 names[name] = stored[content]
         if (told := QuantizedBytes.of(fresh)).eight_bit:
             quantized[component] = told
-        save_file(fresh, folder / "weights" / f"{component}.safetensors")
+        save_shards(fresh, folder / "weights", component)
     return StoredWeights(bound, tuple(sorted(permuted)), tuple(sorted(pairs)), quantized)
+
+
+def save_shards(tensors: Mapping[str, torch.Tensor], folder: Path, component: str) -> None:
+    """Writes `<component>.safetensors`, or above `MAX_SHARD_BYTES` `<component>-00001-of-00002.safetensors` and so on: as diffusers and
+    transformers name their weights, without the index that they have beside, which the manifest is."""
+    pattern = f"{component}{{suffix}}.safetensors"
+    split = split_torch_state_dict_into_shards(
+        dict(tensors), filename_pattern=pattern, max_shard_size=MAX_SHARD_BYTES
+    )
+    shards = split.filename_to_tensors or {pattern.format(suffix=""): []}
+    for name, keys in shards.items():
+        save_file({key: tensors[key] for key in keys}, folder / name)
 
 
 def real_parts(tensor: torch.Tensor) -> torch.Tensor:
@@ -210,16 +226,15 @@ def write_tokenizers(folder: Path, tokenizers: Mapping[str, Any]) -> None:
 
 def file_entries(folder: Path, known: Mapping[str, FileEntry] | None = None) -> tuple[FileEntry, ...]:
     """Path, size and sha256 of every file that the manifest answers for, sorted by path; those in `known` are not read."""
+    known = known or {}
     paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.relative_to(folder).parts[0] not in UNLISTED_PATHS)
-    entries = []
-    for path in paths:
-        if known and (entry := known.get(path.relative_to(folder).as_posix())):
-            entries.append(entry)
-            continue
-        with path.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        entries.append(FileEntry(path=path.relative_to(folder).as_posix(), size=path.stat().st_size, sha256=sha256))
-    return tuple(entries)
+    names = [path.relative_to(folder).as_posix() for path in paths]
+    with open_files(folder, [name for name in names if name not in known]) as files:
+        sizes = {name: os.fstat(descriptor).st_size for name, descriptor in files.items()}
+        hashes = file_hashes(files)
+    return tuple(
+        known[name] if name in known else FileEntry(path=name, size=sizes[name], sha256=hashes[name]) for name in names
+    )
 
 
 # --- changing an artifact ---------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ..errors import ArtifactError
 from ..manifest import Manifest
-from .files import BLOCK_BYTES, hash_problem, open_files, sha256_of
+from .files import BLOCK_BYTES, hash_problem, open_files, sha256_of, work_on_files
 
 WEIGHT_FILE_NAME = re.compile(r"weights/(?P<component>.+?)(-\d{5}-of-\d{5})?\.safetensors")
 """One file of a component, or one of its shards, named as diffusers and transformers name theirs."""
@@ -90,14 +90,17 @@ def copy_files(
     What was copied is hashed, so it is right whatever happens to the file meanwhile. Raises ArtifactError where it is not.
     """
     with ExitStack() as stack:
-        copies = {}
-        for path in paths:
-            copies[path] = copy = os.memfd_create("prebake-weights", os.MFD_CLOEXEC)
+
+        def copied(path: str) -> tuple[int, str]:
+            copy = os.memfd_create("prebake-weights", os.MFD_CLOEXEC)
             stack.callback(os.close, copy)
-            came = copy_file(files[path], copy)
+            return copy, copy_file(files[path], copy)
+
+        made = work_on_files({path: files[path] for path in paths}, copied)
+        for path, (_, came) in made.items():
             if came != expected_sha256(manifest, path):
                 raise ArtifactError(f"{folder}: {hash_problem(path, came, expected_sha256(manifest, path))}")
-        yield copies
+        yield {path: copy for path, (copy, _) in made.items()}
 
 
 def copy_file(source: int, target: int) -> str:

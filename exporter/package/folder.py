@@ -109,7 +109,10 @@ class QuantizedBytes:
         scales = [
             t
             for key, t in tensors.items()
-            if key.rpartition(".")[0] in places and t.is_floating_point() and key not in eight_bit and ".bias" not in key
+            if key.rpartition(".")[0] in places
+            and t.is_floating_point()
+            and key not in eight_bit
+            and ".bias" not in key
         ]
         return cls(
             stored=sum(t.nbytes for t in tensors.values()),
@@ -155,9 +158,7 @@ def save_shards(tensors: Mapping[str, torch.Tensor], folder: Path, component: st
     """Writes `<component>.safetensors`, or above `MAX_SHARD_BYTES` `<component>-00001-of-00002.safetensors` and so on: as diffusers and
     transformers name their weights, without the index that they have beside, which the manifest is."""
     pattern = f"{component}{{suffix}}.safetensors"
-    split = split_torch_state_dict_into_shards(
-        dict(tensors), filename_pattern=pattern, max_shard_size=MAX_SHARD_BYTES
-    )
+    split = split_torch_state_dict_into_shards(dict(tensors), filename_pattern=pattern, max_shard_size=MAX_SHARD_BYTES)
     shards = split.filename_to_tensors or {pattern.format(suffix=""): []}
     for name, keys in shards.items():
         save_file({key: tensors[key] for key in keys}, folder / name)

@@ -41,7 +41,7 @@ def quantize_text_encoders(pipe: Any, recipe: Any, backend: Backend) -> dict[str
         return said
     encoders = {n: m for n, m in pipe.components.items() if n.startswith("text_encoder") and isinstance(m, nn.Module)}
     if not encoders:
-        refuse_absent("text_encoders", "the pipeline has no text encoder")
+        raise RecipeError("quantize.text_encoders: the pipeline has none; set quantize.text_encoders=none")
     for component, encoder in encoders.items():
         layers = {n: m for n, m in encoder.named_modules() if type(m) is nn.Linear}
         treatments = {name: choose_text_treatment(component, name, m, recipe) for name, m in layers.items()}
@@ -78,9 +78,7 @@ def quantize_vae(pipe: Any, recipe: Any) -> dict[str, Treatment]:
     """The same for the VAE, whose convolutions are quantized too."""
     if recipe.quantize.vae == "none":
         return {}
-    vae = pipe.components.get("vae")
-    if vae is None:
-        refuse_absent("vae", "the pipeline has none")
+    vae: Any = pipe.components["vae"]  # every family has one
     layers = {n: m for n, m in vae.named_modules() if isinstance(m, nn.Linear | nn.Conv2d | nn.Conv3d)}
     said = {f"vae.{name}": choose_vae_treatment(name, m, recipe.quantize) for name, m in layers.items()}
     refuse_nothing("vae", recipe.quantize.vae, said)
@@ -109,7 +107,3 @@ def refuse_nothing(key: str, mode: str, said: dict[str, Treatment]) -> None:
             f"quantize.{key} {mode!r} fits none of the {len(said)} layers ({reasons}); relax quantize.{key}_exclude, or set "
             f"quantize.{key}=none"
         )
-
-
-def refuse_absent(key: str, why: str) -> None:
-    raise RecipeError(f"quantize.{key}: {why}; set quantize.{key}=none")

@@ -12,10 +12,13 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import ArtifactError
-from ..manifest import Manifest
 from .files import BLOCK_BYTES, hash_problem, open_files, sha256_of, work_on_files
+
+if TYPE_CHECKING:
+    from ..manifest import Manifest
 
 WEIGHT_FILE_NAME = re.compile(r"weights/(?P<component>.+?)(-\d{5}-of-\d{5})?\.safetensors")
 """One file of a component, or one of its shards, named as diffusers and transformers name theirs."""

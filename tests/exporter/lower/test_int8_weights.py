@@ -87,7 +87,9 @@ def test_an_onnx_session_multiplies_the_same_and_holds_the_weights_in_int8(cases
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # it warns that an optimized model is this machine's
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
-    session = onnxruntime.InferenceSession(embed_data(onnx_model(graph), graph.constants()).SerializeToString(), options)
+    session = onnxruntime.InferenceSession(
+        embed_data(onnx_model(graph), graph.constants()).SerializeToString(), options
+    )
     (got,) = session.run(None, {"x": X.numpy()})
     with torch.no_grad():
         assert relative_error(torch.from_numpy(got), graph.gm(X)[0]) < 1e-5  # float32 sums in another order

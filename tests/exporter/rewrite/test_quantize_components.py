@@ -131,7 +131,9 @@ def test_layers_are_kept_by_name_and_what_fits_nothing_is_refused(tiny_pipe):
     assert any(isinstance(m, Int8WeightLinear) for m in tiny_pipe.text_encoder_2.modules())
     for key, quantized in (("text_encoders", quantize_text_encoders), ("vae", quantize_vae)):
         nothing = recipe(f"quantize.{key}=int8_weight_only", f'quantize.{key}_exclude=[""]')
-        with pytest.raises(ExportError, match=rf"quantize\.{key} 'int8_weight_only' fits none .*set quantize\.{key}=none"):
+        with pytest.raises(
+            ExportError, match=rf"quantize\.{key} 'int8_weight_only' fits none .*set quantize\.{key}=none"
+        ):
             quantized(tiny_pipe, nothing, *([EAGER] if key == "text_encoders" else []))
     assert not any(isinstance(m, Int8WeightConv2d) for m in tiny_pipe.vae.modules())
 
@@ -145,7 +147,9 @@ def test_a_layer_that_the_model_keeps_in_another_precision_is_kept(tiny_pipe):
     )
 
 
-@pytest.mark.parametrize("asked", ["text_encoders=int8_dynamic", "text_encoders=int8_weight_only", "vae=int8_weight_only"])
+@pytest.mark.parametrize(
+    "asked", ["text_encoders=int8_dynamic", "text_encoders=int8_weight_only", "vae=int8_weight_only"]
+)
 def test_who_cannot_refuses_it_by_name_before_anything_is_compiled(asked):
     key, _, mode = asked.partition("=")
     with pytest.raises(RecipeError, match=rf"quantize\.{key} '{mode}': .*set quantize\.{key}=none"):

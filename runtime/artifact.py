@@ -20,7 +20,7 @@ from .backends import GraphModel, OpenContext, backend_module
 from .bounds import MAX_PLAN_BYTES, parse_json
 from .check.artifact import PublicKey, Trust, open_checked_files, plan_problems
 from .contract import Contract, torch_dtype
-from .errors import ArtifactError, RequestError, describe_schema_error, raise_problems
+from .errors import ArtifactError, RequestError, describe_read_error, describe_schema_error, raise_problems
 from .finite import is_finite
 from .gpu.memory import explain_gpu_memory
 from .manifest import Graph, Manifest, Site, read_manifest
@@ -40,7 +40,7 @@ from .process.self_test import refuse_wrong_arithmetic
 from .process.usage import Usage
 from .replay import DenoiserVariant, PlanTables, Tensors, tabulate_plan
 from .runners import Runners, default_runner_count
-from .storage.files import descriptor_path, read_listed_file
+from .storage.files import descriptor_path, read_into_page_cache, read_listed_file
 from .storage.weight_files import WeightFiles, copy_files
 from .weights import map_weights
 
@@ -174,18 +174,19 @@ def open_artifact(
     runners: int | None = None,
     offload: OffloadRequest = False,
     copy: bool = False,
+    warm: bool = False,
 ) -> Artifact:
     """The artifact in `folder`, checked and opened. Raises ArtifactError with all that is wrong with it.
 
     Machine code is unpacked to `cache_dir` (default: `$XDG_CACHE_HOME/prebake`), where is noted, too, which files have been
     hashed. `trust` says what is compared before anything is opened, see `check.Trust`; `public_key` and `minimum_release` go with "signature".
     `runners` calls may be at work at once, None = `runners.default_runner_count`; the weights of `offload` visit a GPU (`offload.py`).
-    With `copy` weights are read into memory and not mapped.
+    With `copy` weights are read into memory and not mapped; with `warm` files are read before they are mapped.
     """
     folder, cache = Path(folder), Path(cache_dir) if cache_dir else None
     with default_device(CPU), explain_memory(folder):
         run_beside_fork(refuse_wrong_arithmetic, lambda: None)
-        return _open_checked(folder, cache, trust, public_key, minimum_release, runners, offload, copy)
+        return _open_checked(folder, cache, trust, public_key, minimum_release, runners, offload, copy, warm)
 
 
 def _open_checked(
@@ -197,6 +198,7 @@ def _open_checked(
     count: int | None,
     offload: OffloadRequest,
     copy: bool,
+    warm: bool,
 ) -> Artifact:
     manifest = read_manifest(folder)
     with open_checked_files(
@@ -211,6 +213,8 @@ def _open_checked(
         guests = OffloadedWeights(manifest, away, device) if away else None
         able = () if away else offloadable_graphs(manifest, variants)
         paths = weight_files(manifest)
+        if warm and not copy:
+            read_weights(folder, {path: files[path] for path in paths})
         copying = copy_files(folder, manifest, files, paths) if copy else nullcontext(files)
         with explain_gpu_memory(folder, "weights were loaded", manifest, device, able), copying as opened:
             weights = map_weights(
@@ -276,6 +280,14 @@ def parse_plan(path: Path, data: bytes) -> Plan:
 
 def weight_files(manifest: Manifest) -> list[str]:
     return [entry.path for entry in manifest.files if entry.path.startswith("weights/")]
+
+
+def read_weights(folder: Path, files: Mapping[str, int]) -> None:
+    """Reads open weight files into the page cache. Raises ArtifactError for one that cannot be read."""
+    try:
+        read_into_page_cache(files)
+    except OSError as e:
+        raise ArtifactError(f"{folder}: {e.filename}: {describe_read_error(e, folder)}") from e
 
 
 def open_graphs(

@@ -184,7 +184,10 @@ class Manifest(BaseModel):
     """`backend` is the module of `runtime/backends` that opens the graphs. `reproducible`: whether its code would be the same
     bytes again, which it is not where kernels were chosen by their times. `unverified` are plans that were added after `status` was settled, and that nobody has compared with the pipeline;
     `verification` is what `status` rests on, not written where there is none.
-    `layers` says of each Linear of the denoiser, and of convolutions if they were asked for, whether it is "int8" or "kept", and why. `channels_last` are the keys
+    `layers` says of each Linear of the denoiser, and of convolutions if they were asked for, whether it is "int8" or "kept", and why;
+    so of each layer of a text encoder or the VAE, under its component's name, where the recipe quantizes them ("int8 weights": the
+    weights alone). `unquantized_bytes` is what the weight files of a component would hold if nothing in it were quantized, of those
+    where something is; it is not written where nothing is. `channels_last` are the keys
     of stored tensors that lie in memory as N H W C; they are bound as N C H W views of it. `complex` are
     those of stored [..., 2] of real and imaginary parts, bound as complex numbers. `release` is what its signer counts up, so
     that an older one can be told from it; 0, which is not written, is none."""
@@ -205,6 +208,7 @@ class Manifest(BaseModel):
     defaults: Defaults
     pipeline: dict[str, Any]
     layers: Annotated[dict[Name, tuple[Name, Name]], Mapped] = {}
+    unquantized_bytes: Annotated[dict[Name, Bytes], Mapped] = {}
     channels_last: Names = ()
     complex: Names = ()
     sites: Annotated[tuple[Site, ...], Listed] = ()
@@ -229,8 +233,8 @@ class Manifest(BaseModel):
 
     def to_json(self) -> str:
         """The exact bytes of `manifest.json`: sorted keys, two spaces, a final newline."""
-        silent = {"release": self.release, "verification": self.verification}
-        said = self.model_dump(mode="json", exclude={name for name, value in silent.items() if not value})
+        unsaid = {name for name in ("release", "unquantized_bytes", "verification") if not getattr(self, name)}
+        said = self.model_dump(mode="json", exclude=unsaid)
         return json.dumps(said, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
 

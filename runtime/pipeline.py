@@ -71,6 +71,7 @@ def load(
     runners: int | None = None,
     offload: Offload = False,
     copy: bool = False,
+    warm: bool = False,
 ) -> ImagePipeline | VideoPipeline:
     """The artifact in `folder`, checked, opened, and ready to be called: `load("artifacts/x")("a red circle").images[0]`.
 
@@ -86,7 +87,9 @@ def load(
     each with torch's number of threads, and one on a GPU. `offload`, for artifacts of a GPU: True, or graphs such as
     `["text_encoder"]`, keeps the weights of what runs once for a prompt in pinned memory of the host, and on the GPU only
     while it runs; the denoiser and the decoder stay. `copy` reads the weights into memory of this process, where on the CPU they are
-    else mapped from their files: for files that somebody may write into. Raises ArtifactError with everything that is wrong, or does not fit this
+    else mapped from their files: for files that somebody may write into. `warm` reads the weights before it returns, a thread for
+    each core and a file for each thread, so that no call waits for the disk; mapped pages are else read when a call first needs
+    them, unless their files have just been hashed. Raises ArtifactError with everything that is wrong, or does not fit this
     machine, and RequestError for arguments that mean nothing here, and for an artifact that holds a denoiser alone.
     """
     artifact = open_artifact(
@@ -98,6 +101,7 @@ def load(
         runners=runners,
         offload=offload,
         copy=copy,
+        warm=warm,
     )
     raise_problems(folder, status_problems(artifact.manifest))
     if artifact.manifest.family == ATTACH_FAMILY:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from .manifest import Manifest
 from .plan import Plan
+from .storage.weight_files import component_name
 
 TERMINAL_COLUMNS = 80
 VARIANT_SIGNS = "10abcdefghijklmnopqrstuvwxyz"  # of variants in a step strip: 1 computes everything
@@ -46,6 +47,24 @@ def folder_bytes(manifest: Manifest) -> dict[str, int]:
     for entry in manifest.files:
         total[entry.path.split("/")[0]] += entry.size
     return dict(sorted(total.items())) | {"total": sum(total.values())}
+
+
+def weights_bytes(manifest: Manifest) -> dict[str, int]:
+    """Bytes of weights by component."""
+    total: Counter[str] = Counter()
+    for entry in manifest.files:
+        if entry.path.startswith("weights/"):
+            total[component_name(entry.path)] += entry.size
+    return dict(sorted(total.items()))
+
+
+def weights_text(sizes: Mapping[str, int], before: Mapping[str, int]) -> str:
+    """`denoiser 12GB (24GB before quantization), text_encoder 9.8GB`, of `weights_bytes` and a manifest's `unquantized_bytes`."""
+    return ", ".join(
+        f"{component} {format_bytes(size)}"
+        + (f" ({format_bytes(before[component])} before quantization)" if component in before else "")
+        for component, size in sizes.items()
+    )
 
 
 def align_columns(rows: Sequence[tuple[str, ...]], right: Iterable[int] = ()) -> list[str]:

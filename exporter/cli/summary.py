@@ -14,15 +14,17 @@ REPORT = Path("reports/verify.json")
 
 
 def summarize_artifact(folder: Path) -> dict[str, Any]:
-    """`status`, `bytes`, and of a compared artifact `report`, and by plan the figures of its comparison; nothing of a folder
+    """`status`, `bytes`, where something is quantized those of weights by component, now and before, and of a compared artifact `report`, and by plan the figures of its comparison; nothing of a folder
     without a manifest."""
     from ...runtime.manifest import read_manifest
-    from ...runtime.text import folder_bytes
+    from ...runtime.text import folder_bytes, weights_bytes
 
     if not (folder / "manifest.json").is_file():
         return {}
     manifest = read_manifest(folder)
     found: dict[str, Any] = {"status": manifest.status, "bytes": sum(folder_bytes(manifest).values())}
+    if manifest.unquantized_bytes:
+        found |= {"weights": weights_bytes(manifest), "unquantized_bytes": manifest.unquantized_bytes}
     if not (folder / REPORT).is_file():
         return found
     told = json.loads((folder / REPORT).read_text("utf-8"))
@@ -49,13 +51,15 @@ def plan_figures(plan: Mapping[str, Any], eager: Mapping[str, Any]) -> dict[str,
 
 def summary_lines(result: Mapping[str, Any]) -> Iterator[str]:
     """The lines below an artifact's path: a table of its plans, then size, time and where the report is."""
-    from ...runtime.text import align_columns, format_bytes
+    from ...runtime.text import align_columns, format_bytes, weights_text
 
     if "status" not in result:
         return
     if plans := result.get("verified_plans"):
         head = ("plan", "PSNR mean", "worst", "of", "right", "eager", "s/image", "speed-up")
         yield from align_columns([head, *(plan_cells(name, plan) for name, plan in plans.items())], right=range(1, 8))
+    if before := result.get("unquantized_bytes"):
+        yield f"weights: {weights_text(result['weights'], before)}"
     took = f"{format_bytes(result['bytes'])}, exported in {sum(result['seconds'].values()):.0f} s"
     if "report" not in result:
         yield f"{result['status']}, {took}"

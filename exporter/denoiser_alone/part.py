@@ -19,6 +19,7 @@ from ..families.registry import family_name
 from ..load.prompts import picture_prompts
 from ..load.source import LoadedPipeline
 from ..lower import Backend
+from ..lower.int8_weights import refuse_components
 from ..passes.captured_graph import CapturedGraph
 from ..plan import PlanSet, make_plans
 from ..plan.sampler import SchedulerTable
@@ -68,7 +69,8 @@ class DenoiserAlone:
         return ATTACH_FAMILY
 
     def rewrite(self, recipe: Recipe, backend: Backend, progress: Progress) -> LayerTreatments:
-        """Changes the denoiser's modules."""
+        """Changes the denoiser's modules. Raises RecipeError where the recipe would change others."""
+        refuse_components(recipe, "the denoiser is exported alone")
         return rewrite_denoiser(self.recording.name, self.recording.denoiser, recipe, backend, progress)
 
     def denoisers(self, recipe: Recipe) -> tuple[Component, ...]:

@@ -17,6 +17,7 @@ from ...runtime.check.artifact import file_name_problems, file_problems, hash_pr
 from ...runtime.errors import ArtifactError, raise_problems
 from ...runtime.manifest import Manifest, read_manifest
 from ...runtime.plan import Plan
+from ...runtime.storage.weight_files import component_name
 from ..progress import Progress
 from ..rewrite.quantize import layer_role
 from ..verify.picture_sheet import sheet_plans
@@ -119,7 +120,7 @@ def weights_by_kind(folder: Path, manifest: Manifest) -> dict[tuple[str, str], i
     for entry in manifest.files:
         if not entry.path.startswith("weights/"):
             continue
-        component = Path(entry.path).stem
+        component = component_name(entry.path)
         for key, size in tensor_bytes(folder / entry.path).items():
             layer = find_layer(key, manifest) if component == "denoiser" else None
             told = (component, "") if component != "denoiser" else ("denoiser: norms, tables and others", "")

@@ -7,7 +7,7 @@ from collections import Counter
 from typing import Any
 
 from ...runtime.manifest import ATTACH_FAMILY
-from ...runtime.text import folder_bytes, format_bytes, format_count
+from ...runtime.text import folder_bytes, format_bytes, format_count, weights_bytes, weights_text
 from ..rewrite.quantize import layer_role
 from .elements import HtmlTable, bar_table
 from .facts import PageFacts
@@ -34,6 +34,7 @@ def cost_section(g: PageFacts) -> dict[str, Any]:
         "said": "Counted on the compiled graphs, 2 FLOPs for a multiplication and its addition. All that is in no class here "
         "(norms, activations, quantizing) moves bytes and counts as no FLOP.",
         "weights": bar_table("Weights by kind of layer", ("weights of", "kept as", "bytes"), weights),
+        "before": weights_text(weights_bytes(m), m.unquantized_bytes) if m.unquantized_bytes else "",
         "graphs": HtmlTable("Graphs", heads, rows, numbers=range(1, 6)),
         "layers": HtmlTable("Layers", ("role", "treatment", "why", "layers"), layers, numbers=(3,)) if layers else None,
     }

@@ -127,7 +127,7 @@ def requires(recipe: Any) -> dict[str, Any]:
     """This ONNX Runtime or a newer one that was tried, any torch, and for int8 the instruction that its products are exact with."""
     return {
         "isa_level": platform.machine(),
-        "isa": int8_flags() if recipe.quantize.has_int8_products else (),
+        "isa": int8_flags() if recipe.quantize.multiplies_int8 else (),
         "packages": {"onnxruntime": onnxruntime.__version__},
     }
 

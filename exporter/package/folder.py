@@ -12,17 +12,19 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 
 from ...runtime.check.signature import SIGNATURE_FILE
 from ...runtime.errors import ExportError, RequestError
 from ...runtime.manifest import FileEntry, Manifest
 from ...runtime.plan import Plan
+from ...runtime.storage.files import file_hashes, open_files
 from ...runtime.storage.rename import (
     make_readable,
     recover_artifact,
@@ -36,6 +38,8 @@ from .disk import explain_disk_errors
 
 PARTIAL_SUFFIX = ".partial"
 UNLISTED_PATHS = ("manifest.json", "signature.json", "reports")
+MAX_SHARD_BYTES = 4_999_000_000
+"""Bytes of tensors in a weight file, which with its header has at most 5 GB; a tensor that has more has a file of its own."""
 
 
 @contextlib.contextmanager
@@ -80,20 +84,55 @@ def prepare_output(output: Path) -> None:
 @dataclass(frozen=True)
 class StoredWeights:
     """What was stored: graph name -> {constant name: key}, the keys whose tensors are stored as N H W C, and those of
-    complex numbers, stored as [..., 2] of real and imaginary parts: safetensors has no complex128."""
+    complex numbers, stored as [..., 2] of real and imaginary parts: safetensors has no complex128. `quantized` is of components
+    with weights of 8 bits: their `QuantizedBytes`."""
 
     bound: dict[str, dict[str, str]]
     channels_last: tuple[str, ...]
     complex: tuple[str, ...] = ()
+    quantized: Mapping[str, QuantizedBytes] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class QuantizedBytes:
+    """Of the tensors that are stored for a component: bytes of all, numbers of 8 bits among them, and bytes of their scales."""
+
+    stored: int
+    eight_bit: int
+    scales: int
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, torch.Tensor]) -> QuantizedBytes:
+        """Scales are the floats that lie beside a weight of 8 bits, by their names, but for its bias."""
+        eight_bit = {key: t for key, t in tensors.items() if t.dtype in (torch.int8, torch.float8_e4m3fn)}
+        places = {key.rpartition(".")[0] for key in eight_bit}
+        scales = [
+            t
+            for key, t in tensors.items()
+            if key.rpartition(".")[0] in places
+            and t.is_floating_point()
+            and key not in eight_bit
+            and ".bias" not in key
+        ]
+        return cls(
+            stored=sum(t.nbytes for t in tensors.values()),
+            eight_bit=sum(t.numel() for t in eight_bit.values()),
+            scales=sum(t.nbytes for t in scales),
+        )
+
+    def unquantized(self, dtype: torch.dtype) -> int:
+        """What they would take with the weights in `dtype`, and without scales."""
+        return self.stored - self.scales + self.eight_bit * (dtype.itemsize - 1)
 
 
 def write_weights(folder: Path, groups: Mapping[str, Sequence[CapturedGraph]]) -> StoredWeights:
-    """Writes `weights/<component>.safetensors`, each distinct tensor once: in the first component that reads it, under
-    `<component>.<its name there>`."""
+    """Writes `weights/<component>.safetensors`, or its shards, each distinct tensor once: in the first component that reads it,
+    under `<component>.<its name there>`."""
     stored: dict[str, str] = {}
     bound: dict[str, dict[str, str]] = {}
     permuted: list[str] = []
     pairs: list[str] = []
+    quantized: dict[str, QuantizedBytes] = {}
     (folder / "weights").mkdir()
     for component, graphs in groups.items():
         fresh: dict[str, torch.Tensor] = {}
@@ -109,8 +148,20 @@ def write_weights(folder: Path, groups: Mapping[str, Sequence[CapturedGraph]]) -
                     if is_channels_last(tensor):
                         permuted.append(stored[content])
                 names[name] = stored[content]
-        save_file(fresh, folder / "weights" / f"{component}.safetensors")
-    return StoredWeights(bound, tuple(sorted(permuted)), tuple(sorted(pairs)))
+        if (told := QuantizedBytes.of(fresh)).eight_bit:
+            quantized[component] = told
+        save_shards(fresh, folder / "weights", component)
+    return StoredWeights(bound, tuple(sorted(permuted)), tuple(sorted(pairs)), quantized)
+
+
+def save_shards(tensors: Mapping[str, torch.Tensor], folder: Path, component: str) -> None:
+    """Writes `<component>.safetensors`, or above `MAX_SHARD_BYTES` `<component>-00001-of-00002.safetensors` and so on: as diffusers and
+    transformers name their weights, without the index that they have beside, which the manifest is."""
+    pattern = f"{component}{{suffix}}.safetensors"
+    split = split_torch_state_dict_into_shards(dict(tensors), filename_pattern=pattern, max_shard_size=MAX_SHARD_BYTES)
+    shards = split.filename_to_tensors or {pattern.format(suffix=""): []}
+    for name, keys in shards.items():
+        save_file({key: tensors[key] for key in keys}, folder / name)
 
 
 def real_parts(tensor: torch.Tensor) -> torch.Tensor:
@@ -176,16 +227,15 @@ def write_tokenizers(folder: Path, tokenizers: Mapping[str, Any]) -> None:
 
 def file_entries(folder: Path, known: Mapping[str, FileEntry] | None = None) -> tuple[FileEntry, ...]:
     """Path, size and sha256 of every file that the manifest answers for, sorted by path; those in `known` are not read."""
+    known = known or {}
     paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.relative_to(folder).parts[0] not in UNLISTED_PATHS)
-    entries = []
-    for path in paths:
-        if known and (entry := known.get(path.relative_to(folder).as_posix())):
-            entries.append(entry)
-            continue
-        with path.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        entries.append(FileEntry(path=path.relative_to(folder).as_posix(), size=path.stat().st_size, sha256=sha256))
-    return tuple(entries)
+    names = [path.relative_to(folder).as_posix() for path in paths]
+    with open_files(folder, [name for name in names if name not in known]) as files:
+        sizes = {name: os.fstat(descriptor).st_size for name, descriptor in files.items()}
+        hashes = file_hashes(files)
+    return tuple(
+        known[name] if name in known else FileEntry(path=name, size=sizes[name], sha256=hashes[name]) for name in names
+    )
 
 
 # --- changing an artifact ---------------------------------------------------------------------------------------------

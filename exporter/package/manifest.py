@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from ...runtime.attachment.facts import variant_name
 from ...runtime.manifest import Graph, Manifest, Requires, Site
 from ..caches.common import calibration as calibrations
@@ -59,6 +61,7 @@ def describe_artifact(
         defaults=prepared.part.defaults,
         pipeline=prepared.part.facts(prepared.graphs),
         layers=prepared.layers,
+        unquantized_bytes=unquantized_bytes(prepared.recipe, weights),
         channels_last=weights.channels_last,
         complex=weights.complex,
         sites=tuple(Site(name=m.name, slots=m.slots, tensors=m.tensors) for m in marks),
@@ -66,6 +69,20 @@ def describe_artifact(
         plans={p.name: package.plan_path(p) for p in planned.plans},
         files=package.file_entries(folder),
     )
+
+
+def unquantized_bytes(recipe: Recipe, weights: StoredWeights) -> dict[str, int]:
+    """Component -> bytes of its weights as they would be in the precision of its part of the recipe."""
+    return {
+        component: said.unquantized(getattr(torch, component_precision(recipe, component)))
+        for component, said in weights.quantized.items()
+    }
+
+
+def component_precision(recipe: Recipe, component: str) -> str:
+    """The dtype of a component, whose name begins with its part's."""
+    parts = {"text_encoder": recipe.precision.text_encoders, "vae": recipe.precision.vae}
+    return next((dtype for part, dtype in parts.items() if component.startswith(part)), recipe.precision.denoiser)
 
 
 def artifact_recipe(prepared: PreparedExport) -> Recipe:

@@ -18,7 +18,7 @@ from .fp8_dynamic import Fp8Dynamic as Fp8Dynamic
 METHODS = {
     table.model_fields["method"].default: table
     for table in tuple(globals().values())
-    if isinstance(table, type) and issubclass(table, QuantizeMethod) and "method" in table.model_fields
+    if isinstance(table, type) and issubclass(table, QuantizeMethod) and table.model_fields["method"].default
 }
 """The tables imported above, by the method's name."""
 

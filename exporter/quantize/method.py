@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -14,10 +14,19 @@ if TYPE_CHECKING:
 
 
 class QuantizeMethod(RecipeTable):
-    """A table `[quantize]` of a recipe."""
+    """A table `[quantize]` of a recipe. Its method is the denoiser's; text encoders and VAE have keys of their own, whatever it is."""
 
-    if TYPE_CHECKING:
-        method: Any  # a Literal of its own in every method
+    method: Any = None  # a Literal of its own in every method
+    text_encoders: Literal["none", "int8_dynamic", "int8_weight_only"] = "none"
+    """Attention and feed-forward of all text encoders: `int8_dynamic` as in the denoiser; `int8_weight_only` keeps their weights in int8,
+    a scale for each output channel, and multiplies in `precision.text_encoders`."""
+    text_encoders_exclude: Regexes = ()
+    """Regular expressions: `re.search` must find none of them in the layer's name, such as
+    `text_encoder_2.encoder.block.0.layer.1.DenseReluDense.wo`."""
+    vae: Literal["none", "int8_weight_only"] = "none"
+    """`int8_weight_only` keeps the weights of convolutions and Linear layers in int8, and computes in `precision.vae`."""
+    vae_exclude: Regexes = ()
+    """Regular expressions: `re.search` must find none of them in the layer's name, such as `vae.decoder.up_blocks.3.resnets.0.conv1`."""
 
     treatment: ClassVar[str] = "kept"
     """What a layer is said to be that it quantizes."""
@@ -27,6 +36,11 @@ class QuantizeMethod(RecipeTable):
     """Whether a CPU needs the flags of `isa.int8_flags`, for products that are exact."""
     gpu_capability: ClassVar[tuple[int, int]] = (0, 0)
     """The compute capability from which GPUs multiply such weights."""
+
+    @property
+    def multiplies_int8(self) -> bool:
+        """Whether some product of the artifact is one of int8, in the denoiser or in a text encoder."""
+        return self.has_int8_products or self.text_encoders == "int8_dynamic"
 
     @property
     def quantizes_convolutions(self) -> bool:

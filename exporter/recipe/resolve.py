@@ -151,7 +151,7 @@ def resolve(name_or_path: str | Path, overrides: Overrides = (), model: str | No
     """The recipe with every default filled in. `overrides` are `table.key=value`, later ones win; `model` is `model.id`.
 
     An override that changes a table's leading key (`cache.method`, `quantize.method`, `model.id`) drops the rest of
-    what the file says in that table. Raises RecipeError with one line per problem.
+    what the file says in that table, but for keys that every method has. Raises RecipeError with one line per problem.
     """
     file = read_recipe_file(name_or_path)
     return _resolve_data(file.label, file.data, *_parse_overrides(overrides, model))
@@ -270,12 +270,20 @@ def _merge_overrides(data: Mapping[str, Any], given: Sequence[Override]) -> dict
     for o in given:
         table = merged.setdefault(o.table, {})
         if LEADING_KEYS.get(o.table) == o.key and isinstance(table, dict) and table.get(o.key) != o.value:
-            table.clear()
+            for key in table.keys() - shared_keys(o.table):
+                del table[key]
     for o in given:
         table = merged[o.table]
         if isinstance(table, dict):  # otherwise validation says that it is not a table
             _put_override(table, o)
     return merged
+
+
+def shared_keys(table: str) -> set[str]:
+    """The keys that mean the same whatever the table's leading key says: those of every method, but for it. None of a table of one
+    type."""
+    types = list(table_types(table).values())
+    return set.intersection(*(set(t.model_fields) for t in types)) - {"method"} if len(types) > 1 else set()
 
 
 def _put_override(table: dict[str, Any], o: Override) -> None:

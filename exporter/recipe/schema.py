@@ -278,11 +278,17 @@ def _impossible_combinations(r: Recipe) -> Iterator[RecipeProblem]:
 
 def _broken_promises(r: Recipe) -> Iterator[RecipeProblem]:
     """A recipe that says `lossless = true` may not quantize or cache; what a dtype loses, `verify` measures."""
-    for table, method in (("quantize", r.quantize.method), ("cache", r.cache.method)):
+    chosen = {
+        "quantize.method": r.quantize.method,
+        "quantize.text_encoders": r.quantize.text_encoders,
+        "quantize.vae": r.quantize.vae,
+        "cache.method": r.cache.method,
+    }
+    for path, method in chosen.items():
         if r.lossless and method != "none":
             yield (
-                (f"{table}.method", "lossless"),
-                f'method = "{method}" loses something, and recipe {r.name!r} says lossless = true; take another recipe or copy this one',
+                (path, "lossless"),
+                f'{path.partition(".")[2]} = "{method}" loses something, and recipe {r.name!r} says lossless = true; take another recipe or copy this one',
             )
 
 

@@ -15,6 +15,7 @@ from torch import nn
 from ..progress import Progress
 from .fuse import fuse_qkv
 from .quantize import quantize_model
+from .quantize_components import quantize_text_encoders, quantize_vae
 from .refuse_hooks import refuse_hooked
 
 if TYPE_CHECKING:
@@ -27,15 +28,16 @@ LayerTreatments = dict[str, tuple[str, str]]
 
 
 def rewrite_pipeline(pipe: Any, recipe: Any, backend: Backend, progress: Progress | None = None) -> LayerTreatments:
-    """Applies the recipe's `fuse` and `quantize` tables to `pipe` in place; returns what happened to each Linear, and notes how
-    many attentions were fused."""
+    """Applies the recipe's `fuse` and `quantize` tables to `pipe` in place; returns what happened to each Linear of the
+    denoiser, and to each layer of other components that it quantizes, and notes how many attentions were fused."""
     for name, component in pipe.components.items():
         if isinstance(component, nn.Module):
             refuse_hooked(name, component)
     if recipe.fuse.vae_qkv:
         fuse_component("fuse.vae_qkv", "vae", pipe.vae, progress)
     name, denoiser = next((n, pipe.components[n]) for n in DENOISER_COMPONENTS if n in pipe.components)
-    return rewrite_denoiser(name, denoiser, recipe, backend, progress)
+    others = {**quantize_text_encoders(pipe, recipe, backend), **quantize_vae(pipe, recipe)}
+    return {**rewrite_denoiser(name, denoiser, recipe, backend, progress), **others}
 
 
 def rewrite_denoiser(

@@ -28,6 +28,8 @@ from ..text import (
     format_count,
     step_strip,
     variant_signs,
+    weights_bytes,
+    weights_text,
     wrap_entries,
 )
 from .check import add_check
@@ -308,6 +310,7 @@ def inspection_json(manifest: Manifest, plans: Mapping[str, Plan]) -> dict[str, 
         "plans": strips,
         "variants": variant_signs(manifest, plans.values()),
         "sizes": folder_bytes(manifest),
+        "weights": weights_bytes(manifest),
     }
 
 
@@ -328,6 +331,7 @@ def inspection_lines(folder: Path, manifest: Manifest, plans: Mapping[str, Plan]
                 f"{defaults.num_inference_steps} steps, guidance {defaults.guidance_scale:g}, {frames}{defaults.width} x {defaults.height} pixels",
             ),
             ("sizes", ", ".join(f"{name} {format_bytes(size)}" for name, size in folder_bytes(manifest).items())),
+            ("weights", weights_text(weights_bytes(manifest), manifest.unquantized_bytes)),
         ]
     )
     rows = [("graph", "FLOPs", "share", "ops", "constants", "bytes", "package")]

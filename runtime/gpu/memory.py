@@ -68,8 +68,12 @@ def gpu_memory_ways_out(manifest: Manifest, able: Sequence[str]) -> str:
         offload = (
             f"load it with offload=True, which keeps {' and '.join(able)} ({format_gib(away)}) off it between prompts, "
         )
-    quantized = manifest.recipe.get("quantize", {}).get("method", "none") != "none"
-    smaller = "smaller shapes" if quantized else "quantize.method=int8_dynamic or smaller shapes"
+    quantize = manifest.recipe.get("quantize", {})
+    steps = {"method": "int8_dynamic"}
+    if any(graph.name == "text_encoder" for graph in manifest.graphs):
+        steps["text_encoders"] = "int8_weight_only"
+    left = [f"quantize.{key}={value}" for key, value in steps.items() if quantize.get(key, "none") == "none"]
+    smaller = " or ".join([*left, "smaller shapes"])
     return f"{offload}export again with {smaller}, or free what other programs hold of it"
 
 

@@ -12,16 +12,17 @@ import os
 import stat
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from ..errors import ArtifactError, describe_read_error
 
 if TYPE_CHECKING:
     from ..manifest import Manifest
 
+T = TypeVar("T")
 TRUST_WARNING = "an artifact holds machine code, so take it only from someone you trust"
 BLOCK_BYTES = 1 << 20  # bytes read at a time: no file is ever whole in memory to be hashed
 FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
@@ -118,29 +119,34 @@ def sha256_of(descriptor: int) -> str:
 
 
 def file_hashes(files: Mapping[str, int]) -> dict[str, str]:
-    """Path -> sha256 of all these files, largest first, in as many threads as there are cores for this process.
+    """Path -> sha256 of all these files. Raises OSError, with the path as its `filename`, for a file that cannot be read."""
+    return work_on_files(files, lambda path: sha256_of(files[path]))
 
-    One file is the work of one thread, for SHA-256 goes through it in order. The caller's thread works too, and does what
-    others could not: where memory is short, `threading.Thread.start` waits for ever for a thread that could not begin
-    (CPython 3.11), and so does a pool of them. Raises OSError, with the path as its `filename`, for a file that cannot be read.
+
+def work_on_files(files: Mapping[str, int], work: Callable[[str], T]) -> dict[str, T]:
+    """Path -> `work(path)` of all these files, largest first, in as many threads as there are cores for this process.
+
+    One file is the work of one thread: SHA-256, for one, goes through it in order. The caller's thread works too, and does again
+    what failed: where memory is short, `threading.Thread.start` waits for ever for a thread that could not begin (CPython
+    3.11), and so does a pool of them. Raises what `work` raises then, an OSError with the path as its `filename`.
     """
     waiting = deque(sorted(files, key=lambda path: -os.fstat(files[path]).st_size))
-    found: dict[str, str] = {}
+    found: dict[str, T] = {}
     busy: set[str] = set()
 
-    def work() -> None:
+    def take_all() -> None:
         with suppress(IndexError):  # somebody else took the last one
             while True:
                 path = waiting.popleft()
                 busy.add(path)
                 try:
-                    found[path] = sha256_of(files[path])
+                    found[path] = work(path)
                 finally:
                     busy.discard(path)
 
     def help_out() -> None:
         with suppress(Exception):  # of which the last loop will tell
-            work()
+            take_all()
 
     for _ in range(min(len(files), len(os.sched_getaffinity(0))) - 1):
         with suppress(RuntimeError, MemoryError):  # one thread fewer
@@ -150,7 +156,19 @@ def file_hashes(files: Mapping[str, int]) -> dict[str, str]:
         time.sleep(0.001)
     for path in files.keys() - found.keys():
         try:
-            found[path] = sha256_of(files[path])
+            found[path] = work(path)
         except OSError as e:
             raise OSError(e.errno, e.strerror, path) from e
     return found
+
+
+def read_into_page_cache(files: Mapping[str, int]) -> None:
+    """Reads these files once, so that pages of them that are mapped come from memory. Raises OSError as `work_on_files` does."""
+
+    def read(path: str) -> None:
+        block, at = memoryview(bytearray(BLOCK_BYTES)), 0
+        os.posix_fadvise(files[path], 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        while count := os.preadv(files[path], [block], at):
+            at += count
+
+    work_on_files(files, read)

@@ -8,16 +8,28 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import ArtifactError
-from ..manifest import Manifest
-from .files import BLOCK_BYTES, hash_problem, open_files, sha256_of
+from .files import BLOCK_BYTES, hash_problem, open_files, sha256_of, work_on_files
 
+if TYPE_CHECKING:
+    from ..manifest import Manifest
+
+WEIGHT_FILE_NAME = re.compile(r"weights/(?P<component>.+?)(-\d{5}-of-\d{5})?\.safetensors")
+"""One file of a component, or one of its shards, named as diffusers and transformers name theirs."""
 FileState = tuple[int, int, int, int]
 """Device, inode, size and time of the last change of content."""
+
+
+def component_name(path: str) -> str:
+    """The component whose weights a file holds, by the file's name."""
+    found = WEIGHT_FILE_NAME.fullmatch(path)
+    return found["component"] if found else path
 
 
 def content_state(info: os.stat_result) -> FileState:
@@ -81,14 +93,17 @@ def copy_files(
     What was copied is hashed, so it is right whatever happens to the file meanwhile. Raises ArtifactError where it is not.
     """
     with ExitStack() as stack:
-        copies = {}
-        for path in paths:
-            copies[path] = copy = os.memfd_create("prebake-weights", os.MFD_CLOEXEC)
+
+        def copied(path: str) -> tuple[int, str]:
+            copy = os.memfd_create("prebake-weights", os.MFD_CLOEXEC)
             stack.callback(os.close, copy)
-            came = copy_file(files[path], copy)
+            return copy, copy_file(files[path], copy)
+
+        made = work_on_files({path: files[path] for path in paths}, copied)
+        for path, (_, came) in made.items():
             if came != expected_sha256(manifest, path):
                 raise ArtifactError(f"{folder}: {hash_problem(path, came, expected_sha256(manifest, path))}")
-        yield copies
+        yield {path: copy for path, (copy, _) in made.items()}
 
 
 def copy_file(source: int, target: int) -> str:

@@ -29,6 +29,7 @@ MEMORY, FUZZ, TRUST = "faults/test_memory.py::", "runtime/check/test_fuzz.py::",
 FORKS, SELF_TEST = "runtime/process/test_fork.py::", "runtime/process/test_self_test.py::"
 CLOSE = "runtime/process/test_close.py::"
 WEIGHTS = "runtime/storage/test_weight_files.py::"
+SHARDS, COMPONENTS = "runtime/storage/test_shards.py::", "exporter/rewrite/test_quantize_components.py::"
 FINITE = "runtime/test_finite.py::"
 RATES = "exporter/cost/test_machine_rates.py::"
 
@@ -383,6 +384,50 @@ FAULTS: Mapping[str, tuple[Fault, ...]] = {
             DAMAGED + "test_not_a_number_among_the_weights_is_found_by_its_hash",
         ),
     ),
+    "Weights in shards": (
+        Fault(
+            "shard-missing",
+            "one of a component's weight shards that is deleted",
+            "`weights/...-00001-of-0000N.safetensors is missing, the manifest lists it`",
+            SHARDS + "test_a_shard_that_is_not_its_own_is_refused[remove]",
+        ),
+        Fault(
+            "shard-exchanged",
+            "two shards of one size, each under the other's name",
+            "`weights/...: sha256 is ...`",
+            SHARDS + "test_a_shard_that_is_not_its_own_is_refused[exchange]",
+        ),
+        Fault(
+            "shard-added",
+            "a shard of another set, beside the artifact's own",
+            "`weights/... is not in the manifest; remove it`",
+            SHARDS + "test_a_shard_that_is_not_its_own_is_refused[add_stranger]",
+        ),
+        Fault(
+            "shard-foreign",
+            "another artifact's shard of the same name, size and keys",
+            "`weights/...: sha256 is ...`",
+            SHARDS + "test_a_shard_that_is_not_its_own_is_refused[replace_by_stranger]",
+        ),
+        Fault(
+            "shard-unlisted",
+            "a shard that is deleted and taken out of the manifest too, with `trust=\"size\"`",
+            "`weight ... is in no weight file`",
+            SHARDS + "test_a_set_of_shards_that_lacks_one_is_refused_whatever_its_manifest_says",
+        ),
+        Fault(
+            "shard-doubled",
+            "a key that two shards have",
+            "`key ... is in another weight file too`",
+            SHARDS + "test_a_key_in_two_shards_is_refused",
+        ),
+        Fault(
+            "shard-failing-disk",
+            "`load(warm=True)`, and a disk that fails while the weights are read ahead",
+            "`weights/...: cannot be read (Input/output error); if its disk is failing, ...`",
+            SHARDS + "test_a_weight_file_that_cannot_be_read_ahead_is_named",
+        ),
+    ),
     "Artifacts of strangers": (
         Fault(
             "manifest-file",
@@ -636,6 +681,24 @@ FAULTS: Mapping[str, tuple[Fault, ...]] = {
             "a dtype that the CPU has no instructions for, so that a kernel is a hundred times slower than others",
             "points of the grid that would take long are not timed; their rate is that of the nearest one that was",
             RATES + "test_a_kernel_that_is_slow_is_not_timed_on_what_takes_long",
+        ),
+        Fault(
+            "quantize-nothing",
+            "`quantize.text_encoders` or `quantize.vae`, and an exclude list that keeps every layer",
+            "`quantize.text_encoders 'int8_weight_only' fits none of the N layers (...)`",
+            COMPONENTS + "test_layers_are_kept_by_name_and_what_fits_nothing_is_refused",
+        ),
+        Fault(
+            "quantize-nowhere",
+            "`quantize.text_encoders` or `quantize.vae` with TensorRT, for a denoiser alone, or with `lossless = true`",
+            "a RecipeError that names the key, before anything is compiled",
+            COMPONENTS + "test_who_cannot_refuses_it_by_name_before_anything_is_compiled",
+        ),
+        Fault(
+            "quantize-unasked",
+            "int8 weights in ONNX Runtime, whose optimizer would quantize activations too",
+            "float32 products, by the graph's form: a test counts the session's nodes",
+            "exporter/lower/test_int8_weights.py::test_an_onnx_session_multiplies_the_same_and_holds_the_weights_in_int8",
         ),
         Fault(
             "weights-missing",

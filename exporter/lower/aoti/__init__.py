@@ -188,7 +188,7 @@ def describe_compiler() -> str:
 def requires(recipe: Any) -> dict[str, Any]:
     """The instruction set, this torch and this C library."""
     level, flags = choose_isa(recipe.compile.isa)
-    if recipe.quantize.has_int8_products and not is_on_gpu(recipe.compile):
+    if recipe.quantize.multiplies_int8 and not is_on_gpu(recipe.compile):
         flags = tuple(sorted({*flags, *int8_flags()}))
     if has_kernels(recipe.compile):
         flags = tuple(sorted({*flags, *kernels.KERNEL_FLAGS}))

@@ -28,6 +28,7 @@ from torch.onnx import OnnxExporterError
 from ....runtime.errors import ExportError, first_line
 from ...passes.captured_graph import CapturedGraph
 from ...private_torch import ONNX_REGISTRY_LOGGER
+from .. import int8_weights
 from ..options import DEFAULT_OPSET
 from ..w8a8 import FP8_LEVELS, FP8_OPERATOR, INT8_LEVELS, INT8_OPERATOR, TINY
 from .program import flat_program
@@ -83,6 +84,8 @@ def export_by_torch(graph: CapturedGraph, program: torch.export.ExportedProgram,
         custom_translation_table={
             INT8_OPERATOR.default: w8a8_translator(INT8_LEVELS, onnx.TensorProto.INT8),
             FP8_OPERATOR.default: w8a8_translator(FP8_LEVELS, onnx.TensorProto.FLOAT8E4M3FN),
+            int8_weights.LINEAR_OPERATOR.default: translate_int8_weight_linear,
+            int8_weights.CONV2D_OPERATOR.default: translate_int8_weight_conv2d,
             torch.ops.aten.rms_norm.default: translate_rms_norm,
         },
     )
@@ -119,6 +122,40 @@ def w8a8_translator(levels: float, dtype: int) -> Any:
         return y if x.dtype == ir.DataType.FLOAT else op.Cast(y, to=x.dtype)
 
     return translate
+
+
+def translate_int8_weight_linear(x: Any, weight: Any, scale: Any, bias: Any = None) -> Any:
+    """Translates `prebake::int8_weight_linear`. ONNX Runtime leaves a dequantizing node of a constant in the graph, so that the
+    session holds the weight in int8; a cast of one it would compute once and keep. Scales are multiplied in apart: of a product
+    with a dequantized weight it makes MatMulNBits (1.32), which quantizes activations too, unasked."""
+    dequantized = op.Mul(op.DequantizeLinear(weight, op.Constant(value_float=1.0)), scale)
+    y = op.MatMul(x, cast_from_float(dequantized, x))
+    return y if bias is None else op.Add(y, cast_like(bias, x))
+
+
+def translate_int8_weight_conv2d(
+    x: Any,
+    weight: Any,
+    scale: Any,
+    bias: Any,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Any:
+    """Translates `prebake::int8_weight_conv2d` in the same way."""
+    dequantized = cast_from_float(op.DequantizeLinear(weight, scale, axis=0), x)
+    places = {"strides": list(stride), "pads": [*padding, *padding], "dilations": list(dilation), "group": groups}
+    return op.Conv(x, dequantized, None if bias is None else cast_like(bias, x), **places)
+
+
+def cast_like(value: Any, x: Any) -> Any:
+    return value if value.dtype == x.dtype else op.Cast(value, to=x.dtype)
+
+
+def cast_from_float(value: Any, x: Any) -> Any:
+    """A value in float32, whose dtype is not known yet, as x has it."""
+    return value if x.dtype == ir.DataType.FLOAT else op.Cast(value, to=x.dtype)
 
 
 def translate_rms_norm(x: Any, shape: Sequence[int], weight: Any = None, eps: float | None = None) -> Any:

@@ -29,6 +29,7 @@ from ....runtime.storage.user_cache import read_private, write_private
 from ...passes.captured_graph import CapturedGraph, GraphPass
 from ...passes.fold import find_tensor
 from .. import CodeFiles, GraphCompiler, GraphGroups
+from ..int8_weights import refuse_components
 from ..onnx import rewrite
 from ..options import OnnxOptions, read_options
 from ..w8a8 import quantize_layers as quantize_layers  # by one operator that ONNX models have a form for
@@ -61,6 +62,7 @@ def adapt_recipe(recipe: Any) -> tuple[Any, tuple[str, ...]]:
     for others."""
     chosen, config, said = read_options(recipe.compile, TensorRTOptions), {}, []
     refuse_convolutions(recipe)
+    refuse_components(recipe, "nobody has tried it with TensorRT, and compile.backend=aoti or onnxruntime has it")
     if recipe.compile.device != "cuda":
         config["device"] = "cuda"
         said.append("compile.device is cuda: engines of TensorRT run on GPUs")

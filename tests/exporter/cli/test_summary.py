@@ -21,12 +21,17 @@ PLAN = {
     "speedup": 2.125,
 }
 TOLD = {"plans": {"28": PLAN}, "eager": {"28": {"accuracy_percent": 98.4}}}
+MANIFEST = SimpleNamespace(
+    status="verified",
+    unquantized_bytes={},
+    files=[SimpleNamespace(path=f"weights/text_encoder-0000{i}-of-00002.safetensors", size=3_000_000) for i in (1, 2)],
+)
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """A folder whose manifest says verified."""
-    monkeypatch.setattr("prebake.runtime.manifest.read_manifest", lambda _: SimpleNamespace(status="verified"))
+    monkeypatch.setattr("prebake.runtime.manifest.read_manifest", lambda _: MANIFEST)
     monkeypatch.setattr("prebake.runtime.text.folder_bytes", lambda _: {"weights": 9_000_000, "code": 1_000_000})
     (tmp_path / "manifest.json").write_text("{}")
     (tmp_path / "reports").mkdir()
@@ -45,6 +50,12 @@ def test_it_says_what_was_achieved(folder):
     assert plan == "28, cache pab    47.2 dB  20.2 dB  96  96.9%  98.4%     0.50     2.12x"
     assert size == "verified, 10MB, exported in 72 s"
     assert report == f"report: {folder}/reports/verify.json; verify.png shows the worst pictures first"
+
+
+def test_weights_are_told_before_and_after_where_something_is_quantized(folder, monkeypatch):
+    assert not any(line.startswith("weights") for line in printed(folder))
+    monkeypatch.setattr(MANIFEST, "unquantized_bytes", {"text_encoder": 12_000_000})
+    assert "weights: text_encoder 6MB (12MB before quantization)" in printed(folder)
 
 
 def test_the_command_prints_it_below_the_path(folder):

@@ -23,7 +23,7 @@ from prebake.exporter.passes.captured_graph import run_passes
 from prebake.exporter.pipeline import ExportOptions, export
 from prebake.exporter.prepared_export import PreparedExport
 from prebake.exporter.progress import Progress, open_progress
-from prebake.exporter.recipe.resolve import Recipe, resolve
+from prebake.exporter.recipe.resolve import Recipe, resolve, shared_keys
 from prebake.exporter.recipe.schema import Compile, table_names, table_types
 from prebake.exporter.tiny import save_tiny_pipeline
 from prebake.runtime.manifest import read_manifest
@@ -38,6 +38,7 @@ PLAIN = (
 )
 ORT = ("compile.backend=onnxruntime",)
 INT8 = ("quantize.method=int8_dynamic",)
+INT8_TEXT, INT8_VAE = ("quantize.text_encoders=int8_weight_only",), ("quantize.vae=int8_weight_only",)
 FP8 = ("quantize.method=fp8_dynamic", "compile.backend=tensorrt")
 VIDEO = ("fuse.vae_qkv=false", "compile.channels_last_vae=false")
 ALONE = ("model.part=denoiser",)
@@ -62,6 +63,10 @@ GRAPHS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "fuse.qkv": ("flux", (), "fuse.qkv=false"),
     "fuse.vae_qkv": ("flux", (), "fuse.vae_qkv=false"),
     "quantize.method": ("flux", (), "quantize.method=int8_dynamic"),
+    "quantize.text_encoders": ("flux", (), "quantize.text_encoders=int8_weight_only"),
+    "quantize.text_encoders_exclude": ("flux", INT8_TEXT, 'quantize.text_encoders_exclude=["SelfAttention"]'),
+    "quantize.vae": ("flux", (), "quantize.vae=int8_weight_only"),
+    "quantize.vae_exclude": ("flux", INT8_VAE, 'quantize.vae_exclude=["attentions"]'),
     "quantize[int8_dynamic].min_width_ratio": ("sd", INT8, "quantize.min_width_ratio=2.0"),
     "quantize[int8_dynamic].convolutions": ("sd", INT8, "quantize.convolutions=true"),
     "quantize[int8_dynamic].include": ("flux", INT8, 'quantize.include=["to_out"]'),
@@ -133,14 +138,15 @@ VARIANTS = {
 
 
 def fields() -> set[str]:
-    """Every field of a recipe: `table.key`, and `table[method].key` where a table has several types."""
+    """Every field of a recipe: `table.key`, and `table[method].key` where a table has several types that do not share it."""
     found = set(Recipe.model_fields) - set(table_names())
     for table in table_names():
         types = table_types(table)
         for method, cls in types.items():
             keys = set(cls.model_fields)
             if len(types) > 1:
-                found |= {f"{table}[{method}].{key}" for key in keys - {"method"}} | {f"{table}.method"}
+                shared = shared_keys(table) | {"method"}
+                found |= {f"{table}[{method}].{key}" for key in keys - shared} | {f"{table}.{key}" for key in shared}
             else:
                 found |= {f"{table}.{key}" for key in keys}
     return found

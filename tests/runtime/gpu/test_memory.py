@@ -22,6 +22,9 @@ IN_CODE = ArtifactError(
 )
 
 
+TAKEN = {"method": "int8_dynamic", "text_encoders": "int8_weight_only"}
+
+
 @pytest.fixture(autouse=True)
 def a_gpu_of_24_gib(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(0.3 * 2**30), 24 << 30))
@@ -46,13 +49,14 @@ def test_the_sentence_says_what_how_much_and_the_ways_out(manifest, error):
         "artifacts/x: the GPU's memory ran out while weights were loaded: by the manifest it holds weights of 34.0 GiB and "
         "stored values of 0.0 GiB, besides what the code itself needs, and it has 24.0 GiB, 0.3 GiB of them free; load it with "
         "offload=True, which keeps text_encoder (0.0 GiB) off it between prompts, export again with "
-        "quantize.method=int8_dynamic or smaller shapes, or free what other programs hold of it"
+        "quantize.method=int8_dynamic or quantize.text_encoders=int8_weight_only or smaller shapes, or free what other programs "
+        "hold of it"
     )
     assert said.value.__cause__ is error
 
 
 def test_ways_that_are_taken_already_are_not_offered(manifest):
-    quantized = manifest.model_copy(update={"recipe": {"quantize": {"method": "int8_dynamic"}}, "sites": ()})
+    quantized = manifest.model_copy(update={"recipe": {"quantize": TAKEN}, "sites": ()})
     with pytest.raises(ArtifactError, match=r"besides.* free; export again with smaller shapes, or free") as said:
         while_it(TOLD, quantized)
     assert "offload" not in str(said.value)

@@ -17,6 +17,10 @@ from .plan import Plan
 EvaluationCallback = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor | None]
 
 
+class NonfiniteError(ArtifactError):
+    """What a graph has made of finite inputs is not finite."""
+
+
 def refuse_nonfinite(name: str, value: Any) -> None:
     """Raises RequestError, naming the argument, for a number, a tensor or an array, or a list of them, that is not all finite
     in float32. What is none of these is for others to judge."""
@@ -56,22 +60,22 @@ def watch_latents(plan: Plan, device: torch.device, watch: EvaluationCallback | 
 
     def seen(e: int, output: torch.Tensor, latents: torch.Tensor) -> torch.Tensor | None:
         if not is_finite(latents):
-            raise ArtifactError(describe_bad_latents(f"evaluation {e} of {len(plan.evaluations)}", plan, latents))
+            raise NonfiniteError(describe_bad_latents(f"evaluation {e} of {len(plan.evaluations)}", plan, latents))
         return watch(e, output, latents) if watch else None
 
     return seen
 
 
 def refuse_nonfinite_result(plan: Plan, latents: torch.Tensor) -> None:
-    """Raises ArtifactError unless the last latents are finite."""
+    """Raises NonfiniteError unless the last latents are finite."""
     if not is_finite(latents):
-        raise ArtifactError(describe_bad_latents(f"one of {len(plan.evaluations)} evaluations", plan, latents))
+        raise NonfiniteError(describe_bad_latents(f"one of {len(plan.evaluations)} evaluations", plan, latents))
 
 
 def refuse_nonfinite_pictures(pictures: torch.Tensor) -> None:
-    """Raises ArtifactError unless what the decoder made of finite latents is finite."""
+    """Raises NonfiniteError unless what the decoder made of finite latents is finite."""
     if not is_finite(pictures):
-        raise ArtifactError(
+        raise NonfiniteError(
             f"the decoder made {describe_nonfinite(pictures)} numbers of finite latents; export with precision.vae=float32"
         )
 

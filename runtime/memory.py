@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import mmap
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,6 +12,10 @@ from .errors import ArtifactError
 
 MEMORY_MESSAGES = ("Cannot allocate memory", "can't allocate memory", "can't start new thread", "bad_alloc")
 """Of the C library, torch, Python and C++."""
+
+
+THREAD_ROOM_BYTES = 4 << 20
+"""More than the libraries of a process have of variables for each thread."""
 
 
 @contextmanager
@@ -36,6 +41,12 @@ def is_out_of_memory(error: BaseException | None) -> bool:
             return True
         error = error.__cause__
     return False
+
+
+def require_room(nbytes: int = THREAD_ROOM_BYTES) -> None:
+    """Raises OSError (ENOMEM) unless so much address space can be had now. Asked before a thread comes into a library for the first
+    time: glibc ends the process where it has no memory for the library's variables of that thread."""
+    mmap.mmap(-1, nbytes).close()
 
 
 def trim_heap() -> None:

@@ -11,6 +11,7 @@ import mmap
 import os
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -86,7 +87,7 @@ def map_file(file: Path) -> Tensors:
         header_bytes = int.from_bytes(opened.read(LENGTH_BYTES), "little")
         header = json.loads(opened.read(header_bytes))
         size = os.fstat(opened.fileno()).st_size
-    data = torch.UntypedStorage.from_file(str(file), False, size)[LENGTH_BYTES + header_bytes :]
+    data: Any = torch.UntypedStorage.from_file(str(file), False, size)[LENGTH_BYTES + header_bytes :]
     return {name: view_bytes(data, name, **said) for name, said in header.items() if name != "__metadata__"}
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from ...runtime.artifact import Artifact
 from ...runtime.check.machine import cpu_flags
 from ...runtime.errors import ArtifactError, ExportError
+from ...runtime.finite import NonfiniteError
 from ...runtime.manifest import Manifest
 from ...runtime.plan import Plan
 from ...runtime.storage.files import read_listed_file, read_plain_file
@@ -33,6 +34,7 @@ GOLDEN_BYTES = 64 << 20  # of one plan's denoiser outputs
 MAX_GOLDEN_BYTES = (
     1 << 30
 )  # of a golden file: at least one evaluation, embeddings and a picture, or a video, lie in it too
+NONFINITE_WAY_OUT = "set precision.denoiser to float32 or quantize.method to none to find out where they come from"
 GOLDEN_TENSORS = {"prompt", "seed", "evaluations", "initial_latents", "outputs", "final_latents", "image"}
 
 
@@ -62,7 +64,10 @@ NO_VNNI_HINT = "this CPU has no VNNI, so sums of int8 products saturate at 16 bi
 def write_plan_golden(replayer: Replayer, recipe: Recipe, name: str) -> None:
     """The golden vectors of one plan, in the folder of the replayer's artifact."""
     plan, prompt = replayer.artifact.plans[name], picture_prompts(recipe)[0]
-    drawn = replayer.draw(prompt, 0, plan, count_opening_steps(plan))
+    try:
+        drawn = replayer.draw(prompt, 0, plan, count_opening_steps(plan))
+    except NonfiniteError as e:
+        raise ExportError(f"{str(e).partition(';')[0]}; {NONFINITE_WAY_OUT}") from e
     check_finite(replayer.evaluations(drawn), name)
     kept, dtype = golden_evaluations(replayer, drawn)
     tensors = golden_tensors(replayer, drawn, prompt, 0, kept, dtype)
@@ -91,7 +96,7 @@ def check_finite(evaluations: Sequence[GraphCall], plan: str) -> None:
         if not all(t.isfinite().all() for t in call.outputs.values()):
             raise ExportError(
                 f"plan {plan!r}, evaluation {e} (variant {call.graph!r}): the compiled denoiser gives values that are not finite; "
-                "set precision.denoiser to float32 or quantize.method to none to find out where they come from"
+                f"{NONFINITE_WAY_OUT}"
             )
 
 

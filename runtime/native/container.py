@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..errors import ArtifactError
+from ..memory import require_room
 from ..private_torch import make_handles, take_tensors
 from ..process.fork import tell_of_forks
 
@@ -162,6 +163,7 @@ class Container:
 def open_container(name: str, so: Path, runners: int, device: torch.device) -> Container | None:
     """The library, opened; None where only torch's own runner can run it: it is older than `BIND_FUNCTION`, or calls operators
     by way of torch's dispatcher, which are listed in a file beside it. Raises RuntimeError for what the linker does not open."""
+    require_room()
     try:
         library = ctypes.CDLL(str(so))
     except OSError as e:

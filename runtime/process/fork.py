@@ -15,6 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol, TypeVar
 
+from ..memory import require_room
+
 T = TypeVar("T")
 EXIT_S = 1.0
 """How long an ended thread is waited for; it takes less than a millisecond."""
@@ -68,6 +70,7 @@ def run_in_new_thread(work: Callable[[], T], stop: Callable[[], None] = lambda: 
 
     def run() -> None:
         try:
+            require_room()
             results.append(work())
         except BaseException as e:
             raised.append(e)

@@ -40,7 +40,7 @@ def test_a_disk_that_is_full(tmp_path):
 def test_a_weight_that_is_not_a_number(tmp_path):
     found = script("export_faults.py", tmp_path, "nan")
     assert found["said"] == (
-        "ExportError: plan '2', evaluation 0 (variant 'full'): the compiled denoiser gives values that are not finite; "
+        "ExportError: evaluation 0 of 2 of plan '2': the latents are not finite (64 NaN of 1024); "
         "set precision.denoiser to float32 or quantize.method to none to find out where they come from"
     )
     assert found["left"] == []

@@ -106,6 +106,7 @@ def test_a_mask_of_the_output_selects_no_blocks():
 TIMES = st.lists(st.fractions(0, 1000, max_denominator=997), min_size=4, max_size=4, unique=True)
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow])  # says that the machine is busy, and nothing of the code
 @given(TIMES, st.lists(st.fractions(-9, 9, max_denominator=99), min_size=1, max_size=3))
 def test_as_many_nodes_as_coefficients_continue_a_polynomial_exactly(times, coefficients):
     def value(t: Fraction) -> Fraction:

@@ -92,7 +92,7 @@ NEUTRAL: dict[str, Any] = {
     "lossless": True,
     "model.revision": "another",
     "sampler.steps": (5, 3),
-    "sampler.scheduler": "FlowMatchHeunDiscreteScheduler",
+    "sampler.scheduler": "FlowMatchLCMScheduler",
     "sampler.guidance_scale": 7.0,
     "verify.psnr_db": 1.0,
     "verify.cached_psnr_db": 1.0,

@@ -374,7 +374,7 @@ FAULTS: Mapping[str, tuple[Fault, ...]] = {
         Fault(
             "nan-weight",
             "a weight of the model that is not a number, at export",
-            "`plan '2', evaluation 0 (variant 'full'): the compiled denoiser gives values that are not finite; ...`",
+            "`evaluation 0 of 2 of plan '2': the latents are not finite (64 NaN of 1024); ...`",
             EXPORTS + "test_a_weight_that_is_not_a_number",
         ),
         Fault(

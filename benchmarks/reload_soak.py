@@ -5,8 +5,8 @@
 
 Before each reload the folder is replaced by a fresh copy, by renaming, so that what a worker still holds of the one before
 is a deleted file. Clients ask all the time, and every picture is compared with the first of its seed. Every few seconds a line is
-written for each worker. Flat is: over the last two thirds of the time resident memory, shared and not, grows by less than
-`MAX_GROWTH_BYTES_PER_HOUR`, and maps and descriptors right before the reloads at a third and at the end are equal; no
+written for each worker. Flat is: over the last two thirds of the time memory that is no file's grows by less than
+`MAX_GROWTH_BYTES_PER_HOUR` (resident pages of the mapped weights come and go with each reload), and maps and descriptors right before the reloads at a third and at the end are equal; no
 deleted file is mapped. Exit code 1 otherwise.
 """
 
@@ -44,7 +44,7 @@ class WorkerSample:
     seconds: float
     worker: int
     rss: int
-    private: int
+    anonymous: int
     maps: int
     deleted: int
     descriptors: int
@@ -60,8 +60,7 @@ def sample_worker(seconds: float, worker: int) -> WorkerSample:
     threads = sum(1 for _ in (own / "task").iterdir())
     files = [line for line in maps if len(line.split()) > 5 and line.split(maxsplit=5)[5].startswith("/")]
     deleted = sum("(deleted)" in line for line in files)
-    private = kib["Private_Dirty"] + kib["Private_Clean"]
-    return WorkerSample(seconds, worker, kib["Rss"] << 10, private << 10, len(files), deleted, opened, threads)
+    return WorkerSample(seconds, worker, kib["Rss"] << 10, kib["Anonymous"] << 10, len(files), deleted, opened, threads)
 
 
 def is_socket(descriptor: Path) -> bool:
@@ -154,9 +153,8 @@ def soak_problems(samples: Sequence[WorkerSample]) -> list[str]:
     """Sentences on what one worker's samples show that is not flat."""
     third = min(samples, key=lambda s: abs(s.seconds - samples[-1].seconds / 3))
     found = []
-    for what in ("rss", "private"):
-        if (growth := growth_per_hour(samples, what)) >= MAX_GROWTH_BYTES_PER_HOUR:
-            found.append(f"{what} grows by {growth / 2**20:.1f} MiB an hour")
+    if (growth := growth_per_hour(samples, "anonymous")) >= MAX_GROWTH_BYTES_PER_HOUR:
+        found.append(f"memory of its own grows by {growth / 2**20:.1f} MiB an hour")
     for what in ("maps", "descriptors"):
         if getattr(third, what) != getattr(samples[-1], what):
             found.append(f"{what}: {getattr(third, what)} at a third, {getattr(samples[-1], what)} at the end")
@@ -217,7 +215,7 @@ def main() -> int:
         problems = soak_problems(own)
         found += len(problems)
         print(
-            f"worker {worker}: private {growth_per_hour(own, 'private') / 2**20:+.2f} MiB an hour, resident "
+            f"worker {worker}: memory of its own {growth_per_hour(own, 'anonymous') / 2**20:+.2f} MiB an hour, resident "
             f"{growth_per_hour(own, 'rss') / 2**20:+.2f}, {own[-1].maps} maps, {own[-1].descriptors} descriptors, "
             f"{own[-1].threads} threads; {'; '.join(problems) or 'flat'}"
         )

@@ -14,7 +14,7 @@ import reload_soak
 
 
 def samples(growth_bytes=0, **last):
-    """Thirty minutes of one worker, whose private memory grows by so much an hour."""
+    """Thirty minutes of one worker, whose own memory grows by so much an hour."""
     made = [
         reload_soak.WorkerSample(float(s), 1, 1 << 28, (1 << 27) + growth_bytes * s // 3600, 400, 0, 10, 8)
         for s in range(0, 1801, 5)
@@ -30,7 +30,7 @@ def test_what_a_call_holds_while_it_works_is_no_growth():
     """Samples that meet a call, more and more of them towards the end."""
     made = samples()
     busy = [
-        reload_soak.WorkerSample(**{**vars(s), "private": s.private + (8 << 20)}) if i % 12 and i > 200 else s
+        reload_soak.WorkerSample(**{**vars(s), "anonymous": s.anonymous + (8 << 20)}) if i % 12 and i > 200 else s
         for i, s in enumerate(made)
     ]
     assert reload_soak.soak_problems(busy) == []
@@ -39,7 +39,7 @@ def test_what_a_call_holds_while_it_works_is_no_growth():
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"growth_bytes": 2 << 20}, "private grows by 2.0 MiB an hour"),
+        ({"growth_bytes": 2 << 20}, "memory of its own grows by 2.0 MiB an hour"),
         ({"maps": 403}, "maps: 400 at a third, 403 at the end"),
         ({"descriptors": 11}, "descriptors: 10 at a third, 11 at the end"),
         ({"deleted": 3}, "3 maps of deleted files"),

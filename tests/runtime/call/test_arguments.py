@@ -63,7 +63,7 @@ REFUSED = {
     "frames": ({"num_frames": "9"}, "num_frames: expected a whole number, got '9'"),
     "guidances": ({"guidance_scale": [7.5]}, "guidance_scale: expected a number, got [7.5]"),
     "guidance in words": ({"guidance_scale": "7.5"}, "guidance_scale: expected a number, got '7.5'"),
-    "guidance beyond floats": ({"guidance_scale": 10**400}, "guidance_scale: expected a number, got 1000"),
+    "guidance beyond floats": ({"guidance_scale": 10**400}, "guidance_scale: expected a finite number, got 1000"),
     "true guidance": ({"guidance_scale": True}, "guidance_scale: expected a number, got True"),
     "strength": ({"strength": "1", "image": torch.zeros(3, 8, 8)}, "strength: expected a number, got '1'"),
     "cache": ({"cache": "no"}, "cache: expected True or False, got 'no'"),

@@ -122,6 +122,7 @@ def replace_by_stranger(folder: Path, tmp: Path) -> None:
         (add_stranger, r"denoiser-00001-of-99999\.safetensors is not in the manifest; remove it"),
         (replace_by_stranger, r"-00001-of-\d{5}\.safetensors: sha256 is .* the manifest says"),
     ],
+    ids=["remove", "exchange", "add_stranger", "replace_by_stranger"],
 )
 def test_a_shard_that_is_not_its_own_is_refused(sharded, cache_dir, tmp_path, damage, said):
     damage(sharded, tmp_path)

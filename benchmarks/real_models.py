@@ -11,7 +11,8 @@ Widths, heads, groups and vocabularies are the published configurations'; only d
 own small models (`--tokenizer`, `--tokenizer-2`), so token ids stay within the embeddings.
 """
 
-# pyright: reportArgumentType=false  (annotations in diffusers are narrower than what its classes take)
+# pyright: reportArgumentType=false
+# (annotations in diffusers are narrower than what its classes take)
 from __future__ import annotations
 
 import argparse

@@ -68,6 +68,17 @@ RECIPES = {"FluxPipeline": ("flux", "flux-fast"), "StableDiffusionPipeline": ("s
            "StableDiffusion3Pipeline": ("sd3", "sd3-fast"), "StableDiffusionXLPipeline": ("sdxl", "sdxl-fast")}  # fmt: skip
 
 
+def test_no_class_that_draws_with_a_picture_is_forgotten():
+    """Of each family's class, those that diffusers has beside it; one for FLUX Kontext draws otherwise, and is refused as any
+    pipeline without a family is."""
+    stems = {c.removesuffix("Pipeline").removesuffix("Img2Img") for classes in FAMILIES.values() for c in classes}
+    kinds = {f"{stem}{kind}Pipeline" for stem in stems for kind in ("Img2Img", "Inpaint")}
+    there = {kind for kind in kinds if hasattr(diffusers, kind)}
+    taken = {c for classes in FAMILIES.values() for c in classes} | BASE_CLASSES.keys()
+    assert there - taken == {"FluxKontextInpaintPipeline"}
+    assert BASE_CLASSES.keys() <= there
+
+
 @pytest.mark.parametrize("kind", BASE_CLASSES)
 def test_a_folder_of_such_a_pipeline_is_exported_as_its_family_is(kind, tmp_path):
     base = BASE_CLASSES[kind]

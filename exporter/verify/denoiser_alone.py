@@ -50,9 +50,9 @@ class AttachedReplayer:
 
     def __init__(self, artifact: Artifact, recipe: Recipe, model: str) -> None:
         self.artifact, self.recipe, self.model = artifact, recipe, model
-        self._record = CallRecord()
+        self.record = CallRecord()
         sites = {tensor for site in artifact.manifest.sites for tensor in site.tensors}
-        taps = {name: GraphTap(bound, sites, self._record) for name, bound in artifact.graphs.items()}
+        taps = {name: GraphTap(bound, sites, self.record) for name, bound in artifact.graphs.items()}
         self._tapped = replace(artifact, graphs=taps)
 
     @cached_property
@@ -64,36 +64,36 @@ class AttachedReplayer:
 
     def draw(self, prompt: str, seed: int, plan: Plan) -> DrawnPicture:
         """One picture, by that plan. Raises ExportError for a prompt that the artifact does not cover."""
-        self._record.calls.clear()
+        self.record.calls.clear()
         with attach_opened(self.loaded.pipe, self._tapped, plan.cache != "none"):
             try:
-                return draw_picture(self.recipe, self.loaded, prompt, seed, plan.steps, self._record.calls)
+                return draw_picture(self.recipe, self.loaded, prompt, seed, plan.steps, self.record.calls)
             except RequestError as e:
                 raise ExportError(f"prompt {prompt!r}: {e}; or set verify.prompts to prompts that it covers") from e
 
     @property
     def graph_seconds(self) -> Mapping[str, float]:
         """The least seconds of a call, of each graph that was ever called."""
-        return self._record.seconds
+        return self.record.seconds
 
     def trace(self, prompt: str, seed: int, plan: Plan, steps: int) -> tuple[EvaluationCall, ...]:
         """The evaluations of the plan's first steps, after which the pipeline's call is given up."""
         opening = [e for e in plan.evaluations if e.step < steps]
-        self._record.limit = sum(len(e.calls) for e in opening)
+        self.record.limit = sum(len(e.calls) for e in opening)
         try:
             self.draw(prompt, seed, plan)
         except EnoughCallsError:
             pass
         finally:
-            self._record.limit = None
-        return join_evaluations(opening, self._record.calls)
+            self.record.limit = None
+        return join_evaluations(opening, self.record.calls)
 
     def only(self, plans: Mapping[str, Plan]) -> AttachedReplayer:
         """A replayer of the same artifact with these plans alone."""
         fewer = AttachedReplayer(replace(self.artifact, plans=plans), self.recipe, self.model)
         if "loaded" in vars(self):
             fewer.loaded = self.loaded
-        fewer._record.seconds.update(self._record.seconds)
+        fewer.record.seconds.update(self.record.seconds)
         return fewer
 
     def evaluations(self, drawn: DrawnPicture) -> tuple[EvaluationCall, ...]:

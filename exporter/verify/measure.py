@@ -139,7 +139,7 @@ class GraphTap(BoundGraph):
 
     def __init__(self, bound: BoundGraph, sites: Iterable[str], record: CallRecord) -> None:
         self.graph: Graph = bound.graph
-        self._bound, self._sites, self._record = bound, frozenset(sites), record
+        self._bound, self._sites, self.record = bound, frozenset(sites), record
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         start = time.perf_counter()
@@ -149,7 +149,7 @@ class GraphTap(BoundGraph):
         ms = (time.perf_counter() - start) * 1e3
         given = {name: t.cpu() for name, t in inputs.items() if "@" not in name}
         came = {name: t.cpu() for name, t in outputs.items() if name not in self._sites}
-        self._record.add(GraphCall(self.graph.name, given, came, ms))
+        self.record.add(GraphCall(self.graph.name, given, came, ms))
         return outputs
 
 
@@ -184,9 +184,9 @@ class Replayer:
     def __init__(self, artifact: Artifact) -> None:
         self.artifact = artifact
         self.variants = frozenset(artifact.variants)
-        self._record = CallRecord()
+        self.record = CallRecord()
         sites = {tensor for site in artifact.manifest.sites for tensor in site.tensors}
-        taps = {name: GraphTap(bound, sites, self._record) for name, bound in artifact.graphs.items()}
+        taps = {name: GraphTap(bound, sites, self.record) for name, bound in artifact.graphs.items()}
         compared = artifact.manifest.model_copy(
             update={"unverified": ()}
         )  # or about to be, so that nobody need be told
@@ -196,11 +196,11 @@ class Replayer:
     @property
     def graph_seconds(self) -> Mapping[str, float]:
         """The least seconds of a call, of each graph that was ever called."""
-        return self._record.seconds
+        return self.record.seconds
 
     def draw(self, prompt: str, seed: int, plan: Plan, steps: int | None = None) -> DrawnPicture:
         """One picture by that plan, or what the decoder makes of the latents after its first `steps`."""
-        self._record.calls.clear()
+        self.record.calls.clear()
         arguments = call_arguments(self._pipe, seed, plan)
         if steps is not None and steps < plan.steps:
             arguments["callback_on_step_end"] = stop_after(steps)
@@ -209,7 +209,7 @@ class Replayer:
             warnings.filterwarnings("ignore", "the prompt is longer")
             output: Any = self._pipe(prompt, **arguments)
         seconds = time.perf_counter() - start
-        calls = tuple(self._record.calls)
+        calls = tuple(self.record.calls)
         latents = next(c.inputs["latents"] for c in calls if c.graph == "vae_decoder")
         return DrawnPicture(output[0].cpu(), latents, seconds, calls)
 
@@ -220,7 +220,7 @@ class Replayer:
     def only(self, plans: Mapping[str, Plan]) -> Replayer:
         """A replayer of the same artifact with these plans alone."""
         fewer = Replayer(replace(self.artifact, plans=plans))
-        fewer._record.seconds.update(self._record.seconds)
+        fewer.record.seconds.update(self.record.seconds)
         return fewer
 
     def evaluations(self, drawn: DrawnPicture) -> tuple[GraphCall, ...]:

@@ -26,6 +26,7 @@ OF_OTHERS = {
     "diffusers": {
         "_diffusers_hook",
         "_get_positional_embeddings",
+        "_interrupt",
         "_pack_latents",
         "_prepare_latent_image_ids",
         "_prepare_rotary_positional_embeddings",

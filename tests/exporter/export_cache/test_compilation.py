@@ -94,6 +94,7 @@ NEUTRAL: dict[str, Any] = {
     "sampler.steps": (5, 3),
     "sampler.scheduler": "FlowMatchLCMScheduler",
     "sampler.guidance_scale": 7.0,
+    "verify.budget": "full",
     "verify.psnr_db": 1.0,
     "verify.cached_psnr_db": 1.0,
     "verify.relative_error": 0.9,

@@ -212,7 +212,7 @@ def test_an_exports_own_prompts_warn_of_nothing(monkeypatch, recwarn):
         return (torch.zeros(1, 3, 2, 2),)
 
     replayer = object.__new__(Replayer)
-    replayer._pipe, replayer._record = pipe, CallRecord()
+    replayer._pipe, replayer.record = pipe, CallRecord()
     monkeypatch.setattr("prebake.exporter.verify.measure.call_arguments", lambda *_: {})
     with pytest.raises(StopIteration):  # the fake calls no decoder
         replayer.draw("a", 0, plan())

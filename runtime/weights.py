@@ -88,17 +88,15 @@ def map_file(file: Path) -> Tensors:
         header = json.loads(opened.read(header_bytes))
         size = os.fstat(opened.fileno()).st_size
     data: Any = torch.UntypedStorage.from_file(str(file), False, size)[LENGTH_BYTES + header_bytes :]
-    return {name: view_bytes(data, name, **said) for name, said in header.items() if name != "__metadata__"}
+    return {name: view_bytes(data, name, said) for name, said in header.items() if name != "__metadata__"}
 
 
-def view_bytes(
-    data: torch.UntypedStorage, name: str, dtype: str, shape: list[int], data_offsets: list[int]
-) -> torch.Tensor:
-    """The tensor that the header describes, in the bytes that follow it."""
-    if dtype not in DTYPES:
-        raise SafetensorError(f"{name!r} is of {dtype}, which no artifact has")
-    begin, end = data_offsets
-    return torch.empty(0, dtype=DTYPES[dtype]).set_(data[begin:end]).view(shape)
+def view_bytes(data: torch.UntypedStorage, name: str, said: Mapping[str, Any]) -> torch.Tensor:
+    """The tensor of which the header has `said` dtype, shape and place, in the bytes that follow it. What else it says means nothing."""
+    if said["dtype"] not in DTYPES:
+        raise SafetensorError(f"{name!r} is of {said['dtype']}, which no artifact has")
+    begin, end = said["data_offsets"]
+    return torch.empty(0, dtype=DTYPES[said["dtype"]]).set_(data[begin:end]).view(said["shape"])
 
 
 def refuse_unmappable(file: Path) -> None:

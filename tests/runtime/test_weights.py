@@ -71,3 +71,10 @@ def test_a_header_that_ends_at_an_odd_byte_is_read(tmp_path):
     path = tmp_path / "w.safetensors"
     path.write_bytes(len(header).to_bytes(8, "little") + header + bytes([0, 0, 128, 63]))
     assert map_weights({path: path}, CPU)["w"].tolist() == [1.0]
+
+
+def test_what_a_header_says_besides_means_nothing(tmp_path):
+    header = json.dumps({"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4], "new": None}}).encode()
+    path = tmp_path / "w.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    assert map_file(path)["w"].tolist() == [0.0]

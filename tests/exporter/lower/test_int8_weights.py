@@ -101,13 +101,15 @@ def test_an_onnx_session_multiplies_the_same_and_holds_the_weights_in_int8(cases
 
 @pytest.mark.slow  # calls the C++ compiler
 def test_compiled_code_multiplies_the_same_and_asks_for_int8_weights(cases, tmp_path):
+    from torch._inductor.package import load_package
+
     from prebake.exporter.lower.aoti import compile_flags, compile_graph, write_package
     from prebake.exporter.recipe.resolve import resolve
 
     graph, _ = cases
     files = compile_graph(graph, compile_flags(resolve("baseline", (), "tiny:flux").compile), tmp_path / "build")
     write_package(tmp_path / "layers.pt2", {"layers": files})
-    model = torch._inductor.aoti_load_package(str(tmp_path / "layers.pt2"), model_name="layers")
+    model = load_package(str(tmp_path / "layers.pt2"), "layers")
     asked = dict(graph.constants())
     assert set(model.get_constant_fqns()) == set(asked)
     model.load_constants({n: t.detach() for n, t in asked.items()}, check_full_update=True, user_managed=True)

@@ -217,7 +217,7 @@ class Manifest(BaseModel):
     files: Annotated[tuple[FileEntry, ...], Listed]
 
     @property
-    def standing(self) -> str:
+    def status_line(self) -> str:
         """`status`, and the plans that it says nothing of."""
         if not self.unverified or self.status == "unverified":
             return self.status

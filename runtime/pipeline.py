@@ -274,7 +274,7 @@ class Pipeline(Generic[OutputT]):
                         watch = watch_latents(tables.plan, self.device, watch_steps(tables.plan, by_step, watch))
                         watch = watch_cancellation(cancel, watch)
                         x = start.latents[i : i + 1]
-                        with self._request.drawing(tables.plan.steps, guidance_scale, inputs):
+                        with self._request.track_picture(tables.plan.steps, guidance_scale, inputs):
                             finals.append(
                                 self._loop(
                                     tables, self._variants, self._sites, inputs, x, noise=draws, on_evaluation=watch
@@ -343,7 +343,7 @@ class Pipeline(Generic[OutputT]):
         manifest = self.artifact.manifest
         frames = "" if manifest.defaults.num_frames is None else f"{manifest.defaults.num_frames} frames of "
         sizes = ", ".join(f"{frames}{width} x {height}" for height, width in self.sizes)
-        head = f"{type(self).__name__} {self.artifact.folder}: {self.family} on {self.device}, {sizes}, {manifest.standing}"
+        head = f"{type(self).__name__} {self.artifact.folder}: {self.family} on {self.device}, {sizes}, {manifest.status_line}"
         return "\n".join([head, *(f"  {line}" for line in format_plans(self.plans))])
 
     @property

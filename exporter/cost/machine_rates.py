@@ -84,7 +84,7 @@ class MachineRates:
             return self._call_ms_alone(call)
         arithmetic = call.flops / interpolate_rate(self._table(place.kind), place.at) / 1e6
         weights = sum(o.bytes for o in call.operands if o.constant)
-        return max(arithmetic, weights / self.reading(constants_bytes), self.call_ms())
+        return max(arithmetic, weights / self.read_bandwidth(constants_bytes), self.call_ms())
 
     def loop_ms(self, loop: FusedLoop) -> float:
         """Milliseconds of one fused loop."""
@@ -115,7 +115,7 @@ class MachineRates:
             self._keep(bandwidth={**self._rates.bandwidth, size: rate})
         return self._rates.bandwidth[size]
 
-    def reading(self, constants_bytes: int) -> float:
+    def read_bandwidth(self, constants_bytes: int) -> float:
         """Bytes per millisecond at which weights are read, of so many in all."""
         size = next((s for s in READ_BYTES if s >= constants_bytes), READ_BYTES[-1])
         if size not in self._rates.reading:

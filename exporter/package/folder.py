@@ -120,7 +120,7 @@ class QuantizedBytes:
             scales=sum(t.nbytes for t in scales),
         )
 
-    def unquantized(self, dtype: torch.dtype) -> int:
+    def count_unquantized_bytes(self, dtype: torch.dtype) -> int:
         """What they would take with the weights in `dtype`, and without scales."""
         return self.stored - self.scales + self.eight_bit * (dtype.itemsize - 1)
 

@@ -74,7 +74,7 @@ def describe_artifact(
 def unquantized_bytes(recipe: Recipe, weights: StoredWeights) -> dict[str, int]:
     """Component -> bytes of its weights as they would be in the precision of its part of the recipe."""
     return {
-        component: said.unquantized(getattr(torch, component_precision(recipe, component)))
+        component: said.count_unquantized_bytes(getattr(torch, component_precision(recipe, component)))
         for component, said in weights.quantized.items()
     }
 

@@ -434,7 +434,7 @@ class Comparison:
     workload: Workload | None = None
 
     @property
-    def evaluated(self) -> tuple[Sample | Trace, ...]:
+    def evaluation_records(self) -> tuple[Sample | Trace, ...]:
         """Whatever has evaluations that were held against eager's."""
         return (*self.pictures, *self.traces)
 

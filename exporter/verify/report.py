@@ -175,7 +175,9 @@ def verified_plan_figures(plan: Plan, shares: Mapping[str, float], comparison: C
         "flops_share_percent": statistics.fmean(shares[e.variant] for e in plan.evaluations),
         "pictures": closeness_figures(pictures),
         "checked_pictures": closeness_figures(checked),
-        "relative_error": evaluation_error_figures(plan, [s for s in comparison.evaluated if s.plan == plan.name]),
+        "relative_error": evaluation_error_figures(
+            plan, [s for s in comparison.evaluation_records if s.plan == plan.name]
+        ),
         "accuracy_percent": to_percent(comparison.exact.get(plan.name)),
         "image_s": median_or_none([s.seconds for s in samples]),
         "evaluation_ms": median_or_none([statistics.fmean(ms for _, ms in s.variant_ms) for s in timed]),

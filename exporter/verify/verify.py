@@ -397,8 +397,8 @@ def judge_comparison(
     for name, plan in plans.items():
         if samples := [s for s in comparison.pictures if s.plan == name]:
             verdicts.append(judge_psnr(recipe, plan, samples))
-        if evaluated := [s for s in comparison.evaluated if s.plan == name]:
-            verdicts.append(judge_evaluations(manifest, recipe, plan, evaluated))
+        if records := [s for s in comparison.evaluation_records if s.plan == name]:
+            verdicts.append(judge_evaluations(manifest, recipe, plan, records))
         if comparison.exact and recipe.verify.prompt_accuracy_drop is not None:
             verdicts.append(judge_accuracy(recipe, plan, comparison))
     return tuple(verdicts)

@@ -36,7 +36,7 @@ class CallState(threading.local):
         self.last: DrawnPicture | None = None
 
     @contextmanager
-    def drawing(self, steps: int, guidance_scale: float, inputs: dict[str, torch.Tensor]) -> Iterator[None]:
+    def track_picture(self, steps: int, guidance_scale: float, inputs: dict[str, torch.Tensor]) -> Iterator[None]:
         """Inside, that picture is drawn. A callback may call the pipeline again; after that its own goes on."""
         outer, picture = self.picture, DrawnPicture(steps, guidance_scale, guidance_scale, inputs)
         self.picture = self.last = picture

@@ -322,7 +322,7 @@ def inspection_lines(folder: Path, manifest: Manifest, plans: Mapping[str, Plan]
     frames = "" if defaults.num_frames is None else f"{defaults.num_frames} frames of "
     lines = wrap_entries(
         [
-            ("artifact", f"{folder} ({manifest.family}, {manifest.standing})"),
+            ("artifact", f"{folder} ({manifest.family}, {manifest.status_line})"),
             *([("compared", manifest.verification.describe())] if manifest.verification else []),
             ("source", f"{manifest.source.model} ({manifest.source.pipeline}, sha256 {manifest.source.sha256[:12]}..)"),
             ("needs", f"{needs.system} {needs.machine}, {needs.device}, {needs.isa_level}{packages}"),

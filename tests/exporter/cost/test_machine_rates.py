@@ -271,7 +271,7 @@ def test_more_work_takes_longer(clockwork):
 def test_weights_take_as_long_as_they_take_to_be_read(clockwork, monkeypatch):
     """One row has little arithmetic; what it waits for are weights that no cache holds."""
     read: list[int] = []
-    monkeypatch.setattr(MachineRates, "reading", lambda self, constants: read.append(constants) or 1e5)
+    monkeypatch.setattr(MachineRates, "read_bandwidth", lambda self, constants: read.append(constants) or 1e5)
     row = linear(1, 512, 512)
     assert MachineRates(THIS).heavy_ms(row, 12345) == pytest.approx(4 * 512 * 512 / 1e5)
     assert read == [12345]

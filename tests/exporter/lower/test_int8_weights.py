@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -79,7 +80,10 @@ def test_bfloat16_goes_through_in_its_own_dtype():
 
 
 def test_an_onnx_session_multiplies_the_same_and_holds_the_weights_in_int8(cases, tmp_path):
-    onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    onnx: Any = pytest.importorskip("onnx", reason="onnx is not installed: pip install 'prebake[export]'")
+    onnxruntime: Any = pytest.importorskip(
+        "onnxruntime", reason="onnxruntime is not installed: pip install 'prebake[ort]'"
+    )
     from prebake.exporter.lower.onnx.graph import embed_data, onnx_model
     from prebake.exporter.lower.onnx.rewrite import rewrite_graph
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-pytest.importorskip("onnx")
+pytest.importorskip("onnx", reason="onnx is not installed: pip install 'prebake[export]'")
 from prebake.exporter.capture.capture import capture_graph
 from prebake.exporter.lower.tensorrt import lay_channels_last
 from prebake.exporter.passes.captured_graph import CapturedGraph, run_passes

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ..runtime.manifest import Cost, Defaults, Source
+    from ..runtime.manifest import Cost, Defaults, SizeEntry, Source
     from .caches.common.calibration import Calibration, PictureSize
     from .cost.count import Census
     from .export_cache.store import Store
@@ -53,7 +53,7 @@ class ModelPart(Protocol):
         ...
 
     def denoisers(self, recipe: Recipe) -> tuple[Component, ...]:
-        """The denoiser for each kind of call that it gets. The plans are made for the first."""
+        """The denoiser for each kind of call that it gets, each size and each batch. The plans are made for the first."""
         ...
 
     def other_components(self, recipe: Recipe, backend: Backend) -> tuple[Component, ...]:
@@ -66,6 +66,10 @@ class ModelPart(Protocol):
 
     def facts(self, graphs: Mapping[str, Sequence[CapturedGraph]]) -> dict[str, Any]:
         """The manifest's `pipeline` table; `graphs` are the artifact's, by component."""
+        ...
+
+    def size_entries(self, graphs: Mapping[str, Sequence[CapturedGraph]]) -> tuple[SizeEntry, ...]:
+        """The manifest's `sizes`."""
         ...
 
     def write_files(self, folder: Path, layout: Layout, planned: PlanSet) -> None:

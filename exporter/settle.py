@@ -31,9 +31,11 @@ def component_dtypes(recipe: Recipe) -> dict[str, torch.dtype]:
 
 
 def settle(recipe: Recipe, family: Family, loaded: source.LoadedPipeline) -> tuple[Defaults, Size, tuple[int, ...]]:
-    """Sizes, steps and guidance: the recipe's word, else the model's own default, else the family's."""
+    """The default size, steps and guidance: the recipe's word, else the model's own default, else the family's."""
     usual = {**family.defaults(loaded.pipe), **loaded.defaults}
     asked = {**recipe.shapes.model_dump(), "guidance_scale": recipe.sampler.guidance_scale}
+    if recipe.shapes.pixels:
+        asked["height"], asked["width"] = recipe.shapes.pixels[0]
     chosen = {name: usual[name] if asked.get(name) is None else asked[name] for name in usual}
     steps = recipe.sampler.steps or (usual["num_inference_steps"],)
     frames = chosen.get("num_frames")
@@ -49,6 +51,14 @@ def settle(recipe: Recipe, family: Family, loaded: source.LoadedPipeline) -> tup
         num_frames=frames,
     )
     return defaults, size, steps
+
+
+def further_sizes(recipe: Recipe, family: Family, pipe: Any, size: Size) -> dict[str, Size]:
+    """The recipe's sizes besides its first, `size`, by name. Raises ExportError for one that the pipeline would not draw."""
+    others = [replace(size, height=height, width=width) for height, width in recipe.shapes.pixels[1:]]
+    for other in others:
+        family.check_size(pipe, other)
+    return {f"{other.width}x{other.height}": other for other in others}
 
 
 def load_pipeline(recipe: Recipe, dtypes: dict[str, torch.dtype], model: str | None = None) -> source.LoadedPipeline:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import nn
 
-from ..runtime.manifest import Defaults
+from ..runtime.manifest import Defaults, SizeEntry, batch_graph_name, size_graph_name
 from .caches import TeaCache
 from .caches.common.calibration import Calibration
 from .calibrators import teacache
@@ -20,13 +20,13 @@ from .load.source import LoadedPipeline
 from .lower import Backend
 from .package.folder import write_tokenizers
 from .passes.captured_graph import CapturedGraph, find_embeddings
-from .plan import PlanSet, TailTables, make_plans
+from .plan import PlanSet, SizeSchedules, TailTables, make_plans
 from .plan.inputs import write_plan_inputs
 from .plan.sampler import SchedulerTable
 from .progress import Progress
 from .recipe.resolve import Recipe
 from .rewrite import LayerTreatments, rewrite_pipeline
-from .settle import has_picture_input, sampler_table, sampler_tails, settle
+from .settle import further_sizes, has_picture_input, sampler_table, sampler_tails, settle
 from .sites.component import Component
 from .sites.guidance import add_planes
 from .sites.layout import Layout
@@ -34,16 +34,19 @@ from .sites.layout import Layout
 
 @dataclass(frozen=True, kw_only=True)
 class WholePipeline:
-    """A `ModelPart`: a pipeline that has a family, at one size. `tails` are the tables of later starts, by number of steps. `sampled`:
-    whether latents of a picture are drawn, and not the encoder's own."""
+    """A `ModelPart`: a pipeline that has a family. `size` is the default one, `further` has the others by name. `tails` are the tables of
+    later starts, by number of steps; `further_schedules` what both are at the other sizes. `sampled`: whether latents of a picture are
+    drawn, and not the encoder's own."""
 
     stage: ClassVar[str] = "settle"
     family: Family
     pipe: Any
     size: Size
+    further: Mapping[str, Size]
     defaults: Defaults
     tables: Mapping[int, SchedulerTable]
     tails: Mapping[int, TailTables]
+    further_schedules: Mapping[str, SizeSchedules]
     sampled: bool
 
     @classmethod
@@ -52,13 +55,24 @@ class WholePipeline:
         pipe, family = loaded.pipe, find_family(loaded.pipe)
         defaults, size, steps = settle(recipe, family, loaded)
         refuse_ids_without_rows(pipe, family.prompt_entries(pipe, size))
+        further = further_sizes(recipe, family, pipe, size)
+
+        def schedules(of: Size) -> SizeSchedules:
+            return SizeSchedules(
+                tables={n: sampler_table(family, pipe, of, n, progress) for n in steps},
+                tails={n: sampler_tails(recipe, family, pipe, of, n) for n in steps},
+            )
+
+        own = schedules(size)
         return cls(
             family=family,
             pipe=pipe,
             size=size,
+            further=further,
             defaults=defaults,
-            tables={n: sampler_table(family, pipe, size, n, progress) for n in steps},
-            tails={n: sampler_tails(recipe, family, pipe, size, n) for n in steps},
+            tables=own.tables,
+            tails=own.tails,
+            further_schedules={name: schedules(of) for name, of in further.items()},
             sampled=not has_picture_input(recipe, family) or encodes_distribution(pipe.vae),
         )
 
@@ -77,20 +91,28 @@ class WholePipeline:
         return rewrite_pipeline(self.pipe, recipe, backend, progress)
 
     def denoisers(self, recipe: Recipe) -> tuple[Component, ...]:
-        """The denoiser with all branches of its guidance, which is called in one way."""
-        denoiser = self.family.denoiser(self.pipe, self.size, recipe.guidance)
-        return (add_planes(denoiser) if recipe.cache.needs_planes else denoiser,)
+        """The denoiser with all branches of its guidance, for each size and batch."""
+        made = []
+        for name, size in self.sizes():
+            denoiser = self.family.denoiser(self.pipe, size, recipe.guidance)
+            denoiser = add_planes(denoiser) if recipe.cache.needs_planes else denoiser
+            labels = {batch: batch_graph_name(size_graph_name("", name), batch) for batch in recipe.shapes.batch}
+            made += [denoiser.with_batch(batch, label) for batch, label in labels.items()]
+        return tuple(made)
+
+    def sizes(self) -> list[tuple[str | None, Size]]:
+        """(name, size) of all, the default first, which has no name."""
+        return [(None, self.size), *self.further.items()]
 
     def other_components(self, recipe: Recipe, backend: Backend) -> tuple[Component, ...]:
-        """Text encoders, and the VAE's halves."""
-        return self.family.other_components(
-            self.pipe,
-            self.size,
-            channels_last=recipe.compile.channels_last_vae
-            and backend.CHANNELS_LAST
-            and has_picture_layout(self.pipe.vae),
-            picture=has_picture_input(recipe, self.family),
-        )
+        """Text encoders, and the VAE's halves for each size."""
+        order = recipe.compile.channels_last_vae and backend.CHANNELS_LAST and has_picture_layout(self.pipe.vae)
+        picture, made = has_picture_input(recipe, self.family), []
+        for name, size in self.sizes():
+            components = self.family.other_components(self.pipe, size, channels_last=order, picture=picture)
+            of_size = [c for c in components if name is None or c.name != TEXT_ENCODER]
+            made += [replace(c, label=size_graph_name("", name)) for c in of_size]
+        return tuple(made)
 
     def plan(self, recipe: Recipe, denoiser: Component, layout: Layout, calibration: Calibration | None) -> PlanSet:
         """The plans, by TeaCache's decisions where its signal is the timestep's embedding, which needs weights and no
@@ -99,11 +121,25 @@ class WholePipeline:
         if isinstance(recipe.cache, TeaCache) and recipe.cache.exact:
             scale = self.family.facts(self.pipe, self.size)["timestep_scale"]
             decisions = teacache.decide_by_timesteps(recipe.cache, denoiser, layout, self.tables, timestep_scale=scale)
-        return make_plans(recipe.cache, layout, self.tables, decisions, tails=self.tails)
+        return make_plans(
+            recipe.cache, layout, self.tables, decisions, tails=self.tails, further=self.further_schedules
+        )
 
     def facts(self, graphs: Mapping[str, Sequence[CapturedGraph]]) -> dict[str, Any]:
         """The family's facts, where each tokenizer's ids are looked up, and what pictures it takes."""
-        facts = self.family.facts(self.pipe, self.size)
+        return self.size_facts(self.size, graphs)
+
+    def size_entries(self, graphs: Mapping[str, Sequence[CapturedGraph]]) -> tuple[SizeEntry, ...]:
+        """The further sizes, each with the facts that are others there."""
+        usual, entries = self.facts(graphs), []
+        for size in self.further.values():
+            facts = {key: value for key, value in self.size_facts(size, graphs).items() if usual.get(key) != value}
+            entries.append(SizeEntry(height=size.height, width=size.width, pipeline=facts))
+        return tuple(entries)
+
+    def size_facts(self, size: Size, graphs: Mapping[str, Sequence[CapturedGraph]]) -> dict[str, Any]:
+        """The family's facts at that size."""
+        facts = self.family.facts(self.pipe, size)
         tables = {
             name: table for graph in graphs.get(TEXT_ENCODER, ()) for name, table in find_embeddings(graph).items()
         }
@@ -111,7 +147,7 @@ class WholePipeline:
         facts = {**facts, "text": {**facts["text"], "prompts": prompts}}
         if "picture" not in facts and VAE_ENCODER not in graphs:
             return facts
-        usual = {"height": self.size.height, "width": self.size.width, **(self.family.PICTURE or {})}
+        usual = {"height": size.height, "width": size.width, **(self.family.PICTURE or {})}
         drawn = {} if self.sampled else {"sampled": False}
         return {**facts, "picture": {**facts.get("picture", usual), **drawn}}
 

@@ -23,7 +23,7 @@ from .contract import Contract, torch_dtype
 from .errors import ArtifactError, RequestError, describe_read_error, describe_schema_error, raise_problems
 from .finite import is_finite
 from .gpu.memory import explain_gpu_memory
-from .manifest import Graph, Manifest, Site, read_manifest
+from .manifest import Graph, Manifest, Site, batch_graph_name, read_manifest
 from .memory import explain_memory, trim_heap
 from .offload import (
     OffloadedModel,
@@ -33,7 +33,7 @@ from .offload import (
     offloadable_graphs,
     offloaded_graphs,
 )
-from .plan import MAX_TIMESTEP, PLAN_INPUTS_FILE, Plan
+from .plan import MAX_TIMESTEP, PLAN_INPUTS_FILE, Plan, size_plan_name
 from .process.default_device import CPU, default_device
 from .process.fork import run_beside_fork, run_in_new_thread
 from .process.self_test import refuse_wrong_arithmetic
@@ -95,13 +95,14 @@ class Artifact:
     runners: Runners = field(default_factory=lambda: Runners(1), compare=False)
     offloaded: tuple[str, ...] = ()
     mapped: WeightFiles | None = field(default=None, repr=False, compare=False)
-    _tails: dict[tuple[str, int], PlanTables] = field(default_factory=dict, repr=False, compare=False)
+    _tables: dict[tuple[str, int, int], PlanTables] = field(default_factory=dict, repr=False, compare=False)
 
-    def plan_name(self, steps: int, cache: bool) -> str:
-        """The plan for that number of steps, with its cache or without. Raises RequestError with those that there are."""
-        name = str(steps)
+    def plan_name(self, steps: int, cache: bool, size: str | None = None) -> str:
+        """The plan for that number of steps, with its cache or without, at a further size of that name or the default one. Raises
+        RequestError with those that there are."""
+        name = size_plan_name(str(steps), size)
         if not cache and name in self.plans and self.plans[name].cache != "none":
-            name += "-uncached"
+            name = size_plan_name(f"{steps}-uncached", size)
         if name not in self.plans:
             asked = f"num_inference_steps={steps}" + ("" if cache else ", cache=False")
             raise RequestError(
@@ -116,17 +117,18 @@ class Artifact:
             return ""
         return f"`prebake plan {quote(str(self.folder))} --steps {steps}` adds one without compiling where its variants are there, or "
 
-    def tables_from(self, name: str, step: int) -> PlanTables:
-        """The tables of the plan of that name without its first `step` steps, made at their first use.
+    def tables_from(self, name: str, step: int, batch: int = 1) -> PlanTables:
+        """The tables of the plan of that name without its first `step` steps, for that many pictures, made at their first use.
 
         Raises RequestError where the plan cannot begin there. Threads that ask at once get the same tables.
         """
-        if step == 0:
+        if step == 0 and batch == 1:
             return self.tables[name]
-        if (name, step) not in self._tails:
-            tables = tabulate_plan(self.plans[name].tail(step), self.device, timestep_scale(self.manifest))
-            self._tails.setdefault((name, step), tables)
-        return self._tails[name, step]
+        if (name, step, batch) not in self._tables:
+            plan = self.plans[name].tail(step) if step else self.plans[name]
+            tables = tabulate_plan(plan, self.device, timestep_scale(self.manifest), batch)
+            self._tables.setdefault((name, step, batch), tables)
+        return self._tables[name, step, batch]
 
     def refuse_changed_weights(self) -> None:
         """Raises ArtifactError for a weight file that is mapped and was written to."""
@@ -141,7 +143,7 @@ class Artifact:
             for graph in self.graphs.values():
                 graph.unload()
             self.weights.clear()
-            self._tails.clear()
+            self._tables.clear()
             trim_heap()
 
     def _close_graphs(self) -> None:
@@ -151,8 +153,13 @@ class Artifact:
     @property
     def variants(self) -> dict[str, DenoiserVariant]:
         """The denoiser's variants: the graphs that some plan calls."""
-        names = {name for plan in self.plans.values() for name in plan.variants()}
-        return {name: DenoiserVariant(self.graphs[name].graph, self.graphs[name]) for name in sorted(names)}
+        return self.batch_variants(1)
+
+    def batch_variants(self, batch: int) -> dict[str, DenoiserVariant]:
+        """Variant -> the graph that runs it for that many pictures at once."""
+        names = sorted({name for plan in self.plans.values() for name in plan.variants()})
+        graphs = {name: self.graphs[batch_graph_name(name, batch)] for name in names}
+        return {name: DenoiserVariant(graph.graph, graph) for name, graph in graphs.items()}
 
     @property
     def sites(self) -> dict[str, Site]:

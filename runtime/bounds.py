@@ -23,6 +23,7 @@ MAX_ITEMS = 100_000  # of one list or object
 MAX_VALUES = 1_000_000  # of all of them
 MAX_STEPS = 10_000
 MAX_TOKENS = 8192  # of one text
+MAX_BATCH = 64  # pictures at once
 MAX_LATENTS = 1 << 28  # numbers in one picture's, which are drawn on the CPU
 MAX_EMBEDDING = 1 << 26  # numbers in one text's
 MAX_FLOAT32 = 3.4028234663852886e38

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, ValidationError
 
 from .bounds import (
+    MAX_BATCH,
     MAX_ITEMS,
     MAX_MANIFEST_BYTES,
     Bytes,
@@ -35,12 +36,15 @@ from .hub.address import describe_links, pull_command
 from .plan import FROZEN_CONFIG
 from .storage.files import read_plain_file
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST_FILE = "manifest.json"
 Listed = Field(max_length=MAX_ITEMS, fail_fast=True)
 """Of a list."""
 Mapped = Field(max_length=MAX_ITEMS)
 """Of an object."""
+
+
+Batches = Annotated[tuple[Annotated[int, Field(ge=1, le=MAX_BATCH)], ...], Field(min_length=1, max_length=MAX_BATCH)]
 
 
 class TensorSpec(BaseModel):
@@ -79,6 +83,21 @@ class Site(BaseModel):
     name: Name
     slots: int = Field(ge=1, le=1024)
     tensors: Names
+
+
+class SizeEntry(BaseModel):
+    """A further size in pixels that a call may ask for. Its graphs end in `.<width>x<height>` and its plans in
+    `@<width>x<height>`; `pipeline` has what of the manifest's table of that name is another there."""
+
+    model_config = FROZEN_CONFIG
+    height: Pixels
+    width: Pixels
+    pipeline: dict[str, Any] = {}
+
+    @property
+    def name(self) -> str:
+        """`832x1216`: width and height, as the names of graphs and plans have them."""
+        return f"{self.width}x{self.height}"
 
 
 class KernelRefusal(BaseModel):
@@ -189,11 +208,12 @@ class Manifest(BaseModel):
     weights alone). `unquantized_bytes` is what the weight files of a component would hold if nothing in it were quantized, of those
     where something is; it is not written where nothing is. `channels_last` are the keys
     of stored tensors that lie in memory as N H W C; they are bound as N C H W views of it. `complex` are
-    those of stored [..., 2] of real and imaginary parts, bound as complex numbers. `release` is what its signer counts up, so
+    those of stored [..., 2] of real and imaginary parts, bound as complex numbers. `sizes` are those besides the default one;
+    `batches` are the numbers of pictures that a denoiser's graph may be called for, 1 first: that for B ends in `.b<B>`. `release` is what its signer counts up, so
     that an older one can be told from it; 0, which is not written, is none."""
 
     model_config = FROZEN_CONFIG
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[2] = SCHEMA_VERSION
     release: Count = 0
     status: Literal["unverified", "verified", "failed"] = "unverified"
     unverified: Names = ()
@@ -207,6 +227,8 @@ class Manifest(BaseModel):
     recipe: dict[str, Any]
     defaults: Defaults
     pipeline: dict[str, Any]
+    sizes: Annotated[tuple[SizeEntry, ...], Listed] = ()
+    batches: Batches = (1,)
     layers: Annotated[dict[Name, tuple[Name, Name]], Mapped] = {}
     unquantized_bytes: Annotated[dict[Name, Bytes], Mapped] = {}
     channels_last: Names = ()
@@ -236,6 +258,16 @@ class Manifest(BaseModel):
         unsaid = {name for name in ("release", "unquantized_bytes", "verification") if not getattr(self, name)}
         said = self.model_dump(mode="json", exclude=unsaid)
         return json.dumps(said, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+def size_graph_name(graph: str, size: str | None) -> str:
+    """The graph that does the same for a further size of that name, None for the default size."""
+    return f"{graph}.{size}" if size else graph
+
+
+def batch_graph_name(graph: str, batch: int) -> str:
+    """The graph that does the same for that many pictures at once."""
+    return f"{graph}.b{batch}" if batch > 1 else graph
 
 
 def read_manifest(folder: Path) -> Manifest:

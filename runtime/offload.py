@@ -18,7 +18,7 @@ from torch import Tensor
 from .backends import backend_module
 from .errors import ArtifactError, RequestError, first_line
 from .gpu.upload import PIECE_BYTES, byte_view, move_to_device
-from .manifest import Manifest
+from .manifest import Manifest, batch_graph_name, size_graph_name
 
 ALLOCATION_ALIGNMENT_BYTES = 512
 """Bytes, where torch's own allocations on a GPU begin."""
@@ -101,7 +101,9 @@ def offloaded_graphs(asked: OffloadRequest, manifest: Manifest, variants: Collec
 
 def offloadable_graphs(manifest: Manifest, variants: Collection[str]) -> tuple[str, ...]:
     """The graphs that are neither of the denoiser's nor the decoder."""
-    return tuple(g.name for g in manifest.graphs if g.name not in variants and g.name != DECODER_GRAPH)
+    denoisers = {batch_graph_name(name, batch) for name in variants for batch in manifest.batches}
+    decoders = {size_graph_name(DECODER_GRAPH, size) for size in (None, *(entry.name for entry in manifest.sizes))}
+    return tuple(g.name for g in manifest.graphs if g.name not in denoisers | decoders)
 
 
 def owned_weights(manifest: Manifest, graphs: Sequence[str]) -> dict[str, dict[str, None]]:

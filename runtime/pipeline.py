@@ -1,8 +1,8 @@
 """The callable that an artifact becomes: `load("artifacts/x")("a red circle", seed=7).images[0]`.
 
-It has diffusers' calling conventions, and its order: prompts to embeddings, noise, the loop, the decoder. Graphs are
-compiled for a batch of one, so a batch is a loop over images; its noise is drawn at once all the same, and equals
-what diffusers draws from the same generator.
+It has diffusers' calling conventions, and its order: prompts to embeddings, noise, the loop, the decoder. Images go through the
+loop in groups, as large as the artifact has graphs for. Their noise is drawn at once all the same, and equals what diffusers
+draws from the same generator.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ from .call.arguments import (
     whole_number_or_none,
 )
 from .call.attributes import absent_attribute_error, refuse_move
+from .call.batches import split_pictures, stack_conditions
 from .call.progress import Advance, check_bar_options, step_bar
 from .call.state import CallState
 from .check.artifact import PublicKey, Trust, status_problems
 from .errors import RequestError, raise_problems
-from .families import artifact_family, family_class
+from .families import Family, artifact_families, family_class
 from .figures import PlanFigures, format_plans, plan_figures
 from .finite import (
     EvaluationCallback,
@@ -152,9 +153,10 @@ class Pipeline(Generic[OutputT]):
 
     def __init__(self, artifact: Artifact):
         self.artifact = artifact
-        self.family_rules = artifact_family(artifact)
-        self._decoder = artifact.graph("vae_decoder")
-        self._variants, self._sites = artifact.variants, artifact.sites
+        self.families = artifact_families(artifact)
+        self.family_rules = self.families[0]
+        self._variants = {batch: artifact.batch_variants(batch) for batch in artifact.manifest.batches}
+        self._sites = artifact.sites
         self._loop = loop_of(artifact.manifest)
         self._told_plans: set[str] = set()
         self._progress_bar_config: dict[str, Any] = {}
@@ -205,8 +207,8 @@ class Pipeline(Generic[OutputT]):
         where the image stays: all as in diffusers' pipelines for image-to-image and inpainting, in artifacts that were
         exported for it. One image may stand for all prompts.
 
-        `callback_on_step_end(pipe, step, timestep, {"latents": [1, ...]})` is called after each step of each image; the
-        latents that it returns replace the loop's. An interrupted call gives the images up to the interrupted one.
+        `callback_on_step_end(pipe, step, timestep, {"latents": [B, ...]})` is called after each step of each B images that are drawn
+        together, as many as the largest of `batches` that fits; the latents that it returns replace the loop's. An interrupted call gives the images up to the interrupted one.
         `return_dict` may be given and changes nothing: the output is a tuple either way.
 
         `cancel`, a `threading.Event` that another thread may set, ends the call with Cancelled where it is next looked at:
@@ -216,7 +218,8 @@ class Pipeline(Generic[OutputT]):
         """
         cache = truth_value("cache", cache)
         steps = whole_number_or_none("num_inference_steps", num_inference_steps)
-        self._check_size(height, width, num_frames, max_sequence_length)
+        family = self._choose_size(height, width)
+        self._check_length(num_frames, max_sequence_length)
         self._check_choices(output_type, callback_on_step_end_tensor_inputs, callback_on_step_end, cancel)
         count = self._count(num_images_per_prompt, num_videos_per_prompt)
         given = self._given(
@@ -228,10 +231,9 @@ class Pipeline(Generic[OutputT]):
             **more,
         )
         strength = real_number_or_none("strength", strength)
-        asked = StartRequest(image, mask_image, strength, latents, self.family_rules.window(given))
-        with default_device(CPU):
-            tables = self._tables(steps, cache, steps_to_skip(self.family_rules, asked))
-        tables = tables_until(tables, asked.window.end)
+        asked = StartRequest(image, mask_image, strength, latents, family.window(given))
+        name, skipped = self._choose_plan(family, steps, cache, steps_to_skip(family, asked))
+        plan = self._tables(name, skipped, asked, 1).plan
         if guidance_scale is None:
             guidance_scale = self.artifact.manifest.defaults.guidance_scale
         guidance_scale = real_number("guidance_scale", guidance_scale)
@@ -254,38 +256,42 @@ class Pipeline(Generic[OutputT]):
             self.artifact.refuse_changed_weights()
             with default_device(CPU), self.artifact.runners.one(cancel), self._memory():
                 with stay_on_device():
-                    conditions = self.family_rules.conditions(given, guidance_scale)
+                    conditions = family.conditions(given, guidance_scale)
                 conditions = [c for c in conditions for _ in range(count)]
                 generators = choose_generators(seed, generator, len(conditions))
                 with stay_on_device():
-                    start = initial_state(
-                        self.family_rules, self.artifact, tables.plan, asked, len(conditions), generators
-                    )
-                noise = self._noise(tables, start.latents.shape, generators)
+                    start = initial_state(family, self.artifact, plan, asked, len(conditions), generators)
+                noise = self._noise(plan, start.latents.shape, generators)
                 finals = []
-                with step_bar(self._progress_bar_config, tables.plan.steps * len(conditions)) as advance:
-                    for i, condition in enumerate(conditions):
+                with step_bar(self._progress_bar_config, plan.steps * len(conditions)) as advance:
+                    for group in split_pictures(len(conditions), self.batches):
                         refuse_cancelled(cancel)
-                        draws = [z[i : i + 1] for z in noise]
-                        inputs = {**condition, **{name: t[i : i + 1] for name, t in start.inputs.items()}}
-                        watch = evaluation_callback(tables.plan, start.blend(i), after)
+                        batch = group.stop - group.start
+                        draws = [z[group] for z in noise]
+                        inputs = stack_conditions(conditions[group])
+                        inputs = {**inputs, **{name: t[group] for name, t in start.inputs.items()}}
+                        watch = evaluation_callback(plan, start.blend(group), after)
                         # a recorded loop is not looked into for a bar's sake
                         by_step = advance if watch or self._loop is replay else None
-                        watch = watch_latents(tables.plan, self.device, watch_steps(tables.plan, by_step, watch))
+                        watch = watch_latents(plan, self.device, watch_steps(plan, by_step, batch, watch))
                         watch = watch_cancellation(cancel, watch)
-                        x = start.latents[i : i + 1]
-                        with self._request.track_picture(tables.plan.steps, guidance_scale, inputs):
-                            finals.append(
-                                self._loop(
-                                    tables, self._variants, self._sites, inputs, x, noise=draws, on_evaluation=watch
-                                )
-                            )
+                        tables = self._tables(name, skipped, asked, batch)
+                        with self._request.track_picture(plan.steps, guidance_scale, inputs):
+                            finals += self._loop(
+                                tables,
+                                self._variants[batch],
+                                self._sites,
+                                inputs,
+                                start.latents[group],
+                                noise=draws,
+                                on_evaluation=watch,
+                            ).split(1)
                         if advance and not by_step:
-                            advance(tables.plan.steps)
+                            advance(plan.steps * batch)
                         if self._interrupt:
                             break
-                refuse_nonfinite_result(tables.plan, torch.cat(finals))
-                made = torch.cat(finals) if output_type == "latent" else self._decode(finals)
+                refuse_nonfinite_result(plan, torch.cat(finals))
+                made = torch.cat(finals) if output_type == "latent" else self._decode(family, finals)
                 return self._output(made, output_type)
 
         return run_beside_fork(make, stop.set)
@@ -331,8 +337,12 @@ class Pipeline(Generic[OutputT]):
     @property
     def sizes(self) -> tuple[tuple[int, int], ...]:
         """The (height, width) in pixels that it makes, the default first."""
-        defaults = self.artifact.manifest.defaults
-        return ((defaults.height, defaults.width),)
+        return tuple((family.height, family.width) for family in self.families)
+
+    @property
+    def batches(self) -> tuple[int, ...]:
+        """How many images may go through the loop together: a call of 7 with (1, 2, 4) makes 4, then 2, then 1."""
+        return self.artifact.manifest.batches
 
     @property
     def plans(self) -> dict[str, PlanFigures]:
@@ -384,7 +394,7 @@ class Pipeline(Generic[OutputT]):
     @property
     def _guidance_rescale(self) -> float:
         last = self._request.last
-        return float(last.inputs["guidance_rescale"]) if last and "guidance_rescale" in last.inputs else 0.0
+        return float(last.inputs["guidance_rescale"][0]) if last and "guidance_rescale" in last.inputs else 0.0
 
     @_guidance_rescale.setter
     def _guidance_rescale(self, value: float) -> None:
@@ -418,10 +428,12 @@ class Pipeline(Generic[OutputT]):
 
     # --- what the caller asked for, against what the artifact has -----------------------------------------------
 
-    def _tables(self, steps: int | None, cache: bool, left_out: Callable[[Plan], int]) -> PlanTables:
-        """The plan for that number of steps, with its cache or without, from the step on where the call begins."""
+    def _choose_plan(
+        self, family: Family, steps: int | None, cache: bool, skipped: Callable[[Plan], int]
+    ) -> tuple[str, int]:
+        """The plan for that number of steps, with its cache or without, and how many of them the call leaves out."""
         usual = self.artifact.manifest.defaults.num_inference_steps
-        name = self.artifact.plan_name(usual if steps is None else steps, cache)
+        name = self.artifact.plan_name(usual if steps is None else steps, cache, family.size)
         if name in self.artifact.manifest.unverified and name not in self._told_plans:
             self._told_plans.add(name)
             warnings.warn(
@@ -429,20 +441,33 @@ class Pipeline(Generic[OutputT]):
                 f"`prebake verify {self.artifact.folder} --source` does that",
                 stacklevel=3,  # where the pipeline is called
             )
-        return self.artifact.tables_from(name, left_out(self.artifact.plans[name]))
+        return name, skipped(self.artifact.plans[name])
 
-    def _check_size(
-        self, height: int | None, width: int | None, num_frames: int | None, max_sequence_length: int | None
-    ) -> None:
-        defaults, length = self.artifact.manifest.defaults, self.family_rules.max_sequence_length
+    def _tables(self, name: str, skipped: int, asked: StartRequest, batch: int) -> PlanTables:
+        """The plan's numbers for a group of that many images, over the part of it that the call takes."""
+        with default_device(CPU):
+            return tables_until(self.artifact.tables_from(name, skipped, batch), asked.window.end)
+
+    def _choose_size(self, height: int | None, width: int | None) -> Family:
+        """The rules of that size; what is not given is the default's. Raises RequestError with the nearest two sizes."""
+        defaults = self.artifact.manifest.defaults
         height, width = whole_number_or_none("height", height), whole_number_or_none("width", width)
+        size = (defaults.height if height is None else height, defaults.width if width is None else width)
+        for family in self.families:
+            if (family.height, family.width) == size:
+                return family
+        nearest = nearest_sizes(size, self.sizes)
+        only = " and ".join(f"height {height}, width {width}" for height, width in nearest)
+        said = "of" if len(self.sizes) == 1 else f"of {len(self.sizes)} sizes, the nearest are"
+        raise RequestError(
+            f"height={size[0]}, width={size[1]}: the artifact makes {self.family_rules.output_kind} {said} {only}"
+            f"{' only' if len(self.sizes) == 1 else ''}; export again for another size"
+        )
+
+    def _check_length(self, num_frames: int | None, max_sequence_length: int | None) -> None:
+        defaults, length = self.artifact.manifest.defaults, self.family_rules.max_sequence_length
         num_frames = whole_number_or_none("num_frames", num_frames)
         max_sequence_length = whole_number_or_none("max_sequence_length", max_sequence_length)
-        if height not in (None, defaults.height) or width not in (None, defaults.width):
-            raise RequestError(
-                f"height={height}, width={width}: the artifact makes {self.family_rules.output_kind} of height {defaults.height}, "
-                f"width {defaults.width} only; export again for another size"
-            )
         if num_frames not in (None, defaults.num_frames):
             only = "makes pictures" if defaults.num_frames is None else f"makes {defaults.num_frames} frames only"
             raise RequestError(f"num_frames={num_frames}: the artifact {only}; export again for another number")
@@ -466,7 +491,7 @@ class Pipeline(Generic[OutputT]):
     def _memory(self) -> AbstractContextManager[None]:
         """Inside, the GPU's memory that ran out is told in a sentence."""
         artifact = self.artifact
-        able = () if artifact.offloaded else offloadable_graphs(artifact.manifest, self._variants)
+        able = () if artifact.offloaded else offloadable_graphs(artifact.manifest, self._variants[1])
         doing = f"{self.family_rules.output_kind} were made"
         return explain_gpu_memory(artifact.folder, doing, artifact.manifest, artifact.device, able)
 
@@ -494,16 +519,18 @@ class Pipeline(Generic[OutputT]):
 
     # --- noise and images ---------------------------------------------------------------------------------------
 
-    def _noise(self, tables: PlanTables, shape: torch.Size, generator: Generators) -> list[torch.Tensor]:
+    def _noise(self, plan: Plan, shape: torch.Size, generator: Generators) -> list[torch.Tensor]:
         """A draw [B, ...] for each evaluation that adds noise, in the order in which diffusers draws them."""
-        updates = [e.update for e in tables.plan.evaluations if e.update.noise]
+        updates = [e.update for e in plan.evaluations if e.update.noise]
         draws = [[draw_noise(tuple(shape), generator) for _ in range(u.unused_draws + 1)] for u in updates]
         return [drawn[-1].to(self.artifact.device) for drawn in draws]
 
-    def _decode(self, finals: list[torch.Tensor]) -> torch.Tensor:
-        """Final latents as the decoder's pictures [B, 3, H, W], or videos [B, T, 3, H, W]."""
-        (name,) = (spec.name for spec in self._decoder.graph.outputs)
-        pictures = torch.cat([self._decoder({"latents": x.contiguous()})[name] for x in finals])
+    def _decode(self, family: Family, finals: list[torch.Tensor]) -> torch.Tensor:
+        """Final latents [1, ...] of each image as the decoder's pictures [B, 3, H, W], or videos [B, T, 3, H, W]. One by one: the
+        decoder's activations are the largest of a call."""
+        decoder = self.artifact.graph(family.graph_name("vae_decoder"))
+        (name,) = (spec.name for spec in decoder.graph.outputs)
+        pictures = torch.cat([decoder({"latents": x.contiguous()})[name] for x in finals])
         refuse_nonfinite_pictures(pictures)
         return pictures
 
@@ -554,15 +581,22 @@ CALL_ARGUMENTS = tuple(
 """What every artifact's call takes; what else it takes is its family's."""
 
 
-def watch_steps(plan: Plan, advance: Advance | None, watch: EvaluationCallback | None) -> EvaluationCallback | None:
-    """What `replay` calls after each evaluation, with a step of the bar at the end of each."""
+def nearest_sizes(asked: tuple[int, int], sizes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The two (height, width) that differ the least in both sides together."""
+    return sorted(sizes, key=lambda size: abs(size[0] - asked[0]) + abs(size[1] - asked[1]))[:2]
+
+
+def watch_steps(
+    plan: Plan, advance: Advance | None, batch: int, watch: EvaluationCallback | None
+) -> EvaluationCallback | None:
+    """What `replay` calls after each evaluation, with a step of the bar for each of its images at the end of each."""
     if advance is None:
         return watch
 
     def seen(e: int, output: torch.Tensor, latents: torch.Tensor) -> torch.Tensor | None:
         replaced = watch(e, output, latents) if watch else None
         if is_step_end(plan, e):
-            advance(1)
+            advance(batch)
         return replaced
 
     return seen

@@ -27,6 +27,11 @@ PLAN_INPUTS_FILE = "replan.json"
 """What `prebake plan` makes further plans of; an artifact without it has the plans of its export alone."""
 
 
+def size_plan_name(plan: str, size: str | None) -> str:
+    """The plan that does the same at a further size of that name, None for the default size."""
+    return f"{plan}@{size}" if size else plan
+
+
 class Update(BaseModel):
     """The scheduler's step as numbers: `x' = sum latents[k] x[e-k] + sum outputs[k] m[e-k] + noise z[e]`.
 
@@ -102,6 +107,11 @@ class Plan(BaseModel):
     sigmas: Annotated[tuple[Float32, ...], Evaluations] = ()
     evaluations: Annotated[tuple[Evaluation, ...], Evaluations]
     tails: Annotated[tuple[Tail, ...], Field(max_length=MAX_STEPS, fail_fast=True)] = ()
+
+    @property
+    def size(self) -> str | None:
+        """The name of the size that it is for, None for the default size."""
+        return self.name.partition("@")[2] or None
 
     def variants(self) -> tuple[str, ...]:
         """The distinct variants that this plan calls, in order of first use; last those that only a tail calls."""

@@ -97,7 +97,7 @@ def pipeline_problems(folder: Path) -> Iterator[tuple[str, str]]:
     from .attachment.facts import read_facts
     from .check.artifact import status_problems
     from .contract import Contract
-    from .families import artifact_family
+    from .families import artifact_families
     from .manifest import ATTACH_FAMILY
 
     manifest, cpu = read_manifest(folder), torch.device("cpu")
@@ -105,7 +105,7 @@ def pipeline_problems(folder: Path) -> Iterator[tuple[str, str]]:
     unopened = {graph.name: BoundGraph(graph, list, Contract(graph, cpu)) for graph in manifest.graphs}
     plans, weights = read_plans(folder, manifest), map_listed_weights(folder, manifest)
     artifact = Artifact(folder, manifest, cpu, weights, unopened, plans, {})
-    look = read_facts if manifest.family == ATTACH_FAMILY else artifact_family
+    look = read_facts if manifest.family == ATTACH_FAMILY else artifact_families
     yield from label_problems("manifest", collect_problems(folder, lambda: look(artifact)))
 
 

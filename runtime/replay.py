@@ -27,8 +27,10 @@ class PlanTables:
     """A plan whose per-evaluation numbers already lie on the device: made once, when an artifact is opened."""
 
     plan: Plan
-    timesteps: tuple[torch.Tensor, ...]  # one [1] for each evaluation, in the denoiser's unit
-    coefficients: tuple[torch.Tensor, ...]  # one [K] for each evaluation, K as the variant wants; views of one tensor
+    timesteps: tuple[torch.Tensor, ...]  # one [B] for each evaluation, in the denoiser's unit
+    coefficients: tuple[
+        torch.Tensor, ...
+    ]  # one [B, K] for each evaluation, K as the variant wants; views of one tensor
 
 
 @dataclass(frozen=True)
@@ -56,9 +58,9 @@ def replay(
     noise: Iterable[torch.Tensor] = (),
     on_evaluation: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor | None] | None = None,
 ) -> torch.Tensor:
-    """The final latents [1, N, C], float32, from noise of the same shape.
+    """The final latents [B, N, C], float32, of B pictures from noise of the same shape.
 
-    `inputs` are the denoiser's other inputs, equal at every step. `noise` gives one draw [1, N, C] for each evaluation
+    `inputs` are the denoiser's other inputs [B, ...], equal at every step. `noise` gives one draw [B, N, C] for each evaluation
     whose update asks for it. `on_evaluation(e, output, latents)` sees the denoiser's output at evaluation e and the
     latents after it; it may return other latents to go on with, or raise StopReplay.
     """
@@ -136,12 +138,13 @@ def store_sites(graph: Graph, sites: Mapping[str, Site], stored: dict[str, deque
             stored[name] = deque([fresh] * site.slots, maxlen=site.slots)
 
 
-def tabulate_plan(plan: Plan, device: torch.device, timestep_scale: float = 1.0) -> PlanTables:
-    """The plan with its timesteps and coefficients as rows of two small float32 tensors on the device."""
+def tabulate_plan(plan: Plan, device: torch.device, timestep_scale: float = 1.0, batch: int = 1) -> PlanTables:
+    """The plan for that many pictures, with its timesteps and coefficients as rows of two small float32 tensors on the device."""
+    coefficients = tabulate_rows([e.coefficients * batch for e in plan.evaluations], device)
     return PlanTables(
         plan,
-        timesteps=tabulate_rows([(e.timestep * timestep_scale,) for e in plan.evaluations], device),
-        coefficients=tabulate_rows([e.coefficients for e in plan.evaluations], device),
+        timesteps=tabulate_rows([(e.timestep * timestep_scale,) * batch for e in plan.evaluations], device),
+        coefficients=tuple(row.view(batch, len(row) // batch) for row in coefficients),
     )
 
 

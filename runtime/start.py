@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .artifact import Artifact
+from .artifact import Artifact, BoundGraph
 from .call.arguments import describe_argument
 from .errors import RequestError
 from .families import WHOLE_SCHEDULE, Family, PictureInput, ScheduleWindow
@@ -51,11 +51,11 @@ class InitialState:
     noise: torch.Tensor | None = None
     mask: torch.Tensor | None = None
 
-    def blend(self, i: int) -> Blend | None:
-        """For image i: (evaluation, latents after it) to latents whose unmasked part is the picture's. None without a mask."""
+    def blend(self, group: slice) -> Blend | None:
+        """For these images: (evaluation, latents after it) to latents whose unmasked part is the picture's. None without a mask."""
         if self.plan is None or self.image is None or self.noise is None or self.mask is None:
             return None
-        plan, image, noise, mask = self.plan, self.image[i : i + 1], self.noise[i : i + 1], self.mask[i : i + 1]
+        plan, image, noise, mask = self.plan, self.image[group], self.noise[group], self.mask[group]
 
         def blended(e: int, latents: torch.Tensor) -> torch.Tensor:
             known = add_noise(plan, e + 1, image, noise)
@@ -225,7 +225,12 @@ def picture_latents(
     latents = pixels
     if pixels.shape[1:] != family.settings.latents_shape:
         latents = encode_pictures(
-            artifact, picture, pixels, family.settings.latents_shape, first_generators(generator, len(pixels))
+            artifact.graph(family.graph_name("vae_encoder")),
+            artifact.device,
+            picture,
+            pixels,
+            family.settings.latents_shape,
+            first_generators(generator, len(pixels)),
         )
     latents = latents.repeat(batch // len(latents), 1, 1, 1)
     return family.arranged(latents.to(artifact.device)).contiguous()
@@ -237,13 +242,17 @@ def first_generators(generator: Generators, count: int) -> Generators:
 
 
 def encode_pictures(
-    artifact: Artifact, picture: PictureInput, pixels: torch.Tensor, shape: Sequence[int], generator: Generators
+    encode: BoundGraph,
+    device: torch.device,
+    picture: PictureInput,
+    pixels: torch.Tensor,
+    shape: Sequence[int],
+    generator: Generators,
 ) -> torch.Tensor:
     """[P, 3, H, W] in -1..1 to latents [P, *shape], drawn from the encoder's distribution or its mean."""
-    encode = artifact.graph("vae_encoder")
-    halves = [encode({"image": one.to(artifact.device).contiguous()}) for one in pixels.float().split(1)]
+    halves = [encode({"image": one.to(device).contiguous()}) for one in pixels.float().split(1)]
     mean, std = (torch.cat([half[name] for half in halves]) for name in ("mean", "std"))
-    return mean + std * draw_noise((len(pixels), *shape), generator).to(artifact.device) if picture.sampled else mean
+    return mean + std * draw_noise((len(pixels), *shape), generator).to(device) if picture.sampled else mean
 
 
 def add_noise(plan: Plan, e: int, image: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:

@@ -140,5 +140,5 @@ def run_variant(component: Component, marks: tuple[Mark, ...], actions, coeffici
     """One evaluation of one variant: its graph's description, and its outputs by name."""
     variant = eager_variant(component, PlanSet(marks, (), ()), Variant("now", actions))
     if variant.graph.combines:
-        call |= {"coefficients": torch.tensor(coefficients), **slot_inputs(variant.graph, stored)}
+        call |= {"coefficients": torch.tensor([coefficients]), **slot_inputs(variant.graph, stored)}
     return variant.graph, variant.call(call)

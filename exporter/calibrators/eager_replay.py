@@ -63,7 +63,7 @@ def eager_replay(
 ) -> Tensor:
     """The final latents of `plan`; `kwargs` are `replay`'s own."""
     return replay(
-        tabulate_plan(plan, latents.device, timestep_scale),
+        tabulate_plan(plan, latents.device, timestep_scale, len(latents)),
         eager_variants(denoiser, planned),
         describe_sites(planned),
         inputs,

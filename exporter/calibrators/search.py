@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -136,7 +136,7 @@ class SearchWalk:
             for tensor in self.tensors[site]
             for k in range(self.slots)
         }
-        return {"coefficients": torch.tensor([w for site in sites for w in weights[site]]), **values}
+        return {"coefficients": torch.tensor([[w for site in sites for w in weights[site]]]), **values}
 
     def apply_output(
         self, state: BeamState, examples: Examples, output: Tensor, step: PathStep, share: float
@@ -237,7 +237,7 @@ def search_plans(
     with torch.no_grad():
         walk = SearchWalk(subject.denoiser, subject.layout, subject.table, cache, subject.timestep_scale)
         with progress.stage("search", len(subject.table.updates)):
-            examples = walk.computed(stack_runs(fit, subject.denoiser))
+            examples = walk.computed(stack_runs(fit))
             finals = walk_beam(walk, examples, cache, progress)
             truth = decode(examples.uncached[-1])
             best = choose_finalists(finals, decode, truth)
@@ -355,7 +355,7 @@ def judge_plans(
 ) -> tuple[FittedPlan, ...]:
     """The plans as `FittedPlan`, measured on the runs to judge by; one that a cheaper one beats there is left out."""
     count = len(walk.table.updates)
-    examples = walk.computed(stack_runs(judge, subject.denoiser))
+    examples = walk.computed(stack_runs(judge))
     truth = decode(examples.uncached[-1])
     fewer: dict[int, float] = {}
     plans: list[FittedPlan] = []
@@ -385,18 +385,9 @@ def judge_plans(
     return tuple(plans)
 
 
-def stack_runs(runs: Sequence[CalibrationRun], denoiser: Component) -> Examples:
-    """Runs of one prompt each as one batch; an input that holds both branches keeps all unconditional halves first."""
-    doubled: tuple[str, ...] = getattr(denoiser.module, "doubled", ())
-    inputs: dict[str, Any] = {}
-    for name in runs[0].inputs:
-        each = [run.inputs[name] for run in runs]
-        if name.startswith("guidance"):  # one number for all
-            inputs[name] = each[0]
-        elif name in doubled:
-            inputs[name] = torch.cat([t.chunk(2)[k] for k in range(2) for t in each])
-        else:
-            inputs[name] = torch.cat(each)
+def stack_runs(runs: Sequence[CalibrationRun]) -> Examples:
+    """Runs of one prompt each as one batch."""
+    inputs = {name: torch.cat([run.inputs[name] for run in runs]) for name in runs[0].inputs}
     noise = tuple(torch.cat(draws) for draws in zip(*(run.noise for run in runs), strict=True))
     return Examples(inputs, torch.cat([run.latents for run in runs]), noise)
 

@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import torch
 
-from ...runtime.attachment.facts import graph_name
 from ..passes.attention_dtype import cast_attention
 from ..passes.captured_graph import CapturedGraph
 from ..plan import PlanSet, drop_dead_tensors
@@ -25,12 +24,18 @@ def capture_variants(
 
     def captured(variant: Variant, marks: tuple[Mark, ...]) -> CapturedGraph:
         module = VariantModule(denoiser.module, marks, variant, denoiser.inputs)
-        graph = capture_graph(variant.name, module, module.examples(denoiser.args), module.inputs, module.outputs)
+        graph = capture_graph(
+            f"{variant.name}{denoiser.label}",
+            module,
+            module.examples(denoiser.args, denoiser.batch),
+            module.inputs,
+            module.outputs,
+        )
         return cast_attention(graph, getattr(torch, attention)) if attention else graph
 
     readers = [v for v in planned.variants if v.sites_with("combine")]
     for variant in readers:
-        progress.announce(f"denoiser: {variant.name}, reads")
+        progress.announce(f"denoiser: {variant.name}{denoiser.label}, reads")
     read = [captured(v, planned.marks) for v in readers]
     stored = {s.name for g in read for s in g.inputs if "@" in s.name}
     used = {s.name for g in read for s in g.live_inputs()}
@@ -38,7 +43,7 @@ def capture_variants(
     planned = replace(planned, marks=drop_dead_tensors(planned.marks, frozenset(dead)))
     graphs = []
     for variant in planned.variants:
-        progress.announce(f"denoiser: {variant.name}")
+        progress.announce(f"denoiser: {variant.name}{denoiser.label}")
         again = dead or variant not in readers
         graphs.append(captured(variant, planned.marks) if again else read[readers.index(variant)])
     return planned, tuple(graphs)
@@ -51,22 +56,16 @@ def capture_part(
     progress: Progress,
     attention: str | None,
 ) -> tuple[PlanSet, dict[str, tuple[CapturedGraph, ...]]]:
-    """Component -> its graphs: every variant of the denoiser for each kind of call, one graph of every other component. And
-    the plans, with what the variants of the first kind store."""
-    first, *later = denoisers
-    stored, variants = capture_variants(first, planned, progress, attention)
-    graphs = {first.name: variants}
-    for call, denoiser in enumerate(later, 1):
-        _, variants = capture_variants(denoiser, planned, progress, attention)
-        graphs[denoiser.name] = tuple(replace(g, name=graph_name(g.name, call)) for g in variants)
-    return stored, {**graphs, **{g.name: (g,) for g in capture_components(others, progress)}}
-
-
-def capture_components(components: Sequence[Component], progress: Progress) -> tuple[CapturedGraph, ...]:
-    graphs = []
-    for component in components:
-        progress.announce(component.name)
-        graphs.append(
-            capture_graph(component.name, component.module, component.args, component.inputs, component.outputs)
-        )
-    return tuple(graphs)
+    """Component -> its graphs: every variant of the denoiser for each of its calls, sizes and batches, and those of every other
+    component. And the plans, with what the variants of the first store."""
+    stored, graphs = None, dict[str, tuple[CapturedGraph, ...]]()
+    for denoiser in denoisers:
+        told, variants = capture_variants(denoiser, planned, progress, attention)
+        stored = stored or told
+        graphs[denoiser.name] = graphs.get(denoiser.name, ()) + variants
+    for component in others:
+        name = f"{component.name}{component.label}"
+        progress.announce(name)
+        graph = capture_graph(name, component.module, component.args, component.inputs, component.outputs)
+        graphs[component.name] = (*graphs.get(component.name, ()), graph)
+    return stored or planned, graphs

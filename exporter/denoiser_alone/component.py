@@ -68,8 +68,8 @@ def call_component(name: str, denoiser: nn.Module, kind: CallKind, i: int) -> Co
     """One kind of call as something to capture. Examples are copies: torch.export would merge two names of one tensor."""
     args = tuple(kind.example.flat[n].contiguous().clone() for n in kind.inputs)
     module = FlatDenoiser(name, denoiser, kind).eval()
-    title = f"denoiser.call{i + 1}" if i else "denoiser"
-    return Component(title, module, kind.inputs, ("sample",), args, {"": f"{name}."})
+    label = f".call{i + 1}" if i else ""
+    return Component(f"denoiser{label}", module, kind.inputs, ("sample",), args, {"": f"{name}."}, label=label)
 
 
 def bake_arguments(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ...runtime.errors import RecipeError
-from ...runtime.manifest import ATTACH_FAMILY, Defaults
+from ...runtime.manifest import ATTACH_FAMILY, Defaults, SizeEntry
 from ..caches.common.calibration import Calibration
 from ..families.registry import family_name
 from ..load.prompts import picture_prompts
@@ -90,6 +90,10 @@ class DenoiserAlone:
         """What `attach` holds a pipeline to."""
         return self.recording.facts.model_dump(mode="json")
 
+    def size_entries(self, graphs: Mapping[str, Sequence[CapturedGraph]]) -> tuple[SizeEntry, ...]:
+        """None: the recorded calls have one size."""
+        return ()
+
     def write_files(self, folder: Path, layout: Layout, planned: PlanSet) -> None:
         """Nothing: plans follow the pipeline's own schedule, and it has its own tokenizers."""
 
@@ -98,6 +102,11 @@ def refuse_tables(recipe: Recipe) -> None:
     """Raises RecipeError for what needs more than the denoiser, or a family that knows its inputs."""
     if recipe.sampler.image_to_image:
         raise RecipeError("sampler.image_to_image: an artifact of the denoiser alone has no VAE; leave the key out")
+    if recipe.shapes.sizes or recipe.shapes.batch != (1,):
+        key = "sizes" if recipe.shapes.sizes else "batch"
+        raise RecipeError(
+            f"shapes.{key}: a denoiser alone is exported for the calls that its pipeline was seen to make; leave the key out"
+        )
     if recipe.cache.exact:
         raise RecipeError(
             f"cache.method {recipe.cache.method!r} with this signal reads the timestep's embedding, which is known of families "

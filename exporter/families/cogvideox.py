@@ -231,13 +231,13 @@ def encode(
     pipe: Any, size: Size, prompt: str, guidance_scale: float, guidance: Guidance = GUIDANCE
 ) -> dict[str, Tensor]:
     """The denoiser's inputs that are equal at every step, from the pipeline's own encoder: both branches' states
-    [2, L, D]. At a guidance of 1 or less both are the prompt's, as in `runtime/families`."""
+    [1, 2, L, D]. At a guidance of 1 or less both are the prompt's, as in `runtime/families`."""
     states, negative = pipe.encode_prompt(
         prompt, do_classifier_free_guidance=guidance_scale > 1, max_sequence_length=size.tokens, device="cpu"
     )
     other = states if negative is None else negative
     return {
-        "encoder_hidden_states": torch.cat((other, states)),
+        "encoder_hidden_states": torch.stack((other, states), dim=1),
         "guidance_scale": torch.tensor([max(guidance_scale, 1.0)]),
     }
 

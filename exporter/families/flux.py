@@ -243,7 +243,11 @@ def encode(
     embedded = {"guidance": torch.tensor([guidance_scale])} if pipe.transformer.config.guidance_embeds else {}
     if not guidance.true_cfg:
         return {**inputs, **embedded}
-    return {**{n: torch.cat((t, t)) for n, t in inputs.items()}, **embedded, "guidance_scale": torch.tensor([1.0])}
+    return {
+        **{n: torch.stack((t, t), dim=1) for n, t in inputs.items()},
+        **embedded,
+        "guidance_scale": torch.tensor([1.0]),
+    }
 
 
 def noise(pipe: Any, size: Size, generator: torch.Generator) -> Tensor:

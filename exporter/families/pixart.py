@@ -172,12 +172,12 @@ def encode(
     pipe: Any, size: Size, prompt: str, guidance_scale: float, guidance: Guidance = GUIDANCE
 ) -> dict[str, Tensor]:
     """The denoiser's inputs that are equal at every step, from the pipeline's own encoder: both branches' states
-    [2, T, D] and masks [2, T]. At a guidance of 1 or less both are the prompt's, as in `runtime/families`."""
+    [1, 2, T, D] and masks [1, 2, T]. At a guidance of 1 or less both are the prompt's, as in `runtime/families`."""
     states, mask, negative, negative_mask = pipe.encode_prompt(
         prompt, guidance_scale > 1, max_sequence_length=size.tokens, clean_caption=False
     )
     pairs = ((negative, states), (negative_mask, mask.float()))
-    both = [torch.cat((own if other is None else other.to(own.dtype), own)) for other, own in pairs]
+    both = [torch.stack((own if other is None else other.to(own.dtype), own), dim=1) for other, own in pairs]
     return {
         **dict(zip(EMBEDS.values(), both, strict=True)),
         "guidance_scale": torch.tensor([max(guidance_scale, 1.0)]),

@@ -146,10 +146,10 @@ def encode(
     pipe: Any, size: Size, prompt: str, guidance_scale: float, guidance: Guidance = GUIDANCE
 ) -> dict[str, Tensor]:
     """The denoiser's inputs that are equal at every step, from the pipeline's own encoder: both branches' states
-    [2, L, D]. At a guidance of 1 or less both are the prompt's, as in `runtime/families`."""
+    [1, 2, L, D]. At a guidance of 1 or less both are the prompt's, as in `runtime/families`."""
     states, negative = pipe.encode_prompt(prompt, "cpu", 1, guidance_scale > 1)
     other = states if negative is None else negative
-    return {"encoder_hidden_states": torch.cat((other, states)), **guidance_inputs(guidance_scale)}
+    return {"encoder_hidden_states": torch.stack((other, states), dim=1), **guidance_inputs(guidance_scale)}
 
 
 def guidance_inputs(guidance_scale: float) -> dict[str, Tensor]:

@@ -215,7 +215,7 @@ def facts(pipe: Any, size: Size) -> dict[str, Any]:
 def encode(
     pipe: Any, size: Size, prompt: str, guidance_scale: float, guidance: Guidance = GUIDANCE
 ) -> dict[str, Tensor]:
-    """The denoiser's inputs that are equal at every step, from the pipeline's own encoders: both branches' [2, ...]. At a
+    """The denoiser's inputs that are equal at every step, from the pipeline's own encoders: both branches' [1, 2, ...]. At a
     guidance of 1 or less both are the prompt's, as in `runtime/families`."""
     states, negative, pooled, negative_pooled = pipe.encode_prompt(
         prompt,
@@ -225,7 +225,7 @@ def encode(
         max_sequence_length=size.tokens,
     )
     pairs = ((negative, states), (negative_pooled, pooled))
-    both = [torch.cat((own if other is None else other, own)) for other, own in pairs]
+    both = [torch.stack((own if other is None else other, own), dim=1) for other, own in pairs]
     return {
         **dict(zip(EMBEDS.values(), both, strict=True)),
         "guidance_scale": torch.tensor([max(guidance_scale, 1.0)]),

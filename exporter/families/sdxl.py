@@ -252,16 +252,16 @@ def facts(pipe: Any, size: Size) -> dict[str, Any]:
 def encode(
     pipe: Any, size: Size, prompt: str, guidance_scale: float, guidance: Guidance = GUIDANCE
 ) -> dict[str, Tensor]:
-    """The denoiser's inputs that are equal at every step, from the pipeline's own encoders: both branches' [2, ...]. At a
+    """The denoiser's inputs that are equal at every step, from the pipeline's own encoders: both branches' [1, 2, ...]. At a
     guidance of 1 or less both are the prompt's, as in `runtime/families`."""
     states, negative, pooled, negative_pooled = pipe.encode_prompt(
         prompt, device="cpu", do_classifier_free_guidance=guidance_scale > 1
     )
-    both = [torch.cat((a if b is None else b, a)) for a, b in ((states, negative), (pooled, negative_pooled))]
-    ids = time_ids(pipe, size)
+    both = [torch.stack((a if b is None else b, a), dim=1) for a, b in ((states, negative), (pooled, negative_pooled))]
+    ids = time_ids(pipe, size)[None]
     return {
         **dict(zip(EMBEDS.values(), both, strict=True)),
-        "time_ids": ids if guidance_scale > 1 else ids[[1, 1]],
+        "time_ids": ids if guidance_scale > 1 else ids[:, [1, 1]],
         **guidance_inputs(guidance_scale),
     }
 

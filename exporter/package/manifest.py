@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ...runtime.attachment.facts import variant_name
 from ...runtime.manifest import Graph, Manifest, Requires, Site
 from ..caches.common import calibration as calibrations
 from ..load import source
@@ -33,7 +32,7 @@ def describe_artifact(
     graphs = []
     for group in prepared.graphs.values():
         for g in group:
-            variant = variants.get(variant_name(g.name), Variant(g.name, ()))
+            variant = variants.get(g.name.partition(".")[0], Variant(g.name, ()))
             graphs.append(
                 Graph(
                     name=g.name,
@@ -60,6 +59,8 @@ def describe_artifact(
         recipe=artifact_recipe(prepared).model_dump(mode="json"),
         defaults=prepared.part.defaults,
         pipeline=prepared.part.facts(prepared.graphs),
+        sizes=prepared.part.size_entries(prepared.graphs),
+        batches=prepared.recipe.shapes.batch,
         layers=prepared.layers,
         unquantized_bytes=unquantized_bytes(prepared.recipe, weights),
         channels_last=weights.channels_last,

@@ -7,12 +7,13 @@ for. Everything here is floats and names.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ...runtime.errors import ExportError
-from ...runtime.plan import Evaluation, Plan, Tail
+from ...runtime.manifest import size_graph_name
+from ...runtime.plan import Evaluation, Plan, Tail, size_plan_name
 from ..caches import Decision, Schedule, Trajectory, schedule
 from ..sites.layout import Layout
 from ..sites.marks import Mark, Variant
@@ -31,6 +32,14 @@ class PlanSet:
 TailTables = Mapping[int, SchedulerTable]  # steps left out -> the table of the loop that begins there
 
 
+@dataclass(frozen=True)
+class SizeSchedules:
+    """The scheduler's tables at one size, and those of later starts, by number of steps."""
+
+    tables: Mapping[int, SchedulerTable]
+    tails: Mapping[int, TailTables]
+
+
 def make_plans(
     cache: Any,
     layout: Layout,
@@ -38,28 +47,40 @@ def make_plans(
     calibration: Any = None,
     *,
     tails: Mapping[int, TailTables] | None = None,
+    further: Mapping[str, SizeSchedules] | None = None,
 ) -> PlanSet:
     """Plans for every table. Raises ExportError for a cache that skips nothing at any of these step counts.
 
-    `tails` has for a number of steps what `sampler.tabulate_tails` makes: the later starts of its plans.
+    `tails` has for a number of steps what `sampler.tabulate_tails` makes: the later starts of its plans. `further` are the tables
+    of further sizes by name. What a cache decides by a calibration, or by the model's weights, it decides there evaluation by
+    evaluation as at the default size.
     """
-    tails = tails or {}
-    schedules = {
+    sizes = {None: SizeSchedules(tables, tails or {}), **(further or {})}
+    own = {
         n: schedule(cache, layout, Trajectory(t.timesteps, t.sigmas, t.steps), calibration) for n, t in tables.items()
     }
+    schedules: dict[tuple[str | None, int], Schedule] = {(None, n): s for n, s in own.items()}
+    for size, there in (further or {}).items():
+        for n, t in there.tables.items():
+            follows = calibration is None and not cache.exact
+            here = Trajectory(t.timesteps, t.sigmas, t.steps)
+            schedules[size, n] = schedule(cache, layout, here, None) if follows else own[n]
     marks = next(iter(schedules.values())).marks
     if any(s.marks != marks for s in schedules.values()):
         raise ExportError(
             f"cache.method {cache.method!r} stores other values at {', '.join(map(str, tables))} steps each; export these numbers of "
             "sampler.steps one at a time"
         )
-    names = name_variants(schedules, marks)
+    names = name_variants(schedules.values(), marks)
     plans = []
-    for n, table in tables.items():
-        plans.append(join_plan(str(n), n, cache.method, table, schedules[n], names, tails.get(n, {})))
+    for (size, n), chosen in schedules.items():
+        table, starts = sizes[size].tables[n], sizes[size].tails.get(n, {})
+        graphs = {actions: size_graph_name(name, size) for actions, name in names.items()}
+        plans.append(join_plan(size_plan_name(str(n), size), n, cache.method, table, chosen, graphs, starts))
         if cache.method != "none":
             everything = Schedule(marks, tuple(Decision() for _ in table.updates))
-            plans.append(join_plan(f"{n}-uncached", n, "none", table, everything, names, tails.get(n, {})))
+            name = size_plan_name(f"{n}-uncached", size)
+            plans.append(join_plan(name, n, "none", table, everything, graphs, starts))
     if cache.method != "none" and len(names) == 1:
         raise ExportError(
             f"cache.method {cache.method!r} skips nothing at {', '.join(map(str, tables))} steps; "
@@ -75,10 +96,10 @@ def list_actions(decision: Decision, marks: tuple[Mark, ...]):
     return tuple((m.name, decision.actions.get(m.name, "compute")) for m in marks)
 
 
-def name_variants(schedules: dict[int, Schedule], marks: tuple[Mark, ...]) -> dict[Any, str]:
+def name_variants(schedules: Iterable[Schedule], marks: tuple[Mark, ...]) -> dict[Any, str]:
     """Distinct sets of actions -> name: `full` where all compute, then `reuse`, `reuse-2`, ... in order of first use."""
     names = {tuple((m.name, "compute") for m in marks): "full"}
-    for s in schedules.values():
+    for s in schedules:
         for decision in s.decisions:
             n = len(names)
             names.setdefault(list_actions(decision, marks), "reuse" if n == 1 else f"reuse-{n}")

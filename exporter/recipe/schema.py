@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from ...runtime.backends import backend_names as backends
+from ...runtime.bounds import MAX_BATCH
 from ...runtime.errors import RecipeError
 from ..caches import Cache, Mask, NoCache
 from ..quantize import NoQuantize, Quantize
@@ -148,19 +149,53 @@ class Guidance(RecipeTable):
 GUIDANCE = Guidance()
 
 
+def _list_batches(given: Any) -> Any:
+    """One number as the list of it and 1, a list with 1, in order."""
+    batches = [given] if isinstance(given, int) and not isinstance(given, bool) else given
+    if not isinstance(batches, list | tuple) or not all(isinstance(batch, int) for batch in batches):
+        return batches
+    return tuple(sorted({1, *batches}))
+
+
 class Shapes(RecipeTable):
-    """The sizes that the graphs are compiled for. None = the model's default."""
+    """The sizes that the graphs are compiled for, each its own over one copy of the weights. None = the model's default."""
 
     height: int | None = Field(default=None, ge=1)
     """In pixels."""
     width: int | None = Field(default=None, ge=1)
     """In pixels."""
+    sizes: Annotated[
+        tuple[Annotated[str, Field(pattern=r"^[1-9]\d{0,4}x[1-9]\d{0,4}$")], ...] | None, Field(strict=False)
+    ] = None
+    """Several sizes in the place of `height` and `width`, each as width x height, `["1024x1024", "832x1216"]`; a call that names none gets the first."""
     max_sequence_length: int | None = Field(default=None, ge=1)
     """In tokens of the prompt."""
     num_frames: int | None = Field(default=None, ge=1)
     """Of a video."""
-    batch: Literal[1] = 1
-    """Graphs are compiled for one image; several are a loop."""
+    batch: Annotated[
+        tuple[Annotated[int, Field(ge=1, le=MAX_BATCH)], ...], BeforeValidator(_list_batches), Field(strict=False)
+    ] = (1,)
+    """How many images the denoiser's graphs take at once: `[1, 2, 4]` compiles each, and a call of 7 makes 4, then 2, then 1. 1 is always among them."""
+
+    @model_validator(mode="after")
+    def _names_one_size(self) -> Shapes:
+        if self.sizes is None:
+            return self
+        if self.sizes == ():
+            raise ConflictError((("sizes",), "key 'sizes': expected at least one size, got []; leave the key out"))
+        if self.height is not None or self.width is not None:
+            raise ConflictError(
+                (("sizes", "height", "width"), "sizes takes the place of height and width; give either")
+            )
+        if twice := sorted({size for size in self.sizes if self.sizes.count(size) > 1}):
+            raise ConflictError((("sizes",), f"key 'sizes': {twice[0]} is listed twice"))
+        return self
+
+    @property
+    def pixels(self) -> tuple[tuple[int, int], ...]:
+        """(height, width) of each of `sizes`, none where there are none."""
+        sides = (tuple(map(int, size.split("x"))) for size in self.sizes or ())
+        return tuple((height, width) for width, height in sides)
 
 
 def _check_backend(name: str) -> str:

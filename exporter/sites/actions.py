@@ -45,7 +45,7 @@ def apply_variant(
 ) -> Iterator[dict[str, Tensor]]:
     """One forward of `model` inside this context carries out `variant`; yields the dict of fresh site tensors.
 
-    `slots` holds the tensors `name:i@k`, `coefficients` the float32 [K] of all combined sites in the order of `marks`.
+    `slots` holds the tensors `name:i@k`, `coefficients` the float32 [B, K] of all combined sites in the order of `marks`.
     The hooks are removed on leaving, also after an error.
     """
     actions = dict(variant.actions)
@@ -57,7 +57,7 @@ def apply_variant(
             weights: tuple[Tensor, ...] = ()
             if action == "combine":
                 assert coefficients is not None
-                weights = tuple(coefficients[offset + k] for k in range(mark.slots))
+                weights = tuple(coefficients[:, offset + k] for k in range(mark.slots))
                 offset += mark.slots
             for handle in _hook_site(model, mark, action, slots, weights, fresh):
                 stack.callback(handle.remove)
@@ -83,7 +83,7 @@ def _hook_site(
 class SiteOutput:
     """One output of a site as the model computes it, and what may stand in its place: the `stream`, the input that it
     continues (None where none was taken), the `base`, what a residual is taken against (None: the site is no residual), and
-    the stored values with their coefficients, newest first (none where nothing reads this output)."""
+    the stored values with their coefficients [B], newest first (none where nothing reads this output)."""
 
     computed: Tensor
     stream: Tensor | None
@@ -101,9 +101,22 @@ def _combine(site: SiteOutput) -> Tensor:
     if not site.stored:  # an output that nothing reads: any value of the right shape will do
         return site.base if site.base is not None else site.computed
     # float32, as the coefficients are: a bfloat16 sum would lose what order-1 prediction gains
-    first, *rest = (w * s.float() for w, s in zip(site.weights, site.stored, strict=True))
+    first, *rest = (scale_rows(s.float(), w) for w, s in zip(site.weights, site.stored, strict=True))
     total = sum(rest, first)
     return (site.base.float() + total if site.base is not None else total).to(site.computed.dtype)
+
+
+def scale_rows(value: Tensor, weights: Tensor) -> Tensor:
+    """A stored value [B n, ...] times a request's weight [B]: the n rows of a request, such as its two branches or a video's frames,
+    lie beside each other. Raises ExportError for a value that has no such rows."""
+    batch, rows = len(weights), len(value)
+    if rows % batch:
+        raise ExportError(
+            f"a value of shape {list(value.shape)} cannot be stored for {batch} pictures at once, since its first dimension is none of "
+            "pictures; choose another site, or set shapes.batch=[1]"
+        )
+    each = weights if rows == batch or batch == 1 else weights.repeat_interleave(rows // batch)
+    return value * each.view(-1, *[1] * (value.dim() - 1))
 
 
 def _zero(site: SiteOutput) -> Tensor:
@@ -237,8 +250,8 @@ class VariantModule(nn.Module):
         self.outputs = ("sample", *(t for m in variant.stored_marks(marks) for t in m.tensors))
         self.coefficients = sum(m.slots for m in combined)
 
-    def examples(self, own: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Inputs to capture with: `own`, then random coefficients and slots, every one a tensor of its own (torch.export
+    def examples(self, own: tuple[Tensor, ...], batch: int = 1) -> tuple[Tensor, ...]:
+        """Inputs to capture with, of that many requests: `own`, then random coefficients and slots, every one a tensor of its own (torch.export
         would merge two names of one tensor). Slot shapes come from a run on fake tensors that computes every site."""
         if not self.coefficients:
             return own
@@ -250,7 +263,7 @@ class VariantModule(nn.Module):
         seeded = torch.Generator().manual_seed(0)
         return (
             *own,
-            torch.ones(self.coefficients),
+            torch.ones(batch, self.coefficients),
             *(torch.randn(t.shape, generator=seeded).to(t.dtype) for t in slots),
         )
 

@@ -25,8 +25,8 @@ LOW, HIGH = "low", "high"
 class GuidedDenoiser(nn.Module):
     """`uncond + guidance (cond - uncond)`, as diffusers' pipelines compute it, one branch after the other.
 
-    Inputs are those of one branch; the ones in `doubled` hold both, [2, ...], the unconditional first. Then comes
-    `guidance_scale`, float32 [1], and, where `rescale` is asked for, `guidance_rescale`, float32 [1]. With `planes` =
+    Inputs are those of one branch [B, ...]; the ones in `doubled` hold both, [B, 2, ...], the unconditional first. Then comes
+    `guidance_scale`, float32 [B], and, where `rescale` is asked for, `guidance_rescale`, float32 [B]. With `planes` =
     (H, W), the last two dimensions of the output, the unconditional branch is `cond + low(d) + high(d)` of d = uncond - cond.
     """
 
@@ -47,8 +47,7 @@ class GuidedDenoiser(nn.Module):
     def forward(self, *tensors: Tensor) -> Tensor:
         own, scalars = tensors[: len(self.inputs)], tensors[len(self.inputs) :]
         halves = [
-            [t.chunk(2)[k] if name in self.doubled else t for name, t in zip(self.inputs, own, strict=True)]
-            for k in range(2)
+            [t[:, k] if name in self.doubled else t for name, t in zip(self.inputs, own, strict=True)] for k in range(2)
         ]
         cond = self.cond(*halves[1])
         uncond = self.uncond(*halves[0])
@@ -61,7 +60,8 @@ class GuidedDenoiser(nn.Module):
 
 
 class BatchGuidedDenoiser(nn.Module):
-    """`GuidedDenoiser` in one run on a batch of two: fewer and larger products, and sites that hold both branches."""
+    """`GuidedDenoiser` in one run on [2 B, ...], a request's branches beside each other: fewer and larger products, and sites that
+    hold both branches."""
 
     def __init__(self, both: nn.Module, inputs: tuple[str, ...], doubled: tuple[str, ...]) -> None:
         super().__init__()
@@ -71,18 +71,21 @@ class BatchGuidedDenoiser(nn.Module):
     def forward(self, *tensors: Tensor) -> Tensor:
         own, scalars = tensors[: len(self.inputs)], tensors[len(self.inputs) :]
         pairs = [
-            t if name in self.doubled else t.expand(2, *t.shape[1:]) for name, t in zip(self.inputs, own, strict=True)
+            t if name in self.doubled else t.unsqueeze(1).expand(-1, 2, *t.shape[1:])
+            for name, t in zip(self.inputs, own, strict=True)
         ]
-        uncond, cond = self.both(*pairs).chunk(2)
+        uncond, cond = self.both(*(t.flatten(0, 1) for t in pairs)).unflatten(0, (-1, 2)).unbind(1)
         return join_branches(uncond, cond, *scalars).contiguous()
 
 
 def join_branches(uncond: Tensor, cond: Tensor, scale: Tensor, rescale: Tensor | None = None) -> Tensor:
-    """Both branches as one. `rescale` mixes in the result with the deviation of `cond`, against overexposure: 0 leaves
+    """Both branches [B, ...] as one, by numbers [B]. `rescale` mixes in the result with the deviation of `cond`, against overexposure: 0 leaves
     it as it is (Lin et al. 2023, arXiv:2305.08891, section 3.4; diffusers' `rescale_noise_cfg`)."""
-    guided = uncond + scale * (cond - uncond)
+    each = (-1, *[1] * (cond.dim() - 1))
+    guided = uncond + scale.view(each) * (cond - uncond)
     if rescale is None:
         return guided
+    rescale = rescale.view(each)
     dims = list(range(1, cond.dim()))
     ratio = cond.std(dim=dims, keepdim=True) / guided.std(dim=dims, keepdim=True)
     return rescale * (guided * ratio) + (1 - rescale) * guided
@@ -140,7 +143,7 @@ def add_guidance(
     batched: bool = False,
     rescale: bool = False,
 ) -> Component:
-    """The component of one branch with guidance around it: inputs in `doubled` become [2, ...], `guidance_scale` is
+    """The component of one branch with guidance around it: inputs in `doubled` become [B, 2, ...], `guidance_scale` is
     added, and `guidance_rescale` if asked for. `batched` is `BatchGuidedDenoiser`, which has no planes."""
     prefix = component.branches[""]
     if batched:
@@ -149,7 +152,7 @@ def add_guidance(
         module = GuidedDenoiser(component.module, component.inputs, doubled, planes)
         branches = {name: f"{name}.{prefix}" for name in ("uncond", "cond")}
     args = tuple(
-        torch.cat((-t, t) if t.is_floating_point() else (t, t)) if n in doubled else t
+        torch.stack((-t, t) if t.is_floating_point() else (t, t), dim=1) if n in doubled else t
         for n, t in zip(component.inputs, component.args, strict=True)
     )
     scalars = {"guidance_scale": torch.tensor([3.0]), **({"guidance_rescale": torch.tensor([0.5])} if rescale else {})}

@@ -19,7 +19,7 @@ from typing import Literal, get_args
 from ..errors import RequestError, describe_read_error, raise_problems
 from ..hub.address import describe_links
 from ..manifest import FileEntry, Graph, Manifest
-from ..plan import Evaluation, Plan
+from ..plan import Evaluation, Plan, size_plan_name
 from ..storage.files import TRUST_WARNING, file_hashes, hash_problem, open_files
 from ..storage.hash_marker import HashMarker
 from ..storage.private_folder import default_cache_folder
@@ -226,6 +226,9 @@ def reference_problems(manifest: Manifest) -> Iterator[str]:
     for path in sorted({graph.package for graph in manifest.graphs} | set(manifest.plans.values())):
         if path not in files:
             yield f"manifest.json: {path!r} is used but not in files; export again"
+    yield from repeated_names("manifest.json [sizes]", (size.name for size in manifest.sizes))
+    if list(manifest.batches) != sorted({1, *manifest.batches}):
+        yield f"manifest.json [batches]: expected different numbers from 1 on in order, got {list(manifest.batches)}; export again"
     sites = {site.name for site in manifest.sites}
     for graph in manifest.graphs:
         unknown = sorted({*graph.stores, *graph.combines} - sites)
@@ -266,6 +269,7 @@ def plan_problems(plans: Mapping[str, Plan], manifest: Manifest) -> Iterator[str
     A tail is checked as the plan that it stands for.
     """
     graphs = {graph.name: graph for graph in manifest.graphs}
+    sizes = {entry.name for entry in manifest.sizes}
     looked_at = 0
     for name, plan in plans.items():
         path = manifest.plans[name]
@@ -274,6 +278,9 @@ def plan_problems(plans: Mapping[str, Plan], manifest: Manifest) -> Iterator[str
             yield f"{path}: the plans and their later starts have more than {MAX_CHECKED_EVALUATIONS} evaluations; export again"
             return
         yield from _plan_name_problems(name, plan, path)
+        if plan.size and plan.size not in sizes:
+            yield f"{path}: the plan {name!r} is for the size {plan.size}, which is not in sizes; export again"
+            continue
         yield from _evaluation_problems(plan.evaluations, graphs, f"{path} [")
         if not plan.evaluations:
             yield f"{path}: has no evaluations; export again"
@@ -299,11 +306,11 @@ def plan_problems(plans: Mapping[str, Plan], manifest: Manifest) -> Iterator[str
 
 
 def _plan_name_problems(name: str, plan: Plan, path: str) -> Iterator[str]:
-    """A name says what is called by it: the number of steps, and whether they go without the cache."""
-    uncached = f"{plan.steps}-uncached"
+    """A name says what is called by it: the number of steps, whether they go without the cache, and at which further size."""
+    usual, uncached = (size_plan_name(kind, plan.size) for kind in (str(plan.steps), f"{plan.steps}-uncached"))
     if plan.name != name:
         yield f"{path}: is the plan {plan.name!r}, the manifest has it as {name!r}; export again"
-    elif name not in (str(plan.steps), uncached):
+    elif name not in (usual, uncached):
         yield f"{path}: the plan {name!r} has {plan.steps} steps; export again"
     elif name == uncached and plan.cache != "none":
         yield f"{path}: the plan {name!r} has the cache {plan.cache!r}; export again"
@@ -336,8 +343,8 @@ def _evaluation_problems(
             yield f"{where}: the update reads {reach} evaluations, there are {e + 1} so far; export again"
         if early := sorted(set(graph.combines) - stored):
             yield f"{where}: combines site {early[0]!r} before any evaluation stored it; export again"
-        wanted = next((spec.shape for spec in graph.inputs if spec.name == "coefficients"), (0,))
-        if wanted != (len(evaluation.coefficients),):
-            takes = wanted[0] if len(wanted) == 1 else f"a shape of {list(wanted)}"
+        wanted = next((spec.shape for spec in graph.inputs if spec.name == "coefficients"), (1, 0))
+        if wanted != (1, len(evaluation.coefficients)):
+            takes = wanted[1] if wanted[:1] == (1,) and len(wanted) == 2 else f"a shape of {list(wanted)}"
             yield f"{where}: has {len(evaluation.coefficients)} coefficients, variant {graph.name!r} takes {takes}; export again"
         stored.update(graph.stores)

@@ -17,6 +17,7 @@ from ..artifact import Artifact
 from ..bounds import Float32, Pixels
 from ..call.arguments import real_number
 from ..errors import ArtifactError, RequestError, describe_schema_error, raise_problems
+from ..manifest import SizeEntry, size_graph_name
 from ..noise import Generators, draw_noise
 from ..plan import FROZEN_CONFIG
 from ..prompts import TextEncoder, TextSettings
@@ -84,11 +85,11 @@ WHOLE_SCHEDULE = ScheduleWindow()
 
 
 class Family:
-    """What `Pipeline` asks of a family, which is made of an open artifact.
+    """What `Pipeline` asks of a family at one size: the default one, or the further one `size`. It is made of an open artifact.
 
     `latents_shape` is that of one image in the loop, without the batch, and `latents_name` what to call it. Both
     branches of classifier-free guidance, where there are two, are in the denoiser's graph, which takes what differs
-    between them as [2, ...], the negative prompt's first, as diffusers stacks it. `output_kind` is `images` or `frames`. `guides_by_step`: its pipeline reads
+    between them as [B, 2, ...], the negative prompt's first. `output_kind` is `images` or `frames`. `guides_by_step`: its pipeline reads
     `guidance_scale` at every step, so that a callback may change it.
     """
 
@@ -97,8 +98,11 @@ class Family:
     output_kind: ClassVar[Literal["images", "frames"]] = "images"
     guides_by_step: ClassVar[bool] = True
 
-    def __init__(self, artifact: Artifact):
-        self.settings = read_settings(self.settings_type, artifact)
+    def __init__(self, artifact: Artifact, size: SizeEntry | None = None):
+        self.size = size and size.name
+        self.height = (size or artifact.manifest.defaults).height
+        self.width = (size or artifact.manifest.defaults).width
+        self.settings = read_settings(self.settings_type, artifact, size)
         self.latents_shape = self.loop_shape()
         self.inputs = denoiser_inputs(artifact)
         self._device = artifact.device
@@ -120,6 +124,10 @@ class Family:
         """Tokens of the longest prompt that the artifact takes."""
         return self._text.max_sequence_length
 
+    def graph_name(self, graph: str) -> str:
+        """The graph of that name for this size."""
+        return size_graph_name(graph, self.size)
+
     def arranged(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents [B, *settings.latents_shape] in the layout of the loop."""
         return latents
@@ -133,7 +141,7 @@ class Family:
         return self.arranged(draw_noise((batch, *self.settings.latents_shape), generator))
 
     def conditions(self, given: Mapping[str, Any], guidance_scale: float) -> list[Tensors]:
-        """The denoiser's inputs that are equal at every step, one dict for each prompt. `given` are the arguments that
+        """The denoiser's inputs [1, ...] that are equal at every step, one dict for each prompt. `given` are the arguments that
         the caller gave. Raises ArtifactError for a combination of them that says nothing.
 
         At a guidance of 1 or less diffusers runs one branch, the prompt's, and ignores the negative prompt. The graph has
@@ -147,7 +155,7 @@ class Family:
         negatives = self.negatives(given, len(prompts)) if scale > 1 else prompts
         scalars = {**self.scalars(given, guidance_scale), "guidance_scale": self.scalar(max(scale, 1.0))}
         return [
-            {**{name: torch.cat((negative[name], prompt[name])) for name in prompt}, **scalars}
+            {**{name: torch.stack((negative[name], prompt[name]), dim=1) for name in prompt}, **scalars}
             for negative, prompt in zip(negatives, prompts, strict=True)
         ]
 
@@ -186,14 +194,16 @@ class Family:
         return negatives * (count // len(negatives))
 
 
-def artifact_family(artifact: Artifact) -> Family:
-    """The artifact's family. Raises ArtifactError for one that is not known, settings that are not to its schema, and graphs
-    that a call of it does not fit."""
-    family = family_class(artifact)(artifact)
-    raise_problems(
-        artifact.folder, (f"manifest.json {problem}; export again" for problem in call_problems(artifact, family))
-    )
-    return family
+def artifact_families(artifact: Artifact) -> tuple[Family, ...]:
+    """The artifact's family at each of its sizes, the default first. Raises ArtifactError for one that is not known, settings that
+    are not to its schema, and graphs that a call of it does not fit."""
+    kind = family_class(artifact)
+    families = tuple(kind(artifact, size) for size in (None, *artifact.manifest.sizes))
+    for family in families:
+        raise_problems(
+            artifact.folder, (f"manifest.json {problem}; export again" for problem in call_problems(artifact, family))
+        )
+    return families
 
 
 def family_class(artifact: Artifact) -> type[Family]:
@@ -212,11 +222,13 @@ def denoiser_inputs(artifact: Artifact) -> frozenset[str]:
     return frozenset(s.name for variant in artifact.variants.values() for s in variant.graph.inputs)
 
 
-def read_settings(kind: type[SettingsT], artifact: Artifact) -> SettingsT:
-    """`manifest.pipeline`, checked. Raises ArtifactError naming the first field that is wrong."""
+def read_settings(kind: type[SettingsT], artifact: Artifact, size: SizeEntry | None = None) -> SettingsT:
+    """`manifest.pipeline`, with what of it is another at that size, checked. Raises ArtifactError naming the first field that is
+    wrong."""
     try:
-        return kind.model_validate(artifact.manifest.pipeline)
+        return kind.model_validate({**artifact.manifest.pipeline, **(size.pipeline if size else {})})
     except ValidationError as e:
+        where = f"sizes.{size.name}.pipeline" if size else "pipeline"
         raise ArtifactError(
-            f"{describe_schema_error(artifact.folder / 'manifest.json', e, 'pipeline')}; export again"
+            f"{describe_schema_error(artifact.folder / 'manifest.json', e, where)}; export again"
         ) from e

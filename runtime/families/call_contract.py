@@ -7,13 +7,14 @@ fit each other or their family are found here, by `load` and `prebake check` ali
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from ..artifact import Artifact
 from ..bounds import MAX_EMBEDDING, MAX_LATENTS
-from ..contract import describe_misfits, spec_facts, torch_dtype
-from ..manifest import Graph, TensorSpec
+from ..contract import SpecFacts, describe_misfits, spec_facts, torch_dtype
+from ..manifest import Graph, TensorSpec, batch_graph_name
+from ..plan import size_plan_name
 
 if TYPE_CHECKING:
     from . import Family, PictureInput
@@ -23,21 +24,27 @@ def call_problems(artifact: Artifact, family: Family) -> Iterator[str]:
     """What a call would give to the graphs, or take from them, that they have not; nothing is computed for it."""
     manifest, settings = artifact.manifest, family.settings
     defaults, kind = manifest.defaults, family.output_kind
+    plan = size_plan_name(str(defaults.num_inference_steps), family.size)
     if (defaults.num_frames is None) != (kind == "images"):
         yield f"[defaults.num_frames]: is {defaults.num_frames}, this family makes {kind}"
-    if str(defaults.num_inference_steps) not in manifest.plans:
+    if plan not in manifest.plans:
         had = ", ".join(manifest.plans) or "none"
-        yield f"[defaults.num_inference_steps]: there is no plan of {defaults.num_inference_steps} steps, it has {had}"
+        yield f"[defaults.num_inference_steps]: there is no plan {plan!r} of that many steps, it has {had}"
     if math.prod(settings.latents_shape) > MAX_LATENTS:
-        yield f"[pipeline.latents_shape]: {list(settings.latents_shape)} has more than {MAX_LATENTS} numbers"
+        yield f"[{size_prefix(family)}pipeline.latents_shape]: {list(settings.latents_shape)} has more than {MAX_LATENTS} numbers"
         return
     latents = TensorSpec(name="hidden_states", shape=(1, *family.latents_shape), dtype="float32")
     yield from _denoiser_problems(artifact, family, latents)
-    yield from _decoder_problems(
-        artifact.graph("vae_decoder").graph, latents, (3, defaults.height, defaults.width), kind
-    )
+    decoder = artifact.graph(family.graph_name("vae_decoder")).graph
+    yield from _decoder_problems(decoder, latents, (3, family.height, family.width), kind)
     if settings.picture:
-        yield from _encoder_problems(artifact.graph("vae_encoder").graph, settings.picture, settings.latents_shape)
+        encoder = artifact.graph(family.graph_name("vae_encoder")).graph
+        yield from _encoder_problems(encoder, settings.picture, settings.latents_shape)
+
+
+def size_prefix(family: Family) -> str:
+    """Where in the manifest the size's own table stands."""
+    return f"sizes.{family.size}." if family.size else ""
 
 
 def _denoiser_problems(artifact: Artifact, family: Family, latents: TensorSpec) -> Iterator[str]:
@@ -55,23 +62,31 @@ def _denoiser_problems(artifact: Artifact, family: Family, latents: TensorSpec) 
     }
     if (picture := family.settings.picture) and picture.role == "reference":
         given["image_latents"] = (latents.shape, latents.dtype)
-    for variant in artifact.variants.values():
-        graph = variant.graph
-        taken = dict(spec_facts(spec for spec in graph.inputs if "@" not in spec.name))
-        if not graph.combines and "coefficients" in taken:
-            yield f"[graphs.{graph.name}.inputs]: takes coefficients, and combines nothing"
-        if taken.pop("coefficients", ((0,), "float32"))[1] != "float32":
-            yield f"[graphs.{graph.name}.inputs]: its coefficients are not float32"
-        yield from describe_misfits(f"[graphs.{graph.name}.inputs]", given, taken)
-        made = spec_facts(spec for spec in graph.outputs if spec.name == "sample")
-        yield from describe_misfits(f"[graphs.{graph.name}.outputs]", {"sample": (latents.shape, latents.dtype)}, made)
-    yield from _slotdescribe_misfits(artifact)
+    names = {name for plan in artifact.plans.values() if plan.size == family.size for name in plan.variants()}
+    for batch in artifact.manifest.batches:
+        variants = [artifact.graph(batch_graph_name(name, batch)).graph for name in sorted(names)]
+        rows = {name: ((batch, *shape[1:]), dtype) for name, (shape, dtype) in given.items()}
+        for graph in variants:
+            yield from _variant_problems(graph, rows, batch)
+        yield from _slot_misfits(artifact, variants)
 
 
-def _slotdescribe_misfits(artifact: Artifact) -> Iterator[str]:
+def _variant_problems(graph: Graph, given: SpecFacts, batch: int) -> Iterator[str]:
+    """What a call for `batch` pictures gives to one variant, and takes from it."""
+    taken = dict(spec_facts(spec for spec in graph.inputs if "@" not in spec.name))
+    if not graph.combines and "coefficients" in taken:
+        yield f"[graphs.{graph.name}.inputs]: takes coefficients, and combines nothing"
+    shape, dtype = taken.pop("coefficients", ((batch, 0), "float32"))
+    if dtype != "float32" or len(shape) != 2 or shape[0] != batch:
+        yield f"[graphs.{graph.name}.inputs]: its coefficients are {dtype} {list(shape)}, not float32 [{batch}, K]"
+    yield from describe_misfits(f"[graphs.{graph.name}.inputs]", given, taken)
+    made = spec_facts(spec for spec in graph.outputs if spec.name == "sample")
+    yield from describe_misfits(f"[graphs.{graph.name}.outputs]", {"sample": given["hidden_states"]}, made)
+
+
+def _slot_misfits(artifact: Artifact, graphs: Sequence[Graph]) -> Iterator[str]:
     """What one variant stores, another combines: it is of one shape and dtype."""
     stored: dict[str, tuple[tuple[int, ...], str]] = {}
-    graphs = [variant.graph for variant in artifact.variants.values()]
     tensors = {site.name: site.tensors for site in artifact.manifest.sites}
     for graph in graphs:
         names = {name for site in graph.stores for name in tensors[site]}

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from ..artifact import Artifact
 from ..call.arguments import describe_argument, real_number, real_number_or_none
 from ..errors import RequestError
 from ..replay import Tensors
@@ -38,10 +37,6 @@ class StableDiffusionXL(Family):
     settings_type: ClassVar[type[Settings]] = SDXLSettings
     settings: SDXLSettings
 
-    def __init__(self, artifact: Artifact):
-        super().__init__(artifact)
-        self._size = (artifact.manifest.defaults.height, artifact.manifest.defaults.width)
-
     @property
     def arguments(self) -> tuple[str, ...]:
         """The arguments of diffusers' `__call__` that say what to draw, how large it is said to be, and which part of the
@@ -52,13 +47,13 @@ class StableDiffusionXL(Family):
         return (*super().arguments, *sizes, *scores, *start, "denoising_end")
 
     def conditions(self, given: Mapping[str, Any], guidance_scale: float) -> list[Tensors]:
-        """The denoiser's inputs that are equal at every step, one dict for each prompt: all have the same `time_ids` [2, K].
+        """The denoiser's inputs that are equal at every step, one dict for each prompt: all have the same `time_ids` [1, 2, K].
 
         Without guidance both branches get the sizes that are not negative.
         """
-        negative, positive = size_numbers(given, self._size, self.settings.scored)
+        negative, positive = size_numbers(given, (self.height, self.width), self.settings.scored)
         rows = [negative if guidance_scale > 1 else positive, positive]
-        ids = torch.tensor(rows, dtype=torch.float32, device=self._device)
+        ids = torch.tensor([rows], dtype=torch.float32, device=self._device)
         return [{**condition, "time_ids": ids} for condition in super().conditions(given, guidance_scale)]
 
     def window(self, given: Mapping[str, Any]) -> ScheduleWindow:

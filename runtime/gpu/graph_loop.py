@@ -83,7 +83,7 @@ class RecordedLoop:
         if on_evaluation is not None:
             return replay(tables, variants, sites, inputs, latents, noise=noise, on_evaluation=on_evaluation)
         with self._lock:
-            key = (tables.plan, tuple(inputs))
+            key = (tables.plan, len(latents), tuple(inputs))
             if key not in self._recordings:
                 self._recordings[key] = LoopRecording(tables)
                 self._evict_recordings()

@@ -4,34 +4,37 @@
     python benchmarks/reload_soak.py artifacts/flux-fast-shapes --minutes 30 --output soak.json
 
 Before each reload the folder is replaced by a fresh copy, by renaming, so that what a worker still holds of the one before
-is a deleted file. Clients ask all the time, and every picture is compared with the first of its seed. Every few seconds a line is
-written for each worker. Flat is: over the last two thirds of the time memory that is no file's grows by less than
-`MAX_GROWTH_BYTES_PER_HOUR` (resident pages of the mapped weights come and go with each reload), and maps and descriptors right before the reloads at a third and at the end are equal; no
-deleted file is mapped. Exit code 1 otherwise.
+is a deleted file. Clients ask all the time, and every picture is compared with the first of its seed. Once between two reloads they
+pause until no call is at work, and a line is written for each worker: what a call holds while it works would hide what stays. Flat
+is: over the last two thirds of the time memory that is no file's grows by less than `MAX_GROWTH_BYTES_PER_HOUR` (resident pages of the
+mapped weights come and go with each reload), and maps and descriptors at a third and at the end are equal; no deleted file is mapped.
+Exit code 1 otherwise.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import shutil
 import socket
-import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from scipy.stats import theilslopes
+
 HERE = Path(__file__).parent
 MAX_GROWTH_BYTES_PER_HOUR = 1 << 20
+SETTLE_S = 1.0
 START_S = 120
 """How long workers may take to answer for the first time."""
 
@@ -80,6 +83,7 @@ class Clients:
         self.workers: dict[int, int] = {}  # process id -> reloads
         self._first: dict[int, str] = {}
         self._stop = threading.Event()
+        self._at_work = [threading.Lock() for _ in range(count)]  # of each thread, while it waits for an answer
         self._lock = threading.Lock()
         self._threads = [threading.Thread(target=self._ask_on, args=(i,), daemon=True) for i in range(count)]
 
@@ -95,11 +99,21 @@ class Clients:
     def _ask_on(self, seed: int) -> None:
         while not self._stop.is_set():
             try:
-                self.ask(seed)
+                with self._at_work[seed]:
+                    self.ask(seed)
             except OSError as e:
                 if not self._stop.is_set():
                     self.wrong.append(f"seed {seed}: {e}")
                     self._stop.wait(1)
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Inside, nobody asks, and all that were asked have answered."""
+        with ExitStack() as stack:
+            for at_work in self._at_work:
+                stack.enter_context(at_work)
+            time.sleep(SETTLE_S)
+            yield
 
     def start(self) -> None:
         for thread in self._threads:
@@ -139,14 +153,10 @@ def wait_for_workers(clients: Clients, count: int, server: subprocess.Popen[byte
 
 
 def growth_per_hour(samples: Sequence[WorkerSample], what: str) -> float:
-    """The slope of a line fitted to the last two thirds, in units an hour. Of each minute the least counts: a call that is at work
-    holds its activations, and what stays is asked for."""
-    least: dict[int, float] = {}
-    for s in samples:
-        if s.seconds >= samples[-1].seconds / 3:
-            minute = int(s.seconds / 60)
-            least[minute] = min(least.get(minute, math.inf), getattr(s, what))
-    return statistics.linear_regression(list(least), list(least.values())).slope * 60
+    """The median slope (Theil-Sen) over the last two thirds, in units an hour: a sample in the middle of a reload does not count."""
+    last = [(s.seconds / 3600, getattr(s, what)) for s in samples if s.seconds >= samples[-1].seconds / 3]
+    hours, values = zip(*last, strict=True)
+    return float(theilslopes(values, hours).slope)
 
 
 def soak_problems(samples: Sequence[WorkerSample]) -> list[str]:
@@ -175,18 +185,19 @@ def soak(args: argparse.Namespace, folder: Path) -> list[WorkerSample]:
     try:
         wait_for_workers(clients, args.workers, server)
         clients.start()
-        begun, replaced = time.monotonic(), time.monotonic()
+        begun = time.monotonic()
         while (seconds := time.monotonic() - begun) < 60 * args.minutes:
-            time.sleep(args.every)
-            if time.monotonic() - replaced > args.reload / 2:
-                replace_folder(args.artifact, live)
-                replaced = time.monotonic()
-            for worker in sorted(clients.workers):
-                samples.append(sample_worker(seconds, worker))
-                print(json.dumps(asdict(samples[-1])), flush=True)
+            time.sleep(args.reload / 2)
+            replace_folder(args.artifact, live)
+            time.sleep(args.reload / 2)
+            with clients.pause():
+                for worker in sorted(clients.workers):
+                    samples.append(sample_worker(seconds, worker))
+                    print(json.dumps(asdict(samples[-1])), flush=True)
         # the last reload takes what was replaced last out of use
         time.sleep(args.reload * 1.5)
-        samples += [sample_worker(time.monotonic() - begun, worker) for worker in sorted(clients.workers)]
+        with clients.pause():
+            samples += [sample_worker(time.monotonic() - begun, worker) for worker in sorted(clients.workers)]
     finally:
         clients.stop()
         server.terminate()
@@ -204,7 +215,6 @@ def main() -> int:
     parser.add_argument("--reload", type=float, default=60, help="seconds between reloads of a worker")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--clients", type=int, default=4, help="threads that ask at once")
-    parser.add_argument("--every", type=float, default=5, help="seconds between samples")
     parser.add_argument("--output", type=Path, help="write the samples as JSON")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="prebake-soak-") as folder:

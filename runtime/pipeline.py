@@ -232,8 +232,8 @@ class Pipeline(Generic[OutputT]):
         )
         strength = real_number_or_none("strength", strength)
         asked = StartRequest(image, mask_image, strength, latents, family.window(given))
-        name, skipped = self._choose_plan(family, steps, cache, steps_to_skip(family, asked))
-        plan = self._tables(name, skipped, asked, 1).plan
+        plan_name, skipped = self._choose_plan(family, steps, cache, steps_to_skip(family, asked))
+        plan = self._tables(plan_name, skipped, asked, 1).plan
         if guidance_scale is None:
             guidance_scale = self.artifact.manifest.defaults.guidance_scale
         guidance_scale = real_number("guidance_scale", guidance_scale)
@@ -275,7 +275,7 @@ class Pipeline(Generic[OutputT]):
                         by_step = advance if watch or self._loop is replay else None
                         watch = watch_latents(plan, self.device, watch_steps(plan, by_step, batch, watch))
                         watch = watch_cancellation(cancel, watch)
-                        tables = self._tables(name, skipped, asked, batch)
+                        tables = self._tables(plan_name, skipped, asked, batch)
                         with self._request.track_picture(plan.steps, guidance_scale, inputs):
                             finals += self._loop(
                                 tables,

@@ -63,9 +63,15 @@ def capture_part(
         told, variants = capture_variants(denoiser, planned, progress, attention)
         stored = stored or told
         graphs[denoiser.name] = graphs.get(denoiser.name, ()) + variants
-    for component in others:
-        name = f"{component.name}{component.label}"
-        progress.announce(name)
-        graph = capture_graph(name, component.module, component.args, component.inputs, component.outputs)
+    for component, graph in zip(others, capture_components(others, progress), strict=True):
         graphs[component.name] = (*graphs.get(component.name, ()), graph)
     return stored or planned, graphs
+
+
+def capture_components(components: Sequence[Component], progress: Progress) -> tuple[CapturedGraph, ...]:
+    graphs = []
+    for component in components:
+        name = f"{component.name}{component.label}"
+        progress.announce(name)
+        graphs.append(capture_graph(name, component.module, component.args, component.inputs, component.outputs))
+    return tuple(graphs)

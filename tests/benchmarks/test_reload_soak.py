@@ -17,7 +17,7 @@ def samples(growth_bytes=0, **last):
     """Thirty minutes of one worker, whose own memory grows by so much an hour."""
     made = [
         reload_soak.WorkerSample(float(s), 1, 1 << 28, (1 << 27) + growth_bytes * s // 3600, 400, 0, 10, 8)
-        for s in range(0, 1801, 5)
+        for s in range(0, 1801, 60)
     ]
     return [*made[:-1], reload_soak.WorkerSample(**{**vars(made[-1]), **last})]
 
@@ -26,11 +26,11 @@ def test_what_is_flat_has_no_problem():
     assert reload_soak.soak_problems(samples(growth_bytes=1 << 19)) == []
 
 
-def test_what_a_call_holds_while_it_works_is_no_growth():
-    """Samples that meet a call, more and more of them towards the end."""
+def test_a_sample_in_the_middle_of_a_reload_is_no_growth():
+    """Two artifacts are open then."""
     made = samples()
     busy = [
-        reload_soak.WorkerSample(**{**vars(s), "anonymous": s.anonymous + (8 << 20)}) if i % 12 and i > 200 else s
+        reload_soak.WorkerSample(**{**vars(s), "anonymous": s.anonymous + (8 << 20)}) if i in (14, 22, 28) else s
         for i, s in enumerate(made)
     ]
     assert reload_soak.soak_problems(busy) == []

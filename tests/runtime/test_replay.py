@@ -81,7 +81,7 @@ def test_the_first_store_fills_every_slot_and_later_ones_shift():
         variants,
         sites,
     )
-    assert seen == [[1.0, 1.0, -1.0, [1.5, -0.5]], [2.0, 1.0, -2.0, [2.0, 0.0]]]
+    assert seen == [[1.0, 1.0, -1.0, [[1.5, -0.5]]], [2.0, 1.0, -2.0, [[2.0, 0.0]]]]
 
 
 def test_a_variant_that_stores_and_combines_reads_what_was_before_it():
@@ -153,7 +153,7 @@ def test_the_loop_never_reads_a_tensor_back():
 def test_coefficients_are_views_of_one_tensor():
     c = [(1.0, 2.0), (), (3.0,)]
     tables = tabulate_plan(plan(*(evaluation(coefficients=row) for row in c)), CPU)
-    assert [row.tolist() for row in tables.coefficients] == [list(row) for row in c]
+    assert [row.tolist() for row in tables.coefficients] == [[list(row)] for row in c]
     assert len({row.untyped_storage().data_ptr() for row in tables.coefficients}) == 1
 
 

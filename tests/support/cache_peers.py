@@ -154,7 +154,8 @@ class Batched(nn.Module):
     def forward(self, *tensors: Tensor) -> Tensor:
         *own, guidance = tensors
         both = [
-            t if n in self.doubled else t.repeat(2, *[1] * (t.dim() - 1)) for n, t in zip(self.inputs, own, strict=True)
+            t[0] if n in self.doubled else t.repeat(2, *[1] * (t.dim() - 1))
+            for n, t in zip(self.inputs, own, strict=True)
         ]
         uncond, cond = self.one(*both).chunk(2)
         return uncond + guidance * (cond - uncond)

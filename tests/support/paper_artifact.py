@@ -18,7 +18,7 @@ from prebake.runtime.plan import Evaluation, Plan, Update
 
 X = TensorSpec(name="hidden_states", shape=(1, 2, 3), dtype="float32")
 T = TensorSpec(name="timestep", shape=(1,), dtype="float32")
-K = TensorSpec(name="coefficients", shape=(1,), dtype="float32")
+K = TensorSpec(name="coefficients", shape=(1, 1), dtype="float32")
 SAMPLE = TensorSpec(name="sample", shape=(1, 2, 3), dtype="float32")
 COST = Cost(flops=2, ops=1, constants=1, constants_bytes=12)
 EULER = Update(latents=(1.0,), outputs=(-0.5,))

@@ -43,7 +43,7 @@ def full(named):
 
 
 def reuse(named):
-    return {"sample": named["coefficients"][0] * named["s:0@0"] + named["coefficients"][1] * named["s:0@1"]}
+    return {"sample": named["coefficients"][0, 0] * named["s:0@0"] + named["coefficients"][0, 1] * named["s:0@1"]}
 
 
 VARIANTS = {"full": variant("full", full, stores=("s",)), "reuse": variant("reuse", reuse, combines=("s",))}

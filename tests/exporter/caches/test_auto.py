@@ -94,7 +94,7 @@ def test_a_found_plan_replays_to_the_latents_that_were_judged(case):
         one = calibration_of(table, (fitted.model_copy(update={"fewer_steps_psnr_db": 0.0}),))
         planned = make_plans(settings, layout, {STEPS: table}, one)
         followed = subject_walk.follow_path(
-            stack_runs([run], component), zip(fitted.skips, fitted.weights, strict=True)
+            stack_runs([run]), zip(fitted.skips, fitted.weights, strict=True)
         )
         sites_and_inputs = (component, planned, planned.plans[0], run.latents)
         replayed = peers.ours(*sites_and_inputs, inputs=run.inputs, noise=run.noise)
@@ -121,7 +121,7 @@ def test_plans_rise_in_cost_and_in_quality_and_skip_as_they_say(case):
 def test_fitted_weights_beat_reuse_of_the_same_steps_on_other_prompts():
     component, table = component_of("flux"), table_of("ddim")
     walk = SearchWalk(component, discover_layout(component), table, Auto(candidates=("output",)), 1.0)
-    others = walk.computed(stack_runs([run_of(component, table, seed) for seed in (7, 8)], component))
+    others = walk.computed(stack_runs([run_of(component, table, seed) for seed in (7, 8)]))
     for fitted in found("flux", "ddim", ("output",))[1:]:
         path = list(zip(fitted.skips, fitted.weights, strict=True))
         reuse = [(skip, dict.fromkeys(weights, (1.0, 0.0, 0.0))) for skip, weights in path]
@@ -134,8 +134,8 @@ def test_runs_that_are_walked_together_end_where_each_ends_alone(name):
     component, table = component_of(name), table_of("ddim", 2)
     runs = [run_of(component, table, seed) for seed in (7, 8)]
     walk = SearchWalk(component, discover_layout(component), table, Auto(candidates=("output",)), 1.0)
-    together = walk.computed(stack_runs(runs, component)).uncached[-1]
-    apart = torch.cat([walk.computed(stack_runs([run], component)).uncached[-1] for run in runs])
+    together = walk.computed(stack_runs(runs)).uncached[-1]
+    apart = torch.cat([walk.computed(stack_runs([run])).uncached[-1] for run in runs])
     # a batch of two against two of one: float32 sums in another order
     torch.testing.assert_close(together, apart, rtol=0, atol=1e-5 * float(apart.abs().max()))
     assert (apart[0] - apart[1]).norm() > 0.1 * apart[0].norm()  # the canary
@@ -153,7 +153,7 @@ def test_a_trajectory_that_is_linear_in_its_slots_is_fitted_exactly():
 def test_the_aim_leads_back_to_the_uncached_run():
     component, table = component_of("flux"), table_of("dpm")
     walk = SearchWalk(component, discover_layout(component), table, Auto(candidates=("output",)), 1.0)
-    examples = walk.computed(stack_runs([run_of(component, table, 0)], component))
+    examples = walk.computed(stack_runs([run_of(component, table, 0)]))
     state = walk.evaluate_step(walk.start(examples), examples, ("", {}))
     astray = walk.evaluate_step(state, examples, ("output", {"output": (0.7, 0.0, 0.0)}))
     moved = walk.apply_output(astray, examples, walk.target_output(astray, examples), ("", {}), 1.0)

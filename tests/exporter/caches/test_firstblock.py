@@ -51,7 +51,7 @@ class Sequential(nn.Module):
     def forward(self, *tensors: Tensor) -> Tensor:
         *own, guidance = tensors
         halves = [
-            [t[k : k + 1] if name in self.doubled else t for name, t in zip(self.inputs, own, strict=True)]
+            [t[:, k] if name in self.doubled else t for name, t in zip(self.inputs, own, strict=True)]
             for k in range(2)
         ]
         outputs = []

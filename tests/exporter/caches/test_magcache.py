@@ -204,7 +204,7 @@ class InTurn(torch.nn.Module):
         *own, guidance = tensors
         results = []
         for k, branch in enumerate(("uncond", "cond")):
-            half = [t[k : k + 1] if n in self.doubled else t for n, t in zip(self.inputs, own, strict=True)]
+            half = [t[:, k] if n in self.doubled else t for n, t in zip(self.inputs, own, strict=True)]
             with self.one.model.cache_context(branch):
                 results.append(self.one(*half))
         uncond, cond = results

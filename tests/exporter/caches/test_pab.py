@@ -199,7 +199,7 @@ def test_branches_in_two_calls_share_diffusers_state_but_not_ours():
     with torch.no_grad():
         for clock.e in range(6):
             for half in (1, 0):  # cond, then uncond
-                one(latents, torch.tensor([table.timesteps[clock.e]]), own["encoder_hidden_states"][half : half + 1])
+                one(latents, torch.tensor([table.timesteps[clock.e]]), own["encoder_hidden_states"][:, half])
     assert computing == [0, 2, 4, 6, 8, 10]  # never an uncond call
     assert all(torch.equal(a, b) for a, b in zip(outputs[1][0], outputs[0][0], strict=True))
 

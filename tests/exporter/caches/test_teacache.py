@@ -129,7 +129,7 @@ class Sequential(nn.Module):
         for k, branch in ((1, "cond"), (0, "uncond")):
             self.one.model.branch = branch
             given = zip(self.inputs, own, strict=True)
-            outputs[branch] = self.one(*(t[k : k + 1] if name in self.doubled else t for name, t in given))
+            outputs[branch] = self.one(*(t[:, k] if name in self.doubled else t for name, t in given))
         return outputs["uncond"] + guidance * (outputs["cond"] - outputs["uncond"])
 
 

@@ -185,7 +185,7 @@ def test_rotary_positions(name):
     component = cogvideox.denoiser(pipe, SIZE)
     latents, timestep, states, guidance = component.args
     rotary = pipe._prepare_rotary_positional_embeddings(64, 64, 3, torch.device("cpu"))
-    call = (torch.cat([latents] * 2), states, timestep.expand(2))
+    call = (torch.cat([latents] * 2), states[0], timestep.expand(2))
     samples = [pipe.transformer(*call, image_rotary_emb=r, return_dict=False)[0].chunk(2) for r in (rotary, None)]
     theirs, without = (uncond + guidance * (cond - uncond) for uncond, cond in samples)
     graph = capture_graph(component.name, component.module, component.args, component.inputs, component.outputs)
@@ -201,7 +201,7 @@ def test_another_size_than_the_models_own():
     pipe, size = eager("cogvideox"), Size(32, 48, 16, 8)
     component = cogvideox.denoiser(pipe, size)
     latents, timestep, states, guidance = component.args
-    sample = pipe.transformer(torch.cat([latents] * 2), states, timestep.expand(2), return_dict=False)[0]
+    sample = pipe.transformer(torch.cat([latents] * 2), states[0], timestep.expand(2), return_dict=False)[0]
     uncond, cond = sample.chunk(2)
     graph = capture_graph(component.name, component.module, component.args, component.inputs, component.outputs)
     # one branch after the other against a batch of two: float32 sums in another order

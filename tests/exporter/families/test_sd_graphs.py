@@ -51,7 +51,7 @@ def test_the_denoiser_is_the_pipelines_own_guidance(tiny_sd_pipe):
     latents, timestep, states, guidance, rescale = component.args
     names = ("hidden_states", "timestep", "encoder_hidden_states", "guidance_scale", "guidance_rescale")
     assert component.inputs == names
-    sample = tiny_sd_pipe.unet(torch.cat([latents] * 2), timestep[0].long(), states, return_dict=False)[0]
+    sample = tiny_sd_pipe.unet(torch.cat([latents] * 2), timestep[0].long(), states[0], return_dict=False)[0]
     uncond, cond = sample.chunk(2)
     guided = rescale_noise_cfg(uncond + guidance * (cond - uncond), cond, float(rescale))
     # two images one by one against a batch of two: float32 sums in another order

@@ -427,6 +427,6 @@ def select_noise(updates: Sequence[Update], noise: Sequence[Tensor], e: int) -> 
 
 
 def psnr_db(pictures: Tensor, truth: Tensor) -> float:
-    """Mean over [P, 3, H, W] in 0..1 of each picture's PSNR; equal pictures count 120 dB, as in `measure.py`."""
+    """Mean over [P, 3, H, W] in 0..1 of each picture's PSNR; equal pictures count 120 dB, as in `verify/closeness.py`."""
     error = (pictures - truth).double().pow(2).mean(dim=(1, 2, 3)).clamp_min(1e-12)
     return float(-10 * error.log10().mean())

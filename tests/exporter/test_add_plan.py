@@ -23,8 +23,8 @@ from prebake.exporter.progress import Progress, open_progress
 from prebake.exporter.recipe.resolve import change_recipe, resolve
 from prebake.exporter.sites.marks import Mark
 from prebake.exporter.verify.golden import replay_golden
-from prebake.exporter.verify.measure import Replayer
-from prebake.exporter.verify.verify import manifest_recipe
+from prebake.exporter.verify.replayer import Replayer
+from prebake.exporter.verify.source_pipeline import manifest_recipe
 from prebake.runtime import load
 from prebake.runtime.artifact import open_artifact
 from prebake.runtime.errors import ArtifactError, ExportError, RecipeError, RequestError

@@ -25,7 +25,7 @@ from prebake.exporter.families.picture import Size, example_picture
 from prebake.exporter.families.registry import find_family
 from prebake.exporter.plan import join_plan
 from prebake.exporter.plan.sampler import tabulate_scheduler, tabulate_tails
-from prebake.exporter.verify.measure import Replayer
+from prebake.exporter.verify.replayer import Replayer
 from prebake.runtime.errors import ExportError, RequestError
 from prebake.runtime.pipeline import Pipeline
 from prebake.runtime.replay import tabulate_plan

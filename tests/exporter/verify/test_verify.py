@@ -15,28 +15,17 @@ from prebake.exporter.load.prompts import picture_prompts
 from prebake.exporter.package.folder import file_entries, stage_folder
 from prebake.exporter.progress import Progress
 from prebake.exporter.recipe.resolve import Recipe
-from prebake.exporter.verify import golden
-from prebake.exporter.verify import measure as quality
+from prebake.exporter.verify import closeness, golden
 from prebake.exporter.verify import verify as verification
 from prebake.exporter.verify.budget import Costs, choose_workload
+from prebake.exporter.verify.checked_prompts import CheckedPrompts, checked_prompts
+from prebake.exporter.verify.closeness import relative_error
+from prebake.exporter.verify.comparison import Comparison, Sample, measure_pictures
 from prebake.exporter.verify.golden import TOLERANCES, GoldenReplay, replay_golden, tolerance_of
-from prebake.exporter.verify.measure import (
-    CheckedPrompts,
-    Comparison,
-    Replayer,
-    Sample,
-    measure_pictures,
-    relative_error,
-)
 from prebake.exporter.verify.outcome import Verdict
-from prebake.exporter.verify.verify import (
-    VerifyOptions,
-    judge_comparison,
-    load_reference,
-    settle_verdict,
-    verify_artifact,
-    write_golden,
-)
+from prebake.exporter.verify.replayer import Replayer
+from prebake.exporter.verify.verdicts import judge_comparison
+from prebake.exporter.verify.verify import VerifyOptions, load_reference, settle_verdict, verify_artifact, write_golden
 from prebake.runtime.artifact import open_artifact
 from prebake.runtime.errors import ArtifactError, ExportError, RecipeError
 from prebake.runtime.manifest import read_manifest
@@ -402,9 +391,9 @@ def test_checked_prompts_are_drawn_with_their_index_as_seed(replayer, tiny_artif
 def test_shapes_brings_its_own_prompts_and_checker():
     recipe = SimpleNamespace(model=SimpleNamespace(id="shapes"), verify=SimpleNamespace(prompts=()))
     assert len(picture_prompts(recipe)) == 8
-    checked = quality.checked_prompts("shapes")
+    checked = checked_prompts("shapes")
     assert len(checked.prompts) == 256
-    assert quality.checked_prompts("other/model") is None
+    assert checked_prompts("other/model") is None
     import numpy as np
 
     from prebake.exporter.shapes.checker import parse_prompt
@@ -419,17 +408,17 @@ def test_shapes_brings_its_own_prompts_and_checker():
 )
 def test_psnr(a, b, expected):
     full = torch.full((1, 3, 8, 8), a, dtype=torch.float64)
-    assert quality.psnr_db(full, torch.full_like(full, b)) == pytest.approx(expected, abs=1e-9)
+    assert closeness.psnr_db(full, torch.full_like(full, b)) == pytest.approx(expected, abs=1e-9)
 
 
 def test_figures_of_values_that_are_not_numbers():
     broken = torch.full((1, 3, 8, 8), nan)
-    assert isnan(quality.psnr_db(broken, broken))
+    assert isnan(closeness.psnr_db(broken, broken))
     assert isnan(relative_error(torch.tensor([nan]), torch.ones(1)))
     assert relative_error(torch.zeros(2), torch.zeros(2)) == 0
     assert relative_error(torch.ones(2), torch.zeros(2)) == inf
-    assert isnan(quality.largest_error([1.0, nan, 2.0]))
-    assert quality.largest_error([1.0, 3.0, 2.0]) == 3.0
+    assert isnan(closeness.largest_error([1.0, nan, 2.0]))
+    assert closeness.largest_error([1.0, 3.0, 2.0]) == 3.0
     assert relative_error(torch.tensor([3.0, 4.4]), torch.tensor([3.0, 4.0])) == pytest.approx(0.08)
 
 

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 from prebake.exporter.pipeline import ExportOptions, export
 from prebake.exporter.progress import open_progress
+from prebake.exporter.verify.closeness import relative_error
 from prebake.exporter.verify.denoiser_alone import AttachedReplayer
 from prebake.exporter.verify.golden import golden_path
-from prebake.exporter.verify.measure import relative_error
 from prebake.exporter.verify.verify import VerifyOptions, verify_artifact
 from prebake.runtime import ArtifactError, ExportError, RecipeError, RequestError, attach, detach, load
 from prebake.runtime.artifact import Artifact, open_artifact

@@ -33,12 +33,6 @@ from prebake.runtime.manifest import read_manifest
 PROMPTS = ("a large red circle", "a small blue square")
 
 
-@pytest.fixture
-def copied(tiny_artifact, tmp_path):
-    """The artifact in a folder that a test may damage."""
-    return shutil.copytree(tiny_artifact, tmp_path / "copied")
-
-
 @pytest.fixture(scope="session")
 def replayer(tiny_artifact):
     return Replayer(open_artifact(tiny_artifact))

@@ -1,5 +1,7 @@
 """Exports of a denoiser alone: what is refused, what recording leaves behind, and compiled artifacts in their pipelines."""
 
+from __future__ import annotations
+
 import copy
 import os
 import re

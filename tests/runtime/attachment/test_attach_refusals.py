@@ -1,5 +1,7 @@
 """What `attach` and an attached pipeline refuse by name: another pipeline, what was changed since, and calls that no plan is for."""
 
+from __future__ import annotations
+
 import copy
 from dataclasses import replace
 from typing import Any

@@ -33,7 +33,7 @@ from ..sites.component import Component
 from .budget import count_opening_steps
 from .closeness import relative_error
 from .golden import GOLDEN_BYTES, GoldenReplay, check_finite, golden_error, read_golden, save_golden, tolerance_of
-from .replayer import CallRecord, DrawnPicture, EnoughCallsError, GraphCall, GraphTap
+from .replayer import CallRecord, DrawnPicture, EnoughCallsError, GraphCall, tap_graphs
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,7 @@ class AttachedReplayer:
     def __init__(self, artifact: Artifact, recipe: Recipe, model: str) -> None:
         self.artifact, self.recipe, self.model = artifact, recipe, model
         self.record = CallRecord()
-        sites = {tensor for site in artifact.manifest.sites for tensor in site.tensors}
-        taps = {name: GraphTap(bound, sites, self.record) for name, bound in artifact.graphs.items()}
-        self._tapped = replace(artifact, graphs=taps)
+        self._tapped = replace(artifact, graphs=tap_graphs(artifact, self.record))
 
     @cached_property
     def loaded(self) -> source.LoadedPipeline:

@@ -84,6 +84,12 @@ class GraphTap(BoundGraph):
         return outputs
 
 
+def tap_graphs(artifact: Artifact, record: CallRecord) -> dict[str, GraphTap]:
+    """The artifact's graphs, with every call on record."""
+    sites = {tensor for site in artifact.manifest.sites for tensor in site.tensors}
+    return {name: GraphTap(bound, sites, record) for name, bound in artifact.graphs.items()}
+
+
 class ArtifactReplayer(Protocol):
     """What draws with an artifact: `Replayer`, or of a denoiser alone `AttachedReplayer`."""
 
@@ -107,8 +113,7 @@ class Replayer:
         self.artifact = artifact
         self.variants = frozenset(artifact.variants)
         self.record = CallRecord()
-        sites = {tensor for site in artifact.manifest.sites for tensor in site.tensors}
-        taps = {name: GraphTap(bound, sites, self.record) for name, bound in artifact.graphs.items()}
+        taps = tap_graphs(artifact, self.record)
         compared = artifact.manifest.model_copy(
             update={"unverified": ()}
         )  # or about to be, so that nobody need be told

@@ -44,7 +44,7 @@ def judge_psnr(recipe: Recipe, plan: Plan, samples: Sequence[Sample]) -> Verdict
 
 def judge_evaluations(manifest: Manifest, recipe: Recipe, plan: Plan, samples: Sequence[Sample | Trace]) -> Verdict:
     """The largest error of an evaluation that computes everything; what a cache predicts is judged by its pictures."""
-    whole = whole_variants(manifest)
+    whole = manifest.whole_graphs
     errors = [
         error
         for s in samples
@@ -80,11 +80,6 @@ def describe_verification(outcome: Outcome) -> Verification | None:
         checked_prompts=(made.checked, asked.checked),
         psnr_db={name: interval for name, values in found.items() if (interval := mean_interval(values))},
     )
-
-
-def whole_variants(manifest: Manifest) -> frozenset[str]:
-    """Graphs in which every site computes."""
-    return frozenset(g.name for g in manifest.graphs if not (g.combines or g.zeros or g.identities))
 
 
 def comparison_gaps(recipe: Recipe, plans: Mapping[str, Plan], comparison: Comparison) -> tuple[str, ...]:

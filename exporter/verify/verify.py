@@ -36,7 +36,7 @@ from .prompt_choice import limit_prompts, picture_jobs, read_prompts, threshold_
 from .reference import EagerReference, Reference
 from .replayer import ArtifactReplayer, Replayer
 from .source_pipeline import load_source_pipeline, manifest_recipe, source_model
-from .verdicts import comparison_gaps, describe_verification, judge_comparison, whole_variants
+from .verdicts import comparison_gaps, describe_verification, judge_comparison
 
 
 @dataclass(frozen=True)
@@ -242,7 +242,7 @@ def choose_work(
     job = (*jobs, *((prompt, 0) for prompt in prompts))[0]
     costs = measure_costs(replayer, reference, job) if plans else Costs({}, 0.0)
     left = None if budget is None else max(0.0, budget - (time.perf_counter() - start))
-    return choose_workload(left, costs, plans, whole_variants(replayer.artifact.manifest), jobs, len(prompts))
+    return choose_workload(left, costs, plans, replayer.artifact.manifest.whole_graphs, jobs, len(prompts))
 
 
 def write_golden(folder: Path, manifest: Manifest, recipe: Recipe) -> Manifest:

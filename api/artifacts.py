@@ -171,6 +171,7 @@ def verify(
     with require_exporter("verify"), silence_bars(), model_on_disk(model) as found:
         from .exporter.progress import open_progress
         from .exporter.verify import report
+        from .exporter.verify.outcome_tables import print_outcome
         from .exporter.verify.verify import VerifyOptions, verify_artifact
         from .runtime.figures import describe_plan, plan_report
 
@@ -180,7 +181,7 @@ def verify(
             manifest, outcome = verify_artifact(folder, options, shown)
         described = report.describe_outcome(manifest, outcome)
         text = io.StringIO()
-        report.print_outcome(manifest, outcome, text)
+        print_outcome(manifest, outcome, text)
         if output or source:
             report.write_verify_report(Path(output) if output else folder / "reports", manifest, outcome)
     measured = described.get("plans", {})

@@ -64,7 +64,7 @@ from prebake.exporter.rewrite import rewrite_pipeline
 from prebake.exporter.settle import sampler_table, settle
 from prebake.exporter.shapes.checker import check_picture
 from prebake.exporter.sites.discover import discover_layout
-from prebake.exporter.verify.measure import psnr_db, ssim
+from prebake.exporter.verify.closeness import psnr_db, ssim
 from prebake.runtime.errors import ExportError, RecipeError
 from prebake.runtime.plan import Plan
 from prebake.runtime.replay import DenoiserVariant, PlanTables, replay, tabulate_plan

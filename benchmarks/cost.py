@@ -22,7 +22,7 @@ from denoiser import variant_call
 from prebake.exporter.cost.forecast import build_rates
 from prebake.exporter.pipeline import prepare
 from prebake.exporter.progress import open_progress
-from prebake.exporter.verify.verify import manifest_recipe
+from prebake.exporter.verify.source_pipeline import manifest_recipe
 from prebake.runtime.artifact import Artifact, open_artifact
 
 

@@ -33,8 +33,10 @@ from .settle import build_scheduler
 from .sites.marks import Action, Mark
 from .verify import report
 from .verify.golden import golden_path, write_plan_golden
-from .verify.measure import Replayer
-from .verify.verify import compare_with_source, picture_jobs, source_model, threshold_prompts
+from .verify.prompt_choice import picture_jobs, threshold_prompts
+from .verify.replayer import Replayer
+from .verify.source_pipeline import source_model
+from .verify.verify import compare_with_source
 
 # --- the plans ------------------------------------------------------------------------------------------------------
 

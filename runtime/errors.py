@@ -121,6 +121,11 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
+def error_summary(error: BaseException) -> str:
+    """The error as one line, `Type: first line of its message`."""
+    return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
+
+
 def describe_read_error(error: OSError, folder: object) -> str:
     """A sentence that says why the system does not give a file of the artifact in `folder`, and the way out."""
     if isinstance(error, PermissionError):

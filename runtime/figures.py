@@ -75,7 +75,7 @@ def plan_figures(folder: Path, manifest: Manifest, plans: Mapping[str, Plan]) ->
 
 def describe_plan(manifest: Manifest, plan: Plan, measured: Mapping[str, Any]) -> PlanFigures:
     """The plan's figures, `measured` being what a report says of it."""
-    whole = {g.name for g in manifest.graphs if not (g.combines or g.zeros or g.identities)}
+    whole = manifest.whole_graphs
     return PlanFigures(
         plan.name,
         plan.steps,

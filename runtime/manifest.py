@@ -246,6 +246,11 @@ class Manifest(BaseModel):
         plans = "plan" if len(self.unverified) == 1 else "plans"
         return f"{self.status}, {plans} {', '.join(self.unverified)} never compared"
 
+    @property
+    def whole_graphs(self) -> frozenset[str]:
+        """The names of graphs in which every site computes."""
+        return frozenset(g.name for g in self.graphs if not (g.combines or g.zeros or g.identities))
+
     def graph(self, name: str) -> Graph:
         """The graph of that name; raises ArtifactError naming those that exist."""
         for graph in self.graphs:

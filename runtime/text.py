@@ -19,9 +19,9 @@ BLOCK_SIGNS = "█·░▒▓"  # of the first of them, in a terminal
 
 def variant_signs(manifest: Manifest, plans: Iterable[Plan]) -> dict[str, str]:
     """Variant -> its sign in a step strip: 1 computes everything, 0 is the first that does not, then a, b, c and so on."""
-    graphs = {graph.name: graph for graph in manifest.graphs}
+    whole, graphs = manifest.whole_graphs, {graph.name for graph in manifest.graphs}
     used = list(dict.fromkeys(name for plan in plans for name in plan.variants()))
-    cheaper = [n for n in used if n in graphs and (graphs[n].combines or graphs[n].zeros or graphs[n].identities)]
+    cheaper = [n for n in used if n in graphs - whole]
     signs = dict(zip(cheaper, VARIANT_SIGNS[1:], strict=False))
     return {name: signs.get(name, "?") if name in cheaper else VARIANT_SIGNS[0] for name in used}
 

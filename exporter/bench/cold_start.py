@@ -139,7 +139,7 @@ def start_artifact(start: ColdStart, caches: Path, stages: StageTimes) -> DrawCa
     pipe.set_progress_bar_config(disable=True)
     given: dict[str, Any] = {}
     if (picture := pipe.family_rules.settings.picture) and picture.required:
-        from ..verify.measure import example_arguments
+        from ..verify.replayer import example_arguments
 
         given = example_arguments(pipe, 0)
     return lambda prompt, seed, steps: pipe(

@@ -19,7 +19,8 @@ import torch
 
 from ...runtime.check.machine import cpu_name
 from ...runtime.errors import ArtifactError
-from ..verify.report import Cells, format_json, format_number, print_cells
+from ..verify.report import format_json
+from ..verify.text_table import Cells, format_number, print_cells
 from .cold_start import STAGES
 
 if TYPE_CHECKING:

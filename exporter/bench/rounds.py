@@ -31,8 +31,9 @@ from ..load.prompts import picture_prompts
 from ..progress import Progress
 from ..recipe.resolve import Recipe
 from ..verify import denoiser_alone as attached
-from ..verify.measure import call_arguments
-from ..verify.verify import load_source_pipeline, manifest_recipe, open_replayer, source_model
+from ..verify.replayer import call_arguments
+from ..verify.source_pipeline import load_source_pipeline, manifest_recipe, source_model
+from ..verify.verify import open_replayer
 from .cold_start import ColdStart, StartTimes, eager_call, measure_cold_start
 
 BASELINES = {

@@ -17,6 +17,7 @@ The weights are as many as there are slots, and the equations as many as there a
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -37,6 +38,7 @@ from ..sites.component import Component
 from ..sites.layout import Layout
 from ..sites.marks import Mark
 from ..sites.marks import Variant as Actions
+from ..verify.closeness import psnr_db
 from .eager_replay import eager_variants
 
 if TYPE_CHECKING:
@@ -245,7 +247,7 @@ def search_plans(
             for i, (_, state) in enumerate(best):
                 progress.announce(f"{state.cost:.1f} of {len(state.path)} evaluations")
                 better = refine_state(walk, state, examples)
-                best[i] = (psnr_db(decode(better.latents), truth), better)
+                best[i] = (mean_psnr_db(decode(better.latents), truth), better)
         with progress.stage("judge", len(best)):
             return judge_plans(walk, subject, best, judge, decode, plain, progress)
 
@@ -305,7 +307,7 @@ def choose_finalists(
     """The state of each cost whose pictures are nearest to `truth`, with their PSNR, cheapest first."""
     best: dict[int, tuple[float, BeamState]] = {}
     for state in finals:
-        found = (psnr_db(decode(state.latents), truth), state)
+        found = (mean_psnr_db(decode(state.latents), truth), state)
         best[round(2 * state.cost)] = max(best.get(round(2 * state.cost), found), found, key=lambda pair: pair[0])
     return [best[cost] for cost in sorted(best)]
 
@@ -368,8 +370,8 @@ def judge_plans(
                 subject.denoiser, subject.layout, table, Auto(candidates=("output",)), subject.timestep_scale
             )
             again = restart_examples(examples, table, walk.table.init_noise_sigma)
-            fewer[steps] = psnr_db(decode(shorter.computed(again).uncached[-1]), truth)
-        held_out = psnr_db(decode(walk.follow_path(examples, state.path)), truth)
+            fewer[steps] = mean_psnr_db(decode(shorter.computed(again).uncached[-1]), truth)
+        held_out = mean_psnr_db(decode(walk.follow_path(examples, state.path)), truth)
         if all(p.held_out_psnr_db < held_out for p in plans):
             plans.append(
                 FittedPlan(
@@ -417,7 +419,6 @@ def select_noise(updates: Sequence[Update], noise: Sequence[Tensor], e: int) -> 
     return noise[taken : taken + 1] if updates[e].noise else ()
 
 
-def psnr_db(pictures: Tensor, truth: Tensor) -> float:
-    """Mean over [P, 3, H, W] in 0..1 of each picture's PSNR; equal pictures count 120 dB, as in `measure.py`."""
-    error = (pictures - truth).double().pow(2).mean(dim=(1, 2, 3)).clamp_min(1e-12)
-    return float(-10 * error.log10().mean())
+def mean_psnr_db(pictures: Tensor, truth: Tensor) -> float:
+    """Mean over [P, 3, H, W] in 0..1 of each picture's PSNR."""
+    return statistics.fmean(map(psnr_db, pictures, truth))

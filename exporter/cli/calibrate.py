@@ -52,7 +52,7 @@ def _calibrate(args: argparse.Namespace) -> int:
     from ..calibrators import heatmap, runner
     from ..progress import open_progress
     from ..recipe.resolve import check_scheduler, recipe_folder, resolve
-    from ..verify.verify import read_prompts
+    from ..verify.prompt_choice import read_prompts
     from .quiet import silence_libraries
 
     recipe = resolve(args.recipe, args.overrides, args.model)

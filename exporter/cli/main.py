@@ -203,6 +203,7 @@ def _verify(args: argparse.Namespace) -> int:
     from ..package.sign import keep_signed
     from ..progress import open_progress
     from ..verify import report
+    from ..verify.outcome_tables import print_outcome
     from ..verify.verify import VerifyOptions, verify_artifact
     from .quiet import silence_libraries
 
@@ -215,7 +216,7 @@ def _verify(args: argparse.Namespace) -> int:
     elif args.quiet:
         print_lines(*outcome.missed, file=sys.stderr)
     else:
-        report.print_outcome(manifest, outcome, sys.stdout)
+        print_outcome(manifest, outcome, sys.stdout)
     if args.output or args.source:  # last, so that a folder that cannot be written costs no result
         report.write_verify_report(args.output or args.artifact / "reports", manifest, outcome)
     return QualityError.exit_code if outcome.missed else 0

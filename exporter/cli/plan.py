@@ -85,7 +85,7 @@ def _change_recipe(folder: Path, args: argparse.Namespace) -> Recipe:
     from ...runtime.errors import RecipeError
     from ...runtime.manifest import read_manifest
     from ..recipe.resolve import change_recipe, check_scheduler
-    from ..verify.verify import manifest_recipe
+    from ..verify.source_pipeline import manifest_recipe
 
     if foreign := [o for o in args.overrides if not o.strip().startswith(("cache", "sampler.", "verify."))]:
         raise RecipeError(

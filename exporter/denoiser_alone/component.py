@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ...runtime.attachment.arguments import EmptyContainer, map_leaves, named_leaves
-from ...runtime.errors import ExportError, first_line
+from ...runtime.errors import ExportError, error_summary
 from ..private_torch import fake_tensor_mode, suspend_modes
 from ..sites.component import Component
 from .call_kinds import CallKind
@@ -91,7 +91,7 @@ def bake_arguments(
     }
     if problem := tracing_error(name, denoiser, again(frozenset(candidates))):
         raise ExportError(
-            f"{type(denoiser).__name__}: cannot be traced ({type(problem).__name__}: {first_line(problem)}); "
+            f"{type(denoiser).__name__}: cannot be traced ({error_summary(problem)}); "
             "a model that reads latents or timesteps in Python cannot be exported"
         ) from problem
     for candidate in sorted(candidates):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ...runtime.attachment.arguments import EmptyContainer, OutputStructure, bind_call, map_leaves, named_leaves
 from ...runtime.attachment.scheduler_observer import SchedulerObserver, schedule_steps
-from ...runtime.errors import ExportError, PrebakeError, RecipeError, first_line
+from ...runtime.errors import ExportError, PrebakeError, RecipeError, error_summary
 from ..plan.sampler import floats
 from ..rewrite import DENOISER_COMPONENTS
 
@@ -156,7 +156,7 @@ def explain_call_errors(pipe: Any, arguments: Mapping[str, Any]) -> Iterator[Non
             else "give what it lacks in attach.arguments"
         )
         raise ExportError(
-            f"{type(pipe).__name__}: could not be called with {', '.join(arguments)} ({type(e).__name__}: {first_line(e)}); {way_out}"
+            f"{type(pipe).__name__}: could not be called with {', '.join(arguments)} ({error_summary(e)}); {way_out}"
         ) from e
 
 

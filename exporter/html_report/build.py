@@ -129,7 +129,7 @@ def plot_closeness_section(g: PageFacts, parts: PageParts) -> dict[str, Any] | N
             if f.relative_error
         )
         section["plot"] = parts.plot(
-            "errors", text, lambda c, w: plots.plot_errors(c, w, having, plots.full_variants(g.manifest), threshold)
+            "errors", text, lambda c, w: plots.plot_errors(c, w, having, g.manifest.whole_graphs, threshold)
         )
     return section
 
@@ -148,7 +148,7 @@ def plot_time_section(g: PageFacts, parts: PageParts) -> dict[str, Any] | None:
         section["steps"] = parts.plot(
             "steps",
             "Time of each evaluation, in the table below.",
-            lambda c, w: plots.plot_step_times(c, w, g.shown, plots.full_variants(g.manifest), times),
+            lambda c, w: plots.plot_step_times(c, w, g.shown, g.manifest.whole_graphs, times),
         )
     return section
 

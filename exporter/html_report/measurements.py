@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...runtime.plan import Plan
-from ..verify.report import format_number
+from ..verify.text_table import format_number
 from . import plots
 from .elements import HtmlTable, machine_text, seconds_text, spread_text
 from .facts import PageFacts

@@ -99,11 +99,6 @@ def shorten_text(text: str, most: int) -> str:
 # --- error per step -------------------------------------------------------------------------------------------------
 
 
-def full_variants(manifest: Manifest) -> frozenset[str]:
-    """Graphs that compute everything."""
-    return frozenset(g.name for g in manifest.graphs if not (g.combines or g.zeros or g.identities))
-
-
 def plot_errors(
     palette: Palette,
     width: float,
@@ -111,7 +106,7 @@ def plot_errors(
     whole: frozenset[str],
     threshold: float | None,
 ) -> Any:
-    """The largest error of each evaluation over the pictures, on a log axis; marks are hollow where it is not `full_variants`."""
+    """The largest error of each evaluation over the pictures, on a log axis; marks are hollow where not everything was computed."""
     columns = 1 if width < 500 else 3
     top = 30 + 16 * math.ceil((len(plans) + bool(threshold)) / columns)
     fig = make_figure(width, top + 210)
@@ -175,7 +170,7 @@ def set_integer_ticks(ax: Any, count: int, width: float) -> None:
 def plot_step_times(
     palette: Palette, width: float, plans: Sequence[Plan], whole: frozenset[str], times: ReportTimes
 ) -> Any:
-    """A panel for each plan: the median time of each evaluation, and its quartiles as a line. Blue where it is `full_variants`."""
+    """A panel for each plan: the median time of each evaluation, and its quartiles as a line. Blue where everything was computed."""
     top, panel, bottom = 4, 118, 38
     fig = make_figure(width, top + panel * len(plans) + bottom)
     height = fig.get_size_inches()[1] * DPI

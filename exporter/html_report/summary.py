@@ -57,7 +57,7 @@ def summary_tiles(g: PageFacts) -> Iterator[dict[str, str]]:
         note = "by the model's checker" + ("" if eager is None else f"; eager {eager:.1f}%")
         yield {"value": f"{figures.accuracy_percent:.1f}%", "what": "of prompts drawn right", "note": note}
     share = flops_share(g.manifest, plan)
-    whole = plots.full_variants(g.manifest)
+    whole = g.manifest.whole_graphs
     computed = sum(e.variant in whole for e in plan.evaluations)
     note = f"{computed} of {len(plan.evaluations)} evaluations compute everything"
     yield {"value": f"{100 * share:.0f}%", "what": "of the denoiser's arithmetic", "note": note}

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import socket
+from functools import partial
 from pathlib import Path
 
-from ...runtime.errors import ExportError
-from ...runtime.transfer.hub import error_chain, error_summary
+from ...runtime.errors import ExportError, error_summary
+from ...runtime.transfer.hub import is_caused_by
 
 
 def download_model(model: str, revision: str | None) -> Path:
@@ -28,11 +29,7 @@ def download_failure(model: str, revision: str | None, error: BaseException) -> 
         RevisionNotFoundError,
     )
 
-    causes = tuple(error_chain(error))
-
-    def among(*types: type[BaseException]) -> bool:
-        return any(isinstance(cause, types) for cause in causes)
-
+    among = partial(is_caused_by, error)
     if among(GatedRepoError):  # is a RepositoryNotFoundError too
         return (
             f"its owner asks for a licence to be accepted; do so on the model's page, https://huggingface.co/{model}, "

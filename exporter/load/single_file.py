@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from ...runtime.errors import ExportError
-from .hub_errors import download_failure, error_summary
+from ...runtime.errors import ExportError, error_summary
+from .hub_errors import download_failure
 from .missing_weights import refuse_empty_tensors
 
 PIPELINE_CLASSES = {

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ...runtime.errors import ExportError
+from ...runtime.errors import ExportError, error_summary
 from ...runtime.manifest import Source
 from .. import tiny
 from ..recipe.problems import suggest_name
@@ -95,7 +95,7 @@ def read_pipeline(model: str, folder: Path, dtypes: dict[str, torch.dtype]) -> A
             folder, dtype=dtypes, local_files_only=True, variant=variant, **absent_components(folder)
         )
     except Exception as e:
-        raise ExportError(f"model {model!r}: diffusers could not read {folder} ({hub.error_summary(e)})") from e
+        raise ExportError(f"model {model!r}: diffusers could not read {folder} ({error_summary(e)})") from e
 
 
 def absent_components(folder: Path) -> dict[str, None]:

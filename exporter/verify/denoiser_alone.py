@@ -1,6 +1,6 @@
 """Attached: an artifact of a denoiser alone, drawing in its own pipeline, for `verify.py`.
 
-`AttachedReplayer` and `AttachedReference` do for such an artifact what `Replayer` and `Reference` in `measure.py` do for
+`AttachedReplayer` and `AttachedReference` do for such an artifact what `Replayer` and `Reference` do for
 others, and are compared by the same functions. Golden vectors need no pipeline: they are the denoiser's own calls, what
 it was given and what it returned, in the order of the plan.
 """
@@ -31,8 +31,9 @@ from ..recipe.resolve import Recipe
 from ..settle import component_dtypes, load_pipeline
 from ..sites.component import Component
 from .budget import count_opening_steps
+from .closeness import relative_error
 from .golden import GOLDEN_BYTES, GoldenReplay, check_finite, golden_error, read_golden, save_golden, tolerance_of
-from .measure import CallRecord, DrawnPicture, EnoughCallsError, GraphCall, GraphTap, relative_error
+from .replayer import CallRecord, DrawnPicture, EnoughCallsError, GraphCall, tap_graphs
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,7 @@ class AttachedReplayer:
     def __init__(self, artifact: Artifact, recipe: Recipe, model: str) -> None:
         self.artifact, self.recipe, self.model = artifact, recipe, model
         self.record = CallRecord()
-        sites = {tensor for site in artifact.manifest.sites for tensor in site.tensors}
-        taps = {name: GraphTap(bound, sites, self.record) for name, bound in artifact.graphs.items()}
-        self._tapped = replace(artifact, graphs=taps)
+        self._tapped = replace(artifact, graphs=tap_graphs(artifact, self.record))
 
     @cached_property
     def loaded(self) -> source.LoadedPipeline:

@@ -28,7 +28,8 @@ from ..families.text import TEXT_ENCODER
 from ..load.prompts import picture_prompts
 from ..recipe.resolve import Recipe
 from .budget import count_opening_steps
-from .measure import DrawnPicture, GraphCall, Replayer, image_array, largest_error, psnr_db, relative_error
+from .closeness import largest_error, psnr_db, relative_error
+from .replayer import DrawnPicture, GraphCall, Replayer, image_array
 
 GOLDEN_BYTES = 64 << 20  # of one plan's denoiser outputs
 MAX_GOLDEN_BYTES = (

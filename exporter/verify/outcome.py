@@ -7,10 +7,8 @@ from dataclasses import dataclass
 
 from ...runtime.plan import Plan
 from ..recipe.resolve import Recipe
+from .comparison import Comparison
 from .golden import GoldenReplay
-from .measure import (
-    Comparison,
-)
 
 
 @dataclass(frozen=True)

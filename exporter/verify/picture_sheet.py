@@ -19,7 +19,8 @@ from torch import Tensor
 
 from ...runtime.manifest import Manifest
 from ...runtime.plan import Plan
-from .measure import PictureRow, psnr_db
+from .closeness import psnr_db
+from .comparison import PictureRow
 
 DIFFERENCE_GAIN = 8  # of the difference
 GAP, LINE, FONT_SIZE = 8, 18, 13

@@ -1,6 +1,6 @@
-"""Report: what a verification found, as a table for people and as JSON for programs, with the pictures of `sheet.py`.
+"""Report: what a verification found, as JSON for programs, with the pictures of `picture_sheet.py`.
 
-An `Outcome` of `verify.py` comes in. Units are in the names; every mean says over how many; what was not measured is
+An `Outcome` of `verify.py` comes in; `outcome_tables.py` shows people the same. Units are in the names; every mean says over how many; what was not measured is
 listed. Times belong to the machine that is named beside them, so a report is never part of what an artifact's hashes cover.
 """
 
@@ -13,7 +13,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any
 
 import torch
 
@@ -22,18 +22,9 @@ from ...runtime.errors import RecipeError
 from ...runtime.manifest import Manifest
 from ...runtime.plan import Plan
 from . import picture_sheet as sheet
-from .measure import (
-    Comparison,
-    Sample,
-    Trace,
-    covered_share,
-    largest_error,
-    mean_interval,
-    smallest_psnr_db,
-)
-
-if TYPE_CHECKING:
-    from .outcome import Outcome
+from .closeness import covered_share, largest_error, mean_interval, smallest_psnr_db
+from .comparison import Comparison, Sample, Trace
+from .outcome import Outcome
 
 SCHEMA_VERSION = 1
 VERIFY_METHOD_NOTES = {
@@ -73,9 +64,6 @@ def replace_nonfinite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [replace_nonfinite(v) for v in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-# --- as JSON --------------------------------------------------------------------------------------------------------
 
 
 def describe_outcome(manifest: Manifest, outcome: Outcome) -> dict[str, Any]:
@@ -260,160 +248,3 @@ def ratio_or_none(a: float | None, b: float | None) -> float | None:
 
 def to_percent(share: float | None) -> float | None:
     return None if share is None else 100 * share
-
-
-# --- as a table -----------------------------------------------------------------------------------------------------
-
-Cells = list[tuple[str, ...]]
-
-
-def print_outcome(manifest: Manifest, outcome: Outcome, file: TextIO) -> None:
-    """Tables on `file`: drawn by rich where it is installed, columns of plain text where it is not."""
-    described = describe_outcome(manifest, outcome)
-    tables = [("golden vectors, replayed here", golden_cells(described["golden"]))]
-    if outcome.comparison:
-        tables.append(("closeness to eager float32", closeness_cells(described)))
-        tables.append((f"speed, {described['machine']['threads']} threads", speed_cells(described)))
-        tables.append(("variants", variant_cells(described["variants"])))
-        tables.append(("thresholds of the recipe", verdict_cells(described["verdicts"])))
-    for title, cells in tables:
-        print_cells(title, cells, file)
-    for sentence in described["not_measured"]:
-        print(f"note: {sentence}", file=file)
-    for sentence in described["missed"]:
-        print(f"FAILED: {sentence}", file=file)
-
-
-def golden_cells(replays: Mapping[str, Any]) -> Cells:
-    cells: Cells = [("plan", "denoiser", "latents", "picture", "allowed", "")]
-    for plan, g in replays.items():
-        allowed = f"{g['tolerance']['relative_error']:g}, {g['tolerance']['image_psnr_db']:g} dB"
-        how = (
-            ("same to the bit" if g["bitwise"] else f"passed: {g['tolerance']['reason']}") if g["passed"] else "FAILED"
-        )
-        figures = (g["relative_error_per_evaluation"], g["final_latents_relative_error"], g["image_psnr_db"])
-        picture = f"{figures[2]:.1f} dB" if figures[2] is not None else ""
-        cells.append(
-            (plan, f"{largest_error(figures[0]):.2g}", format_number(figures[1], ".2g"), picture, allowed, how)
-        )
-    return cells
-
-
-def closeness_cells(described: Mapping[str, Any]) -> Cells:
-    """How close each plan's pictures and evaluations are to eager's, and what share of the prompts eager and plans draw right."""
-    cells: Cells = [("", "PSNR dB", "worst", "SSIM", "max error", "mean", "latents", "right %")]
-    for steps, e in described["eager"].items():
-        cells.append((f"eager, {steps} steps", "", "", "", "", "", "", format_number(e["accuracy_percent"], ".1f")))
-    for name, plan in described["plans"].items():
-        near, errors = plan["pictures"] or plan["checked_pictures"] or {}, plan["relative_error"] or {}
-        cells.append(
-            (
-                plan_label(name, plan),
-                format_number(near.get("psnr_db"), ".1f"),
-                format_number(near.get("psnr_db_min"), ".1f"),
-                format_number(near.get("ssim"), ".4f"),
-                format_number(errors.get("max"), ".2g"),
-                format_number(errors.get("mean"), ".2g"),
-                format_number(near.get("latents_relative_error"), ".2g"),
-                format_number(plan["accuracy_percent"], ".1f"),
-            )
-        )
-    return cells
-
-
-def speed_cells(described: Mapping[str, Any]) -> Cells:
-    """What a picture and a step take: eager's line for each number of steps, and a line for each plan."""
-    cells: Cells = [("", "s/image", "ms/step", "speed", "FLOPs %")]
-    for steps, e in described["eager"].items():
-        times = (format_number(e["image_s"], ".3f"), format_number(e["evaluation_ms"], ".2f"))
-        cells.append((f"eager, {steps} steps", *times, "1.00x", ""))
-    for name, plan in described["plans"].items():
-        cells.append(
-            (
-                plan_label(name, plan),
-                format_number(plan["image_s"], ".3f"),
-                format_number(plan["evaluation_ms"], ".2f"),
-                format_number(plan["speedup"], ".2f", "x"),
-                format_number(plan["flops_share_percent"], ".0f"),
-            )
-        )
-    return cells
-
-
-def plan_label(name: str, plan: Mapping[str, Any]) -> str:
-    return f"plan {name}" + ("" if plan["cache"] == "none" else f", cache {plan['cache']}")
-
-
-def variant_cells(measured: Mapping[str, Any]) -> Cells:
-    cells: Cells = [("variant", "ms", "time %", "FLOPs %")]
-    for name, v in measured.items():
-        cells.append(
-            (
-                name,
-                format_number(v["evaluation_ms"], ".2f"),
-                format_number(v["time_share_percent"], ".1f"),
-                format_number(v["flops_share_percent"], ".1f"),
-            )
-        )
-    return cells
-
-
-def verdict_cells(verdicts: Sequence[Mapping[str, Any]]) -> Cells:
-    cells: Cells = [("plan", "figure", "value", "threshold", "over", "")]
-    for v in verdicts:
-        cells.append(
-            (
-                v["plan"],
-                v["figure"],
-                f"{v['value']:.4g}",
-                f"{v['threshold']:g}",
-                v["over"],
-                "passed" if v["passed"] else "FAILED",
-            )
-        )
-    return cells
-
-
-def format_number(value: float | None, form: str, unit: str = "") -> str:
-    return "-" if value is None else f"{value:{form}}{unit}"
-
-
-TERMINAL_COLUMNS = 80
-SHORT_CELL = 20  # characters: what is no longer stays on one line
-
-
-def print_cells(title: str, cells: Cells, file: TextIO) -> None:
-    """A table that fits 80 columns as long as its numbers do: what stands first in a row is broken, and numbers never are."""
-    try:
-        from rich import box
-        from rich.console import Console
-        from rich.table import Table
-    except ImportError:
-        return print_plain_cells(title, cells, file)
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column(cells[0][0], overflow="fold")
-    for column in list(zip(*cells, strict=True))[1:]:
-        number = any(cell[:1].isdigit() for cell in column[1:])
-        is_short = max(map(len, column)) <= SHORT_CELL
-        table.add_column(column[0], justify="right" if number else "left", no_wrap=number or is_short, overflow="fold")
-    for row in cells[1:]:
-        table.add_row(*row)
-    if file.isatty():
-        Console(file=file, highlight=False).print(table)
-    else:  # whatever FORCE_COLOR says: control codes in a file are noise
-        Console(file=file, width=TERMINAL_COLUMNS, highlight=False, force_terminal=False).print(table)
-    return None
-
-
-def print_plain_cells(title: str, cells: Cells, file: TextIO) -> None:
-    """The same without rich. A row that is too wide begins with its first cell on a line of its own."""
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    is_wide = 2 + sum(widths) + 2 * (len(widths) - 1) > TERMINAL_COLUMNS
-    print(title, file=file)
-    for first, *others in cells:
-        if is_wide and first:
-            print(f"  {first}", file=file)
-        lead = [" " * 4] if is_wide else [first.ljust(widths[0])]
-        print(
-            "  " + "  ".join(lead + [c.ljust(w) for c, w in zip(others, widths[1:], strict=True)]).rstrip(), file=file
-        )

@@ -1,56 +1,42 @@
 """Verify: an artifact and the eager pipeline draw the same prompts, and the recipe's thresholds decide.
 
 `pipeline.py` calls `write_golden` and `settle_verdict` on the staged folder; `prebake verify` calls
-`verify_artifact` on a finished one. `measure.py` measures, `report.py` writes down; here the figures are judged. An
+`verify_artifact` on a finished one. `comparison.py` measures, `verdicts.py` judges, `report.py` writes down. An
 artifact that goes on has the status "verified", or "failed" if that was asked for. What an export could not settle, since
 the code runs on another machine, `verify_artifact` settles there.
 """
 
 from __future__ import annotations
 
-import statistics
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 
 from ...runtime.artifact import Artifact, open_artifact
 from ...runtime.check.artifact import check_artifact
-from ...runtime.errors import ArtifactError, QualityError, RecipeError, describe_schema_error
-from ...runtime.manifest import ATTACH_FAMILY, Manifest, Verification, read_manifest
-from ...runtime.plan import Plan
+from ...runtime.errors import ArtifactError, QualityError, RecipeError
+from ...runtime.manifest import ATTACH_FAMILY, Manifest, read_manifest
 from ..families.registry import load_family
-from ..load import source
-from ..load.prompts import picture_prompts
 from ..package.folder import file_entries, stage_linked_copy, update_manifest
 from ..progress import Progress
 from ..recipe.duration import parse_duration
 from ..recipe.resolve import Recipe
-from ..settle import load_pipeline
 from . import denoiser_alone as attached
 from . import report
 from .budget import Costs, PictureJob, Workload, choose_workload
+from .checked_prompts import CheckedPrompts, checked_prompts
+from .comparison import measure_costs, measure_pictures
 from .golden import GoldenReplay, plans_without_golden, replay_golden, write_plan_golden
-from .measure import (
-    ArtifactReplayer,
-    CheckedPrompts,
-    Comparison,
-    EagerReference,
-    Reference,
-    Replayer,
-    Sample,
-    Trace,
-    checked_prompts,
-    largest_error,
-    mean_interval,
-    measure_costs,
-    measure_pictures,
-)
-from .outcome import Outcome, Verdict
+from .outcome import Outcome
+from .prompt_choice import limit_prompts, picture_jobs, read_prompts, threshold_prompts
+from .reference import EagerReference, Reference
+from .replayer import ArtifactReplayer, Replayer
+from .source_pipeline import load_source_pipeline, manifest_recipe, source_model
+from .verdicts import comparison_gaps, describe_verification, judge_comparison
 
 
 @dataclass(frozen=True)
@@ -256,7 +242,7 @@ def choose_work(
     job = (*jobs, *((prompt, 0) for prompt in prompts))[0]
     costs = measure_costs(replayer, reference, job) if plans else Costs({}, 0.0)
     left = None if budget is None else max(0.0, budget - (time.perf_counter() - start))
-    return choose_workload(left, costs, plans, whole_variants(replayer.artifact.manifest), jobs, len(prompts))
+    return choose_workload(left, costs, plans, replayer.artifact.manifest.whole_graphs, jobs, len(prompts))
 
 
 def write_golden(folder: Path, manifest: Manifest, recipe: Recipe) -> Manifest:
@@ -298,9 +284,6 @@ def open_replayer(artifact: Artifact, recipe: Recipe, model: str) -> Replayer | 
     return Replayer(artifact)
 
 
-# --- what is drawn, and with which pipeline -------------------------------------------------------------------------
-
-
 def load_reference(manifest: Manifest, recipe: Recipe, model: str) -> EagerReference:
     """The manifest's pipeline, loaded again in float32 and left as it is, with the recipe's scheduler.
 
@@ -310,34 +293,6 @@ def load_reference(manifest: Manifest, recipe: Recipe, model: str) -> EagerRefer
     if manifest.family == ATTACH_FAMILY:
         return attached.AttachedReference(recipe, loaded)
     return Reference(loaded.pipe, load_family(manifest.family), manifest, recipe.guidance)
-
-
-def load_source_pipeline(manifest: Manifest, recipe: Recipe, model: str, dtype: torch.dtype) -> source.LoadedPipeline:
-    """The manifest's pipeline with all its weights in `dtype`, and the recipe's scheduler."""
-    loaded = load_pipeline(recipe, {"default": dtype}, model)
-    if loaded.source.sha256 != manifest.source.sha256:
-        raise RecipeError(
-            f"model {model!r}: sha256 over its files is {loaded.source.sha256}, the artifact was made of "
-            f"{manifest.source.model!r} with {manifest.source.sha256}; name that one with --model, or export again"
-        )
-    return loaded
-
-
-def source_model(manifest: Manifest) -> str:
-    """The model to load where the caller names none. Raises RecipeError for a folder or file of the exporter's."""
-    model = manifest.source.model
-    if source.is_known_model(model):
-        return model
-    raise RecipeError(
-        f"the artifact was made of a folder or file named {model!r}, and does not say where it lies; add --model FOLDER"
-    )
-
-
-def manifest_recipe(folder: Path, manifest: Manifest) -> Recipe:
-    try:
-        return Recipe.model_validate(manifest.recipe)
-    except ValidationError as e:
-        raise ArtifactError(f"{describe_schema_error(folder / 'manifest.json', e, 'recipe')}; export again") from e
 
 
 def override_prompts(recipe: Recipe, choices: VerifyOptions) -> Recipe:
@@ -355,129 +310,3 @@ def override_prompts(recipe: Recipe, choices: VerifyOptions) -> Recipe:
     if choices.prompts is not None:
         changes["prompts"] = read_prompts(choices.prompts)
     return recipe.model_copy(update={"verify": recipe.verify.model_copy(update=changes)})
-
-
-def read_prompts(path: Path) -> tuple[str, ...]:
-    """The file's lines that are not empty: one prompt each."""
-    try:
-        prompts = tuple(line.strip() for line in path.read_text("utf-8-sig").splitlines() if line.strip())
-    except OSError as e:
-        raise RecipeError(f"--prompts {path}: expected a text file with one prompt a line, but {e.strerror}") from e
-    except ValueError as e:
-        raise RecipeError(f"--prompts {path}: expected text in UTF-8, but {e}; save it so") from e
-    if not prompts:
-        raise RecipeError(f"--prompts {path}: expected one prompt a line, the file has none")
-    return prompts
-
-
-def picture_jobs(recipe: Recipe, limit: int | None = None) -> tuple[PictureJob, ...]:
-    """The recipe's prompts with each of its seeds."""
-    return tuple((prompt, seed) for seed in range(recipe.verify.seeds) for prompt in picture_prompts(recipe)[:limit])
-
-
-def threshold_prompts(recipe: Recipe, manifest: Manifest) -> CheckedPrompts | None:
-    """The checked prompts of an export: only as many as the recipe says, since all of them take minutes."""
-    if recipe.verify.prompt_accuracy_drop is None:
-        return None
-    return limit_prompts(checked_prompts(manifest.source.model), recipe.verify.accuracy_prompts)
-
-
-def limit_prompts(checked: CheckedPrompts | None, limit: int | None) -> CheckedPrompts | None:
-    return checked and replace(checked, prompts=checked.prompts[:limit])
-
-
-# --- verdicts -------------------------------------------------------------------------------------------------------
-
-
-def judge_comparison(
-    manifest: Manifest, recipe: Recipe, plans: Mapping[str, Plan], comparison: Comparison
-) -> tuple[Verdict, ...]:
-    """Every threshold of the recipe that this comparison can be held to."""
-    verdicts = []
-    for name, plan in plans.items():
-        if samples := [s for s in comparison.pictures if s.plan == name]:
-            verdicts.append(judge_psnr(recipe, plan, samples))
-        if records := [s for s in comparison.evaluation_records if s.plan == name]:
-            verdicts.append(judge_evaluations(manifest, recipe, plan, records))
-        if comparison.exact and recipe.verify.prompt_accuracy_drop is not None:
-            verdicts.append(judge_accuracy(recipe, plan, comparison))
-    return tuple(verdicts)
-
-
-def judge_psnr(recipe: Recipe, plan: Plan, samples: Sequence[Sample]) -> Verdict:
-    """The mean over pictures of each picture's PSNR."""
-    key, threshold = "psnr_db", recipe.verify.psnr_db
-    way_out = "quantize fewer layers (quantize.exclude), take a wider precision, or lower verify.psnr_db"
-    if plan.cache != "none" and recipe.verify.cached_psnr_db is not None:
-        key, threshold = "cached_psnr_db", recipe.verify.cached_psnr_db
-        way_out = "let the cache compute at more steps, or lower verify.cached_psnr_db"
-    value = statistics.fmean(s.psnr_db for s in samples)
-    return Verdict(plan.name, key, value, threshold, True, f"mean of {len(samples)} pictures", way_out)
-
-
-def judge_evaluations(manifest: Manifest, recipe: Recipe, plan: Plan, samples: Sequence[Sample | Trace]) -> Verdict:
-    """The largest error of an evaluation that computes everything; what a cache predicts is judged by its pictures."""
-    whole = whole_variants(manifest)
-    errors = [
-        error
-        for s in samples
-        for error, (variant, _) in zip(s.evaluation_errors, s.variant_ms, strict=False)
-        if variant in whole and error is not None
-    ]
-    value = largest_error(errors)
-    way_out = "quantize fewer layers (quantize.exclude), take a wider precision, or raise verify.relative_error"
-    over = f"largest of {len(errors)} evaluations that compute everything"
-    return Verdict(plan.name, "relative_error", value, recipe.verify.relative_error, False, over, way_out)
-
-
-def judge_accuracy(recipe: Recipe, plan: Plan, comparison: Comparison) -> Verdict:
-    """Points that the plan loses of eager's accuracy."""
-    drop = 100 * (comparison.exact_eager[plan.steps] - comparison.exact[plan.name])
-    way_out = "quantize or cache less, or raise verify.prompt_accuracy_drop"
-    over = f"points, on {comparison.checked_pictures} prompts"
-    return Verdict(
-        plan.name, "prompt_accuracy_drop", drop, recipe.verify.prompt_accuracy_drop or 0.0, False, over, way_out
-    )
-
-
-def describe_verification(outcome: Outcome) -> Verification | None:
-    """What the verdict rests on, for the manifest."""
-    if not outcome.comparison or not (workload := outcome.comparison.workload):
-        return None
-    made, asked = workload.count, workload.asked
-    found = {name: [s.psnr_db for s in outcome.comparison.pictures if s.plan == name] for name in outcome.plans}
-    return Verification(
-        budget=outcome.recipe.verify.budget,
-        pictures=(made.pictures, asked.pictures),
-        evaluations=(made.evaluations, asked.evaluations),
-        checked_prompts=(made.checked, asked.checked),
-        psnr_db={name: interval for name, values in found.items() if (interval := mean_interval(values))},
-    )
-
-
-def whole_variants(manifest: Manifest) -> frozenset[str]:
-    """Graphs in which every site computes."""
-    return frozenset(g.name for g in manifest.graphs if not (g.combines or g.zeros or g.identities))
-
-
-def comparison_gaps(recipe: Recipe, plans: Mapping[str, Plan], comparison: Comparison) -> tuple[str, ...]:
-    """Sentences on what the recipe asks for and this comparison cannot say."""
-    found = []
-    if (workload := comparison.workload) and not workload.is_whole:
-        found.append(
-            f"not everything was compared within verify.budget = {recipe.verify.budget}: {workload.describe()}; "
-            "`prebake verify --source --budget full` compares all"
-        )
-    if comparison.traces:
-        found.append("PSNR was not held to the recipe: one picture in eager takes longer than verify.budget")
-    elif not comparison.pictures:
-        found.append(
-            "PSNR and evaluations were not held to the recipe: its own prompts were not drawn (--prompt-set accuracy)"
-        )
-    if recipe.verify.prompt_accuracy_drop is not None and not comparison.exact:
-        found.append("prompt accuracy was not measured: the model has no checker, or its prompts were not asked for")
-    if any(plan.cache != "none" for plan in plans.values()):
-        found.append(
-            "the evaluations that the cache predicts are reported and have no threshold of their own; the cached plan's pictures have"
-        )
-    return tuple(found)

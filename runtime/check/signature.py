@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..bounds import MAX_MANIFEST_BYTES, parse_json
-from ..errors import ArtifactError, RecipeError
+from ..errors import ArtifactError, RecipeError, first_line
 from ..manifest import MANIFEST_FILE, Manifest
 from ..storage.files import read_plain_file
 
@@ -110,7 +110,7 @@ def _statement_problems(
 
 def error_clause(e: Exception) -> str:
     """What it says, as a part of a sentence; its name, where it says nothing."""
-    return str(e).strip().partition("\n")[0].rstrip(". ") or type(e).__name__
+    return first_line(e).rstrip(". ") or type(e).__name__
 
 
 def verifier_of(public_key: Path | str | Identity) -> Any:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ..errors import ArtifactError
+from ..errors import ArtifactError, first_line
 from ..manifest import Manifest, Site
 from ..replay import DenoiserVariant, PlanTables, replay
 from .memory import is_gpu_out_of_memory
@@ -115,7 +115,7 @@ class RecordedLoop:
         except RuntimeError as e:
             if is_gpu_out_of_memory(e):
                 raise
-            why = str(e).strip().splitlines()[0]
+            why = first_line(e)
             raise ArtifactError(
                 f"manifest.json [recipe.compile.options.{CUDA_GRAPHS_OPTION}]: this torch could not record plan {recording.tables.plan.name!r} "
                 f"({why}); export again without that option"

@@ -13,12 +13,12 @@ import socket
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from ..bounds import MAX_MANIFEST_BYTES, parse_json
-from ..errors import ArtifactError, RecipeError
+from ..errors import ArtifactError, RecipeError, error_summary
 from ..hub.address import HUB_SCHEME
 from ..storage.files import read_plain_file, sha256_of
 from .progress import TransferProgress
@@ -229,12 +229,10 @@ def hub_error_reason(error: BaseException) -> str:
         RevisionNotFoundError,
     )
 
-    causes = tuple(error_chain(error))
-
-    def among(*types: type[BaseException]) -> bool:
-        return any(isinstance(cause, types) for cause in causes)
-
-    status = next((cause.response.status_code for cause in causes if isinstance(cause, HfHubHTTPError)), None)
+    among = partial(is_caused_by, error)
+    status = next(
+        (cause.response.status_code for cause in error_chain(error) if isinstance(cause, HfHubHTTPError)), None
+    )
     if among(OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set, so the Hub is not asked; unset it"
     if among(GatedRepoError):  # is a RepositoryNotFoundError too
@@ -251,13 +249,13 @@ def hub_error_reason(error: BaseException) -> str:
     return f"the Hub or the way to it fails ({error_summary(error)}); try again, and what has arrived is not sent again"
 
 
+def is_caused_by(error: BaseException, *types: type[BaseException]) -> bool:
+    """Whether the error, or one that led to it, is of these types."""
+    return any(isinstance(cause, types) for cause in error_chain(error))
+
+
 def error_chain(error: BaseException | None) -> Iterator[BaseException]:
     """The error and what led to it, the latest first."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
-
-
-def error_summary(error: BaseException) -> str:
-    """The error as one line, `Type: first line of its message`."""
-    return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])

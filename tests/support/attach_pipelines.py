@@ -29,6 +29,7 @@ from diffusers import (
     WanTransformer3DModel,
 )
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from torch import Tensor
 from transformers import (
     Gemma2Config,
     Gemma2Model,
@@ -43,6 +44,7 @@ from prebake.exporter.package import folder as package
 from prebake.exporter.package.folder import StoredWeights
 from prebake.exporter.package.manifest import describe_artifact
 from prebake.exporter.recipe.resolve import Recipe, Shapes
+from prebake.exporter.verify.closeness import relative_error
 from prebake.runtime.artifact import Artifact, read_plans
 from prebake.runtime.replay import tabulate_plan
 from support.captured_pipeline import CPU, bound, captured, prepared
@@ -319,3 +321,27 @@ def uncompiled(recipe: Recipe, folder: Path) -> Artifact:
     plans = read_plans(folder, manifest)
     tables = {n: tabulate_plan(p, CPU) for n, p in plans.items()}
     return Artifact(folder, manifest, CPU, {}, graphs, plans, tables)
+
+
+MASK = {"method": "mask", "mask": "1(01)"}  # at 4 steps 1010
+ROUNDING = 1e-5
+"""Relative L2 of latents. Graphs are float32 and add in another order than eager: 6e-8 a sum, some 1e-7 after the loop.
+A perturbed weight moves them by 1e-3 and more (`test_canary`)."""
+
+
+def same(ours: Tensor, theirs: Tensor) -> bool:
+    return relative_error(ours, theirs) <= ROUNDING
+
+
+class Off:
+    """A graph whose output is off by a thousandth."""
+
+    def __init__(self, bound: Any) -> None:
+        self.graph, self._bound = bound.graph, bound
+
+    def __call__(self, inputs: Any) -> dict[str, Tensor]:
+        return {n: t * 1.001 for n, t in self._bound(inputs).items()}
+
+
+def direct(pipe: Any) -> None:
+    pipe.transformer(torch.zeros(2, 4, 4, 4))

@@ -21,7 +21,7 @@ AOTI = "exporter/lower/aoti/test_aoti.py::"
 FIRST = "runtime/check/test_first_call.py::"
 ARGUMENTS = "runtime/call/test_arguments.py::"
 ATTRIBUTES = "runtime/call/test_attributes.py::"
-ATTACHED = "runtime/attachment/test_attach.py::"
+ATTACHED = "runtime/attachment/test_attach_refusals.py::"
 REGISTRY = "exporter/families/test_registry.py::"
 SOURCE = "exporter/load/test_source.py::"
 MEMORY, FUZZ, TRUST = "faults/test_memory.py::", "runtime/check/test_fuzz.py::", "runtime/check/test_trust.py::"
@@ -364,7 +364,7 @@ FAULTS: Mapping[str, tuple[Fault, ...]] = {
             "signed-manifest",
             "any other bit of a manifest, which no hash is of",
             "a signature finds it (`trust=\"signature\"`); without one it is another artifact",
-            "exporter/package/test_sign.py::test_a_changed_manifest",
+            "exporter/package/test_signature_check.py::test_a_changed_manifest",
         ),
         Fault("negative-size", "a size of -1", "`manifest.json [files.0.size]: Input should be greater than or equal to 0; ...`", DAMAGED + "test_a_size_that_is_none"),
         Fault("lfs", "a clone without Git LFS", "`PATH is a pointer of Git LFS, not the file itself; ...`", f"{HOSTILE}[a pointer of Git LFS]"),
@@ -523,13 +523,13 @@ FAULTS: Mapping[str, tuple[Fault, ...]] = {
             "void-signature",
             "a signature of another state of the artifact",
             "`prebake check` and `push` refuse it: `signature.json is of another state of the artifact: ...`",
-            "exporter/package/test_sign.py::test_check_and_push_say_that_a_signature_does_not_hold",
+            "exporter/package/test_signature_check.py::test_check_and_push_say_that_a_signature_does_not_hold",
         ),
         Fault(
             "older-release",
             "an older artifact, as well signed, in the place of the new one",
             "`is release 3, at least 4 was asked for; ...`, with `minimum_release`",
-            "exporter/package/test_sign.py::test_an_older_release_is_refused_though_it_is_signed",
+            "exporter/package/test_signature_check.py::test_an_older_release_is_refused_though_it_is_signed",
         ),
     ),
     "Hostile artifacts": (

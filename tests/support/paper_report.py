@@ -12,7 +12,8 @@ import torch
 from prebake.exporter.html_report import timing
 from prebake.exporter.html_report.facts import PageFacts, ReportOptions
 from prebake.exporter.verify import picture_sheet as sheet
-from prebake.exporter.verify.measure import DrawnPicture, PictureRow
+from prebake.exporter.verify.comparison import PictureRow
+from prebake.exporter.verify.replayer import DrawnPicture
 from support import paper_artifact as paper
 
 NO_TIMES = ReportOptions(runs=0)

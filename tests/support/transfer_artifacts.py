@@ -5,7 +5,11 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import pytest
+
+from prebake.runtime.transfer.folder import FolderOrigin
 from prebake.runtime.transfer.progress import TransferProgress
+from prebake.runtime.transfer.pull import PullOptions, pull
 from support import paper_artifact as paper
 
 WEIGHTS = "weights/denoiser.safetensors"
@@ -56,3 +60,26 @@ class Noting(TransferProgress):
 
     def note(self, text):
         self.notes.append(text)
+
+
+class Flipping(FolderOrigin):
+    """A place that gives one file with a wrong byte."""
+
+    def __init__(self, folder: Path, path: str):
+        super().__init__(folder)
+        self.path = path
+
+    def fetch(self, files, into, bar):
+        super().fetch(files, into, bar)
+        if self.path in files:
+            flip(into / self.path)
+
+
+def pulled(origin, target, bar=None, **choices):
+    return pull(origin, target, PullOptions(**choices), bar or TransferProgress())
+
+
+def refused(kind, function, *args, **kwargs) -> list[str]:
+    with pytest.raises(kind) as e:
+        function(*args, **kwargs)
+    return str(e.value).splitlines()

@@ -25,7 +25,7 @@ from onnxscript import opset21
 from torch import Tensor
 from torch.onnx import OnnxExporterError
 
-from ....runtime.errors import ExportError, first_line
+from ....runtime.errors import ExportError, error_summary
 from ...passes.captured_graph import CapturedGraph
 from ...private_torch import ONNX_REGISTRY_LOGGER
 from .. import int8_weights
@@ -97,7 +97,7 @@ def root_cause(e: BaseException) -> str:
     """The error at the root of a chain, in a line: torch.onnx wraps the operator that it does not know in pages of advice."""
     while e.__cause__:
         e = e.__cause__
-    return f"{type(e).__name__}: {first_line(e)}"
+    return error_summary(e)
 
 
 def w8a8_translator(levels: float, dtype: int) -> Any:

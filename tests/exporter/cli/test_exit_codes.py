@@ -148,7 +148,7 @@ def test_a_terminal_gets_the_bar(monkeypatch):
 
 
 def test_tables_have_no_control_codes_in_a_file(tmp_path, monkeypatch):
-    from prebake.exporter.verify.report import print_cells
+    from prebake.exporter.verify.text_table import print_cells
 
     monkeypatch.setenv("FORCE_COLOR", "1")
     with (tmp_path / "report.txt").open("w+", encoding="utf-8") as file:

@@ -26,8 +26,10 @@ from prebake.exporter.load.source import load_model as load_model
 from prebake.exporter.lower import load_backend
 from prebake.exporter.recipe.resolve import resolve
 from prebake.exporter.tiny import parts
-from prebake.exporter.verify.measure import DrawnPicture, PictureRow, image_array, psnr_db, ssim
+from prebake.exporter.verify.closeness import psnr_db, ssim
+from prebake.exporter.verify.comparison import PictureRow
 from prebake.exporter.verify.picture_sheet import draw_sheet, scale_picture
+from prebake.exporter.verify.replayer import DrawnPicture, image_array
 from prebake.exporter.whole_pipeline import WholePipeline, has_picture_layout
 from prebake.runtime.__main__ import main
 from prebake.runtime.errors import ExportError, RequestError

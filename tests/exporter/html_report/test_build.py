@@ -18,7 +18,7 @@ from prebake.exporter.html_report.build import build_page, write_page
 from prebake.exporter.html_report.facts import PageFacts, ReportOptions, find_layer, gather_facts
 from prebake.exporter.progress import Progress
 from prebake.exporter.verify import picture_sheet as sheet
-from prebake.exporter.verify.measure import DrawnPicture, GraphCall
+from prebake.exporter.verify.replayer import DrawnPicture, GraphCall
 from prebake.runtime import ArtifactError
 from prebake.runtime.manifest import read_manifest
 from prebake.runtime.plan import DenoiserCall as PlanCall

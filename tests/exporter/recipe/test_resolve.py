@@ -27,7 +27,7 @@ from prebake.exporter.recipe.resolve import (
     resolve,
     to_toml,
 )
-from prebake.exporter.verify.verify import read_prompts
+from prebake.exporter.verify.prompt_choice import read_prompts
 from prebake.runtime.errors import RecipeError
 from support.paths import ROOT
 

@@ -16,7 +16,7 @@ from prebake.exporter.verify.budget import (
     format_seconds,
     spread,
 )
-from prebake.exporter.verify.measure import covered_share, mean_interval
+from prebake.exporter.verify.closeness import covered_share, mean_interval
 from prebake.runtime.errors import RecipeError
 from prebake.runtime.plan import Evaluation, Plan, Update
 

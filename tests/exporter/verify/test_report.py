@@ -12,7 +12,9 @@ import torch
 
 from prebake.exporter.progress import Progress
 from prebake.exporter.verify import report
-from prebake.exporter.verify.measure import CallRecord, CheckedPrompts, DrawnPicture, PictureRow, Replayer, WorstRows
+from prebake.exporter.verify.checked_prompts import CheckedPrompts
+from prebake.exporter.verify.comparison import PictureRow, WorstRows
+from prebake.exporter.verify.outcome_tables import print_outcome
 from prebake.exporter.verify.picture_sheet import (
     GAP,
     LINE,
@@ -22,6 +24,7 @@ from prebake.exporter.verify.picture_sheet import (
     scale_picture,
     sheet_plans,
 )
+from prebake.exporter.verify.replayer import CallRecord, DrawnPicture, Replayer
 from prebake.exporter.verify.verify import VerifyOptions, compare_with_source, not_compared, verify_artifact
 from prebake.runtime.artifact import open_artifact
 from prebake.runtime.plan import Evaluation, Plan, Update
@@ -110,7 +113,7 @@ def test_tables_show_every_plan(verified, with_rich, monkeypatch):
     if not with_rich:
         monkeypatch.setitem(sys.modules, "rich", None)
     file = io.StringIO()
-    report.print_outcome(*verified, file)
+    print_outcome(*verified, file)
     text = file.getvalue()
     for expected in (
         "eager, 8 steps",
@@ -213,7 +216,7 @@ def test_an_exports_own_prompts_warn_of_nothing(monkeypatch, recwarn):
 
     replayer = object.__new__(Replayer)
     replayer._pipe, replayer.record = pipe, CallRecord()
-    monkeypatch.setattr("prebake.exporter.verify.measure.call_arguments", lambda *_: {})
+    monkeypatch.setattr("prebake.exporter.verify.replayer.call_arguments", lambda *_: {})
     with pytest.raises(StopIteration):  # the fake calls no decoder
         replayer.draw("a", 0, plan())
     assert [str(w.message) for w in recwarn] == ["something else"]

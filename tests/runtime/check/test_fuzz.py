@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 import prebake.runtime.backends.aoti
 from prebake.runtime import ArtifactError, RequestError, load
 from prebake.runtime.artifact import open_artifact
-from prebake.runtime.cli.main import inspection_json, inspection_lines
+from prebake.runtime.cli.inspect import inspection_json, inspection_lines
 from prebake.runtime.manifest import read_manifest
 from prebake.runtime.plan import Plan
 from prebake.runtime.problems import artifact_problems, pipeline_problems

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from prebake.runtime.cli.main import _kernel_lines
+from prebake.runtime.cli.inspect import _kernel_lines
 from prebake.runtime.manifest import Cost, Graph, KernelRefusal, Manifest
 
 COST = Cost(flops=0, ops=0, constants=0, constants_bytes=0)

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from prebake.runtime.__main__ import main
-from prebake.runtime.cli.main import numbered_paths, save_image
+from prebake.runtime.cli.run import numbered_paths, save_image
 from prebake.runtime.errors import RequestError
 from prebake.runtime.pipeline import ImageOutput, VideoOutput
 from prebake.runtime.text import block_signs, format_count
@@ -75,7 +75,7 @@ class Fake:
     def __init__(self, monkeypatch, made, num_frames=None):
         self.made = made
         manifest = SimpleNamespace(defaults=SimpleNamespace(num_frames=num_frames))
-        monkeypatch.setattr("prebake.runtime.cli.main.read_manifest", lambda folder: manifest)
+        monkeypatch.setattr("prebake.runtime.cli.run.read_manifest", lambda folder: manifest)
         monkeypatch.setattr("prebake.runtime.pipeline.load", lambda folder, **_: self)
 
     def __call__(self, prompts, **arguments):

@@ -47,16 +47,6 @@ def hub(monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def artifact(tmp_path):
-    return artifact_in(tmp_path / "artifact")
-
-
-@pytest.fixture
-def target(tmp_path):
-    return tmp_path / "there" / "pulled"
-
-
-@pytest.fixture
 def pushed(hub, artifact):
     """The Hub, with the artifact; what was asked of it so far is forgotten."""
     assert main(["push", str(artifact), PLACE, "--quiet"]) == 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,11 +31,18 @@ class Size:
 
 
 def read_size(manifest: Manifest) -> Size:
-    """The size that an artifact was exported for. Its longest prompt is that of the last tokenizer, unless the family's
+    """The default size of an artifact. Its longest prompt is that of the last tokenizer, unless the family's
     facts say another `max_sequence_length`."""
     defaults, facts = manifest.defaults, manifest.pipeline
     tokens = facts.get("max_sequence_length") or facts["text"]["prompts"][-1]["max_length"]
     return Size(defaults.height, defaults.width, tokens, defaults.num_frames or 1)
+
+
+def read_sizes(manifest: Manifest) -> dict[str | None, Size]:
+    """Name -> size of all that an artifact was exported for; the default one has no name."""
+    default = read_size(manifest)
+    further = {entry.name: replace(default, height=entry.height, width=entry.width) for entry in manifest.sizes}
+    return {None: default, **further}
 
 
 def accept_steps(pipe: Any, steps: int) -> None:

@@ -223,6 +223,24 @@ def trace_plan(
     return Trace(plan.name, errors, eager_ms, tuple((c.graph, c.ms) for c in calls))
 
 
+def add_size_traces(
+    comparison: Comparison,
+    replayer: ArtifactReplayer,
+    reference: EagerReference,
+    prompt: str,
+    plans: Sequence[Plan],
+    progress: Progress,
+) -> Comparison:
+    """The comparison with the opening evaluations of the plans of further sizes, whose pictures are not drawn in eager."""
+    traces = list(comparison.traces)
+    for plan in plans:
+        progress.announce(f"evaluations of plan {plan.name}, held against eager's")
+        calls = replayer.trace(prompt, 0, plan, count_opening_steps(plan))
+        errors, eager_ms = compare_evaluations(reference, calls, range(len(calls)))
+        traces.append(Trace(plan.name, errors, eager_ms, tuple((c.graph, c.ms) for c in calls)))
+    return replace(comparison, traces=tuple(traces))
+
+
 class WorstRows:
     """The rows with the lowest PSNR of any plan among all that were drawn, the worst first: means hide pictures."""
 

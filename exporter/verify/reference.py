@@ -11,8 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ...runtime.manifest import Manifest
-from ..families.picture import read_size
+from ...runtime.manifest import Manifest, size_graph_name
+from ..families.picture import read_sizes
 from ..families.registry import Family
 from ..recipe.schema import Guidance
 from .replayer import DrawnPicture, GraphCall
@@ -33,8 +33,10 @@ class Reference:
 
     def __init__(self, pipe: Any, family: Family, manifest: Manifest, guidance: Guidance) -> None:
         self._pipe, self._family = pipe, family
-        self._size, self._guidance_scale = read_size(manifest), manifest.defaults.guidance_scale
-        self._denoiser = family.denoiser(pipe, self._size, guidance)
+        self._sizes, self._guidance_scale = read_sizes(manifest), manifest.defaults.guidance_scale
+        self._denoisers = {
+            size_graph_name("", name): family.denoiser(pipe, size, guidance) for name, size in self._sizes.items()
+        }
 
     @property
     def scheduler(self) -> str:
@@ -44,14 +46,15 @@ class Reference:
     @torch.no_grad()
     def draw(self, prompt: str, seed: int, steps: int) -> DrawnPicture:
         start = time.perf_counter()
-        latents, image = self._family.draw(self._pipe, prompt, seed, steps, self._guidance_scale, self._size)
+        latents, image = self._family.draw(self._pipe, prompt, seed, steps, self._guidance_scale, self._sizes[None])
         return DrawnPicture(image, latents, time.perf_counter() - start)
 
     @torch.no_grad()
     def evaluate(self, call: GraphCall) -> tuple[Tensor, float]:
         """The denoiser's output at this call's inputs (the artifact's own, so errors do not add up), and its milliseconds."""
-        given = (call.inputs[name] for name in self._denoiser.inputs)
+        denoiser = self._denoisers[call.graph.removeprefix(call.graph.partition(".")[0])]
+        given = (call.inputs[name] for name in denoiser.inputs)
         args = [t.float() if t.is_floating_point() else t for t in given]
         start = time.perf_counter()
-        sample = self._denoiser.module(*args)
+        sample = denoiser.module(*args)
         return sample, (time.perf_counter() - start) * 1e3

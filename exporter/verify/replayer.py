@@ -137,7 +137,7 @@ class Replayer:
             output: Any = self._pipe(prompt, **arguments)
         seconds = time.perf_counter() - start
         calls = tuple(self.record.calls)
-        latents = next(c.inputs["latents"] for c in calls if c.graph == "vae_decoder")
+        latents = next(c.inputs["latents"] for c in calls if c.graph.partition(".")[0] == "vae_decoder")
         return DrawnPicture(output[0].cpu(), latents, seconds, calls)
 
     def trace(self, prompt: str, seed: int, plan: Plan, steps: int) -> tuple[GraphCall, ...]:
@@ -167,14 +167,15 @@ def stop_after(steps: int) -> Callable[..., dict[str, Tensor]]:
 
 def call_arguments(pipe: Pipeline, seed: int, plan: Plan) -> dict[str, Any]:
     """What an artifact is called with, besides the prompt, to draw the seed's picture by that plan."""
+    size = next(family for family in pipe.families if family.size == plan.size)
     chosen = {"seed": seed, "num_inference_steps": plan.steps, "cache": plan.cache != "none", "output_type": "pt"}
-    return {**chosen, **example_arguments(pipe, seed)}
+    return {"height": size.height, "width": size.width, **chosen, **example_arguments(pipe, seed, plan.size)}
 
 
-def example_arguments(pipe: Pipeline, seed: int) -> dict[str, Any]:
-    """The argument `image` of artifacts that draw nothing without one. Where calls begin from it they begin with the plan's
+def example_arguments(pipe: Pipeline, seed: int, size: str | None = None) -> dict[str, Any]:
+    """The argument `image`, of the size of that name, of artifacts that draw nothing without one. Where calls begin from it they begin with the plan's
     first step: all that is in the plan is measured, and not its end alone."""
-    picture = pipe.family_rules.settings.picture
+    picture = next(family for family in pipe.families if family.size == size).settings.picture
     if picture is None or not picture.required:
         return {}
     whole = {"strength": 1.0} if picture.role == "start" else {}

@@ -176,21 +176,25 @@ def verified_plan_figures(plan: Plan, shares: Mapping[str, float], comparison: C
 
 
 def flops_shares(manifest: Manifest, plans: Mapping[str, Plan]) -> dict[str, float]:
-    """Variant -> its FLOPs in percent of the largest variant's, which computes everything."""
-    flops = {name: manifest.graph(name).cost.flops for plan in plans.values() for name in plan.variants()}
-    return {name: 100 * n / max(flops.values()) for name, n in flops.items()}
+    """Variant -> its FLOPs in percent of the largest variant's of its size, which computes everything."""
+    shares = {}
+    for size in {plan.size for plan in plans.values()}:
+        names = {name: None for plan in plans.values() if plan.size == size for name in plan.variants()}
+        flops = {name: manifest.graph(name).cost.flops for name in names}
+        shares |= {name: 100 * n / max(flops.values()) for name, n in flops.items()}
+    return shares
 
 
 def variant_figures(shares: Mapping[str, float], comparison: Comparison) -> dict[str, Any]:
     """Each variant's measured time beside its FLOP share: where time is the larger one, the skip is not worth its promise."""
     timed = [*all_samples(comparison), *comparison.traces]
     ms = {name: median_or_none([t for s in timed for variant, t in s.variant_ms if variant == name]) for name in shares}
-    whole = next(ms[name] for name, share in shares.items() if share == 100)
+    whole = {name.partition(".")[2]: ms[name] for name, share in shares.items() if share == 100}
     return {
         name: {
             "evaluation_ms": ms[name],
             "flops_share_percent": share,
-            "time_share_percent": to_percent(ratio_or_none(ms[name], whole)),
+            "time_share_percent": to_percent(ratio_or_none(ms[name], whole[name.partition(".")[2]])),
         }
         for name, share in shares.items()
     }

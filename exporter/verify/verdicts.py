@@ -26,7 +26,7 @@ def judge_comparison(
             verdicts.append(judge_psnr(recipe, plan, samples))
         if records := [s for s in comparison.evaluation_records if s.plan == name]:
             verdicts.append(judge_evaluations(manifest, recipe, plan, records))
-        if comparison.exact and recipe.verify.prompt_accuracy_drop is not None:
+        if name in comparison.exact and recipe.verify.prompt_accuracy_drop is not None:
             verdicts.append(judge_accuracy(recipe, plan, comparison))
     return tuple(verdicts)
 
@@ -85,12 +85,17 @@ def describe_verification(outcome: Outcome) -> Verification | None:
 def comparison_gaps(recipe: Recipe, plans: Mapping[str, Plan], comparison: Comparison) -> tuple[str, ...]:
     """Sentences on what the recipe asks for and this comparison cannot say."""
     found = []
-    if (workload := comparison.workload) and not workload.is_whole:
+    workload = comparison.workload
+    if workload and not workload.is_whole:
         found.append(
             f"not everything was compared within verify.budget = {recipe.verify.budget}: {workload.describe()}; "
             "`prebake verify --source --budget full` compares all"
         )
-    if comparison.traces:
+    if sizes := sorted({plan.size for plan in plans.values() if plan.size}):
+        found.append(
+            f"at {', '.join(sizes)} the first evaluations were held to the recipe, and no pictures: they are drawn at the default size"
+        )
+    if workload and workload.traced:
         found.append("PSNR was not held to the recipe: one picture in eager takes longer than verify.budget")
     elif not comparison.pictures:
         found.append(

@@ -21,6 +21,7 @@ from ...runtime.check.artifact import check_artifact
 from ...runtime.errors import ArtifactError, QualityError, RecipeError
 from ...runtime.manifest import ATTACH_FAMILY, Manifest, read_manifest
 from ..families.registry import load_family
+from ..load.prompts import picture_prompts
 from ..package.folder import file_entries, stage_linked_copy, update_manifest
 from ..progress import Progress
 from ..recipe.duration import parse_duration
@@ -29,7 +30,7 @@ from . import denoiser_alone as attached
 from . import report
 from .budget import Costs, PictureJob, Workload, choose_workload
 from .checked_prompts import CheckedPrompts, checked_prompts
-from .comparison import measure_costs, measure_pictures
+from .comparison import add_size_traces, measure_costs, measure_pictures
 from .golden import GoldenReplay, plans_without_golden, replay_golden, write_plan_golden
 from .outcome import Outcome
 from .prompt_choice import limit_prompts, picture_jobs, read_prompts, threshold_prompts
@@ -213,10 +214,13 @@ def compare_with_source(
         for name, p in artifact.plans.items()
         if name not in plans
     )
-    chosen = replayer.only(plans)
+    usual = {name: plan for name, plan in plans.items() if plan.size is None}
+    chosen = replayer.only(usual)
     workload = choose_work(chosen, reference, recipe, jobs, checked)
     progress.note(f"compared with eager within verify.budget = {recipe.verify.budget}: {workload.describe()}")
     comparison = measure_pictures(chosen, reference, workload, checked, progress)
+    further = [plan for name, plan in plans.items() if name not in usual]
+    comparison = add_size_traces(comparison, replayer, reference, picture_prompts(recipe)[0], further, progress)
     verdicts = judge_comparison(manifest, recipe, plans, comparison)
     return Outcome(
         recipe,

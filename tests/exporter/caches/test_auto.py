@@ -93,9 +93,7 @@ def test_a_found_plan_replays_to_the_latents_that_were_judged(case):
         settings = Auto(budget=min(fitted.cost + 1e-6, 0.99))
         one = calibration_of(table, (fitted.model_copy(update={"fewer_steps_psnr_db": 0.0}),))
         planned = make_plans(settings, layout, {STEPS: table}, one)
-        followed = subject_walk.follow_path(
-            stack_runs([run]), zip(fitted.skips, fitted.weights, strict=True)
-        )
+        followed = subject_walk.follow_path(stack_runs([run]), zip(fitted.skips, fitted.weights, strict=True))
         sites_and_inputs = (component, planned, planned.plans[0], run.latents)
         replayed = peers.ours(*sites_and_inputs, inputs=run.inputs, noise=run.noise)
         # the same variants in the same order; weights pass through float32 in both

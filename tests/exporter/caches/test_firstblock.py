@@ -51,8 +51,7 @@ class Sequential(nn.Module):
     def forward(self, *tensors: Tensor) -> Tensor:
         *own, guidance = tensors
         halves = [
-            [t[:, k] if name in self.doubled else t for name, t in zip(self.inputs, own, strict=True)]
-            for k in range(2)
+            [t[:, k] if name in self.doubled else t for name, t in zip(self.inputs, own, strict=True)] for k in range(2)
         ]
         outputs = []
         for branch, given in zip(("uncond", "cond"), halves, strict=True):

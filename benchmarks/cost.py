@@ -76,7 +76,7 @@ def compare_costs(prepared: Any, artifact: Artifact, repeats: int) -> dict[str, 
 
 def time_artifact_variants(prepared: Any, artifact: Artifact, repeats: int) -> dict[str, float]:
     """Median milliseconds of an evaluation of each variant; the variants take turns."""
-    component = prepared.part.denoisers(prepared.recipe)[0]
+    component = prepared.part.denoisers(prepared.recipe, prepared.backend)[0]
     named = dict(zip(component.inputs, component.args, strict=True))
     runs = {name: variant_call(variant, artifact, named) for name, variant in artifact.variants.items()}
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter

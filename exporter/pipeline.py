@@ -60,7 +60,7 @@ def prepare(recipe: Recipe, progress: Progress, *, near: Path | None = None) -> 
     with progress.stage("rewrite"):
         layers = part.rewrite(recipe, backend, progress)
     with progress.stage("plan"):
-        denoisers = part.denoisers(recipe)
+        denoisers = part.denoisers(recipe, backend)
         layout = discover_layout(denoisers[0])
         planned = part.plan(recipe, denoisers[0], layout, calibration)
     others = part.other_components(recipe, backend)

@@ -52,7 +52,7 @@ class ModelPart(Protocol):
         """Changes the modules in place as the recipe says; what happened to each Linear."""
         ...
 
-    def denoisers(self, recipe: Recipe) -> tuple[Component, ...]:
+    def denoisers(self, recipe: Recipe, backend: Backend) -> tuple[Component, ...]:
         """The denoiser for each kind of call that it gets, each size and each batch. The plans are made for the first."""
         ...
 

@@ -90,13 +90,13 @@ class WholePipeline:
             )
         return rewrite_pipeline(self.pipe, recipe, backend, progress)
 
-    def denoisers(self, recipe: Recipe) -> tuple[Component, ...]:
-        """The denoiser with all branches of its guidance, for each size and batch."""
-        made = []
+    def denoisers(self, recipe: Recipe, backend: Backend) -> tuple[Component, ...]:
+        """The denoiser with all branches of its guidance, for each size, and for each batch that the backend has graphs for."""
+        made, batches = [], recipe.shapes.batch if backend.has_batch_graphs(recipe.compile) else (1,)
         for name, size in self.sizes():
             denoiser = self.family.denoiser(self.pipe, size, recipe.guidance)
             denoiser = add_planes(denoiser) if recipe.cache.needs_planes else denoiser
-            labels = {batch: batch_graph_name(size_graph_name("", name), batch) for batch in recipe.shapes.batch}
+            labels = {batch: batch_graph_name(size_graph_name("", name), batch) for batch in batches}
             made += [denoiser.with_batch(batch, label) for batch, label in labels.items()]
         return tuple(made)
 

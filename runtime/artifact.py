@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from .backends import GraphModel, OpenContext, backend_module
 from .bounds import MAX_PLAN_BYTES, parse_json
+from .call.batches import RowByRow
 from .check.artifact import PublicKey, Trust, open_checked_files, plan_problems
 from .contract import Contract, torch_dtype
 from .errors import ArtifactError, RequestError, describe_read_error, describe_schema_error, raise_problems
@@ -156,10 +157,12 @@ class Artifact:
         return self.batch_variants(1)
 
     def batch_variants(self, batch: int) -> dict[str, DenoiserVariant]:
-        """Variant -> the graph that runs it for that many pictures at once."""
-        names = sorted({name for plan in self.plans.values() for name in plan.variants()})
-        graphs = {name: self.graphs[batch_graph_name(name, batch)] for name in names}
-        return {name: DenoiserVariant(graph.graph, graph) for name, graph in graphs.items()}
+        """Variant -> what runs it for that many pictures at once: a graph for as many, or the graph for one, row by row."""
+        made = {}
+        for name in sorted({name for plan in self.plans.values() for name in plan.variants()}):
+            one, together = self.graphs[name], self.graphs.get(batch_graph_name(name, batch))
+            made[name] = DenoiserVariant(one.graph, together or RowByRow(one, batch))
+        return made
 
     @property
     def sites(self) -> dict[str, Site]:

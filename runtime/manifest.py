@@ -209,7 +209,8 @@ class Manifest(BaseModel):
     where something is; it is not written where nothing is. `channels_last` are the keys
     of stored tensors that lie in memory as N H W C; they are bound as N C H W views of it. `complex` are
     those of stored [..., 2] of real and imaginary parts, bound as complex numbers. `sizes` are those besides the default one;
-    `batches` are the numbers of pictures that a denoiser's graph may be called for, 1 first: that for B ends in `.b<B>`. `release` is what its signer counts up, so
+    `batches` are the numbers of pictures that may go through the loop together, 1 first: a denoiser's graph for B ends in `.b<B>`, and
+    where there is none, that for one is called for each. `release` is what its signer counts up, so
     that an older one can be told from it; 0, which is not written, is none."""
 
     model_config = FROZEN_CONFIG

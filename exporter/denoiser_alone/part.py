@@ -73,7 +73,7 @@ class DenoiserAlone:
         refuse_components(recipe, "the denoiser is exported alone")
         return rewrite_denoiser(self.recording.name, self.recording.denoiser, recipe, backend, progress)
 
-    def denoisers(self, recipe: Recipe) -> tuple[Component, ...]:
+    def denoisers(self, recipe: Recipe, backend: Backend) -> tuple[Component, ...]:
         """One for each kind of call that was recorded."""
         return self.recording.components()
 

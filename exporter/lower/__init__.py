@@ -63,6 +63,11 @@ class Backend(Protocol):
         """
         ...
 
+    def has_batch_graphs(self, config: Any) -> bool:
+        """Whether a denoiser's graph for several pictures is worth its compilation: not on a CPU, which has no unit to fill. There
+        the graph for one is called for each, and a picture is to the bit what it is alone."""
+        ...
+
     def reproducible(self, config: Any) -> bool:
         """Whether the same graph and toolchain give the same bytes again: not where kernels are chosen by their times."""
         ...

@@ -30,6 +30,7 @@ __all__ = [
     "CHANNELS_LAST",
     "adapt_recipe",
     "bind",
+    "has_batch_graphs",
     "kernel_version",
     "list_passes",
     "lower",
@@ -107,6 +108,11 @@ def stand_in(config: Any) -> Any:
 def kernel_version(config: Any) -> str:
     """ONNX Runtime's."""
     return f"onnxruntime {onnxruntime.__version__}"
+
+
+def has_batch_graphs(config: Any) -> bool:
+    """On a GPU."""
+    return config.device == "cuda"
 
 
 def reproducible(config: Any) -> bool:

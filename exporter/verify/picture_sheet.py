@@ -30,7 +30,8 @@ PNG_CHUNK = "prebake"  # of the PNG's text
 
 def sheet_plans(manifest: Manifest, plans: Mapping[str, Plan]) -> tuple[Plan, ...]:
     """The plans of the default number of steps, without cache first."""
-    mine = [p for p in plans.values() if p.steps == manifest.defaults.num_inference_steps] or list(plans.values())[:2]
+    drawn = [p for p in plans.values() if p.size is None]
+    mine = [p for p in drawn if p.steps == manifest.defaults.num_inference_steps] or drawn[:2]
     return tuple(sorted(mine, key=lambda p: p.cache != "none"))
 
 

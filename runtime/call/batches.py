@@ -1,12 +1,14 @@
-"""Batches: the pictures of a call in groups that go through the loop together."""
+"""Batches: the pictures of a call in groups that go through the loop together, by a graph for as many or by that for one."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
 from ..replay import Tensors
+
+GraphCall = Callable[[Mapping[str, torch.Tensor]], Tensors]
 
 
 def split_pictures(count: int, batches: Sequence[int]) -> list[slice]:
@@ -24,3 +26,16 @@ def stack_conditions(conditions: Sequence[Tensors]) -> Tensors:
     if len(conditions) == 1:
         return conditions[0]
     return {name: torch.cat([each[name] for each in conditions]) for name in conditions[0]}
+
+
+class RowByRow:
+    """A denoiser's graph for one picture, called for each of `batch`: to the bit what each is alone."""
+
+    def __init__(self, graph: GraphCall, batch: int):
+        self._graph, self._batch = graph, batch
+
+    def __call__(self, inputs: Mapping[str, torch.Tensor]) -> Tensors:
+        """Outputs [B n, ...] of inputs [B n, ...]: n rows of each belong to a picture."""
+        rows = {name: t.split(len(t) // self._batch) for name, t in inputs.items()}
+        made = [self._graph({name: row[i] for name, row in rows.items()}) for i in range(self._batch)]
+        return {name: torch.cat([one[name] for one in made]) for name in made[0]}

@@ -149,6 +149,11 @@ def toolchain(config: Any) -> dict[str, str]:
     return {"threads": str(thread_count(config)), **(cuda.cuda_toolchain() if is_on_gpu(config) else {})}
 
 
+def has_batch_graphs(config: Any) -> bool:
+    """On a GPU."""
+    return is_on_gpu(config)
+
+
 def reproducible(config: Any) -> bool:
     """Whether equal graphs give equal bytes: unless Inductor chooses kernels by their times, as it always does on a GPU."""
     return not is_on_gpu(config) and not any(

@@ -176,6 +176,11 @@ def lower(folder: Path, groups: GraphGroups, config: Any, made: GraphCompiler) -
     return paths
 
 
+def has_batch_graphs(config: Any) -> bool:
+    """Always: engines run on GPUs."""
+    return True
+
+
 def reproducible(config: Any) -> bool:
     """TensorRT chooses kernels by their times on its GPU. TensorRT-RTX, which builds without one, gives the same bytes."""
     return read_options(config, TensorRTOptions).flavour == "rtx"

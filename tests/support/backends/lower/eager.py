@@ -46,6 +46,10 @@ def saved(graph: CapturedGraph) -> CodeFiles:
     return {"graph.pt2": file.getvalue()}
 
 
+def has_batch_graphs(config: Any) -> bool:
+    return True
+
+
 def reproducible(config: Any) -> bool:
     return True
 

@@ -156,7 +156,8 @@ def growth_per_hour(samples: Sequence[WorkerSample], what: str) -> float:
     """The median slope (Theil-Sen) over the last two thirds, in units an hour: a sample in the middle of a reload does not count."""
     last = [(s.seconds / 3600, getattr(s, what)) for s in samples if s.seconds >= samples[-1].seconds / 3]
     hours, values = zip(*last, strict=True)
-    return float(theilslopes(values, hours)[0])
+    fitted: Any = theilslopes(values, hours)
+    return float(fitted.slope)
 
 
 def soak_problems(samples: Sequence[WorkerSample]) -> list[str]:

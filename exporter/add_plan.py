@@ -8,7 +8,7 @@ a manifest that lists both; the folder changes in one move. What a plan is made 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,8 @@ from typing import Any
 from ..runtime.artifact import open_artifact
 from ..runtime.check.artifact import check_artifact, plan_problems
 from ..runtime.errors import ExportError, QualityError, RecipeError, RequestError
-from ..runtime.manifest import ATTACH_FAMILY, Manifest, read_manifest
-from ..runtime.plan import Plan
+from ..runtime.manifest import ATTACH_FAMILY, Manifest, SizeEntry, read_manifest, size_graph_name
+from ..runtime.plan import Plan, size_plan_name
 from .caches import Decision, Schedule, Trajectory, schedule
 from .caches.common import calibration as calibrations
 from .caches.common.calibration import Calibration
@@ -44,8 +44,8 @@ from .verify.verify import compare_with_source
 def build_plans(
     folder: Path, manifest: Manifest, recipe: Recipe, steps: int, progress: Progress
 ) -> tuple[tuple[Plan, ...], Calibration | None]:
-    """The plan for `steps` with the recipe's scheduler and cache, and with a cache the one without it, as an export has
-    them, and the calibration that they rest on. With a note, `cache.otherwise` stands in for a plan found for other steps.
+    """The plan for `steps` with the recipe's scheduler and cache, and with a cache the one without it, for each of the artifact's
+    sizes, as an export has them, and the calibration that they rest on. With a note, `cache.otherwise` stands in for a plan found for other steps.
 
     Raises ExportError where the artifact lacks a variant that it needs, or has another calibration.
     """
@@ -54,15 +54,28 @@ def build_plans(
             f"{folder}: holds a denoiser alone, whose plans follow its pipeline's own schedule; export again with sampler.steps"
         )
     content = read_plan_inputs(folder, manifest)
-    table, tails = sampler_tables(content, manifest, recipe, steps)
+    sizes = {
+        size and size.name: sampler_tables(content, manifest, recipe, steps, size) for size in (None, *manifest.sizes)
+    }
+    table, _ = sizes[None]
     cache, calibration = settle_cache(
         recipe.cache, manifest.source, manifest.defaults, {steps: table}, folder, progress
     )
     marks = content.marks
     names = {v.actions: v.name for v in content.all_variants()}
     everything = Schedule(marks, tuple(Decision() for _ in table.updates))
+
+    def join_sizes(name: str, method: str, schedules: Callable[[SchedulerTable], Schedule]) -> tuple[Plan, ...]:
+        """That plan at each size."""
+        made = []
+        for size, (of_size, tails) in sizes.items():
+            graphs = {actions: size_graph_name(variant, size) for actions, variant in names.items()}
+            named = size_plan_name(name, size)
+            made.append(join_plan(named, steps, method, of_size, schedules(of_size), graphs, tails))
+        return tuple(made)
+
     if cache.method == "none":
-        return (join_plan(str(steps), steps, "none", table, everything, names, tails),), None
+        return join_sizes(str(steps), "none", lambda _: everything), None
     if cache.exact:
         raise ExportError(
             f"cache.method {cache.method!r} with signal = {cache.signal!r} decides by the model's weights, which `prebake plan` does "
@@ -70,16 +83,22 @@ def build_plans(
         )
     if calibration:
         refuse_other_calibration(calibration, cache.calibration, folder)
-    trajectory = Trajectory(table.timesteps, table.sigmas, table.steps)
-    asked = schedule(cache, content.layout, trajectory, calibration)
-    if all(action == "compute" for d in asked.decisions for action in d.actions.values()):
-        raise ExportError(
-            f"cache.method {cache.method!r} skips nothing at {steps} steps; widen its range, take more steps, or add --cache none"
-        )
-    translated = rename_sites(marks, asked)
-    refuse_uncompiled_actions(content, translated, names)
-    cached = join_plan(str(steps), steps, cache.method, table, translated, names, tails)
-    return (cached, join_plan(f"{steps}-uncached", steps, "none", table, everything, names, tails)), calibration
+
+    def decide(of_size: SchedulerTable) -> Schedule:
+        """The cache's decisions by a size's timesteps; those of a calibration are the default size's at every size."""
+        at = table if calibration else of_size
+        asked = schedule(cache, content.layout, Trajectory(at.timesteps, at.sigmas, at.steps), calibration)
+        if all(action == "compute" for d in asked.decisions for action in d.actions.values()):
+            raise ExportError(
+                f"cache.method {cache.method!r} skips nothing at {steps} steps; widen its range, take more steps, or add --cache none"
+            )
+        translated = rename_sites(marks, asked)
+        refuse_uncompiled_actions(content, translated, names)
+        return translated
+
+    cached = join_sizes(str(steps), cache.method, decide)
+    uncached = join_sizes(f"{steps}-uncached", "none", lambda _: everything)
+    return (*cached, *uncached), calibration
 
 
 def refuse_other_calibration(calibration: Calibration, name: str, folder: Path) -> None:
@@ -93,12 +112,13 @@ def refuse_other_calibration(calibration: Calibration, name: str, folder: Path) 
 
 
 def sampler_tables(
-    content: PlanInputs, manifest: Manifest, recipe: Recipe, steps: int
+    content: PlanInputs, manifest: Manifest, recipe: Recipe, steps: int, size: SizeEntry | None = None
 ) -> tuple[SchedulerTable, Mapping[int, SchedulerTable]]:
-    """The scheduler's table, from the configuration that the artifact keeps, and those of its later starts."""
+    """The scheduler's table at that size, from the configuration that the artifact keeps, and those of its later starts."""
+    shape = {**manifest.pipeline, **(size.pipeline if size else {})}["latents_shape"]
     name = recipe.sampler.scheduler
     scheduler = build_scheduler(content.scheduler if name == "model" else name, content.scheduler_config)
-    arguments = load_family(manifest.family).scheduler_arguments(scheduler, manifest.pipeline["latents_shape"], steps)
+    arguments = load_family(manifest.family).scheduler_arguments(scheduler, shape, steps)
     tails = tabulate_tails(scheduler, steps, **arguments) if recipe.sampler.image_to_image else {}
     return tabulate_scheduler(scheduler, steps, **arguments), tails
 
@@ -184,7 +204,7 @@ def add_plans(
             raise RequestError(f"{folder}: plan '{steps}' is there already; replace it with --force")
         made, calibration = build_plans(folder, manifest, recipe, steps, progress)
         plans = {p.name: p for p in made}
-        replaced = {str(steps), f"{steps}-uncached"} & set(manifest.plans)
+        replaced = plan_names(manifest, str(steps)) & set(manifest.plans)
         listed = manifest_with_plans(manifest_without_plans(manifest, replaced - set(plans)), plans)
         if problems := list(plan_problems(plans, listed)):
             raise ExportError("\n".join(problems))
@@ -236,13 +256,19 @@ def remove_plan(folder: Path, name: str) -> Manifest:
     if name not in manifest.plans:
         raise RecipeError(f"{folder}: has no plan {name!r}; it has {', '.join(manifest.plans)}")
     default = str(manifest.defaults.num_inference_steps)
-    gone = {name, f"{name}-uncached"} & set(manifest.plans)
-    if name in (default, f"{default}-uncached"):
+    gone = plan_names(manifest, name) & set(manifest.plans)
+    if name in plan_names(manifest, default):
         raise RecipeError(f"{folder}: plan {name!r} belongs to the default of {default} steps, and stays")
     with stage_linked_copy(folder) as fresh:
         unlink_plans(fresh, manifest, gone)
         shutil.rmtree(report_folder(fresh, name), ignore_errors=True)
         return update_manifest(fresh, manifest_without_plans(manifest, gone), manifest)
+
+
+def plan_names(manifest: Manifest, name: str) -> set[str]:
+    """That plan and the one without its cache, at every size."""
+    sizes = (None, *(size.name for size in manifest.sizes))
+    return {size_plan_name(plan, size) for plan in (name, f"{name}-uncached") for size in sizes}
 
 
 def manifest_without_plans(manifest: Manifest, names: Set[str]) -> Manifest:
@@ -261,7 +287,7 @@ def unlink_plans(folder: Path, manifest: Manifest, names: Set[str]) -> None:
 
 def report_folder(folder: Path, name: str) -> Path:
     """Where `add` reports on the plans of that number of steps, `20` and `20-uncached` alike."""
-    return folder / "reports" / f"plan-{name.removesuffix('-uncached')}"
+    return folder / "reports" / f"plan-{name.partition('@')[0].removesuffix('-uncached')}"
 
 
 def manifest_with_plans(manifest: Manifest, plans: Mapping[str, Plan]) -> Manifest:

@@ -93,7 +93,11 @@ def describe_plan(manifest: Manifest, plan: Plan, measured: Mapping[str, Any]) -
 
 def report_path(plan: str) -> str:
     """The report of the whole artifact for "", or the one that `prebake plan` wrote about the plans of that number of steps."""
-    return f"reports/plan-{plan.removesuffix('-uncached')}/verify.json" if plan else "reports/verify.json"
+    return (
+        f"reports/plan-{plan.partition('@')[0].removesuffix('-uncached')}/verify.json"
+        if plan
+        else "reports/verify.json"
+    )
 
 
 def read_report(path: Path, manifest: Manifest) -> Mapping[str, Any]:

@@ -11,7 +11,7 @@ from .options import add_output_modes, parse_positive, print_json, progress_mode
 from .sign import add_key, note_on_stderr
 
 if TYPE_CHECKING:
-    from ...runtime.manifest import Manifest
+    from ...runtime.manifest import Manifest, size_graph_name
     from ...runtime.plan import Plan
     from ..recipe.resolve import Recipe
 
@@ -108,7 +108,8 @@ def _describe_plans(manifest: Manifest, plans: dict[str, Plan]) -> dict[str, Any
 
     flops = {g.name: g.cost.flops for g in manifest.graphs}
     names = variant_signs(manifest, plans.values())
-    shares = {name: flops[name] / flops["full"] for name in names}
+    whole = {name: size_graph_name("full", name.partition(".")[2] or None) for name in names}
+    shares = {name: flops[name] / flops[whole[name]] for name in names}
     return {
         "plans": {name: plan_figures(plan, names, shares) for name, plan in plans.items()},
         "variants": names,

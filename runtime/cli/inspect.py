@@ -133,7 +133,8 @@ def inspection_lines(folder: Path, manifest: Manifest, plans: Mapping[str, Plan]
                 "defaults",
                 f"{defaults.num_inference_steps} steps, guidance {defaults.guidance_scale:g}, {frames}{defaults.width} x {defaults.height} pixels",
             ),
-            ("sizes", ", ".join(f"{name} {format_bytes(size)}" for name, size in folder_bytes(manifest).items())),
+            *([("further", "; ".join(further_calls(manifest)))] if further_calls(manifest) else []),
+            ("files", ", ".join(f"{name} {format_bytes(size)}" for name, size in folder_bytes(manifest).items())),
             ("weights", weights_text(weights_bytes(manifest), manifest.unquantized_bytes)),
         ]
     )
@@ -153,6 +154,13 @@ def inspection_lines(folder: Path, manifest: Manifest, plans: Mapping[str, Plan]
         )
     lines += ["", *align_columns(rows, right=range(1, 6)), "", *_plan_lines(manifest, plans), ""]
     return [*lines, *_layer_lines(manifest, layers)]
+
+
+def further_calls(manifest: Manifest) -> list[str]:
+    """What calls may ask for besides the defaults: sizes, and pictures together."""
+    sizes = ", ".join(f"{size.width} x {size.height}" for size in manifest.sizes)
+    together = ", ".join(map(str, manifest.batches[1:]))
+    return [*([f"{sizes} pixels"] if sizes else []), *([f"{together} pictures together"] if together else [])]
 
 
 def _plan_lines(manifest: Manifest, plans: Mapping[str, Plan]) -> list[str]:
@@ -206,8 +214,10 @@ def _wrap_last_column(line: str, left: int) -> list[str]:
 
 
 def _flops_shares(manifest: Manifest, plans: Mapping[str, Plan]) -> list[tuple[Any, float]]:
-    """(graph, its share of one image's FLOPs): every graph once, denoiser variants as often as the default plan says."""
-    calls = Counter({graph.name: 1 for graph in manifest.graphs})
+    """(graph, its share of one image's FLOPs at the default size): every graph once, denoiser variants as often as the default plan
+    says."""
+    others = tuple(f".{size.name}" for size in manifest.sizes) + tuple(f".b{batch}" for batch in manifest.batches[1:])
+    calls = Counter({graph.name: int(not graph.name.endswith(others)) for graph in manifest.graphs})
     for name in {variant for plan in plans.values() for variant in plan.variants()}:
         calls[name] = 0
     if default := plans.get(str(manifest.defaults.num_inference_steps)):

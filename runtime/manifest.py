@@ -38,6 +38,8 @@ from .storage.files import read_plain_file
 
 SCHEMA_VERSION = 2
 MANIFEST_FILE = "manifest.json"
+UNSAID_DEFAULTS = ("batches", "release", "sizes", "unquantized_bytes", "verification")
+"""Fields that are not written where they have their default."""
 Listed = Field(max_length=MAX_ITEMS, fail_fast=True)
 """Of a list."""
 Mapped = Field(max_length=MAX_ITEMS)
@@ -261,7 +263,7 @@ class Manifest(BaseModel):
 
     def to_json(self) -> str:
         """The exact bytes of `manifest.json`: sorted keys, two spaces, a final newline."""
-        unsaid = {name for name in ("release", "unquantized_bytes", "verification") if not getattr(self, name)}
+        unsaid = {name for name in UNSAID_DEFAULTS if getattr(self, name) == Manifest.model_fields[name].get_default()}
         said = self.model_dump(mode="json", exclude=unsaid)
         return json.dumps(said, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 

@@ -149,6 +149,12 @@ class Guidance(RecipeTable):
 GUIDANCE = Guidance()
 
 
+def _check_size(size: str) -> str:
+    if not re.fullmatch(r"[1-9]\d{0,4}x[1-9]\d{0,4}", size):
+        raise ValueError(f"expected width x height in pixels, such as '832x1216', got {size!r}")
+    return size
+
+
 def _list_batches(given: Any) -> Any:
     """One number as the list of it and 1, a list with 1, in order."""
     batches = [given] if isinstance(given, int) and not isinstance(given, bool) else given
@@ -164,9 +170,7 @@ class Shapes(RecipeTable):
     """In pixels."""
     width: int | None = Field(default=None, ge=1)
     """In pixels."""
-    sizes: Annotated[
-        tuple[Annotated[str, Field(pattern=r"^[1-9]\d{0,4}x[1-9]\d{0,4}$")], ...] | None, Field(strict=False)
-    ] = None
+    sizes: Annotated[tuple[Annotated[str, AfterValidator(_check_size)], ...] | None, Field(strict=False)] = None
     """Several sizes in the place of `height` and `width`, each as width x height, `["1024x1024", "832x1216"]`; a call that names none gets the first."""
     max_sequence_length: int | None = Field(default=None, ge=1)
     """In tokens of the prompt."""

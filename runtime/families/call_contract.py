@@ -29,7 +29,8 @@ def call_problems(artifact: Artifact, family: Family) -> Iterator[str]:
         yield f"[defaults.num_frames]: is {defaults.num_frames}, this family makes {kind}"
     if plan not in manifest.plans:
         had = ", ".join(manifest.plans) or "none"
-        yield f"[defaults.num_inference_steps]: there is no plan {plan!r} of that many steps, it has {had}"
+        at = f" at {family.size}" if family.size else ""
+        yield f"[defaults.num_inference_steps]: there is no plan of {defaults.num_inference_steps} steps{at}, it has {had}"
     if math.prod(settings.latents_shape) > MAX_LATENTS:
         yield f"[{size_prefix(family)}pipeline.latents_shape]: {list(settings.latents_shape)} has more than {MAX_LATENTS} numbers"
         return
@@ -79,7 +80,7 @@ def _variant_problems(graph: Graph, given: SpecFacts, batch: int) -> Iterator[st
         yield f"[graphs.{graph.name}.inputs]: takes coefficients, and combines nothing"
     shape, dtype = taken.pop("coefficients", ((batch, 0), "float32"))
     if dtype != "float32" or len(shape) != 2 or shape[0] != batch:
-        yield f"[graphs.{graph.name}.inputs]: its coefficients are {dtype} {list(shape)}, not float32 [{batch}, K]"
+        yield f"[graphs.{graph.name}.inputs]: its coefficients are not float32 [{batch}, K], but {dtype} {list(shape)}"
     yield from describe_misfits(f"[graphs.{graph.name}.inputs]", given, taken)
     made = spec_facts(spec for spec in graph.outputs if spec.name == "sample")
     yield from describe_misfits(f"[graphs.{graph.name}.outputs]", {"sample": given["hidden_states"]}, made)

@@ -47,7 +47,7 @@ TINY = """\
     "system": "Linux",
     "torch": "2.13"
   },
-  "schema_version": 1,
+  "schema_version": 2,
   "sites": [],
   "source": {
     "model": "m",

@@ -21,7 +21,7 @@ from support.kill_points import die_at, killed
 
 LISTED = {"weights/a": "a" * 100, "graphs/b": "b" * 100}
 MANIFEST = {
-    "schema_version": 1,
+    "schema_version": 2,
     "graphs": [],
     "plans": {},
     "files": [{"path": p, "size": 100, "sha256": ""} for p in LISTED],

@@ -58,7 +58,7 @@ class Reuse(nn.Module):
         self, hidden_states, encoder_hidden_states, pooled_projections, timestep, guidance, coefficients, new, old
     ):
         h = self.full.start(hidden_states, encoder_hidden_states, pooled_projections, timestep, guidance)
-        return self.full.out(h + coefficients[0] * new + coefficients[1] * old)
+        return self.full.out(h + coefficients[:, 0, None, None] * new + coefficients[:, 1, None, None] * old)
 
 
 class Text(nn.Module):
@@ -112,7 +112,7 @@ class Eager:
         for i, (sigma, after) in enumerate(pairwise(SIGMAS)):
             args = (x, hidden, pooled, torch.tensor([sigma]), torch.tensor([guidance]))
             if cached and i % 2:
-                c = torch.tensor(TABLE[i - 1])
+                c = torch.tensor([TABLE[i - 1]])
                 sample = self.reuse(*args, c, *stored)
             else:
                 sample, fresh = self.full(*args)
@@ -241,7 +241,7 @@ def build(folder: Path, eager: Eager) -> Path:
     ids_2 = torch.zeros(1, T, dtype=torch.int64)
     # Each example input is its own tensor: of one that occurs twice, AOTInductor would read only the first.
     full_args = (x, text, pooled, one, one.clone())
-    reuse_args = (*full_args, torch.ones(2), fresh, fresh.clone())
+    reuse_args = (*full_args, torch.ones(1, 2), fresh, fresh.clone())
     compile_package(
         folder / "graphs/denoiser.pt2", {"full": (eager.full, full_args), "reuse": (eager.reuse, reuse_args)}
     )
@@ -267,7 +267,7 @@ def build(folder: Path, eager: Eager) -> Path:
     denoiser_inputs = specs(
         hidden_states=x, encoder_hidden_states=text, pooled_projections=pooled, timestep=one, guidance=one
     )
-    slots = specs(coefficients=torch.ones(2), block__0=fresh, block__1=fresh)
+    slots = specs(coefficients=torch.ones(1, 2), block__0=fresh, block__1=fresh)
     keys = list(eager.full.state_dict())
     full_constants = {k: f"denoiser.{k}" for k in keys}
     reuse_constants = {f"full.{k}": f"denoiser.{k}" for k in keys if not k.startswith("block")}

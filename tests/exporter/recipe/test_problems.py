@@ -36,7 +36,9 @@ FILES = {
     ),
     "[precision]\nvae = 'bf16'": " [precision]: key 'vae': expected 'float32', 'bfloat16' or 'float16', got \"bf16\"; did you mean 'bfloat16'?",
     "[precision]\nvae = 'int8'": " [precision]: key 'vae': expected 'float32', 'bfloat16' or 'float16', got \"int8\"",
-    "[shapes]\nbatch = 2": " [shapes]: key 'batch': expected 1, got 2",
+    "[shapes]\nbatch = 0": " [shapes]: key 'batch' item 1: expected greater than or equal to 1, got 0",
+    "[shapes]\nsizes = ['64x']": " [shapes]: key 'sizes' item 1: expected width x height in pixels, such as '832x1216', got '64x'",
+    "[shapes]\nsizes = ['64x64']\nheight = 64": " [shapes]: sizes takes the place of height and width; give either",
     "[quantize]\nmethod = 'int8'": " [quantize]: unknown method 'int8'; did you mean 'int8_dynamic'? known methods: fp8_dynamic, int8_dynamic, none",
     "[quantize]\nmethod = 8": " [quantize]: key 'method': expected one of none, int8_dynamic, fp8_dynamic, got 8",
     "[quantize]\nmethod = 'none'\nexclude = []": (

@@ -346,7 +346,7 @@ def text(content):
 
 
 def nested(depth):
-    return text('{"schema_version": 1, "recipe": ' + "[" * depth + "]" * depth + "}")
+    return text('{"schema_version": 2, "recipe": ' + "[" * depth + "]" * depth + "}")
 
 
 NO_MANIFESTS = {
@@ -356,7 +356,7 @@ NO_MANIFESTS = {
     "300 deep": (nested(300), "more than 64 deep"),
     "1,500 deep": (nested(1500), "more than 64 deep"),
     "a million values": (
-        text('{"schema_version": 1, "recipe": [' + "1," * 1_000_000 + "1]}"),
+        text('{"schema_version": 2, "recipe": [' + "1," * 1_000_000 + "1]}"),
         "more than 1000000 values",
     ),
     "a million keys": (

@@ -201,9 +201,10 @@ RULES = {
     "half a character": (listed("\ud800"), "[files.3.path]: Input should be a valid string"),
     "not an object": (
         written("manifest.json", "[]"),
-        "[schema_version]: this runtime reads version 1, the file says None",
+        "[schema_version]: this runtime reads version 2, the file says None",
     ),
-    "newer version": (field("schema_version", to=2), "[schema_version]: this runtime reads version 1, the file says 2"),
+    "newer version": (field("schema_version", to=3), "[schema_version]: this runtime reads version 2, the file says 3"),
+    "older version": (field("schema_version", to=1), "[schema_version]: this runtime reads version 2, the file says 1"),
     "unknown key": (
         field("trust_me", to=True),
         "manifest.json [trust_me]: is not a key that this version knows; restore the file or export again",

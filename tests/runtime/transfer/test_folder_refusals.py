@@ -44,7 +44,7 @@ def test_no_artifact(tmp_path, target):
     ]
     (tmp_path / "empty" / "manifest.json").write_text("{}")
     (line,) = never_fetched(tmp_path / "empty", target)
-    assert "[schema_version]: this runtime reads version 1, the file says None" in line
+    assert "[schema_version]: this runtime reads version 2, the file says None" in line
 
 
 def test_an_artifact_of_another_machine(artifact, target, tmp_path):

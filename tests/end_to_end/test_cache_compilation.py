@@ -8,9 +8,9 @@ from diffusers import DDIMScheduler
 
 from prebake.exporter.caches import Mask, PyramidAttentionBroadcast
 from prebake.exporter.plan import make_plans
-from prebake.exporter.sites.discover import discover_layout
 from support import cache_peers as peers
 from support import tiny_denoisers as denoisers
+from support.known_layouts import layout_of
 from support.variant_compiler import compiled_run
 
 CASES = {
@@ -29,7 +29,7 @@ def test_compiled_variants_are_the_eager_ones(name):
     component = denoisers.with_guidance(component) if with_guidance else component
     table = peers.table_of(DDIMScheduler(clip_sample=False), 6)
     latents = torch.randn(component.args[0].shape, generator=torch.Generator().manual_seed(0))
-    planned = make_plans(cache, discover_layout(component), {6: table})
+    planned = make_plans(cache, layout_of(component), {6: table})
     eager = peers.ours(component, planned, planned.plans[0], latents)
     artifact = compiled_run(name, component, planned, planned.plans[0], latents)
     # the compiler adds in another order; a wrong site or coefficient is off by 1e-2

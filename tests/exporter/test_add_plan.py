@@ -63,7 +63,7 @@ def test_the_added_plan_is_the_one_that_an_export_would_have_made(copied, tiny_p
     from prebake.exporter.families import flux
     from prebake.exporter.plan import make_plans
     from prebake.exporter.plan.sampler import tabulate_scheduler
-    from prebake.exporter.sites.discover import discover_layout
+    from support.known_layouts import layout_of
 
     size = flux.Size(32, 32, 8)
     table = tabulate_scheduler(
@@ -72,7 +72,7 @@ def test_the_added_plan_is_the_one_that_an_export_would_have_made(copied, tiny_p
         **flux.scheduler_arguments(tiny_pipe.scheduler, flux.facts(tiny_pipe, size)["latents_shape"], 6),
     )
     cache = manifest_recipe(copied, read_manifest(copied)).cache
-    expected = make_plans(cache, discover_layout(flux.denoiser(tiny_pipe, size)), {6: table}).plans
+    expected = make_plans(cache, layout_of(flux.denoiser(tiny_pipe, size)), {6: table}).plans
     _, plans = added(copied, 6, dry_run=True)
     assert tuple(plans.values()) == expected
 

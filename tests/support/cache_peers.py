@@ -19,10 +19,10 @@ from prebake.exporter.calibrators.eager_replay import eager_replay
 from prebake.exporter.plan import PlanSet, make_plans
 from prebake.exporter.plan.sampler import SchedulerTable, tabulate_scheduler
 from prebake.exporter.sites.component import Component
-from prebake.exporter.sites.discover import discover_layout
 from prebake.exporter.sites.guidance import GuidedDenoiser
 from prebake.exporter.sites.layout import Layout
 from prebake.runtime.plan import Plan
+from support.known_layouts import layout_of
 
 
 @dataclass
@@ -104,7 +104,7 @@ def peer_replay(
     module = batched if batched else copy.deepcopy(component.module)
     prefix = "one." + component.branches["cond"].removeprefix("cond.") if batched else component.branches[""]
     alone = Component(component.name, module, component.inputs, component.outputs, component.args, {"": prefix})
-    layout, clock = discover_layout(alone), Clock(table)
+    layout, clock = layout_of(alone), Clock(table)
     watch = Watch(alone, layout)
     model = module.get_submodule(prefix.removesuffix("."))
     apply(model, clock)

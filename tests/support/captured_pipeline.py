@@ -9,6 +9,7 @@ from unittest import mock
 
 import torch
 
+from prebake.exporter import pipeline
 from prebake.exporter.capture import variants
 from prebake.exporter.package import folder as package
 from prebake.exporter.package.folder import StoredWeights
@@ -24,6 +25,7 @@ from prebake.runtime.contract import Contract
 from prebake.runtime.manifest import Graph
 from prebake.runtime.pipeline import Pipeline
 from prebake.runtime.replay import tabulate_plan
+from support.known_layouts import layout_of
 
 CPU = torch.device("cpu")
 
@@ -32,9 +34,12 @@ def uncompiled(recipe: Recipe, folder: Path) -> Pipeline:
     """The recipe's artifact as `load` would return it. Plans and tokenizers lie in `folder`.
 
     Text encoders and the VAE are captured once for all recipes that differ in the denoiser's part alone: most of the time goes
-    there, and nobody rewrites these graphs.
+    there, and nobody rewrites these graphs. A denoiser's layout is discovered once for each structure, too.
     """
-    with mock.patch.object(variants, "capture_components", remember_components(recipe)):
+    with (
+        mock.patch.object(variants, "capture_components", remember_components(recipe)),
+        mock.patch.object(pipeline, "discover_layout", layout_of),
+    ):
         return opened(prepared(recipe), folder)
 
 

@@ -18,10 +18,10 @@ from prebake.exporter.calibrators.search import RIDGE, SearchWalk, least_squares
 from prebake.exporter.plan import make_plans
 from prebake.exporter.progress import open_progress
 from prebake.exporter.recipe.resolve import recipe_names, resolve
-from prebake.exporter.sites.discover import discover_layout
 from prebake.runtime.errors import ExportError, RecipeError
 from support import cache_peers as peers
 from support import tiny_denoisers as denoisers
+from support.known_layouts import layout_of
 from support.variant_compiler import compiled_run
 
 STEPS = 8
@@ -60,7 +60,7 @@ def component_of(name: str):
 @cache
 def found(name: str, scheduler: str, candidates: tuple[str, ...]) -> tuple[FittedPlan, ...]:
     component, table = component_of(name), table_of(scheduler)
-    subject = SimpleNamespace(denoiser=component, layout=discover_layout(component), table=table, timestep_scale=1.0)
+    subject = SimpleNamespace(denoiser=component, layout=layout_of(component), table=table, timestep_scale=1.0)
     runs = [run_of(component, table, seed) for seed in range(6)]
     with open_progress("quiet") as quiet:
         settings = Auto(candidates=candidates, beam=2, search_budget=0.8)
@@ -86,7 +86,7 @@ CASES = [
 def test_a_found_plan_replays_to_the_latents_that_were_judged(case):
     name, scheduler, candidates = case
     component, table = component_of(name), table_of(scheduler)
-    layout = discover_layout(component)
+    layout = layout_of(component)
     subject_walk = SearchWalk(component, layout, table, Auto(candidates=candidates), 1.0)
     run = run_of(component, table, 4)
     for fitted in found(*case):
@@ -118,7 +118,7 @@ def test_plans_rise_in_cost_and_in_quality_and_skip_as_they_say(case):
 
 def test_fitted_weights_beat_reuse_of_the_same_steps_on_other_prompts():
     component, table = component_of("flux"), table_of("ddim")
-    walk = SearchWalk(component, discover_layout(component), table, Auto(candidates=("output",)), 1.0)
+    walk = SearchWalk(component, layout_of(component), table, Auto(candidates=("output",)), 1.0)
     others = walk.computed(stack_runs([run_of(component, table, seed) for seed in (7, 8)]))
     for fitted in found("flux", "ddim", ("output",))[1:]:
         path = list(zip(fitted.skips, fitted.weights, strict=True))
@@ -131,7 +131,7 @@ def test_fitted_weights_beat_reuse_of_the_same_steps_on_other_prompts():
 def test_runs_that_are_walked_together_end_where_each_ends_alone(name):
     component, table = component_of(name), table_of("ddim", 2)
     runs = [run_of(component, table, seed) for seed in (7, 8)]
-    walk = SearchWalk(component, discover_layout(component), table, Auto(candidates=("output",)), 1.0)
+    walk = SearchWalk(component, layout_of(component), table, Auto(candidates=("output",)), 1.0)
     together = walk.computed(stack_runs(runs)).uncached[-1]
     apart = torch.cat([walk.computed(stack_runs([run])).uncached[-1] for run in runs])
     # a batch of two against two of one: float32 sums in another order
@@ -150,7 +150,7 @@ def test_a_trajectory_that_is_linear_in_its_slots_is_fitted_exactly():
 
 def test_the_aim_leads_back_to_the_uncached_run():
     component, table = component_of("flux"), table_of("dpm")
-    walk = SearchWalk(component, discover_layout(component), table, Auto(candidates=("output",)), 1.0)
+    walk = SearchWalk(component, layout_of(component), table, Auto(candidates=("output",)), 1.0)
     examples = walk.computed(stack_runs([run_of(component, table, 0)]))
     state = walk.evaluate_step(walk.start(examples), examples, ("", {}))
     astray = walk.evaluate_step(state, examples, ("output", {"output": (0.7, 0.0, 0.0)}))
@@ -164,13 +164,13 @@ def test_the_aim_leads_back_to_the_uncached_run():
 def test_a_found_plan_compiles_to_itself():
     component, table = component_of("flux"), table_of("ddim")
     fitted = found("flux", "ddim", ("output",))[-1].model_copy(update={"fewer_steps_psnr_db": 0.0})
-    planned = make_plans(Auto(budget=0.9), discover_layout(component), {STEPS: table}, calibration_of(table, (fitted,)))
+    planned = make_plans(Auto(budget=0.9), layout_of(component), {STEPS: table}, calibration_of(table, (fitted,)))
     latents = run_of(component, table, 4).latents
     eager = peers.ours(component, planned, planned.plans[0], latents)
     assert (
         compiled_run("flux", component, planned, planned.plans[0], latents).error(eager) < 2e-5
     )  # sums in another order
-    everything = make_plans(NoCache(), discover_layout(component), {STEPS: table})
+    everything = make_plans(NoCache(), layout_of(component), {STEPS: table})
     plain = peers.ours(component, everything, everything.plans[0], latents)
     assert peers.ours(component, planned, planned.plans[1], latents).error(plain) == 0
     assert plain.error(eager) > 1e-4
@@ -213,7 +213,7 @@ def test_a_budget_without_a_worthy_plan_is_refused(budget, message):
 def test_a_model_without_a_calibration_is_told_the_command():
     component, table = component_of("flux"), table_of("ddim")
     with pytest.raises(ExportError, match="run `prebake calibrate"):
-        make_plans(Auto(), discover_layout(component), {STEPS: table})
+        make_plans(Auto(), layout_of(component), {STEPS: table})
 
 
 @pytest.mark.parametrize(
@@ -226,7 +226,7 @@ def test_a_model_without_a_calibration_is_told_the_command():
 def test_a_candidate_that_the_model_lacks_is_refused(candidate, message):
     component = component_of("flux")
     with pytest.raises(ExportError, match=message):
-        SearchWalk(component, discover_layout(component), table_of("ddim"), Auto(candidates=(candidate,)), 1.0)
+        SearchWalk(component, layout_of(component), table_of("ddim"), Auto(candidates=(candidate,)), 1.0)
 
 
 def test_both_kinds_of_budget_are_read():

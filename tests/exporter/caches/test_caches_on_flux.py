@@ -13,8 +13,8 @@ from prebake.exporter.families import flux
 from prebake.exporter.plan import make_plans
 from prebake.exporter.plan.sampler import tabulate_scheduler
 from prebake.exporter.recipe.resolve import Mask, PyramidAttentionBroadcast
-from prebake.exporter.sites.discover import discover_layout
 from prebake.runtime.errors import ExportError
+from support.known_layouts import layout_of
 
 SIZE = flux.Size(32, 32, 8)
 
@@ -25,7 +25,7 @@ def planned(pipe, cache, steps: int):
         steps,
         **flux.scheduler_arguments(pipe.scheduler, flux.facts(pipe, SIZE)["latents_shape"], steps),
     )
-    return make_plans(cache, discover_layout(flux.denoiser(pipe, SIZE)), {steps: table}), table
+    return make_plans(cache, layout_of(flux.denoiser(pipe, SIZE)), {steps: table}), table
 
 
 def inputs_of(denoiser) -> dict[str, torch.Tensor]:
@@ -37,7 +37,7 @@ class Recorder:
 
     def __init__(self, pipe) -> None:
         self.ran: list[set[str]] = []
-        for attention in discover_layout(flux.denoiser(pipe, SIZE)).attentions:
+        for attention in layout_of(flux.denoiser(pipe, SIZE)).attentions:
             module = pipe.transformer.get_submodule(attention.name)
             self.watch(module, attention.name)
         pipe.transformer.x_embedder.register_forward_hook(lambda *_: self.ran.append(set()))
@@ -91,7 +91,7 @@ def test_pab_computes_the_sites_and_reaches_the_latents_of_diffusers(tiny_pipe, 
     latents = torch.randn(1, 64, 16, generator=torch.Generator().manual_seed(steps))
     replayed = eager_replay(denoiser, ours, ours.plans[0], inputs_of(denoiser), latents, timestep_scale=1e-3)
 
-    decisions = schedule(cache, discover_layout(flux.denoiser(tiny_pipe, SIZE)), Trajectory(table.timesteps)).decisions
+    decisions = schedule(cache, layout_of(flux.denoiser(tiny_pipe, SIZE)), Trajectory(table.timesteps)).decisions
 
     recorder = Recorder(tiny_pipe)
     peer = diffusers_pab(tiny_pipe, denoiser, cache, steps, latents)

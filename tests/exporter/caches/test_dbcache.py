@@ -32,11 +32,11 @@ from prebake.exporter.calibrators.dynamic_replay import DynamicTrace, dynamic_re
 from prebake.exporter.plan import make_plans
 from prebake.exporter.plan.sampler import SchedulerTable
 from prebake.exporter.sites.component import Component
-from prebake.exporter.sites.discover import discover_layout
 from prebake.exporter.sites.layout import Layout, Place
 from prebake.runtime.errors import ExportError, RecipeError
 from support import cache_peers as peers
 from support import tiny_denoisers as denoisers
+from support.known_layouts import layout_of
 from support.variant_compiler import compiled_run
 
 TABLES = {
@@ -234,7 +234,7 @@ def peer(
     kind: str, component: Component, cache: DBCache, table: SchedulerTable, latents: Tensor, inputs=None
 ) -> peers.Run:
     """cache-dit's run; `ran` has the blocks, by branch."""
-    layout = discover_layout(component)
+    layout = layout_of(component)
     if cache.enable_separate_cfg:
         names, args = component.inputs, component.args
         component = Component("denoiser", Sequential(component.module), names, ("sample",), args, {"": "one.model."})
@@ -266,7 +266,7 @@ def peer(
 
 
 def dynamic(component: Component, cache: DBCache, table: SchedulerTable, latents: Tensor, inputs=None) -> DynamicTrace:
-    layout = discover_layout(component)
+    layout = layout_of(component)
     return dynamic_replay(
         component, marks(cache, layout), dbcache.probes(cache, layout), dbcache.OnlineRule(cache, layout, table),
         lambda history: decision(cache, layout, history), table, inputs or peers.inputs_of(component), latents,
@@ -329,7 +329,7 @@ def test_online_decisions_and_trajectory_are_those_of_cache_dit(name):
     latents = latents_of(component, steps)
     ours = dynamic(component, cache, table, latents)
     theirs = peer(kind, component, cache, table, latents)
-    assert ran(cache, discover_layout(component), ours.decisions) == theirs.ran
+    assert ran(cache, layout_of(component), ours.decisions) == theirs.ran
     assert close([*ours.outputs, ours.latents], [*theirs.outputs, theirs.latents])
     decided = {c for d in ours.decisions[cache.max_warmup_steps :] for c in d.values()}
     assert decided == {True, False}
@@ -348,12 +348,12 @@ FORECASTS = {
 def test_a_static_mask_is_a_plan_without_calibration(name):
     cache = DBCache(**STATIC, **FORECASTS[name])
     component, table = model("flux"), TABLES["flow"](len(MASK))
-    planned = make_plans(cache, discover_layout(component), {len(MASK): table})
+    planned = make_plans(cache, layout_of(component), {len(MASK): table})
     latents = latents_of(component, 0)
     ours = peers.ours(component, planned, planned.plans[0], latents)
     theirs = peer("flux", component, cache, table, latents)
     decided = [{"transformer_blocks": bool(c), "single_transformer_blocks": bool(c)} for c in MASK]
-    assert ran(cache, discover_layout(component), decided) == theirs.ran
+    assert ran(cache, layout_of(component), decided) == theirs.ran
     assert close([*ours.outputs, ours.latents], [*theirs.outputs, theirs.latents])
     uncached = peers.ours(component, planned, planned.plans[1], latents)
     plain = peers.peer_replay(component, table, latents, lambda model, clock: None)
@@ -367,7 +367,7 @@ def test_the_comparison_can_fail():
     latents = latents_of(component, 0)
     theirs = peer("flux", component, cache, table, latents)
     for keys in (FORECASTS["taylorseer"], {"steps_computation_mask": (*MASK[:-1], 0)}, {"Fn_compute_blocks": 2}):
-        planned = make_plans(DBCache(**STATIC | keys), discover_layout(component), {len(MASK): table})
+        planned = make_plans(DBCache(**STATIC | keys), layout_of(component), {len(MASK): table})
         assert not close(peers.ours(component, planned, planned.plans[0], latents).outputs, theirs.outputs)
 
 
@@ -400,7 +400,7 @@ def calibrated(cache: DBCache, table: SchedulerTable, runs: list[list[dict[str, 
 def test_a_frozen_plan_computes_where_most_of_cache_dits_runs_did():
     cache = DBCache(Fn_compute_blocks=1, max_warmup_steps=2, residual_diff_threshold=0.5)
     component, table = model("flux"), TABLES["ddim"](12)
-    layout = discover_layout(component)
+    layout = layout_of(component)
     runs, theirs = [], []
     for seed, inputs in enumerate(prompts(component, 3)):
         latents = latents_of(component, seed)
@@ -428,7 +428,7 @@ def test_a_frozen_plan_compiles():
     component, table = denoisers.cogvideox(layers=3), TABLES["ddim"](8)
     latents = latents_of(component, 0)
     online = dynamic(component, cache, table, latents)
-    planned = make_plans(cache, discover_layout(component), {8: table}, calibrated(cache, table, [online.decisions]))
+    planned = make_plans(cache, layout_of(component), {8: table}, calibrated(cache, table, [online.decisions]))
     eager = peers.ours(component, planned, planned.plans[0], latents)
     assert close([*eager.outputs, eager.latents], [*online.outputs, online.latents])
     artifact = compiled_run("cogvideox-3", component, planned, planned.plans[0], latents)
@@ -442,7 +442,7 @@ def test_forecasts_that_are_stored_compile():
     mask = (1, 1, 0, 0, 1, 0)
     cache = DBCache(**STATIC | {"steps_computation_mask": mask, "calibrator_type": "foca"})
     component, table = denoisers.cogvideox(layers=3), TABLES["ddim"](6)
-    planned = make_plans(cache, discover_layout(component), {6: table})
+    planned = make_plans(cache, layout_of(component), {6: table})
     latents = latents_of(component, 0)
     eager = peers.ours(component, planned, planned.plans[0], latents)
     artifact = compiled_run("cogvideox-3", component, planned, planned.plans[0], latents)
@@ -450,7 +450,7 @@ def test_forecasts_that_are_stored_compile():
 
 
 def test_more_blocks_than_a_list_has_are_refused_with_the_lists():
-    layout = discover_layout(model("flux"))
+    layout = layout_of(model("flux"))
     for first, last in ((4, 0), (3, 1)):
         with pytest.raises(ExportError, match=r"transformer_blocks has 4, single_transformer_blocks has 3"):
             marks(DBCache(Fn_compute_blocks=first, Bn_compute_blocks=last), layout)
@@ -467,7 +467,7 @@ def test_a_list_whose_blocks_others_run_between_is_refused():
 
 def test_what_cache_dit_stumbles_over_is_refused_before_it_runs():
     component, table = denoisers.pixart(layers=4), TABLES["ddim"](3)
-    layout, latents = discover_layout(component), latents_of(component, 0)
+    layout, latents = layout_of(component), latents_of(component, 0)
     too_many = DBCache(Fn_compute_blocks=5)
     with pytest.raises(AssertionError, match="must be less than the number of transformer blocks 4"):
         peer("pixart", component, too_many, table, latents)
@@ -491,12 +491,12 @@ def test_what_cache_dit_stumbles_over_is_refused_before_it_runs():
 def test_dynamic_decisions_need_a_calibration():
     cache, table = DBCache(Fn_compute_blocks=1), TABLES["ddim"](12)
     with pytest.raises(ExportError, match=r"'dbcache' needs a calibration"):
-        make_plans(cache, discover_layout(model("flux")), {12: table})
+        make_plans(cache, layout_of(model("flux")), {12: table})
 
 
 def test_a_mask_of_another_length_is_refused():
     with pytest.raises(RecipeError, match=r"is for 13 evaluations, and the plan has 12"):
-        make_plans(DBCache(**STATIC), discover_layout(model("flux")), {12: TABLES["ddim"](12)})
+        make_plans(DBCache(**STATIC), layout_of(model("flux")), {12: TABLES["ddim"](12)})
 
 
 @pytest.mark.parametrize(

@@ -24,11 +24,11 @@ from prebake.exporter.cost.count import count_cost
 from prebake.exporter.cost.variants import check_variant_costs
 from prebake.exporter.plan import make_plans
 from prebake.exporter.progress import open_progress
-from prebake.exporter.sites.discover import discover_layout
 from prebake.exporter.sites.marks import Variant
 from prebake.runtime.errors import ExportError, RecipeError
 from support import cache_peers as peers
 from support import tiny_denoisers as denoisers
+from support.known_layouts import layout_of
 from support.output_liveness import living, ran
 from support.variant_compiler import compiled_run
 
@@ -69,7 +69,7 @@ def helper(table, **params):
 def unets():
     """The tiny UNets by name, with their layouts."""
     made = {name: make() for name, make in denoisers.UNETS.items()}
-    return {name: (component, discover_layout(component)) for name, component in made.items()}
+    return {name: (component, layout_of(component)) for name, component in made.items()}
 
 
 def both(component, layout, table, cache, **params):
@@ -109,7 +109,7 @@ def test_under_guidance_each_branch_keeps_its_own_deep_feature(name, branch_id):
     component = denoisers.with_guidance(denoisers.UNETS[name]())
     table = peers.table_of(EulerDiscreteScheduler(timestep_spacing="trailing"), 6)
     cache = DeepCache(cache_interval=2, cache_branch_id=branch_id)
-    theirs, ours, planned = both(component, discover_layout(component), table, cache)
+    theirs, ours, planned = both(component, layout_of(component), table, cache)
     assert [m.name.partition("/")[0] for m in planned.marks] == ["uncond", "cond"]
     assert ours.error(theirs) < TOLERANCE
 
@@ -124,7 +124,7 @@ def test_the_comparison_can_fail(unets, wrong):
 def small():
     """UNets of two levels with one, two or three layers a block, and their layouts."""
     made = {n: denoisers.sd_unet(layers_per_block=n, **SMALL) for n in (1, 2, 3)}
-    return {n: (component, discover_layout(component)) for n, component in made.items()}
+    return {n: (component, layout_of(component)) for n, component in made.items()}
 
 
 @pytest.mark.parametrize(("layers", "branch_id"), [(n, b) for n in (1, 2, 3) for b in range(6)])
@@ -262,9 +262,7 @@ def test_an_uncached_plan_is_the_plain_model(unets):
 def test_pruned_graphs_hold_what_the_tape_says_and_skip_what_is_promised(branch_id, guidance):
     component = denoisers.sd_unet(**SMALL)
     component = denoisers.with_guidance(component) if guidance else component
-    planned = make_plans(
-        DeepCache(cache_interval=2, cache_branch_id=branch_id), discover_layout(component), {4: ddim(4)}
-    )
+    planned = make_plans(DeepCache(cache_interval=2, cache_branch_id=branch_id), layout_of(component), {4: ddim(4)})
     planned, graphs = capture_variants(component, planned, open_progress("quiet"))
     costs = {g.name: count_cost(g) for g in graphs}
     found = living(component, planned, FakeTensorMode(allow_non_fake_inputs=True))
@@ -276,7 +274,7 @@ def test_pruned_graphs_hold_what_the_tape_says_and_skip_what_is_promised(branch_
 @pytest.mark.compiles
 def test_the_artifacts_code_is_our_eager_replay():
     component = denoisers.sd_unet(**SMALL)
-    planned = make_plans(DeepCache(cache_interval=2, cache_branch_id=1), discover_layout(component), {5: ddim(5)})
+    planned = make_plans(DeepCache(cache_interval=2, cache_branch_id=1), layout_of(component), {5: ddim(5)})
     latents = noise_for(component)
     eager = peers.ours(component, planned, planned.plans[0], latents)
     artifact = compiled_run("sd small", component, planned, planned.plans[0], latents)
@@ -337,7 +335,7 @@ def test_reuse_costs_on_the_real_configurations(unets, name, size, parameters, s
 
 
 def test_an_id_without_an_up_layer_is_refused_with_those_that_exist():
-    layout = discover_layout(denoisers.sdxl_unet())
+    layout = layout_of(denoisers.sdxl_unet())
     with pytest.raises(
         ExportError,
         match=r"cache_branch_id 9 is .* 0 = up_.*, .* 8 = up_blocks\.0",
@@ -352,12 +350,12 @@ def test_an_id_that_the_package_has_not_is_refused_with_those_that_exist(small):
 
 def test_a_transformer_is_refused():
     with pytest.raises(ExportError, match=r"'deepcache' is for UNets: the model has no up_blocks"):
-        make_plans(DeepCache(cache_interval=2), discover_layout(denoisers.pixart()), {4: ddim(4)})
+        make_plans(DeepCache(cache_interval=2), layout_of(denoisers.pixart()), {4: ddim(4)})
 
 
 def test_the_packages_default_interval_skips_nothing_and_is_refused():
     with pytest.raises(ExportError, match=r"cache\.method 'deepcache' skips nothing at 4 steps"):
-        make_plans(DeepCache(), discover_layout(denoisers.sd_unet(**SMALL)), {4: ddim(4)})
+        make_plans(DeepCache(), layout_of(denoisers.sd_unet(**SMALL)), {4: ddim(4)})
 
 
 @pytest.mark.parametrize(

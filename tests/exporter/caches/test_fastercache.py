@@ -23,13 +23,13 @@ from prebake.exporter.cost.variants import check_variant_costs
 from prebake.exporter.plan import make_plans
 from prebake.exporter.progress import open_progress
 from prebake.exporter.recipe.resolve import resolve
-from prebake.exporter.sites.discover import discover_layout
 from prebake.exporter.sites.guidance import add_planes
 from prebake.exporter.sites.layout import Layout, Place
 from prebake.runtime.errors import ExportError, RecipeError
 from support import cache_peers as peers
 from support import skeleton_models as skeletons
 from support import tiny_denoisers as denoisers
+from support.known_layouts import layout_of
 from support.variant_compiler import compiled_run
 
 # float32 through up to 16 evaluations, where diffusers goes through a Fourier transform and back: up to 1.2e-6 was seen; a
@@ -41,7 +41,7 @@ MADE = {
     "sd3": denoisers.with_guidance(denoisers.sd3(), planes=True),
     "pixart": denoisers.with_guidance(denoisers.pixart(), planes=True),
 }
-LAYOUTS = {name: discover_layout(c) for name, c in MADE.items()}
+LAYOUTS = {name: layout_of(c) for name, c in MADE.items()}
 FORMATS = {"flux": "BCHW", "cogvideox": "BFCHW", "sd3": "BCHW", "pixart": "BCHW"}
 WEIGHTS = ("attention_weight", "low_frequency_weight", "high_frequency_weight")
 KEYS = [k for k in FasterCache.model_fields if k not in ("method", *WEIGHTS)]
@@ -191,7 +191,7 @@ def test_an_uncached_plan_is_the_plain_model():
 
 def test_nothing_of_the_unconditional_branch_is_left_where_it_is_skipped():
     component = denoisers.with_guidance(denoisers.cogvideox(layers=1), planes=True)
-    planned = make_plans(FasterCache(), discover_layout(component), {12: peers.table_of(DDIM, 12)})
+    planned = make_plans(FasterCache(), layout_of(component), {12: peers.table_of(DDIM, 12)})
     with open_progress("quiet") as quiet:
         planned, graphs = capture_variants(component, planned, quiet)
     assert [count_attention_ops(g) for g in graphs] == [2, 1, 0]  # both branches, the conditional one, none
@@ -208,7 +208,7 @@ def test_the_artifact_is_the_replay():
     component = denoisers.with_guidance(denoisers.pixart(layers=1), planes=True)
     cache, table = FasterCache(unconditional_batch_timestep_skip_range=(-1, 900)), peers.table_of(DDIM, 6)
     latents = denoisers.noise(*component.args[0].shape)
-    planned = make_plans(cache, discover_layout(component), {6: table})
+    planned = make_plans(cache, layout_of(component), {6: table})
     assert [v.name for v in planned.variants] == ["full", "reuse", "reuse-2"]
     eager = peers.ours(component, planned, planned.plans[0], latents)
     artifact = compiled_run("pixart, one block, planes", component, planned, planned.plans[0], latents)
@@ -276,7 +276,7 @@ def test_what_a_denoiser_lacks_is_said():
     trajectory = Trajectory((900.0, 500.0, 100.0))
     with pytest.raises(ExportError, match=r"has one branch only.*is_guidance_distilled=true"):
         schedule(FasterCache(), LAYOUTS["flux"], trajectory)
-    plain = discover_layout(denoisers.with_guidance(denoisers.pixart()))
+    plain = layout_of(denoisers.with_guidance(denoisers.pixart()))
     with pytest.raises(ExportError, match=r"must build it with guided\(\.\.\., planes=\(H, W\)\)"):
         schedule(FasterCache(), plain, trajectory)
     with pytest.raises(RecipeError, match=r"attention_weight has 2 weights, .*evaluated 3 times"):

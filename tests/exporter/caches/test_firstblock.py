@@ -20,11 +20,11 @@ from prebake.exporter.calibrators.runner import count_decisions
 from prebake.exporter.plan import make_plans
 from prebake.exporter.plan.sampler import SchedulerTable
 from prebake.exporter.sites.component import Component
-from prebake.exporter.sites.discover import discover_layout
 from prebake.exporter.sites.layout import Layout
 from prebake.runtime.errors import ExportError
 from support import cache_peers as peers
 from support import tiny_denoisers as denoisers
+from support.known_layouts import layout_of
 from support.variant_compiler import compiled_run
 
 TABLES = {
@@ -120,7 +120,7 @@ KINDS = {
 @pytest.fixture(scope="module", params=KINDS)
 def model(request) -> tuple[Component, Layout]:
     component = KINDS[request.param]()
-    return component, discover_layout(component)
+    return component, layout_of(component)
 
 
 def threshold_of(layout: Layout) -> float:
@@ -220,7 +220,7 @@ def moved(component: Component, layout: Layout, table: SchedulerTable, x: Tensor
 
 def test_branches_decide_apart_where_a_batch_in_diffusers_decides_for_both():
     component = KINDS["cogvideox, guided"]()
-    layout, table, x = discover_layout(component), TABLES["flow"](2), latents_of(component, 0)
+    layout, table, x = layout_of(component), TABLES["flow"](2), latents_of(component, 0)
     shares_moved = moved(component, layout, table, x)
     threshold = sum(shares_moved.values()) / 2
     got = dynamic(component, layout, table, x, threshold)
@@ -238,11 +238,12 @@ def test_branches_decide_apart_where_a_batch_in_diffusers_decides_for_both():
     assert not close(got, together)
 
 
+@pytest.mark.slow  # `test_cache_compilation.py` compiles the same kind of variants at every run
 @pytest.mark.compiles
-@pytest.mark.parametrize("kind", ["flux", pytest.param("cogvideox, guided", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["flux", "cogvideox, guided"])
 def test_compiled_variants_are_the_eager_ones(kind):
     component = KINDS[kind]()
-    layout, table, cache = discover_layout(component), TABLES["flow"](5), FirstBlockCache()
+    layout, table, cache = layout_of(component), TABLES["flow"](5), FirstBlockCache()
     runs = [[dict.fromkeys(layout.branches, e % 2 == 0) for e in range(5)]]
     planned = make_plans(cache, layout, {5: table}, calibration(layout, table, cache, runs))
     x = latents_of(component, 1)
@@ -254,11 +255,11 @@ def test_compiled_variants_are_the_eager_ones(kind):
 
 def refused(match: str, cache: FirstBlockCache, table: SchedulerTable, made: Calibration | None) -> None:
     with pytest.raises(ExportError, match=match):
-        schedule(cache, discover_layout(denoisers.flux()), Trajectory(table.timesteps), made)
+        schedule(cache, layout_of(denoisers.flux()), Trajectory(table.timesteps), made)
 
 
 def test_what_does_not_fit_the_calibration_is_refused_with_the_command_to_run():
-    layout, table, cache = discover_layout(denoisers.flux()), TABLES["flow"](4), FirstBlockCache()
+    layout, table, cache = layout_of(denoisers.flux()), TABLES["flow"](4), FirstBlockCache()
     made = calibration(layout, table, cache, [[{"": True}] * 4])
     refused(
         "'firstblock' needs a calibration of the model .*; run `prebake calibrate --recipe RECIPE", cache, table, None
@@ -284,6 +285,6 @@ def test_what_does_not_fit_the_calibration_is_refused_with_the_command_to_run():
 
 
 def test_a_model_of_one_block_is_refused():
-    layout = discover_layout(denoisers.cogvideox(layers=1))
+    layout = layout_of(denoisers.cogvideox(layers=1))
     with pytest.raises(ExportError, match="all transformer blocks but the first, and the model has 1"):
         marks(FirstBlockCache(), layout)

@@ -11,12 +11,12 @@ from pydantic import ValidationError
 
 from prebake.exporter.caches import Fora, NoCache, Trajectory, schedule
 from prebake.exporter.plan import make_plans
-from prebake.exporter.sites.discover import discover_layout
 from prebake.exporter.sites.layout import Layout
 from prebake.runtime.errors import ExportError
 from support import block_cache_patches as blocks
 from support import cache_peers as peers
 from support import tiny_denoisers as denoisers
+from support.known_layouts import layout_of
 from support.variant_compiler import compiled_run
 
 SCHEDULERS = {
@@ -31,7 +31,7 @@ def denoiser(name: str):
     if name not in MADE:
         component = (denoisers.DITS | denoisers.UNETS)[name.removesuffix("-cfg")]()
         component = denoisers.with_guidance(component) if name.endswith("-cfg") else component
-        MADE[name] = component, discover_layout(component)
+        MADE[name] = component, layout_of(component)
     return MADE[name]
 
 
@@ -155,8 +155,9 @@ def test_the_uncached_plan_is_the_plain_model():
     assert uncached.error(peers.ours(component, plain, plain.plans[0], start(component))) == 0.0
 
 
+@pytest.mark.slow  # `test_cache_compilation.py` compiles the same kind of variants at every run
 @pytest.mark.compiles
-@pytest.mark.parametrize("name", ["flux", pytest.param("sd3-cfg", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["flux", "sd3-cfg"])
 def test_the_compiled_plan_is_the_eager_one(name):
     component, layout = denoiser(name)
     table = peers.table_of(SCHEDULERS["ddim"](), 6)

@@ -26,10 +26,10 @@ from prebake.exporter.cost.count import count_attention_ops, count_cost
 from prebake.exporter.cost.variants import check_variant_costs
 from prebake.exporter.plan import make_plans
 from prebake.exporter.progress import open_progress
-from prebake.exporter.sites.discover import discover_layout
 from prebake.runtime.errors import ExportError
 from support import cache_peers as peers
 from support import tiny_denoisers as denoisers
+from support.known_layouts import layout_of
 from support.variant_compiler import compiled_run
 
 # float32 through a few evaluations of the same operations; a layer that is skipped or not is off by 1e-1
@@ -68,7 +68,7 @@ def dits():
     """The tiny transformers by name, of two blocks, with their layouts."""
     made = {name: make() for name, make in denoisers.DITS.items()}
     made["flux single"] = made["flux"]
-    return {name: (component, discover_layout(component)) for name, component in made.items()}
+    return {name: (component, layout_of(component)) for name, component in made.items()}
 
 
 def replayed(component, layout, cache, table):
@@ -163,7 +163,7 @@ def test_a_skipped_block_is_no_block_where_diffusers_swaps_text_and_image(dits, 
     table = table_of(3)
     ours, _ = replayed(component, layout, LayerSkip(indices=(0,), fqn=fqn), table)
     taken_out = without(component, fqn, 0)
-    truth, _ = replayed(taken_out, discover_layout(taken_out), NoCache(), table)
+    truth, _ = replayed(taken_out, layout_of(taken_out), NoCache(), table)
     assert ours.error(truth) == 0
     model = copy.deepcopy(component.module)
     apply_layer_skip(model.model, LayerSkipConfig(indices=[0], fqn=fqn))
@@ -253,7 +253,7 @@ def test_start_and_stop_count_as_classifier_free_guidance_counts_and_other_guide
 def test_under_guidance_both_branches_are_skipped_as_in_one_call_of_batch_2():
     component = denoisers.with_guidance(denoisers.cogvideox())
     table = table_of(3)
-    ours, planned = replayed(component, discover_layout(component), LayerSkip(indices=(0,)), table)
+    ours, planned = replayed(component, layout_of(component), LayerSkip(indices=(0,)), table)
     assert [m.name for m in planned.marks] == ["uncond/transformer_blocks.0", "cond/transformer_blocks.0"]
     assert ours.error(hooked(component, table, indices=[0])) < TOLERANCE
 
@@ -263,7 +263,7 @@ def test_one_branch_is_skipped_and_the_other_is_whole(branch):
     component = denoisers.with_guidance(denoisers.pixart())
     table = table_of(3)
     cache = LayerSkip(indices=(1,), branch=branch, **PARTS["attention"])
-    ours, planned = replayed(component, discover_layout(component), cache, table)
+    ours, planned = replayed(component, layout_of(component), cache, table)
     assert [m.name for m in planned.marks] == [f"{branch}/transformer_blocks.1.attn1"]
 
     def apply(model, _):
@@ -317,7 +317,7 @@ def test_the_artifacts_code_is_our_eager_replay():
     component = denoisers.with_guidance(denoisers.pixart(layers=1))
     cache = LayerSkip(indices=(0,), branch="cond", stop=0.5, **PARTS["scores and ff"])
     table = table_of(4)
-    eager, planned = replayed(component, discover_layout(component), cache, table)
+    eager, planned = replayed(component, layout_of(component), cache, table)
     latents = noise_for(component)
     artifact = compiled_run("pixart guided, one layer", component, planned, planned.plans[0], latents)
     assert artifact.error(eager) < 2e-5  # the compiler adds in another order

@@ -26,13 +26,13 @@ from prebake.exporter.caches.magcache import interpolate_ratios, scan_ratios
 from prebake.exporter.calibrators.eager_replay import eager_variants
 from prebake.exporter.calibrators.magnitudes import magnitude_ratio
 from prebake.exporter.plan import make_plans
-from prebake.exporter.sites.discover import discover_layout
 from prebake.runtime.errors import ExportError, RecipeError
 from prebake.runtime.manifest import Site
 from prebake.runtime.replay import DenoiserVariant, replay, tabulate_plan
 from support import block_cache_patches as blocks
 from support import cache_peers as peers
 from support import tiny_denoisers as denoisers
+from support.known_layouts import layout_of
 from support.variant_compiler import compiled_run
 
 SCHEDULERS = {
@@ -47,7 +47,7 @@ def denoiser(name: str):
     if name not in MADE:
         component = (denoisers.DITS | denoisers.UNETS)[name.removesuffix("-cfg")]()
         component = denoisers.with_guidance(component) if name.endswith("-cfg") else component
-        MADE[name] = component, discover_layout(component)
+        MADE[name] = component, layout_of(component)
     return MADE[name]
 
 

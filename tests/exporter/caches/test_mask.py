@@ -15,11 +15,11 @@ from prebake.exporter.caches import Mask, NoCache, Trajectory, schedule
 from prebake.exporter.caches.common.predict import lagrange_weights
 from prebake.exporter.caches.common.steps_mask import MASK_NAMES, steps_mask
 from prebake.exporter.plan import make_plans
-from prebake.exporter.sites.discover import discover_layout
 from prebake.runtime.errors import ExportError, RecipeError
 from support import block_cache_patches as blocks
 from support import cache_peers as peers
 from support import tiny_denoisers as denoisers
+from support.known_layouts import layout_of
 from support.variant_compiler import compiled_run
 
 SCHEDULERS = {
@@ -36,7 +36,7 @@ def denoiser(name: str):
     if name not in MADE:
         component = (denoisers.DITS | denoisers.UNETS)[name.removesuffix("-cfg")]()
         component = denoisers.with_guidance(component) if name.endswith("-cfg") else component
-        MADE[name] = component, discover_layout(component)
+        MADE[name] = component, layout_of(component)
     return MADE[name]
 
 

@@ -18,12 +18,12 @@ from hypothesis import strategies as st
 
 from prebake.exporter.caches import PyramidAttentionBroadcast, Trajectory, schedule
 from prebake.exporter.plan import make_plans
-from prebake.exporter.sites.discover import discover_layout
 from prebake.exporter.sites.layout import Layout, Place
 from prebake.runtime.errors import ExportError
 from support import cache_peers as peers
 from support import skeleton_models as skeletons
 from support import tiny_denoisers as denoisers
+from support.known_layouts import layout_of
 from support.variant_compiler import compiled_run
 
 # float32 through up to 16 evaluations, the two halves of a batch run apart: up to 1.2e-6 was seen; a wrong site or step
@@ -35,7 +35,7 @@ MADE = {
     "sd3": denoisers.with_guidance(denoisers.sd3()),
     "pixart": denoisers.with_guidance(denoisers.pixart()),
 }
-LAYOUTS = {name: discover_layout(c) for name, c in MADE.items()}
+LAYOUTS = {name: layout_of(c) for name, c in MADE.items()}
 KEYS = [k for k in PyramidAttentionBroadcast.model_fields if k != "method"]
 
 
@@ -175,7 +175,7 @@ def test_the_artifact_is_the_replay():
     one = denoisers.pixart(layers=1)
     table = peers.table_of(scheduler, steps)
     latents = denoisers.noise(*one.args[0].shape)
-    planned = make_plans(cache, discover_layout(one), {steps: table})
+    planned = make_plans(cache, layout_of(one), {steps: table})
     assert len(planned.variants) == 4  # all; self, cross, or both reused
     eager = peers.ours(one, planned, planned.plans[0], latents)
     assert (

@@ -19,11 +19,11 @@ from prebake.exporter.plan import make_plans
 from prebake.exporter.plan.sampler import SchedulerTable
 from prebake.exporter.sites.actions import flat_outputs
 from prebake.exporter.sites.component import Component
-from prebake.exporter.sites.discover import discover_layout
 from prebake.exporter.sites.layout import Layout
 from prebake.runtime.errors import ExportError, RecipeError
 from support import cache_peers as peers
 from support import tiny_denoisers as denoisers
+from support.known_layouts import layout_of
 from support.variant_compiler import compiled_run
 
 KINDS = {
@@ -36,7 +36,7 @@ KINDS = {
 @pytest.fixture(scope="module", params=KINDS)
 def model(request) -> tuple[Component, Layout]:
     component = KINDS[request.param]()
-    return component, discover_layout(component)
+    return component, layout_of(component)
 
 
 def table_of(case: int, steps: int) -> SchedulerTable:
@@ -208,7 +208,7 @@ def test_the_plan_reuses_what_hooks_by_hand_reuse(model):
 
 def test_branches_follow_their_own_errors_where_the_original_mixes_them():
     component = denoisers.with_guidance(denoisers.pixart(layers=1))
-    layout, table = discover_layout(component), table_of(1, 4)
+    layout, table = layout_of(component), table_of(1, 4)
     errors = {
         name: [(), (0.1 if name.startswith("cond/") else 0.9,), (0.9, 0.9), (0.9, 0.9, 0.9)]
         for name in find_components(layout)
@@ -225,7 +225,7 @@ def test_branches_follow_their_own_errors_where_the_original_mixes_them():
 @pytest.mark.compiles
 def test_compiled_variants_are_the_eager_ones():
     component = denoisers.pixart()
-    layout, table, x = discover_layout(component), table_of(0, 4), latents_of(component, 2)
+    layout, table, x = layout_of(component), table_of(0, 4), latents_of(component, 2)
     low, high = [(), (0.0,), (0.9, 0.9), (0.9, 0.9, 0.9)], [(), (0.9,), (0.9, 0.9), (0.9, 0.9, 0.9)]
     errors = {name: low if name != "attn2" else high for name in find_components(layout)}
     planned = make_plans(SmoothCache(calibration_threshold=0.1), layout, {4: table}, calibration(table, errors))
@@ -236,7 +236,7 @@ def test_compiled_variants_are_the_eager_ones():
 
 
 def test_what_selects_nothing_or_does_not_fit_is_refused():
-    layout, table = discover_layout(denoisers.pixart()), table_of(1, 5)
+    layout, table = layout_of(denoisers.pixart()), table_of(1, 5)
     steps = Trajectory(table.timesteps)
     made = calibration(table, random_errors(random.Random(0), layout, 5))
     with pytest.raises(ExportError, match=r"feed-forward .*'mlp'; it has attn1, attn2, ff"):

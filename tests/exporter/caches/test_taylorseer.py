@@ -22,11 +22,11 @@ from hypothesis import strategies as st
 from prebake.exporter.caches import TaylorSeer, Trajectory, schedule
 from prebake.exporter.plan import make_plans
 from prebake.exporter.recipe.resolve import resolve
-from prebake.exporter.sites.discover import discover_layout
 from prebake.runtime.errors import ExportError, RecipeError
 from support import cache_peers as peers
 from support import skeleton_models as skeletons
 from support import tiny_denoisers as denoisers
+from support.known_layouts import layout_of
 from support.variant_compiler import compiled_run
 
 # float32 through up to 14 evaluations, sums in another order: up to 1.3e-6 was seen; a wrong step or coefficient is off by
@@ -38,7 +38,7 @@ MADE = {
     "sd3": denoisers.with_guidance(denoisers.sd3()),
     "pixart": denoisers.with_guidance(denoisers.pixart()),
 }
-LAYOUTS = {name: discover_layout(c) for name, c in MADE.items()}
+LAYOUTS = {name: layout_of(c) for name, c in MADE.items()}
 KEYS = [k for k in TaylorSeer.model_fields if k not in ("method", "taylor_factors_dtype")]
 
 
@@ -218,7 +218,7 @@ def test_the_artifact_is_the_replay():
     cache, table = TaylorSeer(disable_cache_before_step=2), peers.table_of(FLOW, 6)
     component = denoisers.flux(single=1)
     latents = denoisers.noise(*component.args[0].shape)
-    planned = make_plans(cache, discover_layout(component), {6: table})
+    planned = make_plans(cache, layout_of(component), {6: table})
     eager = peers.ours(component, planned, planned.plans[0], latents, timestep_scale=1e-3)
     artifact = compiled_run("flux, one single", component, planned, planned.plans[0], latents, timestep_scale=1e-3)
     # stored values are bfloat16: where the compiler's last float32 bit turns a rounding, 2^-8 of one value follows

@@ -25,10 +25,10 @@ from prebake.exporter.calibrators.dynamic_replay import DynamicTrace, dynamic_re
 from prebake.exporter.plan import make_plans
 from prebake.exporter.plan.sampler import SchedulerTable
 from prebake.exporter.sites.component import Component
-from prebake.exporter.sites.discover import discover_layout
 from prebake.runtime.errors import ExportError
 from support import cache_peers as peers
 from support import tiny_denoisers as denoisers
+from support.known_layouts import layout_of
 from support.variant_compiler import compiled_run
 
 TABLES = {
@@ -154,7 +154,7 @@ def peer(kind: str, component: Component, cache: TeaCache, table: SchedulerTable
 
 
 def dynamic(component: Component, cache: TeaCache, table: SchedulerTable, latents: Tensor) -> DynamicTrace:
-    layout = discover_layout(component)
+    layout = layout_of(component)
     return dynamic_replay(
         component, marks(cache, layout), teacache.probes(cache, layout), teacache.OnlineRule(cache, layout, table),
         lambda history: decision(cache, layout, history), table, peers.inputs_of(component), latents,
@@ -211,7 +211,7 @@ def test_online_decisions_and_trajectory_are_those_of_the_published_loop(seed):
 def test_a_timestep_embedding_decides_the_same_for_any_prompt_and_needs_no_calibration():
     rng = random.Random(0)
     component = model("cogvideox")
-    layout = discover_layout(component)
+    layout = layout_of(component)
     skipped = 0
     for case in range(6):
         scheduler, steps = random_table(rng)
@@ -243,7 +243,7 @@ def test_a_timestep_embedding_decides_the_same_for_any_prompt_and_needs_no_calib
 def test_an_exact_plan_compiles_and_both_branches_skip():
     cache = TeaCache(signal="time_embedding", rel_l1_thresh=0.6, coefficients=(1.0, 0.0))
     component, table = model("cogvideox", guided=True), TABLES["ddim"](8)
-    layout = discover_layout(component)
+    layout = layout_of(component)
     planned = make_plans(
         cache,
         layout,
@@ -267,7 +267,7 @@ def test_an_exact_plan_compiles_and_both_branches_skip():
 def test_a_frozen_plan_computes_where_most_runs_did():
     cache = TeaCache(rel_l1_thresh=0.3, coefficients=(1.0, 0.0))
     component, table = model("flux"), TABLES["flow"](10)
-    layout = discover_layout(component)
+    layout = layout_of(component)
     runs = []
     for seed in range(3):
         latents = (1 + seed) * latents_of(component, seed)
@@ -297,9 +297,9 @@ def test_a_signal_that_depends_on_the_prompt_is_not_exact():
     cache = TeaCache(signal="time_embedding", module="time_text_embed")
     component, table = model("flux"), TABLES["flow"](6)
     with pytest.raises(ExportError, match=r"time_text_embed': .* depends on more than the timestep"):
-        teacache.decide_by_timesteps(cache, component, discover_layout(component), {6: table}, timestep_scale=1.0)
+        teacache.decide_by_timesteps(cache, component, layout_of(component), {6: table}, timestep_scale=1.0)
     alone = cache.model_copy(update={"module": "time_text_embed.timestep_embedder"})
-    made = teacache.decide_by_timesteps(alone, component, discover_layout(component), {6: table}, timestep_scale=1.0)
+    made = teacache.decide_by_timesteps(alone, component, layout_of(component), {6: table}, timestep_scale=1.0)
     assert len(made.computed[table.timesteps]) == 6
 
 
@@ -307,25 +307,25 @@ def test_a_module_that_does_not_exist_is_refused_with_those_that_do():
     cache = TeaCache(signal="time_embedding")
     component, table = model("flux"), TABLES["flow"](6)
     with pytest.raises(ExportError, match=r"time_embedding' is not in the model; .*time_text_embed"):
-        teacache.decide_by_timesteps(cache, component, discover_layout(component), {6: table}, timestep_scale=1.0)
+        teacache.decide_by_timesteps(cache, component, layout_of(component), {6: table}, timestep_scale=1.0)
 
 
 def test_a_model_without_blocks_is_refused_before_its_signal_is_looked_for():
     unet, table = denoisers.sd_unet(), TABLES["ddim"](6)
     with pytest.raises(ExportError, match=r"transformer blocks, and this model has none"):
         teacache.decide_by_timesteps(
-            TeaCache(signal="time_embedding"), unet, discover_layout(unet), {6: table}, timestep_scale=1.0
+            TeaCache(signal="time_embedding"), unet, layout_of(unet), {6: table}, timestep_scale=1.0
         )
 
 
 def test_decisions_come_from_a_calibration_or_from_the_weights():
-    layout, table = discover_layout(model("flux")), TABLES["flow"](6)
+    layout, table = layout_of(model("flux")), TABLES["flow"](6)
     with pytest.raises(ExportError, match=r"'teacache' needs a calibration"):
         schedule(TeaCache(), layout, Trajectory(table.timesteps), None)
     with pytest.raises(ExportError, match=r"export again with these steps"):
         schedule(TeaCache(signal="time_embedding"), layout, Trajectory(table.timesteps), ExactDecisions({}))
     with pytest.raises(ExportError, match=r"transformer blocks, and this model has none"):
-        marks(TeaCache(), discover_layout(denoisers.sd_unet()))
+        marks(TeaCache(), layout_of(denoisers.sd_unet()))
 
 
 def test_polynomials_are_numbers_or_names():

@@ -37,10 +37,10 @@ from prebake.exporter.progress import open_progress
 from prebake.exporter.recipe.resolve import resolve
 from prebake.exporter.settle import sampler_table
 from prebake.exporter.sites.actions import flat_outputs
-from prebake.exporter.sites.discover import discover_layout
 from prebake.exporter.sites.layout import Layout, Place
 from prebake.runtime.errors import ExportError, RecipeError
 from prebake.runtime.manifest import Source
+from support.known_layouts import layout_of
 
 PROMPTS = ("a red circle", "a blue square on white")
 OVERRIDES = ("cache.method=firstblock", "cache.threshold=0.4", "sampler.steps=5")
@@ -79,7 +79,7 @@ def test_it_says_what_was_run(made, tiny_folder):
 
 def test_every_site_has_its_change_at_every_evaluation(made, tiny_pipe):
     size = SIZE
-    layout = discover_layout(flux.denoiser(tiny_pipe, size))
+    layout = layout_of(flux.denoiser(tiny_pipe, size))
     sites = {p.site for p in layout.of("attention", "feed_forward", "block")}
     assert set(made.changes) == {*sites, "blocks[0:3]", "output"}
     for values in made.changes.values():
@@ -134,7 +134,7 @@ def test_runs_start_and_end_where_diffusers_own_do(request, kind, guidance):
 def test_decisions_are_the_share_of_runs_that_computed(made, tiny_pipe):
     size, cache = SIZE, FirstBlockCache(threshold=0.4)
     denoiser = flux.denoiser(tiny_pipe, size)
-    layout, table = discover_layout(denoiser), sampler_table(flux, tiny_pipe, size, 5, QUIET)
+    layout, table = layout_of(denoiser), sampler_table(flux, tiny_pipe, size, 5, QUIET)
     computed = []
     for prompt, seed in ((PROMPTS[0], 0), (PROMPTS[0], 2), (PROMPTS[1], 1), (PROMPTS[1], 3)):
         run = dynamic_replay(

@@ -23,11 +23,11 @@ from prebake.exporter.lower import w8a8
 from prebake.exporter.plan import PlanSet
 from prebake.exporter.progress import open_progress
 from prebake.exporter.quantize import Int8Dynamic
-from prebake.exporter.sites.discover import discover_layout
 from prebake.exporter.sites.marks import Variant
 from prebake.runtime.errors import ExportError
 from prebake.runtime.manifest import Cost
 from prebake.runtime.plan import Evaluation, Plan, Update
+from support.known_layouts import layout_of
 
 SIZE = flux.Size(32, 32, 8)
 
@@ -76,7 +76,7 @@ def test_an_int8_convolution_costs_what_it_replaces():
 def reused(tiny_folder):
     """The tiny denoiser, its plan with every attention reused, and the graphs `full` and `reuse`; nobody changes them."""
     pipe = load_model(str(tiny_folder), None, {"default": torch.float32}).pipe
-    marks = tuple(a.mark() for a in discover_layout(flux.denoiser(pipe, SIZE)).attentions)
+    marks = tuple(a.mark() for a in layout_of(flux.denoiser(pipe, SIZE)).attentions)
     everything, some = tuple((m.name, "compute") for m in marks), tuple((m.name, "combine") for m in marks)
     planned = PlanSet(marks, (Variant("full", everything), Variant("reuse", some)), ())
     denoiser = flux.denoiser(pipe, SIZE)
@@ -162,7 +162,7 @@ def test_one_percent_is_allowed_and_cheaper_is_fine():
 
 def test_a_value_that_no_variant_reads_is_not_stored(tiny_pipe):
     """Nothing after the last block reads its text."""
-    denoiser, layout = flux.denoiser(tiny_pipe, SIZE), discover_layout(flux.denoiser(tiny_pipe, SIZE))
+    denoiser, layout = flux.denoiser(tiny_pipe, SIZE), layout_of(flux.denoiser(tiny_pipe, SIZE))
     mark = layout.residual("", len(layout.blocks("")) - 1, len(layout.blocks("")), "tail")
     marked = PlanSet((mark,), (Variant("full", (("tail", "compute"),)), Variant("reuse", (("tail", "combine"),))), ())
     planned, (full, reuse) = capture_variants(denoiser, marked, open_progress("quiet"))

@@ -347,12 +347,12 @@ def test_real_kernels_predict_that_skipping_attention_is_cheaper(tiny_pipe, monk
     from prebake.exporter.families import flux
     from prebake.exporter.plan import PlanSet
     from prebake.exporter.progress import open_progress
-    from prebake.exporter.sites.discover import discover_layout
     from prebake.exporter.sites.marks import Variant
+    from support.known_layouts import layout_of
 
     monkeypatch.setattr(rate_grid, "AXES", SMALL_AXES)
     denoiser = flux.denoiser(tiny_pipe, flux.Size(32, 32, 8))
-    marks = tuple(a.mark() for a in discover_layout(denoiser).attentions)
+    marks = tuple(a.mark() for a in layout_of(denoiser).attentions)
     variants = (Variant("full", ()), Variant("reuse", tuple((m.name, "combine") for m in marks)))
     _, graphs = capture_variants(denoiser, PlanSet(marks, variants, ()), open_progress("quiet"))
     rates = MachineRates(THIS)

@@ -19,9 +19,9 @@ from prebake.exporter.recipe.resolve import resolve
 from prebake.exporter.rewrite import inner_width, rewrite_pipeline
 from prebake.exporter.rewrite.quantize import layer_role
 from prebake.exporter.settle import settle
-from prebake.exporter.sites.discover import discover_layout
 from prebake.exporter.verify.verify import VerifyOptions, verify_artifact
 from prebake.runtime.errors import ExportError
+from support.known_layouts import layout_of
 
 AOTI = load_backend("aoti")
 SIZE = sd.Size(32, 32, 16)
@@ -72,7 +72,7 @@ def test_in_bfloat16_neighbouring_timesteps_stay_apart(tiny_sd_pipe):
 
 
 def test_the_layout_has_both_branches(tiny_sd_pipe):
-    layout = discover_layout(sd.denoiser(tiny_sd_pipe, SIZE))
+    layout = layout_of(sd.denoiser(tiny_sd_pipe, SIZE))
     assert layout.branches == ("uncond", "cond")
     attentions = [[p.name for p in layout.attentions if p.branch == b] for b in layout.branches]
     assert attentions[0] == attentions[1]

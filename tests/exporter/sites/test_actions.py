@@ -7,9 +7,9 @@ import torch
 
 from prebake.exporter.families import flux
 from prebake.exporter.sites.actions import VariantModule, submodule
-from prebake.exporter.sites.discover import discover_layout
 from prebake.exporter.sites.marks import Mark, Variant
 from prebake.runtime.errors import ExportError
+from support.known_layouts import layout_of
 
 SIZE = flux.Size(32, 32, 8)
 
@@ -21,11 +21,11 @@ def denoiser(tiny_pipe):
 
 @pytest.fixture
 def attentions(tiny_pipe) -> tuple[Mark, ...]:
-    return tuple(a.mark() for a in discover_layout(flux.denoiser(tiny_pipe, SIZE)).attentions)
+    return tuple(a.mark() for a in layout_of(flux.denoiser(tiny_pipe, SIZE)).attentions)
 
 
 def blocks(tiny_pipe, chosen: slice, slots: int = 1) -> Mark:
-    layout = discover_layout(flux.denoiser(tiny_pipe, SIZE))
+    layout = layout_of(flux.denoiser(tiny_pipe, SIZE))
     return layout.residual("", chosen.start, chosen.stop, "blocks", slots=slots)
 
 

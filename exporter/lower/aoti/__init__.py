@@ -39,6 +39,7 @@ from . import cuda, kernels
 from .building import build_folder, check_build_place, describe_compile_error
 from .isa import choose_isa, host_flags, inductor_flags, int8_flags
 from .kernels.rewrite import replace_operators
+from .kernels.target import EXTENSIONS, KernelTarget, choose_target
 from .pt2 import clear_executable_stack, is_packaged, weaken_unique_symbols, write_package
 
 LINE_TABLES_FLAG = "aot_inductor.enable_line_tables"
@@ -56,6 +57,8 @@ PACKAGE_FLAGS = {
     # else a hash of the sources, which name their folders
     "aot_inductor.model_name_for_generated_files": "model",
 }
+TORCHAO_LEVEL = "x86-64-v4"
+"""By name a level at which int8 layers are torchao's, which ask at run time whether the CPU has VNNI: the kernels would do without."""
 CHANNELS_LAST = True
 PACKAGE_SUFFIX = ".pt2"
 COMPILER_VARIABLES = re.compile(
@@ -93,10 +96,10 @@ def adapt_recipe(recipe: Any) -> tuple[Any, tuple[str, ...]]:
         raise RecipeError(
             f"compile.options.{gpu_only[0]}: it is for GPUs, and compile.device is cpu; leave the option out"
         )
-    if has_kernels(recipe.compile) and not kernels.has_kernel_flags(choose_isa(recipe.compile.isa)[0]):
+    if chosen.kernels and not has_kernels(recipe.compile):
         raise RecipeError(
-            f"compile.options.kernels: they need {', '.join(kernels.KERNEL_FLAGS)} and {kernels.KERNEL_LEVEL}, so the result could not be "
-            f"verified with compile.isa={recipe.compile.isa} on this CPU; leave the option out, or export on such a machine"
+            f"compile.options.kernels: they are written for {' and '.join(EXTENSIONS)}, so the result could not be verified with "
+            f"compile.isa={recipe.compile.isa} on this CPU; leave the option out, or export on such a machine"
         )
     if not has_kernels(recipe.compile):
         w8a8.refuse_convolutions(recipe)
@@ -110,9 +113,8 @@ def adapt_recipe(recipe: Any) -> tuple[Any, tuple[str, ...]]:
 
 
 class AotiOptions(RecipeTable):
-    """`kernels`: whether attention in bfloat16 and int8 layers are prebake's own code, `kernels/`. By default where the CPU has
-    the instructions, unless `compile.isa` names a level, which promises to run where they may be missing. The others are
-    for GPUs: `cuda.CudaOptions`, and `cuda_graphs`, by which the runtime records whole trajectories (`runtime/recorded.py`)."""
+    """`kernels`: whether attention in bfloat16 and int8 layers are prebake's own code, `kernels/`. By default, unless
+    `compile.isa` names `TORCHAO_LEVEL`. The others are for GPUs: `cuda.CudaOptions`, and `cuda_graphs`, by which the runtime records whole trajectories (`runtime/recorded.py`)."""
 
     kernels: bool | None = None
     multi_arch: bool = False
@@ -125,14 +127,16 @@ def is_on_gpu(config: Any) -> bool:
 
 
 def has_kernels(config: Any) -> bool:
+    return kernel_target(config) is not None
+
+
+def kernel_target(config: Any) -> KernelTarget | None:
+    """What the kernels are compiled for; None without them. A level that is asked for by name is a promise to machines that have
+    nothing else, so there they use the level alone, unless they are asked for too."""
     asked = read_options(config, AotiOptions).kernels
-    if is_on_gpu(config):
-        return False
-    return (
-        kernels.has_kernel_flags(choose_isa(config.isa)[0]) and config.isa in ("host", "native")
-        if asked is None
-        else asked
-    )
+    if is_on_gpu(config) or asked is False or (asked is None and config.isa == TORCHAO_LEVEL):
+        return None
+    return choose_target(config.isa, extended=bool(asked) or config.isa in ("host", "native"))
 
 
 def thread_count(config: Any) -> int:
@@ -188,10 +192,10 @@ def describe_compiler() -> str:
 def requires(recipe: Any) -> dict[str, Any]:
     """The instruction set, this torch and this C library."""
     level, flags = choose_isa(recipe.compile.isa)
-    if recipe.quantize.multiplies_int8 and not is_on_gpu(recipe.compile):
+    if target := kernel_target(recipe.compile):
+        flags = tuple(sorted({*flags, *target.flags}))
+    elif recipe.quantize.multiplies_int8 and not is_on_gpu(recipe.compile):
         flags = tuple(sorted({*flags, *int8_flags()}))
-    if has_kernels(recipe.compile):
-        flags = tuple(sorted({*flags, *kernels.KERNEL_FLAGS}))
     return {
         "isa_level": level,
         "isa": flags,
@@ -219,17 +223,19 @@ def quantize_layers(model: nn.Module, names: set[str], recipe: Any) -> None:
 
 def stand_in(config: Any) -> Any:
     """The kernels in the place of what they replace, for forecasts; None without them."""
-    if not has_kernels(config):
+    target = kernel_target(config)
+    if target is None:
         return None
     from .kernels.native import NativeKernels
 
     with build_folder() as place:
-        return NativeKernels(place, thread_count(config)).stand_in
+        return NativeKernels(place, thread_count(config), target).stand_in
 
 
 def kernel_version(config: Any) -> str:
-    """A hash of the kernels' sources; empty without them."""
-    return kernels.sources_hash() if has_kernels(config) else ""
+    """A hash of the kernels' sources and of what they are compiled for; empty without them."""
+    target = kernel_target(config)
+    return "" if target is None else kernels.sources_hash(target)
 
 
 def list_passes(config: Any) -> tuple[GraphPass, ...]:
@@ -243,7 +249,7 @@ def lower(folder: Path, groups: GraphGroups, config: Any, made: GraphCompiler) -
 
     def compiled(graph: CapturedGraph) -> CodeFiles:
         if not is_on_gpu(config):
-            return compile_graph(graph, chosen)
+            return compile_graph(graph, chosen, target=kernel_target(config))
         with cuda.float32_as_tf32(read_options(config, AotiOptions).tf32):
             return compile_graph(cuda.move_graph(graph, torch.device("cuda")), chosen)
 
@@ -255,8 +261,11 @@ def lower(folder: Path, groups: GraphGroups, config: Any, made: GraphCompiler) -
     return paths
 
 
-def compile_graph(graph: CapturedGraph, flags: dict[str, Any], folder: Path | None = None) -> CodeFiles:
+def compile_graph(
+    graph: CapturedGraph, flags: dict[str, Any], folder: Path | None = None, *, target: KernelTarget | None = None
+) -> CodeFiles:
     """Compiles one graph in a private `folder`, or the one of this user; returns those of Inductor's files that are kept.
+    Kernels that it calls are compiled for `target`.
 
     Raises ExportError naming the graph when the compiler fails.
     """
@@ -265,7 +274,8 @@ def compile_graph(graph: CapturedGraph, flags: dict[str, Any], folder: Path | No
         shutil.rmtree(sources, ignore_errors=True)
         options = {"aot_inductor.output_path": str(sources), **shorten_paths(flags, sources)}
         try:
-            with kernels.link_kernels(place, graph.gm, flags.get("cpp.threads") or torch.get_num_threads()) as linked:
+            threads = flags.get("cpp.threads") or torch.get_num_threads()
+            with kernels.link_kernels(place, graph.gm, threads, target) as linked:
                 made = compile_graph_module(graph.gm, graph.args, options | linked)
             files = {Path(f).name: Path(f).read_bytes() for f in made if isinstance(f, str) and is_packaged(f)}
         except ExportError:

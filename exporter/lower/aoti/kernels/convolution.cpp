@@ -54,7 +54,7 @@ struct Convolution {
     INLINE void tile(const Code* q, const float* factor, const int8_t* panel, bool first, float* sum, Ahead ahead) const {
         Ints sums[R * VECTORS];
         multiply_panel<R>(q, stride * step, panel, inner, sums, ahead);
-        unrolled<R>([&](auto r) ALWAYS {
+        each_row<R>([&](auto r) ALWAYS {
             Floats by = every(factor[r * step]);
             unrolled<VECTORS>([&](auto v) ALWAYS {
                 float* at = sum + (r * VECTORS + v) * LANES;

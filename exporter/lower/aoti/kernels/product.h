@@ -114,23 +114,26 @@ struct Ahead {
 // sums[r * V + v] += row r of `rows`, whose rows lie `stride` bytes apart, times vector v of `panel`, whose steps lie `next`
 // bytes apart.
 template <class Kind, int R, int V>
-INLINE void multiply(
+TILE void multiply(
     const void* rows, int64_t stride, const void* panel, int64_t next, int64_t steps, typename Kind::Sum (&sums)[R * V],
-    Ahead ahead = {}) {
+    Ahead ahead) {
     const char* column = static_cast<const char*>(panel);
     // an address is a register plus 0, 1 or 2 strides: a register for each row would be more than there are
     const char* row[(R + 2) / 3];
     unrolled<(R + 2) / 3>([&](auto i) ALWAYS { row[i] = static_cast<const char*>(rows) + i * 3 * stride; });
+    typename Kind::Sum sum[R * V];
+    unrolled<R * V>([&](auto i) ALWAYS { sum[i] = sums[i]; });
     Ints columns[V];
     for (int64_t step = 0; step < steps; step++, column += next) {
         unrolled<V>([&](auto v) ALWAYS { columns[v] = Kind::columns(column + v * Kind::COLUMNS); });
         if (ahead.data) _mm_prefetch(ahead.data += ahead.each, _MM_HINT_T0);
         unrolled<R>([&](auto r) ALWAYS {
             Ints some = Kind::row(row[r / 3] + r % 3 * stride);
-            unrolled<V>([&](auto v) ALWAYS { Kind::add(sums[r * V + v], some, columns[v]); });
+            unrolled<V>([&](auto v) ALWAYS { Kind::add(sum[r * V + v], some, columns[v]); });
         });
         unrolled<(R + 2) / 3>([&](auto i) ALWAYS { asm("add %1, %0" : "+r"(row[i]) : "i"(Kind::STEP)); });
     }
+    unrolled<R * V>([&](auto i) ALWAYS { sums[i] = sum[i]; });
 }
 
 // `n` things of type T, aligned to cache lines, freed with the object.

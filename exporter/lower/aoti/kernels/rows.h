@@ -43,6 +43,16 @@ INLINE Ahead next_panel(const int8_t* panel, int64_t inner, int64_t at, int64_t 
     return {reinterpret_cast<const char*>(panel) + panel_bytes(inner) * (all + at) / all, PANEL * 4 * rows / all};
 }
 
+// f(r) for R rows, as constants where a tile's sums stay in registers.
+template <int R, class F>
+INLINE void each_row(F f) {
+#ifdef __AVX512F__
+    unrolled<R>(f);
+#else
+    for (int r = 0; r < R; r++) f(r);
+#endif
+}
+
 // R rows times a panel: vector v of row r's columns in sums[r * VECTORS + v].
 template <int R>
 INLINE void multiply_panel(

@@ -28,6 +28,7 @@ INLINE void unrolled(F f) {
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 
 #define REGISTER "v"           // of an instruction written as text
+#define TILE INLINE            // a loop that fills the registers with sums, which are used where they are
 constexpr int64_t LANES = 16;  // 32-bit lanes in a vector
 using Floats = __m512;
 using Ints = __m512i;
@@ -105,6 +106,7 @@ INLINE Floats power_of_two(Floats x) {
 #elif defined(__AVX2__) && defined(__FMA__)
 
 #define REGISTER "x"
+#define TILE __attribute__((noinline))  // of 16 registers none is left for what lies around
 constexpr int64_t LANES = 8;
 using Floats = __m256;
 using Ints = __m256i;

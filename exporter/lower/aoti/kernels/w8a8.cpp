@@ -84,7 +84,7 @@ struct Layer {
             scales[v] = load(scale + at, live);
             biases[v] = bias ? load(bias + at, live) : zeros();
         });
-        unrolled<R>([&](auto r) ALWAYS {
+        each_row<R>([&](auto r) ALWAYS {
             Floats values[VECTORS], by = every(factor[r]);
             unrolled<VECTORS>([&](auto v) ALWAYS { values[v] = fma(floats(sums[r * VECTORS + v]) * scales[v], by, biases[v]); });
             T* to = y + (row + r) * wide + part * share;

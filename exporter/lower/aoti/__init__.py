@@ -37,7 +37,7 @@ from ..options import read_options
 from ..toolchain import glibc_version
 from . import cuda, kernels
 from .building import build_folder, check_build_place, describe_compile_error
-from .isa import choose_isa, host_flags, inductor_flags, int8_flags
+from .isa import choose_isa, host_flags, inductor_flags, int8_flags, multiplies_bfloat16
 from .kernels.rewrite import replace_operators
 from .kernels.target import EXTENSIONS, KernelTarget, choose_target
 from .pt2 import clear_executable_stack, is_packaged, weaken_unique_symbols, write_package
@@ -81,14 +81,15 @@ def has_line_tables() -> bool:
 
 
 def adapt_recipe(recipe: Any) -> tuple[Any, tuple[str, ...]]:
-    """The recipe unchanged. Raises RecipeError for a GPU that is not here, for kernels that this machine cannot run, and for fp8 on the CPU:
-    torch makes such products by way of wider numbers there, and slower than those of float32 (docs/reference/backends.md)."""
+    """On CPUs without instructions for bfloat16 float32 where it says that, unless it says `emulate_bfloat16`: torch makes such products
+    one number at a time there. Raises RecipeError for a GPU that is not here, for kernels that this machine cannot run, and for fp8 on
+    the CPU: torch makes such products by way of wider numbers there, and slower than those of float32 (docs/reference/backends.md)."""
     check_build_place()
     chosen = read_options(recipe.compile, AotiOptions)
     if is_on_gpu(recipe.compile):
-        if chosen.kernels:
+        if for_cpu := next((name for name in ("kernels", "emulate_bfloat16") if getattr(chosen, name)), None):
             raise RecipeError(
-                "compile.options.kernels: they are for the CPU, and compile.device is cuda; leave the option out"
+                f"compile.options.{for_cpu}: for the CPU alone, and compile.device is cuda; leave the option out"
             )
         cuda.check_gpu_recipe(recipe)
         return recipe, ()
@@ -109,14 +110,25 @@ def adapt_recipe(recipe: Any) -> tuple[Any, tuple[str, ...]]:
             "quantize.method=int8_dynamic, or on a "
             "machine with a GPU compile.device=cuda, or compile.backend=tensorrt"
         )
-    return recipe, ()
+    parts = [part for part, dtype in recipe.precision if dtype == "bfloat16"]
+    if not parts or chosen.emulate_bfloat16 or multiplies_bfloat16(choose_isa(recipe.compile.isa)[0]):
+        return recipe, ()
+    said = (
+        f"{', '.join(f'precision.{part}' for part in parts)}: float32, which is several times faster here, since this CPU, or "
+        f"compile.isa={recipe.compile.isa}, has no instructions for bfloat16; compile.options.emulate_bfloat16=true keeps it, for half "
+        "of the memory"
+    )
+    precision = recipe.precision.model_copy(update=dict.fromkeys(parts, "float32"))
+    return recipe.model_copy(update={"precision": precision}), (said,)
 
 
 class AotiOptions(RecipeTable):
     """`kernels`: whether attention in bfloat16 and int8 layers are prebake's own code, `kernels/`. By default, unless
-    `compile.isa` names `TORCHAO_LEVEL`. The others are for GPUs: `cuda.CudaOptions`, and `cuda_graphs`, by which the runtime records whole trajectories (`runtime/recorded.py`)."""
+    `compile.isa` names `TORCHAO_LEVEL`. `emulate_bfloat16`: whether what a recipe has in bfloat16 stays so where no instruction
+    multiplies it. The others are for GPUs: `cuda.CudaOptions`, and `cuda_graphs`, by which the runtime records whole trajectories (`runtime/recorded.py`)."""
 
     kernels: bool | None = None
+    emulate_bfloat16: bool = False
     multi_arch: bool = False
     tf32: bool = True
     cuda_graphs: bool = False

@@ -12,6 +12,7 @@ import hashlib
 import os
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -107,9 +108,12 @@ def build_archive(folder: Path, threads: int, target: KernelTarget) -> Path:
         return made
     place.mkdir(exist_ok=True)
     objects = [place / f"{source.stem}.o" for source in sources]
-    for source, made_of_it in zip(sources, objects, strict=True):
-        shorter = f"-ffile-prefix-map={HERE}=prebake"
-        run_command([*command, shorter, f"-I{include}", "-c", str(source), "-o", str(made_of_it)])
+    shorter = f"-ffile-prefix-map={HERE}=prebake"
+    made_of = [
+        [*command, shorter, f"-I{include}", "-c", str(source), "-o", str(place / f"{source.stem}.o")] for source in sources
+    ]
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as compilers:
+        list(compilers.map(run_command, made_of))
     partial = place / "partial.a"
     partial.unlink(missing_ok=True)
     run_command(["ar", "rcsD", str(partial), *map(str, objects)])

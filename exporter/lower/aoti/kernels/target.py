@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..isa import ISA_LEVELS, choose_isa, host_flags
+from .. import isa as instructions
 
 EXTENSIONS = {"x86-64-v3": ("avx_vnni",), "x86-64-v4": ("avx512_bf16", "avx512_vnni")}
 """What the kernels use above a level where the CPU has it, as /proc/cpuinfo names it. Without VNNI products of bytes take words,
@@ -21,7 +21,7 @@ class KernelTarget:
     @property
     def flags(self) -> tuple[str, ...]:
         """What a machine must have, as /proc/cpuinfo names it."""
-        return (*ISA_LEVELS[self.level], *self.extensions)
+        return (*instructions.ISA_LEVELS[self.level], *self.extensions)
 
     @property
     def arguments(self) -> tuple[str, ...]:
@@ -32,10 +32,10 @@ class KernelTarget:
 def choose_target(isa: str, *, extended: bool = True) -> KernelTarget | None:
     """What kernels are compiled for beside code for this `compile.isa`, `extended` or the level alone; None where this machine
     could not verify them, for it has no level that they are written for. Raises ExportError as `choose_isa`."""
-    level, _ = choose_isa(isa)
+    level, _ = instructions.choose_isa(isa)
     levels = (level,) if level in EXTENSIONS else sorted(EXTENSIONS, reverse=True)
-    flags = host_flags()
-    best = next((name for name in levels if flags.issuperset(ISA_LEVELS[name])), None)
+    flags = instructions.host_flags()
+    best = next((name for name in levels if flags.issuperset(instructions.ISA_LEVELS[name])), None)
     if best is None:
         return None
     return KernelTarget(best, tuple(name for name in EXTENSIONS[best] if extended and name in flags))

@@ -110,7 +110,8 @@ def build_archive(folder: Path, threads: int, target: KernelTarget) -> Path:
     objects = [place / f"{source.stem}.o" for source in sources]
     shorter = f"-ffile-prefix-map={HERE}=prebake"
     made_of = [
-        [*command, shorter, f"-I{include}", "-c", str(source), "-o", str(place / f"{source.stem}.o")] for source in sources
+        [*command, shorter, f"-I{include}", "-c", str(source), "-o", str(place / f"{source.stem}.o")]
+        for source in sources
     ]
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as compilers:
         list(compilers.map(run_command, made_of))

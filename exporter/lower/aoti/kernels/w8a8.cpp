@@ -33,7 +33,7 @@ float quantized(const std::vector<Part>& parts, int64_t row, Code* q) {
     Scale scale{0};
     for (const Part& part : parts) {
         float most = part.with(row, [&](auto* x) ALWAYS { return largest(x, part.width); });
-        if (!(most <= scale.most)) scale.most = most;  // also if it is no number
+        if (most > scale.most || most != most) scale.most = most;  // what is no number stays
     }
     Floats by = scale.to_bytes();
     for (const Part& part : parts) {

@@ -272,8 +272,15 @@ def test_kernels_that_cannot_be_verified_here_are_refused(cpu):
     ("flags", "asked", "parts"),
     [
         pytest.param(V3, (), "precision.denoiser, precision.text_encoders, precision.vae", id="AVX2"),
-        pytest.param((*V4, "avx512_vnni"), ("precision.vae=float32",), "precision.denoiser, precision.text_encoders", id="AVX-512"),
-        pytest.param((*V4, "avx512_bf16"), ("compile.isa=x86-64-v3",), "precision.denoiser, precision", id="a lower level"),
+        pytest.param(
+            (*V4, "avx512_vnni"),
+            ("precision.vae=float32",),
+            "precision.denoiser, precision.text_encoders",
+            id="AVX-512",
+        ),
+        pytest.param(
+            (*V4, "avx512_bf16"), ("compile.isa=x86-64-v3",), "precision.denoiser, precision", id="a lower level"
+        ),
         pytest.param((*V4, "avx512_bf16"), (), "", id="it has them"),
         pytest.param(V3, ("compile.options.emulate_bfloat16=true",), "", id="asked for"),
         pytest.param((), ("compile.isa=native",), "", id="another processor family"),
@@ -301,7 +308,11 @@ def test_int8_convolutions_without_kernels_are_refused(backend):
         f"prebake.exporter.lower.{backend}", reason=f"the extra of {backend} is not installed"
     )
     asked = recipe(*CONVOLUTIONS_ASKED, f"compile.backend={backend}")
-    without = recipe(*CONVOLUTIONS_ASKED, f"compile.backend={backend}", *(["compile.options.kernels=false"] if backend == "aoti" else []))
+    without = recipe(
+        *CONVOLUTIONS_ASKED,
+        f"compile.backend={backend}",
+        *(["compile.options.kernels=false"] if backend == "aoti" else []),
+    )
     said = r"^quantize\.convolutions: only prebake's CPU kernels multiply them in int8 .*; set quantize\.convolutions=false$"
     with pytest.raises(RecipeError, match=said):
         lowering.adapt_recipe(without)

@@ -324,10 +324,10 @@ def called_layer(by: NativeKernels, rows: slice, dtype: torch.dtype, act: int) -
 
 
 def called_convolution(by: NativeKernels, rows: slice, dtype: torch.dtype, groups: int) -> Tensor:
-    _, weight, scale, bias = convolution((1, 24), 40, 3)
+    weight, scale = w8a8.quantize_rows_int8(random(40, 9 * 24, seed=1))
     x = random(13, 24, 9, 14, dtype=dtype)[rows].contiguous(memory_format=torch.channels_last)
     norm = (groups, 1e-5, random(24, seed=4), random(24, seed=5)) if groups else NO_NORM
-    return by.packed_w8a8_conv2d(x, pack_taps(weight, 9), scale, bias, 3, 1, 1, *norm)
+    return by.packed_w8a8_conv2d(x, pack_taps(weight.t().contiguous(), 9), scale, None, 3, 1, 1, *norm)
 
 
 def called_few_rows(by: NativeKernels, rows: slice, dtype: torch.dtype, _: int) -> Tensor:

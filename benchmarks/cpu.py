@@ -19,6 +19,7 @@ import ctypes
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import tempfile
@@ -48,6 +49,7 @@ from prebake.exporter.rewrite import rewrite_denoiser
 HALF_DTYPE, FLOAT_DTYPE = torch.bfloat16, torch.float32
 PREBAKE = "prebake: "
 OURS_INT8_BFLOAT16_ATTENTION, HALVES = PREBAKE + "int8, bfloat16 attention", PREBAKE + "int8, bfloat16"
+FLOATS = PREBAKE + "int8, float32"
 CONVOLUTIONS = PREBAKE + "int8 with convolutions, bfloat16"
 
 
@@ -158,6 +160,7 @@ def problem_ways(problem: DenoiserProblem, threads: int, only: str) -> Iterator[
         "torch.compile bfloat16": lambda: compile_with_torch(half),
         "AOTInductor int8 (torchao)": lambda: compile_with_aoti(problem, threads, "compile.options.kernels=false"),
         PREBAKE + "int8 by ONNX Runtime": lambda: compile_with_onnxruntime(problem, threads),
+        FLOATS: lambda: compile_with_aoti(problem, threads),
         OURS_INT8_BFLOAT16_ATTENTION: lambda: compile_with_aoti(problem, threads, "attention.dtype=bfloat16"),
         HALVES: lambda: compile_with_aoti(half, threads),
         CONVOLUTIONS: lambda: compile_with_aoti(half, threads, "quantize.convolutions=true"),
@@ -167,7 +170,7 @@ def problem_ways(problem: DenoiserProblem, threads: int, only: str) -> Iterator[
     if not hasattr(fused, "down_blocks"):
         del table[CONVOLUTIONS]
     for way, make in table.items():
-        if only in way:
+        if re.search(only, way):
             try:
                 yield way, make()
             except ModuleNotFoundError as e:
@@ -202,7 +205,8 @@ def compile_with_aoti(problem: DenoiserProblem, threads: int, *overrides: str) -
     graph = run_passes(graph, aoti.list_passes(recipe.compile))
     inside = {"aot_inductor.package_constants_in_so": True, "aot_inductor.use_consts_asm_build": True}
     folder = Path(tempfile.mkdtemp(dir=os.environ["TMPDIR"]))
-    files = aoti.compile_graph(graph, {**aoti.compile_flags(recipe.compile), **inside})
+    target = aoti.kernel_target(recipe.compile)
+    files = aoti.compile_graph(graph, {**aoti.compile_flags(recipe.compile), **inside}, target=target)
     package = package_aoti(str(folder / "graph.pt2"), {"model": pt2.write_files(folder / "model", files)})
     run = load_package(package, "model")
     return lambda: first_tensor(run(*made.args))
@@ -404,7 +408,7 @@ def main() -> None:
     parser.add_argument("model", nargs="*", choices=[[], *MODELS], help="what to run (default: flux-88m)")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--only", default="", help="the ways whose names hold this")
+    parser.add_argument("--only", default="", help="the ways whose names match this regular expression")
     parser.add_argument("--attention", action="store_true", help="the attention alone, and nothing else")
     parser.add_argument("--layers", action="store_true", help="the int8 layers alone, and nothing else")
     parser.add_argument("--output", type=Path, help="write the figures as JSON")

@@ -275,7 +275,9 @@ def test_what_binding_again_leaves_behind_is_small(toy_artifact, cache_dir):
 
 def manifest(graphs: dict[str, dict[str, str]], device: str = "cuda", backend: str = "aoti"):
     found = [SimpleNamespace(name=n, constants=c) for n, c in graphs.items()]
-    return SimpleNamespace(requires=SimpleNamespace(device=device), backend=backend, graphs=found, batches=(1,), sizes=())
+    return SimpleNamespace(
+        requires=SimpleNamespace(device=device), backend=backend, graphs=found, batches=(1,), sizes=()
+    )
 
 
 ALL = {n: {} for n in ("full", "text_encoder", "vae_decoder", "vae_encoder")}

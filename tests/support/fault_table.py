@@ -31,6 +31,8 @@ CLOSE = "runtime/process/test_close.py::"
 WEIGHTS = "runtime/storage/test_weight_files.py::"
 SHARDS, COMPONENTS = "runtime/storage/test_shards.py::", "exporter/rewrite/test_quantize_components.py::"
 FINITE = "runtime/test_finite.py::"
+KERNELS = "exporter/lower/aoti/kernels/"
+OPERATORS = KERNELS + "test_operators.py::"
 RATES = "exporter/cost/test_machine_rates.py::"
 
 
@@ -263,6 +265,8 @@ FAULTS: Mapping[str, tuple[Fault, ...]] = {
             AROUND + "test_a_clock_that_was_set_back_costs_a_hash_and_no_more",
         ),
         Fault("old-files", "files of 1970, and of 2100", "they are loaded", AROUND + "test_files_of_any_age_are_loaded"),
+        Fault("no-bfloat16", "a recipe in bfloat16, exported on a CPU without instructions for it", "float32 in its place, and the export says so and how to keep bfloat16", KERNELS + "test_kernel_rewrite.py::test_bfloat16_is_float32_where_no_instruction_multiplies_it"),
+        Fault("int8-saturation", "int8 layers on a CPU without VNNI, of weights and rows whose sums no 16 bits hold", "the sums of the integers, to the bit", OPERATORS + "test_the_largest_sums_of_bytes_are_exact"),
     ),
     "Several at once": (
         Fault(
@@ -657,6 +661,7 @@ FAULTS: Mapping[str, tuple[Fault, ...]] = {
         Fault("nan-callback", "a callback whose latents are not finite, returned or in place", "its latents are named", FINITE + "test_a_callbacks_latents_are_looked_at"),
         Fault("nan-evaluation", "a denoiser that gives NaN at one evaluation", "an error that names the evaluation and the plan, in place of a black picture", FINITE + "test_the_evaluation_is_named"),
         Fault("nan-decoder", "a decoder that gives NaN", "an error that names it", FINITE + "test_the_decoder_is_named"),
+        Fault("nan-int8", "NaN among the features of a row that an int8 kernel multiplies", "NaN in that row, the others as they were; not a number that looks like any", OPERATORS + "test_what_is_no_number_stays_none_in_its_row"),
         Fault("huge-plan", "a plan with numbers beyond float32", "refused by the schema", FINITE + "test_a_plans_numbers_are_numbers_of_float32"),
         Fault("default-device", "another default device, dtype, autocast, inference mode or deterministic mode of torch around load, call or both", "the same picture, to the bit", "runtime/process/test_torch_state.py::test_the_callers_state_changes_no_picture"),
         Fault("closed-artifact", "`pipe.close()` after calls", "no file of the artifact is mapped, no descriptor is open", CLOSE + "test_nothing_is_mapped_or_open_after_it"),

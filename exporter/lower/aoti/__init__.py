@@ -37,8 +37,9 @@ from ..options import read_options
 from ..toolchain import glibc_version
 from . import cuda, kernels
 from .building import build_folder, check_build_place, describe_compile_error
-from .isa import choose_isa, host_flags, inductor_flags, int8_flags
+from .isa import choose_isa, host_flags, inductor_flags, int8_flags, multiplies_bfloat16
 from .kernels.rewrite import replace_operators
+from .kernels.target import EXTENSIONS, KernelTarget, choose_target
 from .pt2 import clear_executable_stack, is_packaged, weaken_unique_symbols, write_package
 
 LINE_TABLES_FLAG = "aot_inductor.enable_line_tables"
@@ -56,6 +57,8 @@ PACKAGE_FLAGS = {
     # else a hash of the sources, which name their folders
     "aot_inductor.model_name_for_generated_files": "model",
 }
+TORCHAO_LEVEL = "x86-64-v4"
+"""By name a level at which int8 layers are torchao's, which ask at run time whether the CPU has VNNI: the kernels would do without."""
 CHANNELS_LAST = True
 PACKAGE_SUFFIX = ".pt2"
 COMPILER_VARIABLES = re.compile(
@@ -78,14 +81,15 @@ def has_line_tables() -> bool:
 
 
 def adapt_recipe(recipe: Any) -> tuple[Any, tuple[str, ...]]:
-    """The recipe unchanged. Raises RecipeError for a GPU that is not here, for kernels that this machine cannot run, and for fp8 on the CPU:
-    torch makes such products by way of wider numbers there, and slower than those of float32 (docs/reference/backends.md)."""
+    """On CPUs without instructions for bfloat16 float32 where it says that, unless it says `emulate_bfloat16`: torch makes such products
+    one number at a time there. Raises RecipeError for a GPU that is not here, for kernels that this machine cannot run, and for fp8 on
+    the CPU: torch makes such products by way of wider numbers there, and slower than those of float32 (docs/reference/backends.md)."""
     check_build_place()
     chosen = read_options(recipe.compile, AotiOptions)
     if is_on_gpu(recipe.compile):
-        if chosen.kernels:
+        if for_cpu := next((name for name in ("kernels", "emulate_bfloat16") if getattr(chosen, name)), None):
             raise RecipeError(
-                "compile.options.kernels: they are for the CPU, and compile.device is cuda; leave the option out"
+                f"compile.options.{for_cpu}: for the CPU alone, and compile.device is cuda; leave the option out"
             )
         cuda.check_gpu_recipe(recipe)
         return recipe, ()
@@ -93,10 +97,10 @@ def adapt_recipe(recipe: Any) -> tuple[Any, tuple[str, ...]]:
         raise RecipeError(
             f"compile.options.{gpu_only[0]}: it is for GPUs, and compile.device is cpu; leave the option out"
         )
-    if has_kernels(recipe.compile) and not kernels.has_kernel_flags(choose_isa(recipe.compile.isa)[0]):
+    if chosen.kernels and not has_kernels(recipe.compile):
         raise RecipeError(
-            f"compile.options.kernels: they need {', '.join(kernels.KERNEL_FLAGS)} and {kernels.KERNEL_LEVEL}, so the result could not be "
-            f"verified with compile.isa={recipe.compile.isa} on this CPU; leave the option out, or export on such a machine"
+            f"compile.options.kernels: they are written for {' and '.join(EXTENSIONS)}, so the result could not be verified with "
+            f"compile.isa={recipe.compile.isa} on this CPU; leave the option out, or export on such a machine"
         )
     if not has_kernels(recipe.compile):
         w8a8.refuse_convolutions(recipe)
@@ -106,15 +110,25 @@ def adapt_recipe(recipe: Any) -> tuple[Any, tuple[str, ...]]:
             "quantize.method=int8_dynamic, or on a "
             "machine with a GPU compile.device=cuda, or compile.backend=tensorrt"
         )
-    return recipe, ()
+    parts = [part for part, dtype in recipe.precision if dtype == "bfloat16"]
+    if not parts or chosen.emulate_bfloat16 or multiplies_bfloat16(choose_isa(recipe.compile.isa)[0]):
+        return recipe, ()
+    said = (
+        f"{', '.join(f'precision.{part}' for part in parts)}: float32, which is several times faster here, since this CPU, or "
+        f"compile.isa={recipe.compile.isa}, has no instructions for bfloat16; compile.options.emulate_bfloat16=true keeps it, for half "
+        "of the memory"
+    )
+    precision = recipe.precision.model_copy(update=dict.fromkeys(parts, "float32"))
+    return recipe.model_copy(update={"precision": precision}), (said,)
 
 
 class AotiOptions(RecipeTable):
-    """`kernels`: whether attention in bfloat16 and int8 layers are prebake's own code, `kernels/`. By default where the CPU has
-    the instructions, unless `compile.isa` names a level, which promises to run where they may be missing. The others are
-    for GPUs: `cuda.CudaOptions`, and `cuda_graphs`, by which the runtime records whole trajectories (`runtime/recorded.py`)."""
+    """`kernels`: whether attention in bfloat16 and int8 layers are prebake's own code, `kernels/`. By default, unless
+    `compile.isa` names `TORCHAO_LEVEL`. `emulate_bfloat16`: whether what a recipe has in bfloat16 stays so where no instruction
+    multiplies it. The others are for GPUs: `cuda.CudaOptions`, and `cuda_graphs`, by which the runtime records whole trajectories (`runtime/recorded.py`)."""
 
     kernels: bool | None = None
+    emulate_bfloat16: bool = False
     multi_arch: bool = False
     tf32: bool = True
     cuda_graphs: bool = False
@@ -125,14 +139,16 @@ def is_on_gpu(config: Any) -> bool:
 
 
 def has_kernels(config: Any) -> bool:
+    return kernel_target(config) is not None
+
+
+def kernel_target(config: Any) -> KernelTarget | None:
+    """What the kernels are compiled for; None without them. A level that is asked for by name is a promise to machines that have
+    nothing else, so there they use the level alone, unless they are asked for too."""
     asked = read_options(config, AotiOptions).kernels
-    if is_on_gpu(config):
-        return False
-    return (
-        kernels.has_kernel_flags(choose_isa(config.isa)[0]) and config.isa in ("host", "native")
-        if asked is None
-        else asked
-    )
+    if is_on_gpu(config) or asked is False or (asked is None and config.isa == TORCHAO_LEVEL):
+        return None
+    return choose_target(config.isa, extended=bool(asked) or config.isa in ("host", "native"))
 
 
 def thread_count(config: Any) -> int:
@@ -193,10 +209,10 @@ def describe_compiler() -> str:
 def requires(recipe: Any) -> dict[str, Any]:
     """The instruction set, this torch and this C library."""
     level, flags = choose_isa(recipe.compile.isa)
-    if recipe.quantize.multiplies_int8 and not is_on_gpu(recipe.compile):
+    if target := kernel_target(recipe.compile):
+        flags = tuple(sorted({*flags, *target.flags}))
+    elif recipe.quantize.multiplies_int8 and not is_on_gpu(recipe.compile):
         flags = tuple(sorted({*flags, *int8_flags()}))
-    if has_kernels(recipe.compile):
-        flags = tuple(sorted({*flags, *kernels.KERNEL_FLAGS}))
     return {
         "isa_level": level,
         "isa": flags,
@@ -224,17 +240,19 @@ def quantize_layers(model: nn.Module, names: set[str], recipe: Any) -> None:
 
 def stand_in(config: Any) -> Any:
     """The kernels in the place of what they replace, for forecasts; None without them."""
-    if not has_kernels(config):
+    target = kernel_target(config)
+    if target is None:
         return None
     from .kernels.native import NativeKernels
 
     with build_folder() as place:
-        return NativeKernels(place, thread_count(config)).stand_in
+        return NativeKernels(place, thread_count(config), target).stand_in
 
 
 def kernel_version(config: Any) -> str:
-    """A hash of the kernels' sources; empty without them."""
-    return kernels.sources_hash() if has_kernels(config) else ""
+    """A hash of the kernels' sources and of what they are compiled for; empty without them."""
+    target = kernel_target(config)
+    return "" if target is None else kernels.sources_hash(target)
 
 
 def list_passes(config: Any) -> tuple[GraphPass, ...]:
@@ -248,7 +266,7 @@ def lower(folder: Path, groups: GraphGroups, config: Any, made: GraphCompiler) -
 
     def compiled(graph: CapturedGraph) -> CodeFiles:
         if not is_on_gpu(config):
-            return compile_graph(graph, chosen)
+            return compile_graph(graph, chosen, target=kernel_target(config))
         with cuda.float32_as_tf32(read_options(config, AotiOptions).tf32):
             return compile_graph(cuda.move_graph(graph, torch.device("cuda")), chosen)
 
@@ -260,8 +278,11 @@ def lower(folder: Path, groups: GraphGroups, config: Any, made: GraphCompiler) -
     return paths
 
 
-def compile_graph(graph: CapturedGraph, flags: dict[str, Any], folder: Path | None = None) -> CodeFiles:
+def compile_graph(
+    graph: CapturedGraph, flags: dict[str, Any], folder: Path | None = None, *, target: KernelTarget | None = None
+) -> CodeFiles:
     """Compiles one graph in a private `folder`, or the one of this user; returns those of Inductor's files that are kept.
+    Kernels that it calls are compiled for `target`.
 
     Raises ExportError naming the graph when the compiler fails.
     """
@@ -270,7 +291,8 @@ def compile_graph(graph: CapturedGraph, flags: dict[str, Any], folder: Path | No
         shutil.rmtree(sources, ignore_errors=True)
         options = {"aot_inductor.output_path": str(sources), **shorten_paths(flags, sources)}
         try:
-            with kernels.link_kernels(place, graph.gm, flags.get("cpp.threads") or torch.get_num_threads()) as linked:
+            threads = flags.get("cpp.threads") or torch.get_num_threads()
+            with kernels.link_kernels(place, graph.gm, threads, target) as linked:
                 made = compile_graph_module(graph.gm, graph.args, options | linked)
             files = {Path(f).name: Path(f).read_bytes() for f in made if isinstance(f, str) and is_packaged(f)}
         except ExportError:

@@ -11,6 +11,8 @@ from ...private_torch import has_inductor_flag
 V3_FLAGS = ("avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe")
 V4_FLAGS = (*V3_FLAGS, "avx512bw", "avx512cd", "avx512dq", "avx512f", "avx512vl")
 ISA_LEVELS = {"x86-64-v3": V3_FLAGS, "x86-64-v4": V4_FLAGS}
+BFLOAT16_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
+"""By any of which a CPU multiplies bfloat16."""
 SIMDLEN = {"x86-64-v3": 256, "x86-64-v4": 512}
 
 
@@ -42,6 +44,13 @@ def choose_isa(isa: str) -> tuple[str, tuple[str, ...]]:
             f"compile.isa {isa!r} needs {', '.join(missing)}, which this CPU lacks, so the result could not be verified here; export on such a machine or choose a lower level"
         )
     return isa, ISA_LEVELS[isa]
+
+
+def multiplies_bfloat16(level: str) -> bool:
+    """Whether this CPU has instructions for bfloat16, and code for the level may meet others like it: CPUs of x86-64-v3 have
+    none. Of another processor family nothing is known, and yes is said."""
+    flags = host_flags()
+    return not flags or (level != "x86-64-v3" and not BFLOAT16_FLAGS.isdisjoint(flags))
 
 
 def int8_flags() -> tuple[str, ...]:

@@ -13,7 +13,6 @@ from torch import nn
 from prebake.exporter.families import sd
 from prebake.exporter.load.source import load_model
 from prebake.exporter.lower import load_backend
-from prebake.exporter.lower.aoti import kernels
 from prebake.exporter.lower.w8a8 import W8A8Conv2d
 from prebake.exporter.recipe.resolve import resolve
 from prebake.exporter.rewrite import inner_width, rewrite_pipeline
@@ -21,6 +20,7 @@ from prebake.exporter.rewrite.quantize import layer_role
 from prebake.exporter.settle import settle
 from prebake.exporter.verify.verify import VerifyOptions, verify_artifact
 from prebake.runtime.errors import ExportError
+from support.kernel_cases import runs_here
 from support.known_layouts import layout_of
 
 AOTI = load_backend("aoti")
@@ -126,9 +126,7 @@ def test_int8_is_measured_by_the_unets_first_level(tiny_sd_pipe):
     assert 0 < relative_error(guided_sample(tiny_sd_pipe), before) < 0.05
 
 
-@pytest.mark.skipif(
-    not kernels.has_kernel_flags(kernels.KERNEL_LEVEL), reason=f"the CPU lacks {', '.join(kernels.KERNEL_FLAGS)}"
-)
+@runs_here
 def test_int8_convolutions_are_those_between_the_first_and_the_last(tiny_sd_pipe):
     before = guided_sample(tiny_sd_pipe)
     layers = rewrite_pipeline(tiny_sd_pipe, recipe("quantize.method=int8_dynamic", "quantize.convolutions=true"), AOTI)

@@ -2,8 +2,8 @@
 what lies around their product, and layers of few rows.
 
 They are C++ in this folder, compiled when an artifact is exported and linked into its code, so that a runtime needs nothing
-for them: Inductor calls them by torch's C interface, as it calls its own. Written for AVX-512 with VNNI and BF16 (AMD from
-Zen 4 on, Intel from Sapphire Rapids on); for other machines a graph stays as it is.
+for them: Inductor calls them by torch's C interface, as it calls its own. They are written for AVX-512 and for AVX2, and use
+VNNI and BF16 where the CPU has them (`target.py`); for other machines a graph stays as it is.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import hashlib
 import os
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,20 +22,15 @@ from torch import fx
 
 from .....runtime.errors import ExportError
 from ....private_torch import cpp_compiler, operator_overload
-from ..isa import ISA_LEVELS, host_flags
 from .operators import attention, few_rows, packed_w8a8, packed_w8a8_conv2d, rotary
+from .target import KernelTarget
 
 HERE = Path(__file__).parent
 LIBRARY = "prebake_kernels"
-KERNEL_LEVEL = "x86-64-v4"
-KERNEL_FLAGS = ("avx512_bf16", "avx512_vnni")
-"""What the kernels need above LEVEL, as /proc/cpuinfo names it."""
 COMPILE_ARGUMENTS = (
     "-std=c++20",
     "-O3",
-    f"-march={KERNEL_LEVEL}",
-    "-mavx512vnni",
-    "-mavx512bf16",
+    "-ffp-contract=off",  # or tiles of different heights might round differently
     "-fPIC",
     "-fvisibility=hidden",
 )
@@ -61,18 +57,16 @@ DECLARATIONS = {
 OPERATORS = tuple(DECLARATIONS)
 
 
-def has_kernel_flags(level: str) -> bool:
-    """Whether code for this level of compile.isa may call them, and this machine could verify it."""
-    return level in (KERNEL_LEVEL, "native") and host_flags().issuperset((*ISA_LEVELS[KERNEL_LEVEL], *KERNEL_FLAGS))
-
-
 @contextmanager
-def link_kernels(folder: Path, gm: fx.GraphModule, threads: int) -> Iterator[dict[str, Any]]:
+def link_kernels(
+    folder: Path, gm: fx.GraphModule, threads: int, target: KernelTarget | None
+) -> Iterator[dict[str, Any]]:
     """Inductor's options for a graph that calls kernels, which are compiled into `folder` if they are not there; none for others."""
     if not any(node.target in OPERATORS for node in gm.graph.nodes):
         yield {}
         return
-    library = build_archive(folder, threads)
+    assert target is not None, "a graph calls kernels, and nobody said for which CPUs"
+    library = build_archive(folder, threads, target)
     before = os.environ.get("LIBRARY_PATH")  # where the linker looks, and no file that it writes says so
     os.environ["LIBRARY_PATH"] = os.pathsep.join(filter(None, (str(library.parent), before)))
     try:
@@ -87,19 +81,21 @@ def link_kernels(folder: Path, gm: fx.GraphModule, threads: int) -> Iterator[dic
             os.environ["LIBRARY_PATH"] = before
 
 
-def sources_hash() -> str:
+def sources_hash(target: KernelTarget) -> str:
     """A short hash of the kernels' sources and of how they are compiled."""
     sources = [p.read_bytes() for p in sorted([*HERE.glob("*.cpp"), *HERE.glob("*.h")])]
-    return hashlib.sha256(b"".join([repr(COMPILE_ARGUMENTS).encode(), *sources])).hexdigest()[:12]
+    told = repr((COMPILE_ARGUMENTS, target.arguments))
+    return hashlib.sha256(b"".join([told.encode(), *sources])).hexdigest()[:12]
 
 
-def build_archive(folder: Path, threads: int) -> Path:
+def build_archive(folder: Path, threads: int, target: KernelTarget) -> Path:
     """The static library of kernels whose loops fork so many threads, in a folder named by all that goes into it.
 
     Raises ExportError with what the compiler said.
     """
     include = Path(torch.__file__).parent / "include"
-    command = [cpp_compiler(), *COMPILE_ARGUMENTS, *(["-fopenmp"] if threads > 1 else []), f"-DTHREADS={threads}"]
+    parallel = ["-fopenmp"] if threads > 1 else []
+    command = [cpp_compiler(), *COMPILE_ARGUMENTS, *target.arguments, *parallel, f"-DTHREADS={threads}"]
     sources = sorted(HERE.glob("*.cpp"))
     parts = [
         repr(command).encode(),
@@ -112,9 +108,13 @@ def build_archive(folder: Path, threads: int) -> Path:
         return made
     place.mkdir(exist_ok=True)
     objects = [place / f"{source.stem}.o" for source in sources]
-    for source, made_of_it in zip(sources, objects, strict=True):
-        shorter = f"-ffile-prefix-map={HERE}=prebake"
-        run_command([*command, shorter, f"-I{include}", "-c", str(source), "-o", str(made_of_it)])
+    shorter = f"-ffile-prefix-map={HERE}=prebake"
+    made_of = [
+        [*command, shorter, f"-I{include}", "-c", str(source), "-o", str(place / f"{source.stem}.o")]
+        for source in sources
+    ]
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as compilers:
+        list(compilers.map(run_command, made_of))
     partial = place / "partial.a"
     partial.unlink(missing_ok=True)
     run_command(["ar", "rcsD", str(partial), *map(str, objects)])

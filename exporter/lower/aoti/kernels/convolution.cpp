@@ -12,6 +12,11 @@
 namespace {
 
 constexpr int64_t BLOCK = 256;  // pixels whose sums stay in the cache while the weights pass
+#ifdef __AVX512F__
+constexpr int ROWS = 8;
+#else
+constexpr int ROWS = 6;
+#endif
 
 struct Convolution {
     int64_t inner, columns;               // channels in and out
@@ -20,16 +25,16 @@ struct Convolution {
     const int8_t* panels;                 // for each panel of columns one of w8a8.cpp's for every tap
     const float *scale, *bias;
     std::optional<Norm> norm;
-    int64_t stride = row_bytes(inner);    // bytes of a quantized pixel
+    int64_t stride = row_codes(inner);    // codes of a quantized pixel
     int64_t taps = kernel * kernel;
 
     // Pixel i of all the pictures with their borders, as bytes. `slope` and `shift` are of all the pictures' channels, `room` of
     // a pixel's.
     template <class T>
-    float pixel(const T* x, int64_t i, const float* slope, const float* shift, float* room, uint8_t* q) const {
+    float pixel(const T* x, int64_t i, const float* slope, const float* shift, float* room, Code* q) const {
         int64_t row = i / wide % high - padding, column = i % wide - padding, h = high - 2 * padding, w = wide - 2 * padding;
         if (row < 0 || row >= h || column < 0 || column >= w) {
-            std::memset(q, 128, stride);
+            std::fill(q, q + stride, NOTHING);
             return 0;
         }
         const T* at = x + ((i / (wide * high) * h + row) * w + column) * inner;
@@ -46,28 +51,27 @@ struct Convolution {
 
     // R neighbours under one tap: added to their sums, or their first.
     template <int R>
-    INLINE void tile(const uint8_t* q, const float* factor, const int8_t* panel, bool first, float* sum, Ahead ahead) const {
-        __m512i sums[R * VECTORS];
-        unrolled<R * VECTORS>([&](auto i) ALWAYS { sums[i] = _mm512_loadu_si512(panel + i % VECTORS * 64); });
-        multiply<Bytes, R, VECTORS>(q, stride * step, panel + VECTORS * 64, (inner + 3) / 4, sums, ahead);
-        unrolled<R>([&](auto r) ALWAYS {
-            __m512 by = _mm512_set1_ps(factor[r * step]);
+    INLINE void tile(const Code* q, const float* factor, const int8_t* panel, bool first, float* sum, Ahead ahead) const {
+        Ints sums[R * VECTORS];
+        multiply_panel<R>(q, stride * step, panel, inner, sums, ahead);
+        each_row<R>([&](auto r) ALWAYS {
+            Floats by = every(factor[r * step]);
             unrolled<VECTORS>([&](auto v) ALWAYS {
                 float* at = sum + (r * VECTORS + v) * LANES;
-                __m512 before = first ? _mm512_setzero_ps() : _mm512_load_ps(at);
-                _mm512_store_ps(at, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[r * VECTORS + v]), by, before));
+                Floats before = first ? zeros() : load(at, ALL);
+                store(at, fma(floats(sums[r * VECTORS + v]), by, before), ALL);
             });
         });
     }
 
     // Rows first .. end of what comes out of one picture, for one panel of columns. q and factors are the picture's.
     template <class T>
-    void block(const uint8_t* q, const float* factors, int64_t first, int64_t end, int64_t panel, float* sums, T* y) const {
+    void block(const Code* q, const float* factors, int64_t first, int64_t end, int64_t panel, float* sums, T* y) const {
         for (int64_t tap = 0; tap < taps; tap++) {
             const int8_t* weights = panels + (panel * taps + tap) * panel_bytes(inner);
             for (int64_t row = first; row < end; row++) {
                 int64_t pixel = (row * step + tap / kernel) * wide + tap % kernel, before = (row - first) * out_wide;
-                tiled<8, 4, 2, 1>(out_wide, [&](auto r, int64_t x) ALWAYS {
+                tiled<ROWS, 4, 2, 1>(out_wide, [&](auto r, int64_t x) ALWAYS {
                     int64_t at = pixel + x * step, done = before + x;
                     Ahead ahead = next_panel(weights, inner, done, r, (end - first) * out_wide);
                     tile<r>(q + at * stride, factors + at, weights, tap == 0, sums + done * PANEL, ahead);
@@ -76,10 +80,10 @@ struct Convolution {
         }
         unrolled<VECTORS>([&](auto v) ALWAYS {
             int64_t at = panel * PANEL + v * LANES;
-            __mmask16 live = first_lanes(columns - at);
-            __m512 s = load(scale + at, live), b = bias ? load(bias + at, live) : _mm512_setzero_ps();
+            Live live = first_lanes(columns - at);
+            Floats s = load(scale + at, live), b = bias ? load(bias + at, live) : zeros();
             for (int64_t i = 0; i < (end - first) * out_wide; i++)
-                store(y + (first * out_wide + i) * columns + at, _mm512_fmadd_ps(_mm512_load_ps(sums + i * PANEL + v * LANES), s, b), live);
+                store(y + (first * out_wide + i) * columns + at, fma(load(sums + i * PANEL + v * LANES, ALL), s, b), live);
         });
     }
 
@@ -87,7 +91,7 @@ struct Convolution {
     void run(const T* x, int64_t pictures, T* y) const {
         int64_t pixels = high * wide, rows = std::max<int64_t>(1, BLOCK / out_wide);
         int64_t blocks = (out_high + rows - 1) / rows, count = (columns + PANEL - 1) / PANEL;
-        Room<uint8_t> q(pictures * pixels * stride);
+        Room<Code> q(pictures * pixels * stride);
         Room<float> factors(pictures * pixels), sums(THREADS * rows * out_wide * PANEL);
         Room<float> slope(pictures * inner), shift(pictures * inner), room(THREADS * inner);
         int64_t seen = (high - 2 * padding) * (wide - 2 * padding), parts = (inner + 4 * LANES - 1) / (4 * LANES);

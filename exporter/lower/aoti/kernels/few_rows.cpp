@@ -10,19 +10,19 @@ constexpr int SUMS = 4;        // of a dot product, so that it does not wait for
 // R rows of x [R, inner] times one row of the weight: y[r * columns].
 template <int R, class T>
 INLINE void dots(const T* x, const T* weight, int64_t inner, int64_t columns, float bias, T* y) {
-    __m512 sums[R * SUMS];
-    unrolled<R * SUMS>([&](auto i) ALWAYS { sums[i] = _mm512_setzero_ps(); });
-    auto vector = [&](int64_t k, auto s, __mmask16 lanes) ALWAYS {
-        __m512 w = load(weight + k, lanes);
-        unrolled<R>([&](auto r) ALWAYS { sums[r * SUMS + s] = _mm512_fmadd_ps(load(x + r * inner + k, lanes), w, sums[r * SUMS + s]); });
+    Floats sums[R * SUMS];
+    unrolled<R * SUMS>([&](auto i) ALWAYS { sums[i] = zeros(); });
+    auto vector = [&](int64_t k, auto s, Live lanes) ALWAYS {
+        Floats w = load(weight + k, lanes);
+        unrolled<R>([&](auto r) ALWAYS { sums[r * SUMS + s] = fma(load(x + r * inner + k, lanes), w, sums[r * SUMS + s]); });
     };
     int64_t k = 0;
-    for (; k + SUMS * LANES <= inner; k += SUMS * LANES) unrolled<SUMS>([&](auto s) ALWAYS { vector(k + s * LANES, s, 0xffff); });
+    for (; k + SUMS * LANES <= inner; k += SUMS * LANES) unrolled<SUMS>([&](auto s) ALWAYS { vector(k + s * LANES, s, ALL); });
     for (; k < inner; k += LANES) vector(k, std::integral_constant<int, 0>(), first_lanes(inner - k));
     unrolled<R>([&](auto r) ALWAYS {
-        __m512 sum = sums[r * SUMS];
-        unrolled<SUMS - 1>([&](auto s) ALWAYS { sum = _mm512_add_ps(sum, sums[r * SUMS + s + 1]); });
-        store(y + r * columns, _mm512_set1_ps(_mm512_reduce_add_ps(sum) + bias), 1);
+        Floats sum = sums[r * SUMS];
+        unrolled<SUMS - 1>([&](auto s) ALWAYS { sum = sum + sums[r * SUMS + s + 1]; });
+        store(y + r * columns, every(sum_lanes(sum) + bias), first_lanes(1));
     });
 }
 
@@ -31,7 +31,7 @@ void run(const T* x, int64_t rows, int64_t inner, const T* weight, int64_t colum
     PARALLEL {
         EACH for (int64_t first = 0; first < columns; first += BLOCK)
             for (int64_t n = first; n < std::min(columns, first + BLOCK); n++) {
-                float b = bias ? _mm512_cvtss_f32(load(bias + n, 1)) : 0;
+                float b = bias ? first_lane(load(bias + n, first_lanes(1))) : 0;
                 tiled<4, 2, 1>(rows, [&](auto r, int64_t at) ALWAYS {
                     dots<r>(x + at * inner, weight + n * inner, inner, columns, b, y + at * columns + n);
                 });

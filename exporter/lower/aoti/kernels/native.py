@@ -19,6 +19,7 @@ from . import build_archive, run_command
 from .layers import LINEAR, find_few_rows_obstacle
 from .operators import NO_ACTIVATION, NO_NORM, pack_columns, pack_taps
 from .rewrite import SDPA, find_attention_obstacle
+from .target import KernelTarget, choose_target
 
 ctypes.pythonapi.PyCapsule_GetPointer.restype = ctypes.c_void_p
 ctypes.pythonapi.PyCapsule_GetPointer.argtypes = [ctypes.py_object, ctypes.c_char_p]
@@ -33,11 +34,13 @@ ADDRESS_SOURCE = "extern int aoti_torch_cpu_{name}();\nvoid* {name}(void) {{ ret
 class NativeKernels:
     """A method for each of the operators of `operators.py`, with their arguments.
 
-    `folder` is where their library is kept, for loops of so many threads.
+    `folder` is where their library is kept, for loops of so many threads and CPUs of `target`, or else for this one.
     """
 
-    def __init__(self, folder: Path, threads: int = 1):
-        compiled, torch_folder = build_archive(folder, threads), Path(torch.__file__).parent / "lib"
+    def __init__(self, folder: Path, threads: int = 1, target: KernelTarget | None = None):
+        target = target or choose_target("host")
+        assert target is not None, "this CPU has no kernels"
+        compiled, torch_folder = build_archive(folder, threads, target), Path(torch.__file__).parent / "lib"
         with tempfile.TemporaryDirectory() as scratch:  # a library that is loaded needs its file no more
             library, source = Path(scratch) / "native.so", Path(scratch) / "addresses.c"
             source.write_text("".join(ADDRESS_SOURCE.format(name=name) for name in KERNEL_NAMES))

@@ -1,18 +1,20 @@
-// The inner loop of both kernels: rows of one matrix times a packed panel of the other, all sums in registers.
+// The inner loop of the kernels: rows of one matrix times a packed panel of the other, all sums in registers.
 //
-// AVX-512 has one kind of instruction for both: VPDPBUSD multiplies four bytes of each 32-bit lane and adds them to
-// the lane's sum, VDPBF16PS two bfloat16. So a "step" is 32 bits of a row, broadcast, times 16 columns a vector. A panel
-// holds [steps][V][16 columns][32 bits], which is what the loop reads in order.
+// A "step" is what one instruction takes of a row: a few features, broadcast, times as many of each column of a vector, added
+// to the column's sum. What instruction that is, is a parameter:
+//
+//     Bytes    VPDPBUSD     4 unsigned bytes times 4 signed bytes, to int32; AVX-512 VNNI, or AVX-VNNI
+//     Words    VPMADDWD     the same of signed words, for CPUs without: exact too, since no 16 bits have to hold a sum
+//     Halves   VDPBF16PS    2 bfloat16 times 2 bfloat16, to float32; AVX-512 BF16
+//     Singles  VFMADD231PS  float32
+//
+// A panel lies as [steps][columns][features of a step], which is what the loop reads in order.
 #pragma once
 
-#include <immintrin.h>
-
-#include <algorithm>
-#include <cstdint>
 #include <cstdlib>
-#include <cstring>
 #include <new>
-#include <utility>
+
+#include "vectors.h"
 
 // THREADS, given when compiling, is how many Inductor's own loops fork too.
 #define PRAGMA(text) _Pragma(#text)
@@ -28,21 +30,6 @@
 #define THREAD 0
 #endif
 
-#define ALWAYS __attribute__((always_inline))
-#define INLINE inline ALWAYS
-
-constexpr int64_t LANES = 16;  // 32-bit lanes in a vector
-
-using half = uint16_t;  // a bfloat16's bits; gcc 12 has no type for them
-
-// f(0), f(1), ... with constants, so that what they index stays in registers.
-template <int N, class F>
-INLINE void unrolled(F f) {
-    [&]<int... I>(std::integer_sequence<int, I...>) ALWAYS {
-        (f(std::integral_constant<int, I>{}), ...);
-    }(std::make_integer_sequence<int, N>{});
-}
-
 // f(R, at) for n rows from `at` 0 on, so many as a tile has at a time: R are tiles' rows, the largest first, the last of them 1.
 template <int... R, class F>
 INLINE void tiled(int64_t n, F f) {
@@ -53,20 +40,70 @@ INLINE void tiled(int64_t n, F f) {
     (tiles(std::integral_constant<int, R>()), ...);
 }
 
-// As text: gcc 12 copies and spills every sum when these are intrinsics (measured: half of the speed or less).
-struct Bytes {
-    using Sum = __m512i;
-    static INLINE void add(Sum& sum, __m512i row, __m512i column) {
-        asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(row), "v"(column));
+constexpr int64_t VECTOR = LANES * 4;  // bytes of a vector
+
+// 32 bits of a row, in every lane.
+INLINE Ints broadcast(const char* row) {
+    int32_t bits;
+    std::memcpy(&bits, row, 4);
+    return every(bits);
+}
+
+// What one instruction multiplies and adds, as text: gcc 12 copies and spills every sum when these are intrinsics (measured: half
+// of the speed or less). STEP and COLUMNS are the bytes that it takes of a row and of a panel.
+struct Singles {
+    using Sum = Floats;
+    static constexpr int64_t STEP = 4, COLUMNS = VECTOR;
+    static INLINE Ints row(const char* at) { return broadcast(at); }
+    static INLINE Ints columns(const char* at) { return load_ints(at); }
+    static INLINE void add(Sum& sum, Ints row, Ints column) {
+        asm("vfmadd231ps %2, %1, %0" : "+" REGISTER(sum) : REGISTER(row), REGISTER(column));
     }
 };
 
-struct Halves {
-    using Sum = __m512;
-    static INLINE void add(Sum& sum, __m512i row, __m512i column) {
-        asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(row), "v"(column));
+#ifdef __AVX512BF16__
+struct Halves : Singles {
+    static INLINE void add(Sum& sum, Ints row, Ints column) {
+        asm("vdpbf16ps %2, %1, %0" : "+" REGISTER(sum) : REGISTER(row), REGISTER(column));
+    }
+    static INLINE Ints rounded(Floats low, Floats high) { return (Ints)_mm512_cvtne2ps_pbh(high, low); }  // the lanes of low, then those of high
+    static INLINE Ints joined(Floats low, Floats high) {  // a lane of each side by side, of what is bfloat16 already
+        return _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(low), 16), _mm512_castps_si512(high));
     }
 };
+#endif
+
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+struct Bytes {
+    using Sum = Ints;
+    static constexpr int64_t STEP = 4, COLUMNS = VECTOR;
+    static INLINE Ints row(const char* at) { return broadcast(at); }
+    static INLINE Ints columns(const char* at) { return load_ints(at); }
+    static INLINE void add(Sum& sum, Ints row, Ints column) {
+#ifdef __AVX512VNNI__
+        asm("vpdpbusd %2, %1, %0" : "+" REGISTER(sum) : REGISTER(row), REGISTER(column));
+#else
+        asm("{vex} vpdpbusd %2, %1, %0" : "+" REGISTER(sum) : REGISTER(row), REGISTER(column));
+#endif
+    }
+};
+#else
+// A lane has but two of a step's four features: columns have their sums in two neighbouring lanes, see `sum_pairs`.
+struct Words {
+    using Sum = Ints;
+    static constexpr int64_t STEP = 8, COLUMNS = VECTOR / 2;
+    static INLINE Ints row(const char* at) {
+        int64_t bits;
+        std::memcpy(&bits, at, 8);
+        return every_pair(bits);
+    }
+    static INLINE Ints columns(const char* at) { return widened(at); }
+    static INLINE void add(Sum& sum, Ints row, Ints column) {
+        Ints product;
+        asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+" REGISTER(sum), "=&" REGISTER(product) : REGISTER(row), REGISTER(column));
+    }
+};
+#endif
 
 // Memory that is read soon: `each` cache line or part of one is asked for at every step of a product, which has ports to spare.
 struct Ahead {
@@ -74,26 +111,29 @@ struct Ahead {
     int64_t each;
 };
 
-// sums[r * V + v] += row r of `rows`, whose rows lie `stride` bytes apart, times vector v of `panel`.
+// sums[r * V + v] += row r of `rows`, whose rows lie `stride` bytes apart, times vector v of `panel`, whose steps lie `next`
+// bytes apart.
 template <class Kind, int R, int V>
-INLINE void multiply(
-    const void* rows, int64_t stride, const void* panel, int64_t steps, typename Kind::Sum (&sums)[R * V], Ahead ahead = {}) {
+TILE void multiply(
+    const void* rows, int64_t stride, const void* panel, int64_t next, int64_t steps, typename Kind::Sum (&sums)[R * V],
+    Ahead ahead) {
     const char* column = static_cast<const char*>(panel);
     // an address is a register plus 0, 1 or 2 strides: a register for each row would be more than there are
     const char* row[(R + 2) / 3];
     unrolled<(R + 2) / 3>([&](auto i) ALWAYS { row[i] = static_cast<const char*>(rows) + i * 3 * stride; });
-    __m512i columns[V];
-    for (int64_t step = 0; step < steps; step++, column += V * 64) {
-        unrolled<V>([&](auto v) ALWAYS { columns[v] = _mm512_loadu_si512(column + v * 64); });
+    typename Kind::Sum sum[R * V];
+    unrolled<R * V>([&](auto i) ALWAYS { sum[i] = sums[i]; });
+    Ints columns[V];
+    for (int64_t step = 0; step < steps; step++, column += next) {
+        unrolled<V>([&](auto v) ALWAYS { columns[v] = Kind::columns(column + v * Kind::COLUMNS); });
         if (ahead.data) _mm_prefetch(ahead.data += ahead.each, _MM_HINT_T0);
         unrolled<R>([&](auto r) ALWAYS {
-            int32_t bits;
-            std::memcpy(&bits, row[r / 3] + r % 3 * stride, 4);
-            __m512i broadcast = _mm512_set1_epi32(bits);
-            unrolled<V>([&](auto v) ALWAYS { Kind::add(sums[r * V + v], broadcast, columns[v]); });
+            Ints some = Kind::row(row[r / 3] + r % 3 * stride);
+            unrolled<V>([&](auto v) ALWAYS { Kind::add(sum[r * V + v], some, columns[v]); });
         });
-        unrolled<(R + 2) / 3>([&](auto i) ALWAYS { asm("add $4, %0" : "+r"(row[i])); });
+        unrolled<(R + 2) / 3>([&](auto i) ALWAYS { asm("add %1, %0" : "+r"(row[i]) : "i"(Kind::STEP)); });
     }
+    unrolled<R * V>([&](auto i) ALWAYS { sums[i] = sum[i]; });
 }
 
 // `n` things of type T, aligned to cache lines, freed with the object.
@@ -107,24 +147,3 @@ struct Room {
     ~Room() { std::free(data); }
     T* operator+(int64_t i) const { return data + i; }
 };
-
-INLINE __mmask16 first_lanes(int64_t n) { return n >= LANES ? 0xffff : n <= 0 ? 0 : (1u << n) - 1; }
-
-INLINE __m512 load(const float* from, __mmask16 lanes) { return _mm512_maskz_loadu_ps(lanes, from); }
-INLINE __m512 load(const half* from, __mmask16 lanes) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, from)), 16));
-}
-INLINE void store(float* to, __m512 values, __mmask16 lanes) { _mm512_mask_storeu_ps(to, lanes, values); }
-INLINE void store(half* to, __m512 values, __mmask16 lanes) {
-    _mm256_mask_storeu_epi16(to, lanes, (__m256i)_mm512_cvtneps_pbh(values));
-}
-
-constexpr float LOG2E = 1.44269504f;
-
-// 2^x within 4e-6 of its value: a polynomial on [-1/2, 1/2], then the exponent; 0 and infinity beyond what a float holds.
-INLINE __m512 power_of_two(__m512 x) {
-    __m512 whole = _mm512_roundscale_ps(x, 0), rest = _mm512_sub_ps(x, whole);
-    __m512 y = _mm512_set1_ps(0.009618129f);
-    for (float c : {0.05550411f, 0.24022651f, 0.6931472f, 1.0f}) y = _mm512_fmadd_ps(y, rest, _mm512_set1_ps(c));
-    return _mm512_scalef_ps(y, whole);
-}

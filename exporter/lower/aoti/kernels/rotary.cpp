@@ -1,6 +1,6 @@
 // Rotary position embedding of numbers in pairs: (a, b) becomes (a cos - b sin, b cos + a sin).
 //
-// Inductor reads the two of a pair by themselves, one number at a time; here sixteen numbers are turned at once.
+// Inductor reads the two of a pair by themselves, one number at a time; here a vector of them is turned at once.
 #include "product.h"
 #include "tensor.h"
 
@@ -9,11 +9,10 @@ namespace {
 // One row of d numbers.
 template <class T, class U>
 INLINE void turn(const T* x, const float* cosines, const float* sines, U* y, int64_t d) {
-    const __m512 minus_first = _mm512_castsi512_ps(_mm512_set1_epi64(0x80000000));
     for (int64_t i = 0; i < d; i += LANES) {
-        __mmask16 live = first_lanes(d - i);
-        __m512 value = load(x + i, live), other = _mm512_xor_ps(_mm512_permute_ps(value, 0xb1), minus_first);
-        store(y + i, _mm512_fmadd_ps(value, load(cosines + i, live), _mm512_mul_ps(other, load(sines + i, live))), live);
+        Live live = first_lanes(d - i);
+        Floats value = load(x + i, live);
+        store(y + i, fma(value, load(cosines + i, live), turned(value) * load(sines + i, live)), live);
     }
 }
 

@@ -6,8 +6,14 @@
 
 namespace {
 
-constexpr int ROWS = 10;                // 20 sums, 2 columns and 1 row of the 32 registers
-constexpr int64_t BLOCK = 16 * ROWS;    // rows that stay in the cache while the panels pass
+#if defined(__AVX512VNNI__)
+constexpr int ROWS = 10;  // 20 sums, 2 columns and 1 row of the 32 registers
+#elif defined(__AVX512F__)
+constexpr int ROWS = 12;  // 24 sums, 2 columns, 1 row and 1 product
+#else
+constexpr int ROWS = 6;  // 12 sums, 2 columns, 1 row and 1 product of 16 registers
+#endif
+constexpr int64_t BLOCK = 16 * ROWS;  // rows that stay in the cache while the panels pass
 
 // Features of the input that lie in one tensor: a layer may read several side by side.
 struct Part {
@@ -23,10 +29,13 @@ struct Part {
 };
 
 // One row as bytes; returns what they are to be multiplied by.
-float quantized(const std::vector<Part>& parts, int64_t row, uint8_t* q) {
+float quantized(const std::vector<Part>& parts, int64_t row, Code* q) {
     Scale scale{0};
-    for (const Part& part : parts) scale.most = std::max(scale.most, part.with(row, [&](auto* x) ALWAYS { return largest(x, part.width); }));
-    __m512 by = scale.to_bytes();
+    for (const Part& part : parts) {
+        float most = part.with(row, [&](auto* x) ALWAYS { return largest(x, part.width); });
+        if (most > scale.most || most != most) scale.most = most;  // what is no number stays
+    }
+    Floats by = scale.to_bytes();
     for (const Part& part : parts) {
         part.with(row, [&](auto* x) ALWAYS { quantize(x, part.width, by, q); });
         q += part.width;
@@ -35,56 +44,52 @@ float quantized(const std::vector<Part>& parts, int64_t row, uint8_t* q) {
 }
 
 // x / (1 + e^-u) with u = 2 sqrt(2 / pi) (x + 0.044715 x^3), which is GELU's form with the hyperbolic tangent.
-INLINE __m512 gelu(__m512 x) {
-    __m512 cubic = _mm512_fmadd_ps(_mm512_mul_ps(x, x), _mm512_set1_ps(0.044715f), _mm512_set1_ps(1));
-    __m512 power = power_of_two(_mm512_mul_ps(_mm512_mul_ps(x, cubic), _mm512_set1_ps(-1.5957691f * LOG2E)));
-    return _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1), power));
+INLINE Floats gelu(Floats x) {
+    Floats cubic = fma(x * x, every(0.044715f), every(1.0f));
+    return x / (every(1.0f) + power_of_two(x * cubic * every(-1.5957691f * LOG2E)));
 }
 
 // x Phi(x): Phi by formula 7.1.26 of Abramowitz and Stegun for the error function, within 1.5e-7.
-INLINE __m512 exact_gelu(__m512 x) {
-    __m512 size = _mm512_abs_ps(x), one = _mm512_set1_ps(1);
-    __m512 t = _mm512_div_ps(one, _mm512_fmadd_ps(size, _mm512_set1_ps(0.3275911f * 0.70710678f), one));
-    __m512 y = _mm512_set1_ps(1.061405429f);
-    for (float c : {-1.453152027f, 1.421413741f, -0.284496736f, 0.254829592f}) y = _mm512_fmadd_ps(y, t, _mm512_set1_ps(c));
-    __m512 tail = power_of_two(_mm512_mul_ps(_mm512_mul_ps(x, x), _mm512_set1_ps(-0.5f * LOG2E)));
-    tail = _mm512_mul_ps(_mm512_mul_ps(y, t), _mm512_mul_ps(tail, _mm512_set1_ps(0.5f)));
-    return _mm512_fnmadd_ps(size, tail, _mm512_max_ps(x, _mm512_setzero_ps()));
+INLINE Floats exact_gelu(Floats x) {
+    Floats size = magnitude(x), one = every(1.0f);
+    Floats t = one / fma(size, every(0.3275911f * 0.70710678f), one);
+    Floats y = every(1.061405429f);
+    for (float c : {-1.453152027f, 1.421413741f, -0.284496736f, 0.254829592f}) y = fma(y, t, every(c));
+    Floats tail = y * t * (power_of_two(x * x * every(-0.5f * LOG2E)) * every(0.5f));
+    return fnma(size, tail, larger(x, zeros()));
 }
 
 enum Act { PLAIN, GELU, GEGLU };  // as in operators.py
 
 template <class T, Act ACT>
 struct Layer {
-    int64_t rows, inner, columns, stride;  // of x [rows, inner] and the product [rows, columns], of the quantized rows in bytes
+    int64_t rows, inner, columns, stride;  // of x [rows, inner] and the product [rows, columns], of the quantized rows in codes
     const int8_t* panels;
     const float *scale, *bias;
     T* y;
-    int64_t wide = ACT == GEGLU ? columns / 2 : columns, share = ACT == GEGLU ? LANES : PANEL;  // of y, and of a panel's part of it
+    int64_t wide = ACT == GEGLU ? columns / 2 : columns, share = ACT == GEGLU ? PANEL / 2 : PANEL;  // of y, and of a panel's part of it
 
     template <int R>
-    INLINE void tile(const uint8_t* q, const float* factor, const int8_t* panel, int64_t row, int64_t part, Ahead ahead) const {
-        __m512i sums[R * VECTORS];
-        unrolled<R * VECTORS>([&](auto i) ALWAYS { sums[i] = _mm512_loadu_si512(panel + i % VECTORS * 64); });
+    INLINE void tile(const Code* q, const float* factor, const int8_t* panel, int64_t row, int64_t part, Ahead ahead) const {
+        Ints sums[R * VECTORS];
         unrolled<R * VECTORS>([&](auto i) ALWAYS {  // what is written at the end is on its way meanwhile
-            if (ACT != GEGLU || i % VECTORS == 0) __builtin_prefetch(y + (row + i / VECTORS) * wide + part * share + i % VECTORS * LANES, 1);
+            int64_t column = i % VECTORS * LANES;
+            if (column % 16 == 0 && column < share) __builtin_prefetch(y + (row + i / VECTORS) * wide + part * share + column, 1);
         });
-        multiply<Bytes, R, VECTORS>(q, stride, panel + VECTORS * 64, (inner + 3) / 4, sums, ahead);
-        __m512 scales[VECTORS], biases[VECTORS];
+        multiply_panel<R>(q, stride, panel, inner, sums, ahead);
+        Floats scales[VECTORS], biases[VECTORS];
         unrolled<VECTORS>([&](auto v) ALWAYS {
             int64_t at = first_column(part, v);
-            __mmask16 live = first_lanes(columns - at);
+            Live live = first_lanes(columns - at);
             scales[v] = load(scale + at, live);
-            biases[v] = bias ? load(bias + at, live) : _mm512_setzero_ps();
+            biases[v] = bias ? load(bias + at, live) : zeros();
         });
-        unrolled<R>([&](auto r) ALWAYS {
-            __m512 values[VECTORS], by = _mm512_set1_ps(factor[r]);
-            unrolled<VECTORS>([&](auto v) ALWAYS {
-                values[v] = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sums[r * VECTORS + v]), scales[v]), by, biases[v]);
-            });
+        each_row<R>([&](auto r) ALWAYS {
+            Floats values[VECTORS], by = every(factor[r]);
+            unrolled<VECTORS>([&](auto v) ALWAYS { values[v] = fma(floats(sums[r * VECTORS + v]) * scales[v], by, biases[v]); });
             T* to = y + (row + r) * wide + part * share;
             if constexpr (ACT == GEGLU) {
-                store(to, _mm512_mul_ps(values[0], exact_gelu(values[1])), 0xffff);
+                unrolled<VECTORS / 2>([&](auto v) ALWAYS { store(to + v * LANES, values[v] * exact_gelu(values[v + VECTORS / 2]), ALL); });
             } else {
                 unrolled<VECTORS>([&](auto v) ALWAYS {
                     store(to + v * LANES, ACT == GELU ? gelu(values[v]) : values[v], first_lanes(columns - first_column(part, v)));
@@ -93,11 +98,13 @@ struct Layer {
         });
     }
 
-    // The column of the product that vector v of a panel begins with.
-    int64_t first_column(int64_t panel, int v) const { return panel * share + v * (ACT == GEGLU ? wide : LANES); }
+    // The column of the product that vector v of a panel begins with: with a gate each panel has some of both halves.
+    int64_t first_column(int64_t panel, int v) const {
+        return panel * share + (ACT == GEGLU ? v % (VECTORS / 2) * LANES + v / (VECTORS / 2) * wide : v * LANES);
+    }
 
     // A block of rows times one panel.
-    void block(const uint8_t* q, const float* factors, int64_t first, int64_t panel) const {
+    void block(const Code* q, const float* factors, int64_t first, int64_t panel) const {
         const int8_t* weights = panels + panel * panel_bytes(inner);
         int64_t count = std::min(rows - first, BLOCK);
         tiled<ROWS, 4, 2, 1>(count, [&](auto r, int64_t at) ALWAYS {
@@ -111,8 +118,8 @@ template <class T, Act ACT>
 void run(const std::vector<Part>& x, int64_t rows, int64_t columns, const int8_t* panels, const float* scale, const float* bias, T* y) {
     int64_t inner = 0;
     for (const Part& part : x) inner += part.width;
-    int64_t stride = row_bytes(inner);
-    Room<uint8_t> q(rows * stride);
+    int64_t stride = row_codes(inner);
+    Room<Code> q(rows * stride);
     Room<float> factors(rows);
     Layer<T, ACT> layer{rows, inner, columns, stride, panels, scale, bias, y};
     int64_t blocks = (rows + BLOCK - 1) / BLOCK, count = (columns + PANEL - 1) / PANEL;

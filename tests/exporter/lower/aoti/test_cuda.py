@@ -61,7 +61,7 @@ def test_an_export_for_a_gpu_that_is_not_here_is_refused_before_the_model_is_loa
     [
         (
             (ON_GPU, "compile.options.kernels=true"),
-            "compile.options.kernels: they are for the CPU, .*leave the option out",
+            "compile.options.kernels: for the CPU alone, .*leave the option out",
         ),
         (("compile.options.cuda_graphs=true",), "compile.options.cuda_graphs: it is for GPUs"),
         (("compile.options.tf32=true",), "compile.options.tf32: it is for GPUs, and compile.device is cpu; leave"),

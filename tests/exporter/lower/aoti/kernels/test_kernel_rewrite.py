@@ -12,8 +12,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from prebake.exporter.capture.capture import capture_graph
 from prebake.exporter.lower import aoti, w8a8
-from prebake.exporter.lower.aoti import kernels, pt2
+from prebake.exporter.lower.aoti import isa, kernels, pt2
 from prebake.exporter.lower.aoti.kernels.rewrite import insert_kernel_calls, replace_operators
+from prebake.exporter.lower.aoti.kernels.target import KernelTarget, choose_target
 from prebake.exporter.passes.attention_dtype import cast_attention
 from prebake.exporter.passes.captured_graph import CapturedGraph, run_passes
 from prebake.exporter.passes.derived_weights import DerivedWeights
@@ -203,7 +204,8 @@ def test_compiled_code_calls_the_kernels(tmp_path, block):
     graph = insert_kernel_calls(cast_attention(captured(block()), HALF))
     flags = aoti.compile_flags(resolve("flux-fast", ["compile.threads=1"], "shapes").compile)
     (tmp_path / "build").mkdir(mode=0o700)
-    files = aoti.compile_graph(graph, flags | {"aot_inductor.package_constants_in_so": True}, tmp_path / "build")
+    inside = {"aot_inductor.package_constants_in_so": True}
+    files = aoti.compile_graph(graph, flags | inside, tmp_path / "build", target=choose_target("host"))
     library = next(data for name, data in files.items() if name.endswith(".so"))
     assert b"prebake::" not in library, "an operator is looked up by its name at run time"
     models = {"model": pt2.write_files(tmp_path / "model", files)}
@@ -221,30 +223,80 @@ def recipe(*overrides: str):
     return resolve("flux-fast", list(overrides), "shapes")
 
 
-def test_kernels_are_for_machines_that_have_the_instructions(monkeypatch):
-    needed = {
-        *kernels.KERNEL_FLAGS,
-        *aoti.choose_isa("host")[1],
-        "avx512f",
-        "avx512bw",
-        "avx512cd",
-        "avx512dq",
-        "avx512vl",
-    }
-    for module in (kernels, __import__("prebake.exporter.lower.aoti.isa", fromlist=["isa"])):
-        monkeypatch.setattr(module, "host_flags", lambda: frozenset(needed))
-    assert set(kernels.KERNEL_FLAGS) <= set(aoti.requires(recipe())["isa"])
-    assert "avx512_bf16" not in aoti.requires(recipe("compile.options.kernels=false"))["isa"]
-    # a level that is asked for by name is a promise to machines that may not have them
-    assert "avx512_bf16" not in aoti.requires(recipe("compile.isa=x86-64-v4"))["isa"]
-    assert "avx512_bf16" in aoti.requires(recipe("compile.isa=x86-64-v4", "compile.options.kernels=true"))["isa"]
+V3, V4 = isa.ISA_LEVELS["x86-64-v3"], isa.ISA_LEVELS["x86-64-v4"]
 
 
-def test_kernels_that_cannot_be_verified_here_are_refused(monkeypatch):
-    monkeypatch.setattr(kernels, "host_flags", lambda: frozenset({"avx2"}))
-    with pytest.raises(RecipeError, match=r"^compile.options.kernels: .*avx512_vnni and x86-64-v4"):
-        aoti.adapt_recipe(recipe("compile.options.kernels=true"))
-    assert aoti.adapt_recipe(recipe())[1] == ()
+@pytest.fixture
+def cpu(monkeypatch):
+    """Makes this an x86-64 machine with the given flags."""
+
+    def has(*flags: str) -> None:
+        monkeypatch.setattr(isa, "host_flags", lambda: frozenset(flags))
+        monkeypatch.setattr(isa.platform, "machine", lambda: "x86_64")
+
+    return has
+
+
+@pytest.mark.parametrize(
+    ("flags", "asked", "target"),
+    [
+        (V3, (), KernelTarget("x86-64-v3")),
+        ((*V3, "avx_vnni"), (), KernelTarget("x86-64-v3", ("avx_vnni",))),
+        ((*V3, "avx_vnni"), ("isa=x86-64-v3",), KernelTarget("x86-64-v3")),
+        (V4, (), KernelTarget("x86-64-v4")),
+        ((*V4, "avx512_vnni"), ("isa=native",), KernelTarget("x86-64-v4", ("avx512_vnni",))),
+        ((*V4, "avx512_vnni", "avx512_bf16"), (), KernelTarget("x86-64-v4", ("avx512_bf16", "avx512_vnni"))),
+        ((*V4, "avx512_vnni", "avx512_bf16"), ("isa=x86-64-v3",), KernelTarget("x86-64-v3")),
+        # by name a promise to machines that may have no VNNI, where torchao asks at run time
+        ((*V4, "avx512_vnni"), ("isa=x86-64-v4",), None),
+        ((*V4, "avx512_vnni"), ("isa=x86-64-v4", "options.kernels=true"), KernelTarget("x86-64-v4", ("avx512_vnni",))),
+        (V3, ("options.kernels=false",), None),
+        (("sse2",), ("isa=native",), None),
+    ],
+)
+def test_kernels_use_what_the_cpu_has_and_no_more_than_is_promised(cpu, flags, asked, target):
+    cpu(*flags)
+    chosen = recipe(*(f"compile.{option}" for option in asked))
+    assert aoti.kernel_target(chosen.compile) == target
+    if target:
+        assert set(aoti.requires(chosen)["isa"]) == {*aoti.choose_isa(chosen.compile.isa)[1], *target.flags}
+
+
+def test_kernels_that_cannot_be_verified_here_are_refused(cpu):
+    cpu("sse2")
+    with pytest.raises(RecipeError, match=r"^compile.options.kernels: .*x86-64-v3 and x86-64-v4"):
+        aoti.adapt_recipe(recipe("compile.options.kernels=true", "compile.isa=native"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "asked", "parts"),
+    [
+        pytest.param(V3, (), "precision.denoiser, precision.text_encoders, precision.vae", id="AVX2"),
+        pytest.param(
+            (*V4, "avx512_vnni"),
+            ("precision.vae=float32",),
+            "precision.denoiser, precision.text_encoders",
+            id="AVX-512",
+        ),
+        pytest.param(
+            (*V4, "avx512_bf16"), ("compile.isa=x86-64-v3",), "precision.denoiser, precision", id="a lower level"
+        ),
+        pytest.param((*V4, "avx512_bf16"), (), "", id="it has them"),
+        pytest.param(V3, ("compile.options.emulate_bfloat16=true",), "", id="asked for"),
+        pytest.param((), ("compile.isa=native",), "", id="another processor family"),
+    ],
+)
+def test_bfloat16_is_float32_where_no_instruction_multiplies_it(cpu, flags, asked, parts):
+    cpu(*flags)
+    given = recipe(*asked)
+    adapted, said = aoti.adapt_recipe(given)
+    if not parts:
+        assert (adapted, said) == (given, ())
+        return
+    assert said[0].startswith(parts)
+    assert "emulate_bfloat16=true" in said[0]
+    assert {dtype for _, dtype in adapted.precision} == {"float32"}
+    assert aoti.adapt_recipe(adapted) == (adapted, ())
 
 
 CONVOLUTIONS_ASKED = ("quantize.method=int8_dynamic", "quantize.convolutions=true")
@@ -256,12 +308,16 @@ def test_int8_convolutions_without_kernels_are_refused(backend):
         f"prebake.exporter.lower.{backend}", reason=f"the extra of {backend} is not installed"
     )
     asked = recipe(*CONVOLUTIONS_ASKED, f"compile.backend={backend}")
-    without = asked.model_copy(update={"compile": asked.compile.model_copy(update={"isa": "x86-64-v3"})})
+    without = recipe(
+        *CONVOLUTIONS_ASKED,
+        f"compile.backend={backend}",
+        *(["compile.options.kernels=false"] if backend == "aoti" else []),
+    )
     said = r"^quantize\.convolutions: only prebake's CPU kernels multiply them in int8 .*; set quantize\.convolutions=false$"
     with pytest.raises(RecipeError, match=said):
         lowering.adapt_recipe(without)
     if backend == "aoti" and not LACKS:
-        assert lowering.adapt_recipe(asked)[1] == ()
+        assert lowering.adapt_recipe(asked)[0].quantize == asked.quantize
 
 
 def test_a_compiler_that_fails_is_named(tmp_path, monkeypatch):
@@ -269,4 +325,4 @@ def test_a_compiler_that_fails_is_named(tmp_path, monkeypatch):
 
     monkeypatch.setattr(kernels, "COMPILE_ARGUMENTS", ("-std=c++98",))
     with pytest.raises(ExportError, match=r"kernels could not be compiled .*options.kernels=false"):
-        kernels.build_archive(tmp_path, 1)
+        kernels.build_archive(tmp_path, 1, KernelTarget("x86-64-v3"))

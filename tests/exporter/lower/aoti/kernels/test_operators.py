@@ -33,8 +33,14 @@ from prebake.exporter.lower.aoti.kernels.operators import (
 from support.kernel_cases import EPSILON, FLOAT, HALF, error, random, runs_here
 
 
-@pytest.fixture(scope="session", params=[1, 2], ids=["one thread", "two threads"])
-def native(request, tmp_path_factory) -> NativeKernels:
+@pytest.fixture(scope="session")
+def native(tmp_path_factory) -> NativeKernels:
+    """On one thread."""
+    return NativeKernels(tmp_path_factory.mktemp("kernels"))
+
+
+@pytest.fixture(scope="session", params=[2, 3], ids=["two threads", "three threads"])
+def threaded(request, tmp_path_factory) -> NativeKernels:
     return NativeKernels(tmp_path_factory.mktemp("kernels"), request.param)
 
 
@@ -115,6 +121,33 @@ def test_extreme_rows_stay_finite(native):
     made = native.packed_w8a8(xs, packed, scale * 1e-3, None, NO_ACTIVATION)
     assert torch.equal(made[0], torch.zeros(32))
     assert made.isfinite().all()
+
+
+@runs_here
+@pytest.mark.parametrize(("rows", "inner", "columns"), [(1, 3, 5), (13, 1027, 70), (6, 4096, 32)])
+def test_the_largest_sums_of_bytes_are_exact(native, rows, inner, columns):
+    """Products of +-127 and -128 whose sums no 16 bits hold: numbers up to 127, one of them 127, are their own bytes."""
+    signs = torch.randint(0, 2, (rows, inner), generator=torch.Generator().manual_seed(0)) * 2 - 1
+    x = (signs * 127).float()
+    weight = torch.full((inner, columns), -128, dtype=torch.int8)
+    weight[:, 1::2] = random(inner, columns // 2).mul(60).clamp(-128, 127).to(torch.int8)
+    x[0] = 127
+    made = native.packed_w8a8([x], pack_columns(weight), torch.ones(columns), None, NO_ACTIVATION)
+    sums = x.long() @ weight.long()
+    assert torch.equal(made, sums.float() * (torch.tensor(127.0) / 127.5))
+
+
+@runs_here
+@pytest.mark.parametrize("dtype", [FLOAT, HALF], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("at", [0, 5, 39, 68])
+def test_what_is_no_number_stays_none_in_its_row(native, dtype, at):
+    xs = [random(3, width, dtype=dtype) for width in (40, 29)]
+    packed, scale, bias = layer((40, 29), 36)
+    expected = native.packed_w8a8(xs, packed, scale, bias, GELU)
+    xs[at // 40][1, at % 40] = float("nan")
+    made = native.packed_w8a8(xs, packed, scale, bias, GELU)
+    assert made[1].isnan().all()
+    assert torch.equal(made[::2], expected[::2])
 
 
 @runs_here
@@ -277,3 +310,66 @@ def test_pairs_are_turned_as_the_operator_says(native, dtype, table):
         # one fused multiplication and addition in place of two operations: an ulp, or one of bfloat16 where that is a tie
         assert error(made, expected) < (1e-3 if to_half else 1e-6)
         assert error(native.rotary(x, sines, cosines, to_half), expected) > 0.1  # the canary
+
+
+# --- threads and rows ------------------------------------------------------------------------------------------------
+
+
+def called_layer(by: NativeKernels, rows: slice, dtype: torch.dtype, act: int) -> Tensor:
+    """A layer of two inputs, the second of which is narrower than a vector: its last codes lie just before the next row's."""
+    weight, scale = w8a8.quantize_rows_int8(random(192, 64, seed=1))
+    pack = pack_gated if act == GEGLU else pack_columns
+    xs = [random(230, width, dtype=dtype, seed=width)[rows].contiguous() for width in (60, 4)]
+    return by.packed_w8a8(xs, pack(weight.t().contiguous()), scale, random(192, seed=2), act)
+
+
+def called_convolution(by: NativeKernels, rows: slice, dtype: torch.dtype, groups: int) -> Tensor:
+    weight, scale = w8a8.quantize_rows_int8(random(40, 9 * 24, seed=1))
+    x = random(13, 24, 9, 14, dtype=dtype)[rows].contiguous(memory_format=torch.channels_last)
+    norm = (groups, 1e-5, random(24, seed=4), random(24, seed=5)) if groups else NO_NORM
+    return by.packed_w8a8_conv2d(x, pack_taps(weight.t().contiguous(), 9), scale, None, 3, 1, 1, *norm)
+
+
+def called_few_rows(by: NativeKernels, rows: slice, dtype: torch.dtype, _: int) -> Tensor:
+    weight, bias = random(33, 1003, dtype=dtype, seed=1), random(33, dtype=dtype, seed=2)
+    return by.few_rows(random(13, 1003, dtype=dtype)[rows].contiguous(), weight, bias)
+
+
+def called_attention(by: NativeKernels, rows: slice, dtype: torch.dtype, keys: int) -> Tensor:
+    q, k, v = (random(2, n, 2, 40, dtype=dtype, seed=n).transpose(1, 2) for n in (67, keys, keys + 1))
+    return by.attention(q[:, :, rows], k, v[:, :, :keys], 40**-0.5).transpose(0, 2).contiguous()
+
+
+def called_rotary(by: NativeKernels, rows: slice, dtype: torch.dtype, to_half: int) -> Tensor:
+    x, table = random(13, 7, 5, 40, dtype=dtype)[rows].contiguous(), random(1, 7, 1, 40, seed=1)
+    return by.rotary(x, table, table.flip(1), bool(to_half))
+
+
+CALLS = [
+    pytest.param(call, dtype, how, id=f"{call.__name__.removeprefix('called_')}-{str(dtype)[6:]}-{how}")
+    for call, dtypes, ways in (
+        (called_layer, (FLOAT, HALF), (NO_ACTIVATION, GELU, GEGLU)),
+        (called_convolution, (FLOAT, HALF), (0, 4)),
+        (called_few_rows, (FLOAT, HALF), (0,)),
+        (called_attention, (HALF,), (21, 700)),
+        (called_rotary, (FLOAT, HALF), (0, 1)),
+    )
+    for dtype in dtypes
+    for how in ways
+]
+
+
+@runs_here
+@pytest.mark.parametrize(("call", "dtype", "how"), CALLS)
+def test_threads_change_no_bit(native, threaded, call, dtype, how):
+    once = call(native, slice(None), dtype, how)
+    for _ in range(5):  # threads take rows in another order each time
+        assert torch.equal(call(threaded, slice(None), dtype, how), once)
+
+
+@runs_here
+@pytest.mark.parametrize(("call", "dtype", "how"), CALLS)
+def test_a_row_alone_is_to_the_bit_what_it_is_among_others(native, call, dtype, how):
+    alone = [call(native, slice(i, i + 1), dtype, how) for i in range(13)]
+    for rows in (2, 3, 7, 13):
+        assert torch.equal(call(native, slice(rows), dtype, how), torch.cat(alone[:rows])), rows

@@ -197,6 +197,18 @@ FAULTS: Mapping[str, tuple[Fault, ...]] = {
             f"{HOSTILE}[missing instructions]",
         ),
         Fault("other-torch", "another torch", "`was compiled with torch 1.0, this is torch 2...`", f"{HOSTILE}[other torch]"),
+        Fault(
+            "older-format",
+            "an artifact of an older format",
+            "`this runtime reads version 2, the file says 1`",
+            f"{HOSTILE}[older version]",
+        ),
+        Fault(
+            "other-size",
+            "a call for a size that the artifact has not",
+            "the nearest two sizes",
+            "exporter/families/test_sizes_and_batches.py::test_sizes_that_are_not_there_are_refused_with_the_nearest_two",
+        ),
         Fault("other-glibc", "an older C library", "`needs glibc 99.1, this system has ...`", f"{HOSTILE}[newer glibc]"),
         Fault(
             "other-symbols",

@@ -8,9 +8,25 @@ from unittest import mock
 import pytest
 import torch
 
+from prebake.exporter.add_plan import build_plans
 from prebake.exporter.lower import aoti
+from prebake.exporter.package.folder import plan_path
+from prebake.exporter.progress import open_progress
+from prebake.exporter.recipe.resolve import resolve
 from prebake.runtime import RequestError
-from support.family_parity import FAMILIES, PICTURE, PROMPTS, TOLERANCE, expected, got, ours, relative_error, seeded
+from prebake.runtime.check.artifact import plan_problems
+from support.family_parity import (
+    FAMILIES,
+    PICTURE,
+    PLAIN,
+    PROMPTS,
+    TOLERANCE,
+    expected,
+    got,
+    ours,
+    relative_error,
+    seeded,
+)
 
 HEIGHT, WIDTH = 32, 64
 FURTHER = {"cogvideox": (32, 48)}
@@ -132,6 +148,28 @@ def test_a_shift_by_size_is_in_the_plan_of_each_size():
     assert (default.size, size.size) == (None, f"{WIDTH}x{HEIGHT}")
     assert default.evaluations[1].timestep != size.evaluations[1].timestep
     assert {e.variant for e in size.evaluations} == {f"full.{WIDTH}x{HEIGHT}"}
+
+
+def test_an_added_plan_is_for_every_size():
+    artifact = ours("flux", *overrides("flux")).artifact
+    recipe = resolve("flux-fast", (*PLAIN, *overrides("flux")), "tiny:flux")
+    with open_progress("quiet") as quiet:
+        plans, _ = build_plans(artifact.folder, artifact.manifest, recipe, 3, quiet)
+    assert [plan.name for plan in plans] == ["3", f"3@{WIDTH}x{HEIGHT}"]
+    assert plans[0].evaluations[1].timestep != plans[1].evaluations[1].timestep
+    assert not list(plan_problems({plan.name: plan for plan in plans}, listing(artifact.manifest, plans)))
+
+
+def listing(manifest, plans):
+    return manifest.model_copy(update={"plans": {plan.name: plan_path(plan) for plan in plans}})
+
+
+def test_a_plan_for_a_size_that_is_not_there_is_named():
+    artifact = ours("flux", *overrides("flux")).artifact
+    (plan,) = (plan for plan in artifact.plans.values() if plan.size)
+    fewer = artifact.manifest.model_copy(update={"sizes": ()})
+    (problem,) = plan_problems({plan.name: plan}, fewer)
+    assert f"is for the size {WIDTH}x{HEIGHT}, which is not in sizes" in problem
 
 
 @pytest.mark.parametrize("name", ["flux-kontext", "sdxl-refiner"])

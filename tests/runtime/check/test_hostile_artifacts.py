@@ -205,6 +205,15 @@ RULES = {
     ),
     "newer version": (field("schema_version", to=3), "[schema_version]: this runtime reads version 2, the file says 3"),
     "older version": (field("schema_version", to=1), "[schema_version]: this runtime reads version 2, the file says 1"),
+    "batches without one": (
+        field("batches", to=[2]),
+        "[batches]: expected different numbers from 1 on in order, got [2]",
+    ),
+    "batches in disorder": (field("batches", to=[1, 4, 2]), "[batches]: expected different numbers from 1 on in order"),
+    "a size twice": (
+        field("sizes", to=[{"height": 64, "width": 32}, {"height": 64, "width": 32}]),
+        "[sizes]: '32x64' occurs 2 times",
+    ),
     "unknown key": (
         field("trust_me", to=True),
         "manifest.json [trust_me]: is not a key that this version knows; restore the file or export again",

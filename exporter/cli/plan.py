@@ -11,7 +11,7 @@ from .options import add_output_modes, parse_positive, print_json, progress_mode
 from .sign import add_key, note_on_stderr
 
 if TYPE_CHECKING:
-    from ...runtime.manifest import Manifest, size_graph_name
+    from ...runtime.manifest import Manifest
     from ...runtime.plan import Plan
     from ..recipe.resolve import Recipe
 
@@ -103,6 +103,7 @@ def _change_recipe(folder: Path, args: argparse.Namespace) -> Recipe:
 
 def _describe_plans(manifest: Manifest, plans: dict[str, Plan]) -> dict[str, Any]:
     """The new plans as `--dry-run` of an export describes its plans, without times."""
+    from ...runtime.manifest import size_graph_name
     from ...runtime.text import variant_signs
     from ..cost.forecast import plan_figures
 

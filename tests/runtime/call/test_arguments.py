@@ -57,7 +57,7 @@ REFUSED = {
     "steps": ({"num_inference_steps": [4]}, "num_inference_steps: expected a whole number, got [4]"),
     "steps of 4.0": ({"num_inference_steps": 4.0}, "num_inference_steps: expected a whole number, got 4.0"),
     "height": ({"height": "8"}, "height: expected a whole number, got '8'"),
-    "no height": ({"height": 0}, "height=0, width=None: the artifact makes"),
+    "no height": ({"height": 0}, "height=0, width=8: the artifact makes"),
     "count": ({"num_images_per_prompt": [1]}, "num_images_per_prompt: expected a whole number, got [1]"),
     "length": ({"max_sequence_length": "6"}, "max_sequence_length: expected a whole number, got '6'"),
     "frames": ({"num_frames": "9"}, "num_frames: expected a whole number, got '9'"),

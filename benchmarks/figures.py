@@ -107,6 +107,7 @@ WAY_LABELS = {
     "OpenVINO bfloat16": "OpenVINO, bfloat16",
     "OpenVINO int8 (NNCF)": "OpenVINO, int8 (NNCF, static activations)",
     "prebake: int8 by ONNX Runtime": "prebake, `onnxruntime`, int8",
+    "prebake: int8, float32": "prebake, `aoti`, int8, the rest float32",
     "prebake: int8, bfloat16 attention": "prebake, `aoti`, int8, attention bfloat16, the rest float32",
     "prebake: int8, bfloat16": "prebake, `aoti`, int8, the rest bfloat16",
     "prebake: int8 with convolutions, bfloat16": "prebake, `aoti`, int8 with convolutions, the rest bfloat16",

@@ -42,6 +42,7 @@ FIGURES: Mapping[str, tuple[Callable[..., str], tuple[str, ...]]] = {
     "reused": (figures.reuse_sentence, (WIDE,)),
     "openvino": (figures.openvino_table, (CPU,)),
     "cpu": (figures.cpu_table, (CPU,)),
+    "cpu-avx2": (figures.cpu_table, (f"{RESULTS}/cpu-avx2.json",)),
     "cold-start": (figures.cold_start_table, (COLD,)),
     "contract": (figures.contract_table, (CONTRACT,)),
     "served": (figures.serving_items, (COLD, CONTRACT)),

@@ -114,9 +114,9 @@ def adapt_recipe(recipe: Any) -> tuple[Any, tuple[str, ...]]:
     if not parts or chosen.emulate_bfloat16 or multiplies_bfloat16(choose_isa(recipe.compile.isa)[0]):
         return recipe, ()
     said = (
-        f"{', '.join(f'precision.{part}' for part in parts)}: float32, which is several times faster here, since this CPU, or "
-        f"compile.isa={recipe.compile.isa}, has no instructions for bfloat16; compile.options.emulate_bfloat16=true keeps it, for half "
-        "of the memory"
+        f"{', '.join(f'precision.{part}' for part in parts)}: float32, since this CPU, or compile.isa={recipe.compile.isa}, has no "
+        "instructions for bfloat16, whose products take several times as long then; compile.options.emulate_bfloat16=true keeps it, "
+        "for half of the memory"
     )
     precision = recipe.precision.model_copy(update=dict.fromkeys(parts, "float32"))
     return recipe.model_copy(update={"precision": precision}), (said,)

@@ -83,7 +83,7 @@ struct Bytes {
 #ifdef __AVX512VNNI__
         asm("vpdpbusd %2, %1, %0" : "+" REGISTER(sum) : REGISTER(row), REGISTER(column));
 #else
-        asm("{vex} vpdpbusd %2, %1, %0" : "+" REGISTER(sum) : REGISTER(row), REGISTER(column));
+        asm("%{vex%} vpdpbusd %2, %1, %0" : "+" REGISTER(sum) : REGISTER(row), REGISTER(column));
 #endif
     }
 };

@@ -1,0 +1,96 @@
+"""Which values are passed to the loop: those that cost it the least memory traffic.
+
+    text --linear--> k --view--> --transpose--> | attention        pass k, and leave the views in the loop
+    timestep --sin--> --linear--> --linear--> m --chunk--> | mul    pass m
+
+A value that is computed before the loop saves the weights and the arithmetic behind it at every evaluation, and costs the
+reading of what is passed in its place. Both are counted in bytes, and the least sum is a minimum cut of a network, which
+networkx finds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import networkx
+
+from ..cost.count import node_flops
+from ..passes.functionalize import is_view
+from .values import Level, Value, ValueTable
+
+FLOPS_PER_BYTE = 128
+"""Products in 16 bits that a machine makes while it reads a byte: some 50 on the CPUs tried, 200 on an H200."""
+PASSING_BYTES = 64
+"""What passing one more value costs, beside its bytes: of two cuts alike the one of fewer values is taken."""
+CONSUMERS = "consumers"
+ORIGIN = "origin"
+
+
+def choose_values(table: ValueTable, level: Level, heavy: frozenset[int]) -> tuple[int, ...]:
+    """The places of the values of `level` that are computed before the loop and passed to what comes after.
+
+    `heavy` are those with FLOPs, `find_heavy`. Only what is made by one of this level is passed: never an input in another form.
+    """
+    network, members = networkx.DiGraph(), [i for i, v in enumerate(table.values) if v.level == level]
+    network.add_nodes_from((ORIGIN, CONSUMERS))
+    later = table.readers | {a for v in table.values if v.level > level for a in v.arguments}
+    worked = find_descendants(table, level, heavy)
+    for i in members:
+        value = table.values[i]
+        network.add_edge(ORIGIN, i, **({} if i in table.inputs.values() else {"capacity": saved_bytes(table, i)}))
+        network.add_edge(i, ("passed", i), **passing_capacity(value, i in worked or not value.arguments))
+        if i in later:
+            network.add_edge(("passed", i), CONSUMERS)
+        for a in {a for a in value.arguments if table.values[a].level == level}:
+            network.add_edge(("passed", a), i)
+            network.add_edge(i, a)  # what is computed before the loop has its arguments there
+    _, (before, after) = networkx.minimum_cut(network, ORIGIN, CONSUMERS)
+    return tuple(i for i in members if i in before and ("passed", i) in after and i in worked)
+
+
+def passing_capacity(value: Value, passable: bool) -> dict[str, int]:
+    """Bytes that passing a value costs; no bound for one that cannot be: views, values that are several tensors, and those that do not
+    lie in order."""
+    tensor = value.tensor
+    is_input = value.node.op == "placeholder"
+    if not passable or tensor is None or not (is_input or (tensor.is_contiguous() and not is_view(value.node))):
+        return {}
+    return {"capacity": tensor.nbytes + PASSING_BYTES}
+
+
+def saved_bytes(table: ValueTable, i: int) -> int:
+    """What computing a value at every evaluation costs, as bytes: the weights that it reads, and its products. Those of a step are
+    made for each evaluation all the same, so only their weights count."""
+    value = table.values[i]
+    flops = node_flops(value.node)
+    read = sum(constant_bytes(table, value.arguments))
+    if not flops:
+        made = value.tensor.nbytes if value.tensor is not None else 0
+        return min(read, made)
+    return read + (flops // FLOPS_PER_BYTE if value.level == Level.PROMPT else 0)
+
+
+def constant_bytes(table: ValueTable, places: Iterable[int]) -> list[int]:
+    """Bytes of each constant that these values of Level.CONSTANT are made from."""
+    found: set[int] = set()
+    open_places = [i for i in places if table.values[i].level == Level.CONSTANT]
+    while open_places:
+        i = open_places.pop()
+        if i not in found:
+            found.add(i)
+            open_places += table.values[i].arguments
+    return [table.values[i].constant().nbytes for i in found if table.values[i].node.op == "get_attr"]
+
+
+def find_heavy(table: ValueTable) -> frozenset[int]:
+    """The values that a matrix product, a convolution or an attention makes."""
+    return frozenset(i for i, v in enumerate(table.values) if v.level > Level.CONSTANT and node_flops(v.node))
+
+
+def find_descendants(table: ValueTable, level: Level, origins: frozenset[int]) -> set[int]:
+    """The values of `level` that are among `origins`, or made of one."""
+    found: set[int] = set()
+    for i, value in enumerate(table.values):
+        if value.level == level and (i in origins or not found.isdisjoint(value.arguments)):
+            found.add(i)
+    return found

@@ -3,9 +3,10 @@
     text --linear--> k --view--> --transpose--> | attention        pass k, and leave the views in the loop
     timestep --sin--> --linear--> --linear--> m --chunk--> | mul    pass m
 
-A value that is computed before the loop saves the weights and the arithmetic behind it at every evaluation, and costs the
+A value that is computed before the loop saves the weights and the arithmetic behind it at every evaluation but one, and costs the
 reading of what is passed in its place. Both are counted in bytes, and the least sum is a minimum cut of a network, which
-networkx finds.
+networkx finds. What is made for every step lies in memory for all of them: its bytes count as often as there are evaluations,
+against weights that leave the loop.
 """
 
 from __future__ import annotations
@@ -26,19 +27,21 @@ CONSUMERS = "consumers"
 ORIGIN = "origin"
 
 
-def choose_values(table: ValueTable, level: Level, heavy: frozenset[int]) -> tuple[int, ...]:
-    """The places of the values of `level` that are computed before the loop and passed to what comes after.
+def choose_values(table: ValueTable, level: Level, heavy: frozenset[int], evaluations: int) -> tuple[int, ...]:
+    """The places of the values of `level` that are computed before a loop of so many `evaluations`, and passed to what comes after.
 
     `heavy` are those with FLOPs, `find_heavy`. Only what is made by one of this level is passed: never an input in another form.
     """
     network, members = networkx.DiGraph(), [i for i, v in enumerate(table.values) if v.level == level]
+    copies = evaluations if level == Level.STEP else 1
     network.add_nodes_from((ORIGIN, CONSUMERS))
     later = table.readers | {a for v in table.values if v.level > level for a in v.arguments}
     worked = find_descendants(table, level, heavy)
     for i in members:
         value = table.values[i]
-        network.add_edge(ORIGIN, i, **({} if i in table.inputs.values() else {"capacity": saved_bytes(table, i)}))
-        network.add_edge(i, ("passed", i), **passing_capacity(value, i in worked or not value.arguments))
+        saved = saved_bytes(table, i) * (evaluations - 1) // evaluations
+        network.add_edge(ORIGIN, i, **({} if i in table.inputs.values() else {"capacity": saved}))
+        network.add_edge(i, ("passed", i), **passing_capacity(value, copies, i in worked or not value.arguments))
         if i in later:
             network.add_edge(("passed", i), CONSUMERS)
         for a in {a for a in value.arguments if table.values[a].level == level}:
@@ -48,14 +51,14 @@ def choose_values(table: ValueTable, level: Level, heavy: frozenset[int]) -> tup
     return tuple(i for i in members if i in before and ("passed", i) in after and i in worked)
 
 
-def passing_capacity(value: Value, passable: bool) -> dict[str, int]:
+def passing_capacity(value: Value, copies: int, passable: bool) -> dict[str, int]:
     """Bytes that passing a value costs; no bound for one that cannot be: views, values that are several tensors, and those that do not
     lie in order."""
     tensor = value.tensor
     is_input = value.node.op == "placeholder"
     if not passable or tensor is None or not (is_input or (tensor.is_contiguous() and not is_view(value.node))):
         return {}
-    return {"capacity": tensor.nbytes + PASSING_BYTES}
+    return {"capacity": tensor.nbytes * copies + PASSING_BYTES}
 
 
 def saved_bytes(table: ValueTable, i: int) -> int:

@@ -37,8 +37,8 @@ def hoist_graphs(variants: Sequence[CapturedGraph], evaluations: int) -> Hoisted
     """The variants' graphs hoisted; the step's graph takes the timesteps of so many `evaluations`, [E, *] of what the denoiser takes."""
     table = ValueTable(variants)
     heavy = find_heavy(table)
-    at_once = name_values(table, PROLOGUE, choose_values(table, Level.PROMPT, heavy))
-    by_step = name_values(table, STEP, choose_values(table, Level.STEP, heavy))
+    at_once = name_values(table, PROLOGUE, choose_values(table, Level.PROMPT, heavy, evaluations))
+    by_step = name_values(table, STEP, choose_values(table, Level.STEP, heavy, evaluations))
     hoisted = tuple(pass_values(g, table, {**at_once, **by_step}) for g in variants)
     read = {spec.name for g in hoisted for spec in g.inputs}
     by_step = {place: spec for place, spec in by_step.items() if spec.name in read}

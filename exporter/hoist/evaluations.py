@@ -47,9 +47,7 @@ def stack_evaluations(step: CapturedGraph, evaluations: int) -> CapturedGraph:
     constants = step.constants()
     gm = swap_operators(fx.GraphModule(step.gm, copy.deepcopy(step.gm.graph)), LINEAR, operator_overload(linear_rows))
     mapped = tuple(0 if spec.name == STEP_INPUT else None for spec in step.inputs)
-    args = tuple(
-        t if dim is None else torch.stack([t] * evaluations) for t, dim in zip(step.args, mapped, strict=True)
-    )
+    args = tuple(t if dim is None else torch.stack([t] * evaluations) for t, dim in zip(step.args, mapped, strict=True))
 
     def compute(weights: list[Tensor], given: list[Tensor]) -> Any:
         named = dict(zip(constants, weights, strict=True))
@@ -68,9 +66,7 @@ def stack_evaluations(step: CapturedGraph, evaluations: int) -> CapturedGraph:
     results = [n.meta["val"] for n in output_nodes(gm)]
     assert all(t.is_contiguous() for t in results)
     names = tuple(s.name for s in step.inputs), tuple(s.name for s in step.outputs)
-    return replace(
-        step, gm=gm, args=args, inputs=tensor_specs(names[0], args), outputs=tensor_specs(names[1], results)
-    )
+    return replace(step, gm=gm, args=args, inputs=tensor_specs(names[0], args), outputs=tensor_specs(names[1], results))
 
 
 def swap_operators(gm: fx.GraphModule, old: Any, new: Any) -> fx.GraphModule:

@@ -4,18 +4,25 @@ that compute it."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-from ...runtime.manifest import TensorSpec
+from ...runtime.manifest import PROLOGUE, STEP, TensorSpec
 from ..capture.capture import tensor_specs
+from ..cost.variants import recount
 from ..passes.captured_graph import CapturedGraph
+from ..plan import PlanSet
+from ..sites.component import Component
 from .cut import choose_values, find_heavy
 from .evaluations import stack_evaluations
 from .split import build_graph, pass_values
 from .values import Level, ValueTable
 
-PROLOGUE, STEP = "prologue", "step"
-"""The graphs' names, and before a colon those of their outputs."""
+if TYPE_CHECKING:
+    from ..prepared_export import PreparedExport
+
+MAX_EVALUATIONS = 64
+"""How many the step's graph takes at once: a product of so many rows is still bound by reading its weights."""
 
 
 @dataclass(frozen=True)
@@ -28,9 +35,34 @@ class HoistedGraphs:
     step: CapturedGraph | None = None
 
     @property
-    def graphs(self) -> tuple[CapturedGraph, ...]:
-        """All of them, the variants first: weights keep the names that they have there."""
-        return (*self.variants, *(g for g in (self.prologue, self.step) if g))
+    def before_loop(self) -> tuple[CapturedGraph, ...]:
+        """What there is of prologue and step."""
+        return tuple(g for g in (self.prologue, self.step) if g)
+
+
+def hoist_export(prepared: PreparedExport, denoisers: Sequence[Component]) -> PreparedExport:
+    """The export with its denoiser's graphs hoisted, and counted again; as it is where the recipe says no, and where a denoiser is exported
+    alone, whose inputs have names of their own."""
+    if not prepared.recipe.compile.hoist or not prepared.part.HOISTS:
+        return prepared
+    graphs = hoist_denoisers(denoisers, prepared.planned, prepared.graphs)
+    censuses, costs = recount(prepared.graphs, graphs, (prepared.censuses, prepared.costs))
+    return replace(prepared, graphs=graphs, censuses=censuses, costs=costs)
+
+
+def hoist_denoisers(
+    denoisers: Sequence[Component], planned: PlanSet, graphs: dict[str, tuple[CapturedGraph, ...]]
+) -> dict[str, tuple[CapturedGraph, ...]]:
+    """Component -> its graphs, those of the denoiser hoisted for each of its sizes and batches by itself."""
+    evaluations = min(max(len(plan.evaluations) for plan in planned.plans), MAX_EVALUATIONS)
+    variants: list[CapturedGraph] = []
+    before_loop: list[CapturedGraph] = []
+    for denoiser in denoisers:
+        names = {f"{variant.name}{denoiser.label}" for variant in planned.variants}
+        found = hoist_graphs([g for g in graphs[denoiser.name] if g.name in names], evaluations)
+        variants += found.variants
+        before_loop += (replace(g, name=f"{g.name}{denoiser.label}") for g in found.before_loop)
+    return {**graphs, denoisers[0].name: (*variants, *before_loop)}
 
 
 def hoist_graphs(variants: Sequence[CapturedGraph], evaluations: int) -> HoistedGraphs:

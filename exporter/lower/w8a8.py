@@ -59,7 +59,8 @@ def map_rows(operator: Any) -> None:
     """Tells torch.vmap of a layer of x [..., K]: mapped over x, it is the same layer of more rows."""
 
     def more_rows(info: Any, in_dims: tuple[int | None, ...], x: Tensor, *weights: Tensor | None) -> tuple[Tensor, int]:
-        assert in_dims[0] is not None and not any(in_dims[1:])
+        assert in_dims[0] is not None
+        assert not any(in_dims[1:])
         return operator(x.movedim(in_dims[0], 0), *weights), 0
 
     torch.library.register_vmap(operator, more_rows)

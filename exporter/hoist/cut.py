@@ -11,9 +11,11 @@ against weights that leave the loop.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import networkx
+from torch import fx
 
 from ..cost.count import node_flops
 from ..passes.functionalize import is_view
@@ -27,19 +29,19 @@ CONSUMERS = "consumers"
 ORIGIN = "origin"
 
 
-def choose_values(table: ValueTable, level: Level, heavy: frozenset[int], evaluations: int) -> tuple[int, ...]:
+def choose_values(table: ValueTable, level: Level, flops: Mapping[int, int], evaluations: int) -> tuple[int, ...]:
     """The places of the values of `level` that are computed before a loop of so many `evaluations`, and passed to what comes after.
 
-    `heavy` are those with FLOPs, `find_heavy`. Only what is made by one of this level is passed: never an input in another form.
+    `flops` are `count_flops`. Only what is made by one of this level is passed: never an input in another form.
     """
     network, members = networkx.DiGraph(), [i for i, v in enumerate(table.values) if v.level == level]
     copies = evaluations if level == Level.STEP else 1
     network.add_nodes_from((ORIGIN, CONSUMERS))
     later = table.readers | {a for v in table.values if v.level > level for a in v.arguments}
-    worked = find_descendants(table, level, heavy)
+    worked = find_descendants(table, level, frozenset(flops))
     for i in members:
         value = table.values[i]
-        saved = saved_bytes(table, i) * (evaluations - 1) // evaluations
+        saved = saved_bytes(table, i, flops.get(i, 0)) * (evaluations - 1) // evaluations
         network.add_edge(ORIGIN, i, **({} if i in table.inputs.values() else {"capacity": saved}))
         network.add_edge(i, ("passed", i), **passing_capacity(value, copies, i in worked or not value.arguments))
         if i in later:
@@ -61,11 +63,10 @@ def passing_capacity(value: Value, copies: int, passable: bool) -> dict[str, int
     return {"capacity": tensor.nbytes * copies + PASSING_BYTES}
 
 
-def saved_bytes(table: ValueTable, i: int) -> int:
+def saved_bytes(table: ValueTable, i: int, flops: int) -> int:
     """What computing a value at every evaluation costs, as bytes: the weights that it reads, and its products. Those of a step are
     made for each evaluation all the same, so only their weights count."""
     value = table.values[i]
-    flops = node_flops(value.node)
     read = sum(constant_bytes(table, value.arguments))
     if not flops:
         made = value.tensor.nbytes if value.tensor is not None else 0
@@ -85,9 +86,26 @@ def constant_bytes(table: ValueTable, places: Iterable[int]) -> list[int]:
     return [table.values[i].constant().nbytes for i in found if table.values[i].node.op == "get_attr"]
 
 
-def find_heavy(table: ValueTable) -> frozenset[int]:
-    """The values that a matrix product, a convolution or an attention makes."""
-    return frozenset(i for i, v in enumerate(table.values) if v.level > Level.CONSTANT and node_flops(v.node))
+def count_flops(table: ValueTable) -> dict[int, int]:
+    """Place -> FLOPs of the values that a matrix product, a convolution or an attention makes; equal calls are counted once."""
+    known: dict[str, int] = {}
+    found: dict[int, int] = {}
+    for i, value in enumerate(table.values):
+        if value.level > Level.CONSTANT and value.node.op == "call_function":
+            shapes = fx.map_arg((value.node.args, value.node.kwargs), lambda n: SeenTensor(str(n.meta.get("val"))))
+            key = f"{value.node.target} {shapes!r}"
+            known.setdefault(key, -1)
+            known[key] = node_flops(value.node) if known[key] < 0 else known[key]
+            if known[key]:
+                found[i] = known[key]
+    return found
+
+
+@dataclass(frozen=True)
+class SeenTensor:
+    """An argument of a call, by what tracing saw of it."""
+
+    said: str
 
 
 def find_descendants(table: ValueTable, level: Level, origins: frozenset[int]) -> set[int]:

@@ -13,7 +13,7 @@ from ..cost.variants import recount
 from ..passes.captured_graph import CapturedGraph
 from ..plan import PlanSet
 from ..sites.component import Component
-from .cut import choose_values, find_heavy
+from .cut import choose_values, count_flops
 from .evaluations import stack_evaluations
 from .split import build_graph, pass_values
 from .values import Level, ValueTable
@@ -68,9 +68,9 @@ def hoist_denoisers(
 def hoist_graphs(variants: Sequence[CapturedGraph], evaluations: int) -> HoistedGraphs:
     """The variants' graphs hoisted; the step's graph takes the timesteps of so many `evaluations`, [E, *] of what the denoiser takes."""
     table = ValueTable(variants)
-    heavy = find_heavy(table)
-    at_once = name_values(table, PROLOGUE, choose_values(table, Level.PROMPT, heavy, evaluations))
-    by_step = name_values(table, STEP, choose_values(table, Level.STEP, heavy, evaluations))
+    flops = count_flops(table)
+    at_once = name_values(table, PROLOGUE, choose_values(table, Level.PROMPT, flops, evaluations))
+    by_step = name_values(table, STEP, choose_values(table, Level.STEP, flops, evaluations))
     hoisted = tuple(pass_values(g, table, {**at_once, **by_step}) for g in variants)
     read = {spec.name for g in hoisted for spec in g.inputs}
     by_step = {place: spec for place, spec in by_step.items() if spec.name in read}

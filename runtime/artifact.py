@@ -24,7 +24,6 @@ from .contract import Contract, torch_dtype
 from .errors import ArtifactError, RequestError, describe_read_error, describe_schema_error, raise_problems
 from .finite import is_finite
 from .gpu.memory import explain_gpu_memory
-from .hoist import HoistedGraph
 from .manifest import PROLOGUE, STEP, Graph, Manifest, Site, batch_graph_name, read_manifest, size_graph_name
 from .memory import explain_memory, trim_heap
 from .offload import (
@@ -165,11 +164,11 @@ class Artifact:
             made[name] = DenoiserVariant(one.graph, together or RowByRow(one, batch))
         return made
 
-    def hoisted_graphs(self, size: str | None, batch: int) -> dict[str, HoistedGraph]:
+    def hoisted_graphs(self, size: str | None, batch: int) -> dict[str, DenoiserVariant]:
         """The graphs that run before the loop for that size and so many pictures, by their plain names."""
         names = {plain: batch_graph_name(size_graph_name(plain, size), batch) for plain in (PROLOGUE, STEP)}
         found = {plain: self.graphs[name] for plain, name in names.items() if name in self.graphs}
-        return {plain: HoistedGraph(graph.graph, graph) for plain, graph in found.items()}
+        return {plain: DenoiserVariant(graph.graph, graph) for plain, graph in found.items()}
 
     @property
     def sites(self) -> dict[str, Site]:

@@ -29,6 +29,7 @@ from .call.arguments import (
 )
 from .call.attributes import absent_attribute_error, refuse_move
 from .call.batches import split_pictures, stack_conditions
+from .call.hoist import compute_hoisted
 from .call.progress import Advance, check_bar_options, step_bar
 from .call.state import CallState
 from .check.artifact import PublicKey, Trust, status_problems
@@ -44,7 +45,6 @@ from .finite import (
 )
 from .gpu.graph_loop import loop_of
 from .gpu.memory import explain_gpu_memory
-from .hoist import compute_hoisted
 from .manifest import ATTACH_FAMILY
 from .noise import Generators, choose_generators, draw_noise
 from .offload import OffloadRequest as Offload

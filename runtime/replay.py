@@ -35,7 +35,7 @@ class PlanTables:
 
 @dataclass(frozen=True)
 class DenoiserVariant:
-    """A denoiser that can be called by name of input, with what the manifest says about it."""
+    """A denoiser that can be called by name of input, with what the manifest says about it; or what it has before the loop."""
 
     graph: Graph
     call: Callable[[Mapping[str, torch.Tensor]], Tensors]
@@ -60,7 +60,7 @@ def replay(
 ) -> torch.Tensor:
     """The final latents [B, N, C], float32, of B pictures from noise of the same shape.
 
-    `inputs` are the denoiser's other inputs [B, ...], equal at every step, and what was computed before the loop (`hoist.py`). `noise` gives one draw [B, N, C] for each evaluation
+    `inputs` are the denoiser's other inputs [B, ...], equal at every step, and what was computed before the loop (`call/hoist.py`). `noise` gives one draw [B, N, C] for each evaluation
     whose update asks for it. `on_evaluation(e, output, latents)` sees the denoiser's output at evaluation e and the
     latents after it; it may return other latents to go on with, or raise StopReplay.
     """

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from ..artifact import Artifact
 from ..bounds import MAX_EMBEDDING, MAX_LATENTS
+from ..call.hoist import hoist_problems, hoisted_facts
 from ..contract import SpecFacts, describe_misfits, spec_facts, torch_dtype
-from ..hoist import hoist_problems, hoisted_facts
 from ..manifest import Graph, TensorSpec, batch_graph_name
 from ..plan import size_plan_name
 

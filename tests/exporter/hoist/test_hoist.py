@@ -25,7 +25,7 @@ from prebake.exporter.sites.component import Component
 from prebake.exporter.sites.discover import discover_layout
 from prebake.exporter.sites.guidance import add_guidance
 from prebake.exporter.sites.marks import Variant
-from prebake.exporter.verify.measure import relative_error
+from prebake.exporter.verify.closeness import relative_error
 from support.tiny_denoisers import DITS, sd_unet, sdxl_unet
 
 EVALUATIONS = 3

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from prebake.exporter.calibrators.eager_replay import ZERO_COST
-from prebake.exporter.verify.measure import relative_error
+from prebake.exporter.verify.closeness import relative_error
+from prebake.runtime.call.hoist import compute_hoisted, compute_steps
 from prebake.runtime.families.call_contract import call_problems
-from prebake.runtime.hoist import HoistedGraph, compute_hoisted, compute_steps
 from prebake.runtime.manifest import Graph, TensorSpec
 from prebake.runtime.plan import Evaluation, Plan, Update
-from prebake.runtime.replay import loop_inputs, tabulate_plan
+from prebake.runtime.replay import DenoiserVariant, loop_inputs, tabulate_plan
 from support import family_parity as parity
 
 TOLERANCE = 1e-5
@@ -41,7 +41,7 @@ def test_steps_are_computed_as_many_at_once_as_the_graph_takes_and_the_last_are_
 
     timesteps = tuple(torch.tensor([t]) for t in (5.0, 4.0, 3.0, 2.0, 1.0))
     inputs = {"prologue:0": torch.ones(1, 3), "text": torch.ones(1, 3)}
-    made = compute_steps(HoistedGraph(STEP_GRAPH, call), timesteps, inputs)
+    made = compute_steps(DenoiserVariant(STEP_GRAPH, call), timesteps, inputs)
     assert seen == [[5, 4], [3, 2], [1, 1]]
     assert torch.equal(made["step:0"][:5, 0, 0], torch.tensor([5.0, 4, 3, 2, 1]))
 
@@ -53,8 +53,10 @@ def test_the_prologue_runs_once_and_the_step_reads_what_it_gives():
         name="2", steps=2, cache="none", scheduler="S", init_noise_sigma=1.0, sigmas=(), evaluations=evaluations
     )
     hoisted = {
-        "prologue": HoistedGraph(PROLOGUE_GRAPH, lambda given: {"prologue:0": given["text"] * 2}),
-        "step": HoistedGraph(STEP_GRAPH, lambda given: {"step:0": given["timestep"][:, :, None] * given["prologue:0"]}),
+        "prologue": DenoiserVariant(PROLOGUE_GRAPH, lambda given: {"prologue:0": given["text"] * 2}),
+        "step": DenoiserVariant(
+            STEP_GRAPH, lambda given: {"step:0": given["timestep"][:, :, None] * given["prologue:0"]}
+        ),
     }
     tables = tabulate_plan(plan, torch.device("cpu"))
     made = compute_hoisted(hoisted, tables, {"text": torch.ones(1, 3), "other": torch.ones(1)})

@@ -6,26 +6,17 @@ an output of the graph before the colon. A loop's inputs hold the first as they 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 
 import torch
 
-from .contract import SpecFacts, describe_misfits, spec_facts
-from .manifest import PROLOGUE, STEP, Graph
-from .replay import PlanTables, Tensors
-
-
-@dataclass(frozen=True)
-class HoistedGraph:
-    """A graph that runs before the loop, with what the manifest says about it."""
-
-    graph: Graph
-    call: Callable[[Mapping[str, torch.Tensor]], Tensors]
+from ..contract import SpecFacts, describe_misfits, spec_facts
+from ..manifest import PROLOGUE, STEP, Graph
+from ..replay import DenoiserVariant, PlanTables, Tensors
 
 
 def compute_hoisted(
-    hoisted: Mapping[str, HoistedGraph], tables: PlanTables, inputs: Mapping[str, torch.Tensor]
+    hoisted: Mapping[str, DenoiserVariant], tables: PlanTables, inputs: Mapping[str, torch.Tensor]
 ) -> Tensors:
     """The values that a loop over `tables` takes beside its `inputs`; none where nothing is `hoisted`, by the graphs' plain names."""
     made: Tensors = {}
@@ -37,7 +28,7 @@ def compute_hoisted(
 
 
 def compute_steps(
-    step: HoistedGraph, timesteps: tuple[torch.Tensor, ...], inputs: Mapping[str, torch.Tensor]
+    step: DenoiserVariant, timesteps: tuple[torch.Tensor, ...], inputs: Mapping[str, torch.Tensor]
 ) -> Tensors:
     """The step's values for every timestep [B], as many at once as the graph takes; the last are repeated to fill it."""
     count = next(spec.shape[0] for spec in step.graph.inputs if spec.name == "timestep")

@@ -41,7 +41,7 @@ def recount(
     """What was `counted` of `before`, for the graphs of `after`: those that are the same are not counted again."""
     known = {id(g) for group in before.values() for g in group}
     fresh = {name: [g for g in group if id(g) not in known] for name, group in after.items()}
-    again = count_costs(fresh)
+    censuses, costs = count_costs(fresh)
+    censuses, costs = {**counted[0], **censuses}, {**counted[1], **costs}
     names = [g.name for group in after.values() for g in group]
-    censuses, costs = ({**old, **new} for old, new in zip(counted, again, strict=True))
     return {n: censuses[n] for n in names}, {n: costs[n] for n in names}

@@ -12,7 +12,6 @@ against weights that leave the loop.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 
 import networkx
 from torch import fx
@@ -92,7 +91,7 @@ def count_flops(table: ValueTable) -> dict[int, int]:
     found: dict[int, int] = {}
     for i, value in enumerate(table.values):
         if value.level > Level.CONSTANT and value.node.op == "call_function":
-            shapes = fx.map_arg((value.node.args, value.node.kwargs), lambda n: SeenTensor(str(n.meta.get("val"))))
+            shapes = fx.map_arg((value.node.args, value.node.kwargs), seen_tensor)
             key = f"{value.node.target} {shapes!r}"
             known.setdefault(key, -1)
             known[key] = node_flops(value.node) if known[key] < 0 else known[key]
@@ -101,11 +100,9 @@ def count_flops(table: ValueTable) -> dict[int, int]:
     return found
 
 
-@dataclass(frozen=True)
-class SeenTensor:
+def seen_tensor(node: fx.Node) -> str:
     """An argument of a call, by what tracing saw of it."""
-
-    said: str
+    return f"<{node.meta.get('val')}>"
 
 
 def find_descendants(table: ValueTable, level: Level, origins: frozenset[int]) -> set[int]:

@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, fx
+from torch.fx.graph import CodeGen
 
 from ...runtime.manifest import TensorSpec
 from ..passes.captured_graph import CapturedGraph
@@ -90,7 +91,7 @@ def pass_values(graph: CapturedGraph, table: ValueTable, passed: Mapping[int, Te
     """The variant with the values that it reads as inputs, behind its own, and without what only they needed. Its own inputs all
     stay: who calls it gives them, read or not."""
     gm = fx.GraphModule(graph.gm, copy.deepcopy(graph.gm.graph))
-    gm.graph.set_codegen(fx.graph.CodeGen())  # flat tensors in and out, also beyond those that were traced
+    gm.graph.set_codegen(CodeGen())  # flat tensors in and out, also beyond those that were traced
     numbers = table.numbers[graph.name]
     fresh: dict[int, fx.Node] = {}
     *_, last = gm.graph.find_nodes(op="placeholder")

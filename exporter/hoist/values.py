@@ -87,7 +87,7 @@ class ValueTable:
                 self.readers |= {number for number in made_of if number >= 0}
             else:
                 level = max((self.values[number].level for number in made_of), default=Level.CONSTANT)
-                said = fx.map_arg((node.args, node.kwargs), lambda n: NumberedValue(numbers[n]))
+                said = fx.map_arg((node.args, node.kwargs), lambda n: f"<value {numbers[n]}>")
                 numbers[node] = self._add((node.target, repr(said)), Value(node, graph, level, made_of))
         return numbers
 
@@ -108,13 +108,6 @@ class ValueTable:
                     return place
             self._tables.append((tensor, len(self.values)))
         return self._add(key, value)
-
-
-@dataclass(frozen=True)
-class NumberedValue:
-    """A node among the arguments of a call, by its value's place."""
-
-    number: int
 
 
 def are_equal_tensors(a: Tensor, b: Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -117,8 +118,8 @@ def test_graphs_before_the_loop_that_do_not_fit_are_named(damage):
     if isinstance(change.get("inputs"), str):
         kept = tuple(s for s in graph.inputs if s.name != change["inputs"])
         change = {"inputs": (*kept, TensorSpec(name=change["inputs"], shape=(1,), dtype="float32"))}
-    damaged = type(artifact.graphs[name]).__new__(type(artifact.graphs[name]))
-    damaged.__dict__.update(artifact.graphs[name].__dict__, graph=graph.model_copy(update=change))
+    damaged = copy.copy(artifact.graphs[name])
+    damaged.graph = graph.model_copy(update=change)
     broken = replace(artifact, graphs={**artifact.graphs, name: damaged})
     problems = list(call_problems(broken, pipe.families[0]))
     assert any(said in problem for problem in problems), problems

@@ -165,10 +165,15 @@ class Artifact:
         return made
 
     def hoisted_graphs(self, size: str | None, batch: int) -> dict[str, DenoiserVariant]:
-        """The graphs that run before the loop for that size and so many pictures, by their plain names."""
-        names = {plain: batch_graph_name(size_graph_name(plain, size), batch) for plain in (PROLOGUE, STEP)}
-        found = {plain: self.graphs[name] for plain, name in names.items() if name in self.graphs}
-        return {plain: DenoiserVariant(graph.graph, graph) for plain, graph in found.items()}
+        """What runs before the loop for that size and so many pictures, by the graphs' plain names; by those for one, row by row, where
+        there are none for as many."""
+        made = {}
+        for plain in (PROLOGUE, STEP):
+            name = size_graph_name(plain, size)
+            if one := self.graphs.get(name):
+                together = self.graphs.get(batch_graph_name(name, batch))
+                made[plain] = DenoiserVariant(one.graph, together or RowByRow(one, batch, steps=plain == STEP))
+        return made
 
     @property
     def sites(self) -> dict[str, Site]:

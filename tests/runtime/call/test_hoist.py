@@ -13,6 +13,7 @@ from prebake.exporter.verify.closeness import relative_error
 from prebake.runtime.call.hoist import compute_hoisted, compute_steps
 from prebake.runtime.families.call_contract import call_problems
 from prebake.runtime.manifest import Graph, TensorSpec
+from prebake.runtime.pipeline import Pipeline
 from prebake.runtime.plan import Evaluation, Plan, Update
 from prebake.runtime.replay import DenoiserVariant, loop_inputs, tabulate_plan
 from support import family_parity as parity
@@ -100,6 +101,17 @@ def test_a_callback_that_changes_the_guidance_is_heard():
     got = hoisted("a red circle", **call).images
     assert relative_error(got, whole("a red circle", **call).images) <= TOLERANCE
     assert relative_error(got, hoisted("a red circle", **plain).images) > 100 * TOLERANCE
+
+
+def test_pictures_that_go_through_the_loop_together_are_to_the_bit_what_they_are_alone():
+    """Without graphs for two: prologue and step run for each, and the loop has the values of both."""
+    artifact = parity.ours("flux").artifact
+    both = Pipeline(replace(artifact, manifest=artifact.manifest.model_copy(update={"batches": (1, 2)})))
+    prompts, call = ["a red circle", "snow"], {"output_type": "latent"}
+    seeds = [torch.Generator().manual_seed(i) for i in (3, 4)]
+    together = both(prompts, generator=seeds, **call).images
+    for prompt, seed, drawn in zip(prompts, (3, 4), together, strict=True):
+        assert torch.equal(parity.ours("flux")(prompt, seed=seed, **call).images[0], drawn)
 
 
 DAMAGES = {

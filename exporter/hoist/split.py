@@ -90,8 +90,9 @@ def example_tensor(value: Value) -> Tensor:
 def pass_values(graph: CapturedGraph, table: ValueTable, passed: Mapping[int, TensorSpec]) -> CapturedGraph:
     """The variant with the values that it reads as inputs, behind its own, and without what only they needed. Its own inputs all
     stay: who calls it gives them, read or not."""
-    gm = fx.GraphModule(graph.gm, copy.deepcopy(graph.gm.graph))
-    gm.graph.set_codegen(CodeGen())  # flat tensors in and out, also beyond those that were traced
+    fewer = copy.deepcopy(graph.gm.graph)
+    fewer.set_codegen(CodeGen())  # flat tensors in and out; as traced, a graph takes its own number of inputs
+    gm = fx.GraphModule(graph.gm, fewer)
     numbers = table.numbers[graph.name]
     fresh: dict[int, fx.Node] = {}
     *_, last = gm.graph.find_nodes(op="placeholder")

@@ -20,6 +20,7 @@ from prebake.exporter.hoist.hoist import HoistedGraphs, hoist_graphs
 from prebake.exporter.hoist.values import Level, ValueTable
 from prebake.exporter.passes.captured_graph import CapturedGraph
 from prebake.exporter.plan import PlanSet
+from prebake.exporter.private_torch import graph_specs
 from prebake.exporter.progress import open_progress
 from prebake.exporter.sites.component import Component
 from prebake.exporter.sites.discover import discover_layout
@@ -165,6 +166,13 @@ def test_what_is_passed_is_small_beside_what_is_saved():
     assert sorted(tuple(s.shape) for s in after.prologue.outputs) == [(1, 8, 1), (1, 8, 8)]
     assert [(s.name, tuple(s.shape)) for s in after.step.outputs] == [("step:0", (EVALUATIONS, 1, 8))]
     assert sorted(after.variants[0].constants()) == ["proj.weight"]
+
+
+def test_a_hoisted_graph_says_nothing_of_the_inputs_that_it_was_traced_with():
+    """AOTInductor would flatten its inputs by them."""
+    (body,) = hoist_graphs((toy(),), EVALUATIONS).variants
+    assert graph_specs(body.gm) == (None, None)
+    assert graph_specs(toy().gm) != (None, None)
 
 
 def test_latents_that_were_taken_for_text_would_be_seen(monkeypatch):

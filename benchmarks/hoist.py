@@ -1,7 +1,9 @@
-"""One evaluation of a denoiser of real widths, whole and hoisted, compiled and timed in turn: milliseconds, and bytes of weights that it
+"""One evaluation of a denoiser of real widths, whole and hoisted, timed in turn: milliseconds of CPU time, and bytes of weights that it
 reads; and what runs before the loop in its stead. Weights are random, and nothing is downloaded.
 
-    python benchmarks/hoist.py sd15 [--side 512] [--evaluations 50]        # Stable Diffusion 1.5's UNet
+    python benchmarks/hoist.py sd15 [--side 512] [--evaluations 50]        # Stable Diffusion 1.5's UNet, compiled
+    python benchmarks/hoist.py flux --eager                                # without a compiler
+    python benchmarks/hoist.py flux --rounds 0                             # what can be counted alone
     python benchmarks/hoist.py flux [--blocks 3 6] [--evaluations 28]      # FLUX.1-dev's widths, some of its 19 + 38 blocks
 """
 
@@ -10,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -39,6 +42,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, nargs=2, default=(3, 6), help="FLUX's double and single blocks")
     parser.add_argument("--evaluations", type=int, default=28)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--eager", action="store_true")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     args = parser.parse_args()
     dtype = getattr(torch, args.dtype)
@@ -46,39 +50,44 @@ def main() -> None:
     whole = capture_graph("full", denoiser.module, denoiser.args, denoiser.inputs, denoiser.outputs)
     hoisted = hoist_graphs((whole,), args.evaluations)
     graphs = {"whole": whole, "hoisted": hoisted.variants[0], **{g.name: g for g in hoisted.before_loop}}
-    compiler = VariantCompiler()
+    for name, graph in graphs.items():
+        print(json.dumps({"graph": name, **describe(graph)}), flush=True)
+    if not args.rounds:
+        return
+    compiler = None if args.eager else VariantCompiler()
     runs = {name: run_of(compiler, name, graph) for name, graph in graphs.items()}
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(args.rounds + 1):
-        for name, run in runs.items():
-            begin = time.perf_counter()
-            run()
-            times[name].append((time.perf_counter() - begin) * 1e3)
-    for name, graph in graphs.items():
-        cost = count_cost(graph)
+    with torch.no_grad():
+        for _ in range(args.rounds + 1):
+            for name, run in runs.items():
+                begin = time.process_time()
+                run()
+                times[name].append((time.process_time() - begin) * 1e3)
+    for name in graphs:
+        median, least = statistics.median(times[name][1:]), min(times[name][1:])
         print(
-            json.dumps(
-                {
-                    "graph": name,
-                    "ms_median": round(statistics.median(times[name][1:]), 2),
-                    "ms_least": round(min(times[name][1:]), 2),
-                    "weights_mb": round(cost.constants_bytes / 1e6, 1),
-                    "gflop": round(cost.flops / 1e9, 2),
-                    "inputs": len(graph.inputs),
-                    "outputs_mb": round(sum(n.meta["val"].nbytes for n in outputs_of(graph)) / 1e6, 2),
-                }
-            )
+            json.dumps({"graph": name, "cpu_ms_median": round(median, 1), "cpu_ms_least": round(least, 1)}), flush=True
         )
 
 
-def outputs_of(graph: CapturedGraph) -> list[Any]:
-    from prebake.exporter.passes.captured_graph import output_nodes
+def describe(graph: CapturedGraph) -> dict[str, Any]:
+    """What can be counted."""
+    cost = count_cost(graph)
+    passed = sum(math.prod(s.shape) * getattr(torch, s.dtype).itemsize for s in graph.outputs)
+    return {
+        "weights_mb": round(cost.constants_bytes / 1e6, 1),
+        "gflop": round(cost.flops / 1e9, 2),
+        "inputs": len(graph.inputs),
+        "outputs_mb": round(passed / 1e6, 2),
+    }
 
-    return output_nodes(graph.gm)
 
-
-def run_of(compiler: VariantCompiler, name: str, graph: CapturedGraph) -> Callable[[], Any]:
-    model, args = compiler.model(graph, name), [t.contiguous() for t in graph.args]
+def run_of(compiler: VariantCompiler | None, name: str, graph: CapturedGraph) -> Callable[[], Any]:
+    """A call of the graph, compiled where there is a compiler."""
+    args = [t.contiguous() for t in graph.args]
+    if compiler is None:
+        return lambda: graph.gm(*args)
+    model = compiler.model(graph, name)
     return lambda: model(args)
 
 
@@ -130,6 +139,8 @@ def fill(build: Callable[[], nn.Module], dtype: torch.dtype) -> nn.Module:
         model = build()
     torch.set_default_dtype(torch.float32)
     model = model.to_empty(device="cpu").eval()
+    for tensor in model.parameters():
+        tensor.requires_grad_(False)
     block = (torch.randn(1 << 22) * 0.02).to(dtype)
     with torch.no_grad():
         for tensor in model.parameters():

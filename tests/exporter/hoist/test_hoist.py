@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from prebake.exporter.bench.compiled_variants import VariantCompiler, call_by_name
 from prebake.exporter.capture.capture import capture_graph
 from prebake.exporter.capture.variants import capture_variants
 from prebake.exporter.cost.count import count_cost
@@ -166,6 +167,24 @@ def test_what_is_passed_is_small_beside_what_is_saved():
     assert sorted(tuple(s.shape) for s in after.prologue.outputs) == [(1, 8, 1), (1, 8, 8)]
     assert [(s.name, tuple(s.shape)) for s in after.step.outputs] == [("step:0", (EVALUATIONS, 1, 8))]
     assert sorted(after.variants[0].constants()) == ["proj.weight"]
+
+
+def test_compiled_they_compute_what_the_whole_graph_does():
+    compiler, whole = VariantCompiler(), toy()
+    after = hoist_graphs((whole,), EVALUATIONS)
+
+    def compiled(graph: CapturedGraph | None, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        assert graph is not None
+        return call_by_name(compiler.model(graph), graph)(given)
+
+    given = {s.name: t for s, t in zip(whole.inputs, whole.args, strict=True)}
+    timesteps = torch.tensor([[3.0], [2.0], [1.0]])
+    once = compiled(after.prologue, given)
+    rows = compiled(after.step, {"timestep": timesteps, **once})
+    for e, timestep in enumerate(timesteps):
+        now = {**given, "timestep": timestep}
+        got = compiled(after.variants[0], {**now, **once, **{name: t[e] for name, t in rows.items()}})
+        assert relative_error(got["sample"], run(whole, now)["sample"]) <= 1e-6
 
 
 def test_a_hoisted_graph_says_nothing_of_the_inputs_that_it_was_traced_with():

@@ -3,9 +3,12 @@ that compute it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
 
 from ...runtime.manifest import PROLOGUE, STEP, TensorSpec
 from ..capture.capture import tensor_specs
@@ -77,11 +80,28 @@ def hoist_graphs(variants: Sequence[CapturedGraph], evaluations: int) -> Hoisted
     step = build_graph(STEP, table, by_step, at_once) if by_step else None
     read |= {spec.name for spec in (step.inputs if step else ())}
     at_once = {place: spec for place, spec in at_once.items() if spec.name in read}
+    prologue = build_graph(PROLOGUE, table, at_once, {}) if at_once else None
+    examples = compute_outputs(prologue) if prologue else {}
+    if step:
+        step = set_examples(step, examples)
+        examples |= compute_outputs(step)
     return HoistedGraphs(
-        hoisted,
-        build_graph(PROLOGUE, table, at_once, {}) if at_once else None,
+        tuple(set_examples(g, examples) for g in hoisted),
+        prologue,
         stack_evaluations(step, evaluations) if step else None,
     )
+
+
+def compute_outputs(graph: CapturedGraph) -> dict[str, Tensor]:
+    """What the graph makes of its examples, by name."""
+    with torch.no_grad():
+        return dict(zip((spec.name for spec in graph.outputs), graph.gm(*graph.args), strict=True))
+
+
+def set_examples(graph: CapturedGraph, examples: Mapping[str, Tensor]) -> CapturedGraph:
+    """The graph with `examples` as its inputs of these names: zeros, as modulation, would let nothing through."""
+    args = tuple(examples.get(s.name, t) for s, t in zip(graph.inputs, graph.args, strict=True))
+    return replace(graph, args=args) if examples.keys() & {s.name for s in graph.inputs} else graph
 
 
 def name_values(table: ValueTable, graph: str, places: Sequence[int]) -> dict[int, TensorSpec]:

@@ -1,9 +1,8 @@
 """An export from end to end; read this file first. A recipe goes in, a verified artifact comes out.
 
-    load ─ settle ─ rewrite ─ plan ─ capture ─ lower ─ package ─ verify
+    load ─ settle ─ rewrite ─ plan ─ capture ─ hoist ─ lower ─ package ─ verify
 
-Each stage takes values and returns values. What is exported is a `ModelPart`: a whole pipeline, or its denoiser alone, whose
-settling is called `record`. What is decided here once is never asked again at run time.
+Each stage takes values and returns values. What is exported is a `ModelPart`: a whole pipeline, or a denoiser alone, settled by `record`.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from .cost.variants import count_and_check
 from .denoiser_alone.part import DenoiserAlone, is_denoiser_alone
 from .export_cache.compilation import CompileOrReuse
 from .export_cache.store import Store
+from .hoist.hoist import hoist_export
 from .lower import load_backend
 from .lower.graphs import rewrite_graphs
 from .package import folder as package
@@ -44,7 +44,7 @@ def export(recipe: Recipe, output: Path, options: ExportOptions, progress: Progr
 
 
 def prepare(recipe: Recipe, progress: Progress, *, near: Path | None = None) -> PreparedExport:
-    """load, settle, rewrite, plan and capture: the graphs and their costs, before any of them is compiled."""
+    """load, settle, rewrite, plan, capture and hoist: the graphs and their costs, before any of them is compiled."""
     backend = load_backend(recipe.compile.backend)
     recipe, changes = backend.adapt_recipe(recipe)
     for change in changes:
@@ -67,7 +67,7 @@ def prepare(recipe: Recipe, progress: Progress, *, near: Path | None = None) -> 
     with progress.stage("capture", len(planned.variants) * len(denoisers) + len(others)):
         planned, graphs = capture_part(denoisers, others, planned, progress, recipe.attention.dtype)
         censuses, costs = count_and_check(denoisers[0], planned, graphs)
-    return PreparedExport(
+    prepared = PreparedExport(
         recipe=recipe,
         backend=backend,
         part=part,
@@ -80,6 +80,7 @@ def prepare(recipe: Recipe, progress: Progress, *, near: Path | None = None) -> 
         costs=costs,
         censuses=censuses,
     )
+    return hoist_export(prepared, denoisers)
 
 
 def lower(

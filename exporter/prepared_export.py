@@ -30,6 +30,8 @@ class ModelPart(Protocol):
     call's where its caller is silent; `tables` are the scheduler's, by number of steps."""
 
     stage: ClassVar[str]
+    HOISTS: ClassVar[bool]
+    """Whether its denoiser's inputs have the names by which `hoist/` knows what depends on what."""
 
     @property
     def pipe(self) -> Any: ...

@@ -39,6 +39,7 @@ class WholePipeline:
     drawn, and not the encoder's own."""
 
     stage: ClassVar[str] = "settle"
+    HOISTS: ClassVar[bool] = True
     family: Family
     pipe: Any
     size: Size

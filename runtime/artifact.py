@@ -24,7 +24,7 @@ from .contract import Contract, torch_dtype
 from .errors import ArtifactError, RequestError, describe_read_error, describe_schema_error, raise_problems
 from .finite import is_finite
 from .gpu.memory import explain_gpu_memory
-from .manifest import Graph, Manifest, Site, batch_graph_name, read_manifest
+from .manifest import PROLOGUE, STEP, Graph, Manifest, Site, batch_graph_name, read_manifest, size_graph_name
 from .memory import explain_memory, trim_heap
 from .offload import (
     OffloadedModel,
@@ -162,6 +162,17 @@ class Artifact:
         for name in sorted({name for plan in self.plans.values() for name in plan.variants()}):
             one, together = self.graphs[name], self.graphs.get(batch_graph_name(name, batch))
             made[name] = DenoiserVariant(one.graph, together or RowByRow(one, batch))
+        return made
+
+    def hoisted_graphs(self, size: str | None, batch: int) -> dict[str, DenoiserVariant]:
+        """What runs before the loop for that size and so many pictures, by the graphs' plain names; by those for one, row by row, where
+        there are none for as many."""
+        made = {}
+        for plain in (PROLOGUE, STEP):
+            name = size_graph_name(plain, size)
+            if one := self.graphs.get(name):
+                together = self.graphs.get(batch_graph_name(name, batch))
+                made[plain] = DenoiserVariant(one.graph, together or RowByRow(one, batch, steps=plain == STEP))
         return made
 
     @property

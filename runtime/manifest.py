@@ -37,6 +37,8 @@ from .plan import FROZEN_CONFIG
 from .storage.files import read_plain_file
 
 SCHEMA_VERSION = 2
+PROLOGUE, STEP = "prologue", "step"
+"""The graphs that run before the loop, and before a colon the values that they pass to it: `prologue:0`."""
 MANIFEST_FILE = "manifest.json"
 UNSAID_DEFAULTS = ("batches", "release", "sizes", "unquantized_bytes", "verification")
 """Fields that are not written where they have their default."""
@@ -134,6 +136,12 @@ class Graph(BaseModel):
     cost: Cost
     kernels: Annotated[dict[Name, Count], Mapped] = {}
     refusals: Annotated[tuple[KernelRefusal, ...], Listed] = ()
+
+    @property
+    def hoisted(self) -> tuple[str, ...]:
+        """Its inputs that graphs before the loop compute."""
+        passed = (f"{PROLOGUE}:", f"{STEP}:")
+        return tuple(s.name for s in self.inputs if s.name.startswith(passed) and "@" not in s.name)
 
 
 class FileEntry(BaseModel):

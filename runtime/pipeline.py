@@ -29,6 +29,7 @@ from .call.arguments import (
 )
 from .call.attributes import absent_attribute_error, refuse_move
 from .call.batches import split_pictures, stack_conditions
+from .call.hoist import compute_hoisted
 from .call.progress import Advance, check_bar_options, step_bar
 from .call.state import CallState
 from .check.artifact import PublicKey, Trust, status_problems
@@ -156,6 +157,11 @@ class Pipeline(Generic[OutputT]):
         self.families = artifact_families(artifact)
         self.family_rules = self.families[0]
         self._variants = {batch: artifact.batch_variants(batch) for batch in artifact.manifest.batches}
+        self._hoisted = {
+            (family.size, batch): artifact.hoisted_graphs(family.size, batch)
+            for family in self.families
+            for batch in artifact.manifest.batches
+        }
         self._sites = artifact.sites
         self._loop = loop_of(artifact.manifest)
         self._told_plans: set[str] = set()
@@ -276,6 +282,8 @@ class Pipeline(Generic[OutputT]):
                         watch = watch_latents(plan, self.device, watch_steps(plan, by_step, batch, watch))
                         watch = watch_cancellation(cancel, watch)
                         tables = self._tables(plan_name, skipped, asked, batch)
+                        with stay_on_device():
+                            inputs |= compute_hoisted(self._hoisted[family.size, batch], tables, inputs)
                         with self._request.track_picture(plan.steps, guidance_scale, inputs):
                             finals += self._loop(
                                 tables,

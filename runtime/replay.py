@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .manifest import Graph, Site
+from .manifest import STEP, Graph, Site
 from .plan import Plan, Update
 
 Tensors = dict[str, torch.Tensor]
@@ -35,7 +35,7 @@ class PlanTables:
 
 @dataclass(frozen=True)
 class DenoiserVariant:
-    """A denoiser that can be called by name of input, with what the manifest says about it."""
+    """A denoiser that can be called by name of input, with what the manifest says about it; or what it has before the loop."""
 
     graph: Graph
     call: Callable[[Mapping[str, torch.Tensor]], Tensors]
@@ -60,7 +60,7 @@ def replay(
 ) -> torch.Tensor:
     """The final latents [B, N, C], float32, of B pictures from noise of the same shape.
 
-    `inputs` are the denoiser's other inputs [B, ...], equal at every step. `noise` gives one draw [B, N, C] for each evaluation
+    `inputs` are the denoiser's other inputs [B, ...], equal at every step, and what was computed before the loop (`call/hoist.py`). `noise` gives one draw [B, N, C] for each evaluation
     whose update asks for it. `on_evaluation(e, output, latents)` sees the denoiser's output at evaluation e and the
     latents after it; it may return other latents to go on with, or raise StopReplay.
     """
@@ -74,7 +74,7 @@ def replay(
     for e, evaluation in enumerate(plan.evaluations):
         variant = variants[evaluation.variant]
         call = {
-            **inputs,
+            **loop_inputs(variant.graph, inputs, e),
             "hidden_states": scale_tensor(latents, evaluation.input_scale),
             "timestep": tables.timesteps[e],
         }
@@ -112,6 +112,14 @@ def apply_update(
 
 def scale_tensor(x: torch.Tensor, scale: float) -> torch.Tensor:
     return x if scale == 1.0 else x * scale
+
+
+def loop_inputs(graph: Graph, inputs: Mapping[str, torch.Tensor], e: int) -> Tensors:
+    """What of `inputs` a variant takes at evaluation e: all that a call gives, and of what was computed before the loop its own."""
+    given = {name: tensor for name, tensor in inputs.items() if ":" not in name}
+    for name in graph.hoisted:
+        given[name] = inputs[name][e] if name.startswith(STEP) else inputs[name]
+    return given
 
 
 def slot_inputs(graph: Graph, stored: Mapping[str, Sequence[Tensors]]) -> Tensors:

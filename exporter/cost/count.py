@@ -144,6 +144,18 @@ def count_costs(
     return censuses, {g.name: count_cost(g, censuses[g.name]) for g in graphs}
 
 
+def node_flops(node: fx.Node) -> int:
+    """FLOPs of one call in a captured graph, by the shapes that tracing saw."""
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta.get("val"))
+    if node.op != "call_function" or not any(isinstance(t, Tensor) for t in flatten_tree((args, kwargs))):
+        return 0
+    counter = FlopCounterMode(display=False, custom_mapping=FLOP_FORMULAS)
+    target: Any = node.target
+    with torch.no_grad(), counter:
+        target(*args, **kwargs)
+    return counter.get_total_flops()
+
+
 def plan_share(plan: Plan, shares: Mapping[str, float]) -> float:
     """The plan's cost as a share of the same evaluations all computed; `shares` is variant -> share of the full one."""
     return sum(shares[e.variant] for e in plan.evaluations) / len(plan.evaluations)

@@ -31,3 +31,17 @@ def check_variant_costs(denoiser: Any, planned: PlanSet, costs: dict[str, Cost])
         marks = [m for m in planned.marks if m.name in skipped and m.part == "output"]
         paths = {path for mark in marks for path in mark.modules}
         check_skips(costs["full"], costs[variant.name], variant.name, sum(inside.get(p, 0) for p in paths))
+
+
+def recount(
+    before: Mapping[str, Sequence[CapturedGraph]],
+    after: Mapping[str, Sequence[CapturedGraph]],
+    counted: tuple[dict[str, Census], dict[str, Cost]],
+) -> tuple[dict[str, Census], dict[str, Cost]]:
+    """What was `counted` of `before`, for the graphs of `after`: those that are the same are not counted again."""
+    known = {id(g) for group in before.values() for g in group}
+    fresh = {name: [g for g in group if id(g) not in known] for name, group in after.items()}
+    censuses, costs = count_costs(fresh)
+    censuses, costs = {**counted[0], **censuses}, {**counted[1], **costs}
+    names = [g.name for group in after.values() for g in group]
+    return {n: censuses[n] for n in names}, {n: costs[n] for n in names}

@@ -42,6 +42,7 @@ class DenoiserAlone:
     """A `ModelPart`: the denoiser of a recorded pipeline, whose own loop, prompts and pictures stay as they are."""
 
     stage: ClassVar[str] = "record"
+    HOISTS: ClassVar[bool] = False
     pipe: Any
     defaults: Defaults
     recording: PipelineRecording

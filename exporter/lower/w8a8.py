@@ -55,6 +55,21 @@ def _(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[1])
 
 
+def map_rows(operator: Any) -> None:
+    """Tells torch.vmap of a layer of x [..., K]: mapped over x, it is the same layer of more rows."""
+
+    def more_rows(info: Any, in_dims: tuple[int | None, ...], x: Tensor, *weights: Tensor | None) -> tuple[Tensor, int]:
+        assert in_dims[0] is not None
+        assert not any(in_dims[1:])
+        return operator(x.movedim(in_dims[0], 0), *weights), 0
+
+    torch.library.register_vmap(operator, more_rows)
+
+
+map_rows(w8a8)
+map_rows(w8a8_fp8)
+
+
 @torch.library.custom_op("prebake::w8a8_conv2d", mutates_args=())
 def w8a8_conv2d(
     x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, kernel: int, stride: int, padding: int

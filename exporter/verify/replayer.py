@@ -78,7 +78,7 @@ class GraphTap(BoundGraph):
         if any(t.is_cuda for t in outputs.values()):
             torch.cuda.synchronize()  # the call returned when its work was queued
         ms = (time.perf_counter() - start) * 1e3
-        given = {name: t.cpu() for name, t in inputs.items() if "@" not in name}
+        given = {name: t.cpu() for name, t in inputs.items() if ":" not in name}
         came = {name: t.cpu() for name, t in outputs.items() if name not in self._sites}
         self.record.add(GraphCall(self.graph.name, given, came, ms))
         return outputs

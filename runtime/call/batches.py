@@ -29,13 +29,14 @@ def stack_conditions(conditions: Sequence[Tensors]) -> Tensors:
 
 
 class RowByRow:
-    """A denoiser's graph for one picture, called for each of `batch`: to the bit what each is alone."""
+    """A denoiser's graph for one picture, called for each of `batch`: to the bit what each is alone. With `steps`, a graph of many
+    evaluations at once: its timesteps, and what it gives, are [E, B n, ...]."""
 
-    def __init__(self, graph: GraphCall, batch: int):
-        self._graph, self._batch = graph, batch
+    def __init__(self, graph: GraphCall, batch: int, *, steps: bool = False):
+        self._graph, self._batch, self._steps = graph, batch, steps
 
     def __call__(self, inputs: Mapping[str, torch.Tensor]) -> Tensors:
         """Outputs [B n, ...] of inputs [B n, ...]: n rows of each belong to a picture."""
-        rows = {name: t.split(len(t) // self._batch) for name, t in inputs.items()}
-        made = [self._graph({name: row[i] for name, row in rows.items()}) for i in range(self._batch)]
-        return {name: torch.cat([one[name] for one in made]) for name in made[0]}
+        rows = {name: t.chunk(self._batch, int(self._steps and name == "timestep")) for name, t in inputs.items()}
+        made = [self._graph({name: row[i].contiguous() for name, row in rows.items()}) for i in range(self._batch)]
+        return {name: torch.cat([one[name] for one in made], int(self._steps)) for name in made[0]}

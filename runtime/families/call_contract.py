@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 from ..artifact import Artifact
 from ..bounds import MAX_EMBEDDING, MAX_LATENTS
+from ..call.hoist import hoist_problems, hoisted_facts
 from ..contract import SpecFacts, describe_misfits, spec_facts, torch_dtype
-from ..manifest import Graph, TensorSpec, batch_graph_name
+from ..manifest import PROLOGUE, STEP, Graph, TensorSpec, batch_graph_name
 from ..plan import size_plan_name
 
 if TYPE_CHECKING:
@@ -68,8 +69,13 @@ def _denoiser_problems(artifact: Artifact, family: Family, latents: TensorSpec) 
         graphs = (artifact.graphs.get(batch_graph_name(name, batch)) for name in sorted(names))
         variants = [bound.graph for bound in graphs if bound]  # what has none for that many is called row by row
         rows = {name: ((batch, *shape[1:]), dtype) for name, (shape, dtype) in given.items()}
+        before = {plain: batch_graph_name(family.graph_name(plain), batch) for plain in (PROLOGUE, STEP)}
+        hoisted = {plain: artifact.graphs[name].graph for plain, name in before.items() if name in artifact.graphs}
+        yield from hoist_problems(hoisted, rows)
+        passed = hoisted_facts(hoisted)
         for graph in variants:
-            yield from _variant_problems(graph, rows, batch)
+            own = {name: passed[name] for name in graph.hoisted if name in passed}
+            yield from _variant_problems(graph, {**rows, **own}, batch)
         yield from _slot_misfits(artifact, variants)
 
 

@@ -464,6 +464,12 @@ FAULTS: Mapping[str, tuple[Fault, ...]] = {
             FIRST + "test_check_and_load_say_the_same",
         ),
         Fault(
+            "before-the-loop",
+            "a value that no graph before the loop computes, a prologue that reads latents, a step's graph of a single timestep",
+            "`[graphs.full.inputs]: has 'prologue:0', which no call knows`, and so on, before the first call",
+            "runtime/call/test_hoist.py::test_graphs_before_the_loop_that_do_not_fit_are_named",
+        ),
+        Fault(
             "fuzzed-contradictions",
             "the same at random: 11,400 of them by `make fuzz`",
             "refused by both, or it draws; no raw error, none takes 5 s or 2 GiB",

@@ -67,7 +67,9 @@ class VariantCompiler:
         if key not in self.models:
             build = Path(self.folder.name) / "build"
             package = Path(self.folder.name) / f"{len(self.models)}.pt2"
-            aoti.write_package(package, {graph.name: aoti.compile_graph(graph, aoti.compile_flags(self.config), build)})
+            target = aoti.kernel_target(self.config)
+            files = aoti.compile_graph(graph, aoti.compile_flags(self.config), build, target=target)
+            aoti.write_package(package, {graph.name: files})
             data = package.read_bytes()
             with unpack_members(
                 read_members(package.name, data), hashlib.sha256(data).hexdigest(), Path(self.folder.name)

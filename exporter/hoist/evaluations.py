@@ -22,7 +22,7 @@ from ..capture.capture import tensor_specs
 from ..lower.w8a8 import map_rows
 from ..passes.captured_graph import CapturedGraph, output_nodes
 from ..passes.prune import prune_dead_code
-from ..private_torch import flatten_tree, operator_overload
+from ..private_torch import fake_tensor_mode, flatten_tree, operator_overload
 from .values import STEP_INPUT
 
 LINEAR = torch.ops.aten.linear.default
@@ -54,8 +54,10 @@ def stack_evaluations(step: CapturedGraph, evaluations: int) -> CapturedGraph:
         return torch.vmap(lambda *flat: torch.func.functional_call(gm, named, flat), in_dims=mapped)(*given)
 
     try:
-        with torch.no_grad():
-            traced = make_fx(compute, tracing_mode="fake")(list(constants.values()), list(args))
+        # a mode that takes real constants too, which AOTInductor finds in the graph and goes on with
+        with torch.no_grad(), fake_tensor_mode() as fake:
+            weights, given = ([fake.from_tensor(t) for t in tensors] for tensors in (constants.values(), args))
+            traced = make_fx(compute)(weights, given)
     except Exception as e:
         raise ExportError(
             f"graph {step.name!r}: it could not be made for {evaluations} evaluations at once ({type(e).__name__}: {first_line(e)}); "

@@ -219,7 +219,7 @@ class Compile(RecipeTable):
     """CPU instructions that the code may use: an x86-64 level runs on every CPU of that level; `host` is the highest level that the exporting CPU has; `native` is everything that CPU has."""
     threads: int | None = Field(default=None, ge=1)
     """Threads that the compiled loops fork. None = as many as torch uses where it is exported. Matrix products ask at run time."""
-    hoist: bool = True
+    hoist: bool = False
     """Computes what does not depend on the latents before the loop: text projections once a picture, modulation for all steps at once. A denoiser that is exported alone stays whole."""
     channels_last_vae: bool = True
     """The VAE's images in channels-last order; videos stay as they are."""

@@ -216,4 +216,4 @@ def test_a_pipeline_without_a_family_is_refused_as_a_whole():
 
 def test_captured_graphs_of_one_export_have_names_of_their_own(prepared):
     graphs: list[CapturedGraph] = [g for group in prepared.graphs.values() for g in group]
-    assert [g.name for g in graphs] == ["full", "reuse", "prologue", "step", "text_encoder", "vae_decoder"]
+    assert [g.name for g in graphs] == ["full", "reuse", "text_encoder", "vae_decoder"]

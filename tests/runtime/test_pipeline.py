@@ -201,7 +201,7 @@ REFUSED = {
     ),
     "height": (
         {"height": 16},
-        "height=16, width=None: the artifact makes images of height 8, width 8 only; export again for another size",
+        "height=16, width=8: the artifact makes images of height 8, width 8 only; export again for another size",
     ),
     "length": ({"max_sequence_length": 512}, "max_sequence_length=512: the artifact was exported for 6 tokens"),
     "output_type": ({"output_type": "jpg"}, "output_type='jpg': expected one of pil, np, pt, latent"),

@@ -93,7 +93,7 @@ def ran(
     with torch.no_grad(), fake:
         args = [t if isinstance(t, FakeTensor) else fake.from_tensor(t) for t in component.args]
         if module.coefficients:
-            args.append(torch.ones(module.coefficients))
+            args.append(torch.ones(1, module.coefficients))
             args += [stored[name.partition("@")[0]] for name in module.inputs[len(args) :]]
         tape = Tape(component.module)
         with tape:

@@ -209,7 +209,7 @@ def test_sessions_prepack_by_default_unless_several_would_hold_the_same_weights(
     one = read_manifest(artifact)
     full = one.graph("full")
     two = one.model_copy(update={"graphs": (*one.graphs, full.model_copy(update={"name": "cached"}))})
-    others = {"prologue", "step", "text_encoder", "vae_decoder"}
+    others = {"text_encoder", "vae_decoder"}
     assert opening.graphs_to_prepack(one, None) == others | {"full"}
     assert opening.graphs_to_prepack(two, None) == others
     assert opening.graphs_to_prepack(two, True) == others | {"full", "cached"}

@@ -51,7 +51,7 @@ def test_combining_the_values_of_the_same_step_changes_nothing(denoiser, attenti
     computed = outputs(variant_of(denoiser, attentions, "compute"), *denoiser.args)
     module = variant_of(denoiser, attentions, "combine")
     slots = [computed[name.partition("@")[0]] for name in module.inputs[len(denoiser.inputs) + 1 :]]
-    got = outputs(module, *denoiser.args, torch.ones(module.coefficients), *slots)
+    got = outputs(module, *denoiser.args, torch.ones(1, module.coefficients), *slots)
     assert torch.equal(got["sample"], computed["sample"])
 
 
@@ -59,7 +59,7 @@ def test_coefficients_scale_what_is_combined(denoiser, attentions):
     module = variant_of(denoiser, attentions, "combine")
     zero = variant_of(denoiser, attentions, "zero")
     examples = module.examples(denoiser.args)
-    nothing = (*denoiser.args, torch.zeros(module.coefficients), *examples[len(denoiser.args) + 1 :])
+    nothing = (*denoiser.args, torch.zeros(1, module.coefficients), *examples[len(denoiser.args) + 1 :])
     assert torch.equal(outputs(module, *nothing)["sample"], outputs(zero, *denoiser.args)["sample"])
     assert not torch.equal(outputs(module, *examples)["sample"], outputs(zero, *denoiser.args)["sample"])
 

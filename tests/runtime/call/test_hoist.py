@@ -18,6 +18,7 @@ from prebake.runtime.plan import Evaluation, Plan, Update
 from prebake.runtime.replay import DenoiserVariant, loop_inputs, tabulate_plan
 from support import family_parity as parity
 
+HOIST = "compile.hoist=true"
 TOLERANCE = 1e-5
 """Relative, in L2, on latents: as in `family_parity`."""
 
@@ -80,7 +81,7 @@ CALLS = {
 def test_a_call_draws_what_it_draws_unhoisted(name):
     overrides, call = CALLS[name]
     call = {"seed": 3, "output_type": "latent", **call}
-    whole, hoisted = (parity.ours(name, *overrides, *more) for more in (("compile.hoist=false",), ()))
+    whole, hoisted = (parity.ours(name, *overrides, *more) for more in ((), (HOIST,)))
     names = {g.name for g in hoisted.artifact.manifest.graphs}
     assert names >= {"prologue", "step"}
     assert not {g.name for g in whole.artifact.manifest.graphs} & {"prologue", "step"}
@@ -96,7 +97,7 @@ def test_a_callback_that_changes_the_guidance_is_heard():
 
     call = {"seed": 3, "output_type": "latent", "negative_prompt": "snow", "callback_on_step_end": changed}
     overrides, _ = CALLS["sd"]
-    whole, hoisted = (parity.ours("sd", *overrides, *more) for more in (("compile.hoist=false",), ()))
+    whole, hoisted = (parity.ours("sd", *overrides, *more) for more in ((), (HOIST,)))
     plain = {**call, "callback_on_step_end": None}
     got = hoisted("a red circle", **call).images
     assert relative_error(got, whole("a red circle", **call).images) <= TOLERANCE
@@ -105,13 +106,13 @@ def test_a_callback_that_changes_the_guidance_is_heard():
 
 def test_pictures_that_go_through_the_loop_together_are_to_the_bit_what_they_are_alone():
     """Without graphs for two: prologue and step run for each, and the loop has the values of both."""
-    artifact = parity.ours("flux").artifact
+    artifact = parity.ours("flux", HOIST).artifact
     both = Pipeline(replace(artifact, manifest=artifact.manifest.model_copy(update={"batches": (1, 2)})))
     prompts, call = ["a red circle", "snow"], {"output_type": "latent"}
     seeds = [torch.Generator().manual_seed(i) for i in (3, 4)]
     together = both(prompts, generator=seeds, **call).images
     for prompt, seed, drawn in zip(prompts, (3, 4), together, strict=True):
-        assert torch.equal(parity.ours("flux")(prompt, seed=seed, **call).images[0], drawn)
+        assert torch.equal(parity.ours("flux", HOIST)(prompt, seed=seed, **call).images[0], drawn)
 
 
 DAMAGES = {
@@ -124,7 +125,7 @@ DAMAGES = {
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_graphs_before_the_loop_that_do_not_fit_are_named(damage):
     name, change, said = DAMAGES[damage]
-    pipe = parity.ours("flux")
+    pipe = parity.ours("flux", HOIST)
     artifact = pipe.artifact
     graph = artifact.graph(name).graph
     if isinstance(change.get("inputs"), str):

@@ -153,6 +153,7 @@ def recipe(**compile_: object) -> Recipe:
 
 OTHER_SETTINGS = {
     "isa": "x86-64-v3",
+    "hoist": True,
     "threads": 63,
     "channels_last_vae": False,
     "inductor": {"epilogue_fusion": False},

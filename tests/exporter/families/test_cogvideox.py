@@ -342,7 +342,7 @@ def test_a_cached_plan_is_diffusers_own_cache(name):
 
 REFUSED = [
     ({"num_frames": 17}, r"num_frames=17: the artifact makes 9 frames only; export again for another number"),
-    ({"height": 128}, r"height=128, width=None: the artifact makes frames of height 64, width 64 only; "),
+    ({"height": 128}, r"height=128, width=64: the artifact makes frames of height 64, width 64 only; "),
     ({"max_sequence_length": 226}, r"max_sequence_length=226: the artifact was exported for 16 tokens"),
     ({"use_dynamic_cfg": True}, r"use_dynamic_cfg: an artifact of CogVideoXPipeline does not take it; it takes prompt, "),
     ({"image": Image.new("RGB", (8, 8))}, r"image: "),

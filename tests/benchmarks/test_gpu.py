@@ -256,7 +256,7 @@ def test_what_goes_into_a_published_configuration_fits_it(modules, name, tmp_pat
         assert given["hidden_states"] == (1, 4096, 64)
         assert given["encoder_hidden_states"] == (1, model.tokens, 4096)
     elif name == "sdxl":
-        assert (given["hidden_states"], given["text_embeds"]) == ((1, 4, 128, 128), (2, 1280))
+        assert (given["hidden_states"], given["text_embeds"]) == ((1, 4, 128, 128), (1, 2, 1280))
     else:
         assert given["hidden_states"] == (1, 13, 16, 60, 90)
 

@@ -87,6 +87,6 @@ def planned(model: str, name: str) -> Pipeline:
     schedule = Schedule((), tuple(Decision() for _ in whole.updates))
     plan = join_plan("8", 8, "none", whole, schedule, {(): "full"}, tails)
     artifact = replace(
-        pipe.artifact, plans={"8": plan}, tables={"8": tabulate_plan(plan, pipe.artifact.device)}, _tails={}
+        pipe.artifact, plans={"8": plan}, tables={"8": tabulate_plan(plan, pipe.artifact.device)}, _tables={}
     )
     return Pipeline(artifact)

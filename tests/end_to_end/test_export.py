@@ -142,7 +142,7 @@ def uncompiled(monkeypatch):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(models))
 
-    monkeypatch.setattr(aoti, "compile_graph", lambda graph, flags: [graph.name])
+    monkeypatch.setattr(aoti, "compile_graph", lambda graph, flags, **_: [graph.name])
     monkeypatch.setattr(aoti, "write_package", write_package)
     monkeypatch.setattr(pipeline, "verify", lambda *args: None)
 

@@ -159,7 +159,7 @@ def test_ctrl_c_leaves_nothing(recipe, prepared, uncompiled, monkeypatch, tmp_pa
     done: list[str] = []
     unpatched = getattr(aoti, at)
 
-    def interrupted(*args):
+    def interrupted(*args, **_):
         done.append(args[0].name)
         if len(done) == 3:
             raise KeyboardInterrupt

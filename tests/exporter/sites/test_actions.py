@@ -74,11 +74,11 @@ def test_a_residual_of_two_slots_extrapolates_linearly(denoiser, tiny_pipe):
         for name in module.inputs[len(denoiser.inputs) + 1 :]
     ]
     # 2 fresh - older = 1.5 fresh, and the order of the weights matters
-    ahead = outputs(module, *denoiser.args, torch.tensor([2.0, -1.0]), *slots)["sample"]
-    back = outputs(module, *denoiser.args, torch.tensor([-1.0, 2.0]), *slots)["sample"]
+    ahead = outputs(module, *denoiser.args, torch.tensor([[2.0, -1.0]]), *slots)["sample"]
+    back = outputs(module, *denoiser.args, torch.tensor([[-1.0, 2.0]]), *slots)["sample"]
     assert not torch.allclose(ahead, back, atol=1e-3)
     moved = [fresh[name.partition("@")[0]] * 1.5 for name in module.inputs[len(denoiser.inputs) + 1 :]]
-    same = outputs(module, *denoiser.args, torch.tensor([1.0, 0.0]), *moved)["sample"]
+    same = outputs(module, *denoiser.args, torch.tensor([[1.0, 0.0]]), *moved)["sample"]
     assert torch.allclose(ahead, same, atol=1e-5)  # one float32 sum in another order
 
 

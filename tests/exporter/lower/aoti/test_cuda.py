@@ -66,7 +66,10 @@ def test_an_export_for_a_gpu_that_is_not_here_is_refused_before_the_model_is_loa
         (("compile.options.cuda_graphs=true",), "compile.options.cuda_graphs: it is for GPUs"),
         (("compile.options.tf32=true",), "compile.options.tf32: it is for GPUs, and compile.device is cpu; leave"),
         ((ON_GPU, "quantize.method=fp8_dynamic"), "GPUs multiply fp8 from sm89 on, this one is sm80; set quantize"),
-        ((ON_GPU, "compile.options.multi=true"), "options of this backend: kernels, emulate_bfloat16, multi_arch, tf32, cuda_graphs"),
+        (
+            (ON_GPU, "compile.options.multi=true"),
+            "options of this backend: kernels, emulate_bfloat16, multi_arch, tf32, cuda_graphs",
+        ),
     ],
 )
 def test_what_does_not_go_together(a_gpu, changes, words):

@@ -77,11 +77,11 @@ def time_graph(graph: CapturedGraph, config: Any, repeats: int) -> float:
 
 
 def open_package(graph: CapturedGraph, config: Any) -> Callable[[Sequence[Tensor]], Any]:
-    from prebake.exporter.lower.aoti import compile_flags, compile_graph
+    from prebake.exporter.lower.aoti import compile_flags, compile_graph, kernel_target
     from prebake.runtime.backends.aoti import open_model
 
     with tempfile.TemporaryDirectory() as folder:
-        for name, data in compile_graph(graph, compile_flags(config)).items():
+        for name, data in compile_graph(graph, compile_flags(config), target=kernel_target(config)).items():
             (Path(folder) / name).write_bytes(data)
         model = open_model(next(Path(folder).glob("*.so")), torch.device("cpu"))
     model.bind({name: t.detach() for name, t in graph.constants().items()})

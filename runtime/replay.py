@@ -70,11 +70,12 @@ def replay(
     outputs: deque[torch.Tensor] = deque(maxlen=depth)
     stored: dict[str, deque[Tensors]] = {}
     draws = iter(noise)
+    has_hoisted = any(":" in name for name in inputs)
 
     for e, evaluation in enumerate(plan.evaluations):
         variant = variants[evaluation.variant]
         call = {
-            **loop_inputs(variant.graph, inputs, e),
+            **(loop_inputs(variant.graph, inputs, e) if has_hoisted else inputs),
             "hidden_states": scale_tensor(latents, evaluation.input_scale),
             "timestep": tables.timesteps[e],
         }

@@ -52,7 +52,7 @@ FAMILIES = {
 CASES = ["flux", "sd batched", "sdxl sequential", "sd3 sequential", "pixart batched", "cogvideox sequential"]
 
 
-class Hoisted(NamedTuple):
+class HoistCase(NamedTuple):
     """The variants `full` and `reuse` of a tiny denoiser, whose attentions are all reused in the second, before and after."""
 
     denoiser: Component
@@ -61,7 +61,7 @@ class Hoisted(NamedTuple):
 
 
 @pytest.fixture(scope="module", params=CASES)
-def hoisted(request) -> Hoisted:
+def hoist_case(request) -> HoistCase:
     family, _, guidance = request.param.partition(" ")
     denoiser = FAMILIES[family]()
     if guidance:
@@ -73,7 +73,7 @@ def hoisted(request) -> Hoisted:
     everything, some = (tuple((m.name, action) for m in marks) for action in ("compute", "combine"))
     planned = PlanSet(marks, (Variant("full", everything), Variant("reuse", some)), ())
     _, graphs = capture_variants(denoiser, planned, open_progress("quiet"))
-    return Hoisted(denoiser, graphs, hoist_graphs(graphs, EVALUATIONS))
+    return HoistCase(denoiser, graphs, hoist_graphs(graphs, EVALUATIONS))
 
 
 def run(graph: CapturedGraph, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -82,9 +82,9 @@ def run(graph: CapturedGraph, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return dict(zip((s.name for s in graph.outputs), flat, strict=True))
 
 
-def test_prologue_step_and_body_compute_what_the_whole_graph_does(hoisted):
-    after = hoisted.after
-    for whole, body in zip(hoisted.before, after.variants, strict=True):
+def test_prologue_step_and_body_compute_what_the_whole_graph_does(hoist_case):
+    after = hoist_case.after
+    for whole, body in zip(hoist_case.before, after.variants, strict=True):
         given = {s.name: t for s, t in zip(whole.inputs, whole.args, strict=True)}
         given["timestep"] = given["timestep"] * 0.7
         timesteps = torch.stack([given["timestep"] * (1 - e / 4) for e in range(EVALUATIONS)])
@@ -98,9 +98,9 @@ def test_prologue_step_and_body_compute_what_the_whole_graph_does(hoisted):
             assert max(relative_error(got[name], expected[name]) for name in got) <= 1e-12
 
 
-def test_weights_leave_the_loop_and_keep_their_names(hoisted):
-    after = hoisted.after
-    whole = {n: t for g in hoisted.before for n, t in g.constants().items()}
+def test_weights_leave_the_loop_and_keep_their_names(hoist_case):
+    after = hoist_case.after
+    whole = {n: t for g in hoist_case.before for n, t in g.constants().items()}
     outside = {n: t for g in (after.prologue, after.step) if g for n, t in g.constants().items()}
     inside = {n: t for g in after.variants for n, t in g.constants().items()}
     assert all(whole[name] is tensor or "folded" in name for name, tensor in outside.items())
@@ -110,28 +110,28 @@ def test_weights_leave_the_loop_and_keep_their_names(hoisted):
     assert {n for n in whole if n.endswith("weight")} <= inside.keys() | outside.keys()
 
 
-def test_flops_add_up_to_the_whole(hoisted):
+def test_flops_add_up_to_the_whole(hoist_case):
     """But for what two branches of guidance had in common, and now share."""
-    after, whole = hoisted.after, count_cost(hoisted.before[0]).flops
+    after, whole = hoist_case.after, count_cost(hoist_case.before[0]).flops
     prologue, step, body = (count_cost(g).flops if g else 0 for g in (after.prologue, after.step, after.variants[0]))
     assert step % EVALUATIONS == 0
     total = prologue + step // EVALUATIONS + body
     assert prologue + step > 0
     assert total <= whole
-    if hoisted.denoiser.module.__class__.__name__ != "GuidedDenoiser":
+    if hoist_case.denoiser.module.__class__.__name__ != "GuidedDenoiser":
         assert total == whole
 
 
-def test_both_variants_take_the_same_values(hoisted):
+def test_both_variants_take_the_same_values(hoist_case):
     full, reuse = (
-        {s.name for s in g.inputs if s.name.startswith(("prologue:", "step:"))} for g in hoisted.after.variants
+        {s.name for s in g.inputs if s.name.startswith(("prologue:", "step:"))} for g in hoist_case.after.variants
     )
     assert reuse <= full
-    assert {s.name for g in (hoisted.after.prologue, hoisted.after.step) if g for s in g.outputs} >= full
+    assert {s.name for g in (hoist_case.after.prologue, hoist_case.after.step) if g for s in g.outputs} >= full
 
 
-def test_nothing_of_the_latents_is_computed_before_the_loop(hoisted):
-    after = hoisted.after
+def test_nothing_of_the_latents_is_computed_before_the_loop(hoist_case):
+    after = hoist_case.after
     names = {s.name for g in (after.prologue, after.step) if g for s in g.inputs}
     assert not {n for n in names if n in ("hidden_states", "coefficients") or n.startswith("guidance") or "@" in n}
     if after.prologue:

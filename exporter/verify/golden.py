@@ -283,7 +283,8 @@ def tolerance_of(manifest: Manifest) -> Tolerance:
     if "fp8" in treatments:
         return TOLERANCES["fp8"]
     if "int8" in treatments:
-        lacking = manifest.requires.machine == "x86_64" and not {"avx512_vnni", "avx_vnni"} & cpu_flags()
+        exact = any("w8a8" in kernel for graph in manifest.graphs for kernel in graph.kernels)  # on every CPU
+        lacking = manifest.requires.machine == "x86_64" and not exact and not {"avx512_vnni", "avx_vnni"} & cpu_flags()
         return replace(TOLERANCES["int8"], way_out=NO_VNNI_HINT) if lacking else TOLERANCES["int8"]
     used = set(manifest.recipe.get("precision", {}).values())
     return next(t for dtype, t in TOLERANCES.items() if dtype in used or dtype == "float32")

@@ -121,10 +121,14 @@ def test_artifact_without_golden_vectors_is_refused(copied):
 def test_tolerance_is_that_of_the_coarsest_arithmetic(tiny_artifact, monkeypatch):
     manifest = read_manifest(tiny_artifact)
     monkeypatch.setattr(golden, "cpu_flags", lambda: {"avx2"})
-    lacking = tolerance_of(
-        manifest.model_copy(update={"requires": manifest.requires.model_copy(update={"machine": "x86_64"})})
-    )
-    assert lacking.way_out == golden.NO_VNNI_HINT
+    machine = manifest.requires.model_copy(update={"machine": "x86_64"})
+    graphs = {
+        kernels: (manifest.graph("full").model_copy(update={"kernels": dict(kernels)}),)
+        for kernels in ((), (("packed_w8a8", 4),))
+    }
+    plain, own = (manifest.model_copy(update={"requires": machine, "graphs": g}) for g in graphs.values())
+    assert tolerance_of(plain).way_out == golden.NO_VNNI_HINT
+    assert tolerance_of(own) is TOLERANCES["int8"]  # own kernels add exactly
     monkeypatch.setattr(golden, "cpu_flags", lambda: {"avx512_vnni"})
     assert tolerance_of(manifest) is TOLERANCES["int8"]
     halves = {**manifest.recipe, "precision": {**manifest.recipe["precision"], "vae": "bfloat16"}}

@@ -9,57 +9,39 @@ from __future__ import annotations
 
 import inspect
 import threading
-import warnings
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, Self, TypeVar, cast
 
 import torch
 
 from .artifact import Artifact, open_artifact
-from .call.arguments import (
-    describe_argument,
-    real_number,
-    real_number_or_none,
-    truth_value,
-    unknown_argument_error,
-    whole_number,
-    whole_number_or_none,
-)
+from .call.arguments import describe_argument, unknown_argument_error
 from .call.attributes import absent_attribute_error, refuse_move
-from .call.batches import split_pictures, stack_conditions
-from .call.hoist import compute_hoisted
+from .call.batches import split_pictures
 from .call.progress import Advance, check_bar_options, step_bar
 from .call.state import CallState
 from .check.artifact import PublicKey, Trust, status_problems
+from .drawing.drawing import CallGraphs, PictureGroup
+from .drawing.request import Request, RequestReader
 from .errors import RequestError, raise_problems
 from .families import Family, artifact_families, family_class
 from .figures import PlanFigures, format_plans, plan_figures
-from .finite import (
-    EvaluationCallback,
-    refuse_nonfinite,
-    refuse_nonfinite_pictures,
-    refuse_nonfinite_result,
-    watch_latents,
-)
+from .finite import EvaluationCallback, refuse_nonfinite, refuse_nonfinite_result, watch_latents
 from .gpu.graph_loop import loop_of
-from .gpu.memory import explain_gpu_memory
 from .manifest import ATTACH_FAMILY
-from .noise import Generators, choose_generators, draw_noise
+from .noise import Generators
 from .offload import OffloadRequest as Offload
-from .offload import offloadable_graphs, stay_on_device
 from .pictures import postprocess_frames, postprocess_pictures
 from .plan import Plan
 from .process.default_device import CPU, default_device, find_default_device
 from .process.fork import came_through_fork, run_beside_fork
 from .process.self_test import refuse_wrong_arithmetic
-from .replay import PlanTables, StopReplay, is_step_end, replay
+from .replay import StopReplay, is_step_end, replay
 from .runners import CancelFlag, EitherFlag, refuse_cancelled
-from .start import StartRequest, evaluation_callback, initial_state, steps_to_skip, tables_until
+from .start import AfterStep, evaluation_callback
 
 PROMPT_ARGUMENTS = ("negative_prompt", "prompt_embeds", "negative_prompt_embeds")  # a family takes them, or not
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 StepCallback = Callable[["Pipeline[Any]", int, float, dict[str, torch.Tensor]], dict[str, torch.Tensor] | None]
 
 
@@ -156,15 +138,9 @@ class Pipeline(Generic[OutputT]):
         self.artifact = artifact
         self.families = artifact_families(artifact)
         self.family_rules = self.families[0]
-        self._variants = {batch: artifact.batch_variants(batch) for batch in artifact.manifest.batches}
-        self._hoisted = {
-            (family.size, batch): artifact.hoisted_graphs(family.size, batch)
-            for family in self.families
-            for batch in artifact.manifest.batches
-        }
-        self._sites = artifact.sites
+        self._reader = RequestReader(artifact, self.families, CALL_ARGUMENTS)
+        self._graphs = CallGraphs(artifact, self.families)
         self._loop = loop_of(artifact.manifest)
-        self._told_plans: set[str] = set()
         self._progress_bar_config: dict[str, Any] = {}
         self._request = CallState()  # the last: from now on no other attribute can be set
 
@@ -222,35 +198,33 @@ class Pipeline(Generic[OutputT]):
 
         Raises RequestError for what the artifact was not exported for, naming what it has.
         """
-        cache = truth_value("cache", cache)
-        steps = whole_number_or_none("num_inference_steps", num_inference_steps)
-        family = self._choose_size(height, width)
-        self._check_length(num_frames, max_sequence_length)
-        self._check_choices(output_type, callback_on_step_end_tensor_inputs, callback_on_step_end, cancel)
-        count = self._count(num_images_per_prompt, num_videos_per_prompt)
-        given = self._given(
-            prompt=prompt,
-            prompt_2=prompt_2,
-            negative_prompt=negative_prompt,
-            prompt_embeds=prompt_embeds,
-            negative_prompt_embeds=negative_prompt_embeds,
-            **more,
+        request = self._reader.read(
+            {
+                "prompt": prompt,
+                "prompt_2": prompt_2,
+                "negative_prompt": negative_prompt,
+                "prompt_embeds": prompt_embeds,
+                "negative_prompt_embeds": negative_prompt_embeds,
+                **more,
+            },
+            image=image,
+            mask_image=mask_image,
+            strength=strength,
+            height=height,
+            width=width,
+            num_frames=num_frames,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            num_images_per_prompt=num_images_per_prompt,
+            num_videos_per_prompt=num_videos_per_prompt,
+            generator=generator,
+            seed=seed,
+            latents=latents,
+            output_type=output_type,
+            max_sequence_length=max_sequence_length,
+            cache=cache,
         )
-        strength = real_number_or_none("strength", strength)
-        asked = StartRequest(image, mask_image, strength, latents, family.window(given))
-        plan_name, skipped = self._choose_plan(family, steps, cache, steps_to_skip(family, asked))
-        plan = self._tables(plan_name, skipped, asked, 1).plan
-        if guidance_scale is None:
-            guidance_scale = self.artifact.manifest.defaults.guidance_scale
-        guidance_scale = real_number("guidance_scale", guidance_scale)
-        for name, value in {
-            **given,
-            "guidance_scale": guidance_scale,
-            "latents": latents,
-            "image": image,
-            "mask_image": mask_image,
-        }.items():
-            refuse_nonfinite(name, value)
+        check_callback(callback_on_step_end_tensor_inputs, callback_on_step_end, cancel)
         after = self._after_step(callback_on_step_end, callback_on_step_end_tensor_inputs)
         stop = threading.Event()
         cancel = EitherFlag(stop, cancel) if came_through_fork() else cancel
@@ -260,49 +234,51 @@ class Pipeline(Generic[OutputT]):
             self._interrupt = False
             refuse_wrong_arithmetic()
             self.artifact.refuse_changed_weights()
-            with default_device(CPU), self.artifact.runners.one(cancel), self._memory():
-                with stay_on_device():
-                    conditions = family.conditions(given, guidance_scale)
-                conditions = [c for c in conditions for _ in range(count)]
-                generators = choose_generators(seed, generator, len(conditions))
-                with stay_on_device():
-                    start = initial_state(family, self.artifact, plan, asked, len(conditions), generators)
-                noise = self._noise(plan, start.latents.shape, generators)
-                finals = []
-                with step_bar(self._progress_bar_config, plan.steps * len(conditions)) as advance:
-                    for group in split_pictures(len(conditions), self.batches):
+            with default_device(CPU), self.artifact.runners.one(cancel), self._graphs.explain_memory():
+                start = self._graphs.begin(request)
+                finals: list[torch.Tensor] = []
+                with step_bar(self._progress_bar_config, request.plan.steps * len(start)) as advance:
+                    for pictures in split_pictures(len(start), self.batches):
                         refuse_cancelled(cancel)
-                        batch = group.stop - group.start
-                        draws = [z[group] for z in noise]
-                        inputs = stack_conditions(conditions[group])
-                        inputs = {**inputs, **{name: t[group] for name, t in start.inputs.items()}}
-                        watch = evaluation_callback(plan, start.blend(group), after)
-                        # a recorded loop is not looked into for a bar's sake
-                        by_step = advance if watch or self._loop is replay else None
-                        watch = watch_latents(plan, self.device, watch_steps(plan, by_step, batch, watch))
-                        watch = watch_cancellation(cancel, watch)
-                        tables = self._tables(plan_name, skipped, asked, batch)
-                        with stay_on_device():
-                            inputs |= compute_hoisted(self._hoisted[family.size, batch], tables, inputs)
-                        with self._request.track_picture(plan.steps, guidance_scale, inputs):
-                            finals += self._loop(
-                                tables,
-                                self._variants[batch],
-                                self._sites,
-                                inputs,
-                                start.latents[group],
-                                noise=draws,
-                                on_evaluation=watch,
-                            ).split(1)
-                        if advance and not by_step:
-                            advance(plan.steps * batch)
+                        group = self._graphs.group(request, start, pictures)
+                        finals += self._draw(request, group, after, advance, cancel).split(1)
                         if self._interrupt:
                             break
-                refuse_nonfinite_result(plan, torch.cat(finals))
-                made = torch.cat(finals) if output_type == "latent" else self._decode(family, finals)
+                refuse_nonfinite_result(request.plan, torch.cat(finals))
+                made = torch.cat(finals) if output_type == "latent" else self._decode(request.family, finals)
                 return self._output(made, output_type)
 
         return run_beside_fork(make, stop.set)
+
+    def _draw(
+        self,
+        request: Request,
+        group: PictureGroup,
+        after: AfterStep | None,
+        advance: Advance | None,
+        cancel: CancelFlag | None,
+    ) -> torch.Tensor:
+        """The final latents [B, ...] of pictures that go through the loop together."""
+        plan, batch = request.plan, len(group.latents)
+        watch = evaluation_callback(plan, group.blend, after)
+        by_step = (
+            advance if watch or self._loop is replay else None
+        )  # a recorded loop is not looked into for a bar's sake
+        watch = watch_latents(plan, self.device, watch_steps(plan, by_step, batch, watch))
+        watch = watch_cancellation(cancel, watch)
+        with self._request.track_picture(plan.steps, request.guidance_scale, group.inputs):
+            finals = self._loop(
+                group.tables,
+                group.variants,
+                self._graphs.sites,
+                group.inputs,
+                group.latents,
+                noise=group.noise,
+                on_evaluation=watch,
+            )
+        if advance and not by_step:
+            advance(plan.steps * batch)
+        return finals
 
     # --- its end ------------------------------------------------------------------------------------------------
 
@@ -434,113 +410,11 @@ class Pipeline(Generic[OutputT]):
             raise absent_attribute_error(type(self).__name__, name, dir(type(self)))
         super().__setattr__(name, value)
 
-    # --- what the caller asked for, against what the artifact has -----------------------------------------------
-
-    def _choose_plan(
-        self, family: Family, steps: int | None, cache: bool, skipped: Callable[[Plan], int]
-    ) -> tuple[str, int]:
-        """The plan for that number of steps, with its cache or without, and how many of them the call leaves out."""
-        usual = self.artifact.manifest.defaults.num_inference_steps
-        name = self.artifact.plan_name(usual if steps is None else steps, cache, family.size)
-        if name in self.artifact.manifest.unverified and name not in self._told_plans:
-            self._told_plans.add(name)
-            warnings.warn(
-                f"plan {name} of {self.artifact.folder} was added since its export, and never compared with the pipeline; "
-                f"`prebake verify {self.artifact.folder} --source` does that",
-                stacklevel=3,  # where the pipeline is called
-            )
-        return name, skipped(self.artifact.plans[name])
-
-    def _tables(self, name: str, skipped: int, asked: StartRequest, batch: int) -> PlanTables:
-        """The plan's numbers for a group of that many images, over the part of it that the call takes."""
-        with default_device(CPU):
-            return tables_until(self.artifact.tables_from(name, skipped, batch), asked.window.end)
-
-    def _choose_size(self, height: int | None, width: int | None) -> Family:
-        """The rules of that size; what is not given is the default's. Raises RequestError with the nearest two sizes."""
-        defaults = self.artifact.manifest.defaults
-        height, width = whole_number_or_none("height", height), whole_number_or_none("width", width)
-        size = (defaults.height if height is None else height, defaults.width if width is None else width)
-        for family in self.families:
-            if (family.height, family.width) == size:
-                return family
-        nearest = nearest_sizes(size, self.sizes)
-        only = " and ".join(f"height {height}, width {width}" for height, width in nearest)
-        said = "of" if len(self.sizes) == 1 else f"of {len(self.sizes)} sizes, the nearest are"
-        raise RequestError(
-            f"height={size[0]}, width={size[1]}: the artifact makes {self.family_rules.output_kind} {said} {only}"
-            f"{' only' if len(self.sizes) == 1 else ''}; export again for another size"
-        )
-
-    def _check_length(self, num_frames: int | None, max_sequence_length: int | None) -> None:
-        defaults, length = self.artifact.manifest.defaults, self.family_rules.max_sequence_length
-        num_frames = whole_number_or_none("num_frames", num_frames)
-        max_sequence_length = whole_number_or_none("max_sequence_length", max_sequence_length)
-        if num_frames not in (None, defaults.num_frames):
-            only = "makes pictures" if defaults.num_frames is None else f"makes {defaults.num_frames} frames only"
-            raise RequestError(f"num_frames={num_frames}: the artifact {only}; export again for another number")
-        if max_sequence_length not in (None, length):
-            raise RequestError(
-                f"max_sequence_length={max_sequence_length}: the artifact was exported for {length} tokens"
-            )
-
-    def _count(self, images: int, videos: int | None) -> int:
-        """How many to make for each prompt, by either of diffusers' names."""
-        if videos is not None and (images != 1 or self.family_rules.output_kind == "images"):
-            raise RequestError(
-                f"num_videos_per_prompt={videos}: expected num_images_per_prompt alone, which every artifact takes"
-            )
-        name, count = ("images", images) if videos is None else ("videos", videos)
-        count = whole_number(f"num_{name}_per_prompt", count)
-        if count < 1:
-            raise RequestError(f"num_{name}_per_prompt={count}: expected 1 or more")
-        return count
-
-    def _memory(self) -> AbstractContextManager[None]:
-        """Inside, the GPU's memory that ran out is told in a sentence."""
-        artifact = self.artifact
-        able = () if artifact.offloaded else offloadable_graphs(artifact.manifest, self._variants[1])
-        doing = f"{self.family_rules.output_kind} were made"
-        return explain_gpu_memory(artifact.folder, doing, artifact.manifest, artifact.device, able)
-
-    def _check_choices(
-        self, output_type: str, callback_inputs: Sequence[str], callback: object, cancel: object
-    ) -> None:
-        if output_type not in OUTPUT_TYPES:
-            raise RequestError(f"output_type={output_type!r}: expected one of {', '.join(OUTPUT_TYPES)}")
-        if unknown := [name for name in callback_inputs if name != "latents"]:
-            raise RequestError(
-                f"callback_on_step_end_tensor_inputs: {unknown[0]!r} is not a tensor of the loop; it has latents"
-            )
-        if callback is not None and not callable(callback):
-            raise RequestError(f"callback_on_step_end: expected a function, got {describe_argument(callback)}")
-        if cancel is not None and not callable(getattr(cancel, "is_set", None)):
-            raise RequestError(f"cancel: expected a threading.Event, got {describe_argument(cancel)}")
-
-    def _given(self, **arguments: Any) -> dict[str, Any]:
-        """What the caller said of what to draw. Raises RequestError for what the family does not know."""
-        given = {name: value for name, value in arguments.items() if value is not None}
-        if foreign := [name for name in given if name not in self.family_rules.arguments]:
-            known = dict.fromkeys((*self.family_rules.arguments, *CALL_ARGUMENTS))
-            raise unknown_argument_error(foreign[0], f"an artifact of {self.artifact.manifest.source.pipeline}", known)
-        return given
-
-    # --- noise and images ---------------------------------------------------------------------------------------
-
-    def _noise(self, plan: Plan, shape: torch.Size, generator: Generators) -> list[torch.Tensor]:
-        """A draw [B, ...] for each evaluation that adds noise, in the order in which diffusers draws them."""
-        updates = [e.update for e in plan.evaluations if e.update.noise]
-        draws = [[draw_noise(tuple(shape), generator) for _ in range(u.unused_draws + 1)] for u in updates]
-        return [drawn[-1].to(self.artifact.device) for drawn in draws]
+    # --- what belongs to the call alone -------------------------------------------------------------------------
 
     def _decode(self, family: Family, finals: list[torch.Tensor]) -> torch.Tensor:
-        """Final latents [1, ...] of each image as the decoder's pictures [B, 3, H, W], or videos [B, T, 3, H, W]. One by one: the
-        decoder's activations are the largest of a call."""
-        decoder = self.artifact.graph(family.graph_name("vae_decoder"))
-        (name,) = (spec.name for spec in decoder.graph.outputs)
-        pictures = torch.cat([decoder({"latents": x.contiguous()})[name] for x in finals])
-        refuse_nonfinite_pictures(pictures)
-        return pictures
+        """Final latents [1, ...] of each image as the decoder's pictures."""
+        return self._graphs.decode(family, finals)
 
     def _output(self, made: torch.Tensor, output_type: str) -> OutputT:
         """What the caller gets of the final latents, or of what they were decoded to."""
@@ -589,9 +463,16 @@ CALL_ARGUMENTS = tuple(
 """What every artifact's call takes; what else it takes is its family's."""
 
 
-def nearest_sizes(asked: tuple[int, int], sizes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The two (height, width) that differ the least in both sides together."""
-    return sorted(sizes, key=lambda size: abs(size[0] - asked[0]) + abs(size[1] - asked[1]))[:2]
+def check_callback(inputs: Sequence[str], callback: object, cancel: object) -> None:
+    """Raises RequestError for a callback, or a `cancel`, that could not be called."""
+    if unknown := [name for name in inputs if name != "latents"]:
+        raise RequestError(
+            f"callback_on_step_end_tensor_inputs: {unknown[0]!r} is not a tensor of the loop; it has latents"
+        )
+    if callback is not None and not callable(callback):
+        raise RequestError(f"callback_on_step_end: expected a function, got {describe_argument(callback)}")
+    if cancel is not None and not callable(getattr(cancel, "is_set", None)):
+        raise RequestError(f"cancel: expected a threading.Event, got {describe_argument(cancel)}")
 
 
 def watch_steps(

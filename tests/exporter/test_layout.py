@@ -10,7 +10,12 @@ import pytest
 from support.import_graph import find_circle, group_by_folder, list_imports
 
 ROOT = Path(__file__).parents[2]
-IMPORTS = list_imports(ROOT, "exporter", "runtime")
+
+
+@pytest.fixture(scope="module")
+def imports() -> dict[str, set[str]]:
+    """Each file of the two sides, and those that it imports."""
+    return list_imports(ROOT, "exporter", "runtime")
 
 
 def test_the_story_is_short():
@@ -23,12 +28,12 @@ def test_few_files_lie_flat(folder, most):
     assert len(flat) <= most, flat
 
 
-def test_no_circle_between_files():
-    assert not find_circle(IMPORTS)
+def test_no_circle_between_files(imports):
+    assert not find_circle(imports)
 
 
-def test_no_circle_between_folders():
-    assert not find_circle(group_by_folder(IMPORTS))
+def test_no_circle_between_folders(imports):
+    assert not find_circle(group_by_folder(imports))
 
 
 def test_a_circle_is_found(tmp_path):
@@ -53,11 +58,11 @@ def test_a_circle_is_found(tmp_path):
     assert graph["a/inner/one.py"] == {"b/two.py"}
 
 
-def test_the_runtimes_command_line_is_no_library():
+def test_the_runtimes_command_line_is_no_library(imports):
     """`prebake` has the commands of both; nothing else in the exporter imports those of the runtime."""
-    exporter = [file for file in IMPORTS if file.startswith("exporter/") and not file.startswith("exporter/cli/")]
+    exporter = [file for file in imports if file.startswith("exporter/") and not file.startswith("exporter/cli/")]
     assert "exporter/pipeline.py" in exporter
-    assert not [(file, used) for file in exporter for used in IMPORTS[file] if used.startswith("runtime/cli/")]
+    assert not [(file, used) for file in exporter for used in imports[file] if used.startswith("runtime/cli/")]
 
 
 def test_every_package_is_installed():

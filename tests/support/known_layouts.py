@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Mapping
 
 from torch import nn
 
@@ -22,6 +22,25 @@ def layout_of(component: Component) -> Layout:
     if key not in _known:
         _known[key] = discover_layout(component)
     return _known[key]
+
+
+class LayoutTable(Mapping[str, Layout]):
+    """The layout of each component, discovered when it is first read: a module that is only collected pays for none."""
+
+    def __init__(self, components: Mapping[str, Component]) -> None:
+        self.components = components
+        self.layouts: dict[str, Layout] = {}
+
+    def __getitem__(self, name: str) -> Layout:
+        if name not in self.layouts:
+            self.layouts[name] = layout_of(self.components[name])
+        return self.layouts[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.components)
+
+    def __len__(self) -> int:
+        return len(self.components)
 
 
 def describe_structure(component: Component) -> Iterator[Hashable]:

@@ -29,7 +29,7 @@ from prebake.runtime.errors import ExportError, RecipeError
 from support import cache_peers as peers
 from support import skeleton_models as skeletons
 from support import tiny_denoisers as denoisers
-from support.known_layouts import layout_of
+from support.known_layouts import LayoutTable, layout_of
 from support.variant_compiler import compiled_run
 
 # float32 through up to 16 evaluations, where diffusers goes through a Fourier transform and back: up to 1.2e-6 was seen; a
@@ -41,7 +41,7 @@ MADE = {
     "sd3": denoisers.with_guidance(denoisers.sd3(), planes=True),
     "pixart": denoisers.with_guidance(denoisers.pixart(), planes=True),
 }
-LAYOUTS = {name: layout_of(c) for name, c in MADE.items()}
+LAYOUTS = LayoutTable(MADE)
 FORMATS = {"flux": "BCHW", "cogvideox": "BFCHW", "sd3": "BCHW", "pixart": "BCHW"}
 WEIGHTS = ("attention_weight", "low_frequency_weight", "high_frequency_weight")
 KEYS = [k for k in FasterCache.model_fields if k not in ("method", *WEIGHTS)]

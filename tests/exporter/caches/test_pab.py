@@ -23,7 +23,7 @@ from prebake.runtime.errors import ExportError
 from support import cache_peers as peers
 from support import skeleton_models as skeletons
 from support import tiny_denoisers as denoisers
-from support.known_layouts import layout_of
+from support.known_layouts import LayoutTable, layout_of
 from support.variant_compiler import compiled_run
 
 # float32 through up to 16 evaluations, the two halves of a batch run apart: up to 1.2e-6 was seen; a wrong site or step
@@ -35,7 +35,7 @@ MADE = {
     "sd3": denoisers.with_guidance(denoisers.sd3()),
     "pixart": denoisers.with_guidance(denoisers.pixart()),
 }
-LAYOUTS = {name: layout_of(c) for name, c in MADE.items()}
+LAYOUTS = LayoutTable(MADE)
 KEYS = [k for k in PyramidAttentionBroadcast.model_fields if k != "method"]
 
 

@@ -26,7 +26,7 @@ from prebake.runtime.errors import ExportError, RecipeError
 from support import cache_peers as peers
 from support import skeleton_models as skeletons
 from support import tiny_denoisers as denoisers
-from support.known_layouts import layout_of
+from support.known_layouts import LayoutTable, layout_of
 from support.variant_compiler import compiled_run
 
 # float32 through up to 14 evaluations, sums in another order: up to 1.3e-6 was seen; a wrong step or coefficient is off by
@@ -38,7 +38,7 @@ MADE = {
     "sd3": denoisers.with_guidance(denoisers.sd3()),
     "pixart": denoisers.with_guidance(denoisers.pixart()),
 }
-LAYOUTS = {name: layout_of(c) for name, c in MADE.items()}
+LAYOUTS = LayoutTable(MADE)
 KEYS = [k for k in TaylorSeer.model_fields if k not in ("method", "taylor_factors_dtype")]
 
 

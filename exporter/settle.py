@@ -13,6 +13,7 @@ from ..runtime.manifest import Defaults
 from .families.picture import Size
 from .families.registry import Family, as_base_pipeline
 from .load import source
+from .load.lora import cast_components, fuse_loras
 from .plan.sampler import SchedulerTable, tabulate_scheduler, tabulate_tails
 from .progress import Progress
 from .recipe.resolve import Recipe
@@ -62,8 +63,14 @@ def further_sizes(recipe: Recipe, family: Family, pipe: Any, size: Size) -> dict
 
 
 def load_pipeline(recipe: Recipe, dtypes: dict[str, torch.dtype], model: str | None = None) -> source.LoadedPipeline:
-    """The recipe's pipeline, read from `model` if that is where it lies, with the recipe's scheduler and no progress bar."""
-    loaded = source.load_model(model or recipe.model.id, recipe.model.revision, dtypes, recipe.model.config)
+    """The recipe's pipeline, read from `model` if that is where it lies, with the recipe's LoRAs and scheduler and no progress bar."""
+    place = model or recipe.model.id
+    whole = {"default": torch.float32} if recipe.model.lora else dtypes
+    loaded = source.load_model(place, recipe.model.revision, whole, recipe.model.config)
+    if recipe.model.lora:
+        loras = fuse_loras(loaded.pipe, recipe.model.lora, place)
+        cast_components(loaded.pipe, dtypes)
+        loaded = replace(loaded, source=loaded.source.model_copy(update={"loras": loras}))
     if recipe.model.part != "denoiser":
         loaded = take_base_pipeline(recipe, loaded)
     loaded.pipe.set_progress_bar_config(disable=True)

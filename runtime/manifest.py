@@ -151,13 +151,24 @@ class FileEntry(BaseModel):
     sha256: Sha256
 
 
+class SourceLora(BaseModel):
+    """A LoRA that was added to the weights: its name as given, what it was multiplied with, and its file's hash."""
+
+    model_config = FROZEN_CONFIG
+    name: Name
+    scale: float
+    sha256: Name
+
+
 class Source(BaseModel):
-    """Where the weights came from: the id or folder name as given, the pipeline class, and a hash over its files."""
+    """Where the weights came from: the id or folder name as given, the pipeline class, a hash over its files, and the LoRAs that were
+    added."""
 
     model_config = FROZEN_CONFIG
     model: Name
     pipeline: Name
     sha256: Name
+    loras: tuple[SourceLora, ...] = ()
 
 
 class Requires(BaseModel):

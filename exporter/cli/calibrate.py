@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from tempfile import TemporaryFile
 
-from .options import add_output_modes, add_overrides, parse_positive, print_json, progress_mode
+from .options import add_output_modes, add_overrides, parse_positive, print_json, progress_mode, read_overrides
 
 
 def add_calibrate(commands: argparse._SubParsersAction) -> None:
@@ -55,7 +55,7 @@ def _calibrate(args: argparse.Namespace) -> int:
     from ..verify.prompt_choice import read_prompts
     from .quiet import silence_libraries
 
-    recipe = resolve(args.recipe, args.overrides, args.model)
+    recipe = resolve(args.recipe, read_overrides(args), args.model)
     silence_libraries()
     check_scheduler(recipe.sampler.scheduler)
     prompts = runner.choose_prompts(recipe.model.id, read_prompts(args.prompts) if args.prompts else None)

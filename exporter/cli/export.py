@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...runtime.cli.command import print_errors
 from ...runtime.cli.signals import describe_interrupt
-from .options import add_output_modes, add_overrides, print_json, progress_mode
+from .options import add_output_modes, add_overrides, print_json, progress_mode, read_overrides
 from .summary import summarize_artifact, summary_lines
 
 if TYPE_CHECKING:
@@ -89,8 +89,8 @@ def _read_rows(args: argparse.Namespace) -> Sequence[ExportRow]:
     from .matrix import ExportRow, read_matrix
 
     if args.matrix:
-        return read_matrix(args.matrix, args.model, args.overrides)
-    return [ExportRow(name, args.model, tuple(args.overrides), args.output) for name in args.recipe]
+        return read_matrix(args.matrix, args.model, read_overrides(args))
+    return [ExportRow(name, args.model, tuple(read_overrides(args)), args.output) for name in args.recipe]
 
 
 def _export_row(row: ExportRow, args: argparse.Namespace) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from .calibrate import add_calibrate
 from .completion import add_completion
 from .errors import missing_extra
 from .export import add_export
-from .options import add_output_modes, add_overrides, parse_positive, print_json, progress_mode
+from .options import add_output_modes, add_overrides, parse_positive, print_json, progress_mode, read_overrides
 from .plan import add_plan
 from .report import add_report
 from .sign import add_key, add_sign, add_signature, note_on_stderr, refuse_signature_choices, verify_signature
@@ -94,9 +94,9 @@ def _recipes(args: argparse.Namespace) -> int:
         print_json(recipe.recipe_schema())
     elif args.name is not None:
         _show_recipe(args)
-    elif args.overrides or args.model:
+    elif read_overrides(args) or args.model:
         raise RecipeError(
-            "`prebake recipes` with --set or --model needs the name of a recipe: prebake recipes flux-fast --set cache.method=none"
+            "`prebake recipes` with --set, --lora or --model needs the name of a recipe: prebake recipes flux-fast --set cache.method=none"
         )
     else:
         _list_recipes(as_json=args.json)
@@ -106,15 +106,15 @@ def _recipes(args: argparse.Namespace) -> int:
 def _show_recipe(args: argparse.Namespace) -> None:
     from ..recipe.resolve import read_recipe_file, resolve, to_toml
 
-    resolved = resolve(args.name, args.overrides, args.model)
+    resolved = resolve(args.name, read_overrides(args), args.model)
     if args.json:
         return print_json(resolved.model_dump(mode="json"))
     file = read_recipe_file(args.name)
     print(f"# {file.label}:", "#", *(f"# {line}".rstrip() for line in file.text.splitlines()), "#", sep="\n")
     print(
         "# resolved, with every default:"
-        if not args.overrides
-        else f"# resolved, with every default and {len(args.overrides)} --set:"
+        if not read_overrides(args)
+        else f"# resolved, with every default and {len(read_overrides(args))} --set:"
     )
     print(f"\n{to_toml(resolved)}", end="")
     return None

@@ -15,6 +15,14 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
         help="the model, in place of the recipe's: hub id, folder, safetensors file, the small one that ships, or a random one",
     )
     parser.add_argument(
+        "--lora",
+        dest="loras",
+        action="append",
+        default=[],
+        metavar="PATH[:SCALE]",
+        help="add a LoRA to the model's weights, in place of the recipe's; may be repeated",
+    )
+    parser.add_argument(
         "--set",
         dest="overrides",
         action="append",
@@ -22,6 +30,11 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
         metavar="table.key=value",
         help="change one value of the recipe; may be repeated",
     )
+
+
+def read_overrides(args: argparse.Namespace) -> list[str]:
+    """The command line's `--set`, and its `--lora` as one more."""
+    return [*args.overrides, *([f"model.lora={json_text(args.loras)}"] if args.loras else [])]
 
 
 def add_output_modes(parser: argparse.ArgumentParser, *, json_result: str = "one JSON result") -> None:

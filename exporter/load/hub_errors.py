@@ -20,6 +20,16 @@ def download_model(model: str, revision: str | None) -> Path:
         raise ExportError(f"model {model!r}: {download_failure(model, revision, e)}") from e
 
 
+def download_lora(repository: str) -> Path:
+    """The folder of a LoRA's repository on the hub, downloaded or from the cache. Raises ExportError with the way out."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repository, allow_patterns="*.safetensors"))
+    except Exception as e:
+        raise ExportError(f"model.lora {repository!r}: {download_failure(repository, None, e)}") from e
+
+
 def download_failure(model: str, revision: str | None, error: BaseException) -> str:
     """One clause on why the hub gave no `model`, and the way out."""
     from huggingface_hub.errors import (

@@ -89,7 +89,12 @@ def component_precision(recipe: Recipe, component: str) -> str:
 def artifact_recipe(prepared: PreparedExport) -> Recipe:
     """The recipe as the artifact has it: the model by its name, the calibration as the artifact's own file."""
     recipe = prepared.recipe
-    names = {"id": prepared.source.model, "config": recipe.model.config and source.model_name(recipe.model.config)}
+    names: dict[str, Any] = {
+        "id": prepared.source.model,
+        "config": recipe.model.config and source.model_name(recipe.model.config),
+    }
+    loras = zip(recipe.model.lora, prepared.source.loras, strict=True)
+    names["lora"] = tuple(asked.model_copy(update={"path": found.name}) for asked, found in loras)
     changes: dict[str, Any] = {"model": recipe.model.model_copy(update=names)}
     if prepared.calibration:
         changes["cache"] = recipe.cache.model_copy(update={"calibration": calibrations.CALIBRATION_FILE})

@@ -328,7 +328,11 @@ def to_toml(recipe: Recipe) -> str:
 
 
 def _toml_literal(value: Any) -> str:
-    """A string, number, bool or list of them; JSON's notation is TOML's for these, but for the character DEL."""
+    """A string, number, bool, table or list of them; JSON's notation is TOML's for the first three, but for the character DEL."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(_toml_literal, value))}]"
+    if isinstance(value, dict):
+        return f"{{ {', '.join(f'{_toml_key(key)} = {_toml_literal(item)}' for key, item in value.items())} }}"
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 

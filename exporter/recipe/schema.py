@@ -44,6 +44,30 @@ def _flatten_flags(flags: Any, prefix: str = "") -> Any:
 Flags = Annotated[dict[str, bool | int | float | str], BeforeValidator(_flatten_flags)]
 
 
+class Lora(RecipeTable):
+    """A low-rank update of the weights, from a file that diffusers reads."""
+
+    path: str = Field(min_length=1)
+    """A safetensors file, a folder that holds one, or a Hub id."""
+    scale: float = 1.0
+    """What its product is multiplied with."""
+    weight_name: str | None = None
+    """The file in the folder or repository. None = its only one."""
+
+
+def _read_lora(given: Any) -> Any:
+    """`"style.safetensors:0.8"` as its path and scale; a table as it is."""
+    if isinstance(given, dict | Lora):
+        return given
+    if not isinstance(given, str):
+        raise ValueError(f'expected "PATH:SCALE" or a table with path, scale and weight_name, got {given!r}')
+    path, colon, scale = given.rpartition(":")
+    try:
+        return {"path": path, "scale": float(scale)} if colon and path else {"path": given}
+    except ValueError:
+        return {"path": given}
+
+
 class Model(RecipeTable):
     """Which model is exported, and which part of it."""
 
@@ -55,6 +79,8 @@ class Model(RecipeTable):
     """For a single file: a pipeline folder of which what the file lacks is read. None = the Hub's, for the kind of model that the file has."""
     part: Literal["pipeline", "denoiser"] | None = None
     """`pipeline`, for the slim runtime, or `denoiser`, for `attach`. None = the pipeline where it has a family, else the denoiser."""
+    lora: Annotated[tuple[Annotated[Lora, BeforeValidator(_read_lora)], ...], Field(strict=False)] = ()
+    """LoRAs that are added to the weights in float32, before these are cast or quantized: tables of `path`, `scale` and `weight_name`, or `"PATH:SCALE"`."""
 
 
 class Attach(RecipeTable):

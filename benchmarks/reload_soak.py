@@ -5,8 +5,8 @@
 
 Before each reload the folder is replaced by a fresh copy, by renaming, so that what a worker still holds of the one before
 is a deleted file. Clients ask all the time, and every picture is compared with the first of its seed. Once between two reloads they
-pause until no call is at work, and a line is written for each worker: what a call holds while it works would hide what stays. Flat
-is: over the last two thirds of the time memory that is no file's grows by less than `MAX_GROWTH_BYTES_PER_HOUR` (resident pages of the
+pause until no call is at work, each worker gives back what its allocator has free, and a line is written for it: what a call or a reload holds
+while it works, and what is kept for the next, would hide what stays. Flat is: over the last two thirds of the time memory that is no file's grows by less than `MAX_GROWTH_BYTES_PER_HOUR` (resident pages of the
 mapped weights come and go with each reload), and maps and descriptors at a third and at the end are equal; no deleted file is mapped.
 Exit code 1 otherwise.
 """
@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -64,6 +65,20 @@ def sample_worker(seconds: float, worker: int) -> WorkerSample:
     files = [line for line in maps if len(line.split()) > 5 and line.split(maxsplit=5)[5].startswith("/")]
     deleted = sum("(deleted)" in line for line in files)
     return WorkerSample(seconds, worker, kib["Rss"] << 10, kib["Anonymous"] << 10, len(files), deleted, opened, threads)
+
+
+def settle_workers(workers: Sequence[int], settled: Path) -> None:
+    """Has each worker end its reload and give back what it has free. Raises RuntimeError where one does not."""
+    told = [settled.with_name(f"{settled.name}.{worker}") for worker in workers]
+    for worker in workers:
+        os.kill(worker, signal.SIGUSR1)
+    ends = time.monotonic() + START_S
+    while not all(file.exists() for file in told):
+        if time.monotonic() > ends:
+            raise RuntimeError(f"a worker did not settle within {START_S} s")
+        time.sleep(0.05)
+    for file in told:
+        file.unlink()
 
 
 def is_socket(descriptor: Path) -> bool:
@@ -176,9 +191,14 @@ def soak_problems(samples: Sequence[WorkerSample]) -> list[str]:
 
 def soak(args: argparse.Namespace, folder: Path) -> list[WorkerSample]:
     """The samples of all workers. Raises RuntimeError for a wrong answer."""
-    live, port = folder / "live", free_port()
+    live, settled, port = folder / "live", folder / "settled", free_port()
     shutil.copytree(args.artifact, live)
-    environment = {**os.environ, "PREBAKE_ARTIFACT": str(live), "PREBAKE_RELOAD_S": str(args.reload)}
+    environment = {
+        **os.environ,
+        "PREBAKE_ARTIFACT": str(live),
+        "PREBAKE_RELOAD_S": str(args.reload),
+        "PREBAKE_SETTLED": str(settled),
+    }
     command = [sys.executable, "-m", "uvicorn", "--app-dir", str(HERE), "--workers", str(args.workers)]
     command += ["--port", str(port), "--log-level", "warning", "reload_server:app"]
     server = subprocess.Popen(command, env=environment)
@@ -192,12 +212,14 @@ def soak(args: argparse.Namespace, folder: Path) -> list[WorkerSample]:
             replace_folder(args.artifact, live)
             time.sleep(args.reload / 2)
             with clients.pause():
+                settle_workers(sorted(clients.workers), settled)
                 for worker in sorted(clients.workers):
                     samples.append(sample_worker(seconds, worker))
                     print(json.dumps(asdict(samples[-1])), flush=True)
         # the last reload takes what was replaced last out of use
         time.sleep(args.reload * 1.5)
         with clients.pause():
+            settle_workers(sorted(clients.workers), settled)
             samples += [sample_worker(time.monotonic() - begun, worker) for worker in sorted(clients.workers)]
     finally:
         clients.stop()

@@ -170,6 +170,11 @@ class Source(BaseModel):
     sha256: Name
     loras: tuple[SourceLora, ...] = ()
 
+    @property
+    def title(self) -> str:
+        """The model and its LoRAs: `shapes + style.safetensors:0.8`."""
+        return " + ".join((self.model, *(f"{lora.name}:{lora.scale:g}" for lora in self.loras)))
+
 
 class Requires(BaseModel):
     """What this artifact's native code needs of a machine. `torch` is `major.minor`, or None where any will do:

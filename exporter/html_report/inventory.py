@@ -89,7 +89,7 @@ def contents_section(g: PageFacts) -> dict[str, Any]:
     return {
         "sizes": bar_table("Sizes", ("folder or file", "bytes"), by_folder),
         "origin": [
-            ("model", f"{m.source.model} ({m.source.pipeline})"),
+            ("model", f"{m.source.title} ({m.source.pipeline})"),
             ("sha256 of it", m.source.sha256),
             ("sha256 of manifest.json", g.manifest_sha256),
             ("same bytes again", again),

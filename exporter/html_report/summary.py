@@ -38,7 +38,7 @@ def subtitle(m: Manifest) -> str:
     frames = f"{d.num_frames} frames of " if d.num_frames else ""
     recipe = f"recipe {m.recipe['name']} on " if isinstance(m.recipe.get("name"), str) else ""
     size = f"{frames}{d.width} × {d.height} pixels, {d.num_inference_steps} steps"
-    return f"{recipe}{m.source.model} ({m.source.pipeline}), {size}, compiled by {m.backend} for {m.requires.device}"
+    return f"{recipe}{m.source.title} ({m.source.pipeline}), {size}, compiled by {m.backend} for {m.requires.device}"
 
 
 def summary_tiles(g: PageFacts) -> Iterator[dict[str, str]]:

@@ -127,7 +127,7 @@ def inspection_lines(folder: Path, manifest: Manifest, plans: Mapping[str, Plan]
         [
             ("artifact", f"{folder} ({manifest.family}, {manifest.status_line})"),
             *([("compared", manifest.verification.describe())] if manifest.verification else []),
-            ("source", f"{manifest.source.model} ({manifest.source.pipeline}, sha256 {manifest.source.sha256[:12]}..)"),
+            ("source", f"{manifest.source.title} ({manifest.source.pipeline}, sha256 {manifest.source.sha256[:12]}..)"),
             ("needs", f"{needs.system} {needs.machine}, {needs.device}, {needs.isa_level}{packages}"),
             (
                 "defaults",

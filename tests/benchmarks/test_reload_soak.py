@@ -3,6 +3,7 @@
 import asyncio
 import json
 import sys
+import threading
 
 import pytest
 
@@ -89,3 +90,20 @@ def test_the_server_answers_the_same_while_it_reloads(toy_artifact, tmp_path, mo
     assert len({answer["picture"] for answer in answers}) == 1
     assert app.served
     assert app.served.pipe.closed
+
+
+def test_a_worker_settles_between_two_reloads(tmp_path, monkeypatch):
+    """The file that the soak waits for comes after the heap was given back, which waits for a reload that is under way."""
+    said = []
+    monkeypatch.setattr(reload_server, "trim_heap", lambda: said.append("trimmed"))
+    app = reload_server.App()
+    app.served = object.__new__(reload_server.Served)
+    app.served._reloading = threading.Lock()
+    app.served._reloading.acquire()
+    settling = threading.Thread(target=app._settle, args=(tmp_path / "settled.1",))
+    settling.start()
+    assert not said
+    app.served._reloading.release()
+    settling.join(10)
+    assert said == ["trimmed"]
+    assert (tmp_path / "settled.1").exists()

@@ -112,6 +112,12 @@ def test_recipes_lists_plain_lines_where_there_is_no_terminal(capsys):
     assert f"flux-fast\t{resolve('flux-fast').description}" in lines
 
 
+def test_loras_of_the_command_line_are_the_recipes(capsys):
+    assert cli.main(["recipes", "flux-fast", "--lora", "style.safetensors:0.5", "--lora", "owner/other"]) == 0
+    shown = capsys.readouterr().out
+    assert 'lora = [{ path = "style.safetensors", scale = 0.5 }, { path = "owner/other", scale = 1.0 }]' in shown
+
+
 def test_recipes_draws_a_table_on_a_terminal(capsys, monkeypatch):
     pytest.importorskip("rich", reason="rich is not installed: it comes with the export extra")
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)

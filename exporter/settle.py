@@ -14,6 +14,7 @@ from .families.picture import Size
 from .families.registry import Family, as_base_pipeline
 from .load import source
 from .load.lora import cast_components, fuse_loras
+from .load.textual_inversion import add_inversions
 from .plan.sampler import SchedulerTable, tabulate_scheduler, tabulate_tails
 from .progress import Progress
 from .recipe.resolve import Recipe
@@ -63,14 +64,16 @@ def further_sizes(recipe: Recipe, family: Family, pipe: Any, size: Size) -> dict
 
 
 def load_pipeline(recipe: Recipe, dtypes: dict[str, torch.dtype], model: str | None = None) -> source.LoadedPipeline:
-    """The recipe's pipeline, read from `model` if that is where it lies, with the recipe's LoRAs and scheduler and no progress bar."""
+    """The recipe's pipeline, read from `model` if that is where it lies, with the recipe's textual inversions, LoRAs and
+    scheduler, and no progress bar."""
     place = model or recipe.model.id
     whole = {"default": torch.float32} if recipe.model.lora else dtypes
     loaded = source.load_model(place, recipe.model.revision, whole, recipe.model.config)
-    if recipe.model.lora:
-        loras = fuse_loras(loaded.pipe, recipe.model.lora, place)
+    inversions = add_inversions(loaded.pipe, recipe.model.textual_inversion, place)
+    loras = fuse_loras(loaded.pipe, recipe.model.lora, place)
+    if loras:
         cast_components(loaded.pipe, dtypes)
-        loaded = replace(loaded, source=loaded.source.model_copy(update={"loras": loras}))
+    loaded = replace(loaded, source=loaded.source.model_copy(update={"loras": loras, "inversions": inversions}))
     if recipe.model.part != "denoiser":
         loaded = take_base_pipeline(recipe, loaded)
     loaded.pipe.set_progress_bar_config(disable=True)

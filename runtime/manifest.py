@@ -160,20 +160,31 @@ class SourceLora(BaseModel):
     sha256: Name
 
 
+class SourceInversion(BaseModel):
+    """A textual inversion that was added: its name as given, the token that stands for it, and its file's hash."""
+
+    model_config = FROZEN_CONFIG
+    name: Name
+    token: Name
+    sha256: Name
+
+
 class Source(BaseModel):
-    """Where the weights came from: the id or folder name as given, the pipeline class, a hash over its files, and the LoRAs that were
-    added."""
+    """Where the weights came from: the id or folder name as given, the pipeline class, a hash over its files, and the LoRAs and textual
+    inversions that were added."""
 
     model_config = FROZEN_CONFIG
     model: Name
     pipeline: Name
     sha256: Name
     loras: tuple[SourceLora, ...] = ()
+    inversions: tuple[SourceInversion, ...] = ()
 
     @property
     def title(self) -> str:
-        """The model and its LoRAs: `shapes + style.safetensors:0.8`."""
-        return " + ".join((self.model, *(f"{lora.name}:{lora.scale:g}" for lora in self.loras)))
+        """The model, its LoRAs and its further tokens: `shapes + style.safetensors:0.8 + <cat>`."""
+        loras = (f"{lora.name}:{lora.scale:g}" for lora in self.loras)
+        return " + ".join((self.model, *loras, *(inversion.token for inversion in self.inversions)))
 
 
 class Requires(BaseModel):

@@ -28,7 +28,8 @@ SHOWN_CHARACTERS = 200  # characters of a text, in what is said of it: a server'
 class TokenizerSettings(BaseModel):
     """One tokenizer. The text is diffusers' argument `argument`, ids enter the graph as `input`, and which of them are
     text and not padding as `mask`, where the graph wants to know. `lower` is for models trained on lower case. `embedding` is
-    the graph's constant whose rows the ids are numbers of; where it is not said, that with the most rows."""
+    the graph's constant whose rows the ids are numbers of; where it is not said, that with the most rows. `vectors` are tokens of textual
+    inversions that have several, and how many: `{"<cat>": 2}` reads `<cat>` as `<cat> <cat>_1`."""
 
     model_config = FROZEN_CONFIG
     tokenizer: Name
@@ -40,6 +41,7 @@ class TokenizerSettings(BaseModel):
     pad_token: Name
     lower: bool = False
     embedding: Name | None = None
+    vectors: Annotated[dict[Name, Annotated[int, Field(ge=2, le=MAX_TOKENS)]], Field(max_length=MAX_ITEMS)] = {}
 
 
 class TextSettings(BaseModel):
@@ -228,6 +230,8 @@ class PromptTokenizer:
         if self._prompt.lower:
             text = text.lower().strip()
         encoding = self._encode(text)
+        if self._prompt.vectors and (expanded := expand_vectors(text, encoding, self._prompt.vectors)) != text:
+            text, encoding = expanded, self._encode(expanded)
         if encoding.overflowing:
             lost = text[max(end for _, end in encoding.offsets) :].strip()
             warnings.warn(
@@ -265,6 +269,14 @@ class PromptTokenizer:
             raise ArtifactError(
                 f"{self._path}: {expected}, but {first_line(e)}; restore the file or export again"
             ) from e
+
+
+def expand_vectors(text: str, encoding: Encoding, vectors: Mapping[str, int]) -> str:
+    """The text with every vector of each textual inversion in it, by the rule of diffusers' `maybe_convert_prompt`."""
+    tokens = {token for part in (encoding, *encoding.overflowing) for token in part.tokens}
+    for token in sorted(vectors.keys() & tokens):
+        text = text.replace(token, " ".join((token, *(f"{token}_{i}" for i in range(1, vectors[token])))))
+    return text
 
 
 def possible_ids(tokenizer: Tokenizer) -> dict[str, int]:

@@ -175,8 +175,8 @@ def denoiser_component(
 def prompt_entries(pipe: Any, size: Size) -> list[dict[str, Any]]:
     """The manifest's prompt entries for CLIP, then T5."""
     return [
-        prompt_entry("tokenizer", pipe.tokenizer, pipe.tokenizer_max_length),
-        prompt_entry("tokenizer_2", pipe.tokenizer_2, size.tokens),
+        prompt_entry("tokenizer", pipe.tokenizer, pipe.tokenizer_max_length, inversions=True),
+        prompt_entry("tokenizer_2", pipe.tokenizer_2, size.tokens, inversions=True),
     ]
 
 

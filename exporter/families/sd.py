@@ -115,7 +115,7 @@ def denoiser(pipe: Any, size: Size, guidance: Guidance = GUIDANCE) -> Component:
 
 def prompt_entries(pipe: Any, size: Size) -> list[dict[str, Any]]:
     """The manifest's prompt entry for CLIP."""
-    return [prompt_entry("tokenizer", pipe.tokenizer, size.tokens)]
+    return [prompt_entry("tokenizer", pipe.tokenizer, size.tokens, inversions=True)]
 
 
 def other_components(pipe: Any, size: Size, *, channels_last: bool, picture: bool = False) -> tuple[Component, ...]:

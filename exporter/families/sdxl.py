@@ -196,10 +196,10 @@ def time_ids(pipe: Any, size: Size) -> Tensor:
 
 def prompt_entries(pipe: Any, size: Size) -> list[dict[str, Any]]:
     """The two CLIPs', or where the first is left out the second's alone, which then reads `prompt` as in diffusers."""
-    second = prompt_entry("tokenizer_2", pipe.tokenizer_2, size.tokens)
+    second = prompt_entry("tokenizer_2", pipe.tokenizer_2, size.tokens, inversions=True)
     if pipe.text_encoder is None:
         return [{**second, "argument": "prompt"}]
-    return [prompt_entry("tokenizer", pipe.tokenizer, size.tokens), second]
+    return [prompt_entry("tokenizer", pipe.tokenizer, size.tokens, inversions=True), second]
 
 
 def other_components(pipe: Any, size: Size, *, channels_last: bool, picture: bool = False) -> tuple[Component, ...]:

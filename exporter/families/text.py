@@ -6,6 +6,7 @@ pipeline's `encode_prompt` does it; so the runtime needs no knowledge of that.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -32,9 +33,10 @@ class TextStates(nn.Module):
 
 
 def prompt_entry(
-    name: str, tokenizer: Any, max_length: int, *, mask: bool = False, lower: bool = False
+    name: str, tokenizer: Any, max_length: int, *, mask: bool = False, lower: bool = False, inversions: bool = False
 ) -> dict[str, Any]:
-    """`runtime/prompts.py`'s `Prompt`: the pipeline's tokenizer called `name` reads the prompt of the same number."""
+    """`runtime/prompts.py`'s `TokenizerSettings`: the pipeline's tokenizer called `name` reads the prompt of the same number.
+    `inversions`: for pipelines whose prompts may have textual inversions of several vectors."""
     number = name.removeprefix("tokenizer")
     return {
         "tokenizer": f"tokenizers/{name}/tokenizer.json",
@@ -45,7 +47,18 @@ def prompt_entry(
         "pad_id": tokenizer.pad_token_id,
         "pad_token": tokenizer.pad_token,
         "lower": lower,
+        "vectors": count_vectors(tokenizer) if inversions else {},
     }
+
+
+def count_vectors(tokenizer: Any) -> dict[str, int]:
+    """Token -> how many vectors it has, of each textual inversion that has several: `<cat>`, `<cat>_1`, ..."""
+    added, counts = tokenizer.added_tokens_encoder, {}
+    for token in added:
+        count = next(n for n in itertools.count(1) if f"{token}_{n}" not in added)
+        if count > 1:
+            counts[token] = count
+    return counts
 
 
 def text_component(module: nn.Module, prompts: Sequence[Mapping[str, Any]], embeds: Mapping[str, str]) -> Component:

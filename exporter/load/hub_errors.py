@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -20,14 +21,14 @@ def download_model(model: str, revision: str | None) -> Path:
         raise ExportError(f"model {model!r}: {download_failure(model, revision, e)}") from e
 
 
-def download_lora(repository: str) -> Path:
-    """The folder of a LoRA's repository on the hub, downloaded or from the cache. Raises ExportError with the way out."""
+def download_files(key: str, repository: str, suffixes: Sequence[str]) -> Path:
+    """The folder of a repository's files that end so, downloaded or from the cache. Raises ExportError with the way out."""
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(repository, allow_patterns="*.safetensors"))
+        return Path(snapshot_download(repository, allow_patterns=[f"*{suffix}" for suffix in suffixes]))
     except Exception as e:
-        raise ExportError(f"model.lora {repository!r}: {download_failure(repository, None, e)}") from e
+        raise ExportError(f"{key} {repository!r}: {download_failure(repository, None, e)}") from e
 
 
 def download_failure(model: str, revision: str | None, error: BaseException) -> str:

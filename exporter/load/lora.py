@@ -6,7 +6,6 @@ here: a tensor of the file that no module of the pipeline takes.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,9 +19,8 @@ from ...runtime.errors import ExportError, ResourceError, error_summary
 from ...runtime.extras import install_command
 from ...runtime.manifest import SourceLora
 from ..recipe.schema import Lora
-from . import hub_errors as hub
+from .weight_files import find_weight_file, hash_file, weight_file_name
 
-SUFFIX = ".safetensors"
 DOWN_KEY = re.compile(r"\.(lora_A|lora\.down|lora_down|[a-z_]*lora\.down|lora_linear_layer\.down)(\.\w+)?\.weight$")
 """The name of a LoRA's first factor, as `lora_state_dict` gives it: one for each module that it changes."""
 
@@ -42,7 +40,7 @@ def fuse_loras(pipe: Any, loras: Sequence[Lora], model: str) -> tuple[SourceLora
     added = []
     for number, lora in enumerate(loras):
         file = find_lora(lora, model)
-        added.append(SourceLora(name=lora_name(lora), scale=lora.scale, sha256=hash_file(file)))
+        added.append(SourceLora(name=weight_file_name(lora.path), scale=lora.scale, sha256=hash_file(file)))
         load_adapter(pipe, lora, file, f"lora_{number}")
     pipe.set_adapters([f"lora_{number}" for number in range(len(loras))], [lora.scale for lora in loras])
     pipe.fuse_lora(components=[name for name in pipe._lora_loadable_modules if getattr(pipe, name, None) is not None])
@@ -86,45 +84,8 @@ def is_path_of(key: str, path: str) -> bool:
 
 
 def find_lora(lora: Lora, model: str) -> Path:
-    """The LoRA's file: at its path, or beside the model of that folder or file; else of a repository on the hub."""
-    given, folder = Path(lora.path).expanduser(), Path(model).expanduser()
-    places = [given, folder / lora.path, folder.parent / lora.path] if folder.exists() else [given]
-    for place in places:
-        if place.is_file():
-            return place
-        if place.is_dir():
-            return choose_file(place, lora)
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", lora.path) and not lora.path.endswith(SUFFIX):
-        return choose_file(hub.download_lora(lora.path), lora)
-    beside = f" or beside {model}" if len(places) > 1 else ""
-    raise ExportError(f"model.lora {lora.path!r}: expected a {SUFFIX} file or its folder, here{beside}, found none")
-
-
-def choose_file(folder: Path, lora: Lora) -> Path:
-    """The file in a folder that `weight_name` says, or its only one."""
-    if lora.weight_name is not None:
-        if (folder / lora.weight_name).is_file():
-            return folder / lora.weight_name
-        raise ExportError(
-            f"model.lora {lora.path!r}: has no file {lora.weight_name!r}; set weight_name to one of its files"
-        )
-    files = sorted(p for p in folder.iterdir() if p.suffix == SUFFIX)
-    if len(files) != 1:
-        names = ", ".join(p.name for p in files) or "none"
-        raise ExportError(
-            f"model.lora {lora.path!r}: expected one {SUFFIX} file, found {names}; name it with weight_name"
-        )
-    return files[0]
-
-
-def lora_name(lora: Lora) -> str:
-    """How the manifest names it: the hub's name, or the last part of a path."""
-    return Path(lora.path).name if Path(lora.path).expanduser().exists() else lora.path
-
-
-def hash_file(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+    """The LoRA's file; `model` is where the pipeline lies."""
+    return find_weight_file("model.lora", lora.path, lora.weight_name, model, (".safetensors",))
 
 
 def cast_components(pipe: Any, dtypes: Mapping[str, torch.dtype]) -> None:

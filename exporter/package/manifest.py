@@ -93,8 +93,10 @@ def artifact_recipe(prepared: PreparedExport) -> Recipe:
         "id": prepared.source.model,
         "config": recipe.model.config and source.model_name(recipe.model.config),
     }
-    loras = zip(recipe.model.lora, prepared.source.loras, strict=True)
-    names["lora"] = tuple(asked.model_copy(update={"path": found.name}) for asked, found in loras)
+    added = {"lora": prepared.source.loras, "textual_inversion": prepared.source.inversions}
+    for key, found in added.items():
+        pairs = zip(getattr(recipe.model, key), found, strict=True)
+        names[key] = tuple(asked.model_copy(update={"path": one.name}) for asked, one in pairs)
     changes: dict[str, Any] = {"model": recipe.model.model_copy(update=names)}
     if prepared.calibration:
         changes["cache"] = recipe.cache.model_copy(update={"calibration": calibrations.CALIBRATION_FILE})

@@ -68,6 +68,26 @@ def _read_lora(given: Any) -> Any:
         return {"path": given}
 
 
+class TextualInversion(RecipeTable):
+    """A new token of the prompt, from a file of embeddings that diffusers reads."""
+
+    path: str = Field(min_length=1)
+    """A file, a folder that holds one, or a Hub id."""
+    token: str | None = Field(default=None, min_length=1)
+    """What stands for it in a prompt. None = what the file says, or its name."""
+    weight_name: str | None = None
+    """The file in the folder or repository. None = its only one."""
+
+
+def _read_inversion(given: Any) -> Any:
+    """`"cat.safetensors"` as its path; a table as it is."""
+    if isinstance(given, str):
+        return {"path": given}
+    if isinstance(given, dict | TextualInversion):
+        return given
+    raise ValueError(f'expected "PATH" or a table with path, token and weight_name, got {given!r}')
+
+
 class Model(RecipeTable):
     """Which model is exported, and which part of it."""
 
@@ -81,6 +101,10 @@ class Model(RecipeTable):
     """`pipeline`, for the slim runtime, or `denoiser`, for `attach`. None = the pipeline where it has a family, else the denoiser."""
     lora: Annotated[tuple[Annotated[Lora, BeforeValidator(_read_lora)], ...], Field(strict=False)] = ()
     """LoRAs that are added to the weights in float32, before these are cast or quantized: tables of `path`, `scale` and `weight_name`, or `"PATH:SCALE"`."""
+    textual_inversion: Annotated[
+        tuple[Annotated[TextualInversion, BeforeValidator(_read_inversion)], ...], Field(strict=False)
+    ] = ()
+    """New tokens for prompts: tables of `path`, `token` and `weight_name`, or `"PATH"`."""
 
 
 class Attach(RecipeTable):

@@ -22,10 +22,11 @@ def load_source_pipeline(manifest: Manifest, recipe: Recipe, model: str, dtype: 
             f"model {model!r}: sha256 over its files is {loaded.source.sha256}, the artifact was made of "
             f"{manifest.source.model!r} with {manifest.source.sha256}; name that one with --model, or export again"
         )
-    for found, used in zip(loaded.source.loras, manifest.source.loras, strict=True):
+    added = (*loaded.source.loras, *loaded.source.inversions)
+    for found, used in zip(added, (*manifest.source.loras, *manifest.source.inversions), strict=True):
         if found.sha256 != used.sha256:
             raise RecipeError(
-                f"LoRA {used.name!r}: the sha256 of its file is {found.sha256}, the artifact was made with {used.sha256}; put that file "
+                f"{used.name!r}: the sha256 of its file is {found.sha256}, the artifact was made with {used.sha256}; put that file "
                 "here or beside the model, or export again"
             )
     return loaded

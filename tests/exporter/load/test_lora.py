@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from prebake.exporter.load import lora as loras
 from prebake.exporter.load.source import load_model
+from prebake.exporter.load.weight_files import hash_file
 from prebake.exporter.package.manifest import artifact_recipe
 from prebake.exporter.pipeline import prepare
 from prebake.exporter.progress import open_progress
@@ -205,7 +206,7 @@ def test_the_manifest_says_what_was_added_and_the_source_is_held_to_it(tmp_path,
     with open_progress("quiet") as quiet:
         prepared = prepare(with_loras("flux", [f"{file}:0.5"]), quiet)
     (said,) = prepared.source.loras
-    assert (said.name, said.scale, said.sha256) == ("style.safetensors", 0.5, loras.hash_file(file))
+    assert (said.name, said.scale, said.sha256) == ("style.safetensors", 0.5, hash_file(file))
     recipe = artifact_recipe(prepared)
     assert [(one.path, one.scale) for one in recipe.model.lora] == [("style.safetensors", 0.5)]  # no path of this disk
 

@@ -50,6 +50,8 @@ TINY = """\
   "schema_version": 2,
   "sites": [],
   "source": {
+    "inversions": [],
+    "loras": [],
     "model": "m",
     "pipeline": "FluxPipeline",
     "sha256": "00"

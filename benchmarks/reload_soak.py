@@ -6,8 +6,9 @@
 Before each reload the folder is replaced by a fresh copy, by renaming, so that what a worker still holds of the one before
 is a deleted file. Clients ask all the time, and every picture is compared with the first of its seed. Once between two reloads they
 pause until no call is at work, each worker gives back what its allocator has free, and a line is written for it: what a call or a reload holds
-while it works, and what is kept for the next, would hide what stays. Flat is: over the last two thirds of the time memory that is no file's grows by less than `MAX_GROWTH_BYTES_PER_HOUR` (resident pages of the
-mapped weights come and go with each reload), and maps and descriptors at a third and at the end are equal; no deleted file is mapped.
+while it works, and what is kept for the next, would hide what stays. Flat is: over the last two thirds of the time memory that is no file's
+does not grow by `MAX_GROWTH_BYTES_PER_HOUR` with 95 % confidence (resident pages of the mapped weights come and go with each reload), and
+maps and descriptors at a third and at the end are equal; no deleted file is mapped.
 Exit code 1 otherwise.
 """
 
@@ -167,20 +168,32 @@ def wait_for_workers(clients: Clients, count: int, server: subprocess.Popen[byte
             time.sleep(0.5)
 
 
-def growth_per_hour(samples: Sequence[WorkerSample], what: str) -> float:
-    """The median slope (Theil-Sen) over the last two thirds, in units an hour: a sample in the middle of a reload does not count."""
+@dataclass(frozen=True)
+class Growth:
+    """Units an hour: the median slope (Theil-Sen), and where it lies with 95 % confidence."""
+
+    slope: float
+    low: float
+    high: float
+
+    def format_mib(self) -> str:
+        return f"{self.slope / 2**20:+.2f} MiB an hour ({self.low / 2**20:+.2f} to {self.high / 2**20:+.2f})"
+
+
+def growth_per_hour(samples: Sequence[WorkerSample], what: str) -> Growth:
+    """Over the last two thirds. One sample that is far off does not count."""
     last = [(s.seconds / 3600, getattr(s, what)) for s in samples if s.seconds >= samples[-1].seconds / 3]
     hours, values = zip(*last, strict=True)
     fitted: Any = theilslopes(values, hours)
-    return float(fitted.slope)
+    return Growth(float(fitted.slope), float(fitted.low_slope), float(fitted.high_slope))
 
 
 def soak_problems(samples: Sequence[WorkerSample]) -> list[str]:
     """Sentences on what one worker's samples show that is not flat."""
     third = min(samples, key=lambda s: abs(s.seconds - samples[-1].seconds / 3))
     found = []
-    if (growth := growth_per_hour(samples, "anonymous")) >= MAX_GROWTH_BYTES_PER_HOUR:
-        found.append(f"memory of its own grows by {growth / 2**20:.1f} MiB an hour")
+    if (growth := growth_per_hour(samples, "anonymous")).low >= MAX_GROWTH_BYTES_PER_HOUR:
+        found.append(f"memory of its own grows by {growth.slope / 2**20:.1f} MiB an hour")
     for what in ("maps", "descriptors"):
         if getattr(third, what) != getattr(samples[-1], what):
             found.append(f"{what}: {getattr(third, what)} at a third, {getattr(samples[-1], what)} at the end")
@@ -248,8 +261,8 @@ def main() -> int:
         problems = soak_problems(own)
         found += len(problems)
         print(
-            f"worker {worker}: memory of its own {growth_per_hour(own, 'anonymous') / 2**20:+.2f} MiB an hour, resident "
-            f"{growth_per_hour(own, 'rss') / 2**20:+.2f}, {own[-1].maps} maps, {own[-1].descriptors} descriptors, "
+            f"worker {worker}: memory of its own {growth_per_hour(own, 'anonymous').format_mib()}, resident "
+            f"{growth_per_hour(own, 'rss').format_mib()}, {own[-1].maps} maps, {own[-1].descriptors} descriptors, "
             f"{own[-1].threads} threads; {'; '.join(problems) or 'flat'}"
         )
     if args.output:

@@ -22,7 +22,8 @@ CASES = {
 
 
 @pytest.mark.compiles
-@pytest.mark.parametrize("name", [n if n == "flux" else pytest.param(n, marks=pytest.mark.slow) for n in CASES])
+@pytest.mark.slow  # `make test` does this on FLUX with an artifact: test_export.py
+@pytest.mark.parametrize("name", CASES)
 def test_compiled_variants_are_the_eager_ones(name):
     cache, with_guidance = CASES[name]
     component = (denoisers.DITS | denoisers.UNETS)[name]()

@@ -169,6 +169,7 @@ def test_what_is_passed_is_small_beside_what_is_saved():
     assert sorted(after.variants[0].constants()) == ["proj.weight"]
 
 
+@pytest.mark.slow  # the graphs as captured are compared at every run
 def test_compiled_they_compute_what_the_whole_graph_does():
     compiler, whole = VariantCompiler(), toy()
     after = hoist_graphs((whole,), EVALUATIONS)

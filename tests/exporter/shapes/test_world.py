@@ -27,7 +27,7 @@ def with_thing(scene: Scene, index: int, **changes) -> np.ndarray:
 
 def test_ground_truth_is_exact():
     rng = np.random.default_rng(1)
-    captions = [sample_caption(rng) for _ in range(200)]
+    captions = [sample_caption(rng) for _ in range(100)]
     captions += [loosen_caption(c, rng) for c in captions]
     pictures = [render_scene(place_scene(c, rng)) for c in captions]
     assert accuracy(pictures, captions)["exact"] >= 0.995

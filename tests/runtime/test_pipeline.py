@@ -12,6 +12,7 @@ import torch
 from prebake.exporter.package.folder import file_entries
 from prebake.runtime import ArtifactError, RequestError, load
 from prebake.runtime.artifact import read_plans
+from prebake.runtime.drawing.request import RequestReader
 from prebake.runtime.families import flux
 from prebake.runtime.manifest import FileEntry, read_manifest
 from prebake.runtime.noise import draw_noise
@@ -269,7 +270,7 @@ def test_a_number_of_steps_without_a_plan_says_how_to_add_it(pipe):
     inputs = FileEntry(path="replan.json", size=1, sha256="0" * 64)
     extensible = made.manifest.model_copy(update={"files": (*made.manifest.files, inputs)})
     other = Pipeline(replace(made, manifest=extensible))
-    other.artifact = replace(other.artifact, folder=Path(folder))
+    other._reader = RequestReader(replace(other.artifact, folder=Path(folder)), other.families, ())
     with pytest.raises(RequestError, match="`prebake plan 'some where' --steps 14` adds one"):
         other("red", num_inference_steps=14)
     for steps in (0, -1):

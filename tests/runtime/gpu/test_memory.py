@@ -124,9 +124,9 @@ def test_while_weights_are_loaded(toy_artifact, cache_dir, monkeypatch):
 
 
 def test_while_images_are_made(toy_artifact, cache_dir, monkeypatch):
-    from prebake.runtime import pipeline
+    from prebake.runtime.drawing import drawing
 
-    on_a_gpu(monkeypatch, pipeline)
+    on_a_gpu(monkeypatch, drawing)
     pipe = load(toy_artifact, cache_dir=cache_dir)
     with monkeypatch.context() as during:
         during.setattr(pipe.artifact.graphs["reuse"], "_model", refused)

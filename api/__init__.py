@@ -18,16 +18,20 @@ if TYPE_CHECKING:
     from .artifacts import export, verify
     from .results import ExportResult, Forecast, VerifyResult
     from .runtime.attachment.attach import attach, detach
+    from .runtime.engine.engine import Engine
+    from .runtime.engine.jobs import PendingPictures
     from .runtime.figures import PlanFigures
     from .runtime.pipeline import ImageOutput, ImagePipeline, VideoOutput, VideoPipeline, load
 
     __version__: str
 
 __all__ = [
+    "Engine",
     "ExportResult",
     "Forecast",
     "ImageOutput",
     "ImagePipeline",
+    "PendingPictures",
     "PlanFigures",
     "VerifyResult",
     "VideoOutput",
@@ -42,10 +46,12 @@ __all__ = [
 ]
 
 _MODULES = {
+    "Engine": ".runtime.engine.engine",
     "ExportResult": ".results",
     "Forecast": ".results",
     "ImageOutput": ".runtime.pipeline",
     "ImagePipeline": ".runtime.pipeline",
+    "PendingPictures": ".runtime.engine.jobs",
     "PlanFigures": ".runtime.figures",
     "VerifyResult": ".results",
     "VideoOutput": ".runtime.pipeline",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .attachment.attach import attach, detach
+    from .engine.engine import Engine
     from .errors import (
         ArtifactError,
         CallerError,
@@ -28,6 +29,7 @@ __all__ = [
     "ArtifactError",
     "CallerError",
     "Cancelled",
+    "Engine",
     "ExportError",
     "PrebakeError",
     "QualityError",
@@ -41,6 +43,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "Engine": ".engine.engine",
     "attach": ".attachment.attach",
     "detach": ".attachment.attach",
     "load": ".pipeline",

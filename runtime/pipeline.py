@@ -22,7 +22,7 @@ from .call.batches import split_pictures
 from .call.progress import Advance, check_bar_options, step_bar
 from .call.state import CallState
 from .check.artifact import PublicKey, Trust, status_problems
-from .drawing.drawing import CallGraphs, PictureGroup
+from .drawing.drawing import CallGraphs, PictureGroup, format_output
 from .drawing.request import Request, RequestReader
 from .errors import RequestError, raise_problems
 from .families import Family, artifact_families, family_class
@@ -32,7 +32,6 @@ from .gpu.graph_loop import loop_of
 from .manifest import ATTACH_FAMILY
 from .noise import Generators
 from .offload import OffloadRequest as Offload
-from .pictures import postprocess_frames, postprocess_pictures
 from .plan import Plan
 from .process.default_device import CPU, default_device, find_default_device
 from .process.fork import came_through_fork, run_beside_fork
@@ -246,7 +245,7 @@ class Pipeline(Generic[OutputT]):
                             break
                 refuse_nonfinite_result(request.plan, torch.cat(finals))
                 made = torch.cat(finals) if output_type == "latent" else self._decode(request.family, finals)
-                return self._output(made, output_type)
+                return self._output(request, made)
 
         return run_beside_fork(make, stop.set)
 
@@ -416,13 +415,10 @@ class Pipeline(Generic[OutputT]):
         """Final latents [1, ...] of each image as the decoder's pictures."""
         return self._graphs.decode(family, finals)
 
-    def _output(self, made: torch.Tensor, output_type: str) -> OutputT:
+    def _output(self, request: Request, made: torch.Tensor) -> OutputT:
         """What the caller gets of the final latents, or of what they were decoded to."""
-        video = self.family_rules.output_kind == "frames"
-        out: Any = made
-        if output_type != "latent":
-            out = postprocess_frames(made, output_type) if video else postprocess_pictures(made, output_type)
-        return cast(OutputT, VideoOutput(out) if video else ImageOutput(out))
+        out = format_output(request.family, made, request.output_type)
+        return cast(OutputT, VideoOutput(out) if request.family.output_kind == "frames" else ImageOutput(out))
 
     def _after_step(
         self, callback: StepCallback | None, callback_inputs: Sequence[str]

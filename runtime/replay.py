@@ -2,20 +2,20 @@
 
 The exporter decided everything: which variant runs, at which timestep, what its stored values are multiplied with, and
 how latents and outputs add up to the next latents. So the loop below calls graphs and adds tensors. It never reads a
-tensor back, which on a GPU would wait for it. All state is local to one call of `replay`: any number of requests may
-use one open artifact at the same time.
+tensor back, which on a GPU would wait for it. A `Trajectory` is all that pictures are between two evaluations, so any number
+of requests may use one open artifact at the same time: `replay` takes one to its end, `engine/` many of them in turn.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from .manifest import STEP, Graph, Site
-from .plan import Plan, Update
+from .plan import Evaluation, Plan, Update
 
 Tensors = dict[str, torch.Tensor]
 ROW_FLOATS = 64
@@ -41,6 +41,58 @@ class DenoiserVariant:
     call: Callable[[Mapping[str, torch.Tensor]], Tensors]
 
 
+@dataclass(eq=False)
+class Trajectory:
+    """B pictures on their way through a plan. `inputs` are the denoiser's other inputs [B, ...], equal at every step, and what was
+    computed before the loop (`call/hoist.py`); `draws` gives one draw [B, N, C] for each evaluation whose update asks for it.
+
+    `index` is that of the evaluation to come. `starts` and `outputs` are x[e], x[e-1], ... and m[e], m[e-1], ..., newest first, as in
+    Update, and `stored` the generations of each site. What an evaluation is given and gives is for `evaluation_inputs` and `advance`.
+    """
+
+    tables: PlanTables
+    inputs: Mapping[str, torch.Tensor]
+    latents: torch.Tensor
+    draws: Iterator[torch.Tensor] = field(default_factory=lambda: iter(()))
+    index: int = 0
+    starts: deque[torch.Tensor] = field(init=False)
+    outputs: deque[torch.Tensor] = field(init=False)
+    stored: dict[str, deque[Tensors]] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        depth = history_depth(self.tables.plan)
+        self.starts, self.outputs = deque(maxlen=depth), deque(maxlen=depth)
+        self._has_hoisted = any(":" in name for name in self.inputs)
+
+    @property
+    def evaluation(self) -> Evaluation | None:
+        """The evaluation to come, None at the plan's end."""
+        evaluations = self.tables.plan.evaluations
+        return evaluations[self.index] if self.index < len(evaluations) else None
+
+    def evaluation_inputs(self, graph: Graph) -> Tensors:
+        """What the variant `graph` is given at the evaluation to come."""
+        e = self.index
+        call = {
+            **(loop_inputs(graph, self.inputs, e) if self._has_hoisted else self.inputs),
+            "hidden_states": scale_tensor(self.latents, self.tables.plan.evaluations[e].input_scale),
+            "timestep": self.tables.timesteps[e],
+        }
+        if graph.combines:
+            call["coefficients"] = self.tables.coefficients[e]
+            call.update(slot_inputs(graph, self.stored))
+        return call
+
+    def advance(self, graph: Graph, sites: Mapping[str, Site], result: Tensors) -> None:
+        """Goes to the next evaluation by what the variant `graph` has given at this one."""
+        store_sites(graph, sites, self.stored, result)
+        self.starts.appendleft(self.latents)
+        self.outputs.appendleft(result["sample"])
+        update = self.tables.plan.evaluations[self.index].update
+        self.latents = apply_update(update, self.starts, self.outputs, self.draws)
+        self.index += 1
+
+
 class StopReplay(Exception):
     """Raised by `on_evaluation` to end a replay early; `latents` is what `replay` then returns."""
 
@@ -64,36 +116,33 @@ def replay(
     whose update asks for it. `on_evaluation(e, output, latents)` sees the denoiser's output at evaluation e and the
     latents after it; it may return other latents to go on with, or raise StopReplay.
     """
-    plan = tables.plan
-    depth = max(len(table) for e in plan.evaluations for table in (e.update.latents, e.update.outputs))
-    starts: deque[torch.Tensor] = deque(maxlen=depth)  # x[e], x[e-1], ...: newest first, as in Update
-    outputs: deque[torch.Tensor] = deque(maxlen=depth)
-    stored: dict[str, deque[Tensors]] = {}
-    draws = iter(noise)
-    has_hoisted = any(":" in name for name in inputs)
-
-    for e, evaluation in enumerate(plan.evaluations):
+    trajectory = Trajectory(tables, inputs, latents, iter(noise))
+    for e, evaluation in enumerate(tables.plan.evaluations):
         variant = variants[evaluation.variant]
-        call = {
-            **(loop_inputs(variant.graph, inputs, e) if has_hoisted else inputs),
-            "hidden_states": scale_tensor(latents, evaluation.input_scale),
-            "timestep": tables.timesteps[e],
-        }
-        if variant.graph.combines:
-            call["coefficients"] = tables.coefficients[e]
-            call.update(slot_inputs(variant.graph, stored))
-        result = variant.call(call)
-        store_sites(variant.graph, sites, stored, result)
-
-        starts.appendleft(latents)
-        outputs.appendleft(result["sample"])
-        latents = apply_update(evaluation.update, starts, outputs, draws)
+        trajectory.advance(variant.graph, sites, variant.call(trajectory.evaluation_inputs(variant.graph)))
         if on_evaluation is not None:
             try:
-                replaced = on_evaluation(e, outputs[0], latents)
+                replaced = on_evaluation(e, trajectory.outputs[0], trajectory.latents)
             except StopReplay as stop:
                 return stop.latents
-            latents = latents if replaced is None else replaced
+            trajectory.latents = trajectory.latents if replaced is None else replaced
+    return trajectory.latents
+
+
+def history_depth(plan: Plan) -> int:
+    """How many evaluations' starts and outputs an update may need."""
+    return max(len(table) for e in plan.evaluations for table in (e.update.latents, e.update.outputs))
+
+
+def forecast_latents(trajectory: Trajectory) -> torch.Tensor:
+    """The final latents, if the denoiser were to say at every evaluation to come what it has said last, without noise: the rest of the
+    plan's updates alone. Of DDIM and of flow matching that is the picture which this last output predicts."""
+    starts, outputs = trajectory.starts.copy(), trajectory.outputs.copy()
+    latents = trajectory.latents
+    for evaluation in trajectory.tables.plan.evaluations[trajectory.index :]:
+        starts.appendleft(latents)
+        outputs.appendleft(trajectory.outputs[0])
+        latents = apply_update(evaluation.update.model_copy(update={"noise": 0.0}), starts, outputs, iter(()))
     return latents
 
 

@@ -73,6 +73,11 @@ class Runners:
         """How many are idle."""
         return self._free
 
+    @property
+    def waiting(self) -> bool:
+        """Whether somebody waits for one."""
+        return bool(self._waiting)
+
     @contextmanager
     def one(self, cancel: CancelFlag | None = None) -> Iterator[None]:
         """A runner, for the length of the block, whatever ends it. Raises Cancelled, also while it waits for one, and what

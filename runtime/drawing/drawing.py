@@ -9,17 +9,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from ..artifact import Artifact
-from ..call.batches import stack_conditions
+from ..call.batches import RowByRow, stack_conditions
 from ..call.hoist import compute_hoisted
 from ..families import Family
 from ..finite import refuse_nonfinite_pictures
 from ..gpu.memory import explain_gpu_memory
 from ..noise import Generators, choose_generators, draw_noise
 from ..offload import offloadable_graphs, stay_on_device
+from ..pictures import postprocess_frames, postprocess_pictures
 from ..plan import Plan
 from ..replay import DenoiserVariant, PlanTables, Tensors
 from ..start import Blend, InitialState, initial_state
@@ -55,7 +57,7 @@ class CallGraphs:
 
     def __init__(self, artifact: Artifact, families: Sequence[Family]):
         self._artifact = artifact
-        self._rules = families[0]
+        self._doing = f"{families[0].output_kind} were made"
         batches = artifact.manifest.batches
         self.sites = artifact.sites
         self.variants = {batch: artifact.batch_variants(batch) for batch in batches}
@@ -64,6 +66,8 @@ class CallGraphs:
             for family in families
             for batch in batches
         }
+
+        self._offloadable = () if artifact.offloaded else offloadable_graphs(artifact.manifest, self.variants[1])
 
     def begin(self, request: Request) -> PictureStart:
         """What the request's pictures begin with. Raises RequestError for prompts, pictures, latents and generators that do not fit
@@ -96,6 +100,11 @@ class CallGraphs:
             self.variants[batch], tables, inputs, start.state.latents[group], noise, start.state.blend(group)
         )
 
+    def shared_batches(self, graph: str) -> tuple[int, ...]:
+        """How many pictures one call of that graph can be for: 1, and the numbers that a variant has a graph of its own for."""
+        more = {b: variants[graph].call for b, variants in self.variants.items() if b > 1 and graph in variants}
+        return (1, *(batch for batch, call in more.items() if not isinstance(call, RowByRow)))
+
     def decode(self, family: Family, finals: list[torch.Tensor]) -> torch.Tensor:
         """Final latents [1, ...] of each image as the decoder's pictures [B, 3, H, W], or videos [B, T, 3, H, W]. One by one: the
         decoder's activations are the largest of a call."""
@@ -108,6 +117,19 @@ class CallGraphs:
     def explain_memory(self) -> AbstractContextManager[None]:
         """Inside, the GPU's memory that ran out is told in a sentence."""
         artifact = self._artifact
-        able = () if artifact.offloaded else offloadable_graphs(artifact.manifest, self.variants[1])
-        doing = f"{self._rules.output_kind} were made"
-        return explain_gpu_memory(artifact.folder, doing, artifact.manifest, artifact.device, able)
+        return explain_gpu_memory(artifact.folder, self._doing, artifact.manifest, artifact.device, self._offloadable)
+
+
+def count_pictures(request: Request) -> int:
+    """How many pictures a request is for."""
+    prompt, embeds = request.given.get("prompt"), request.given.get("prompt_embeds")
+    prompts = len(prompt) if isinstance(prompt, list | tuple) else len(embeds) if embeds is not None else 1
+    return request.count * prompts
+
+
+def format_output(family: Family, made: torch.Tensor, output_type: str) -> Any:
+    """What the caller gets of what the decoder made, or of latents: images, or videos' frames."""
+    if output_type == "latent":
+        return made
+    postprocess = postprocess_frames if family.output_kind == "frames" else postprocess_pictures
+    return postprocess(made, output_type)

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -116,6 +117,11 @@ class RequestReader:
             family, plan_name, skipped, plan, given, guidance_scale, start, count, seed, generator, output_type
         )
 
+    def read_all(self, arguments: dict[str, Any]) -> Request:
+        """The same of all arguments in one."""
+        said = {name: value for name, value in arguments.items() if name in REQUEST_ARGUMENTS}
+        return self.read({name: value for name, value in arguments.items() if name not in said}, **said)
+
     def _choose_size(self, height: int | None, width: int | None) -> Family:
         """The rules of that size; what is not given is the default's. Raises RequestError with the nearest two sizes."""
         defaults = self._artifact.manifest.defaults
@@ -178,6 +184,14 @@ class RequestReader:
                 stacklevel=4,  # where the pipeline is called
             )
         return name, skipped(artifact.plans[name])
+
+
+REQUEST_ARGUMENTS = tuple(
+    name
+    for name, parameter in inspect.signature(RequestReader.read).parameters.items()
+    if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+)
+"""What `RequestReader.read` takes by name: all but what the family's own arguments say."""
 
 
 def plan_tables(artifact: Artifact, name: str, skipped: int, start: StartRequest, batch: int) -> PlanTables:

@@ -5,7 +5,16 @@ import torch
 
 from prebake.runtime.manifest import Cost, Graph, Site
 from prebake.runtime.plan import Evaluation, Plan, Update
-from prebake.runtime.replay import DenoiserVariant, StopReplay, is_step_end, replay, tabulate_plan, tabulate_rows
+from prebake.runtime.replay import (
+    DenoiserVariant,
+    StopReplay,
+    Trajectory,
+    forecast_latents,
+    is_step_end,
+    replay,
+    tabulate_plan,
+    tabulate_rows,
+)
 
 CPU = torch.device("cpu")
 COST = Cost(flops=0, ops=0, constants=0, constants_bytes=0)
@@ -170,3 +179,17 @@ def test_rows_of_numbers_begin_where_a_gpu_can_read_them():
     begins = [r.data_ptr() - made[0].data_ptr() for r in made if len(r)]
     assert [b % 256 for b in begins] == [0] * 3
     assert len(set(begins)) == 3
+
+
+def test_a_forecast_is_the_end_if_the_denoiser_says_the_same_again():
+    update = Update(latents=(0.9, 0.1), outputs=(-0.1, 0.05))
+    tables = tabulate_plan(plan(*[evaluation(step=i, update=update) for i in range(4)]), CPU)
+    trajectory = Trajectory(tables, {}, torch.zeros(1, 2, 3))
+    graph = variant(None).graph
+    forecasts = []
+    while trajectory.evaluation:
+        trajectory.advance(graph, {}, {"sample": torch.ones(1, 2, 3)})
+        forecasts.append(forecast_latents(trajectory))
+    assert torch.equal(forecasts[-1], trajectory.latents)
+    for forecast in forecasts:
+        torch.testing.assert_close(forecast, trajectory.latents)

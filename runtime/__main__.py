@@ -1,4 +1,4 @@
-"""`python -m prebake.runtime run|inspect|check|push|pull ...`: the commands that need nothing but the slim runtime."""
+"""`python -m prebake.runtime run|serve|inspect|check|push|pull ...`: the commands that need nothing but the slim runtime."""
 
 import sys
 

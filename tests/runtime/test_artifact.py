@@ -215,7 +215,17 @@ def test_an_artifact_can_be_moved(artifact_copy, tmp_path, cache_dir):
 
 # --- what a process that replays does not pay for ---------------------------------------------------------------------
 
-HEAVY = ("diffusers", "transformers", "torchao", "accelerate", "torch._dynamo", "torch._inductor", "prebake.exporter")
+HEAVY = (
+    "diffusers",
+    "transformers",
+    "torchao",
+    "accelerate",
+    "fastapi",
+    "uvicorn",
+    "torch._dynamo",
+    "torch._inductor",
+    "prebake.exporter",
+)
 
 
 def test_replaying_brings_in_no_compiler_and_no_model_library(toy_artifact, cache_dir):

@@ -34,6 +34,7 @@ FINITE = "runtime/test_finite.py::"
 KERNELS = "exporter/lower/aoti/kernels/"
 OPERATORS = KERNELS + "test_operators.py::"
 RATES = "exporter/cost/test_machine_rates.py::"
+ENGINE, SERVER = "runtime/engine/test_engine.py::", "runtime/serve/test_serve.py::"
 
 
 @dataclass(frozen=True)
@@ -647,6 +648,68 @@ FAULTS: Mapping[str, tuple[Fault, ...]] = {
         Fault("prompt-huge", "a megabyte that is no text", "the same, and short", PROMPTS + "test_a_refusal_is_short_too"),
         Fault("prompt-half", "half of a surrogate pair in a prompt", "`prompt: expected a text, got half a character, ...; decode the text as UTF-8`", PROMPTS + "test_half_a_character_is_refused"),
         Fault("prompt-after", "all of these, one after the other", "the next prompt is drawn as ever", PROMPTS + "test_after_all_of_them_it_draws_what_it_drew"),
+    ),
+    "Server": (
+        Fault(
+            "served-field",
+            "each field of OpenAI's client that an artifact cannot have, and values that it has not",
+            "a 400 whose `param` is the field; the next request is drawn",
+            SERVER + "test_a_value_that_cannot_be_had_is_a_400_that_names_its_field",
+        ),
+        Fault(
+            "served-refusals",
+            "no key, no such model, a body that is no JSON, a body that is too large, no such route",
+            "401, 404, 422, 413, 404, each with an error as OpenAI's clients read it",
+            SERVER + "test_the_other_refusals",
+        ),
+        Fault(
+            "served-queue",
+            "more work than `--max-queue-seconds`",
+            "429, and `Retry-After` is what is queued beyond that",
+            SERVER + "test_a_long_queue_is_a_429_that_says_when_it_is_over",
+        ),
+        Fault(
+            "served-gone",
+            "a client that goes away while its picture is drawn",
+            "its request ends after the entry that runs, and the log says so",
+            SERVER + "test_clients_that_go_away_cancel_their_requests",
+        ),
+        Fault(
+            "served-slow",
+            "a client that reads its events a byte at a time",
+            "others are drawn meanwhile",
+            SERVER + "test_a_slow_reader_holds_nobody_up",
+        ),
+        Fault(
+            "served-reload",
+            "a new version while requests are drawn, by HTTP and by SIGHUP, and one that is damaged",
+            "no request is lost, and each is drawn whole by one version; the damaged one is refused, and the last stays",
+            SERVER + "test_a_new_version_is_served_without_a_lost_request",
+        ),
+        Fault(
+            "served-damaged",
+            "an artifact that is damaged when the server starts",
+            "one sentence that names the file, and exit code 5",
+            SERVER + "test_a_damaged_artifact_is_a_sentence_and_exit_code_5",
+        ),
+        Fault(
+            "engine-memory",
+            "more requests than memory for them, and one that is larger than all of it",
+            "they wait unopened; the large one is drawn alone",
+            ENGINE + "test_a_request_that_does_not_fit_waits",
+        ),
+        Fault(
+            "engine-failed",
+            "a graph that gives NaN once, with other requests in the engine",
+            "one request fails and says why, the others are drawn",
+            ENGINE + "test_a_failed_request_is_told_and_others_go_on",
+        ),
+        Fault(
+            "engine-shared",
+            "an evaluation that several requests share, and that gives NaN for one of them",
+            "that request fails, the others are drawn to the bit",
+            ENGINE + "test_a_picture_that_fails_in_a_shared_evaluation_fails_alone",
+        ),
     ),
     "Command line": (
         Fault("json-failure", "`--json`, and the command is refused, interrupted, misspelt, or ends in a bug", "stdout is one JSON document with `exit_code`, `kind`, and `problems` of `key` and `sentence`", SHELL + "test_a_failure_is_one_json_document_with_code_kind_key_and_sentence"),

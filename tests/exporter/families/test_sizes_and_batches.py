@@ -8,11 +8,11 @@ from unittest import mock
 import pytest
 import torch
 
-from prebake.exporter.add_plan import build_plans
 from prebake.exporter.lower import aoti
 from prebake.exporter.package.folder import plan_path
 from prebake.exporter.progress import open_progress
 from prebake.exporter.recipe.resolve import resolve
+from prebake.exporter.replan.rebuild import build_plans
 from prebake.runtime import RequestError
 from prebake.runtime.check.artifact import plan_problems
 from support.family_parity import (

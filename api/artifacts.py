@@ -150,6 +150,7 @@ def verify(
     seeds: int | None = None,
     limit: int | None = None,
     budget: str | None = None,
+    results: str | os.PathLike[str] | None = None,
     output: str | os.PathLike[str] | None = None,
     progress: bool = False,
 ) -> VerifyResult:
@@ -163,7 +164,8 @@ def verify(
     artifact has unverified is then marked as verified, and the report goes to `output`, or to the artifact's `reports/`. `model`
     says where the pipeline is, if not where the manifest says, as for `export`. `prompts` is a file with one a line in place of the
     recipe's, `prompt_set` which sets are drawn, `seeds` and `limit` how many of each, `budget`
-    the time for it ("90s", "10m", "2h" or "full") in place of the recipe's.
+    the time for it ("90s", "10m", "2h" or "full") in place of the recipe's. What the pipeline gives is kept in the folder `results`, and what
+    is there is not drawn again.
 
     Raises ArtifactError for a folder that cannot be opened here, and RecipeError for choices that do not fit it. A threshold
     that is missed is no error: see `missed`.
@@ -171,12 +173,16 @@ def verify(
     with require_exporter("verify"), silence_bars(), model_on_disk(model) as found:
         from .exporter.progress import open_progress
         from .exporter.verify import report
+        from .exporter.verify.options import VerifyOptions
         from .exporter.verify.outcome_tables import print_outcome
-        from .exporter.verify.verify import VerifyOptions, verify_artifact
+        from .exporter.verify.verify import verify_artifact
         from .runtime.figures import describe_plan, plan_report
 
         folder = Path(artifact)
-        options = VerifyOptions(source, found, Path(prompts) if prompts else None, prompt_set, seeds, limit, budget)
+        kept = Path(results) if results else None
+        options = VerifyOptions(
+            source, found, Path(prompts) if prompts else None, prompt_set, seeds, limit, budget, results=kept
+        )
         with open_progress("rich" if progress else "quiet") as shown:
             manifest, outcome = verify_artifact(folder, options, shown)
         described = report.describe_outcome(manifest, outcome)

@@ -120,7 +120,7 @@ def verify(
     Code for another machine than this one stays unverified, with a note. Raises QualityError with the figures that miss
     the recipe's thresholds, unless `keep_failed`.
     """
-    with progress.stage("verify", len(manifest.plans) + 1):
+    with progress.stage("verify", len(manifest.plans) + 2):
         if lacking := list(machine_problems(manifest)):
             progress.note(f"not verified, and marked so, since it cannot run on this machine: it {lacking[0]}")
             return

@@ -192,11 +192,14 @@ def read_start_pipeline(start: ColdStart) -> Any:
 
 
 def eager_call(loaded: LoadedPipeline, manifest: Manifest, recipe: Recipe) -> DrawCall:
-    """The plain call of a diffusers pipeline that the artifact of this manifest is held against."""
+    """The plain call of a diffusers pipeline that the artifact of this manifest is held against, on the artifact's device. It returns
+    when the picture is in the CPU's memory."""
     import torch
 
     from ...runtime.manifest import ATTACH_FAMILY
+    from ..verify.placement import place_pipeline
 
+    place_pipeline(loaded.pipe, torch.device(manifest.requires.device))
     if manifest.family == ATTACH_FAMILY:
         from ..verify.denoiser_alone import draw_picture
 
@@ -206,7 +209,7 @@ def eager_call(loaded: LoadedPipeline, manifest: Manifest, recipe: Recipe) -> Dr
 
     family, size, scale = load_family(manifest.family), read_size(manifest), manifest.defaults.guidance_scale
     return torch.no_grad()(
-        lambda prompt, seed, steps: family.draw(loaded.pipe, prompt, seed, steps, scale, size),
+        lambda prompt, seed, steps: [t.cpu() for t in family.draw(loaded.pipe, prompt, seed, steps, scale, size)],
     )
 
 

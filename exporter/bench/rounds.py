@@ -10,6 +10,7 @@ denoiser's calls on record. Nothing of diffusers is imported unless a baseline o
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,9 +32,9 @@ from ..load.prompts import picture_prompts
 from ..progress import Progress
 from ..recipe.resolve import Recipe
 from ..verify import denoiser_alone as attached
+from ..verify.opening import open_replayer
 from ..verify.replayer import call_arguments
 from ..verify.source_pipeline import load_source_pipeline, manifest_recipe, source_model
-from ..verify.verify import open_replayer
 from .cold_start import ColdStart, StartTimes, eager_call, measure_cold_start
 
 BASELINES = {
@@ -326,13 +327,20 @@ def time_module_calls(module: torch.nn.Module) -> Iterator[list[float]]:
     """A list that gets the milliseconds of each of the module's calls. The hooks of a compiled module are not compiled."""
     began: list[float] = []
     taken: list[float] = []
-    before = module.register_forward_pre_hook(lambda *_: began.append(time.perf_counter()))
-    after = module.register_forward_hook(lambda *_: taken.append((time.perf_counter() - began.pop()) * 1e3))
+    before = module.register_forward_pre_hook(lambda *_: began.append(finished_at(module)))
+    after = module.register_forward_hook(lambda *_: taken.append((finished_at(module) - began.pop()) * 1e3))
     try:
         yield taken
     finally:
         before.remove()
         after.remove()
+
+
+def finished_at(module: torch.nn.Module) -> float:
+    """Now, when a GPU that the module is on has done what it was given."""
+    if any(p.is_cuda for p in itertools.islice(module.parameters(), 1)):
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 # --- measuring ------------------------------------------------------------------------------------------------------

@@ -56,9 +56,14 @@ def add_export(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--force", action="store_true", help="replace an artifact that is already there")
     parser.add_argument(
-        "--no-verify",
-        action="store_true",
-        help="skip the comparison with the pipeline; the manifest then says unverified",
+        "--verify",
+        choices=("now", "later"),
+        default="now",
+        help="later: skip the comparison with the pipeline; the manifest then says unverified, and `prebake verify --source` "
+        "settles it, here or on another machine (default: now)",
+    )
+    parser.add_argument(
+        "--no-verify", dest="verify", action="store_const", const="later", help="the same as --verify later"
     )
     parser.add_argument(
         "--junit", type=Path, metavar="FILE", help="write a JUnit report, with a test case for each export"
@@ -115,7 +120,7 @@ def _export_recipe(recipe: Recipe, row: ExportRow, args: argparse.Namespace) -> 
     near = recipe_folder(row.recipe)
     store = None if args.no_cache else Store(args.cache_dir or default_store_folder())
     options = ExportOptions(
-        force=args.force, keep_failed=args.keep_failed, verify=not args.no_verify, near=near, store=store
+        force=args.force, keep_failed=args.keep_failed, verify=args.verify == "now", near=near, store=store
     )
     with open_progress(progress_mode(args)) as shown:
         if args.dry_run:

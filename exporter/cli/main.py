@@ -184,6 +184,18 @@ def _add_verify(commands: argparse._SubParsersAction) -> None:
         "--budget", metavar="TIME", help="90s, 10m, 2h or full: the time for it, in place of the recipe's verify.budget"
     )
     parser.add_argument(
+        "--results",
+        type=Path,
+        metavar="DIR",
+        help="keep here what the pipeline gives, and do not draw again what is here (default: the cache, until the command ends)",
+    )
+    parser.add_argument(
+        "--part",
+        type=parse_part,
+        metavar="K/N",
+        help="draw the K-th of N parts into --results, on one of N machines; no verdict",
+    )
+    parser.add_argument(
         "--output",
         type=Path,
         metavar="DIR",
@@ -195,6 +207,16 @@ def _add_verify(commands: argparse._SubParsersAction) -> None:
     parser.set_defaults(run=_verify)
 
 
+def parse_part(text: str) -> tuple[int, int]:
+    """`2/3` as (2, 3)."""
+    from ..verify.options import parse_part as parse
+
+    try:
+        return parse(text)
+    except ValueError as e:
+        raise argparse.ArgumentTypeError(str(e)) from e
+
+
 def _verify(args: argparse.Namespace) -> int:
     if args.signature:
         return verify_signature(args)
@@ -203,12 +225,14 @@ def _verify(args: argparse.Namespace) -> int:
     from ..package.sign import keep_signed
     from ..progress import open_progress
     from ..verify import report
+    from ..verify.options import VerifyOptions
     from ..verify.outcome_tables import print_outcome
-    from ..verify.verify import VerifyOptions, verify_artifact
+    from ..verify.verify import verify_artifact
     from .quiet import silence_libraries
 
     silence_libraries()
-    choices = VerifyOptions(args.source, args.model, args.prompts, args.prompt_set, args.seeds, args.limit, args.budget)
+    chosen = (args.source, args.model, args.prompts, args.prompt_set, args.seeds, args.limit, args.budget)
+    choices = VerifyOptions(*chosen, results=args.results, part=args.part)
     with open_progress(progress_mode(args)) as shown, keep_signed(args.artifact, args.key, note_on_stderr):
         manifest, outcome = verify_artifact(args.artifact, choices, shown)
     if args.json:

@@ -122,14 +122,13 @@ def plot_closeness_section(g: PageFacts, parts: PageParts) -> dict[str, Any] | N
     if section and section["plot"]:
         assert g.verification
         having = [(p, f) for p, f in measurements.compared_figures(g) if f.relative_error]
-        threshold = next((t.threshold for t in g.verification.verified.verdicts if t.figure == "relative_error"), None)
         text = "Error of each evaluation. " + " ".join(
             f"Plan {p.name}: at most {f.relative_error.max:.2g}, on average {f.relative_error.mean:.2g}."
             for p, f in having
             if f.relative_error
         )
         section["plot"] = parts.plot(
-            "errors", text, lambda c, w: plots.plot_errors(c, w, having, g.manifest.whole_graphs, threshold)
+            "errors", text, lambda c, w: plots.plot_errors(c, w, having, g.manifest.whole_graphs)
         )
     return section
 

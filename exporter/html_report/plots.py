@@ -104,11 +104,12 @@ def plot_errors(
     width: float,
     plans: Sequence[tuple[Plan, PlanFigures]],
     whole: frozenset[str],
-    threshold: float | None,
 ) -> Any:
-    """The largest error of each evaluation over the pictures, on a log axis; marks are hollow where not everything was computed."""
+    """The largest error of each evaluation over the pictures, on a log axis; marks are hollow where not everything was computed. Beside them
+    what eager bfloat16 loses, where that was measured."""
     columns = 1 if width < 500 else 3
-    top = 30 + 16 * math.ceil((len(plans) + bool(threshold)) / columns)
+    loss = next((f.compiled_error.bfloat16_per_evaluation for _, f in plans if f.compiled_error), ())
+    top = 30 + 16 * math.ceil((len(plans) + bool(loss)) / columns)
     fig = make_figure(width, top + 210)
     ax = make_axes(fig, left=46, right=8, top=top, bottom=40)
     values = []
@@ -126,8 +127,9 @@ def plot_errors(
         )
         hollow = [e for e in compared if plan.evaluations[e].variant not in whole]
         ax.plot([e + 1 for e in hollow], [compared[e] for e in hollow], **style, ls="none", mfc=palette["card"])
-    if threshold:
-        ax.axhline(threshold, color=palette["red"], lw=1.2, ls=(0, (5, 4)), label="threshold where all is computed")
+    if loss:
+        at = [e + 1 for e in range(len(loss))]
+        ax.plot(at, loss, color=palette["red"], lw=1.2, ls=(0, (5, 4)), label="what eager bfloat16 loses")
     if all(0 < v < math.inf for v in values):
         set_log_axis(ax)
     ax.grid(axis="y")

@@ -20,9 +20,9 @@ from ...runtime.plan import Plan
 from ..bench.report import bench_machine_facts
 from ..load.prompts import picture_prompts
 from ..progress import Progress
+from ..verify.opening import open_replayer
 from ..verify.replayer import ArtifactReplayer, DrawnPicture
 from ..verify.source_pipeline import manifest_recipe, source_model
-from ..verify.verify import open_replayer
 
 DENOISER_STAGE, REST_STAGE = "denoiser", "the rest"
 

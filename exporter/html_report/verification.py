@@ -41,6 +41,11 @@ class ErrorFigures(BaseModel):
     max_per_evaluation: tuple[float | None, ...]
 
 
+class CompiledFigures(BaseModel):
+    model_config = LOOSE_CONFIG
+    bfloat16_per_evaluation: tuple[float, ...]
+
+
 class PlanFigures(BaseModel):
     model_config = LOOSE_CONFIG
     evaluations: tuple[str, ...]
@@ -48,6 +53,7 @@ class PlanFigures(BaseModel):
     pictures: Closeness | None
     checked_pictures: Closeness | None
     relative_error: ErrorFigures | None
+    compiled_error: CompiledFigures | None = None
     accuracy_percent: float | None
     image_s: float | None
     speedup: float | None

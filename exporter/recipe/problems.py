@@ -16,6 +16,20 @@ from pydantic import ValidationError
 
 from .schema import ConflictError, Recipe, table_names, table_types
 
+RENAMED_KEYS = {
+    (
+        "verify",
+        "psnr_db",
+    ): "key 'psnr_db' is no longer read: a PSNR of rounding says nothing of an artifact. Set picture_error and "
+    "worst_picture_error, in units of what eager bfloat16 loses",
+    (
+        "verify",
+        "relative_error",
+    ): "key 'relative_error' is no longer read: set evaluation_error and worst_evaluation_error, in units of what "
+    "eager bfloat16 loses",
+}
+"""What stands in the place of keys that recipes had."""
+
 KeyPath = tuple[str, ...]  # ("cache", "order"), ("cache",) for a whole table, ("name",) for a plain key
 
 
@@ -70,6 +84,10 @@ def _unknown_key(table: str, method: str, rest: KeyPath) -> str:
     if not rest:
         plain = set(Recipe.model_fields) - set(table_names())
         return f"{unknown_name('table', table, table_names())}; keys outside of tables: {', '.join(sorted(plain))}"
+    if rest[1:]:
+        return f"unknown key {'.'.join(map(str, rest))!r}; see key {rest[0]!r} on the page of recipe keys"
+    if renamed := RENAMED_KEYS.get((table, rest[0])):
+        return renamed
     owners = [m for m, t in table_types(table).items() if rest[0] in t.model_fields]
     if owners:
         return f"key {rest[0]!r} belongs to method {owners[0]!r}, and method is {method!r}; set {table}.method to {owners[0]!r} or leave the key out"

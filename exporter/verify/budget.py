@@ -19,7 +19,10 @@ WHOLE_EVALUATIONS = 8  # a plan of no more is always drawn whole
 OPENING_EVALUATIONS = 4  # of a longer plan, at least
 FORCED_EVALUATIONS = 16  # that time is kept for, before pictures are drawn
 TRACED_SHARE = 0.5  # of a budget that no picture of eager's fits into, for the artifact's own steps
-GATED_SHARE = 0.75  # of the evaluations, for those that compute everything, which have a threshold
+GATED_SHARE = 0.75  # of the evaluations, for those that compute everything
+CACHED_EVALUATIONS = 2  # that a cached one costs eager: in full, and as the same variant
+STORED_EVALUATIONS = 4  # of a plan, at most, whose stored values are kept so that eager can run the same variant
+LOSS_EVALUATIONS = 4  # at which the loss of bfloat16 is measured, between which it is interpolated
 
 
 def count_opening_steps(plan: Plan) -> int:
@@ -34,13 +37,14 @@ def count_opening_steps(plan: Plan) -> int:
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds on this machine: of each variant's evaluation, of eager's, and of what runs once for a picture (encoders and
-    decoder) with the artifact and in eager."""
+    """Seconds on this machine: of each variant's evaluation, of eager's, of what runs once for a picture (encoders and
+    decoder) with the artifact and in eager, and of an evaluation in eager bfloat16."""
 
     variants: Mapping[str, float]
     evaluation: float
     once: float = 0.0
     eager_once: float = 0.0
+    bfloat16: float = 0.0
 
     def draw(self, plan: Plan, steps: int | None = None) -> float:
         """The artifact's picture by that plan, or its first steps alone."""
@@ -54,6 +58,16 @@ class Costs:
         """One prompt and seed, drawn with every plan, and in eager with as many steps."""
         eager = {p.steps: self.eager_once + self.evaluation * len(p.evaluations) for p in plans}
         return sum(map(self.draw, plans)) + sum(eager.values())
+
+    def picture_row(self, plans: Collection[Plan]) -> float:
+        """The same, and the picture in eager bfloat16."""
+        rounded = {p.steps: self.eager_once + self.bfloat16 * len(p.evaluations) for p in plans}
+        return self.row(plans) + sum(rounded.values())
+
+    def force(self, plans: Mapping[str, Plan], gated: Collection[str], forced: Mapping[str, Collection[int]]) -> float:
+        """The evaluations of one picture that eager repeats: `forced`, by plan."""
+        whole = [plans[name].evaluations[e].variant in gated for name, chosen in forced.items() for e in chosen]
+        return self.evaluation * sum(1 if w else CACHED_EVALUATIONS for w in whole)
 
 
 @dataclass(frozen=True)
@@ -69,7 +83,8 @@ class WorkCount:
 class Workload:
     """What a comparison draws. `jobs` are drawn in eager too; of the first `forced_jobs` with seed 0 the evaluations in
     `forced`, by plan, are held against eager's. Where there are no jobs, `traced` is drawn by the artifact alone, for
-    `steps` of each plan. `seconds` are predicted; `asked` is what a comparison without a budget counts."""
+    `steps` of each plan. At those in `scaled`, of the first such job, eager bfloat16 runs as well; of those in `stored` what they read from
+    sites is kept. `seconds` are predicted; `asked` is what a comparison without a budget counts."""
 
     jobs: tuple[PictureJob, ...]
     checked: int
@@ -79,6 +94,8 @@ class Workload:
     asked: WorkCount
     traced: PictureJob | None = None
     steps: Mapping[str, int] = field(default_factory=dict)
+    scaled: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    stored: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def count(self) -> WorkCount:
@@ -115,27 +132,75 @@ def choose_workload(
     everything = {name: tuple(range(len(plan.evaluations))) for name, plan in plans.items()}
     seeded = sum(seed == 0 for _, seed in jobs)
     asked = WorkCount(len(jobs), seeded * sum(map(len, everything.values())), checked)
-    row = costs.row(plans.values())
+    row, picture_row = costs.row(plans.values()), costs.picture_row(plans.values())
+    forcing = costs.force(plans, gated, everything)
     warm_up = (bool(jobs) + bool(checked)) * row
-    seconds = warm_up + (len(jobs) + checked) * row + asked.evaluations * costs.evaluation
+    scaled = choose_scaled(plans, gated, everything, max(map(len, everything.values()), default=0)) if seeded else {}
+    loss = sum(map(len, scaled.values())) * costs.bfloat16
+    seconds = warm_up + len(jobs) * picture_row + checked * row + seeded * forcing + loss
     if budget is None or seconds <= budget:
-        return Workload(tuple(jobs), checked, everything, seeded, seconds, asked)
+        stored = choose_stored(plans, gated, everything)
+        return Workload(
+            tuple(jobs), checked, everything, seeded, seconds, asked, scaled=scaled, stored=stored if seeded else {}
+        )
+    loss = LOSS_EVALUATIONS * costs.bfloat16 * bool(seeded)
+    budget -= loss
     reserve = min(FORCED_EVALUATIONS, sum(map(len, everything.values()))) * costs.evaluation * bool(seeded)
-    rows = max(0, int((budget - reserve) / row))
-    if not rows and jobs:
-        return trace_alone(budget, costs, plans, gated, jobs[0], asked)
-    rows = max(1, rows)
-    pictures = min(len(jobs), max(1, rows // 2) if checked else rows)
-    drawn = min(checked, rows - pictures)
-    pictures = min(len(jobs), rows - drawn)
-    spent = (pictures + drawn) * row
-    forced = spread_evaluations(plans, gated, int((budget - spent) / costs.evaluation) if seeded else 0)
-    spent += sum(map(len, forced.values())) * costs.evaluation
-    return Workload(tuple(jobs[:pictures]), drawn, forced, min(1, seeded), spent, asked)
+    if jobs and reserve + picture_row > budget:
+        return trace_alone(budget, loss, costs, plans, gated, jobs[0], asked)
+    pictures = min(len(jobs), max(1, int((budget - reserve) / picture_row / (2 if checked else 1)))) if jobs else 0
+    drawn = min(checked, max(0 if jobs else 1, int((budget - reserve - pictures * picture_row) / row)))
+    pictures = max(pictures, min(len(jobs), int((budget - reserve - drawn * row) / picture_row)))
+    spent = pictures * picture_row + drawn * row
+    forced = spread_evaluations(plans, gated, count_forced(budget - spent, costs, plans, gated) if seeded else 0)
+    return Workload(
+        tuple(jobs[:pictures]),
+        drawn,
+        forced,
+        min(1, seeded),
+        spent + costs.force(plans, gated, forced) + loss,
+        asked,
+        scaled=choose_scaled(plans, gated, forced, LOSS_EVALUATIONS),
+        stored=choose_stored(plans, gated, forced),
+    )
+
+
+def count_forced(seconds: float, costs: Costs, plans: Mapping[str, Plan], gated: Collection[str]) -> int:
+    """How many evaluations eager repeats in that time, if `GATED_SHARE` of them are of `gated` variants where others are too."""
+    others = any(e.variant not in gated for plan in plans.values() for e in plan.evaluations)
+    each = GATED_SHARE + (1 - GATED_SHARE) * CACHED_EVALUATIONS if others else 1.0
+    return int(seconds / (each * costs.evaluation))
+
+
+def choose_scaled(
+    plans: Mapping[str, Plan], gated: Collection[str], forced: Mapping[str, Sequence[int]], count: int
+) -> dict[str, tuple[int, ...]]:
+    """At which of the `forced` evaluations eager bfloat16 runs too: `count` that compute everything, evenly spread. Of plans of as many
+    steps, which share their timesteps, one stands for all."""
+    whole = {
+        name: [e for e in chosen if plans[name].evaluations[e].variant in gated] for name, chosen in forced.items()
+    }
+    of_steps: dict[tuple[int, str | None], str] = {}
+    for name, chosen in whole.items():
+        key = (plans[name].steps, plans[name].size)
+        if key not in of_steps or len(chosen) > len(whole[of_steps[key]]):
+            of_steps[key] = name
+    return {name: spread(whole[name], max(1, count // len(of_steps))) for name in of_steps.values()}
+
+
+def choose_stored(
+    plans: Mapping[str, Plan], gated: Collection[str], forced: Mapping[str, Sequence[int]]
+) -> dict[str, tuple[int, ...]]:
+    """Of which of the `forced` evaluations stored values are kept."""
+    cached = {
+        name: [e for e in chosen if plans[name].evaluations[e].variant not in gated] for name, chosen in forced.items()
+    }
+    return {name: spread(chosen, STORED_EVALUATIONS) for name, chosen in cached.items() if chosen}
 
 
 def trace_alone(
     budget: float,
+    loss: float,
     costs: Costs,
     plans: Mapping[str, Plan],
     gated: Collection[str],
@@ -143,18 +208,28 @@ def trace_alone(
     asked: WorkCount,
 ) -> Workload:
     """What to do with less time than one picture of eager's takes: the artifact draws, eager only judges evaluations, two of
-    each plan at least."""
-    least = 2 * len(plans) * costs.evaluation
-    share = min(TRACED_SHARE * budget, budget - least) / sum(map(costs.draw, plans.values()))
+    each plan at least. `budget` is what is left besides the `loss` of bfloat16."""
     opening = {name: count_opening_steps(plan) for name, plan in plans.items()}
+    least = costs.force(plans, gated, spread_evaluations(plans, gated, 2 * len(plans), opening))
+    share = min(TRACED_SHARE * budget, budget - least) / sum(map(costs.draw, plans.values()))
     steps = {name: min(plan.steps, max(opening[name], math.floor(share * plan.steps))) for name, plan in plans.items()}
     if costs.draw_all(plans, steps) + least > budget:
         steps = opening
     drawn = costs.draw_all(plans, steps)
-    count = max(2 * len(plans), int((budget - drawn) / costs.evaluation))
+    count = max(2 * len(plans), count_forced(budget - drawn, costs, plans, gated))
     forced = spread_evaluations(plans, gated, count, steps)
-    seconds = drawn + sum(map(len, forced.values())) * costs.evaluation
-    return Workload((), 0, forced, 0, seconds, asked, job, steps)
+    return Workload(
+        (),
+        0,
+        forced,
+        0,
+        drawn + costs.force(plans, gated, forced) + loss,
+        asked,
+        job,
+        steps,
+        choose_scaled(plans, gated, forced, LOSS_EVALUATIONS),
+        choose_stored(plans, gated, forced),
+    )
 
 
 def spread_evaluations(

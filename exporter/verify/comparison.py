@@ -12,13 +12,16 @@ from dataclasses import dataclass, field, replace
 
 from ...runtime.plan import Plan
 from ..progress import Progress
-from .budget import Costs, PictureJob, Workload, count_opening_steps
+from .budget import PictureJob, Workload, count_opening_steps, spread
 from .checked_prompts import CheckedPrompts
 from .closeness import psnr_db, relative_error, smallest_psnr_db, ssim
+from .equal_inputs import compare_evaluations
+from .loss import Bfloat16Loss, KnownEvaluation, KnownPicture
 from .reference import EagerReference
-from .replayer import ArtifactReplayer, DrawnPicture, GraphCall, image_array
+from .replayer import ArtifactReplayer, DrawnPicture, image_array
 
 REPORT_ROWS = 6  # that a report shows
+SIZE_LOSSES = 2  # evaluations of a further size at which the loss of bfloat16 is measured
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,9 @@ class Sample:
     """One picture of one plan against the eager one of the same prompt, seed and number of steps.
 
     `evaluation_errors` are teacher-forced: eager at the artifact's own inputs of that evaluation, None of one that was left out;
-    `eager_ms` are the times of those calls. Both are empty where that was not asked for.
+    `compiled_errors` are against the same variant in eager at the same stored values too, so that they are the compilation's and
+    not the cache's. `eager_ms` are the times of the first. All are empty where that was not asked for. `uncached_psnr_db` is a cached
+    plan's, against the artifact's own picture without cache.
     """
 
     plan: str
@@ -52,6 +57,8 @@ class Sample:
     variant_ms: tuple[tuple[str, float], ...]
     seconds: float
     eager_seconds: float
+    compiled_errors: tuple[float | None, ...] = ()
+    uncached_psnr_db: float | None = None
 
 
 @dataclass(frozen=True)
@@ -62,12 +69,19 @@ class Trace:
     evaluation_errors: tuple[float | None, ...]
     eager_ms: tuple[float, ...]
     variant_ms: tuple[tuple[str, float], ...]
+    compiled_errors: tuple[float | None, ...] = ()
 
 
 def draw_rows(
-    replayer: ArtifactReplayer, reference: EagerReference, jobs: Sequence[PictureJob], *, warm_up: bool
+    replayer: ArtifactReplayer,
+    reference: EagerReference,
+    jobs: Sequence[PictureJob],
+    *,
+    warm_up: bool,
+    stored: Mapping[PictureJob, Mapping[str, Collection[int]]] | None = None,
 ) -> Iterator[PictureRow]:
-    """Draws every job; eager and plans take turns, so that what slows this machine down slows all of them down.
+    """Draws every job; eager and plans take turns, so that what slows this machine down slows all of them down. `stored` are the
+    evaluations, by job and plan, whose stored values go on record.
 
     With `warm_up` the first job is drawn once more before, unseen: the first call of anything is slow.
     """
@@ -78,81 +92,58 @@ def draw_rows(
             replayer.draw(prompt, seed, plan)
     for prompt, seed in jobs:
         eager = {steps: reference.draw(prompt, seed, steps) for steps in sorted({p.steps for p in plans.values()})}
-        yield PictureRow(prompt, seed, eager, {name: replayer.draw(prompt, seed, p) for name, p in plans.items()})
+        kept = (stored or {}).get((prompt, seed), {})
+        drawn = {name: replayer.draw(prompt, seed, p, stored=kept.get(name, ())) for name, p in plans.items()}
+        yield PictureRow(prompt, seed, eager, drawn)
 
 
 def compare_row(
-    replayer: ArtifactReplayer, reference: EagerReference, row: PictureRow, forced: Mapping[str, Collection[int]]
-) -> tuple[Sample, ...]:
-    """The figures of a row, plan by plan, with the errors of the evaluations in `forced`, by plan."""
-    samples = []
+    replayer: ArtifactReplayer,
+    reference: EagerReference,
+    row: PictureRow,
+    forced: Mapping[str, Collection[int]],
+    scaled: Mapping[str, Collection[int]],
+) -> tuple[tuple[Sample, ...], tuple[KnownEvaluation, ...]]:
+    """The figures of a row, plan by plan, with the errors of the evaluations in `forced`, by plan; and what eager gave for those in
+    `scaled`."""
+    samples, known = [], list[KnownEvaluation]()
+    plans = replayer.artifact.plans
     for name, drawn in row.plans.items():
-        eager = row.eager[replayer.artifact.plans[name].steps]
+        eager = row.eager[plans[name].steps]
         calls = replayer.evaluations(drawn)
-        errors, eager_ms = compare_evaluations(reference, calls, forced.get(name, ()))
+        found = compare_evaluations(reference, plans[name], calls, forced.get(name, ()), scaled.get(name, ()))
+        known += found.known
+        partner = row.plans.get(uncached_partner(plans, plans[name]) or "")
         samples.append(
             Sample(
                 plan=name,
                 psnr_db=psnr_db(drawn.image, eager.image),
                 ssim=ssim(drawn.image, eager.image),
                 latents_relative_error=relative_error(drawn.latents, eager.latents),
-                evaluation_errors=errors,
-                eager_ms=eager_ms,
+                evaluation_errors=found.errors,
+                eager_ms=found.eager_ms,
                 variant_ms=tuple((c.graph, c.ms) for c in calls),
                 seconds=drawn.seconds,
                 eager_seconds=eager.seconds,
+                compiled_errors=found.compiled,
+                uncached_psnr_db=psnr_db(drawn.image, partner.image) if partner else None,
             )
         )
-    return tuple(samples)
+    return tuple(samples), tuple(known)
 
 
-def compare_evaluations(
-    reference: EagerReference, calls: Sequence[GraphCall], forced: Collection[int]
-) -> tuple[tuple[float | None, ...], tuple[float, ...]]:
-    """Teacher-forced errors of the calls, None of those that are not in `forced`, and eager's milliseconds for the others.
-    Nothing at all where none is."""
-    errors: list[float | None] = []
-    eager_ms = []
-    for e, call in enumerate(calls if forced else ()):
-        if e in forced:
-            theirs, ms = reference.evaluate(call)
-            errors.append(relative_error(call.outputs["sample"], theirs))
-            eager_ms.append(ms)
-        else:
-            errors.append(None)
-    return tuple(errors), tuple(eager_ms)
-
-
-def measure_costs(replayer: ArtifactReplayer, reference: EagerReference, job: PictureJob) -> Costs:
-    """What things cost here: variants that have not run yet are run, and eager makes one evaluation. What runs once for a
-    picture is taken to cost eager as many times more as an evaluation does."""
-    plans = replayer.artifact.plans
-    variants = {name for plan in plans.values() for name in plan.variants()}
-    first = next(iter(plans.values()))
-    call = replayer.trace(*job, first, 1)[0]
-    _, ms = reference.evaluate(call)
-    for plan in plans.values():
-        if not variant_seconds(replayer, plan.variants()).keys() >= set(plan.variants()):
-            replayer.trace(*job, plan, count_opening_steps(plan))
-    seconds = variant_seconds(replayer, variants)
-    once = sum(s for name, s in replayer.graph_seconds.items() if name.partition(".call")[0] not in variants)
-    return Costs(seconds, ms / 1e3, once, once * max(1.0, ms / 1e3 / max(seconds.values())))
-
-
-def variant_seconds(replayer: ArtifactReplayer, variants: Collection[str]) -> dict[str, float]:
-    """Variant -> seconds of its graphs, all calls of an evaluation together, of those that have run."""
-    found: dict[str, float] = {}
-    for graph, seconds in replayer.graph_seconds.items():
-        name = graph.partition(".call")[0]
-        if name in variants:
-            found[name] = found.get(name, 0.0) + seconds
-    return found
+def uncached_partner(plans: Mapping[str, Plan], plan: Plan) -> str | None:
+    """The plan that a cached one approximates: of as many steps and the same size, without cache; None of one without cache."""
+    if plan.cache == "none":
+        return None
+    same = (p.name for p in plans.values() if (p.steps, p.size, p.cache) == (plan.steps, plan.size, "none"))
+    return next(same, None)
 
 
 @dataclass(frozen=True)
 class Comparison:
     """All measurements of one run: samples of the recipe's pictures and of the checked ones, and the worst rows; or, without
-    pictures, `traces`. `workload` is what was to be drawn.
+    pictures, `traces`. `workload` is what was to be drawn. What eager gave is known where `loss` shall say what bfloat16 loses.
 
     `exact_eager` by number of steps and `exact` by plan are shares, 0..1, over the `checked_pictures`; all empty and 0
     where nothing was checked.
@@ -166,6 +157,9 @@ class Comparison:
     checked_pictures: int = 0
     traces: tuple[Trace, ...] = ()
     workload: Workload | None = None
+    known_evaluations: tuple[KnownEvaluation, ...] = ()
+    known_pictures: tuple[KnownPicture, ...] = ()
+    loss: Bfloat16Loss = field(default_factory=Bfloat16Loss)
 
     @property
     def evaluation_records(self) -> tuple[Sample | Trace, ...]:
@@ -187,40 +181,59 @@ def measure_pictures(
     plans, jobs = replayer.artifact.plans, workload.jobs
     samples: list[Sample] = []
     traces: list[Trace] = []
+    known: list[KnownEvaluation] = []
+    images: list[KnownPicture] = []
     worst = WorstRows()
     if workload.traced:
         progress.announce(f"{workload.count.evaluations} evaluations of {len(plans)} plans, held against eager's")
-        for name, plan in plans.items():
-            traces.append(trace_plan(replayer, reference, workload, plan, workload.forced[name]))
+        for plan in plans.values():
+            trace, found = trace_plan(replayer, reference, workload, plan)
+            traces.append(trace)
+            known += found
     if jobs:
         progress.announce(f"{len(jobs)} pictures with eager and {len(plans)} plans")
     forced_jobs = [job for job in jobs if job[1] == 0][: workload.forced_jobs]
-    for row in draw_rows(replayer, reference, jobs, warm_up=workload.is_whole):
-        forced = workload.forced if (row.prompt, row.seed) in forced_jobs else {}
-        samples += worst.add(row, compare_row(replayer, reference, row, forced))
+    stored = dict.fromkeys(forced_jobs, workload.stored)
+    for row in draw_rows(replayer, reference, jobs, warm_up=workload.is_whole, stored=stored):
+        job = (row.prompt, row.seed)
+        forced = workload.forced if job in forced_jobs else {}
+        scaled = workload.scaled if job in forced_jobs[:1] else {}
+        found, evaluations = compare_row(replayer, reference, row, forced, scaled)
+        samples += worst.add(row, found)
+        known += evaluations
+        images += (KnownPicture(*job, steps, drawn.image) for steps, drawn in row.eager.items())
+    result = Comparison(tuple(samples), rows=worst.rows, traces=tuple(traces), workload=workload)
+    result = replace(result, known_evaluations=tuple(known), known_pictures=tuple(images))
     if checked is None or not workload.checked:
-        return Comparison(tuple(samples), rows=worst.rows, traces=tuple(traces), workload=workload)
+        return result
     checked = replace(checked, prompts=checked.prompts[: workload.checked])
     progress.announce(f"prompt accuracy on {len(checked.prompts)} prompts")
     others: list[Sample] = []
     more: list[PictureRow] = []
     numbered = [(prompt, i) for i, prompt in enumerate(checked.prompts)]
     for row in draw_rows(replayer, reference, numbered, warm_up=workload.is_whole):
-        others += worst.add(row, compare_row(replayer, reference, row, {}))
+        others += worst.add(row, compare_row(replayer, reference, row, {}, {})[0])
         more.append(row.drop_calls())
-    return Comparison(
-        tuple(samples), tuple(others), worst.rows, *exact_shares(more, checked), len(more), workload=workload
+    exact_eager, exact = exact_shares(more, checked)
+    return replace(
+        result,
+        checked=tuple(others),
+        rows=worst.rows,
+        exact_eager=exact_eager,
+        exact=exact,
+        checked_pictures=len(more),
     )
 
 
 def trace_plan(
-    replayer: ArtifactReplayer, reference: EagerReference, workload: Workload, plan: Plan, forced: Collection[int]
-) -> Trace:
+    replayer: ArtifactReplayer, reference: EagerReference, workload: Workload, plan: Plan
+) -> tuple[Trace, tuple[KnownEvaluation, ...]]:
     """The artifact draws the first steps of its picture, and eager judges evaluations of it."""
     assert workload.traced is not None
-    calls = replayer.trace(*workload.traced, plan, workload.steps[plan.name])
-    errors, eager_ms = compare_evaluations(reference, calls, forced)
-    return Trace(plan.name, errors, eager_ms, tuple((c.graph, c.ms) for c in calls))
+    name = plan.name
+    calls = replayer.trace(*workload.traced, plan, workload.steps[name], workload.stored.get(name, ()))
+    found = compare_evaluations(reference, plan, calls, workload.forced[name], workload.scaled.get(name, ()))
+    return Trace(name, found.errors, found.eager_ms, tuple((c.graph, c.ms) for c in calls), found.compiled), found.known
 
 
 def add_size_traces(
@@ -232,13 +245,18 @@ def add_size_traces(
     progress: Progress,
 ) -> Comparison:
     """The comparison with the opening evaluations of the plans of further sizes, whose pictures are not drawn in eager."""
-    traces = list(comparison.traces)
+    traces, known = list(comparison.traces), list(comparison.known_evaluations)
     for plan in plans:
         progress.announce(f"evaluations of plan {plan.name}, held against eager's")
-        calls = replayer.trace(prompt, 0, plan, count_opening_steps(plan))
-        errors, eager_ms = compare_evaluations(reference, calls, range(len(calls)))
-        traces.append(Trace(plan.name, errors, eager_ms, tuple((c.graph, c.ms) for c in calls)))
-    return replace(comparison, traces=tuple(traces))
+        steps = count_opening_steps(plan)
+        every = [e for e, v in enumerate(plan.evaluations) if v.step < steps]
+        whole = [e for e in every if plan.evaluations[e].variant in replayer.artifact.manifest.whole_graphs]
+        calls = replayer.trace(prompt, 0, plan, steps, [e for e in every if e not in whole])
+        found = compare_evaluations(reference, plan, calls, every, spread(whole, SIZE_LOSSES))
+        known += found.known
+        variant_ms = tuple((c.graph, c.ms) for c in calls)
+        traces.append(Trace(plan.name, found.errors, found.eager_ms, variant_ms, found.compiled))
+    return replace(comparison, traces=tuple(traces), known_evaluations=tuple(known))
 
 
 class WorstRows:

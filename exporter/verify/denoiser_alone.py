@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -33,6 +33,8 @@ from ..sites.component import Component
 from .budget import count_opening_steps
 from .closeness import relative_error
 from .golden import GOLDEN_BYTES, GoldenReplay, check_finite, golden_error, read_golden, save_golden, tolerance_of
+from .placement import place_pipeline, reference_dtype
+from .reference import cast_components, component_weights
 from .replayer import CallRecord, DrawnPicture, EnoughCallsError, GraphCall, tap_graphs
 
 
@@ -61,9 +63,9 @@ class AttachedReplayer:
         loaded.pipe.to(self.artifact.device)
         return loaded
 
-    def draw(self, prompt: str, seed: int, plan: Plan) -> DrawnPicture:
-        """One picture, by that plan. Raises ExportError for a prompt that the artifact does not cover."""
-        self.record.calls.clear()
+    def draw(self, prompt: str, seed: int, plan: Plan, *, stored: Collection[int] = ()) -> DrawnPicture:
+        """One picture, by that plan; nothing that is stored goes on record. Raises ExportError for a prompt that the artifact does not cover."""
+        self.record.clear()
         with attach_opened(self.loaded.pipe, self._tapped, plan.cache != "none"):
             try:
                 return draw_picture(self.recipe, self.loaded, prompt, seed, plan.steps, self.record.calls)
@@ -75,7 +77,9 @@ class AttachedReplayer:
         """The least seconds of a call, of each graph that was ever called."""
         return self.record.seconds
 
-    def trace(self, prompt: str, seed: int, plan: Plan, steps: int) -> tuple[EvaluationCall, ...]:
+    def trace(
+        self, prompt: str, seed: int, plan: Plan, steps: int, stored: Collection[int] = ()
+    ) -> tuple[EvaluationCall, ...]:
         """The evaluations of the plan's first steps, after which the pipeline's call is given up."""
         opening = [e for e in plan.evaluations if e.step < steps]
         self.record.limit = sum(len(e.calls) for e in opening)
@@ -114,16 +118,28 @@ def join_evaluations(evaluations: Sequence[Evaluation], made: Sequence[GraphCall
 
 def join_calls(variant: str, parts: Sequence[GraphCall]) -> EvaluationCall:
     sample = torch.cat([c.outputs["sample"].reshape(-1) for c in parts])
-    return EvaluationCall(variant, parts[0].inputs, {"sample": sample}, sum(c.ms for c in parts), tuple(parts))
+    return EvaluationCall(variant, parts[0].inputs, {"sample": sample}, sum(c.ms for c in parts), parts=tuple(parts))
 
 
 class AttachedReference:
-    """The pipeline as diffusers runs it, in float32."""
+    """The pipeline as diffusers runs it, in float32. `whole` are the graphs that compute everything."""
 
-    def __init__(self, recipe: Recipe, loaded: source.LoadedPipeline) -> None:
-        self._recipe, self._loaded = recipe, loaded
+    def __init__(
+        self, recipe: Recipe, loaded: source.LoadedPipeline, whole: Collection[str], device: torch.device | None = None
+    ) -> None:
+        self._recipe, self._loaded, self._whole = recipe, loaded, whole
+        self._dtype, self._device = reference_dtype(recipe), device or torch.device("cpu")
         request = recipe_request(recipe, loaded, picture_prompts(recipe)[0])
         self._denoisers = record_pipeline(loaded.pipe, request, ()).components()
+        place_pipeline(loaded.pipe, self._device)
+        if self._device.type != "cpu":
+            for denoiser in self._denoisers:
+                denoiser.module.to(self._device)
+
+    @property
+    def pipe(self) -> Any:
+        """The pipeline itself."""
+        return self._loaded.pipe
 
     @property
     def scheduler(self) -> str:
@@ -140,7 +156,24 @@ class AttachedReference:
         assert isinstance(call, EvaluationCall)
         start = time.perf_counter()
         samples = [self._denoiser(part).module(*self._given(part)) for part in call.parts]
-        return torch.cat([s.reshape(-1) for s in samples]), (time.perf_counter() - start) * 1e3
+        return torch.cat([s.reshape(-1).float().cpu() for s in samples]), (time.perf_counter() - start) * 1e3
+
+    def weights(self) -> dict[str, Tensor]:
+        """Everything that the denoiser holds."""
+        return component_weights(replace(d, name="denoiser") for d in self._denoisers)
+
+    def is_whole(self, call: GraphCall) -> bool:
+        """Whether the call computes everything."""
+        return call.graph in self._whole
+
+    def evaluate_variant(self, call: GraphCall) -> Tensor | None:
+        """None: an artifact of a denoiser alone does not keep what its variants are made of."""
+        return None
+
+    def cast_to_bfloat16(self) -> None:
+        """From here on the pipeline is what `from_pretrained(torch_dtype=torch.bfloat16)` gives."""
+        cast_components(self._loaded.pipe, torch.bfloat16)
+        self._dtype = torch.bfloat16
 
     def _denoiser(self, part: GraphCall) -> Component:
         _, _, number = part.graph.partition(".call")
@@ -148,7 +181,7 @@ class AttachedReference:
 
     def _given(self, part: GraphCall) -> list[Tensor]:
         tensors = (part.inputs[name] for name in self._denoiser(part).inputs)
-        return [t.float() if t.is_floating_point() else t for t in tensors]
+        return [t.to(self._device, self._dtype if t.is_floating_point() else t.dtype) for t in tensors]
 
 
 def draw_picture(
@@ -160,7 +193,9 @@ def draw_picture(
         start = time.perf_counter()
         result = pipe(**recipe_request(recipe, loaded, prompt, output_type="pt")(steps, seed))
         seconds = time.perf_counter() - start
-    return DrawnPicture(picture_tensor(type(pipe).__name__, result).cpu(), last[-1].cpu(), seconds, tuple(calls))
+    return DrawnPicture(
+        picture_tensor(type(pipe).__name__, result).cpu(), last[-1].float().cpu(), seconds, tuple(calls)
+    )
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from .golden import GoldenReplay
 
 @dataclass(frozen=True)
 class Verdict:
-    """One figure of one plan against the recipe. A figure that is NaN never passes."""
+    """One figure of one plan, or of the artifact where `plan` is empty, against the recipe. A figure that is NaN never passes."""
 
     plan: str
     figure: str
@@ -30,7 +30,8 @@ class Verdict:
     @property
     def sentence(self) -> str:
         relation = "at least" if self.at_least else "at most"
-        return f"plan {self.plan!r}: {self.figure} is {self.value:.4g} ({self.over}), expected {relation} {self.threshold:g}; {self.way_out}"
+        of = f"plan {self.plan!r}: " if self.plan else ""
+        return f"{of}{self.figure} is {self.value:.4g} ({self.over}), expected {relation} {self.threshold:g}; {self.way_out}"
 
 
 @dataclass(frozen=True)

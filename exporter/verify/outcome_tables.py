@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
 from ...runtime.manifest import Manifest
-from .closeness import largest_error
+from .closeness import largest_error, smallest_psnr_db
 from .outcome import Outcome
 from .report import describe_outcome
 from .text_table import Cells, format_number, print_cells
@@ -46,11 +47,16 @@ def golden_cells(replays: Mapping[str, Any]) -> Cells:
 
 def closeness_cells(described: Mapping[str, Any]) -> Cells:
     """How close each plan's pictures and evaluations are to eager's, and what share of the prompts eager and plans draw right."""
-    cells: Cells = [("", "PSNR dB", "worst", "SSIM", "max error", "mean", "latents", "right %")]
+    cells: Cells = [("", "PSNR dB", "worst", "SSIM", "max error", "of bf16", "cache dB", "right %")]
     for steps, e in described["eager"].items():
-        cells.append((f"eager, {steps} steps", "", "", "", "", "", "", format_number(e["accuracy_percent"], ".1f")))
+        right = format_number(e["accuracy_percent"], ".1f")
+        cells.append((f"eager, {steps} steps", "", "", "", "", "", "", right))
+        if rounded := e["bfloat16_psnr_db"]:
+            mean, worst = f"{statistics.fmean(rounded):.1f}", f"{smallest_psnr_db(rounded):.1f}"
+            cells.append((f"in bfloat16, {steps} steps", mean, worst, "", "", "1", "", ""))
     for name, plan in described["plans"].items():
         near, errors = plan["pictures"] or plan["checked_pictures"] or {}, plan["relative_error"] or {}
+        compiled, cached = plan["compiled_error"] or {}, plan["cached"] or {}
         cells.append(
             (
                 plan_label(name, plan),
@@ -58,8 +64,8 @@ def closeness_cells(described: Mapping[str, Any]) -> Cells:
                 format_number(near.get("psnr_db_min"), ".1f"),
                 format_number(near.get("ssim"), ".4f"),
                 format_number(errors.get("max"), ".2g"),
-                format_number(errors.get("mean"), ".2g"),
-                format_number(near.get("latents_relative_error"), ".2g"),
+                format_number(compiled.get("of_bfloat16_max"), ".2g"),
+                format_number(cached.get("uncached_psnr_db"), ".1f"),
                 format_number(plan["accuracy_percent"], ".1f"),
             )
         )

@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -26,12 +26,14 @@ from ..families.picture import Size, example_picture
 
 @dataclass(frozen=True)
 class GraphCall:
-    """One call of one graph. What it read from and stored to sites is left out: it can be larger than the latents by far."""
+    """One call of one graph. What it stored to sites is left out, and what it read from them is in `stored` only where that was
+    asked for: it can be larger than the latents by far."""
 
     graph: str
     inputs: Mapping[str, Tensor]
     outputs: Mapping[str, Tensor]
     ms: float
+    stored: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -49,14 +51,32 @@ class EnoughCallsError(Exception):
     """As many calls are on record as were asked for."""
 
 
+STORED_BYTES = 1 << 30  # of stored values on record; what is more is left out, and the evaluation not replayed in eager
+
+
 class CallRecord:
     """The calls of a picture, and the least seconds that a call of each graph ever took. With a `limit`, the call that reaches
-    it raises EnoughCallsError to whoever draws."""
+    it raises EnoughCallsError to whoever draws. `stored` are the evaluations whose stored values are kept."""
 
     def __init__(self) -> None:
         self.calls: list[GraphCall] = []
         self.seconds: dict[str, float] = {}
         self.limit: int | None = None
+        self.stored: Collection[int] = ()
+        self._evaluations = self._stored_bytes = 0
+
+    def clear(self, stored: Collection[int] = ()) -> None:
+        """Begins another picture."""
+        self.calls.clear()
+        self.stored, self._evaluations, self._stored_bytes = stored, 0, 0
+
+    def keep_stored(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Of the stored values of one evaluation those that are to be kept."""
+        e, self._evaluations = self._evaluations, self._evaluations + 1
+        self._stored_bytes += sum(t.nbytes for t in values.values()) if e in self.stored else 0
+        return (
+            {n: t.cpu() for n, t in values.items()} if e in self.stored and self._stored_bytes <= STORED_BYTES else {}
+        )
 
     def add(self, call: GraphCall) -> None:
         self.calls.append(call)
@@ -80,7 +100,8 @@ class GraphTap(BoundGraph):
         ms = (time.perf_counter() - start) * 1e3
         given = {name: t.cpu() for name, t in inputs.items() if ":" not in name}
         came = {name: t.cpu() for name, t in outputs.items() if name not in self._sites}
-        self.record.add(GraphCall(self.graph.name, given, came, ms))
+        stored = self.record.keep_stored({n: t for n, t in inputs.items() if "@" in n}) if "sample" in outputs else {}
+        self.record.add(GraphCall(self.graph.name, given, came, ms, stored))
         return outputs
 
 
@@ -97,8 +118,10 @@ class ArtifactReplayer(Protocol):
 
     @property
     def graph_seconds(self) -> Mapping[str, float]: ...
-    def draw(self, prompt: str, seed: int, plan: Plan) -> DrawnPicture: ...
-    def trace(self, prompt: str, seed: int, plan: Plan, steps: int) -> Sequence[GraphCall]: ...
+    def draw(self, prompt: str, seed: int, plan: Plan, *, stored: Collection[int] = ()) -> DrawnPicture: ...
+    def trace(
+        self, prompt: str, seed: int, plan: Plan, steps: int, stored: Collection[int] = ()
+    ) -> Sequence[GraphCall]: ...
     def only(self, plans: Mapping[str, Plan]) -> ArtifactReplayer: ...
     def evaluations(self, drawn: DrawnPicture) -> Sequence[GraphCall]: ...
 
@@ -125,9 +148,12 @@ class Replayer:
         """The least seconds of a call, of each graph that was ever called."""
         return self.record.seconds
 
-    def draw(self, prompt: str, seed: int, plan: Plan, steps: int | None = None) -> DrawnPicture:
-        """One picture by that plan, or what the decoder makes of the latents after its first `steps`."""
-        self.record.calls.clear()
+    def draw(
+        self, prompt: str, seed: int, plan: Plan, steps: int | None = None, *, stored: Collection[int] = ()
+    ) -> DrawnPicture:
+        """One picture by that plan, or what the decoder makes of the latents after its first `steps`. What the evaluations in `stored`
+        read from sites goes on record."""
+        self.record.clear(stored)
         arguments = call_arguments(self._pipe, seed, plan)
         if steps is not None and steps < plan.steps:
             arguments["callback_on_step_end"] = stop_after(steps)
@@ -140,9 +166,11 @@ class Replayer:
         latents = next(c.inputs["latents"] for c in calls if c.graph.partition(".")[0] == "vae_decoder")
         return DrawnPicture(output[0].cpu(), latents, seconds, calls)
 
-    def trace(self, prompt: str, seed: int, plan: Plan, steps: int) -> tuple[GraphCall, ...]:
+    def trace(
+        self, prompt: str, seed: int, plan: Plan, steps: int, stored: Collection[int] = ()
+    ) -> tuple[GraphCall, ...]:
         """The denoiser's calls of the plan's first steps."""
-        return self.evaluations(self.draw(prompt, seed, plan, steps))
+        return self.evaluations(self.draw(prompt, seed, plan, steps, stored=stored))
 
     def only(self, plans: Mapping[str, Plan]) -> Replayer:
         """A replayer of the same artifact with these plans alone."""

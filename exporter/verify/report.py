@@ -25,12 +25,16 @@ from . import picture_sheet as sheet
 from .closeness import covered_share, largest_error, mean_interval, smallest_psnr_db
 from .comparison import Comparison, Sample, Trace
 from .outcome import Outcome
+from .verdicts import relative_errors
 
 SCHEMA_VERSION = 1
 VERIFY_METHOD_NOTES = {
     "psnr_db": "mean over pictures of each picture's PSNR against eager float32, same prompt, seed and steps, before rounding to 8 bits; of a video over all its frames; 120 = equal",
     "ssim": "mean over pictures of scikit-image's structural_similarity, per colour channel, 7 x 7 windows; of a video the mean over its frames",
     "relative_error": "L2 norm of the difference over L2 norm of eager's output; eager's denoiser is given the artifact's own inputs, on the pictures of seed 0",
+    "compiled_error": "the same against the same variant in eager at the same stored values, so without what a cache loses; `of_bfloat16` divides it by what eager bfloat16 loses at that timestep, measured at some and interpolated between them",
+    "bfloat16_psnr_db": "the PSNR of pictures of eager bfloat16 against eager float32, same prompts, seeds and steps, from the same noise",
+    "uncached_psnr_db": "the PSNR of a cached plan's pictures against the artifact's own without cache",
     "psnr_db_interval_95": "95 % confidence interval of the mean over all pictures, by Student's t over those that were drawn",
     "covered_share_95": "the share of all evaluations that is, with 95 % confidence, no worse than the worst that was compared",
     "latents_relative_error": "the same of the final latents, each from its own trajectory",
@@ -144,6 +148,7 @@ def eager_figures(plans: Mapping[str, Plan], comparison: Comparison) -> dict[str
         timed = [*samples, *(t for t in comparison.traces if plans[t.plan].steps == steps)]
         found[str(steps)] = {
             "image_s": median_or_none([s.eager_seconds for s in samples]),
+            "bfloat16_psnr_db": list(comparison.loss.pictures_db.get(steps, ())),
             "evaluation_ms": median_or_none([statistics.fmean(s.eager_ms) for s in timed if s.eager_ms]),
             "accuracy_percent": to_percent(comparison.exact_eager.get(steps)),
         }
@@ -166,6 +171,8 @@ def verified_plan_figures(plan: Plan, shares: Mapping[str, float], comparison: C
         "relative_error": evaluation_error_figures(
             plan, [s for s in comparison.evaluation_records if s.plan == plan.name]
         ),
+        "compiled_error": compiled_error_figures(plan, comparison),
+        "cached": cached_figures(pictures),
         "accuracy_percent": to_percent(comparison.exact.get(plan.name)),
         "image_s": median_or_none([s.seconds for s in samples]),
         "evaluation_ms": median_or_none([statistics.fmean(ms for _, ms in s.variant_ms) for s in timed]),
@@ -207,6 +214,9 @@ def closeness_figures(samples: Sequence[Sample]) -> dict[str, Any] | None:
     return {
         "pictures": len(samples),
         "psnr_db": statistics.fmean(s.psnr_db for s in samples),
+        "compiled_error": "the same against the same variant in eager at the same stored values, so without what a cache loses; `of_bfloat16` divides it by what eager bfloat16 loses at that timestep, measured at some and interpolated between them",
+        "bfloat16_psnr_db": "the PSNR of pictures of eager bfloat16 against eager float32, same prompts, seeds and steps, from the same noise",
+        "uncached_psnr_db": "the PSNR of a cached plan's pictures against the artifact's own without cache",
         "psnr_db_interval_95": list(mean_interval([s.psnr_db for s in samples]) or ())[1:] or None,
         "psnr_db_min": smallest_psnr_db(s.psnr_db for s in samples),
         "ssim": statistics.fmean(s.ssim for s in samples),
@@ -235,6 +245,33 @@ def evaluation_error_figures(plan: Plan, samples: Sequence[Sample | Trace]) -> d
         "mean": statistics.fmean(x for column in columns for x in column),
         "max_per_evaluation": [largest_error(column) if column else None for column in columns],
         "max_per_variant": {name: largest_error(errors) for name, errors in by_variant.items() if errors},
+    }
+
+
+def compiled_error_figures(plan: Plan, comparison: Comparison) -> dict[str, Any] | None:
+    """Errors of the evaluations as the artifact makes them, in units of what eager bfloat16 loses, or None without any."""
+    errors = relative_errors(plan, comparison)
+    if not errors:
+        return None
+    loss = [comparison.loss.at(plan.size, e.timestep) for e in plan.evaluations]
+    return {
+        "evaluations": len(errors),
+        "of_bfloat16_mean": statistics.fmean(errors),
+        "of_bfloat16_max": largest_error(errors),
+        "bfloat16_per_evaluation": loss,
+        "bfloat16_measured": len(comparison.loss.evaluations.get(plan.size, ())),
+    }
+
+
+def cached_figures(pictures: Sequence[Sample]) -> dict[str, Any] | None:
+    """How close a cached plan's pictures are to those without cache, or None where there are none."""
+    found = [s.uncached_psnr_db for s in pictures if s.uncached_psnr_db is not None]
+    if not found:
+        return None
+    return {
+        "pictures": len(found),
+        "uncached_psnr_db": statistics.fmean(found),
+        "uncached_psnr_db_min": smallest_psnr_db(found),
     }
 
 

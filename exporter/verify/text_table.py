@@ -6,7 +6,7 @@ from typing import TextIO
 
 Cells = list[tuple[str, ...]]
 TERMINAL_COLUMNS = 80
-SHORT_CELL = 20  # characters: what is no longer stays on one line
+SHORT_CELL = 24  # characters: what is no longer stays on one line
 
 
 def format_number(value: float | None, form: str, unit: str = "") -> str:

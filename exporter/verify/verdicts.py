@@ -1,60 +1,104 @@
-"""Verdicts: a comparison's figures, held to the recipe's thresholds.
+"""Verdicts: the measurements of a comparison against the recipe's thresholds.
 
-In: a `Comparison`. Out: a `Verdict` for each plan and threshold, and sentences on what could not be judged.
+In: a `Comparison`. Out: a `Verdict` for each plan and threshold. What cannot be judged, `gaps.py` says.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from ...runtime.manifest import Manifest, Verification
 from ...runtime.plan import Plan
+from ..caches.common.calibration import CALIBRATION_FILE
+from ..load.source import EMBEDDED_MODELS
 from ..recipe.resolve import Recipe
-from .closeness import largest_error, mean_interval
+from .closeness import largest_error, mean_interval, smallest_psnr_db
 from .comparison import Comparison, Sample, Trace
+from .loss import LEAST_PICTURE_LOSS, picture_loss
 from .outcome import Outcome, Verdict
+
+COARSE_WAY_OUT = "quantize fewer layers (quantize.exclude), take a wider precision, or raise verify.{key}"
 
 
 def judge_comparison(
     manifest: Manifest, recipe: Recipe, plans: Mapping[str, Plan], comparison: Comparison
 ) -> tuple[Verdict, ...]:
     """Every threshold of the recipe that this comparison can be held to."""
-    verdicts = []
+    verdicts: list[Verdict] = []
     for name, plan in plans.items():
-        if samples := [s for s in comparison.pictures if s.plan == name]:
-            verdicts.append(judge_psnr(recipe, plan, samples))
-        if records := [s for s in comparison.evaluation_records if s.plan == name]:
-            verdicts.append(judge_evaluations(manifest, recipe, plan, records))
+        samples = [s for s in comparison.pictures if s.plan == name]
+        if plan.cache == "none":
+            verdicts += judge_pictures(recipe, plan, samples, comparison)
+        elif is_cache_gated(manifest, recipe):
+            verdicts += judge_cache(recipe, plan, samples)
+        verdicts += judge_evaluations(recipe, plan, relative_errors(plan, comparison))
         if name in comparison.exact and recipe.verify.prompt_accuracy_drop is not None:
             verdicts.append(judge_accuracy(recipe, plan, comparison))
     return tuple(verdicts)
 
 
-def judge_psnr(recipe: Recipe, plan: Plan, samples: Sequence[Sample]) -> Verdict:
-    """The mean over pictures of each picture's PSNR."""
-    key, threshold = "psnr_db", recipe.verify.psnr_db
-    way_out = "quantize fewer layers (quantize.exclude), take a wider precision, or lower verify.psnr_db"
-    if plan.cache != "none" and recipe.verify.cached_psnr_db is not None:
-        key, threshold = "cached_psnr_db", recipe.verify.cached_psnr_db
-        way_out = "let the cache compute at more steps, or lower verify.cached_psnr_db"
-    value = statistics.fmean(s.psnr_db for s in samples)
-    return Verdict(plan.name, key, value, threshold, True, f"mean of {len(samples)} pictures", way_out)
+def is_cache_gated(manifest: Manifest, recipe: Recipe) -> bool:
+    """Whether what a cache loses is held to the recipe: for a model that the artifact has a calibration of, or that brings its own
+    checker. Of other models nobody has tried what a cache may lose."""
+    calibrated = CALIBRATION_FILE in {entry.path for entry in manifest.files}
+    return recipe.verify.cache_gate == "always" or calibrated or manifest.source.model in EMBEDDED_MODELS
 
 
-def judge_evaluations(manifest: Manifest, recipe: Recipe, plan: Plan, samples: Sequence[Sample | Trace]) -> Verdict:
-    """The largest error of an evaluation that computes everything; what a cache predicts is judged by its pictures."""
-    whole = manifest.whole_graphs
-    errors = [
-        error
-        for s in samples
-        for error, (variant, _) in zip(s.evaluation_errors, s.variant_ms, strict=False)
-        if variant in whole and error is not None
+def relative_errors(plan: Plan, comparison: Comparison) -> list[float]:
+    """The errors of the plan's evaluations against the same ones in eager, in units of what eager bfloat16 loses there."""
+    records: list[Sample | Trace] = [s for s in comparison.evaluation_records if s.plan == plan.name]
+    return [
+        error / comparison.loss.at(plan.size, evaluation.timestep)
+        for record in records
+        for error, evaluation in zip(record.compiled_errors, plan.evaluations, strict=False)
+        if error is not None
     ]
-    value = largest_error(errors)
-    way_out = "quantize fewer layers (quantize.exclude), take a wider precision, or raise verify.relative_error"
-    over = f"largest of {len(errors)} evaluations that compute everything"
-    return Verdict(plan.name, "relative_error", value, recipe.verify.relative_error, False, over, way_out)
+
+
+def judge_evaluations(recipe: Recipe, plan: Plan, errors: Sequence[float]) -> Iterator[Verdict]:
+    """Mean and worst, of all evaluations that eager repeated as the artifact makes them."""
+    if not errors:
+        return
+    for key, what, value in (
+        ("evaluation_error", "mean", statistics.fmean(errors)),
+        ("worst_evaluation_error", "worst", largest_error(errors)),
+    ):
+        over = f"{what} of {len(errors)} evaluations, bfloat16 = 1"
+        yield Verdict(plan.name, key, value, getattr(recipe.verify, key), False, over, COARSE_WAY_OUT.format(key=key))
+
+
+def judge_pictures(recipe: Recipe, plan: Plan, samples: Sequence[Sample], comparison: Comparison) -> Iterator[Verdict]:
+    """Mean and worst, of pictures without cache, beside those of eager bfloat16's."""
+    rounded = [picture_loss(db) for db in comparison.loss.pictures_db.get(plan.steps, ())]
+    if not samples or not rounded:
+        return
+    found = [picture_loss(s.psnr_db) for s in samples]
+    for key, what, value, unit in (
+        ("picture_error", "mean", statistics.fmean(found), statistics.fmean(rounded)),
+        ("worst_picture_error", "worst", largest_error(found), largest_error(rounded)),
+    ):
+        unit = LEAST_PICTURE_LOSS if math.isnan(unit) else max(unit, LEAST_PICTURE_LOSS)
+        over = f"{what} of {len(found)} pictures, bfloat16 = 1"
+        way_out = COARSE_WAY_OUT.format(key=key)
+        yield Verdict(plan.name, key, value / unit, getattr(recipe.verify, key), False, over, way_out)
+
+
+def judge_cache(recipe: Recipe, plan: Plan, samples: Sequence[Sample]) -> Iterator[Verdict]:
+    """Mean and worst, of a cached plan's pictures beside the artifact's own without cache."""
+    found = [s.psnr_db if s.uncached_psnr_db is None else s.uncached_psnr_db for s in samples]
+    if not found:
+        return
+    for key, what, value in (
+        ("cached_psnr_db", "mean", statistics.fmean(found)),
+        ("worst_cached_psnr_db", "worst", smallest_psnr_db(found)),
+    ):
+        threshold = getattr(recipe.verify, key)
+        if threshold is not None:
+            way_out = f"let the cache compute at more steps, or lower verify.{key}"
+            over = f"{what} of {len(found)} pictures"
+            yield Verdict(plan.name, key, value, threshold, True, over, way_out)
 
 
 def judge_accuracy(recipe: Recipe, plan: Plan, comparison: Comparison) -> Verdict:
@@ -80,31 +124,3 @@ def describe_verification(outcome: Outcome) -> Verification | None:
         checked_prompts=(made.checked, asked.checked),
         psnr_db={name: interval for name, values in found.items() if (interval := mean_interval(values))},
     )
-
-
-def comparison_gaps(recipe: Recipe, plans: Mapping[str, Plan], comparison: Comparison) -> tuple[str, ...]:
-    """Sentences on what the recipe asks for and this comparison cannot say."""
-    found = []
-    workload = comparison.workload
-    if workload and not workload.is_whole:
-        found.append(
-            f"not everything was compared within verify.budget = {recipe.verify.budget}: {workload.describe()}; "
-            "`prebake verify --source --budget full` compares all"
-        )
-    if sizes := sorted({plan.size for plan in plans.values() if plan.size}):
-        found.append(
-            f"at {', '.join(sizes)} the first evaluations were held to the recipe, and no pictures: they are drawn at the default size"
-        )
-    if workload and workload.traced:
-        found.append("PSNR was not held to the recipe: one picture in eager takes longer than verify.budget")
-    elif not comparison.pictures:
-        found.append(
-            "PSNR and evaluations were not held to the recipe: its own prompts were not drawn (--prompt-set accuracy)"
-        )
-    if recipe.verify.prompt_accuracy_drop is not None and not comparison.exact:
-        found.append("prompt accuracy was not measured: the model has no checker, or its prompts were not asked for")
-    if any(plan.cache != "none" for plan in plans.values()):
-        found.append(
-            "the evaluations that the cache predicts are reported and have no threshold of their own; the cached plan's pictures have"
-        )
-    return tuple(found)

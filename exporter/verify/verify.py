@@ -10,17 +10,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import torch
-
-from ...runtime.artifact import Artifact, open_artifact
+from ...runtime.artifact import open_artifact
 from ...runtime.check.artifact import check_artifact
 from ...runtime.errors import ArtifactError, QualityError, RecipeError
-from ...runtime.manifest import ATTACH_FAMILY, Manifest, read_manifest
-from ..families.registry import load_family
+from ...runtime.manifest import Manifest, read_manifest
+from ...runtime.storage.private_folder import default_cache_folder
 from ..load.prompts import picture_prompts
 from ..package.folder import file_entries, stage_linked_copy, update_manifest
 from ..progress import Progress
@@ -30,38 +27,22 @@ from . import denoiser_alone as attached
 from . import report
 from .budget import Costs, PictureJob, Workload, choose_workload
 from .checked_prompts import CheckedPrompts, checked_prompts
-from .comparison import add_size_traces, measure_costs, measure_pictures
+from .comparison import add_size_traces, measure_pictures
+from .costs import measure_costs
+from .gaps import comparison_gaps
 from .golden import GoldenReplay, plans_without_golden, replay_golden, write_plan_golden
+from .loss import measure_loss
+from .opening import load_reference, open_replayer
+from .options import VerifyOptions, override_prompts, refuse_lone_part, refuse_source_options
 from .outcome import Outcome
-from .prompt_choice import limit_prompts, picture_jobs, read_prompts, threshold_prompts
-from .reference import EagerReference, Reference
+from .plan_check import judge_plans
+from .prompt_choice import limit_prompts, picture_jobs, threshold_prompts
+from .reference import EagerReference
 from .replayer import ArtifactReplayer, Replayer
-from .source_pipeline import load_source_pipeline, manifest_recipe, source_model
-from .verdicts import comparison_gaps, describe_verification, judge_comparison
-
-
-@dataclass(frozen=True)
-class VerifyOptions:
-    """What one `prebake verify` draws. Without `with_source`, only the golden vectors are replayed.
-
-    `model` says where the pipeline is, if not where the manifest says. `prompts` and `seeds` stand in for the recipe's;
-    `prompt_set` is "recipe", "accuracy" (the prompts that the model's checker judges), or "all". `limit` is the largest
-    number of prompts of each. `budget` stands in for the recipe's `verify.budget`; what is chosen by one of the others is drawn
-    however long it takes.
-    """
-
-    with_source: bool = False
-    model: str | None = None
-    prompts: Path | None = None
-    prompt_set: str = "all"
-    seeds: int | None = None
-    limit: int | None = None
-    budget: str | None = None
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether the recipe's prompts and seeds, and all checked prompts, are drawn."""
-        return self.with_source and self.prompt_set == "all" and (self.prompts, self.seeds, self.limit) == (None,) * 3
+from .results import EagerResults, RememberedReference, model_digest, workload_digest
+from .source_pipeline import manifest_recipe, source_model
+from .verdicts import describe_verification, judge_comparison
+from .weight_check import judge_weights
 
 
 def settle_verdict(folder: Path, manifest: Manifest, recipe: Recipe, keep_failed: bool, progress: Progress) -> None:
@@ -99,7 +80,28 @@ def verify_artifact(folder: Path, choices: VerifyOptions, progress: Progress) ->
         with progress.stage("verify", len(replayer.artifact.plans)):
             golden = replay_golden_vectors(replayer, progress)
         return manifest, Outcome(recipe, replayer.artifact.plans, golden, not_measured=(not_compared(manifest),))
+    refuse_lone_part(choices)
     recipe = override_prompts(recipe, choices)
+    jobs, checked = chosen_prompts(manifest, recipe, choices)
+    model = choices.model or source_model(manifest)
+    results = EagerResults(choices.results or default_cache_folder() / "verify" / model_digest(manifest, recipe))
+    lacking = plans_without_golden(folder, manifest.plans)
+    if choices.is_complete and (lacking or manifest.unverified or manifest.status == "unverified"):
+        found = complete_verification(folder.resolve(), manifest, recipe, model, jobs, checked, progress, results)
+    else:
+        replayer = open_replayer(open_artifact(folder, trust="size"), recipe, model)
+        with progress.stage("verify", len(replayer.artifact.plans) + 3):
+            outcome = compare_with_source(replayer, recipe, model, jobs, checked, progress, results)
+        found = manifest, drop_verdicts(outcome, *choices.part) if choices.part else outcome
+    if not choices.results:
+        results.remove()
+    return found
+
+
+def chosen_prompts(
+    manifest: Manifest, recipe: Recipe, choices: VerifyOptions
+) -> tuple[tuple[PictureJob, ...], CheckedPrompts | None]:
+    """What is drawn. Raises RecipeError where that is nothing."""
     jobs = () if choices.prompt_set == "accuracy" else picture_jobs(recipe, choices.limit)
     checked = (
         None if choices.prompt_set == "recipe" else limit_prompts(checked_prompts(manifest.source.model), choices.limit)
@@ -108,13 +110,20 @@ def verify_artifact(folder: Path, choices: VerifyOptions, progress: Progress) ->
         raise RecipeError(
             f"--prompt-set accuracy: model {manifest.source.model!r} has no checker; leave the option out"
         )
-    model = choices.model or source_model(manifest)
-    lacking = plans_without_golden(folder, manifest.plans)
-    if choices.is_complete and (lacking or manifest.unverified or manifest.status == "unverified"):
-        return complete_verification(folder.resolve(), manifest, recipe, model, jobs, checked, progress)
-    replayer = open_replayer(open_artifact(folder, trust="size"), recipe, model)
-    with progress.stage("verify", len(replayer.artifact.plans) + 2):
-        return manifest, compare_with_source(replayer, recipe, model, jobs, checked, progress)
+    jobs = choices.take_part(jobs)
+    checked = checked and replace(checked, prompts=choices.take_part(checked.prompts))
+    if not jobs and not (checked and checked.prompts):
+        raise RecipeError("--part: there are fewer pictures than parts; take fewer parts")
+    return jobs, checked
+
+
+def drop_verdicts(outcome: Outcome, part: int, parts: int) -> Outcome:
+    """The outcome of a part, which is held to nothing: a mean of it is not the mean of all."""
+    note = (
+        f"part {part} of {parts} was drawn, and nothing was held to the recipe: put the folders of all parts together, and "
+        "`prebake verify --source --budget full --results FOLDER` judges them"
+    )
+    return replace(outcome, verdicts=(), not_measured=(note,))
 
 
 class MissedThreshold(Exception):
@@ -132,6 +141,7 @@ def complete_verification(
     jobs: Sequence[PictureJob],
     checked: CheckedPrompts | None,
     progress: Progress,
+    results: EagerResults,
 ) -> tuple[Manifest, Outcome]:
     """The golden vectors that the artifact lacks, and the verdict, in one move; if the verdict is not clean, neither.
 
@@ -140,10 +150,10 @@ def complete_verification(
     try:
         with stage_linked_copy(folder) as fresh:
             replayer = open_replayer(open_artifact(fresh, trust="size"), recipe, model)
-            with progress.stage("verify", len(manifest.plans) + 3):
+            with progress.stage("verify", len(manifest.plans) + 4):
                 progress.announce("golden vectors")
                 write_missing_golden(replayer, recipe)
-                outcome = compare_with_source(replayer, recipe, model, jobs, checked, progress)
+                outcome = compare_with_source(replayer, recipe, model, jobs, checked, progress, results)
             if outcome.missed:
                 raise MissedThreshold(outcome)
             status = "failed" if manifest.status == "failed" else "verified"
@@ -175,24 +185,6 @@ def refuse_nothing_to_replay(folder: Path, manifest: Manifest) -> None:
         )
 
 
-def refuse_source_options(choices: VerifyOptions) -> None:
-    """Raises RecipeError for choices that would have no effect."""
-    chosen = {
-        "--model": choices.model,
-        "--prompts": choices.prompts,
-        "--seeds": choices.seeds,
-        "--limit": choices.limit,
-        "--budget": choices.budget,
-    }
-    given = [name for name, value in chosen.items() if value is not None] + ["--prompt-set"] * (
-        choices.prompt_set != "all"
-    )
-    if given:
-        raise RecipeError(
-            f"{', '.join(given)}: says how the artifact is compared with its pipeline; add --source, or leave it out"
-        )
-
-
 def compare_with_source(
     replayer: ArtifactReplayer,
     recipe: Recipe,
@@ -200,11 +192,14 @@ def compare_with_source(
     jobs: Sequence[PictureJob],
     checked: CheckedPrompts | None,
     progress: Progress,
+    results: EagerResults | None = None,
 ) -> Outcome:
-    """Golden vectors, then the comparison, then the verdicts. Plans of another scheduler than the recipe's (`prebake plan
+    """Golden vectors, then the comparison, then the verdicts. What eager gives is kept in `results`, and not asked for again. Plans of another scheduler than the recipe's (`prebake plan
     --scheduler` adds such) draw other pictures, and are replayed only."""
     artifact, manifest = replayer.artifact, replayer.artifact.manifest
-    reference = load_reference(manifest, recipe, model)
+    reference = load_reference(artifact.folder, manifest, recipe, model)
+    if results:
+        reference = RememberedReference(reference, results, model_digest(manifest, recipe))
     golden = replay_golden_vectors(replayer, progress)
     lacking = plans_without_golden(artifact.folder, artifact.plans)
     not_replayed = tuple(f"plan {name} has no golden vectors to replay" for name in lacking)
@@ -216,19 +211,28 @@ def compare_with_source(
     )
     usual = {name: plan for name, plan in plans.items() if plan.size is None}
     chosen = replayer.only(usual)
-    workload = choose_work(chosen, reference, recipe, jobs, checked)
+
+    def choose() -> Workload:
+        return choose_work(chosen, reference, recipe, jobs, checked)
+
+    asked = workload_digest(manifest, recipe, jobs, len(checked.prompts) if checked else 0)
+    workload = results.workload(asked, choose) if results else choose()
     progress.note(f"compared with eager within verify.budget = {recipe.verify.budget}: {workload.describe()}")
     comparison = measure_pictures(chosen, reference, workload, checked, progress)
     further = [plan for name, plan in plans.items() if name not in usual]
     comparison = add_size_traces(comparison, replayer, reference, picture_prompts(recipe)[0], further, progress)
-    verdicts = judge_comparison(manifest, recipe, plans, comparison)
+    weights, unknown = judge_weights(artifact, reference.weights())
+    loss = measure_loss(reference, comparison.known_evaluations, comparison.known_pictures, progress)
+    comparison = replace(comparison, loss=loss, known_evaluations=(), known_pictures=())
+    numbers, not_rebuilt = judge_plans(artifact.folder, manifest, recipe, plans, reference.pipe.scheduler)
+    verdicts = (*judge_comparison(manifest, recipe, plans, comparison), *numbers, *weights)
     return Outcome(
         recipe,
         plans,
         golden,
         comparison,
         verdicts,
-        (*comparison_gaps(recipe, plans, comparison), *others, *not_replayed),
+        (*comparison_gaps(manifest, recipe, plans, comparison), *not_rebuilt, *unknown, *others, *not_replayed),
     )
 
 
@@ -279,38 +283,3 @@ def write_missing_golden(replayer: Replayer | attached.AttachedReplayer, recipe:
             attached.write_attached_plan_golden(replayer, recipe, name)
         else:
             write_plan_golden(replayer, recipe, name)
-
-
-def open_replayer(artifact: Artifact, recipe: Recipe, model: str) -> Replayer | attached.AttachedReplayer:
-    """What draws with the artifact: the artifact itself, or of a denoiser alone its pipeline, loaded from `model` if it draws."""
-    if artifact.manifest.family == ATTACH_FAMILY:
-        return attached.AttachedReplayer(artifact, recipe, model)
-    return Replayer(artifact)
-
-
-def load_reference(manifest: Manifest, recipe: Recipe, model: str) -> EagerReference:
-    """The manifest's pipeline, loaded again in float32 and left as it is, with the recipe's scheduler.
-
-    Raises RecipeError when `model` is not the one that the artifact was made of.
-    """
-    loaded = load_source_pipeline(manifest, recipe, model, torch.float32)
-    if manifest.family == ATTACH_FAMILY:
-        return attached.AttachedReference(recipe, loaded)
-    return Reference(loaded.pipe, load_family(manifest.family), manifest, recipe.guidance)
-
-
-def override_prompts(recipe: Recipe, choices: VerifyOptions) -> Recipe:
-    """The recipe with the prompts, seeds and budget of the command line. Raises RecipeError for a file without prompts, and for a
-    budget that is no time."""
-    changes: dict[str, Any] = {} if choices.seeds is None else {"seeds": choices.seeds}
-    if choices.budget is not None:
-        try:
-            parse_duration(choices.budget)
-        except ValueError as e:
-            raise RecipeError(f"--budget {e}") from e
-        changes["budget"] = choices.budget
-    elif not choices.is_complete:
-        changes["budget"] = "full"
-    if choices.prompts is not None:
-        changes["prompts"] = read_prompts(choices.prompts)
-    return recipe.model_copy(update={"verify": recipe.verify.model_copy(update=changes)})

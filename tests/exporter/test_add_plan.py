@@ -218,7 +218,7 @@ def test_a_plan_without_a_cache_takes_the_place_of_a_cached_one_and_its_twin(cop
 def test_a_plan_that_misses_a_threshold_is_not_added(copied, tiny_folder):
     before = contents(copied)
     with pytest.raises(ExportError, match=r"(?s)psnr_db.*the plan is not added"):
-        added(copied, 4, *VERIFIED, "verify.psnr_db=110", verify=True, model=str(tiny_folder))
+        added(copied, 4, *VERIFIED, "verify.picture_error=1e-6", verify=True, model=str(tiny_folder))
     assert contents(copied) == before
 
 

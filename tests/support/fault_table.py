@@ -14,6 +14,8 @@ from dataclasses import dataclass
 HOSTILE = "runtime/check/test_hostile_artifacts.py::test_it_is_refused_in_words_before_anything_is_opened"
 CONTRACT = "runtime/test_contract.py::test_a_wrong_input_is_named_with_what_came_and_the_nearest_that_is_right"
 CONSTANTS = "runtime/test_artifact.py::test_constants_must_be_exactly_the_compiled_ones"
+CANARIES, RESULTS = "exporter/verify/test_canaries.py::", "exporter/verify/test_results.py::"
+PLACEMENT = "exporter/verify/test_placement.py::"
 DAMAGED, DISKS, PROMPTS = "faults/test_damaged.py::", "faults/test_disks.py::", "faults/test_prompts.py::"
 KILLED, EXPORTS, AROUND = "faults/test_killed.py::", "faults/test_exports.py::", "faults/test_surroundings.py::"
 COMPILER, SHELL = "faults/test_compiler.py::", "runtime/cli/test_command.py::"
@@ -400,6 +402,18 @@ FAULTS: Mapping[str, tuple[Fault, ...]] = {
             "`weights/...: sha256 is ...`",
             DAMAGED + "test_not_a_number_among_the_weights_is_found_by_its_hash",
         ),
+    ),
+    "Broken artifacts": (
+        Fault("wrong-weight", "the rows, or the sign, of one weight are others in an artifact, or the scale of one int8 layer", "evaluations at equal inputs miss the recipe, in units of what eager bfloat16 loses", CANARIES + "test_one_wrong_weight_or_scale_is_missed"),
+        Fault("wrong-number", "one number of a weight, too small a change for any evaluation to show", "the comparison with the model's own weights names the tensor", CANARIES + "test_one_number_that_no_evaluation_shows_is_missed"),
+        Fault("wrong-coefficient", "one coefficient of a scheduler or a cache, or one timestep, is off by 1 %", "the comparison with the plan made anew names the plan", CANARIES + "test_one_coefficient_that_is_off_by_one_percent_is_missed"),
+        Fault("whole-artifact", "nothing", "the artifact passes", CANARIES + "test_an_artifact_that_is_whole_passes"),
+        Fault("verify-interrupted", "`prebake verify --source` is interrupted", "the next one asks eager only for the rest, and reports the same", RESULTS + "test_a_resumed_and_a_merged_comparison_equal_a_whole_one"),
+        Fault("verify-damaged-result", "a kept result of eager's is damaged", "it is computed again", RESULTS + "test_a_damaged_file_is_as_none"),
+        Fault("verify-lone-part", "`--part` without `--results`", "refused, since nobody could put the parts together", RESULTS + "test_a_part_needs_a_folder"),
+        Fault("verify-no-gpu", "a GPU's artifact, or a recipe whose reference runs on a GPU, where torch sees none", "refused: it is not held to what a CPU rounds", PLACEMENT + "test_a_gpu_that_is_not_there_is_refused_with_the_way_out"),
+        Fault("verify-no-bfloat16", "a pipeline that torch cannot run in bfloat16", "evaluations are held to the spacing of its numbers, and the report says so", "exporter/verify/test_loss.py::test_a_pipeline_that_does_not_run_in_bfloat16_is_held_to_the_spacing_of_its_numbers"),
+        Fault("old-thresholds", "a recipe with `verify.psnr_db` or `verify.relative_error`", "refused, with the keys that took their place", "exporter/recipe/test_problems.py::test_override_is_refused_by_its_own_text"),
     ),
     "Weights in shards": (
         Fault(

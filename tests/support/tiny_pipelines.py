@@ -16,14 +16,15 @@ DEFAULTS = {
     "guidance_scale": 3.5,
 }
 SD_DEFAULTS = {"num_inference_steps": 4, "guidance_scale": 3.0}
-OVERRIDES = ("cache.method=pab", "sampler.steps=8", "verify.psnr_db=30", "verify.cached_psnr_db=20")
+OVERRIDES = ("cache.method=pab", "sampler.steps=8", "verify.cached_psnr_db=20")
 """What the fixture `tiny_artifact` changes in `flux-fast`."""
 SD_OVERRIDES = (
     "cache.method=none",
     "precision.denoiser=float32",
     "precision.text_encoders=float32",
     "precision.vae=float32",
-    "verify.psnr_db=80",
+    "verify.evaluation_error=0.1",
+    "verify.worst_evaluation_error=0.1",
     "verify.seeds=1",
     'verify.prompts=["a red circle"]',
 )

@@ -198,6 +198,16 @@ def test_export_main_is_prebake_export(fake_pipeline, monkeypatch, tmp_path, cap
     assert json.loads(capsys.readouterr().out) == {"artifact": str(tmp_path), "graphs": {}, "seconds": {}}
 
 
+@pytest.mark.parametrize(
+    ("chosen", "verifies"),
+    [((), True), (("--verify", "now"), True), (("--verify", "later"), False), (("--no-verify",), False)],
+)
+def test_the_comparison_can_be_left_for_later(fake_pipeline, capsys, chosen, verifies):
+    assert cli.main(["export", "--recipe", "baseline", "--model", "shapes", *chosen]) == 0
+    _, _, options = fake_pipeline.calls[0]
+    assert options.verify is verifies
+
+
 def test_export_prints_where_the_artifact_is(fake_pipeline, capsys):
     assert cli.main(["export", "--recipe", "baseline", "--model", "shapes"]) == 0
     assert capsys.readouterr().out == f"{Path('artifacts/baseline-shapes')}\n"

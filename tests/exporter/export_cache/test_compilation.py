@@ -94,9 +94,13 @@ NEUTRAL: dict[str, Any] = {
     "sampler.guidance_scale": 7.0,
     "shapes.batch": (1, 2),  # on a CPU, which has no graphs for batches
     "verify.budget": "full",
-    "verify.psnr_db": 1.0,
+    "verify.picture_error": 9.0,
+    "verify.worst_picture_error": 9.0,
+    "verify.evaluation_error": 9.0,
+    "verify.worst_evaluation_error": 19.0,
+    "verify.worst_cached_psnr_db": 1.0,
+    "verify.cache_gate": "always",
     "verify.cached_psnr_db": 1.0,
-    "verify.relative_error": 0.9,
     "verify.prompt_accuracy_drop": 3.0,
     "verify.accuracy_prompts": 1,
     "verify.prompts": ("another",),
@@ -285,7 +289,7 @@ def test_an_export_from_the_cache_is_the_same_artifact_and_is_verified(compiler,
     assert "verify" in warm.seconds
     lowering = load_backend(compiler)
     monkeypatch.setattr(lowering, "compile_graph" if compiler == "aoti" else "onnx_model", None)
-    third, planned = exported("third", "sampler.steps=3", "verify.psnr_db=40")
+    third, planned = exported("third", "sampler.steps=3", "verify.picture_error=4")
     assert set(planned.graphs.values()) == {FROM_CACHE}
     assert read_manifest(third).status == "verified"
     assert set(read_manifest(third).plans) == {"3"}

@@ -18,7 +18,8 @@ from prebake.exporter.recipe.resolve import resolve
 from prebake.exporter.rewrite import inner_width, rewrite_pipeline
 from prebake.exporter.rewrite.quantize import layer_role
 from prebake.exporter.settle import settle
-from prebake.exporter.verify.verify import VerifyOptions, verify_artifact
+from prebake.exporter.verify.options import VerifyOptions
+from prebake.exporter.verify.verify import verify_artifact
 from prebake.runtime.errors import ExportError
 from support.kernel_cases import runs_here
 from support.known_layouts import layout_of
@@ -221,4 +222,11 @@ def test_verify_with_the_source_passes(tiny_sd_artifact, tiny_sd_folder):
             tiny_sd_artifact, VerifyOptions(with_source=True, model=str(tiny_sd_folder)), quiet
         )
     assert outcome.missed == ()
-    assert {v.figure for v in outcome.verdicts} == {"psnr_db", "relative_error"}
+    assert {v.figure for v in outcome.verdicts} == {
+        "evaluation_error",
+        "worst_evaluation_error",
+        "picture_error",
+        "worst_picture_error",
+        "plan_error",
+        "weight_error",
+    }

@@ -25,8 +25,8 @@ FILES = {
     "[fuse]\nqkv = 1": " [fuse]: key 'qkv': expected a valid boolean, got 1",
     "[verify]\nseeds = true": " [verify]: key 'seeds': expected a valid integer, got true",
     "[verify]\nseeds = 0": " [verify]: key 'seeds': expected greater than or equal to 1, got 0",
-    "[verify]\npsnr_db = nan": " [verify]: key 'psnr_db': expected a finite number, got NaN",
-    "[verify]\npsnr_db = '45'": " [verify]: key 'psnr_db': expected a valid number, got \"45\"",
+    "[verify]\npicture_error = nan": " [verify]: key 'picture_error': expected a finite number, got NaN",
+    "[verify]\npicture_error = '45'": " [verify]: key 'picture_error': expected a valid number, got \"45\"",
     "[sampler]\nsteps = 28": " [sampler]: key 'steps': expected a list, got 28",
     "[sampler]\nsteps = [28, 'ten']": " [sampler]: key 'steps' item 2: expected a valid integer, got \"ten\"",
     "[sampler]\nsteps = []": " [sampler]: key 'steps': expected at least one number of steps, got []; leave the key out for the model's own",
@@ -69,8 +69,9 @@ FILES = {
     "[cache]\nmethod = 'pab'\nspatial_attention_timestep_skip_range = [800, 100]": (
         " [cache]: key 'spatial_attention_timestep_skip_range': expected low < high, got [800, 100]"
     ),
-    "[verify]\npsnr_db = 30.0\ncached_psnr_db = 40.0": (
-        " [verify]: cached_psnr_db = 40.0 asks more of a cached plan than psnr_db = 30.0 of the plan it approximates"
+    "[verify]\npsnr_db = 30.0": (
+        " [verify]: key 'psnr_db' is no longer read: a PSNR of rounding says nothing of an artifact. Set picture_error and "
+        "worst_picture_error, in units of what eager bfloat16 loses"
     ),
     "[precision]\nvae = 'float16'": (
         ' [precision]: vae = "float16" is not possible on device "cpu"; use "bfloat16" or "float32", or device "cuda"'
@@ -136,7 +137,8 @@ SETS = {
     "sampler.steps=two": "key 'steps' item 1: expected a valid integer, got \"two\"",
     "sampler.steps=2": "mask '1111(001)' needs at least 4 steps, not 2; shorten it or raise sampler.steps",
     "sampler.steps=0": "key 'steps' item 1: expected greater than or equal to 1, got 0",
-    "verify.cached_psnr_db=50": "cached_psnr_db = 50.0 asks more of a cached plan than psnr_db = 45.0 of the plan it approximates",
+    "verify.relative_error=0.1": "key 'relative_error' is no longer read: set evaluation_error and worst_evaluation_error, in units of "
+    "what eager bfloat16 loses",
 }
 
 

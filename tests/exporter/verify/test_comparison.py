@@ -12,14 +12,14 @@ from prebake.exporter.verify import closeness
 from prebake.exporter.verify.checked_prompts import CheckedPrompts, checked_prompts
 from prebake.exporter.verify.closeness import relative_error
 from prebake.exporter.verify.comparison import measure_pictures
-from prebake.exporter.verify.verify import load_reference
+from prebake.exporter.verify.opening import load_reference
 from support.verification import PROMPTS, asking, whole_work
 
 
 def test_evaluations_are_compared_at_the_artifacts_own_inputs(replayer, tiny_artifact, tiny_folder):
     """Errors of one evaluation do not add up over steps, and a denoiser with one other weight is noticed at once."""
     manifest, recipe = asking(tiny_artifact, tiny_folder)
-    reference = load_reference(manifest, recipe, str(tiny_folder))
+    reference = load_reference(tiny_artifact, manifest, recipe, str(tiny_folder))
     found = measure_pictures(
         replayer, reference, whole_work(replayer, [(PROMPTS[0], 0), (PROMPTS[0], 1)]), None, Progress()
     )
@@ -34,7 +34,7 @@ def test_evaluations_are_compared_at_the_artifacts_own_inputs(replayer, tiny_art
 
 def test_the_reference_is_the_plain_pipeline(tiny_artifact, tiny_folder, tiny_pipe):
     manifest, recipe = asking(tiny_artifact, tiny_folder)
-    drawn = load_reference(manifest, recipe, str(tiny_folder)).draw(PROMPTS[0], 3, 8)
+    drawn = load_reference(tiny_artifact, manifest, recipe, str(tiny_folder)).draw(PROMPTS[0], 3, 8)
     tiny_pipe.set_progress_bar_config(disable=True)
     d, seeded = manifest.defaults, torch.Generator().manual_seed(3)
     call = {"height": d.height, "width": d.width, "guidance_scale": d.guidance_scale, "max_sequence_length": 8}
@@ -44,7 +44,7 @@ def test_the_reference_is_the_plain_pipeline(tiny_artifact, tiny_folder, tiny_pi
 
 def test_checked_prompts_are_drawn_with_their_index_as_seed(replayer, tiny_artifact, tiny_folder):
     manifest, recipe = asking(tiny_artifact, tiny_folder)
-    reference = load_reference(manifest, recipe, str(tiny_folder))
+    reference = load_reference(tiny_artifact, manifest, recipe, str(tiny_folder))
     seen = []
 
     def exact(images, prompts):

@@ -13,8 +13,9 @@ from prebake.exporter.progress import Progress
 from prebake.exporter.recipe.resolve import Recipe
 from prebake.exporter.verify import golden
 from prebake.exporter.verify.golden import TOLERANCES, GoldenReplay, replay_golden, tolerance_of
+from prebake.exporter.verify.options import VerifyOptions
 from prebake.exporter.verify.replayer import Replayer
-from prebake.exporter.verify.verify import VerifyOptions, verify_artifact, write_golden
+from prebake.exporter.verify.verify import verify_artifact, write_golden
 from prebake.runtime.artifact import open_artifact
 from prebake.runtime.errors import ArtifactError, ExportError
 from prebake.runtime.manifest import read_manifest

@@ -14,6 +14,7 @@ from prebake.exporter.progress import Progress
 from prebake.exporter.verify import report
 from prebake.exporter.verify.checked_prompts import CheckedPrompts
 from prebake.exporter.verify.comparison import PictureRow, WorstRows
+from prebake.exporter.verify.options import VerifyOptions
 from prebake.exporter.verify.outcome_tables import print_outcome
 from prebake.exporter.verify.picture_sheet import (
     GAP,
@@ -25,7 +26,7 @@ from prebake.exporter.verify.picture_sheet import (
     sheet_plans,
 )
 from prebake.exporter.verify.replayer import CallRecord, DrawnPicture, Replayer
-from prebake.exporter.verify.verify import VerifyOptions, compare_with_source, not_compared, verify_artifact
+from prebake.exporter.verify.verify import compare_with_source, not_compared, verify_artifact
 from prebake.runtime.artifact import open_artifact
 from prebake.runtime.plan import Evaluation, Plan, Update
 
@@ -74,13 +75,20 @@ def test_report_has_every_figure(verified):
     ):
         assert figure > 0
     assert {v["figure"] for v in described["verdicts"]} == {
-        "psnr_db",
-        "cached_psnr_db",
-        "relative_error",
+        "evaluation_error",
+        "worst_evaluation_error",
+        "picture_error",
+        "worst_picture_error",
+        "plan_error",
+        "weight_error",
         "prompt_accuracy_drop",
     }
+    assert cached["compiled_error"]["of_bfloat16_max"] >= cached["compiled_error"]["of_bfloat16_mean"] > 0
+    assert len(cached["compiled_error"]["bfloat16_per_evaluation"]) == 8
+    assert cached["cached"]["pictures"] == 1
+    assert len(described["eager"]["8"]["bfloat16_psnr_db"]) == 1
     assert described["machine"]["threads"] == torch.get_num_threads()
-    assert described["thresholds"]["psnr_db"] == 30.0
+    assert described["thresholds"]["cached_psnr_db"] == 20.0
     assert described["exported_with"]["torch"] == torch.__version__
 
 
@@ -98,9 +106,12 @@ def test_each_variant_has_its_time_beside_its_flops(verified):
 
 def test_report_says_what_was_not_measured(verified, tiny_artifact):
     described = report.describe_outcome(*verified)
-    assert described["not_measured"] == [
-        "the evaluations that the cache predicts are reported and have no threshold of their own; the cached plan's pictures have"
-    ]
+    cache, weights = described["not_measured"]
+    assert cache == (
+        "what the cache loses is reported and not held to the recipe: the artifact has no calibration of this model; "
+        "verify.cache_gate=always holds it to verify.cached_psnr_db"
+    )
+    assert "weights were not held against the model's, which has none of the name: denoiser.folded_0" in weights
     replayed = report.describe_outcome(*verify_artifact(tiny_artifact, VerifyOptions(), Progress()))
     assert replayed["not_measured"] == [
         "the artifact was compared with the eager pipeline before, and passed; `prebake verify --source` compares again"

@@ -19,7 +19,8 @@ import torch
 from prebake.exporter.pipeline import ExportOptions, export
 from prebake.exporter.progress import open_progress
 from prebake.exporter.verify.golden import golden_path
-from prebake.exporter.verify.verify import VerifyOptions, verify_artifact
+from prebake.exporter.verify.options import VerifyOptions
+from prebake.exporter.verify.verify import verify_artifact
 from prebake.runtime import ExportError, RecipeError, RequestError, attach, load
 from prebake.runtime.artifact import open_artifact
 from prebake.runtime.manifest import read_manifest

@@ -24,7 +24,7 @@ from prebake.exporter.pipeline import ExportOptions, export
 from prebake.exporter.prepared_export import PreparedExport
 from prebake.exporter.progress import Progress, open_progress
 from prebake.exporter.recipe.resolve import Recipe, resolve, shared_keys
-from prebake.exporter.recipe.schema import Compile, table_names, table_types
+from prebake.exporter.recipe.schema import Compile, VerifyReference, table_names, table_types
 from prebake.exporter.tiny import save_tiny_pipeline
 from prebake.runtime.manifest import read_manifest
 from support.captured_pipeline import prepared
@@ -94,6 +94,7 @@ NEUTRAL: dict[str, Any] = {
     "sampler.guidance_scale": 7.0,
     "shapes.batch": (1, 2),  # on a CPU, which has no graphs for batches
     "verify.budget": "full",
+    "verify.reference": VerifyReference(device="cpu"),
     "verify.picture_error": 9.0,
     "verify.worst_picture_error": 9.0,
     "verify.evaluation_error": 9.0,

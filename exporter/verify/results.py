@@ -32,6 +32,12 @@ from .reference import EagerReference
 from .replayer import DrawnPicture, GraphCall
 
 WORKLOAD = TypeAdapter(Workload)
+DECISIVE_TABLES: Any = {
+    **dict.fromkeys(("sampler", "guidance", "shapes", "attach"), True),
+    "model": {"lora", "textual_inversion"},
+    "verify": {"reference"},
+}
+"""What of a recipe eager's answers depend on."""
 
 
 class EagerResults:
@@ -163,7 +169,7 @@ def call_digest(call: GraphCall) -> str:
 
 def model_digest(manifest: Manifest, recipe: Recipe) -> str:
     """What eager's answers depend on: the model, the calls that the recipe describes, and the versions that compute."""
-    asked = recipe.model_dump(mode="json", include={"sampler", "guidance", "shapes", "attach"})
+    asked = recipe.model_dump(mode="json", include=DECISIVE_TABLES)
     sites = [entry.sha256 for entry in manifest.files if entry.path == PLAN_INPUTS_FILE]
     versions = [version(name) for name in ("torch", "diffusers", "transformers")]
     return digest(manifest.source.sha256, manifest.defaults.model_dump(mode="json"), asked, sites, versions)

@@ -16,7 +16,7 @@ from typing import Any
 from ..runtime.artifact import open_artifact
 from ..runtime.check.artifact import check_artifact, plan_problems
 from ..runtime.errors import ExportError, QualityError, RecipeError, RequestError
-from ..runtime.manifest import ATTACH_FAMILY, Manifest, SizeEntry, read_manifest, size_graph_name
+from ..runtime.manifest import ATTACH_FAMILY, Manifest, read_manifest, size_graph_name
 from ..runtime.plan import Plan, size_plan_name
 from .caches import Decision, Schedule, Trajectory, schedule
 from .caches.common import calibration as calibrations
@@ -24,7 +24,8 @@ from .caches.common.calibration import Calibration
 from .caches.common.fallback import settle_cache
 from .families.registry import load_family
 from .package.folder import plan_path, stage_linked_copy, update_manifest, write_plans
-from .plan import join_plan, list_actions
+from .plan import add_areas, join_plan, list_actions, make_area_schedule
+from .plan.areas import tabulate_areas
 from .plan.inputs import PlanInputs, read_plan_inputs
 from .plan.sampler import SchedulerTable, tabulate_scheduler, tabulate_tails
 from .progress import Progress
@@ -34,6 +35,7 @@ from .sites.marks import Action, Mark
 from .verify import report
 from .verify.golden import golden_path, write_plan_golden
 from .verify.prompt_choice import picture_jobs, threshold_prompts
+from .verify.range_probes import plans_with_probes
 from .verify.replayer import Replayer
 from .verify.source_pipeline import source_model
 from .verify.verify import compare_with_source
@@ -54,9 +56,10 @@ def build_plans(
             f"{folder}: holds a denoiser alone, whose plans follow its pipeline's own schedule; export again with sampler.steps"
         )
     content = read_plan_inputs(folder, manifest)
-    sizes = {
-        size and size.name: sampler_tables(content, manifest, recipe, steps, size) for size in (None, *manifest.sizes)
-    }
+    usual = manifest.pipeline["latents_shape"]
+    shapes = {size.name: size.pipeline.get("latents_shape", usual) for size in manifest.sizes}
+    sizes = {name: sampler_tables(content, manifest, recipe, steps, s) for name, s in {None: usual, **shapes}.items()}
+    areas = area_tables(content, manifest, recipe, steps)
     table, _ = sizes[None]
     cache, calibration = settle_cache(
         recipe.cache, manifest.source, manifest.defaults, {steps: table}, folder, progress
@@ -72,7 +75,11 @@ def build_plans(
             graphs = {actions: size_graph_name(variant, size) for actions, variant in names.items()}
             named = size_plan_name(name, size)
             made.append(join_plan(named, steps, method, of_size, schedules(of_size), graphs, tails))
-        return tuple(made)
+        by_area = [
+            make_area_schedule(area, join_plan(name, steps, method, of_area, schedules(of_area), names, tails))
+            for area, (of_area, tails) in areas.items()
+        ]
+        return (add_areas(made[0], by_area), *made[1:])
 
     if cache.method == "none":
         return join_sizes(str(steps), "none", lambda _: everything), None
@@ -111,11 +118,24 @@ def refuse_other_calibration(calibration: Calibration, name: str, folder: Path) 
         )
 
 
+def area_tables(
+    content: PlanInputs, manifest: Manifest, recipe: Recipe, steps: int
+) -> dict[int, tuple[SchedulerTable, Mapping[int, SchedulerTable]]]:
+    """The tables at each area of the artifact's range but the default size's; none where they do not follow the size."""
+    legal = manifest.range
+
+    def tabulate(height: int, width: int) -> tuple[SchedulerTable, Mapping[int, SchedulerTable]]:
+        assert legal is not None
+        return sampler_tables(content, manifest, recipe, steps, legal.latents_at(height, width))
+
+    return tabulate_areas(legal, manifest.defaults.height * manifest.defaults.width, tabulate)
+
+
 def sampler_tables(
-    content: PlanInputs, manifest: Manifest, recipe: Recipe, steps: int, size: SizeEntry | None = None
+    content: PlanInputs, manifest: Manifest, recipe: Recipe, steps: int, shape: Sequence[int]
 ) -> tuple[SchedulerTable, Mapping[int, SchedulerTable]]:
-    """The scheduler's table at that size, from the configuration that the artifact keeps, and those of its later starts."""
-    shape = {**manifest.pipeline, **(size.pipeline if size else {})}["latents_shape"]
+    """The scheduler's table at the size whose latents have that shape, from the configuration that the artifact keeps, and those of its
+    later starts."""
     name = recipe.sampler.scheduler
     scheduler = build_scheduler(content.scheduler if name == "model" else name, content.scheduler_config)
     arguments = load_family(manifest.family).scheduler_arguments(scheduler, shape, steps)
@@ -218,8 +238,9 @@ def add_plans(
             calibrations.write_calibration(fresh / calibrations.CALIBRATION_FILE, calibration)
         manifest = update_manifest(fresh, listed, manifest)
         replayer = Replayer(open_artifact(fresh, trust="size"))
-        with progress.stage("golden", len(plans)):
-            for name in plans:
+        added = [n for n in plans_with_probes(replayer.artifact) if n in plans or n.partition("@")[0] in plans]
+        with progress.stage("golden", len(added)):
+            for name in added:
                 progress.announce(f"golden vectors of plan {name}")
                 write_plan_golden(replayer, recipe, name)
         manifest = update_manifest(fresh, manifest, manifest)
@@ -282,7 +303,8 @@ def unlink_plans(folder: Path, manifest: Manifest, names: Set[str]) -> None:
     """Takes the files of these plans out of a folder of links."""
     for name in names:
         (folder / manifest.plans[name]).unlink()
-        (folder / golden_path(name)).unlink(missing_ok=True)
+        for golden in (folder / golden_path(name), *folder.glob(golden_path(f"{name}@*"))):
+            golden.unlink(missing_ok=True)
 
 
 def report_folder(folder: Path, name: str) -> Path:

@@ -34,9 +34,8 @@ class Reference:
     def __init__(self, pipe: Any, family: Family, manifest: Manifest, guidance: Guidance) -> None:
         self._pipe, self._family = pipe, family
         self._sizes, self._guidance_scale = read_sizes(manifest), manifest.defaults.guidance_scale
-        self._denoisers = {
-            size_graph_name("", name): family.denoiser(pipe, size, guidance) for name, size in self._sizes.items()
-        }
+        build = family.range_denoiser if manifest.range else family.denoiser
+        self._denoisers = {size_graph_name("", name): build(pipe, size, guidance) for name, size in self._sizes.items()}
 
     @property
     def scheduler(self) -> str:

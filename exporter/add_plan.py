@@ -25,6 +25,7 @@ from .replan.rebuild import build_plans
 from .verify import report
 from .verify.golden import golden_path, write_plan_golden
 from .verify.prompt_choice import picture_jobs, threshold_prompts
+from .verify.range_probes import plans_with_probes
 from .verify.replayer import Replayer
 from .verify.source_pipeline import source_model
 from .verify.verify import compare_with_source
@@ -68,8 +69,9 @@ def add_plans(
             calibrations.write_calibration(fresh / calibrations.CALIBRATION_FILE, calibration)
         manifest = update_manifest(fresh, listed, manifest)
         replayer = Replayer(open_artifact(fresh, trust="size"))
-        with progress.stage("golden", len(plans)):
-            for name in plans:
+        added = [n for n in plans_with_probes(replayer.artifact) if n in plans or n.partition("@")[0] in plans]
+        with progress.stage("golden", len(added)):
+            for name in added:
                 progress.announce(f"golden vectors of plan {name}")
                 write_plan_golden(replayer, recipe, name)
         manifest = update_manifest(fresh, manifest, manifest)
@@ -132,7 +134,8 @@ def unlink_plans(folder: Path, manifest: Manifest, names: Set[str]) -> None:
     """Takes the files of these plans out of a folder of links."""
     for name in names:
         (folder / manifest.plans[name]).unlink()
-        (folder / golden_path(name)).unlink(missing_ok=True)
+        for golden in (folder / golden_path(name), *folder.glob(golden_path(f"{name}@*"))):
+            golden.unlink(missing_ok=True)
 
 
 def report_folder(folder: Path, name: str) -> Path:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ..runtime.manifest import Cost, Defaults, SizeEntry, Source
+    from ..runtime.manifest import Cost, Defaults, LegalSizes, SizeEntry, Source
     from .caches.common.calibration import Calibration, PictureSize
     from .cost.count import Census
     from .export_cache.store import Store
@@ -72,6 +72,10 @@ class ModelPart(Protocol):
 
     def size_entries(self, graphs: Mapping[str, Sequence[CapturedGraph]]) -> tuple[SizeEntry, ...]:
         """The manifest's `sizes`."""
+        ...
+
+    def legal_sizes(self) -> LegalSizes | None:
+        """The manifest's `range`."""
         ...
 
     def write_files(self, folder: Path, layout: Layout, planned: PlanSet) -> None:

@@ -166,6 +166,27 @@ def overload_name(op: OpOverload) -> str:
     return op._overloadname
 
 
+def example_number(size: int | torch.SymInt) -> int:
+    """What a dimension was while it was traced: the number itself, or of a symbol its `hint`, without a word to the tracer, which
+    `int()` would make a constant of it."""
+    return size if isinstance(size, int) else int(size.node.hint)
+
+
+def is_surely_equal(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
+    """Whether two dimensions are equal at every size, `symbolic_shapes.statically_known_true`: comparing symbols by `==` would
+    settle, for the rest of the graph, that they are."""
+    if isinstance(a, int) and isinstance(b, int):
+        return a == b
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(a == b)
+
+
+def have_equal_shapes(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have one shape at every size."""
+    return a.dim() == b.dim() and all(is_surely_equal(n, m) for n, m in zip(a.shape, b.shape, strict=True))
+
+
 def storage_key(tensor: Tensor) -> int:
     """Equal for tensors that share memory, also for fake ones, whose public `data_ptr` is 0."""
     return tensor.untyped_storage()._cdata

@@ -8,13 +8,17 @@ from typing import Any
 
 import torch
 
-from ..runtime.errors import RecipeError, first_line
+from ..runtime.errors import ExportError, RecipeError, first_line
 from ..runtime.manifest import Defaults
+from ..runtime.sizes.size_range import SideRange, SizeRange
+from .capture.ranges import refuse_one_unit
 from .families.picture import Size
 from .families.registry import Family, as_base_pipeline
 from .load import source
 from .load.lora import cast_components, fuse_loras
 from .load.textual_inversion import add_inversions
+from .plan import SizeSchedules
+from .plan.areas import tabulate_areas
 from .plan.sampler import SchedulerTable, tabulate_scheduler, tabulate_tails
 from .progress import Progress
 from .recipe.resolve import Recipe
@@ -38,6 +42,11 @@ def settle(recipe: Recipe, family: Family, loaded: source.LoadedPipeline) -> tup
     asked = {**recipe.shapes.model_dump(), "guidance_scale": recipe.sampler.guidance_scale}
     if recipe.shapes.pixels:
         asked["height"], asked["width"] = recipe.shapes.pixels[0]
+    asked |= {
+        name: default_length(getattr(recipe.shapes, name), usual[name])
+        for name in ("height", "width")
+        if recipe.shapes.is_ranged
+    }
     chosen = {name: usual[name] if asked.get(name) is None else asked[name] for name in usual}
     steps = recipe.sampler.steps or (usual["num_inference_steps"],)
     frames = chosen.get("num_frames")
@@ -53,6 +62,45 @@ def settle(recipe: Recipe, family: Family, loaded: source.LoadedPipeline) -> tup
         num_frames=frames,
     )
     return defaults, size, steps
+
+
+def default_length(asked: int | SideRange | None, usual: int) -> int:
+    """What a call gets that does not say: of a range the length nearest to the model's own."""
+    return asked.nearest(usual)[0] if isinstance(asked, SideRange) else asked or usual
+
+
+def settle_range(recipe: Recipe, family: Family, pipe: Any, size: Size) -> SizeRange | None:
+    """The recipe's range, None where it has none; `size` is the default one. Raises ExportError for a family that has no graph for
+    several sizes, and for sizes that the pipeline would not draw."""
+    if not recipe.shapes.is_ranged:
+        return None
+    unit, sides = family.range_unit(pipe), {}
+    for name in ("height", "width"):
+        asked = getattr(recipe.shapes, name)
+        sides[name] = asked if isinstance(asked, SideRange) else SideRange.fixed(getattr(size, name))
+        if sides[name].unit % unit:
+            raise ExportError(
+                f"shapes.{name}: expected min and step to be multiples of {unit} pixels, which the denoiser needs at every size, got "
+                f"{sides[name]}; set step={max(1, round(sides[name].step / unit)) * unit}, and min to such a multiple"
+            )
+        refuse_one_unit(name, sides[name])
+    legal = SizeRange(**sides)
+    for height, width in legal.corners:
+        family.check_size(pipe, replace(size, height=height, width=width))
+    return legal
+
+
+def area_tables(
+    recipe: Recipe, family: Family, pipe: Any, size: Size, legal: SizeRange | None, steps: tuple[int, ...]
+) -> dict[int, SizeSchedules]:
+    """The scheduler's tables at each area of the range but the default size's; none where they do not follow the size."""
+
+    def tabulate(height: int, width: int) -> SizeSchedules:
+        of = replace(size, height=height, width=width)
+        tables = {n: tabulate_scheduler(pipe.scheduler, n, **schedule_arguments(family, pipe, of, n)) for n in steps}
+        return SizeSchedules(tables, {n: sampler_tails(recipe, family, pipe, of, n) for n in steps})
+
+    return tabulate_areas(legal, size.height * size.width, tabulate)
 
 
 def further_sizes(recipe: Recipe, family: Family, pipe: Any, size: Size) -> dict[str, Size]:

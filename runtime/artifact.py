@@ -20,7 +20,7 @@ from .backends import GraphModel, OpenContext, backend_module
 from .bounds import MAX_PLAN_BYTES, parse_json
 from .call.batches import RowByRow
 from .check.artifact import PublicKey, Trust, open_checked_files, plan_problems
-from .contract import Contract, torch_dtype
+from .contract import Contract, RangeContract, graph_contract, torch_dtype
 from .errors import ArtifactError, RequestError, describe_read_error, describe_schema_error, raise_problems
 from .finite import is_finite
 from .gpu.memory import explain_gpu_memory
@@ -45,11 +45,14 @@ from .storage.files import descriptor_path, read_into_page_cache, read_listed_fi
 from .storage.weight_files import WeightFiles, copy_files
 from .weights import map_weights
 
+KEPT_TABLES = 256
+"""Tables that are made at their first use, for later starts, batches and the sizes of a range; made again beyond."""
+
 
 class BoundGraph:
     """A compiled graph that is ready to be called: constants bound, every call checked against the manifest."""
 
-    def __init__(self, graph: Graph, model: GraphModel, contract: Contract, usage: Usage | None = None):
+    def __init__(self, graph: Graph, model: GraphModel, contract: Contract | RangeContract, usage: Usage | None = None):
         self.graph = graph
         self._usage = usage or Usage(f"graph {graph.name!r}")
         self._model = model
@@ -59,7 +62,8 @@ class BoundGraph:
         """Outputs by name. Raises RequestError, naming the input, unless the inputs are exactly the manifest's, and what
         `Usage.inside` raises."""
         with self._usage.inside():
-            return self._contract.outputs(self._model(self._contract.inputs(inputs)))
+            contract = self._contract.at_call(inputs)
+            return contract.outputs(self._model(contract.inputs(inputs)))
 
     def close(self) -> None:
         """Lets go of its constants."""
@@ -111,6 +115,20 @@ class Artifact:
             )
         return name
 
+    def plan_at(self, name: str, height: int, width: int) -> str:
+        """The name of that plan of the default size for pictures of another size of the artifact's range; the same one where its
+        schedule does not follow the size."""
+        follows = any(schedule.area == height * width for schedule in self.plans[name].areas)
+        return size_plan_name(name, f"{width}x{height}") if follows else name
+
+    def find_plan(self, name: str) -> Plan:
+        """The plan of that name, or of a name that `plan_at` gave."""
+        if name in self.plans:
+            return self.plans[name]
+        usual, _, size = name.partition("@")
+        width, _, height = size.partition("x")
+        return self.plans[usual].at(int(height), int(width))
+
     def _way_to_plan(self, steps: int) -> str:
         """What adds a plan of that many steps, where something does."""
         extensible = any(entry.path == PLAN_INPUTS_FILE for entry in self.manifest.files)
@@ -123,13 +141,15 @@ class Artifact:
 
         Raises RequestError where the plan cannot begin there. Threads that ask at once get the same tables.
         """
-        if step == 0 and batch == 1:
+        if step == 0 and batch == 1 and name in self.tables:
             return self.tables[name]
-        if (name, step, batch) not in self._tables:
-            plan = self.plans[name].tail(step) if step else self.plans[name]
-            tables = tabulate_plan(plan, self.device, timestep_scale(self.manifest), batch)
-            self._tables.setdefault((name, step, batch), tables)
-        return self._tables[name, step, batch]
+        if tables := self._tables.get((name, step, batch)):
+            return tables
+        plan = self.find_plan(name)
+        tables = tabulate_plan(plan.tail(step) if step else plan, self.device, timestep_scale(self.manifest), batch)
+        if len(self._tables) >= KEPT_TABLES:
+            self._tables.clear()
+        return self._tables.setdefault((name, step, batch), tables)
 
     def refuse_changed_weights(self) -> None:
         """Raises ArtifactError for a weight file that is mapped and was written to."""
@@ -322,7 +342,7 @@ def open_graphs(
 ) -> dict[str, BoundGraph]:
     """Every graph by name, its constants bound to `weights`, those of `guests` when they are there. In the middle of it, the
     artifact's code is opened."""
-    contracts = {graph.name: Contract(graph, device) for graph in manifest.graphs}
+    contracts = {graph.name: graph_contract(graph, device, manifest.range) for graph in manifest.graphs}
     constants = {graph.name: constants_of(graph, weights) for graph in manifest.graphs}
     visits = {g.name: guests.needed(g.constants) for g in manifest.graphs} if guests else {}
     visits = {name: needed for name, needed in visits.items() if needed}

@@ -85,6 +85,8 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Steps = Annotated[int, Field(ge=1, le=MAX_STEPS)]
 Pixels = Annotated[int, Field(ge=1, le=1 << 20)]
 """A length in pixels, or a number of frames."""
+Area = Annotated[int, Field(ge=1, le=1 << 40)]
+"""In square pixels."""
 Shape = Annotated[
     tuple[Annotated[int, Field(ge=0, le=1 << 31)], ...],
     Field(max_length=8, fail_fast=True),

@@ -1,9 +1,9 @@
 """A compiled graph's call contract, checked on every call: AOTInductor itself accepts anything and returns garbage.
 
 Names and their order, shapes, dtypes, strides and device of the inputs, and the same of the outputs, against the
-manifest. Every size is one number: a graph has no ranges, and scalars are tensors among its inputs or were fixed at export,
-where no call can give them. `Contract.inputs` and `Contract.outputs` are the two directions; `benchmarks/contract.py` says
-what they cost.
+manifest. Every size is one number, in an artifact of a range by the size of the picture (`RangeContract`), and scalars are tensors among
+its inputs or were fixed at export, where no call can give them. `Contract.inputs` and `Contract.outputs` are the two directions;
+`benchmarks/contract.py` says what they cost.
 
 Reading six attributes of every tensor costs more than comparing them. So a call that fits leaves behind what each of its
 tensors was, and a later one that is like it, by one look of torch's own at each tensor, fits too; any other is read again.
@@ -14,12 +14,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from operator import attrgetter
+from typing import NoReturn
 
 import torch
 
 from .errors import ArtifactError, RequestError
 from .manifest import Graph, TensorSpec
 from .private_torch import likeness_guard
+from .sizes.dimension import parse_dimension
+from .sizes.size_range import SizeRange
 
 PLAIN_TENSOR_TYPES = frozenset((torch.Tensor, torch.nn.Parameter))
 """Compiled code reads memory, and a subclass may keep its numbers elsewhere."""
@@ -38,6 +41,10 @@ class Contract:
         self._given = _expected_facts(graph.outputs, device)
         self._like: list[Callable[[object], bool]] | None = None  # one for each input
         self._kept = False
+
+    def at_call(self, given: Mapping[str, torch.Tensor]) -> Contract:
+        """What holds for that call: this, at every size."""
+        return self
 
     def inputs(self, given: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
         """The tensors in the graph's order. Raises RequestError naming the input, what was expected, and what came."""
@@ -83,6 +90,58 @@ class Contract:
             near = get_close_matches(name, [n for n in names if n not in given], n=1)
             wrong.append(f"{name!r} is not an input" + (f", did you mean {near[0]!r}?" if near else ""))
         raise RequestError(f"graph {self._graph!r}: {'; '.join(wrong)}; it takes {', '.join(names)}")
+
+
+KEPT_CONTRACTS = 64
+"""Sizes of which a graph's contract is kept, made again otherwise."""
+
+
+class RangeContract:
+    """What one graph of a range takes and gives: at each call a `Contract`, of the size that its inputs are of."""
+
+    def __init__(self, graph: Graph, device: torch.device, sizes: SizeRange):
+        self._graph, self._device, self._sizes = graph, device, sizes
+        self._axes = tuple(
+            (spec.name, axis, parse_dimension(text)) for spec in graph.inputs for axis, text in spec.axes.items()
+        )
+        self._contracts: dict[tuple[int, ...], Contract] = {}
+
+    def at_call(self, given: Mapping[str, torch.Tensor]) -> Contract:
+        """The contract at the size of these inputs. Raises RequestError where they are of no size in the range."""
+        try:
+            seen = tuple(given[name].shape[axis] for name, axis, _ in self._axes)
+        except (KeyError, AttributeError, IndexError):
+            return self._contract(*self._sizes.corners[0])  # which says what is missing, or no such tensor
+        if seen not in self._contracts:
+            size = self._sizes.find_size([(d, n) for (_, _, d), n in zip(self._axes, seen, strict=True)])
+            if size is None:
+                self._refuse(seen)
+            if len(self._contracts) >= KEPT_CONTRACTS:
+                self._contracts.clear()
+            self._contracts[seen] = self._contract(*size)
+        return self._contracts[seen]
+
+    def _contract(self, height: int, width: int) -> Contract:
+        try:
+            return Contract(self._graph.at(height, width), self._device)
+        except ValueError as e:
+            raise ArtifactError(f"graph {self._graph.name!r}: {e}; export again") from e
+
+    def _refuse(self, seen: tuple[int, ...]) -> NoReturn:
+        came = ", ".join(
+            f"{name!r} has {n} in dimension {axis}, which is {dimension}"
+            for (name, axis, dimension), n in zip(self._axes, seen, strict=True)
+        )
+        raise RequestError(
+            f"graph {self._graph.name!r}: its inputs are of no size of the artifact, {self._sizes}: {came}; give those of one size in it"
+        )
+
+
+def graph_contract(graph: Graph, device: torch.device, sizes: SizeRange | None) -> Contract | RangeContract:
+    """The contract of a graph of an artifact; `sizes` is its range, if it has one."""
+    if sizes is None or not any(spec.axes for spec in graph.inputs):
+        return Contract(graph, device)
+    return RangeContract(graph, device, sizes)
 
 
 SpecFacts = Mapping[str, tuple[tuple[int, ...], str]]

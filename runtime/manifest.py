@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
 from .bounds import (
     MAX_BATCH,
@@ -34,13 +34,15 @@ from .bounds import (
 from .errors import ArtifactError, describe_read_error, describe_schema_error
 from .hub.address import describe_links, pull_command
 from .plan import FROZEN_CONFIG
+from .sizes.dimension import DimensionText, parse_dimension
+from .sizes.size_range import SizeRange
 from .storage.files import read_plain_file
 
 SCHEMA_VERSION = 2
 PROLOGUE, STEP = "prologue", "step"
 """The graphs that run before the loop, and before a colon the values that they pass to it: `prologue:0`."""
 MANIFEST_FILE = "manifest.json"
-UNSAID_DEFAULTS = ("batches", "release", "sizes", "unquantized_bytes", "verification")
+UNSAID_DEFAULTS = ("batches", "range", "release", "sizes", "unquantized_bytes", "verification")
 """Fields that are not written where they have their default."""
 Listed = Field(max_length=MAX_ITEMS, fail_fast=True)
 """Of a list."""
@@ -52,12 +54,30 @@ Batches = Annotated[tuple[Annotated[int, Field(ge=1, le=MAX_BATCH)], ...], Field
 
 
 class TensorSpec(BaseModel):
-    """One input or output of a graph: contiguous, on the manifest's device. `dtype` is torch's name, e.g. `bfloat16`."""
+    """One input or output of a graph: contiguous, on the manifest's device. `dtype` is torch's name, e.g. `bfloat16`. `shape` is at
+    the default size; in an artifact of a range `axes` says what those of its dimensions are that follow the size, by number."""
 
     model_config = FROZEN_CONFIG
     name: Name
     shape: Shape
     dtype: Name
+    axes: Annotated[dict[Annotated[int, Field(ge=0, lt=8)], DimensionText], Mapped] = {}
+
+    @model_serializer(mode="wrap")
+    def _leave_out_no_axes(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        said = write(self)
+        if not self.axes:
+            del said["axes"]
+        return said
+
+    def at(self, height: int, width: int) -> TensorSpec:
+        """The tensor at that size. Raises ValueError where a dimension is no whole number there."""
+        if not self.axes:
+            return self
+        shape = list(self.shape)
+        for axis, dimension in self.axes.items():
+            shape[axis] = parse_dimension(dimension).at(height, width)
+        return TensorSpec(name=self.name, shape=tuple(shape), dtype=self.dtype)
 
 
 class Cost(BaseModel):
@@ -104,6 +124,16 @@ class SizeEntry(BaseModel):
         return f"{self.width}x{self.height}"
 
 
+class LegalSizes(SizeRange):
+    """The sizes of an artifact of a range. `latents_shape` is that of one image's noise, by the size."""
+
+    latents_shape: Annotated[tuple[Pixels | DimensionText, ...], Field(min_length=3, max_length=3)]
+
+    def latents_at(self, height: int, width: int) -> tuple[int, ...]:
+        """`latents_shape` at that size. Raises ValueError where a dimension is no whole number there."""
+        return tuple(n if isinstance(n, int) else parse_dimension(n).at(height, width) for n in self.latents_shape)
+
+
 class KernelRefusal(BaseModel):
     """Why a kernel does not take `places` places of a graph that it is for: `first` is the module that the first of them
     lies in."""
@@ -136,6 +166,13 @@ class Graph(BaseModel):
     cost: Cost
     kernels: Annotated[dict[Name, Count], Mapped] = {}
     refusals: Annotated[tuple[KernelRefusal, ...], Listed] = ()
+
+    def at(self, height: int, width: int) -> Graph:
+        """The graph with its inputs and outputs at that size."""
+        if not any(spec.axes for spec in (*self.inputs, *self.outputs)):
+            return self
+        inputs, outputs = (tuple(spec.at(height, width) for spec in specs) for specs in (self.inputs, self.outputs))
+        return self.model_copy(update={"inputs": inputs, "outputs": outputs})
 
     @property
     def hoisted(self) -> tuple[str, ...]:
@@ -245,8 +282,8 @@ class Manifest(BaseModel):
     weights alone). `unquantized_bytes` is what the weight files of a component would hold if nothing in it were quantized, of those
     where something is; it is not written where nothing is. `channels_last` are the keys
     of stored tensors that lie in memory as N H W C; they are bound as N C H W views of it. `complex` are
-    those of stored [..., 2] of real and imaginary parts, bound as complex numbers. `sizes` are those besides the default one;
-    `batches` are the numbers of pictures that may go through the loop together, 1 first: a denoiser's graph for B ends in `.b<B>`, and
+    those of stored [..., 2] of real and imaginary parts, bound as complex numbers. `sizes` are those besides the default one, or `range`
+    has them, all by the same graphs; `batches` are the numbers of pictures that may go through the loop together, 1 first: a denoiser's graph for B ends in `.b<B>`, and
     where there is none, that for one is called for each. `release` is what its signer counts up, so
     that an older one can be told from it; 0, which is not written, is none."""
 
@@ -266,6 +303,7 @@ class Manifest(BaseModel):
     defaults: Defaults
     pipeline: dict[str, Any]
     sizes: Annotated[tuple[SizeEntry, ...], Listed] = ()
+    range: LegalSizes | None = None
     batches: Batches = (1,)
     layers: Annotated[dict[Name, tuple[Name, Name]], Mapped] = {}
     unquantized_bytes: Annotated[dict[Name, Bytes], Mapped] = {}

@@ -38,6 +38,7 @@ from .process.fork import came_through_fork, run_beside_fork
 from .process.self_test import refuse_wrong_arithmetic
 from .replay import StopReplay, is_step_end, replay
 from .runners import CancelFlag, EitherFlag, refuse_cancelled
+from .sizes.size_range import SizeRange
 from .start import AfterStep, evaluation_callback
 
 PROMPT_ARGUMENTS = ("negative_prompt", "prompt_embeds", "negative_prompt_embeds")  # a family takes them, or not
@@ -319,8 +320,13 @@ class Pipeline(Generic[OutputT]):
 
     @property
     def sizes(self) -> tuple[tuple[int, int], ...]:
-        """The (height, width) in pixels that it makes, the default first."""
+        """The (height, width) in pixels that it makes, the default first; in an artifact of a `range` the default one alone."""
         return tuple((family.height, family.width) for family in self.families)
+
+    @property
+    def range(self) -> SizeRange | None:
+        """The heights and widths that a call may ask for, each from `min` to `max` by `step`; None where `sizes` lists all."""
+        return self.artifact.manifest.range
 
     @property
     def batches(self) -> tuple[int, ...]:
@@ -336,6 +342,7 @@ class Pipeline(Generic[OutputT]):
         manifest = self.artifact.manifest
         frames = "" if manifest.defaults.num_frames is None else f"{manifest.defaults.num_frames} frames of "
         sizes = ", ".join(f"{frames}{width} x {height}" for height, width in self.sizes)
+        sizes += f" ({self.range})" if self.range else ""
         head = f"{type(self).__name__} {self.artifact.folder}: {self.family} on {self.device}, {sizes}, {manifest.status_line}"
         return "\n".join([head, *(f"  {line}" for line in format_plans(self.plans))])
 

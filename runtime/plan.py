@@ -11,7 +11,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from .bounds import MAX_ITEMS, MAX_STEPS, Float32, Name, Steps
+from .bounds import MAX_ITEMS, MAX_STEPS, Area, Float32, Name, Steps
 from .errors import RequestError
 
 FROZEN_CONFIG = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -92,10 +92,22 @@ class Tail(BaseModel):
     head: Annotated[tuple[Evaluation, ...], Evaluations] = ()
 
 
+class AreaSchedule(BaseModel):
+    """What a plan does at pictures of another area, in pixels: FLUX and SD3 shift their schedule by it. `sigmas`, `evaluations` and
+    `tails` are then these in place of the plan's own."""
+
+    model_config = FROZEN_CONFIG
+    area: Area
+    sigmas: Annotated[tuple[Float32, ...], Evaluations] = ()
+    evaluations: Annotated[tuple[Evaluation, ...], Evaluations]
+    tails: Annotated[tuple[Tail, ...], Field(max_length=MAX_STEPS, fail_fast=True)] = ()
+
+
 class Plan(BaseModel):
     """A whole trajectory for one number of steps. `sigmas` are for people and callbacks; the replay does not read them.
 
-    `tails` are the later starts that it has besides its first evaluation, for image-to-image.
+    `tails` are the later starts that it has besides its first evaluation, for image-to-image. `areas` are the schedules of an artifact
+    of a range whose schedule follows the size, one for each area that its sizes have besides the default one's.
     """
 
     model_config = FROZEN_CONFIG
@@ -107,6 +119,7 @@ class Plan(BaseModel):
     sigmas: Annotated[tuple[Float32, ...], Evaluations] = ()
     evaluations: Annotated[tuple[Evaluation, ...], Evaluations]
     tails: Annotated[tuple[Tail, ...], Field(max_length=MAX_STEPS, fail_fast=True)] = ()
+    areas: Annotated[tuple[AreaSchedule, ...], Field(max_length=MAX_ITEMS, fail_fast=True)] = ()
 
     @property
     def size(self) -> str | None:
@@ -115,8 +128,17 @@ class Plan(BaseModel):
 
     def variants(self) -> tuple[str, ...]:
         """The distinct variants that this plan calls, in order of first use; last those that only a tail calls."""
-        heads = (e for tail in self.tails for e in tail.head)
-        return tuple(dict.fromkeys(e.variant for e in (*self.evaluations, *heads)))
+        schedules = (self, *self.areas)
+        heads = (e for schedule in schedules for tail in schedule.tails for e in tail.head)
+        own = (e for schedule in schedules for e in schedule.evaluations)
+        return tuple(dict.fromkeys(e.variant for e in (*own, *heads)))
+
+    def at(self, height: int, width: int) -> Plan:
+        """The plan for pictures of that size, in an artifact of a range."""
+        there = next((a for a in self.areas if a.area == height * width), None)
+        name = size_plan_name(self.name, f"{width}x{height}")
+        changed = {"sigmas": there.sigmas, "evaluations": there.evaluations, "tails": there.tails} if there else {}
+        return self.model_copy(update={"name": name, "areas": (), **changed})
 
     def tail(self, step: int) -> Plan:
         """The plan without its first `step` steps; `tail(0)` is the plan itself.

@@ -67,7 +67,7 @@ def load_problems(folder: Path, manifest: Manifest) -> Iterator[tuple[str, str]]
 
     from .artifact import constants_of, read_plans, timestep_scale
     from .backends import backend_module
-    from .contract import Contract
+    from .contract import graph_contract
 
     yield from label_problems("manifest", collect_problems(folder, lambda: timestep_scale(manifest)))
     yield from label_problems("plans", collect_problems(folder, lambda: read_plans(folder, manifest)))
@@ -80,7 +80,8 @@ def load_problems(folder: Path, manifest: Manifest) -> Iterator[tuple[str, str]]
     yield from label_problems("weights", collect_problems(folder, bind))
     for graph in manifest.graphs:
         yield from label_problems(
-            "manifest", collect_problems(folder, lambda graph=graph: Contract(graph, torch.device("cpu")))
+            "manifest",
+            collect_problems(folder, lambda graph=graph: graph_contract(graph, torch.device("cpu"), manifest.range)),
         )
     try:
         yield from label_problems("code", backend_module(manifest.backend).package_problems(folder, manifest))
@@ -96,13 +97,15 @@ def pipeline_problems(folder: Path) -> Iterator[tuple[str, str]]:
     from .artifact import Artifact, BoundGraph, read_plans
     from .attachment.facts import read_facts
     from .check.artifact import status_problems
-    from .contract import Contract
+    from .contract import graph_contract
     from .families import artifact_families
     from .manifest import ATTACH_FAMILY
 
     manifest, cpu = read_manifest(folder), torch.device("cpu")
     yield from label_problems("manifest", status_problems(manifest))
-    unopened = {graph.name: BoundGraph(graph, list, Contract(graph, cpu)) for graph in manifest.graphs}
+    unopened = {
+        graph.name: BoundGraph(graph, list, graph_contract(graph, cpu, manifest.range)) for graph in manifest.graphs
+    }
     plans, weights = read_plans(folder, manifest), map_listed_weights(folder, manifest)
     artifact = Artifact(folder, manifest, cpu, weights, unopened, plans, {})
     look = read_facts if manifest.family == ATTACH_FAMILY else artifact_families

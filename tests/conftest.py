@@ -66,6 +66,14 @@ def tiny_artifact(tiny_folder, shared_tmp) -> Path:
 
 
 @pytest.fixture(scope="session")
+def range_artifact(tiny_folder, shared_tmp) -> Path:
+    """`flux-fast` on it in float32, uncached, 4 steps, for 5 x 5 sizes."""
+    from support.tiny_pipelines import RANGE_OVERRIDES
+
+    return exported(shared_tmp, "range", "flux-fast", RANGE_OVERRIDES, tiny_folder)
+
+
+@pytest.fixture(scope="session")
 def tiny_sd_folder(shared_tmp) -> Path:
     """A random Stable Diffusion pipeline, as `save_pretrained` writes it."""
     from support.tiny_pipelines import save_tiny_sd

@@ -12,15 +12,18 @@ from ..passes.captured_graph import CapturedGraph
 from ..plan import PlanSet, drop_dead_tensors
 from ..progress import Progress
 from ..sites.actions import VariantModule
-from ..sites.component import Component
+from ..sites.component import Axes, Component
 from ..sites.marks import Mark, Variant
 from .capture import capture_graph
+from .ranges import find_output_axes
 
 
 def capture_variants(
     denoiser: Component, planned: PlanSet, progress: Progress, attention: str | None = None
 ) -> tuple[PlanSet, tuple[CapturedGraph, ...]]:
     """Every variant as a graph, its attention in the dtype of that name, None = as it is. Variants that read stored values go first: what none of them reads is not stored."""
+
+    axes = find_site_axes(denoiser, planned.marks) if denoiser.range else {}
 
     def captured(variant: Variant, marks: tuple[Mark, ...]) -> CapturedGraph:
         module = VariantModule(denoiser.module, marks, variant, denoiser.inputs)
@@ -30,6 +33,8 @@ def capture_variants(
             module.examples(denoiser.args, denoiser.batch),
             module.inputs,
             module.outputs,
+            denoiser.range,
+            {n: axes.get(n.partition("@")[0], {}) for n in (*module.inputs, *module.outputs)},
         )
         return cast_attention(graph, getattr(torch, attention)) if attention else graph
 
@@ -47,6 +52,15 @@ def capture_variants(
         again = dead or variant not in readers
         graphs.append(captured(variant, planned.marks) if again else read[readers.index(variant)])
     return planned, tuple(graphs)
+
+
+def find_site_axes(denoiser: Component, marks: tuple[Mark, ...]) -> dict[str, Axes]:
+    """How the denoiser's inputs, its output and what its sites store follow the size, by name."""
+    assert denoiser.range is not None
+    everything = VariantModule(denoiser.module, marks, Variant("shapes", ()), denoiser.inputs)
+    of_inputs = [denoiser.axes.get(n, {}) for n in denoiser.inputs]
+    found = find_output_axes(denoiser.name, everything, denoiser.args, of_inputs, everything.outputs, denoiser.range)
+    return {**denoiser.axes, **found}
 
 
 def capture_part(
@@ -73,5 +87,14 @@ def capture_components(components: Sequence[Component], progress: Progress) -> t
     for component in components:
         name = f"{component.name}{component.label}"
         progress.announce(name)
-        graphs.append(capture_graph(name, component.module, component.args, component.inputs, component.outputs))
+        axes = dict(component.axes)
+        if component.range:
+            of_inputs = [axes.get(n, {}) for n in component.inputs]
+            outputs = component.outputs
+            axes |= find_output_axes(name, component.module, component.args, of_inputs, outputs, component.range)
+        graphs.append(
+            capture_graph(
+                name, component.module, component.args, component.inputs, component.outputs, component.range, axes
+            )
+        )
     return tuple(graphs)

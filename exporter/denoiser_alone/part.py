@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ...runtime.errors import RecipeError
-from ...runtime.manifest import ATTACH_FAMILY, Defaults, SizeEntry
+from ...runtime.manifest import ATTACH_FAMILY, Defaults, LegalSizes, SizeEntry
 from ..caches.common.calibration import Calibration
 from ..families.registry import family_name
 from ..load.prompts import picture_prompts
@@ -95,6 +95,10 @@ class DenoiserAlone:
         """None: the recorded calls have one size."""
         return ()
 
+    def legal_sizes(self) -> LegalSizes | None:
+        """None, as of sizes."""
+        return None
+
     def write_files(self, folder: Path, layout: Layout, planned: PlanSet) -> None:
         """Nothing: plans follow the pipeline's own schedule, and it has its own tokenizers."""
 
@@ -103,10 +107,14 @@ def refuse_tables(recipe: Recipe) -> None:
     """Raises RecipeError for what needs more than the denoiser, or a family that knows its inputs."""
     if recipe.sampler.image_to_image:
         raise RecipeError("sampler.image_to_image: an artifact of the denoiser alone has no VAE; leave the key out")
-    if recipe.shapes.sizes or recipe.shapes.batch != (1,):
-        key = "sizes" if recipe.shapes.sizes else "batch"
+    asked = {
+        "sizes": recipe.shapes.sizes,
+        "height or width as a range": recipe.shapes.is_ranged,
+        "batch": recipe.shapes.batch != (1,),
+    }
+    if key := next((key for key, value in asked.items() if value), None):
         raise RecipeError(
-            f"shapes.{key}: a denoiser alone is exported for the calls that its pipeline was seen to make; leave the key out"
+            f"shapes.{key}: a denoiser alone is exported for the calls that its pipeline was seen to make; leave it out"
         )
     if recipe.cache.exact:
         raise RecipeError(

@@ -58,6 +58,8 @@ def graph_lines(graph: CapturedGraph, digests: dict[int, str]) -> Iterator[str]:
     gm, constants = graph.gm, graph.constants()
     yield f"inputs {[s.model_dump() for s in graph.inputs]!r} {[value_text(t) for t in graph.args]!r}"
     yield f"outputs {[s.model_dump() for s in graph.outputs]!r}"
+    if graph.sizes:
+        yield f"sizes {graph.sizes}"
     taken, given = graph_specs(gm)
     yield f"structure {taken!r} {given!r}"
     for node in gm.graph.nodes:

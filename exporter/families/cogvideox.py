@@ -19,7 +19,7 @@ from ...runtime.errors import ExportError
 from ..recipe.schema import GUIDANCE, Guidance
 from ..sites.component import Component
 from ..sites.guidance import add_guidance
-from .picture import Size, accept_steps, call_pipeline, check_multiples, refuse_foreign_scheduler
+from .picture import Size, accept_steps, call_pipeline, check_multiples, refuse_foreign_scheduler, refuse_range
 from .text import TextStates, prompt_entry, text_component
 
 PICTURE = None
@@ -209,6 +209,12 @@ def other_components(pipe: Any, size: Size, *, channels_last: bool, picture: boo
     )
 
 
+def range_unit(pipe: Any) -> int:
+    """Raises ExportError: its positions are tables of one size."""
+    refuse_range("CogVideoX has its positions as tables of one size")
+
+
+range_denoiser, range_components = denoiser, other_components
 check_steps = accept_steps
 
 

@@ -8,7 +8,7 @@ scheduler. Latents travel packed and in float32, [1, N, C]; every graph casts in
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ...runtime.errors import ExportError
-from ...runtime.families.flux import pack_latents
+from ...runtime.families.flux import IMAGE_IDS, pack_latents, unpack_latents
 from ..recipe.schema import GUIDANCE, Guidance
 from ..sites.component import Component
 from ..sites.guidance import add_guidance
@@ -39,15 +39,45 @@ EMBEDS = {"prompt_embeds": "encoder_hidden_states", "pooled_prompt_embeds": "poo
 DEFAULTS = {"height": 1024, "width": 1024, "max_sequence_length": 512, "num_inference_steps": 28, "guidance_scale": 3.5}
 
 
-class Denoiser(nn.Module):
-    """`FluxTransformer2DModel` with the token positions as constants: float32 packed latents in, float32 velocity out."""
+class TokenDenoiser(nn.Module):
+    """`FluxTransformer2DModel`: float32 packed latents in, float32 velocity out."""
 
-    def __init__(self, transformer: nn.Module, dtype: torch.dtype, image_ids: Tensor, text_ids: Tensor) -> None:
+    def __init__(self, transformer: nn.Module, dtype: torch.dtype, text_ids: Tensor) -> None:
         super().__init__()
         self.transformer = transformer
         self.dtype = dtype
-        self.register_buffer("image_ids", image_ids)
         self.register_buffer("text_ids", text_ids)
+
+    def run(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        pooled_projections: Tensor,
+        timestep: Tensor,
+        guidance: Tensor | None,
+        image_ids: Tensor,
+    ) -> Tensor:
+        """The velocity of latents whose tokens lie at these positions [N, 3]."""
+        with embed_exact_times(self.transformer, timestep, guidance):
+            sample = self.transformer(
+                hidden_states=hidden_states.to(self.dtype),
+                encoder_hidden_states=encoder_hidden_states.to(self.dtype),
+                pooled_projections=pooled_projections.to(self.dtype),
+                timestep=timestep,
+                guidance=guidance,
+                img_ids=image_ids,
+                txt_ids=self.text_ids,
+                return_dict=False,
+            )[0]
+        return sample.float()
+
+
+class Denoiser(TokenDenoiser):
+    """The transformer with the token positions as constants."""
+
+    def __init__(self, transformer: nn.Module, dtype: torch.dtype, image_ids: Tensor, text_ids: Tensor) -> None:
+        super().__init__(transformer, dtype, text_ids)
+        self.register_buffer("image_ids", image_ids)
 
     def forward(
         self,
@@ -57,18 +87,25 @@ class Denoiser(nn.Module):
         timestep: Tensor,
         guidance: Tensor | None = None,
     ) -> Tensor:
-        with embed_exact_times(self.transformer, timestep, guidance):
-            sample = self.transformer(
-                hidden_states=hidden_states.to(self.dtype),
-                encoder_hidden_states=encoder_hidden_states.to(self.dtype),
-                pooled_projections=pooled_projections.to(self.dtype),
-                timestep=timestep,
-                guidance=guidance,
-                img_ids=self.image_ids,
-                txt_ids=self.text_ids,
-                return_dict=False,
-            )[0]
-        return sample.float()
+        conditions = (encoder_hidden_states, pooled_projections, timestep, guidance)
+        return self.run(hidden_states, *conditions, self.get_buffer("image_ids"))
+
+
+class RangeDenoiser(TokenDenoiser):
+    """The transformer with the token positions as an input, `img_ids` [B, N, 3]: those of one picture are those of all, which are of one
+    size."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        pooled_projections: Tensor,
+        timestep: Tensor,
+        img_ids: Tensor,
+        guidance: Tensor | None = None,
+    ) -> Tensor:
+        conditions = (encoder_hidden_states, pooled_projections, timestep, guidance)
+        return self.run(hidden_states, *conditions, img_ids[0])
 
 
 class TextEncoders(nn.Module):
@@ -100,13 +137,6 @@ def embed_exact_times(transformer: nn.Module, timestep: Tensor, guidance: Tensor
         handle.remove()
 
 
-def unpack_latents(latents: Tensor, rows: int, columns: int) -> Tensor:
-    """Packed latents [B, N, C] as [B, C/4, h, w], N = rows x columns: `FluxPipeline._unpack_latents`."""
-    batch, _, channels = latents.shape
-    x = latents.view(batch, rows, columns, channels // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
-    return x.reshape(batch, channels // 4, 2 * rows, 2 * columns)
-
-
 def defaults(pipe: Any) -> dict[str, Any]:
     """What `FluxPipeline.__call__` takes where its caller is silent."""
     return DEFAULTS
@@ -135,6 +165,20 @@ def denoiser(pipe: Any, size: Size, guidance: Guidance = GUIDANCE) -> Component:
         pipe.transformer, pipe.transformer.dtype, token_positions(pipe, size), torch.zeros(size.tokens, 3)
     )
     return denoiser_component(module, example_inputs(pipe, size), guidance)
+
+
+def range_unit(pipe: Any) -> int:
+    """Pixels that both sides are multiples of at every size of a range."""
+    return pipe.vae_scale_factor * 2
+
+
+def range_denoiser(pipe: Any, size: Size, guidance: Guidance = GUIDANCE) -> Component:
+    """`denoiser` with the tokens' positions among its inputs."""
+    named = example_inputs(pipe, size)
+    embedded = {"guidance": named.pop("guidance")} if "guidance" in named else {}
+    positions = token_positions(pipe, size)
+    module = RangeDenoiser(pipe.transformer, pipe.transformer.dtype, torch.zeros(size.tokens, 3))
+    return denoiser_component(module, {**named, IMAGE_IDS: positions[None], **embedded}, guidance)
 
 
 def token_positions(pipe: Any, size: Size) -> Tensor:
@@ -184,10 +228,28 @@ def other_components(pipe: Any, size: Size, *, channels_last: bool, picture: boo
     """The two text encoders in one graph, with `picture` the VAE's encoder, and its decoder last."""
     rows, columns = token_grid(pipe, size)
     latents = torch.zeros(1, rows * columns, pipe.transformer.config.in_channels)
+    unpack = partial(unpack_latents, h=2 * rows, w=2 * columns)
+    return build_components(pipe, size, latents, channels_last=channels_last, picture=picture, arranged=unpack)
+
+
+def range_components(pipe: Any, size: Size, *, channels_last: bool, picture: bool = False) -> tuple[Component, ...]:
+    """`other_components`, with a decoder of latents that are not packed."""
+    latents = torch.zeros(1, *facts(pipe, size)["latents_shape"])
+    return build_components(pipe, size, latents, channels_last=channels_last, picture=picture)
+
+
+def build_components(
+    pipe: Any,
+    size: Size,
+    latents: Tensor,
+    *,
+    channels_last: bool,
+    picture: bool,
+    arranged: Callable[[Tensor], Tensor] = lambda latents: latents,
+) -> tuple[Component, ...]:
+    """The text encoders and the VAE's halves, whose decoder takes such latents, and first arranges them."""
     shift = pipe.vae.config.shift_factor
-    decoder = Decoder(
-        pipe.vae, channels_last=channels_last, shift=shift, arranged=partial(unpack_latents, rows=rows, columns=columns)
-    )
+    decoder = Decoder(pipe.vae, channels_last=channels_last, shift=shift, arranged=arranged)
     encoder = Encoder(pipe.vae, channels_last=channels_last, shift=shift) if picture else None
     return (
         text_component(TextEncoders(pipe.text_encoder, pipe.text_encoder_2), prompt_entries(pipe, size), EMBEDS),

@@ -18,7 +18,7 @@ from ...runtime.pictures import preprocess_pictures
 from ..recipe.schema import GUIDANCE, Guidance
 from ..sites.component import Component
 from . import flux
-from .picture import Encoder, Size, call_pipeline, example_picture
+from .picture import Encoder, Size, call_pipeline, example_picture, refuse_range
 
 PICTURE = {"role": "reference", "sampled": False, "required": True}
 """What `runtime/families`' `PictureInput` says besides its size: looked at at every step, and encoded to the mean."""
@@ -51,6 +51,14 @@ def denoiser(pipe: Any, size: Size, guidance: Guidance = GUIDANCE) -> Component:
     image = ("image_latents", torch.randn(latents[1].shape, generator=torch.Generator().manual_seed(1)))
     module = Denoiser(flux.Denoiser(pipe.transformer, pipe.transformer.dtype, *ids))
     return flux.denoiser_component(module, dict((latents, image, *rest)), guidance, "flux.transformer.")
+
+
+def range_unit(pipe: Any) -> int:
+    """Raises ExportError: its positions are constants of one size."""
+    refuse_range("FLUX Kontext has the positions of the image and of the picture beside it as constants of one size")
+
+
+range_denoiser, range_components = denoiser, other_components
 
 
 def encode(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from PIL import Image
@@ -86,6 +86,18 @@ def check_multiples(size: Size, patch: int, why: str) -> None:
             f"shapes.height, shapes.width: expected multiples of {patch} ({why}), got "
             f"{size.height} x {size.width}; the nearest are {round(size.height / patch) * patch} x {round(size.width / patch) * patch}"
         )
+
+
+def refuse_range(why: str) -> NoReturn:
+    """Raises ExportError for a family that has no graph for several sizes."""
+    raise ExportError(
+        f"shapes.height, shapes.width: expected a number each, got a range: {why}; list the sizes instead, as shapes.sizes"
+    )
+
+
+def find_latent_multiple(unet: Any) -> int:
+    """What both sides of a UNet's latents are multiples of, so that all its levels join without a remainder."""
+    return 2 ** (len(unet.config.block_out_channels) - 1)
 
 
 class Decoder(nn.Module):

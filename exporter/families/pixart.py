@@ -19,7 +19,7 @@ from ...runtime.errors import ExportError
 from ..recipe.schema import GUIDANCE, Guidance
 from ..sites.component import Component
 from ..sites.guidance import add_guidance
-from .picture import Decoder, Size, check_multiples, no_scheduler_arguments, vae_components
+from .picture import Decoder, Size, check_multiples, no_scheduler_arguments, refuse_range, vae_components
 from .text import prompt_entry, text_component
 
 PICTURE = None
@@ -149,6 +149,12 @@ def other_components(pipe: Any, size: Size, *, channels_last: bool, picture: boo
     )
 
 
+def range_unit(pipe: Any) -> int:
+    """Raises ExportError: its positions are made for one size."""
+    refuse_range("PixArt's transformer makes its positions for the size that it is traced at")
+
+
+range_denoiser, range_components = denoiser, other_components
 scheduler_arguments = no_scheduler_arguments
 
 

@@ -65,6 +65,21 @@ class Family(Protocol):
         """The denoiser with all its branches behind named flat inputs, with example tensors of that size."""
         ...
 
+    def range_unit(self, pipe: Any) -> int:
+        """Pixels that both sides are multiples of at every size that one graph can be for. Raises ExportError for a family whose graphs
+        are for one size."""
+        ...
+
+    def range_denoiser(self, pipe: Any, size: Size, guidance: Guidance = ...) -> Component:
+        """`denoiser` for every size of a range: what follows the size is among its inputs. Examples are of that size."""
+        ...
+
+    def range_components(
+        self, pipe: Any, size: Size, *, channels_last: bool, picture: bool = False
+    ) -> tuple[Component, ...]:
+        """`other_components` for every size of a range. Their decoder takes latents [1, C, h, w]."""
+        ...
+
     def other_components(
         self, pipe: Any, size: Size, *, channels_last: bool, picture: bool = False
     ) -> tuple[Component, ...]:

@@ -28,6 +28,7 @@ from .picture import (
     accept_steps,
     call_pipeline,
     check_multiples,
+    find_latent_multiple,
     no_scheduler_arguments,
     vae_components,
 )
@@ -130,6 +131,12 @@ def other_components(pipe: Any, size: Size, *, channels_last: bool, picture: boo
     )
 
 
+def range_unit(pipe: Any) -> int:
+    """Pixels that both sides are multiples of at every size of a range."""
+    return math.lcm(8, pipe.vae_scale_factor * find_latent_multiple(pipe.unet))
+
+
+range_denoiser, range_components = denoiser, other_components
 scheduler_arguments, check_steps = no_scheduler_arguments, accept_steps
 
 

@@ -171,6 +171,12 @@ def other_components(pipe: Any, size: Size, *, channels_last: bool, picture: boo
     )
 
 
+def range_unit(pipe: Any) -> int:
+    """Pixels that both sides are multiples of at every size of a range."""
+    return pipe.vae_scale_factor * PATCH
+
+
+range_denoiser, range_components = denoiser, other_components
 check_steps = accept_steps
 
 

@@ -219,6 +219,9 @@ def other_components(pipe: Any, size: Size, *, channels_last: bool, picture: boo
     )
 
 
+range_unit, range_denoiser, range_components = sd.range_unit, denoiser, other_components
+
+
 def vae_halves(vae: Any, channels_last: bool) -> tuple[nn.Module, nn.Module]:
     """Decoder and encoder. A VAE whose configuration has `latents_mean` and `latents_std` (Playground 2.5) is scaled with
     these too, by the pipelines for pictures; their painting into pictures leaves them out, and not so here."""

@@ -26,8 +26,9 @@ class Level(IntEnum):
 
 
 STEP_INPUT = "timestep"
-LOOP_INPUTS = ("hidden_states", "coefficients", "guidance_scale", "guidance_rescale")
-"""Beside the stored values, whose names have an `@`."""
+LOOP_INPUTS = ("hidden_states", "coefficients", "guidance_scale", "guidance_rescale", "img_ids")
+"""Beside the stored values, whose names have an `@`. Token positions are there in a range alone, and what is made of them follows the size,
+as nothing does that is passed to the loop."""
 
 
 def input_level(name: str) -> Level:

@@ -37,7 +37,8 @@ def subtitle(m: Manifest) -> str:
     d = m.defaults
     frames = f"{d.num_frames} frames of " if d.num_frames else ""
     recipe = f"recipe {m.recipe['name']} on " if isinstance(m.recipe.get("name"), str) else ""
-    size = f"{frames}{d.width} × {d.height} pixels, {d.num_inference_steps} steps"
+    more = f" ({m.range})" if m.range else ""
+    size = f"{frames}{d.width} × {d.height} pixels{more}, {d.num_inference_steps} steps"
     return f"{recipe}{m.source.title} ({m.source.pipeline}), {size}, compiled by {m.backend} for {m.requires.device}"
 
 

@@ -23,7 +23,7 @@ from . import CodeFiles, GraphCompiler, GraphGroups
 from .aoti.isa import int8_flags
 from .onnx import rewrite
 from .onnx.graph import find_weight_data, locate_data, onnx_model
-from .options import OnnxOptions, read_options
+from .options import OnnxOptions, read_options, refuse_range
 from .w8a8 import quantize_layers, refuse_convolutions
 
 __all__ = [
@@ -62,6 +62,9 @@ def adapt_recipe(recipe: Any) -> tuple[Any, tuple[str, ...]]:
         raise ExportError(f"compile.backend 'onnxruntime': {problem}")
     read_options(recipe.compile, OnnxRuntimeOptions)
     refuse_convolutions(recipe)
+    refuse_range(
+        recipe, "prebake writes graphs for ONNX Runtime with fixed axes, and only compile.backend=aoti has ranges"
+    )
     if not recipe.quantize.on_cpu:
         raise RecipeError(
             f"quantize.method {recipe.quantize.method!r}: ONNX Runtime has no product of {recipe.quantize.treatment}; set "

@@ -30,3 +30,11 @@ def read_options(config: Any, table: type[OptionsT]) -> OptionsT:
     except ValidationError as e:
         known = ", ".join(table.model_fields) or "none"
         raise RecipeError(f"{describe_schema_error('compile.options', e)}; options of this backend: {known}") from e
+
+
+def refuse_range(recipe: Any, why: str) -> None:
+    """Raises RecipeError where the recipe asks for a range of sizes of something whose code is for one; `why` names it."""
+    if recipe.shapes.is_ranged:
+        raise RecipeError(
+            f"shapes.height, shapes.width: expected a number each, got a range: {why}; list the sizes instead, as shapes.sizes"
+        )

@@ -207,10 +207,11 @@ def plan_path(plan: Plan) -> str:
 
 def write_plans(folder: Path, plans: Sequence[Plan]) -> None:
     """One JSON file per plan, without the values that a reader assumes anyway; floats by `repr`, so that what is read is
-    what was computed."""
+    what was computed. A plan with a schedule for each area is written on one line."""
     (folder / "plans").mkdir(exist_ok=True)
     for plan in plans:
-        content = json.dumps(plan.model_dump(mode="json", exclude_defaults=True), indent=1) + "\n"
+        indent = None if plan.areas else 1
+        content = json.dumps(plan.model_dump(mode="json", exclude_defaults=True), indent=indent) + "\n"
         (folder / plan_path(plan)).write_text(content, "utf-8")
 
 

@@ -60,6 +60,7 @@ def describe_artifact(
         defaults=prepared.part.defaults,
         pipeline=prepared.part.facts(prepared.graphs),
         sizes=prepared.part.size_entries(prepared.graphs),
+        range=prepared.part.legal_sizes(),
         batches=prepared.recipe.shapes.batch,
         layers=prepared.layers,
         unquantized_bytes=unquantized_bytes(prepared.recipe, weights),

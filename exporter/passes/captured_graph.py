@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from ...runtime.manifest import KernelRefusal, TensorSpec
+from ...runtime.sizes.size_range import SizeRange
 
 GraphPass = Callable[[fx.GraphModule], fx.GraphModule]
 """May edit what it is given, and returns it."""
@@ -18,13 +19,15 @@ GraphPass = Callable[[fx.GraphModule], fx.GraphModule]
 
 @dataclass(frozen=True)
 class CapturedGraph:
-    """One graph ready to lower: `gm(*args)` returns a tuple. `inputs` and `outputs` name what is passed, in order."""
+    """One graph ready to lower: `gm(*args)` returns a tuple. `inputs` and `outputs` name what is passed, in order. `sizes` are those that it
+    is for, where it was traced for a range of them; `args` are then of the default one."""
 
     name: str
     gm: fx.GraphModule
     args: tuple[Tensor, ...]
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    sizes: SizeRange | None = None
 
     def constants(self) -> dict[str, Tensor]:
         """Every tensor the graph reads that is not an input, by the name AOTInductor will ask for."""

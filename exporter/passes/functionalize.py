@@ -12,7 +12,14 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from ..private_torch import HigherOrderOperator, OpOverload, operator_family, operator_schema, overload_name
+from ..private_torch import (
+    HigherOrderOperator,
+    OpOverload,
+    have_equal_shapes,
+    operator_family,
+    operator_schema,
+    overload_name,
+)
 
 
 def functionalize_graph(gm: fx.GraphModule) -> bool:
@@ -48,8 +55,13 @@ def is_understood(node: fx.Node) -> bool:
         or not isinstance(target, fx.Node)
     ):
         return False
-    same = target.meta["val"].dtype == node.meta["val"].dtype and target.meta["val"].shape == node.meta["val"].shape
-    return same and has_private_memory(target) and not any(is_view(user) for user in target.users)
+    before, after = target.meta["val"], node.meta["val"]
+    return (
+        before.dtype == after.dtype
+        and have_equal_shapes(before, after)
+        and has_private_memory(target)
+        and not any(is_view(user) for user in target.users)
+    )
 
 
 def functional_form(op: OpOverload) -> OpOverload | None:

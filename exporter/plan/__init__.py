@@ -11,9 +11,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ...runtime.bounds import MAX_VALUES
 from ...runtime.errors import ExportError
 from ...runtime.manifest import size_graph_name
-from ...runtime.plan import Evaluation, Plan, Tail, size_plan_name
+from ...runtime.plan import AreaSchedule, Evaluation, Plan, Tail, size_plan_name
 from ..caches import Decision, Schedule, Trajectory, schedule
 from ..sites.layout import Layout
 from ..sites.marks import Mark, Variant
@@ -48,19 +49,20 @@ def make_plans(
     *,
     tails: Mapping[int, TailTables] | None = None,
     further: Mapping[str, SizeSchedules] | None = None,
+    areas: Mapping[int, SizeSchedules] | None = None,
 ) -> PlanSet:
     """Plans for every table. Raises ExportError for a cache that skips nothing at any of these step counts.
 
     `tails` has for a number of steps what `sampler.tabulate_tails` makes: the later starts of its plans. `further` are the tables
-    of further sizes by name. What a cache decides by a calibration, or by the model's weights, it decides there evaluation by
-    evaluation as at the default size.
+    of further sizes by name, `areas` those of the areas of a range, whose schedules lie in the default size's plans. What a cache
+    decides by a calibration, or by the model's weights, it decides there evaluation by evaluation as at the default size.
     """
-    sizes = {None: SizeSchedules(tables, tails or {}), **(further or {})}
+    sizes = {None: SizeSchedules(tables, tails or {}), **(further or {}), **(areas or {})}
     own = {
         n: schedule(cache, layout, Trajectory(t.timesteps, t.sigmas, t.steps), calibration) for n, t in tables.items()
     }
-    schedules: dict[tuple[str | None, int], Schedule] = {(None, n): s for n, s in own.items()}
-    for size, there in (further or {}).items():
+    schedules: dict[tuple[str | int | None, int], Schedule] = {(None, n): s for n, s in own.items()}
+    for size, there in {**(further or {}), **(areas or {})}.items():
         for n, t in there.tables.items():
             follows = calibration is None and not cache.exact
             here = Trajectory(t.timesteps, t.sigmas, t.steps)
@@ -72,15 +74,23 @@ def make_plans(
             "sampler.steps one at a time"
         )
     names = name_variants(schedules.values(), marks)
-    plans = []
+    plans: dict[str, Plan] = {}
+    schedules_by_area: dict[str, list[AreaSchedule]] = {}
     for (size, n), chosen in schedules.items():
         table, starts = sizes[size].tables[n], sizes[size].tails.get(n, {})
-        graphs = {actions: size_graph_name(name, size) for actions, name in names.items()}
-        plans.append(join_plan(size_plan_name(str(n), size), n, cache.method, table, chosen, graphs, starts))
-        if cache.method != "none":
-            everything = Schedule(marks, tuple(Decision() for _ in table.updates))
-            name = size_plan_name(f"{n}-uncached", size)
-            plans.append(join_plan(name, n, "none", table, everything, graphs, starts))
+        everything = Schedule(marks, tuple(Decision() for _ in table.updates))
+        made = {str(n): (cache.method, chosen)} | (
+            {} if cache.method == "none" else {f"{n}-uncached": ("none", everything)}
+        )
+        for plain, (method, decided) in made.items():
+            name = plain if isinstance(size, int) else size_plan_name(plain, size)
+            graphs = names if isinstance(size, int) else {a: size_graph_name(v, size) for a, v in names.items()}
+            plan = join_plan(name, n, method, table, decided, graphs, starts)
+            if isinstance(size, int):
+                schedules_by_area.setdefault(name, []).append(make_area_schedule(size, plan))
+            else:
+                plans[name] = plan
+    whole = tuple(add_areas(plan, schedules_by_area.get(name, ())) for name, plan in plans.items())
     if cache.method != "none" and len(names) == 1:
         raise ExportError(
             f"cache.method {cache.method!r} skips nothing at {', '.join(map(str, tables))} steps; "
@@ -89,7 +99,32 @@ def make_plans(
     variants = tuple(Variant(name, actions) for actions, name in names.items())
     combined = {site for v in variants for site in v.sites_with("combine")}
     marks = tuple(m if m.name in combined else replace(m, stored_streams=()) for m in marks)
-    return PlanSet(marks, variants, tuple(plans))
+    return PlanSet(marks, variants, whole)
+
+
+def make_area_schedule(area: int, plan: Plan) -> AreaSchedule:
+    """What that plan, made at pictures of that area, is there."""
+    return AreaSchedule(area=area, sigmas=plan.sigmas, evaluations=plan.evaluations, tails=plan.tails)
+
+
+def add_areas(plan: Plan, schedules: Sequence[AreaSchedule]) -> Plan:
+    """The plan with these. Raises ExportError where they are more than a reader takes."""
+    if not schedules:
+        return plan
+    made = plan.model_copy(update={"areas": tuple(schedules)})
+    if values := count_excess_values(made):
+        raise ExportError(
+            f"shapes: plan {plan.name!r} has a schedule for each of {len(schedules)} areas, {values} values in all, and a reader takes "
+            f"{MAX_VALUES}; set a larger shapes.height.step and shapes.width.step"
+        )
+    return made
+
+
+def count_excess_values(plan: Plan) -> int:
+    """The values of the plan's file, if they are more than `MAX_VALUES`; else 0."""
+    text = plan.model_dump_json(exclude_defaults=True)
+    values = sum(map(text.count, ",[{"))
+    return values if values > MAX_VALUES else 0
 
 
 def list_actions(decision: Decision, marks: tuple[Mark, ...]):

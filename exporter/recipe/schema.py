@@ -11,11 +11,12 @@ import re
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
 from ...runtime.backends import backend_names as backends
 from ...runtime.bounds import MAX_BATCH
 from ...runtime.errors import RecipeError
+from ...runtime.sizes.size_range import SideRange
 from ..caches import Cache, Mask, NoCache
 from ..quantize import NoQuantize, Quantize
 from ..tables import ConflictError, RecipeProblem, RecipeTable
@@ -213,13 +214,34 @@ def _list_batches(given: Any) -> Any:
     return tuple(sorted({1, *batches}))
 
 
+def _read_length(given: Any) -> Any:
+    """A number of pixels, or a range of them."""
+    if given is None or isinstance(given, SideRange):
+        return given
+    if type(given) is int:
+        if given < 1:
+            raise ValueError(f"expected greater than or equal to 1, got {given}")
+        return given
+    if isinstance(given, dict) and given.keys() == SideRange.model_fields.keys():
+        try:
+            return SideRange.model_validate(given)
+        except ValidationError as e:
+            said = e.errors()[0]
+            where = "".join(f"{place}: " for place in said["loc"])
+            raise ValueError(f"{where}{said.get('ctx', {}).get('error', said['msg'])}") from e
+    raise ValueError(f"expected pixels, such as 1024, or {{min = 512, max = 1536, step = 64}}, got {given!r}")
+
+
+Length = Annotated[Annotated[int, Field(ge=1)] | SideRange | None, BeforeValidator(_read_length)]
+
+
 class Shapes(RecipeTable):
     """The sizes that the graphs are compiled for, each its own over one copy of the weights. None = the model's default."""
 
-    height: int | None = Field(default=None, ge=1)
-    """In pixels."""
-    width: int | None = Field(default=None, ge=1)
-    """In pixels."""
+    height: Length = None
+    """In pixels, or as `{min = 512, max = 1536, step = 64}`: then one graph serves every height from `min` to `max` by `step`."""
+    width: Length = None
+    """As `height`. Each of the two may be a range, with every height for every width."""
     sizes: Annotated[tuple[Annotated[str, AfterValidator(_check_size)], ...] | None, Field(strict=False)] = None
     """Several sizes in the place of `height` and `width`, each as width x height, `["1024x1024", "832x1216"]`; a call that names none gets the first."""
     max_sequence_length: int | None = Field(default=None, ge=1)
@@ -244,6 +266,11 @@ class Shapes(RecipeTable):
         if twice := sorted({size for size in self.sizes if self.sizes.count(size) > 1}):
             raise ConflictError((("sizes",), f"key 'sizes': {twice[0]} is listed twice"))
         return self
+
+    @property
+    def is_ranged(self) -> bool:
+        """Whether a call may ask for any size of a range."""
+        return isinstance(self.height, SideRange) or isinstance(self.width, SideRange)
 
     @property
     def pixels(self) -> tuple[tuple[int, int], ...]:
@@ -383,6 +410,12 @@ def _impossible_combinations(r: Recipe) -> Iterator[RecipeProblem]:
             ("guidance.branches", "cache.method"),
             f'branches = "batched" runs both branches at once, and cache method "{r.cache.method}" skips the unconditional '
             'one; set guidance.branches = "sequential", or cache.is_guidance_distilled = true to extrapolate attentions alone',
+        )
+    if r.shapes.is_ranged and r.cache.needs_planes:
+        yield (
+            ("cache.method", "shapes.height", "shapes.width"),
+            f'cache method "{r.cache.method}" splits latents by frequency with tables of one size, and shapes has a range; list the sizes '
+            "as shapes.sizes, or take another cache",
         )
     for steps in r.sampler.steps or ():
         try:

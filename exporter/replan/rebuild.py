@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from ...runtime.errors import ExportError
-from ...runtime.manifest import ATTACH_FAMILY, Manifest, SizeEntry, size_graph_name
+from ...runtime.manifest import ATTACH_FAMILY, Manifest, size_graph_name
 from ...runtime.plan import Plan, size_plan_name
 from ..caches import Decision, Schedule, Trajectory, schedule
 from ..caches.common import calibration as calibrations
 from ..caches.common.calibration import Calibration
 from ..caches.common.fallback import settle_cache
 from ..families.registry import load_family
-from ..plan import join_plan, list_actions
+from ..plan import add_areas, join_plan, list_actions, make_area_schedule
+from ..plan.areas import tabulate_areas
 from ..plan.inputs import PlanInputs, read_plan_inputs
 from ..plan.sampler import SchedulerTable, tabulate_scheduler, tabulate_tails
 from ..progress import Progress
@@ -39,9 +40,10 @@ def build_plans(
             f"{folder}: holds a denoiser alone, whose plans follow its pipeline's own schedule; export again with sampler.steps"
         )
     content = content or read_plan_inputs(folder, manifest)
-    sizes = {
-        size and size.name: sampler_tables(content, manifest, recipe, steps, size) for size in (None, *manifest.sizes)
-    }
+    usual = manifest.pipeline["latents_shape"]
+    shapes = {size.name: size.pipeline.get("latents_shape", usual) for size in manifest.sizes}
+    sizes = {name: sampler_tables(content, manifest, recipe, steps, s) for name, s in {None: usual, **shapes}.items()}
+    areas = area_tables(content, manifest, recipe, steps)
     table, _ = sizes[None]
     cache, calibration = settle_cache(
         recipe.cache, manifest.source, manifest.defaults, {steps: table}, folder, progress
@@ -57,7 +59,11 @@ def build_plans(
             graphs = {actions: size_graph_name(variant, size) for actions, variant in names.items()}
             named = size_plan_name(name, size)
             made.append(join_plan(named, steps, method, of_size, schedules(of_size), graphs, tails))
-        return tuple(made)
+        by_area = [
+            make_area_schedule(area, join_plan(name, steps, method, of_area, schedules(of_area), names, tails))
+            for area, (of_area, tails) in areas.items()
+        ]
+        return (add_areas(made[0], by_area), *made[1:])
 
     if cache.method == "none":
         return join_sizes(str(steps), "none", lambda _: everything), None
@@ -96,11 +102,24 @@ def refuse_other_calibration(calibration: Calibration, name: str, folder: Path) 
         )
 
 
+def area_tables(
+    content: PlanInputs, manifest: Manifest, recipe: Recipe, steps: int
+) -> dict[int, tuple[SchedulerTable, Mapping[int, SchedulerTable]]]:
+    """The tables at each area of the artifact's range but the default size's; none where they do not follow the size."""
+    legal = manifest.range
+
+    def tabulate(height: int, width: int) -> tuple[SchedulerTable, Mapping[int, SchedulerTable]]:
+        assert legal is not None
+        return sampler_tables(content, manifest, recipe, steps, legal.latents_at(height, width))
+
+    return tabulate_areas(legal, manifest.defaults.height * manifest.defaults.width, tabulate)
+
+
 def sampler_tables(
-    content: PlanInputs, manifest: Manifest, recipe: Recipe, steps: int, size: SizeEntry | None = None
+    content: PlanInputs, manifest: Manifest, recipe: Recipe, steps: int, shape: Sequence[int]
 ) -> tuple[SchedulerTable, Mapping[int, SchedulerTable]]:
-    """The scheduler's table at that size, from the configuration that the artifact keeps, and those of its later starts."""
-    shape = {**manifest.pipeline, **(size.pipeline if size else {})}["latents_shape"]
+    """The scheduler's table at the size whose latents have that shape, from the configuration that the artifact keeps, and those of its
+    later starts."""
     name = recipe.sampler.scheduler
     scheduler = build_scheduler(content.scheduler if name == "model" else name, content.scheduler_config)
     arguments = load_family(manifest.family).scheduler_arguments(scheduler, shape, steps)

@@ -8,6 +8,12 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from ...runtime.sizes.dimension import Dimension
+from ...runtime.sizes.size_range import SizeRange
+
+Axes = Mapping[int, Dimension]
+"""Which dimensions of a tensor follow the picture's size, by number, and how."""
+
 
 @dataclass(frozen=True)
 class Component:
@@ -17,6 +23,8 @@ class Component:
 
     `branches` says of a denoiser where the diffusers model lies in it, as a path prefix: `{"": "transformer."}`, and with
     classifier-free guidance one for each branch, `{"uncond": "uncond.unet.", "cond": "cond.unet."}`.
+
+    `range` are the sizes that its graph is for; None = the examples' alone. Then `axes` says of its inputs by name how they follow the size.
     """
 
     name: str
@@ -27,6 +35,12 @@ class Component:
     branches: Mapping[str, str] = field(default_factory=lambda: {"": ""})
     batch: int = 1
     label: str = ""
+    range: SizeRange | None = None
+    axes: Mapping[str, Axes] = field(default_factory=dict)
+
+    def with_range(self, sizes: SizeRange, axes: Mapping[str, Axes]) -> Component:
+        """The same for all those sizes, with the axes of those of its inputs that follow them."""
+        return replace(self, range=sizes, axes=axes)
 
     def with_batch(self, batch: int, label: str) -> Component:
         """The same module, called for that many requests; the examples of no two of them are equal."""

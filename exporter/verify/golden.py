@@ -64,7 +64,7 @@ NO_VNNI_HINT = "this CPU has no VNNI, so sums of int8 products saturate at 16 bi
 
 def write_plan_golden(replayer: Replayer, recipe: Recipe, name: str) -> None:
     """The golden vectors of one plan, in the folder of the replayer's artifact."""
-    plan, prompt = replayer.artifact.plans[name], picture_prompts(recipe)[0]
+    plan, prompt = replayer.artifact.find_plan(name), picture_prompts(recipe)[0]
     try:
         drawn = replayer.draw(prompt, 0, plan, count_opening_steps(plan))
     except NonfiniteError as e:

@@ -22,6 +22,7 @@ from ..progress import Progress
 from ..recipe.resolve import Recipe
 from ..replan.rebuild import build_plans
 from .outcome import Verdict
+from .range_probes import add_probes
 
 PLAN_TOLERANCE = 1e-4  # relative; another machine's float32 schedule differs by 1e-7
 LEAST_NUMBER = 1e-6  # of the largest of its row: less is rounding
@@ -76,7 +77,7 @@ def rebuild_plans(
         made, _ = build_plans(
             folder, manifest, recipe.model_copy(update={"cache": NoCache()}), steps, Progress(), content
         )
-    return {plan.name: plan for plan in made}, problem
+    return add_probes({plan.name: plan for plan in made}, manifest), problem
 
 
 def plan_error(plan: Plan, fresh: Plan, *, with_cache: bool) -> float:

@@ -75,6 +75,7 @@ class Reference:
     ) -> None:
         self._pipe, self._family, self._guidance, self._inputs = pipe, family, guidance, inputs
         self._sizes, self._guidance_scale = read_sizes(manifest), manifest.defaults.guidance_scale
+        self._is_ranged = manifest.range is not None
         self._whole = manifest.whole_graphs
         self._has_encoder = any(graph.name.partition(".")[0] == VAE_ENCODER for graph in manifest.graphs)
         self._variants = {v.name: v for v in inputs.all_variants()} if inputs else {}
@@ -90,9 +91,9 @@ class Reference:
                 denoiser.module.to(self._device)
 
     def _build_denoisers(self) -> dict[str, Component]:
+        build = self._family.range_denoiser if self._is_ranged else self._family.denoiser
         return {
-            size_graph_name("", name): self._family.denoiser(self._pipe, size, self._guidance)
-            for name, size in self._sizes.items()
+            size_graph_name("", name): build(self._pipe, size, self._guidance) for name, size in self._sizes.items()
         }
 
     @property

@@ -22,6 +22,7 @@ from ...runtime.manifest import Graph
 from ...runtime.pipeline import Pipeline
 from ...runtime.plan import Plan
 from ..families.picture import Size, example_picture
+from .range_probes import choose_family
 
 
 @dataclass(frozen=True)
@@ -164,6 +165,8 @@ class Replayer:
         seconds = time.perf_counter() - start
         calls = tuple(self.record.calls)
         latents = next(c.inputs["latents"] for c in calls if c.graph.partition(".")[0] == "vae_decoder")
+        if self._pipe.range:
+            latents = self._pipe.family_rules.arranged(latents)  # as diffusers has them
         return DrawnPicture(output[0].cpu(), latents, seconds, calls)
 
     def trace(
@@ -195,7 +198,7 @@ def stop_after(steps: int) -> Callable[..., dict[str, Tensor]]:
 
 def call_arguments(pipe: Pipeline, seed: int, plan: Plan) -> dict[str, Any]:
     """What an artifact is called with, besides the prompt, to draw the seed's picture by that plan."""
-    size = next(family for family in pipe.families if family.size == plan.size)
+    size = choose_family(pipe, plan.size)
     chosen = {"seed": seed, "num_inference_steps": plan.steps, "cache": plan.cache != "none", "output_type": "pt"}
     return {"height": size.height, "width": size.width, **chosen, **example_arguments(pipe, seed, plan.size)}
 
@@ -203,7 +206,7 @@ def call_arguments(pipe: Pipeline, seed: int, plan: Plan) -> dict[str, Any]:
 def example_arguments(pipe: Pipeline, seed: int, size: str | None = None) -> dict[str, Any]:
     """The argument `image`, of the size of that name, of artifacts that draw nothing without one. Where calls begin from it they begin with the plan's
     first step: all that is in the plan is measured, and not its end alone."""
-    picture = next(family for family in pipe.families if family.size == size).settings.picture
+    picture = choose_family(pipe, size).settings.picture
     if picture is None or not picture.required:
         return {}
     whole = {"strength": 1.0} if picture.role == "start" else {}

@@ -37,6 +37,7 @@ from .options import VerifyOptions, override_prompts, refuse_lone_part, refuse_s
 from .outcome import Outcome
 from .plan_check import judge_plans
 from .prompt_choice import limit_prompts, picture_jobs, threshold_prompts
+from .range_probes import plans_with_probes
 from .reference import EagerReference
 from .replayer import ArtifactReplayer, Replayer
 from .results import EagerResults, RememberedReference, model_digest, workload_digest
@@ -201,12 +202,13 @@ def compare_with_source(
     if results:
         reference = RememberedReference(reference, results, model_digest(manifest, recipe))
     golden = replay_golden_vectors(replayer, progress)
-    lacking = plans_without_golden(artifact.folder, artifact.plans)
+    lacking = plans_without_golden(artifact.folder, plans_with_probes(artifact))
     not_replayed = tuple(f"plan {name} has no golden vectors to replay" for name in lacking)
-    plans = {name: p for name, p in artifact.plans.items() if p.scheduler == reference.scheduler}
+    every = plans_with_probes(artifact)
+    plans = {name: p for name, p in every.items() if p.scheduler == reference.scheduler}
     others = tuple(
         f"plan {name} was not compared: it is for {p.scheduler}, the recipe's scheduler is {reference.scheduler}"
-        for name, p in artifact.plans.items()
+        for name, p in every.items()
         if name not in plans
     )
     usual = {name: plan for name, plan in plans.items() if plan.size is None}
@@ -268,8 +270,9 @@ def write_golden(folder: Path, manifest: Manifest, recipe: Recipe) -> Manifest:
 def replay_golden_vectors(replayer: ArtifactReplayer, progress: Progress) -> tuple[GoldenReplay, ...]:
     """The golden vectors that there are, against their replay."""
     artifact, replayed = replayer.artifact, []
-    lacking = plans_without_golden(artifact.folder, artifact.plans)
-    for plan in (plan for name, plan in artifact.plans.items() if name not in lacking):
+    plans = plans_with_probes(artifact)
+    lacking = plans_without_golden(artifact.folder, plans)
+    for plan in (plan for name, plan in plans.items() if name not in lacking):
         progress.announce(f"golden vectors of plan {plan.name}")
         whole = isinstance(replayer, Replayer)
         replayed.append(replay_golden(replayer, plan) if whole else attached.replay_attached_golden(artifact, plan))
@@ -278,7 +281,7 @@ def replay_golden_vectors(replayer: ArtifactReplayer, progress: Progress) -> tup
 
 def write_missing_golden(replayer: Replayer | attached.AttachedReplayer, recipe: Recipe) -> None:
     """Golden vectors of the plans that have none, in the folder of the replayer's artifact."""
-    for name in plans_without_golden(replayer.artifact.folder, replayer.artifact.plans):
+    for name in plans_without_golden(replayer.artifact.folder, plans_with_probes(replayer.artifact)):
         if isinstance(replayer, attached.AttachedReplayer):
             attached.write_attached_plan_golden(replayer, recipe, name)
         else:

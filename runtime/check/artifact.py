@@ -14,12 +14,15 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby, pairwise
 from pathlib import Path, PurePosixPath
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
+
+from pydantic import ValidationError
 
 from ..errors import RequestError, describe_read_error, raise_problems
 from ..hub.address import describe_links
-from ..manifest import FileEntry, Graph, Manifest
+from ..manifest import FileEntry, Graph, Manifest, TensorSpec
 from ..plan import Evaluation, Plan, size_plan_name
+from ..sizes.size_range import SizeRange
 from ..storage.files import TRUST_WARNING, file_hashes, hash_problem, open_files
 from ..storage.hash_marker import HashMarker
 from ..storage.private_folder import default_cache_folder
@@ -227,6 +230,7 @@ def reference_problems(manifest: Manifest) -> Iterator[str]:
         if path not in files:
             yield f"manifest.json: {path!r} is used but not in files; export again"
     yield from repeated_names("manifest.json [sizes]", (size.name for size in manifest.sizes))
+    yield from range_problems(manifest)
     if list(manifest.batches) != sorted({1, *manifest.batches}):
         yield f"manifest.json [batches]: expected different numbers from 1 on in order, got {list(manifest.batches)}; export again"
     sites = {site.name for site in manifest.sites}
@@ -236,6 +240,38 @@ def reference_problems(manifest: Manifest) -> Iterator[str]:
             yield f"manifest.json [graphs.{graph.name}]: site {unknown[0]!r} is not in sites; export again"
         else:
             yield from _slot_problems(graph, manifest)
+
+
+def range_problems(manifest: Manifest) -> Iterator[str]:
+    """A range without the default size or beside listed sizes, and dimensions that follow the size without a range, or are no whole
+    numbers in it."""
+    legal, default = manifest.range, (manifest.defaults.height, manifest.defaults.width)
+    if legal and default not in legal:
+        yield f"manifest.json [range]: has {legal}, and not the default size {default}; export again"
+    if legal and manifest.sizes:
+        yield "manifest.json [range]: stands beside sizes, and an artifact has either; export again"
+    for graph in manifest.graphs:
+        for table, specs in (("inputs", graph.inputs), ("outputs", graph.outputs)):
+            for spec in specs:
+                if problem := _axis_problem(spec, legal, default):
+                    yield f"manifest.json [graphs.{graph.name}.{table}]: {spec.name!r} {problem}; export again"
+
+
+def _axis_problem(spec: TensorSpec, legal: SizeRange | None, default: tuple[int, int]) -> str:
+    """What is wrong with the dimensions of it that follow the size, or ""."""
+    if not spec.axes:
+        return ""
+    if legal is None:
+        return "follows the size, and the artifact has no range"
+    if max(spec.axes) >= len(spec.shape):
+        return f"follows the size in dimension {max(spec.axes)}, and has {len(spec.shape)}"
+    try:
+        for size in legal.corners:
+            spec.at(*size)
+        usual = spec.at(*default).shape
+    except ValueError as e:
+        return f"has a dimension that {str(e).splitlines()[-1] if isinstance(e, ValidationError) else e}"
+    return "" if usual == spec.shape else f"is {list(spec.shape)}, and by its axes {list(usual)} at the default size"
 
 
 def repeated_names(where: str, names: Iterable[str]) -> Iterator[str]:
@@ -273,7 +309,7 @@ def plan_problems(plans: Mapping[str, Plan], manifest: Manifest) -> Iterator[str
     looked_at = 0
     for name, plan in plans.items():
         path = manifest.plans[name]
-        looked_at += len(plan.evaluations) * (1 + len(plan.tails))
+        looked_at += len(plan.evaluations) * (1 + len(plan.tails)) + sum(len(a.evaluations) for a in plan.areas)
         if looked_at > MAX_CHECKED_EVALUATIONS:
             yield f"{path}: the plans and their later starts have more than {MAX_CHECKED_EVALUATIONS} evaluations; export again"
             return
@@ -286,23 +322,67 @@ def plan_problems(plans: Mapping[str, Plan], manifest: Manifest) -> Iterator[str
             yield f"{path}: has no evaluations; export again"
             continue
         yield from _step_problems(plan.evaluations, 0, plan.steps, path)
-        for step, count in Counter(tail.step for tail in plan.tails).items():
-            if count > 1:
-                yield f"{path} [tail {step}]: occurs {count} times; export again"
-        for tail in plan.tails:
-            where, left = f"{path} [tail {tail.step}", len(plan.evaluations) - tail.begin
-            if tail.step >= plan.steps:
-                yield f"{where}]: leaves out {tail.step} steps, the plan has {plan.steps}; export again"
-            elif left < 1:
-                yield f"{where}]: begins at evaluation {tail.begin}, the plan has {len(plan.evaluations)}; export again"
-            elif len(tail.head) > left:
-                yield f"{where}]: its head has {len(tail.head)} evaluations, {left} are left; export again"
-            else:
-                evaluations = plan.evaluations_of(tail)
-                if evaluations[0].marginal is None:
-                    yield f"{where}]: has no marginal to begin with; export again"
-                yield from _step_problems(evaluations, tail.step, plan.steps, f"{where}]")
-                yield from _evaluation_problems(evaluations, graphs, f"{where}, ")
+        yield from _area_problems(plan, manifest, graphs, path)
+        yield from _tail_problems(plan, graphs, path)
+
+
+def _tail_problems(plan: Plan, graphs: Mapping[str, Graph], path: str) -> Iterator[str]:
+    """What stands in the way of the plan's later starts."""
+    for step, count in Counter(tail.step for tail in plan.tails).items():
+        if count > 1:
+            yield f"{path} [tail {step}]: occurs {count} times; export again"
+    for tail in plan.tails:
+        where, left = f"{path} [tail {tail.step}", len(plan.evaluations) - tail.begin
+        if tail.step >= plan.steps:
+            yield f"{where}]: leaves out {tail.step} steps, the plan has {plan.steps}; export again"
+        elif left < 1:
+            yield f"{where}]: begins at evaluation {tail.begin}, the plan has {len(plan.evaluations)}; export again"
+        elif len(tail.head) > left:
+            yield f"{where}]: its head has {len(tail.head)} evaluations, {left} are left; export again"
+        else:
+            evaluations = plan.evaluations_of(tail)
+            if evaluations[0].marginal is None:
+                yield f"{where}]: has no marginal to begin with; export again"
+            yield from _step_problems(evaluations, tail.step, plan.steps, f"{where}]")
+            yield from _evaluation_problems(evaluations, graphs, f"{where}, ")
+
+
+def _area_problems(plan: Plan, manifest: Manifest, graphs: Mapping[str, Graph], path: str) -> Iterator[str]:
+    """Schedules of areas that are not those of the range, and what stands in the way of running them. Of those that differ in numbers
+    alone one is looked at."""
+    if not plan.areas:
+        return
+    named = sorted(schedule.area for schedule in plan.areas)
+    usual = manifest.defaults.height * manifest.defaults.width
+    wanted = sorted(manifest.range.areas - {usual}) if manifest.range else []
+    if named != wanted:
+        odd = next(iter(sorted(set(named) ^ set(wanted))), named[0])
+        yield f"{path} [areas]: expected each area of the range once, besides the default size's; not so {odd}; export again"
+        return
+    seen = set()
+    for schedule in plan.areas:
+        where = f"{path} [area {schedule.area}]"
+        form = (
+            tuple(map(_evaluation_form, schedule.evaluations)),
+            tuple((tail.step, tail.begin, tuple(map(_evaluation_form, tail.head))) for tail in schedule.tails),
+        )
+        if form in seen:
+            continue
+        seen.add(form)
+        if not schedule.evaluations:
+            yield f"{where}: has no evaluations; export again"
+            continue
+        there = plan.model_copy(update={"evaluations": schedule.evaluations, "tails": schedule.tails, "areas": ()})
+        yield from _step_problems(there.evaluations, 0, plan.steps, where)
+        yield from _evaluation_problems(there.evaluations, graphs, f"{where} [")
+        yield from _tail_problems(there, graphs, where)
+
+
+def _evaluation_form(evaluation: Evaluation) -> tuple[Any, ...]:
+    """All of an evaluation that a check looks at: its numbers are bounded by their schema."""
+    update = evaluation.update
+    reach = len(update.latents), len(update.outputs), len(evaluation.coefficients)
+    return evaluation.step, evaluation.variant, *reach, evaluation.marginal is None
 
 
 def _plan_name_problems(name: str, plan: Plan, path: str) -> Iterator[str]:

@@ -158,7 +158,7 @@ def inspection_lines(folder: Path, manifest: Manifest, plans: Mapping[str, Plan]
 
 def further_calls(manifest: Manifest) -> list[str]:
     """What calls may ask for besides the defaults: sizes, and pictures together."""
-    sizes = ", ".join(f"{size.width} x {size.height}" for size in manifest.sizes)
+    sizes = ", ".join(f"{size.width} x {size.height}" for size in manifest.sizes) or str(manifest.range or "")
     together = ", ".join(map(str, manifest.batches[1:]))
     return [*([f"{sizes} pixels"] if sizes else []), *([f"{together} pictures together"] if together else [])]
 

@@ -110,7 +110,7 @@ class CallGraphs:
         decoder's activations are the largest of a call."""
         decoder = self._artifact.graph(family.graph_name("vae_decoder"))
         (name,) = (spec.name for spec in decoder.graph.outputs)
-        pictures = torch.cat([decoder({"latents": x.contiguous()})[name] for x in finals])
+        pictures = torch.cat([decoder({"latents": family.decodable(x).contiguous()})[name] for x in finals])
         refuse_nonfinite_pictures(pictures)
         return pictures
 

@@ -23,6 +23,7 @@ from ..call.arguments import (
     whole_number,
     whole_number_or_none,
 )
+from ..call.sizes import refuse_other_size
 from ..errors import RequestError
 from ..families import Family
 from ..finite import refuse_nonfinite
@@ -127,15 +128,9 @@ class RequestReader:
         defaults = self._artifact.manifest.defaults
         height, width = whole_number_or_none("height", height), whole_number_or_none("width", width)
         size = (defaults.height if height is None else height, defaults.width if width is None else width)
-        sizes = [(family.height, family.width) for family in self._families]
-        if size in sizes:
-            return self._families[sizes.index(size)]
-        only = " and ".join(f"height {height}, width {width}" for height, width in nearest_sizes(size, sizes))
-        said = "of" if len(sizes) == 1 else f"of {len(sizes)} sizes, the nearest are"
-        raise RequestError(
-            f"height={size[0]}, width={size[1]}: the artifact makes {self._rules.output_kind} {said} {only}"
-            f"{' only' if len(sizes) == 1 else ''}; export again for another size"
-        )
+        sizes, legal = [(family.height, family.width) for family in self._families], self._artifact.manifest.range
+        refuse_other_size(size, sizes, legal, self._rules.output_kind)
+        return self._rules.at(*size) if legal else self._families[sizes.index(size)]
 
     def _check_length(self, num_frames: int | None, max_sequence_length: int | None) -> None:
         defaults, length = self._artifact.manifest.defaults, self._rules.max_sequence_length
@@ -183,7 +178,8 @@ class RequestReader:
                 f"`prebake verify {artifact.folder} --source` does that",
                 stacklevel=4,  # where the pipeline is called
             )
-        return name, skipped(artifact.plans[name])
+        name = artifact.plan_at(name, family.height, family.width)
+        return name, skipped(artifact.find_plan(name))
 
 
 REQUEST_ARGUMENTS = tuple(
@@ -198,8 +194,3 @@ def plan_tables(artifact: Artifact, name: str, skipped: int, start: StartRequest
     """The numbers of the plan of that name for that many pictures, over the part of it that a call takes."""
     with default_device(CPU):
         return tables_until(artifact.tables_from(name, skipped, batch), start.window.end)
-
-
-def nearest_sizes(asked: tuple[int, int], sizes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The two (height, width) that differ the least in both sides together."""
-    return sorted(sizes, key=lambda size: abs(size[0] - asked[0]) + abs(size[1] - asked[1]))[:2]

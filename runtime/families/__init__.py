@@ -6,9 +6,10 @@ to its own.
 
 from __future__ import annotations
 
+import copy
 import importlib
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, TypeVar
 
 import torch
 from pydantic import BaseModel, Field, ValidationError
@@ -85,7 +86,8 @@ WHOLE_SCHEDULE = ScheduleWindow()
 
 
 class Family:
-    """What `Pipeline` asks of a family at one size: the default one, or the further one `size`. It is made of an open artifact.
+    """What `Pipeline` asks of a family at one size: the default one, or the further one `size`. It is made of an open artifact. In an
+    artifact of a range `at` has it at each of its sizes, all of which go through the graphs of the default one.
 
     `latents_shape` is that of one image in the loop, without the batch, and `latents_name` what to call it. Both
     branches of classifier-free guidance, where there are two, are in the denoiser's graph, which takes what differs
@@ -100,6 +102,7 @@ class Family:
 
     def __init__(self, artifact: Artifact, size: SizeEntry | None = None):
         self.size = size and size.name
+        self.range = artifact.manifest.range
         self.height = (size or artifact.manifest.defaults).height
         self.width = (size or artifact.manifest.defaults).width
         self.settings = read_settings(self.settings_type, artifact, size)
@@ -107,6 +110,27 @@ class Family:
         self.inputs = denoiser_inputs(artifact)
         self._device = artifact.device
         self._text = TextEncoder(artifact, self.settings.text)
+
+    def at(self, height: int, width: int) -> Self:
+        """The same at a size of the artifact's range. Raises ArtifactError where its latents have no whole sides there."""
+        if (height, width) == (self.height, self.width):
+            return self
+        assert self.range is not None
+        other = copy.copy(self)
+        other.height, other.width = height, width
+        try:
+            changed: dict[str, Any] = {"latents_shape": self.range.latents_at(height, width)}
+        except ValueError as e:
+            raise ArtifactError(f"manifest.json [range.latents_shape]: {e}; export again") from e
+        if picture := self.settings.picture:
+            changed["picture"] = picture.model_copy(update={"height": height, "width": width})
+        other.settings = self.settings.model_copy(update=changed)
+        other.latents_shape = other.loop_shape()
+        return other
+
+    def decodable(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents [B, *latents_shape] of the loop as the decoder takes them: as they are."""
+        return latents
 
     @property
     def branches(self) -> bool:

@@ -22,9 +22,27 @@ if TYPE_CHECKING:
 
 
 def call_problems(artifact: Artifact, family: Family) -> Iterator[str]:
-    """What a call would give to the graphs, or take from them, that they have not; nothing is computed for it."""
-    manifest, settings = artifact.manifest, family.settings
-    defaults, kind = manifest.defaults, family.output_kind
+    """What a call would give to the graphs, or take from them, that they have not; nothing is computed for it. In an artifact of a range
+    that is looked at for the default size and the ends of the range: dimensions are lines between them."""
+    yield from _default_problems(artifact, family)
+    if math.prod(family.settings.latents_shape) > MAX_LATENTS:
+        yield f"[{size_prefix(family)}pipeline.latents_shape]: {list(family.settings.latents_shape)} has more than {MAX_LATENTS} numbers"
+        return
+    if family.range is None:
+        yield from _graph_problems(artifact, family)
+        return
+    usual = family.settings.latents_shape
+    if family.range.latents_at(family.height, family.width) != usual:
+        yield f"[range.latents_shape]: {list(family.range.latents_shape)} is not [pipeline.latents_shape], {list(usual)}, at the default size"
+        return
+    for size in dict.fromkeys(((family.height, family.width), *family.range.corners)):
+        yield from _graph_problems(artifact, family.at(*size))
+
+
+def _default_problems(artifact: Artifact, family: Family) -> Iterator[str]:
+    """What of the manifest's defaults no call could have."""
+    manifest, kind = artifact.manifest, family.output_kind
+    defaults = manifest.defaults
     plan = size_plan_name(str(defaults.num_inference_steps), family.size)
     if (defaults.num_frames is None) != (kind == "images"):
         yield f"[defaults.num_frames]: is {defaults.num_frames}, this family makes {kind}"
@@ -32,15 +50,18 @@ def call_problems(artifact: Artifact, family: Family) -> Iterator[str]:
         had = ", ".join(manifest.plans) or "none"
         at = f" at {family.size}" if family.size else ""
         yield f"[defaults.num_inference_steps]: there is no plan of {defaults.num_inference_steps} steps{at}, it has {had}"
-    if math.prod(settings.latents_shape) > MAX_LATENTS:
-        yield f"[{size_prefix(family)}pipeline.latents_shape]: {list(settings.latents_shape)} has more than {MAX_LATENTS} numbers"
-        return
+
+
+def _graph_problems(artifact: Artifact, family: Family) -> Iterator[str]:
+    """What the graphs have not, at the family's size."""
+    settings, kind, size = family.settings, family.output_kind, (family.height, family.width)
     latents = TensorSpec(name="hidden_states", shape=(1, *family.latents_shape), dtype="float32")
     yield from _denoiser_problems(artifact, family, latents)
-    decoder = artifact.graph(family.graph_name("vae_decoder")).graph
-    yield from _decoder_problems(decoder, latents, (3, family.height, family.width), kind)
+    decoder = artifact.graph(family.graph_name("vae_decoder")).graph.at(*size)
+    decoded = settings.latents_shape if family.range else family.latents_shape
+    yield from _decoder_problems(decoder, latents.model_copy(update={"shape": (1, *decoded)}), (3, *size), kind)
     if settings.picture:
-        encoder = artifact.graph(family.graph_name("vae_encoder")).graph
+        encoder = artifact.graph(family.graph_name("vae_encoder")).graph.at(*size)
         yield from _encoder_problems(encoder, settings.picture, settings.latents_shape)
 
 
@@ -51,7 +72,7 @@ def size_prefix(family: Family) -> str:
 
 def _denoiser_problems(artifact: Artifact, family: Family, latents: TensorSpec) -> Iterator[str]:
     """What the loop gives to each variant, and takes from it."""
-    text = artifact.graph(family.settings.text.graph).graph
+    text, size = artifact.graph(family.settings.text.graph).graph, (family.height, family.width)
     if large := [spec.name for spec in text.outputs if math.prod(spec.shape) > MAX_EMBEDDING]:
         yield f"[graphs.{text.name}.outputs]: {large[0]!r} has more than {MAX_EMBEDDING} numbers"
         return
@@ -67,10 +88,14 @@ def _denoiser_problems(artifact: Artifact, family: Family, latents: TensorSpec) 
     names = {name for plan in artifact.plans.values() if plan.size == family.size for name in plan.variants()}
     for batch in artifact.manifest.batches:
         graphs = (artifact.graphs.get(batch_graph_name(name, batch)) for name in sorted(names))
-        variants = [bound.graph for bound in graphs if bound]  # what has none for that many is called row by row
+        variants = [
+            bound.graph.at(*size) for bound in graphs if bound
+        ]  # what has none for that many is called row by row
         rows = {name: ((batch, *shape[1:]), dtype) for name, (shape, dtype) in given.items()}
         before = {plain: batch_graph_name(family.graph_name(plain), batch) for plain in (PROLOGUE, STEP)}
-        hoisted = {plain: artifact.graphs[name].graph for plain, name in before.items() if name in artifact.graphs}
+        hoisted = {
+            plain: artifact.graphs[name].graph.at(*size) for plain, name in before.items() if name in artifact.graphs
+        }
         yield from hoist_problems(hoisted, rows)
         passed = hoisted_facts(hoisted)
         for graph in variants:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from prebake.exporter import add_plan as replan
 from prebake.exporter.caches import Auto, Mask
 from prebake.exporter.caches.common import calibration as calibrations
 from prebake.exporter.caches.common.calibration import Calibration, FittedPlan
@@ -12,6 +11,7 @@ from prebake.exporter.pipeline import prepare
 from prebake.exporter.plan import inputs
 from prebake.exporter.progress import Progress
 from prebake.exporter.recipe.resolve import change_recipe, resolve
+from prebake.exporter.replan.rebuild import build_plans
 from prebake.exporter.verify.source_pipeline import manifest_recipe
 from prebake.runtime.artifact import open_artifact
 from prebake.runtime.errors import ExportError
@@ -73,7 +73,7 @@ def planned(folder, steps: int, *overrides: str, cache: Auto = FOUND):
     """The cached plan, and what was noted."""
     manifest, notes = read_manifest(folder), Notes()
     recipe = change_recipe(manifest_recipe(folder, manifest), "recipe", overrides).model_copy(update={"cache": cache})
-    return replan.build_plans(folder, manifest, recipe, steps, notes)[0][0], notes.told
+    return build_plans(folder, manifest, recipe, steps, notes)[0][0], notes.told
 
 
 def test_a_found_plan_is_kept_at_its_own_steps(found):

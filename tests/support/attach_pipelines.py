@@ -317,7 +317,7 @@ def uncompiled(recipe: Recipe, folder: Path) -> Artifact:
     manifest = describe_artifact(
         folder, made, StoredWeights({name: {} for name in captured(made)}, ()), dict.fromkeys(captured(made), "")
     )
-    graphs = {g.name: bound(g, captured(made)[g.name]) for g in manifest.graphs}
+    graphs = {g.name: bound(g, captured(made)[g.name], manifest) for g in manifest.graphs}
     plans = read_plans(folder, manifest)
     tables = {n: tabulate_plan(p, CPU) for n, p in plans.items()}
     return Artifact(folder, manifest, CPU, {}, graphs, plans, tables)

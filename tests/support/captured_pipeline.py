@@ -21,8 +21,8 @@ from prebake.exporter.progress import Progress, open_progress
 from prebake.exporter.recipe.resolve import Recipe
 from prebake.exporter.sites.component import Component
 from prebake.runtime.artifact import Artifact, BoundGraph, read_plans
-from prebake.runtime.contract import Contract
-from prebake.runtime.manifest import Graph
+from prebake.runtime.contract import graph_contract
+from prebake.runtime.manifest import Graph, Manifest
 from prebake.runtime.pipeline import Pipeline
 from prebake.runtime.replay import tabulate_plan
 from support.known_layouts import layout_of
@@ -78,7 +78,7 @@ def opened(prepared: PreparedExport, folder: Path) -> Pipeline:
         StoredWeights({name: {key: key for key in g.constants()} for name, g in captured(prepared).items()}, ()),
         dict.fromkeys(captured(prepared), ""),
     )
-    graphs = {g.name: bound(g, captured(prepared)[g.name]) for g in manifest.graphs}
+    graphs = {g.name: bound(g, captured(prepared)[g.name], manifest) for g in manifest.graphs}
     plans = read_plans(folder, manifest)
     tables = {n: tabulate_plan(p, CPU, manifest.pipeline["timestep_scale"]) for n, p in plans.items()}
     return Pipeline(Artifact(folder, manifest, CPU, {}, graphs, plans, tables))
@@ -88,10 +88,10 @@ def captured(prepared: PreparedExport) -> dict[str, CapturedGraph]:
     return {g.name: g for group in prepared.graphs.values() for g in group}
 
 
-def bound(graph: Graph, captured: CapturedGraph) -> BoundGraph:
+def bound(graph: Graph, captured: CapturedGraph, manifest: Manifest) -> BoundGraph:
     """The graph under its own call contract."""
 
     def run(flat: list[torch.Tensor]) -> list[torch.Tensor]:
         return [t.clone() for t in captured.gm(*flat)]
 
-    return BoundGraph(graph, run, Contract(graph, CPU))  # pyright: ignore[reportArgumentType]
+    return BoundGraph(graph, run, graph_contract(graph, CPU, manifest.range))  # pyright: ignore[reportArgumentType]

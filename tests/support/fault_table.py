@@ -35,6 +35,7 @@ SHARDS, COMPONENTS = "runtime/storage/test_shards.py::", "exporter/rewrite/test_
 FINITE = "runtime/test_finite.py::"
 KERNELS = "exporter/lower/aoti/kernels/"
 OPERATORS = KERNELS + "test_operators.py::"
+RANGES = "exporter/families/test_ranges.py::"
 RATES = "exporter/cost/test_machine_rates.py::"
 ENGINE, SERVER = "runtime/engine/test_engine.py::", "runtime/serve/test_serve.py::"
 
@@ -211,6 +212,42 @@ FAULTS: Mapping[str, tuple[Fault, ...]] = {
             "a call for a size that the artifact has not",
             "the nearest two sizes",
             "exporter/families/test_sizes_and_batches.py::test_sizes_that_are_not_there_are_refused_with_the_nearest_two",
+        ),
+        Fault(
+            "outside-range",
+            "a call for a size that is not in the artifact's range",
+            "the nearest two legal sizes",
+            RANGES + "test_sizes_outside_are_refused_with_the_nearest_two",
+        ),
+        Fault(
+            "tensors-outside-range",
+            "a graph of a range is called with tensors of no size in it",
+            "which dimension has what, and what it is of height and width",
+            RANGES + "test_a_graph_refuses_tensors_of_no_size_in_the_range",
+        ),
+        Fault(
+            "range-of-a-family",
+            "a range is asked for of a family whose graphs are for one size",
+            "why, and `shapes.sizes` as the way out",
+            RANGES + "test_families_of_one_size_refuse_a_range_by_name",
+        ),
+        Fault(
+            "range-of-a-backend",
+            "a range is asked for of a backend without dynamic axes",
+            "why, and `shapes.sizes` as the way out",
+            RANGES + "test_backends_of_one_size_refuse_a_range_by_name",
+        ),
+        Fault(
+            "range-schedules",
+            "a plan lacks the schedule of an area, or has one that no loop could run",
+            "which area, and what of it",
+            RANGES + "test_schedules_that_a_reader_could_not_run_are_named",
+        ),
+        Fault(
+            "range-shapes",
+            "a manifest's shapes follow the size in an artifact without a range",
+            "`follows the size, and the artifact has no range`",
+            f"{HOSTILE}[a shape without a range]",
         ),
         Fault("other-glibc", "an older C library", "`needs glibc 99.1, this system has ...`", f"{HOSTILE}[newer glibc]"),
         Fault(

@@ -15,7 +15,16 @@ import pytest
 from support.paths import ROOT
 
 COMPILING_FIXTURES = frozenset(
-    {"tiny_artifact", "tiny_sd_artifact", "toy_artifact", "wheel", "slim_python", "native_kernels", "compiled"}
+    {
+        "tiny_artifact",
+        "tiny_sd_artifact",
+        "range_artifact",
+        "toy_artifact",
+        "wheel",
+        "slim_python",
+        "native_kernels",
+        "compiled",
+    }
 )
 DOCS_FOLDERS = tuple(
     ROOT / "tests" / folder for folder in ("docs", "benchmarks", "exporter/html_report", "requirements")

@@ -30,6 +30,23 @@ SD_OVERRIDES = (
 )
 """What the fixture `tiny_sd_artifact` changes in `sd-fast`."""
 
+SIDE = "{min=32,max=96,step=16}"
+RANGE_OVERRIDES = (
+    "cache.method=none",
+    "quantize.method=none",
+    "precision.denoiser=float32",
+    "precision.text_encoders=float32",
+    "precision.vae=float32",
+    f"shapes.height={SIDE}",
+    f"shapes.width={SIDE}",
+    "sampler.steps=4",
+    "verify.psnr_db=80",
+    "verify.relative_error=1e-4",
+    "verify.seeds=1",
+    'verify.prompts=["a red circle"]',
+)
+"""What the fixture `range_artifact` changes in `flux-fast`."""
+
 
 def save_tiny(folder: Path, seed: int = 0) -> Path:
     """The FLUX pipeline as a folder that `--model` accepts."""

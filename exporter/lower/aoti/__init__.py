@@ -33,7 +33,7 @@ from ...private_torch import (
 )
 from ...tables import RecipeTable
 from .. import CodeFiles, GraphCompiler, GraphGroups, w8a8
-from ..options import read_options
+from ..options import read_options, refuse_range
 from ..toolchain import glibc_version
 from . import cuda, kernels
 from .building import build_folder, check_build_place, describe_compile_error
@@ -91,6 +91,8 @@ def adapt_recipe(recipe: Any) -> tuple[Any, tuple[str, ...]]:
             raise RecipeError(
                 f"compile.options.{for_cpu}: for the CPU alone, and compile.device is cuda; leave the option out"
             )
+        if chosen.cuda_graphs:
+            refuse_range(recipe, "compile.options.cuda_graphs records a trajectory of one size")
         cuda.check_gpu_recipe(recipe)
         return recipe, ()
     if gpu_only := sorted({"cuda_graphs", "multi_arch", "tf32"} & recipe.compile.options.keys()):

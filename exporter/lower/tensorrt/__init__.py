@@ -31,7 +31,7 @@ from ...passes.fold import find_tensor
 from .. import CodeFiles, GraphCompiler, GraphGroups
 from ..int8_weights import refuse_components
 from ..onnx import rewrite
-from ..options import OnnxOptions, read_options
+from ..options import OnnxOptions, read_options, refuse_range
 from ..w8a8 import quantize_layers as quantize_layers  # by one operator that ONNX models have a form for
 from ..w8a8 import refuse_convolutions
 from .network import build_network
@@ -62,6 +62,10 @@ def adapt_recipe(recipe: Any) -> tuple[Any, tuple[str, ...]]:
     for others."""
     chosen, config, said = read_options(recipe.compile, TensorRTOptions), {}, []
     refuse_convolutions(recipe)
+    refuse_range(
+        recipe,
+        "TensorRT needs an optimization profile for one, which prebake does not write; compile.backend=aoti has ranges",
+    )
     refuse_components(recipe, "nobody has tried it with TensorRT, and compile.backend=aoti or onnxruntime has it")
     if recipe.compile.device != "cuda":
         config["device"] = "cuda"

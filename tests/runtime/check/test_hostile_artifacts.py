@@ -16,6 +16,12 @@ from support.paper_artifact import EULER, PLAN, edit, relist, write_package
 PACKAGE = "graphs/denoiser.pt2"
 
 
+def legal(least: int, largest: int) -> dict:
+    """A range by 8 pixels."""
+    side = {"min": least, "max": largest, "step": 8}
+    return {"height": side, "width": side, "latents_shape": [1, 2, 6]}
+
+
 def listed(path):
     """The manifest lists this name, whatever it is."""
     return lambda folder: edit(folder, lambda m: m["files"].append({"path": path, "size": 1, "sha256": "0" * 64}))
@@ -213,6 +219,29 @@ RULES = {
     "a size twice": (
         field("sizes", to=[{"height": 64, "width": 32}, {"height": 64, "width": 32}]),
         "[sizes]: '32x64' occurs 2 times",
+    ),
+    "a range without the default size": (
+        field("range", to=legal(16, 32)),
+        "[range]: has height 16 to 32 by 8, width 16 to 32",
+    ),
+    "a range that ends between steps": (field("range", to=legal(8, 30)), "the nearest are 24 and 32"),
+    "a range beside sizes": (
+        lambda f: edit(f, lambda m: m.update(range=legal(8, 32), sizes=[{"height": 64, "width": 32}])),
+        "[range]: stands beside sizes",
+    ),
+    "a shape without a range": (
+        field("graphs", 0, "inputs", 0, "axes", to={"1": "height"}),
+        "follows the size, and the artifact has no range",
+    ),
+    "a shape of another size": (
+        lambda f: edit(
+            f, lambda m: (m.update(range=legal(8, 32)), m["graphs"][0]["inputs"][0].update(axes={"1": "7*height"}))
+        ),
+        "and by its axes",
+    ),
+    "a dimension that is no sum": (
+        field("graphs", 0, "inputs", 0, "axes", to={"1": "height**9999"}),
+        "expected a sum such as 'height*width/256+512', got 'height**9999'",
     ),
     "unknown key": (
         field("trust_me", to=True),

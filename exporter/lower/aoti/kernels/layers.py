@@ -10,6 +10,7 @@ after   y = packed_w8a8([a, b], weight_packed, scale, bias, GELU)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -178,7 +179,9 @@ def call_few_rows(gm: fx.GraphModule, node: fx.Node, weights: DerivedWeights) ->
 def find_few_rows_obstacle(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> str:
     """Why `few_rows.cpp` does not multiply such, or ""."""
     alike = {t.dtype for t in (x, weight, bias) if t is not None}
-    rows = x.numel() // max(x.shape[-1], 1)
+    rows = math.prod(x.shape[:-1])
+    if not isinstance(rows, int):
+        return "rows that follow the picture's size"
     if not 0 < rows <= MAX_FEW_ROWS:
         return f"more than {MAX_FEW_ROWS} rows" if rows else "no rows"
     if alike not in ({torch.float32}, {torch.bfloat16}):

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from ....passes.derived_weights import DerivedWeights
 from ....passes.fx_tools import CASTS, aten, make_contiguous, node_arguments
-from ....private_torch import operator_overload
+from ....private_torch import have_equal_shapes, is_surely_equal, operator_overload
 from .operators import rotary
 from .refusal import Refusal
 
@@ -62,11 +62,14 @@ def match_rotary(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | Refusal | 
 def find_table_obstacle(x: Tensor, cosines: Tensor, sines: Tensor) -> str:
     """Why the kernel does not turn x by such tables, or ""."""
     tables = (cosines, sines)
-    if cosines.shape != sines.shape or cosines.stride() != sines.stride():
+    strides = zip(cosines.stride(), sines.stride(), strict=True)
+    if not have_equal_shapes(cosines, sines) or not all(is_surely_equal(a, b) for a, b in strides):
         return "cosines and sines of different shapes"
     if not all(t.dtype == torch.float32 and t.dim() == 4 and t.is_contiguous() for t in tables):
         return "tables not in float32, of four dimensions and in order"
-    wide = all(a in (1, b) for a, b in zip(cosines.shape, x.shape, strict=True)) if x.dim() == 4 else False
+    wide = x.dim() == 4 and all(
+        is_surely_equal(a, 1) or is_surely_equal(a, b) for a, b in zip(cosines.shape, x.shape, strict=True)
+    )
     return "" if wide and cosines.shape[3] == x.shape[3] else "tables that do not fit its tensor"
 
 
@@ -105,7 +108,7 @@ def match_pairs(node: Any) -> fx.Node | None:
         return None
     x = skip_casts(pairs.args[0])
     x = skip_casts(x.args[0]) if x.target in (aten.reshape.default, aten.view.default, aten.unflatten.int) else None
-    return x if x is not None and x.meta["val"].shape == node.meta["val"].shape else None
+    return x if x is not None and have_equal_shapes(x.meta["val"], node.meta["val"]) else None
 
 
 def skip_casts(node: Any) -> Any:

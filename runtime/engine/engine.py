@@ -220,9 +220,12 @@ class Engine:
         return None
 
     def _join(self, ready: list[Picture]) -> Entry:
-        """The first picture's next entry, together with those of others that call the same graph, as many as it takes at once."""
-        graph = ready[0].agenda[ready[0].done]
-        same = [picture for picture in ready if picture.next == graph]
+        """The first picture's next entry, together with those of others of its size that call the same graph, as many as it takes at once.
+        In an artifact of a range pictures of all sizes call one."""
+        graph, family = ready[0].agenda[ready[0].done], ready[0].job.request.family
+        size = family.height, family.width
+        families = [(picture, picture.job.request.family) for picture in ready if picture.next == graph]
+        same = [picture for picture, other in families if (other.height, other.width) == size]
         pictures = tuple(same[: max(batch for batch in self._graphs.shared_batches(graph) if batch <= len(same))])
         for picture in pictures:
             picture.busy = True

@@ -28,7 +28,8 @@ def picture_bytes(manifest: Manifest, request: Request) -> int:
     """Bytes of one picture: its latents and the plan's history of them, its draws, what the denoiser is given beside them, and all
     generations of every site that its plan stores. Activations are a runner's, not a picture's."""
     plan = request.plan
-    graphs = [manifest.graph(name) for name in dict.fromkeys(e.variant for e in plan.evaluations)]
+    size = request.family.height, request.family.width
+    graphs = [manifest.graph(name).at(*size) for name in dict.fromkeys(e.variant for e in plan.evaluations)]
     latents = 4 * math.prod(request.family.latents_shape)
     draws = sum(bool(e.update.noise) for e in plan.evaluations)
     masked = 0 if request.start.mask_image is None else 3  # the picture, its noise and the mask
@@ -41,7 +42,8 @@ def picture_bytes(manifest: Manifest, request: Request) -> int:
 def stored_bytes(manifest: Manifest, names: Iterable[str], request: Request) -> int:
     """Bytes of all generations of those sites."""
     variants = {e.variant for e in request.plan.evaluations}
-    outputs = {s.name: s for graph in manifest.graphs if graph.name in variants for s in graph.outputs}
+    size = request.family.height, request.family.width
+    outputs = {s.name: s for graph in manifest.graphs if graph.name in variants for s in graph.at(*size).outputs}
     kept = set(names)
     return sum(
         site.slots * spec_bytes(outputs[t]) for site in manifest.sites if site.name in kept for t in site.tensors

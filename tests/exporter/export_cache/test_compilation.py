@@ -109,8 +109,8 @@ NEUTRAL: dict[str, Any] = {
 }
 """Field -> a value that no graph shows: plans, thresholds and names."""
 
-ELSEWHERE = {"model.config"}
-"""Says where files are read from, and what they hold is in the graphs; see `test_weights_count_and_not_where_they_lie`."""
+ELSEWHERE = {"model.config", "model.lora", "model.textual_inversion"}
+"""Say where files are read from, and what they hold is in the graphs; see `test_weights_count_and_not_where_they_lie`."""
 
 VARIANTS = {
     "auto": "calibration budget candidates slots max_variants beam search_budget fit_runs judge_runs otherwise",

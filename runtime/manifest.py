@@ -193,7 +193,7 @@ class SourceLora(BaseModel):
 
     model_config = FROZEN_CONFIG
     name: Name
-    scale: float
+    scale: Float32
     sha256: Name
 
 
@@ -214,8 +214,8 @@ class Source(BaseModel):
     model: Name
     pipeline: Name
     sha256: Name
-    loras: tuple[SourceLora, ...] = ()
-    inversions: tuple[SourceInversion, ...] = ()
+    loras: Annotated[tuple[SourceLora, ...], Field(max_length=MAX_ITEMS)] = ()
+    inversions: Annotated[tuple[SourceInversion, ...], Field(max_length=MAX_ITEMS)] = ()
 
     @property
     def title(self) -> str:

@@ -2,7 +2,7 @@
 
 One number among a billion that is wrong changes an evaluation by less than rounding does, at large sizes by much less. Beside the model's own
 number it is plain to see. It takes no evaluation. What the exporter makes of weights is undone here as far as names tell it: a fused
-projection is its parts below each other, and eight bits with a scale are the numbers that they stand for.
+projection is its parts below each other, eight bits with a scale are the numbers that they stand for, and what is packed for kernels is unpacked.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ...runtime.artifact import Artifact
 from ...runtime.manifest import PROLOGUE, STEP
+from ..lower.aoti.kernels.operators import PANEL, gated_order, pack_columns, pack_taps, unpack_columns, unpack_taps
 from .outcome import Verdict
 
 ROUNDING = 2.0**-8  # relative: bfloat16's, and a little more
@@ -26,6 +27,7 @@ FUSED_PARTS: Mapping[str, Sequence[str]] = {
     "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
 }
 CODES, SCALES = ".parametrizations.weight.original0", ".parametrizations.weight.original1"
+PACKED, PACKED_SCALES = ".weight_packed", ".scale"
 NAMED_GAPS = 3
 
 
@@ -54,9 +56,19 @@ def weight_errors(artifact: Artifact, source: Mapping[str, Tensor]) -> tuple[dic
     errors: dict[str, float] = {}
     unknown = []
     for key, places in sorted(stored_places(artifact).items()):
-        if places[0].endswith(SCALES):
+        if places[0].endswith(SCALES) or key.removesuffix(PACKED_SCALES) + PACKED in artifact.weights:
             continue  # judged with its codes
         stored, scale = artifact.weights[key], None
+        if places[0].endswith(PACKED):
+            scale = artifact.weights.get(key.removesuffix(PACKED) + PACKED_SCALES)
+            exact = next(
+                (t for p in places if (t := find_weight(source, p.replace(PACKED, ".weight"))) is not None), None
+            )
+            if exact is None or scale is None or exact.dim() not in (2, 4):
+                unknown.append(key)
+            else:
+                errors[key] = packed_error(stored, scale, exact)
+            continue
         if places[0].endswith(CODES):
             scale = artifact.weights.get(key.removesuffix(CODES) + SCALES)
         exact = next(
@@ -67,6 +79,29 @@ def weight_errors(artifact: Artifact, source: Mapping[str, Tensor]) -> tuple[dic
         else:
             errors[key] = weight_error(stored, scale, exact)
     return errors, unknown
+
+
+def packed_error(packed: Tensor, scale: Tensor, exact: Tensor) -> float:
+    """The error of a weight [N, K], or [N, C, H, W], that was packed for a kernel with a scale for each of N; inf where it is no packed
+    weight."""
+    by_row = scale.reshape(-1, *(1,) * (exact.dim() - 1))
+    return min((weight_error(codes, by_row, exact) for codes in unpack_codes(packed, exact)), default=math.inf)
+
+
+def unpack_codes(packed: Tensor, exact: Tensor) -> Iterator[Tensor]:
+    """int8 as the model's weight lies, in each order that a kernel may read it; none where packing them again gives something else."""
+    n, k = exact.shape[:2]
+    if exact.dim() == 4:
+        taps = exact[0, 0].numel()
+        codes = unpack_taps(packed, taps, k, n)
+        if torch.equal(pack_taps(codes, taps), packed):
+            yield codes.reshape(taps, k, n).permute(2, 1, 0).reshape(exact.shape)
+        return
+    columns = unpack_columns(packed, k, n)
+    if torch.equal(pack_columns(columns), packed):
+        yield columns.t()
+        if n % PANEL == 0:
+            yield columns[:, gated_order(n).argsort()].t()
 
 
 def stored_places(artifact: Artifact) -> dict[str, list[str]]:

@@ -98,7 +98,6 @@ def test_kernels_of_int8_and_bfloat16_take_any_size(tiny_folder, tmp_path):
         "cache.method=none",
         "attention.dtype=bfloat16",
         "sampler.steps=4",
-        "verify.psnr_db=20",
         "verify.cached_psnr_db=20",
         "verify.seeds=1",
     )

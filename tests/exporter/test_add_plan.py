@@ -15,6 +15,7 @@ from prebake.exporter.caches import Decision, FasterCache, Schedule
 from prebake.exporter.caches.fastercache import check_branches
 from prebake.exporter.cli.main import main
 from prebake.exporter.plan import inputs
+from prebake.exporter.replan import rebuild
 from prebake.exporter.sites.marks import Mark
 from prebake.exporter.verify.golden import replay_golden
 from prebake.exporter.verify.replayer import Replayer
@@ -217,7 +218,7 @@ def test_a_plan_without_a_cache_takes_the_place_of_a_cached_one_and_its_twin(cop
 
 def test_a_plan_that_misses_a_threshold_is_not_added(copied, tiny_folder):
     before = contents(copied)
-    with pytest.raises(ExportError, match=r"(?s)psnr_db.*the plan is not added"):
+    with pytest.raises(ExportError, match=r"(?s)picture_error.*the plan is not added"):
         added(copied, 4, *VERIFIED, "verify.picture_error=1e-6", verify=True, model=str(tiny_folder))
     assert contents(copied) == before
 
@@ -231,7 +232,7 @@ A = Mark("blocks", ("t.0", "t.1"), ("hidden_states",), residual=True, slots=2)
 def test_an_equal_site_under_another_name_and_with_fewer_slots_is_the_same():
     named = replace(A, name="cond/blocks[0:2]", slots=1, stored_streams=())
     asked = Schedule((named,), (Decision(), Decision.reuse(named)))
-    translated = replan.rename_sites((A,), asked)
+    translated = rebuild.rename_sites((A,), asked)
     assert translated.marks == (A,)
     assert translated.decisions[1] == Decision({"blocks": "combine"}, {"blocks": (1.0, 0.0)})
 
@@ -241,12 +242,12 @@ def test_an_equal_site_under_another_name_and_with_fewer_slots_is_the_same():
 )
 def test_a_site_that_differs_is_another_one(change):
     asked = Schedule((replace(A, name="x", **change),), ())
-    assert [m.name for m in replan.rename_sites((A,), asked).marks] == ["blocks", "x"]
+    assert [m.name for m in rebuild.rename_sites((A,), asked).marks] == ["blocks", "x"]
 
 
 def test_more_slots_than_the_variants_have_is_refused():
     with pytest.raises(ExportError, match=r"combines 3 stored .* room for 2; lower the order"):
-        replan.pad_coefficients(A, (3.0, -3.0, 1.0))
+        rebuild.pad_coefficients(A, (3.0, -3.0, 1.0))
 
 
 # --- the command

@@ -27,6 +27,8 @@ OF_OTHERS = {
         "_diffusers_hook",
         "_get_positional_embeddings",
         "_interrupt",
+        "_keep_in_fp32_modules",
+        "_lora_loadable_modules",
         "_pack_latents",
         "_prepare_latent_image_ids",
         "_prepare_rotary_positional_embeddings",

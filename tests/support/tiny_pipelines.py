@@ -40,8 +40,10 @@ RANGE_OVERRIDES = (
     f"shapes.height={SIDE}",
     f"shapes.width={SIDE}",
     "sampler.steps=4",
-    "verify.psnr_db=80",
-    "verify.relative_error=1e-4",
+    "verify.evaluation_error=0.1",
+    "verify.worst_evaluation_error=0.1",
+    "verify.picture_error=0.1",
+    "verify.worst_picture_error=0.1",
     "verify.seeds=1",
     'verify.prompts=["a red circle"]',
 )

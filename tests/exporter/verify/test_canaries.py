@@ -7,12 +7,15 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
+from prebake.exporter.lower.aoti.kernels.operators import PANEL, pack_columns, unpack_columns
 from prebake.exporter.progress import Progress
 from prebake.exporter.verify import verify as verification
 from prebake.exporter.verify.budget import Costs
 from prebake.exporter.verify.verify import settle_verdict
+from prebake.exporter.verify.weight_check import CODES, PACKED, PACKED_SCALES, SCALES
 from prebake.runtime.errors import QualityError
 from prebake.runtime.manifest import read_manifest
 from support.verification import asking, rewrite_manifest
@@ -43,12 +46,15 @@ def missed(folder, tiny_folder) -> str:
     return str(refused.value)
 
 
-def change_weight(folder, ending, change):
-    """One tensor of the denoiser is another one, and its hash fits."""
+def change_weight(folder, ending, change) -> str:
+    """One tensor of the denoiser is another one, and its hash fits; its name. An int8 weight, or its scale, has the names that the
+    backend gives it: packed for its own kernels where the CPU runs these."""
     path = folder / "weights/denoiser.safetensors"
     weights = load_file(path)
-    name = next(n for n in sorted(weights) if n.endswith(ending))
+    endings = (ending, ending.replace(CODES, PACKED).replace(SCALES, PACKED_SCALES))
+    name = next(n for n in sorted(weights) if n.endswith(endings))
     save_file({**weights, name: change(weights[name]).contiguous()}, path)
+    return name
 
 
 def change_plan(folder, name, place):
@@ -94,6 +100,9 @@ def test_one_wrong_weight_or_scale_is_missed(copied, tiny_folder, ending, change
 
 def one_number(weight):
     """The same with one number of it a fiftieth of the largest away: far less than rounding does to an evaluation."""
+    if weight.dtype == torch.int8 and weight.shape[1] > 4 * PANEL:  # packed
+        rows = weight.shape[1] // PANEL - 4
+        return pack_columns(one_number(unpack_columns(weight, rows, len(weight) * PANEL)))
     changed = weight.clone().flatten()
     changed[7] += changed.abs().max() / 50 if weight.is_floating_point() else 2
     return changed.view_as(weight)
@@ -109,10 +118,12 @@ def one_number(weight):
     ids=["int8 number", "scale", "number"],
 )
 def test_one_number_that_no_evaluation_shows_is_missed(copied, tiny_folder, ending, change):
-    change_weight(copied, ending, change)
+    name = change_weight(copied, ending, change)
     sentences = missed(copied, tiny_folder)
     assert "weight_error is " in sentences
-    assert f"{ending.replace('original1', 'original0')} is not the model's: restore weights/" in sentences
+    named = name.replace(SCALES, CODES) if name.endswith(SCALES) else name
+    named = f"{name.removesuffix(PACKED_SCALES)}{PACKED}" if name.endswith(PACKED_SCALES) else named
+    assert f"{named} is not the model's: restore weights/" in sentences
     assert "evaluation_error" not in sentences
 
 

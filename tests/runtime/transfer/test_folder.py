@@ -93,7 +93,7 @@ def test_the_runtime_alone_has_both_commands(artifact, tmp_path, capsys):
     assert slim_main(["pull", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
     assert held(tmp_path / "b") == held(artifact)
     said = capsys.readouterr()
-    assert said.out.splitlines()[1].endswith(" files, 2.01kB, all as the manifest says")
+    assert said.out.splitlines()[1].endswith(" files, 2.02kB, all as the manifest says")
     assert f"copy: {WEIGHTS} (" in said.err
     assert "\x1b" not in said.err + said.out
 
@@ -193,7 +193,7 @@ def test_no_room(artifact, target, monkeypatch):
     few = shutil._ntuple_diskusage(100, 90, 10)
     monkeypatch.setattr("prebake.runtime.transfer.pull.shutil.disk_usage", lambda path: few)
     (line,) = refused(ArtifactError, pulled, FolderOrigin(artifact), target)
-    assert line == f"{artifact}: has 2024 bytes to fetch, 10 are free here; make room"
+    assert line == f"{artifact}: has 2035 bytes to fetch, 10 are free here; make room"
 
 
 def test_a_disk_that_fills_up_meanwhile(artifact, target):

@@ -92,7 +92,7 @@ class Eager:
 
 
 @contextmanager
-def changed(weight: Tensor, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def change_weight(weight: Tensor, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """The weight is another one inside."""
     kept = weight.detach().clone()
     weight.data.copy_(change(kept))
@@ -131,7 +131,7 @@ def main() -> None:
     canaries = {}
     for where, layer in attention_layers(eager.denoiser):
         for what, change in CHANGES.items():
-            with changed(layer.weight, change):
+            with change_weight(layer.weight, change):
                 canaries[f"{where}, {what}"] = errors(eager)
     pictures = [(prompt, seed) for seed in range(4) for prompt in picture_prompts(recipe)][: args.pictures]
     exact = [eager.draw(*job) for job in pictures]

@@ -77,7 +77,7 @@ def settle_range(recipe: Recipe, family: Family, pipe: Any, size: Size) -> SizeR
     unit, sides = family.range_unit(pipe), {}
     for name in ("height", "width"):
         asked = getattr(recipe.shapes, name)
-        sides[name] = asked if isinstance(asked, SideRange) else SideRange.fixed(getattr(size, name))
+        sides[name] = asked if isinstance(asked, SideRange) else SideRange.of_length(getattr(size, name))
         if sides[name].unit % unit:
             raise ExportError(
                 f"shapes.{name}: expected min and step to be multiples of {unit} pixels, which the denoiser needs at every size, got "

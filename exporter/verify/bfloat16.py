@@ -57,7 +57,9 @@ class eager_bfloat16(torch.overrides.TorchFunctionMode):
     ) -> Any:
         given = dict(kwargs or {})
         if self._widens and func in PRODUCTS and is_bfloat16_on_cpu((*args, *given.values())):
-            return func(*map(widen, args), **{name: widen(value) for name, value in given.items()}).bfloat16()
+            return func(
+                *map(widen_tensor, args), **{name: widen_tensor(value) for name, value in given.items()}
+            ).bfloat16()
         return func(*args, **given)
 
 
@@ -67,5 +69,5 @@ def is_bfloat16_on_cpu(values: Sequence[Any]) -> bool:
     return bool(tensors) and all(t.dtype is torch.bfloat16 and t.device.type == "cpu" for t in tensors)
 
 
-def widen(value: Any) -> Any:
+def widen_tensor(value: Any) -> Any:
     return value.float() if isinstance(value, Tensor) and value.dtype is torch.bfloat16 else value

@@ -110,14 +110,14 @@ class Engine:
             return self._queued_s()
 
     @property
-    def running(self) -> int:
+    def opened_count(self) -> int:
         """Requests that were opened."""
         return sum(job.pictures is not None or job.opening for job in list(self._jobs))
 
     @property
-    def waiting(self) -> int:
+    def queued_count(self) -> int:
         """Requests that were not opened yet."""
-        return len(self._jobs) - self.running
+        return len(self._jobs) - self.opened_count
 
     @property
     def held_bytes(self) -> int:
@@ -156,7 +156,7 @@ class Engine:
         return future
 
     def _queued_s(self) -> float:
-        return sum(job.remaining for job in self._jobs) / len(self._threads)
+        return sum(job.remaining_s for job in self._jobs) / len(self._threads)
 
     def _note_cancelled(self) -> None:
         with self._changed:

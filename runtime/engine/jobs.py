@@ -87,7 +87,7 @@ class Job:
     _summed: int = -1  # the version of the costs that it was summed by
 
     @property
-    def remaining(self) -> float:
+    def remaining_s(self) -> float:
         """The predicted cost of what is left, in seconds of one runner."""
         if self._summed != self.costs.version:
             self._remaining, self._summed = self.costs.total(self.left), self.costs.version

@@ -19,7 +19,7 @@ class Candidate(Protocol):
     @property
     def total(self) -> float: ...
     @property
-    def remaining(self) -> float: ...
+    def remaining_s(self) -> float: ...
 
 
 CandidateT = TypeVar("CandidateT", bound=Candidate)
@@ -32,7 +32,7 @@ def due_time(job: Candidate, stretch: float = STRETCH) -> float:
 
 def is_urgent(job: Candidate, now: float, stretch: float = STRETCH) -> bool:
     """Whether it is late unless it goes on now."""
-    return due_time(job, stretch) - now <= job.remaining
+    return due_time(job, stretch) - now <= job.remaining_s
 
 
 def order_jobs(jobs: Iterable[CandidateT], now: float, stretch: float = STRETCH) -> list[CandidateT]:
@@ -40,7 +40,7 @@ def order_jobs(jobs: Iterable[CandidateT], now: float, stretch: float = STRETCH)
     due later than a job delays it then; of the others that with the least left, which makes the mean wait the shortest."""
 
     def rank(job: CandidateT) -> tuple[bool, float, float]:
-        due, remaining = due_time(job, stretch), job.remaining
+        due, remaining = due_time(job, stretch), job.remaining_s
         relaxed = due - now > remaining
         return relaxed, remaining if relaxed else due, job.arrived
 

@@ -25,7 +25,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..errors import PrebakeError
-from .drawing import ClientGone, Kind, answer, open_events, submit
+from .drawing import ClientGone, Kind, answer_request, open_events, submit
 from .errors import ApiError, api_error, error_response
 from .fields import read_fields
 from .logs import log_event, log_failure
@@ -94,7 +94,7 @@ def create_app(models: ModelTable, on_start: Callable[[], None] = lambda: None) 
         fields = read_fields(values)
         if fields.stream:
             return EventSourceResponse(open_events(models, kind, fields, pictures, request))
-        return JSONResponse(await answer(models, submit(models, kind, fields, pictures), request))
+        return JSONResponse(await answer_request(models, submit(models, kind, fields, pictures), request))
 
     @app.post("/v1/images/generations", dependencies=keyed)
     async def generate(request: Request) -> Response:

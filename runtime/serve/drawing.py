@@ -115,7 +115,7 @@ async def finish(models: ModelTable, drawing: Drawing, request: Request) -> list
     return images
 
 
-async def answer(models: ModelTable, drawing: Drawing, request: Request) -> dict[str, Any]:
+async def answer_request(models: ModelTable, drawing: Drawing, request: Request) -> dict[str, Any]:
     """The body of an answer without events."""
     images = await finish(models, drawing, request)
     fields = drawing.fields

@@ -68,8 +68,8 @@ class ServedModel:
         metrics.watch(
             self.name,
             {
-                "running": lambda: engine.running,
-                "waiting": lambda: engine.waiting,
+                "running": lambda: engine.opened_count,
+                "waiting": lambda: engine.queued_count,
                 "queue_seconds": lambda: engine.queued_s,
                 "held_bytes": lambda: engine.held_bytes,
             },

@@ -41,7 +41,7 @@ class SideRange(BaseModel):
         return self
 
     @classmethod
-    def fixed(cls, length: int) -> SideRange:
+    def of_length(cls, length: int) -> SideRange:
         """One length alone."""
         return cls(min=length, max=length, step=1)
 

@@ -265,6 +265,9 @@ def test_ranges_that_say_nothing_are_refused(changes, said):
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "tensorrt"])
 def test_backends_of_one_size_refuse_a_range_by_name(backend):
-    pytest.importorskip(backend if backend == "onnxruntime" else "tensorrt_rtx", reason=f"{backend} is not installed")
+    pytest.importorskip(
+        backend if backend == "onnxruntime" else "tensorrt_rtx",
+        reason=f"{backend} is not installed: pip install 'prebake[ort,trt-rtx]'",
+    )
     with pytest.raises(RecipeError, match=r"shapes.height, shapes.width.*shapes.sizes"):
         ours("flux", *ranged("flux"), f"compile.backend={backend}")

@@ -18,11 +18,11 @@ class Job:
     arrived: float
     total: float
     entry: float
-    remaining: float = 0.0
+    remaining_s: float = 0.0
     finished: float = 0.0
 
     def __post_init__(self) -> None:
-        self.remaining = self.total
+        self.remaining_s = self.total
 
     @property
     def latency(self) -> float:
@@ -35,7 +35,7 @@ PAGE = Path(__file__).parents[3] / "docs/how-to/serve.md"
 
 def take_turns(jobs: list[Job], now: float) -> list[Job]:
     """Round robin: whoever has been served least."""
-    return sorted(jobs, key=lambda job: (job.total - job.remaining, job.arrived))
+    return sorted(jobs, key=lambda job: (job.total - job.remaining_s, job.arrived))
 
 
 def first_come(jobs: list[Job], now: float) -> list[Job]:
@@ -52,8 +52,8 @@ def simulate(jobs: list[Job], order: Order) -> list[Job]:
             here.append(coming.pop(0))
         job = order(here, now)[0]
         now += job.entry
-        job.remaining -= job.entry
-        if job.remaining < 1e-9:
+        job.remaining_s -= job.entry
+        if job.remaining_s < 1e-9:
             job.finished = now
             here.remove(job)
     return jobs
